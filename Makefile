@@ -1,0 +1,32 @@
+# Every target sets up what it needs, in a virtual environment of its own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench doctor clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compare it with one process
+	$(BIN)/python examples/train_tnl.py --verify
+
+test: lint  ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+doctor: $(VENV)/.installed  ## does this machine work?
+	$(BIN)/python -m lasp doctor
+
+bench: $(VENV)/.installed  ## the CPU benchmarks; the others name their hardware in bench/README.md
+	$(BIN)/python bench/reference.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.egg-info
