@@ -16,9 +16,13 @@ from lasp_kernels.reference import TILE, ChunkedSteps, Segments
 class Steps(Protocol):
     """What a path offers to the runtime; `reference.ChunkedSteps` says what each step means."""
 
+    def zero_state(self) -> Tensor: ...
+
     def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments: ...
 
-    def segment_gradients(self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float) -> Segments: ...
+    def segment_gradients(
+        self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float
+    ) -> Segments: ...
 
     def fold(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]: ...
 
@@ -35,7 +39,14 @@ class Steps(Protocol):
     ) -> Tensor: ...
 
     def key_value_gradient(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, d_states: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        log_decay: Tensor | None,
+        d_states: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor]: ...
 
     def decay_gradient(
@@ -81,7 +92,9 @@ def check_inputs(
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
+            raise ValueError(
+                f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}"
+            )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k and v must agree in [B, T, H], got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -97,7 +110,9 @@ def check_inputs(
 def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
     B, T, H, K = k.shape
     if not isinstance(log_decay, Tensor) or not log_decay.is_floating_point():
-        raise TypeError(f"log_decay must be a floating-point tensor, got {getattr(log_decay, 'dtype', type(log_decay))}")
+        raise TypeError(
+            f"log_decay must be a floating-point tensor, got {getattr(log_decay, 'dtype', type(log_decay))}"
+        )
     if tuple(log_decay.shape) not in {(H,), (B, T, H), (B, T, H, K)}:
         raise ValueError(
             f"log_decay must have shape [H] = {(H,)}, [B, T, H] = {(B, T, H)} or [B, T, H, K] = {(B, T, H, K)}, "
@@ -108,4 +123,6 @@ def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
     if log_decay.device.type == "cpu" and log_decay.numel():
         low, high = log_decay.detach().aminmax()
         if not (high <= 0 and torch.isfinite(low)):
-            raise ValueError(f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}")
+            raise ValueError(
+                f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}"
+            )

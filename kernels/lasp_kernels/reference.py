@@ -163,7 +163,10 @@ def _scores(q: Tensor, k: Tensor, decay: _TileDecay) -> Tensor:
     half = 1
     while half < q.shape[-2]:
         to_right, to_left = _half_decays(decay.cumulative, half)
-        right, left = q.unflatten(-2, (-1, 2, half))[..., 1, :, :], k.unflatten(-2, (-1, 2, half))[..., 0, :, :]
+        right, left = (
+            q.unflatten(-2, (-1, 2, half))[..., 1, :, :],
+            k.unflatten(-2, (-1, 2, half))[..., 0, :, :],
+        )
         cross = (right * to_right) @ (left * to_left).mT
         blocks = scores.unflatten(-3, (-1, 2))
         upper = F.pad(blocks[..., 0, :, :], (0, half))
@@ -180,7 +183,9 @@ def _half_decays(cumulative: Tensor, half: int) -> tuple[Tensor, Tensor]:
     return (right - middle).exp(), (middle - left).exp()
 
 
-def _scores_gradient(d_scores: Tensor, decay: _TileDecay, *, q: Tensor | None = None, k: Tensor | None = None) -> Tensor:
+def _scores_gradient(
+    d_scores: Tensor, decay: _TileDecay, *, q: Tensor | None = None, k: Tensor | None = None
+) -> Tensor:
     """The adjoint of `_scores`: with k given, the gradient of q; with q given, the gradient of k."""
     if not decay.per_channel:
         d_scores = d_scores * decay.causal()
@@ -192,7 +197,9 @@ def _scores_gradient(d_scores: Tensor, decay: _TileDecay, *, q: Tensor | None = 
     while half < other.shape[-2]:
         to_right, to_left = _half_decays(decay.cumulative, half)
         blocks = d_scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))
-        cross = blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # right rows, left columns
+        cross = (
+            blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        )  # right rows, left columns
         halves = other.unflatten(-2, (-1, 2, half))
         if k is not None:
             part = to_right * (cross @ (halves[..., 0, :, :] * to_left))
@@ -253,7 +260,9 @@ class ChunkedSteps:
         shift = torch.tensor(first[:-1], device=starts.device) * TILE - starts
         self._index = torch.arange(self.tokens, device=starts.device) + shift.repeat_interleave(lengths)
         in_run = torch.cat([torch.arange(c) for c in counts] or [torch.arange(0)]).to(starts.device)
-        return (lengths.repeat_interleave(torch.tensor(counts, device=starts.device)) - in_run * TILE).clamp(0, TILE)
+        return (lengths.repeat_interleave(torch.tensor(counts, device=starts.device)) - in_run * TILE).clamp(
+            0, TILE
+        )
 
     def _tile(self, x: Tensor) -> Tensor:
         """[B, T, H*g, D] to [n, B, H, s, g, C, D] in the state's dtype, zeros behind the end."""
@@ -263,7 +272,8 @@ class ChunkedSteps:
             x = F.pad(x, (0, 0, 0, 0, 0, padded - self.tokens))
         else:
             x = x.new_zeros(x.shape[0], padded, *x.shape[2:]).index_copy(1, self._index, x)
-        x = x.view(x.shape[0], self.segments, self.tiles, TILE, self.heads, -1, x.shape[-1])
+        groups = x.shape[2] // self.heads
+        x = x.view(x.shape[0], self.segments, self.tiles, TILE, self.heads, groups, x.shape[-1])
         return x.permute(2, 0, 4, 1, 5, 3, 6)
 
     def _untile(self, tiles: list[Tensor]) -> Tensor:
@@ -284,10 +294,18 @@ class ChunkedSteps:
         matrix = shared.causal()
         return [_TileDecay(shared.cumulative, rate * n.view(-1, 1, 1, 1), matrix) for n in self._lengths]
 
+    def zero_state(self) -> Tensor:
+        """A state of zeros for every run: [N, H, K, V]."""
+        rows = self.batch if self.runs is None else len(self.runs)
+        shape = (rows, self.heads, self.key_dim, self.value_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self._lengths.device)
+
     def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments:
         """The state at the end of every segment, from zero."""
         decays = self._tile_decays(log_decay)
-        state = k.new_zeros(self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim, dtype=self.dtype)
+        state = k.new_zeros(
+            self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim, dtype=self.dtype
+        )
         for k_n, v_n, decay in zip(self._tile(k), self._tile(v), decays):
             state = decay.total * state + (k_n * decay.leaving).mT @ v_n
         return Segments(state, self._log_total(decays))
@@ -313,7 +331,9 @@ class ChunkedSteps:
             return local_state, total.sum(2)
         return local_state, torch.stack([total[0, :, a:b].sum(1) for a, b in self.runs])
 
-    def scan(self, segments: Segments, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
 
         Left fold in segment order; with `reverse` from the last segment to the first, for gradients.
@@ -357,11 +377,24 @@ class ChunkedSteps:
         return self._untile(tiles) * scale
 
     def key_value_gradient(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, d_states: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        log_decay: Tensor | None,
+        d_states: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         """dk and dv, from the gradient of the state behind every segment."""
         dk, dv = [], []
-        tiles = (self._tile(q) * scale, self._tile(k), self._tile(v), self._tile(do), self._tile_decays(log_decay))
+        tiles = (
+            self._tile(q) * scale,
+            self._tile(k),
+            self._tile(v),
+            self._tile(do),
+            self._tile_decays(log_decay),
+        )
         for q_n, k_n, v_n, do_n, decay in _backwards(*tiles):
             within = _scores_gradient(do_n @ v_n.mT, decay, q=q_n)
             dk.append(_group_sum(within) + decay.leaving * (v_n @ d_states.mT))

@@ -1,0 +1,211 @@
+"""`parallelize`: one call that splits a model's sequence over ranks, and `explain`, which tells what it did."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lasp import adapters, exchange
+from lasp.adapters import Adapter
+from lasp.mesh import RankMismatchError, SequenceParallel, sequence_axis
+
+# Modules of PyTorch whose output at one token depends on other tokens.
+_MIXERS = (
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.modules.conv._ConvNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+# Classes of others, by the names such layers go by.
+_MIXER_NAMES = re.compile(
+    r"attention|attn|conv(?!ert)|mixer|mamba|ssm|ssd|rwkv|hyena|retention|delta_?net|hgrn|lstm|gru|recurren|token_?shift",
+    re.IGNORECASE,
+)
+
+_parallelized: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def parallelize(
+    model: nn.Module,
+    mesh,
+    *,
+    plan: Mapping[str, Adapter] | None = None,
+    exchange: str = "auto",
+    softmax: str = "all_gather",
+    strict: bool = True,
+    validate: str = "first",
+) -> nn.Module:
+    """Split the model's sequence over the ranks of `mesh`, in place. Each rank then runs it on its slice.
+
+    Finds every `lasp.modules.LightningAttention` and every class given to `lasp.register`. Parameters, buffers and
+    `state_dict` keys stay as they are. On one rank the model is left untouched. Compose in this order: `parallelize`,
+    activation checkpointing, `torch.compile`, data parallelism (over `lasp.grad_mesh`).
+
+    Args:
+        model: single-device code that knows no ranks.
+        mesh: `mesh["sp"]`, the whole mesh (its "sp" axis is used), a ProcessGroup, or None.
+        plan: adapters for layers by the pattern of their path, e.g. `{"blocks.*.conv": lasp.adapters.token_local}`;
+            it goes before what is registered.
+        exchange: how a state travels: "ring" or "auto".
+        softmax: how softmax attention is split: "all_gather". No adapter for softmax layers exists yet, so `strict`
+            refuses them.
+        strict: refuse a model with a layer that mixes tokens and has no adapter (attention, convolution, recurrence),
+            whose result on a slice would be silently wrong.
+        validate: "first" compares on all ranks which layers were found; "off" does not.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no layer that can be split, a layer that `strict` refuses, a pattern that matches nothing, a model
+            that was parallelized before, or an unknown option.
+        RankMismatchError: ranks found different layers; on every rank.
+    """
+    if softmax != "all_gather":
+        raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
+    if validate not in ("first", "off"):
+        raise ValueError(f'validate must be "first" or "off", got {validate!r}')
+    sequence = replace(sequence_axis(mesh), exchange=exchange)
+    layers = _find_layers(model, plan or {}, strict)
+    if model in _parallelized or any(
+        getattr(module, "sequence", None) is not None for module, _ in layers.values()
+    ):
+        raise ValueError(f"this {type(model).__name__} is parallelized already")
+    if sequence.size > 1:
+        if validate == "first":
+            _compare_ranks(sequence, layers)
+        for path, (module, adapter) in layers.items():
+            adapter(module, replace(sequence, name=path))
+    _parallelized.add(model)
+    return model
+
+
+def _find_layers(
+    model: nn.Module, plan: Mapping[str, Adapter], strict: bool
+) -> dict[str, tuple[nn.Module, Adapter]]:
+    layers: dict[str, tuple[nn.Module, Adapter]] = {}
+    unused = set(plan)
+    for path, module in model.named_modules():
+        pattern = next((p for p in plan if fnmatch.fnmatchcase(path, p)), None)
+        unused.discard(pattern)  # type: ignore[arg-type]
+        adapter = plan[pattern] if pattern is not None else adapters.find(module)
+        if adapter is not None:
+            layers[path] = (module, adapter)
+    if unused:
+        raise ValueError(f"no layer matches the plan's {sorted(unused)}")
+    unknown = (
+        [path for path, module in model.named_modules() if _mixes_tokens(path, module, layers)]
+        if strict
+        else []
+    )
+    if unknown:
+        listed = ", ".join(
+            f"{path or 'the model itself'} ({type(model.get_submodule(path)).__name__})" for path in unknown
+        )
+        raise ValueError(
+            f"cannot split the sequence of: {listed}. Such a layer mixes tokens, so its result on a slice would be "
+            "wrong. Give its class an adapter with lasp.register; or, if it mixes no tokens, say so with "
+            f"plan={{{unknown[0]!r}: lasp.adapters.token_local}}; or pass strict=False"
+        )
+    if not any(adapter is not adapters.token_local for _, adapter in layers.values()):
+        raise ValueError(
+            f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no class "
+            "given to lasp.register"
+        )
+    return layers
+
+
+def _mixes_tokens(path: str, module: nn.Module, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> bool:
+    """Whether a layer looks like a token mixer that no adapter takes care of."""
+    if any(path == known or path.startswith(known + ".") for known in layers if known or path == known):
+        return False
+    if isinstance(module, _MIXERS):
+        return True
+    if not _MIXER_NAMES.search(type(module).__name__):
+        return False
+    # A block that holds a known layer, such as an attention block around LightningAttention, mixes through it.
+    return not any(known.startswith(path + ".") or path == "" for known in layers)
+
+
+def _compare_ranks(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> None:
+    mine = [
+        f"{path}: {type(module).__name__}, exchange {sequence.exchange}"
+        for path, (module, _) in layers.items()
+    ]
+    everyone: list = [None] * sequence.size
+    dist.all_gather_object(everyone, (sequence.rank, mine), group=sequence.group)
+    first = next(found for rank, found in everyone if rank == 0)
+    for rank, found in sorted(everyone):
+        if found != first:
+            raise RankMismatchError(f"rank {rank} of the sequence would split {found}, but rank 0 {first}")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of `explain`."""
+
+    path: str
+    module: str
+    exchange: str
+    ranks: int
+    exchanges: int  # so far, forward and reverse
+    bytes_sent: int  # so far, by this rank
+
+    @property
+    def bytes_per_step(self) -> float | None:
+        """Sent by this rank for one forward and backward; None before the first."""
+        return 2 * self.bytes_sent / self.exchanges if self.exchanges else None
+
+
+class Explanation(list[LayerReport]):
+    """The rows of `explain`; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "one rank: nothing is split"
+        rows = [("layer", "module", "exchange", "ranks", "bytes sent a step by this rank")]
+        for layer in self:
+            sent = layer.bytes_per_step
+            rows.append(
+                (
+                    layer.path,
+                    layer.module,
+                    layer.exchange,
+                    str(layer.ranks),
+                    "run a step" if sent is None else f"{sent:,.0f}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+        )
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which layers are split, how their states travel, and the bytes that were counted doing it."""
+    report = Explanation()
+    for path, module in model.named_modules():
+        sequence = getattr(module, "sequence", None)
+        if isinstance(sequence, SequenceParallel):
+            traffic = sequence.traffic
+            exchanges = traffic.forward_exchanges + traffic.reverse_exchanges
+            name = type(module).__name__
+            report.append(
+                LayerReport(
+                    path, name, exchange.resolve(sequence), sequence.size, exchanges, traffic.bytes_sent
+                )
+            )
+    return report

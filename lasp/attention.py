@@ -1,0 +1,262 @@
+"""`linear_attention`: the one operator, in which the kernels of a device and the exchange between ranks meet.
+
+Forward                                        Backward
+  1. local state of every segment                1. local gradient of every segment's state
+  2. start to send their fold to the next rank   2. start to send their fold to the previous rank
+  3. wait for the state that enters              3. dq, from the states that forward kept
+  4. states of all segments, outputs             4. wait; dk, dv, d log_decay
+
+The states of step 4 are kept for backward, so there is one exchange in forward and one in backward, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import lasp_kernels as kernels
+from lasp import exchange
+from lasp.data import LocalRuns, ShardLayout
+from lasp.exchange import StateMap
+from lasp.mesh import SequenceParallel
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: ShardLayout | None = None,
+    sequence: SequenceParallel | None = None,
+    segment_length: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal linear attention over a sequence that may be split over ranks.
+
+    Per head, over the whole sequence: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t
+    (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882).
+
+    Args:
+        q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v (G = 1 is the usual case).
+        k: [B, T, H, K].
+        v: [B, T, H, V]. q, k and v have one float dtype. T may differ between ranks, down to zero.
+        log_decay: fp32, <= 0 and finite: None, [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per token
+            and channel). With a decay for each of H*G query heads, k and v are repeated to as many.
+        scale: multiplies the output.
+        initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
+            sequences. The rank on which a sequence begins gets its gradient, the others zero.
+        output_final_state: also return the state after the last token.
+        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew.
+        sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
+        segment_length: tokens of a segment, a multiple of 64; None chooses.
+
+    Returns:
+        o [B, T, H*G, V] in the dtype of v, and the final state [N, H, K, V] (fp32; fp64 for fp64 inputs; the same
+        on every rank) or None. A gradient that ranks give to the final state is summed over them.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, before any communication.
+        RuntimeError: a second derivative is asked for.
+    """
+    q, k, v = _autocast(q, k, v)
+    if log_decay is not None and k.ndim == 4 and q.ndim == 4 and log_decay.ndim in (1, 3, 4):
+        heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
+        if heads == q.shape[2] != k.shape[2] and heads % k.shape[2] == 0:
+            k, v = (x.repeat_interleave(heads // k.shape[2], 2) for x in (k, v))
+    kernels.check_inputs(q, k, v, log_decay, segment_length)
+    shard = _Shard.of(k, layout, sequence)
+    _check_initial_state(initial_state, k, v, shard)
+    o, final_state = _LinearAttention.apply(
+        q, k, v, log_decay, initial_state, scale, output_final_state, shard, segment_length
+    )  # type: ignore[misc]
+    return o, final_state
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's tokens among those of all ranks."""
+
+    runs: LocalRuns
+    sequence: SequenceParallel | None  # None: nothing to exchange
+    num_sequences: int  # N, of all ranks
+
+    @classmethod
+    def of(cls, k: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None) -> _Shard:
+        if sequence is not None and not isinstance(sequence, SequenceParallel):
+            raise TypeError(
+                f"sequence must be a lasp.SequenceParallel or None, got {type(sequence).__name__}"
+            )
+        rank, size = (0, 1) if sequence is None else (sequence.rank, sequence.size)
+        sequence = None if size == 1 else sequence
+        if layout is None:
+            return cls(LocalRuns(None, range(0), rank > 0, rank < size - 1), sequence, k.shape[0])
+        if len(layout.lengths) != size:
+            raise ValueError(f"layout is for {len(layout.lengths)} ranks, but the sequence has {size}")
+        if layout.lengths[rank] != k.shape[1]:
+            raise ValueError(
+                f"layout gives rank {rank} {layout.lengths[rank]} tokens, but k has {k.shape[1]}"
+            )
+        if layout.cu_seqlens is not None and k.shape[0] != 1:
+            raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {k.shape[0]}")
+        count = k.shape[0] if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
+        return cls(layout.local(rank), sequence, count)
+
+    @property
+    def packed(self) -> bool:
+        return self.runs.cu_seqlens is not None
+
+    def cu_seqlens(self, device: torch.device) -> Tensor | None:
+        offsets = self.runs.cu_seqlens
+        return None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device=device)
+
+    def own_states(self, states: Tensor | None, zeros: Tensor, *, first: bool) -> Tensor:
+        """Of the states before (`first`) or after all sequences, those of the runs that begin or end here.
+
+        [runs, H, K, V]; the zeros stay where that end of a run lies on another rank.
+        """
+        if states is not None:
+            here, there = self._ends(first)
+            zeros[here] = states[there].to(zeros.dtype)
+        return zeros
+
+    def all_states(self, own: Tensor, *, first: bool) -> Tensor:
+        """The inverse: states of local runs at the place of their sequence, zero for those of other ranks."""
+        states = own.new_zeros(self.num_sequences, *own.shape[1:])
+        here, there = self._ends(first)
+        states[there] = own[here]
+        return states
+
+    def _ends(self, first: bool) -> tuple[slice, slice]:
+        """Which local runs begin (`first`) or end on this rank, and which global sequences they are."""
+        elsewhere = self.runs.continues if first else self.runs.continued
+        if not self.packed:
+            rows = slice(0, 0 if elsewhere else None)
+            return rows, rows
+        count = len(self.runs.sequences)
+        low, high = (int(elsewhere), count) if first else (0, count - int(elsewhere))
+        start = self.runs.sequences.start
+        return slice(low, max(low, high)), slice(start + low, start + max(low, high))
+
+    def border_map(self, local: Tensor, log_total: Tensor, own: Tensor, *, reverse: bool) -> StateMap:
+        """What this rank's tokens do to the state that the next rank (`reverse`: the previous) will receive.
+
+        Only the run at that border matters. If it began on this rank, it takes nothing from before: -inf.
+        """
+        if self.packed:
+            border = slice(0, 1) if reverse else slice(-1, None)
+            local, log_total, own = local[border], log_total[border], own[border]
+        one_run = not self.packed or len(self.runs.cu_seqlens or ()) == 2
+        began_elsewhere = self.runs.continued if reverse else self.runs.continues
+        local = log_total.exp().unsqueeze(-1) * own + local
+        if not (one_run and began_elsewhere):
+            log_total = torch.full_like(log_total, -torch.inf)
+        return StateMap(local, log_total)
+
+    def enter(self, own: Tensor, received: Tensor, *, reverse: bool) -> Tensor:
+        """The state that enters every run: what was received, where a run began elsewhere; else its own."""
+        elsewhere = self.runs.continued if reverse else self.runs.continues
+        if not elsewhere:
+            return own
+        if not self.packed:
+            return received
+        return torch.cat([own[:-1], received] if reverse else [received, own[1:]])
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, initial_state, scale, output_final_state, shard, segment_length):
+        with torch.autocast(q.device.type, enabled=False):
+            offsets = shard.cu_seqlens(k.device)
+            steps = kernels.plan(q, k, v, log_decay, cu_seqlens=offsets, segment_length=segment_length)
+            segments = steps.segment_states(k, v, log_decay)
+            wait = _start_exchange(steps, segments, initial_state, shard)
+            states, final = steps.scan(segments, wait())
+            o = steps.outputs(q, k, v, log_decay, states, scale).to(v.dtype)
+            final_state = (
+                _sum_over_ranks(shard.all_states(final, first=False), shard) if output_final_state else None
+            )
+        ctx.save_for_backward(q, k, v, log_decay, states)
+        ctx.steps, ctx.scale, ctx.shard, ctx.output_final_state = steps, scale, shard, output_final_state
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx, do, d_final_state):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lasp.linear_attention has no second derivative: call backward without create_graph"
+            )
+        q, k, v, log_decay, states = ctx.saved_tensors
+        steps, scale, shard = ctx.steps, ctx.scale, ctx.shard
+        d_decay = d_initial = None
+        with torch.autocast(q.device.type, enabled=False):
+            if ctx.output_final_state:
+                d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
+            segments = steps.segment_gradients(q, do, log_decay, scale)
+            # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
+            wait = _start_exchange(steps, segments, d_final_state, shard, reverse=True)
+            dq = steps.query_gradient(k, v, do, log_decay, states, scale)
+            d_states, d_first = steps.scan(segments, wait(), reverse=True)
+            dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
+            if ctx.needs_input_grad[3]:
+                d_decay = steps.decay_gradient(q, k, v, do, dq, dk, log_decay, states, d_states, scale)
+                d_decay = d_decay.to(log_decay.dtype)
+            if ctx.needs_input_grad[4]:
+                d_initial = shard.all_states(d_first, first=True).to(ctx.initial_dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_decay, d_initial, None, None, None, None
+
+
+def _start_exchange(
+    steps: kernels.Steps,
+    segments: kernels.Segments,
+    ends: Tensor | None,
+    shard: _Shard,
+    *,
+    reverse: bool = False,
+) -> Callable[[], Tensor]:
+    """Send what this rank's tokens do to a state; the result waits for the state that enters each of its runs.
+
+    `ends` are the states before all sequences (`reverse`: the gradients of those after them).
+    """
+    own = shard.own_states(ends, steps.zero_state(), first=not reverse)
+    if shard.sequence is None:
+        return lambda: own
+    local, log_total = steps.fold(segments, reverse=reverse)
+    border = shard.border_map(local, log_total, own, reverse=reverse)
+    pending = exchange.start(border, shard.sequence, reverse=reverse)
+    return lambda: shard.enter(own, pending.wait(), reverse=reverse)
+
+
+def _sum_over_ranks(states: Tensor, shard: _Shard) -> Tensor:
+    """In place. Of the ranks only the one on which a sequence ends has a state other than zero."""
+    if shard.sequence is not None:
+        dist.all_reduce(states, group=shard.sequence.group)
+    return states
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast all in its dtype, as for any matrix product; log_decay and states stay as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_initial_state(initial_state: Tensor | None, k: Tensor, v: Tensor, shard: _Shard) -> None:
+    if initial_state is None:
+        return
+    expected = (shard.num_sequences, k.shape[2], k.shape[3], v.shape[3])
+    if tuple(initial_state.shape) != expected:
+        raise ValueError(
+            f"initial_state must have shape [N, H, K, V] = {expected}, got {tuple(initial_state.shape)}"
+        )
+    if initial_state.device != k.device:
+        raise ValueError(f"initial_state must be on the device of k, {k.device}, got {initial_state.device}")

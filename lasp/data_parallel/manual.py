@@ -1,0 +1,40 @@
+"""Gradient averaging for a plain training loop, without a wrapper."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lasp.mesh import grad_group
+
+
+@torch.no_grad()
+def sync_grads(model: nn.Module, mesh) -> None:
+    """Average every parameter's gradient over `grad_mesh(mesh)`, in place; call it between backward and step.
+
+    A parameter that got no gradient on this rank counts as zero there, so that all ranks take part in the same
+    sums. Needs memory for one more copy of the gradients.
+
+    Raises:
+        ValueError: the model is sharded by FSDP2, which averages by itself.
+    """
+    group, ranks = grad_group(mesh)
+    if ranks == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded (DTensor): FSDP2 averages gradients itself, leave out sync_grads"
+        )
+    for dtype in sorted({p.dtype for p in parameters}, key=str):
+        mine = [p for p in parameters if p.dtype == dtype]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine])
+        dist.all_reduce(flat, group=group)
+        for p, gradient in zip(mine, flat.div_(ranks).split([p.numel() for p in mine])):
+            if p.grad is None:
+                p.grad = gradient.view_as(p).clone()
+            else:
+                p.grad.copy_(gradient.view_as(p))

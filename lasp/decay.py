@@ -1,0 +1,66 @@
+"""Fixed decays by name: the log-decay [H] of a layer, fp32, on the CPU.
+
+Published models differ although their descriptions read alike, so a model names its schedule.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def alibi(heads: int, layer: int, layers: int) -> Tensor:
+    """TransNormerLLM's released code, and MiniMax-01: -s_h (1 - l / (L - 1) + 1e-5), s_h = ALiBi's slopes, l from 0.
+
+    For a power of two of heads s_h = 2^(-8h/H), h from 1; otherwise the slopes of the next lower power of two and
+    every other one of the next higher (ALiBi, arXiv 2108.12409).
+    """
+    _check(heads, layer, layers)
+    factor = 1 - layer / (layers - 1) + 1e-5 if layers > 1 else 1 + 1e-5
+    return -torch.tensor(_alibi_slopes(heads), dtype=torch.float64).mul(factor).float()
+
+
+def _alibi_slopes(heads: int) -> list[float]:
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    if power == heads:
+        return slopes
+    return slopes + _alibi_slopes(2 * power)[0::2][: heads - power]
+
+
+def tnl(heads: int, layer: int, layers: int) -> Tensor:
+    """TransNormerLLM's paper (arXiv 2307.14995): -(8h / H)(1 - l / L), h and l from 1 and 0."""
+    _check(heads, layer, layers)
+    h = torch.arange(1, heads + 1, dtype=torch.float64)
+    return (-(8 * h / heads) * (1 - layer / layers)).float()
+
+
+def retnet(heads: int, layer: int = 0, layers: int = 1) -> Tensor:
+    """RetNet (arXiv 2307.08621): log(1 - 2^(-5-h)), h from 0, the same in every layer."""
+    _check(heads, layer, layers)
+    h = torch.arange(heads, dtype=torch.float64)
+    return torch.log1p(-(2.0 ** (-5 - h))).float()
+
+
+def none(heads: int, layer: int = 0, layers: int = 1) -> None:
+    """No decay: plain linear attention."""
+    _check(heads, layer, layers)
+
+
+SCHEDULES = {"alibi": alibi, "tnl": tnl, "retnet": retnet, "none": none}
+
+
+def schedule(name: str, heads: int, layer: int, layers: int) -> Tensor | None:
+    """The log-decay [H] of layer `layer` (from 0) of `layers`, by the name of its schedule."""
+    if name not in SCHEDULES:
+        raise ValueError(f"decay must be one of {sorted(SCHEDULES)}, got {name!r}")
+    return SCHEDULES[name](heads, layer, layers)
+
+
+def _check(heads: int, layer: int, layers: int) -> None:
+    if heads < 1 or not 0 <= layer < layers:
+        raise ValueError(
+            f"need heads >= 1 and 0 <= layer < layers, got heads {heads}, layer {layer} of {layers}"
+        )

@@ -1,0 +1,60 @@
+"""`LightningAttention`: the layer without parameters that models use and `parallelize` finds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lasp.attention import linear_attention
+from lasp.data import ShardLayout
+from lasp.mesh import SequenceParallel
+
+
+class LightningAttention(nn.Module):
+    """Causal linear attention of q, k, v, as a module. It has no parameters and no entry in the `state_dict`.
+
+    Args:
+        log_decay: the fixed decay of each head, [H], finite and <= 0 (see `lasp.decay`), or None. It stays fp32
+            whatever dtype the model is cast to. A decay that depends on data is an argument of `forward` instead.
+        scale: multiplies the output.
+    """
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def __init__(self, log_decay: Tensor | None = None, *, scale: float = 1.0):
+        super().__init__()
+        # Not a buffer: model.to(bfloat16) would round it, and a decay in bf16 is a bug.
+        self._fixed = None if log_decay is None else log_decay.detach().to("cpu", torch.float32)
+        self._on_device: Tensor | None = None
+        self.scale = scale
+
+    def log_decay(self, device: torch.device) -> Tensor | None:
+        """The fixed decay on a device; copied there once."""
+        if self._fixed is None:
+            return None
+        if self._on_device is None or self._on_device.device != device:
+            self._on_device = self._fixed.to(device)
+        return self._on_device
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        *,
+        layout: ShardLayout | None = None,
+    ) -> Tensor:
+        """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.linear_attention`."""
+        if log_decay is None:
+            log_decay = self.log_decay(q.device)
+        elif self._fixed is not None:
+            raise ValueError("log_decay is fixed for this layer; it cannot also be given to forward")
+        o, _ = linear_attention(
+            q, k, v, log_decay=log_decay, scale=self.scale, layout=layout, sequence=self.sequence
+        )
+        return o
+
+    def extra_repr(self) -> str:
+        decay = "none" if self._fixed is None else f"[{len(self._fixed)}]"
+        return f"log_decay={decay}, scale={self.scale}"
