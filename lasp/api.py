@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -80,9 +79,7 @@ def parallelize(
         raise ValueError(f'validate must be "first" or "off", got {validate!r}')
     sequence = replace(sequence_axis(mesh), exchange=exchange)
     layers = _find_layers(model, plan or {}, strict)
-    if model in _parallelized or any(
-        getattr(module, "sequence", None) is not None for module, _ in layers.values()
-    ):
+    if model in _parallelized or any(getattr(module, "sequence", None) is not None for module, _ in layers.values()):
         raise ValueError(f"this {type(model).__name__} is parallelized already")
     if sequence.size > 1:
         if validate == "first":
@@ -93,9 +90,7 @@ def parallelize(
     return model
 
 
-def _find_layers(
-    model: nn.Module, plan: Mapping[str, Adapter], strict: bool
-) -> dict[str, tuple[nn.Module, Adapter]]:
+def _find_layers(model: nn.Module, plan: Mapping[str, Adapter], strict: bool) -> dict[str, tuple[nn.Module, Adapter]]:
     layers: dict[str, tuple[nn.Module, Adapter]] = {}
     unused = set(plan)
     for path, module in model.named_modules():
@@ -106,11 +101,7 @@ def _find_layers(
             layers[path] = (module, adapter)
     if unused:
         raise ValueError(f"no layer matches the plan's {sorted(unused)}")
-    unknown = (
-        [path for path, module in model.named_modules() if _mixes_tokens(path, module, layers)]
-        if strict
-        else []
-    )
+    unknown = [path for path, module in model.named_modules() if _mixes_tokens(path, module, layers)] if strict else []
     if unknown:
         listed = ", ".join(
             f"{path or 'the model itself'} ({type(model.get_submodule(path)).__name__})" for path in unknown
@@ -141,10 +132,7 @@ def _mixes_tokens(path: str, module: nn.Module, layers: Mapping[str, tuple[nn.Mo
 
 
 def _compare_ranks(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> None:
-    mine = [
-        f"{path}: {type(module).__name__}, exchange {sequence.exchange}"
-        for path, (module, _) in layers.items()
-    ]
+    mine = [f"{path}: {type(module).__name__}, exchange {sequence.exchange}" for path, (module, _) in layers.items()]
     everyone: list = [None] * sequence.size
     dist.all_gather_object(everyone, (sequence.rank, mine), group=sequence.group)
     first = next(found for rank, found in everyone if rank == 0)
@@ -189,9 +177,7 @@ class Explanation(list[LayerReport]):
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-        )
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -204,8 +190,6 @@ def explain(model: nn.Module) -> Explanation:
             exchanges = traffic.forward_exchanges + traffic.reverse_exchanges
             name = type(module).__name__
             report.append(
-                LayerReport(
-                    path, name, exchange.resolve(sequence), sequence.size, exchanges, traffic.bytes_sent
-                )
+                LayerReport(path, name, exchange.resolve(sequence), sequence.size, exchanges, traffic.bytes_sent)
             )
     return report

@@ -90,9 +90,7 @@ class _Shard:
     @classmethod
     def of(cls, k: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None) -> _Shard:
         if sequence is not None and not isinstance(sequence, SequenceParallel):
-            raise TypeError(
-                f"sequence must be a lasp.SequenceParallel or None, got {type(sequence).__name__}"
-            )
+            raise TypeError(f"sequence must be a lasp.SequenceParallel or None, got {type(sequence).__name__}")
         rank, size = (0, 1) if sequence is None else (sequence.rank, sequence.size)
         sequence = None if size == 1 else sequence
         if layout is None:
@@ -100,9 +98,7 @@ class _Shard:
         if len(layout.lengths) != size:
             raise ValueError(f"layout is for {len(layout.lengths)} ranks, but the sequence has {size}")
         if layout.lengths[rank] != k.shape[1]:
-            raise ValueError(
-                f"layout gives rank {rank} {layout.lengths[rank]} tokens, but k has {k.shape[1]}"
-            )
+            raise ValueError(f"layout gives rank {rank} {layout.lengths[rank]} tokens, but k has {k.shape[1]}")
         if layout.cu_seqlens is not None and k.shape[0] != 1:
             raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {k.shape[0]}")
         count = k.shape[0] if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
@@ -179,9 +175,7 @@ class _LinearAttention(torch.autograd.Function):
             wait = _start_exchange(steps, segments, initial_state, shard)
             states, final = steps.scan(segments, wait())
             o = steps.outputs(q, k, v, log_decay, states, scale).to(v.dtype)
-            final_state = (
-                _sum_over_ranks(shard.all_states(final, first=False), shard) if output_final_state else None
-            )
+            final_state = _sum_over_ranks(shard.all_states(final, first=False), shard) if output_final_state else None
         ctx.save_for_backward(q, k, v, log_decay, states)
         ctx.steps, ctx.scale, ctx.shard, ctx.output_final_state = steps, scale, shard, output_final_state
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
@@ -190,9 +184,7 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, d_final_state):
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "lasp.linear_attention has no second derivative: call backward without create_graph"
-            )
+            raise RuntimeError("lasp.linear_attention has no second derivative: call backward without create_graph")
         q, k, v, log_decay, states = ctx.saved_tensors
         steps, scale, shard = ctx.steps, ctx.scale, ctx.shard
         d_decay = d_initial = None
@@ -255,8 +247,6 @@ def _check_initial_state(initial_state: Tensor | None, k: Tensor, v: Tensor, sha
         return
     expected = (shard.num_sequences, k.shape[2], k.shape[3], v.shape[3])
     if tuple(initial_state.shape) != expected:
-        raise ValueError(
-            f"initial_state must have shape [N, H, K, V] = {expected}, got {tuple(initial_state.shape)}"
-        )
+        raise ValueError(f"initial_state must have shape [N, H, K, V] = {expected}, got {tuple(initial_state.shape)}")
     if initial_state.device != k.device:
         raise ValueError(f"initial_state must be on the device of k, {k.device}, got {initial_state.device}")

@@ -50,9 +50,7 @@ class ShardLayout:
             raise ValueError(f"cu_seqlens ends at {offsets[-1]}, but the ranks hold {self.total} tokens")
 
     @classmethod
-    def even(
-        cls, tokens: int, ranks: int, *, cu_seqlens: Sequence[int] | Tensor | None = None
-    ) -> ShardLayout:
+    def even(cls, tokens: int, ranks: int, *, cu_seqlens: Sequence[int] | Tensor | None = None) -> ShardLayout:
         """Split `tokens` as evenly as whole tokens allow; the first ranks get the rest."""
         lengths = tuple(tokens // ranks + (r < tokens % ranks) for r in range(ranks))
         offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
@@ -76,11 +74,7 @@ class ShardLayout:
         start, end = self.bounds(rank)
         pairs = list(zip(self.cu_seqlens, self.cu_seqlens[1:]))
         # An empty sequence lies on the rank that holds the token at its offset, or else on the last one.
-        mine = [
-            n
-            for n, (a, b) in enumerate(pairs)
-            if max(a, start) < min(b, end) or (a == b and self._holds(rank, a))
-        ]
+        mine = [n for n, (a, b) in enumerate(pairs) if max(a, start) < min(b, end) or (a == b and self._holds(rank, a))]
         if not mine:  # no token and no sequence here: what comes in goes out
             return LocalRuns((0, 0), range(0), True, True)
         sequences = range(mine[0], mine[-1] + 1)
@@ -138,9 +132,7 @@ def shard_batch(
     whole.setdefault("position_ids", _positions(ids, seq_dim, offsets))
     labels = whole.get("labels", ids)
     if labels.shape != ids.shape:
-        raise ValueError(
-            f"labels must have the shape of input_ids {tuple(ids.shape)}, got {tuple(labels.shape)}"
-        )
+        raise ValueError(f"labels must have the shape of input_ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
     whole["labels"] = _shift(labels, seq_dim, offsets, ignore_index) if shift_labels else labels
 
     padding = -tokens % sequence.size if pad else 0

@@ -61,6 +61,4 @@ def schedule(name: str, heads: int, layer: int, layers: int) -> Tensor | None:
 
 def _check(heads: int, layer: int, layers: int) -> None:
     if heads < 1 or not 0 <= layer < layers:
-        raise ValueError(
-            f"need heads >= 1 and 0 <= layer < layers, got heads {heads}, layer {layer} of {layers}"
-        )
+        raise ValueError(f"need heads >= 1 and 0 <= layer < layers, got heads {heads}, layer {layer} of {layers}")

@@ -25,12 +25,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         `sync_grads` form, is exact, however unequal the ranks' token counts. With no token at all the loss is 0.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last"
-        )
-    local = F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=ignore_index, reduction="sum"
-    )
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
+    local = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     group, ranks = grad_group(mesh)
     tokens = (labels != ignore_index).sum()
     total = local.detach().clone()

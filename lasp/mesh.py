@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
@@ -85,9 +86,16 @@ def _check_backend(backend: str | None, timeout: float) -> str:
     return backend
 
 
+def _leave() -> None:
+    """A process that ends with gloo's threads running may abort; NCCL's communicators end with the process."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
 def _init_process_group(
     backend: str, rank: int, world: int, device: torch.device, launcher: str, timeout: float
 ) -> None:
+    atexit.register(_leave)
     options = {"timeout": timedelta(seconds=timeout)}
     if device.type == "cuda":
         options["device_id"] = device  # type: ignore[assignment]  # eager communicator, no guessing of devices
@@ -153,31 +161,24 @@ def _discover_slurm() -> tuple[int, int, int, int, str]:
     env = os.environ
     world = int(env["SLURM_NTASKS"])
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    num_nodes = int(
-        env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1
-    )
+    num_nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
     if num_nodes == 1:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
     elif "MASTER_ADDR" not in env:
         if not nodes:
-            raise RuntimeError(
-                "Slurm gives no node list (SLURM_JOB_NODELIST); set MASTER_ADDR to rank 0's host"
-            )
+            raise RuntimeError("Slurm gives no node list (SLURM_JOB_NODELIST); set MASTER_ADDR to rank 0's host")
         env["MASTER_ADDR"] = _first_host(nodes)
     # Every task must come to the same port without talking: one of 20000 that is a function of the job.
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
-    local_world = (
-        world if num_nodes == 1 else int(re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "1")).group())
-    )  # type: ignore[union-attr]
+    tasks_here = env.get("SLURM_TASKS_PER_NODE", "1")  # such as "8(x4),2"
+    local_world = world if num_nodes == 1 else int(re.split(r"\D", tasks_here)[0])
     return int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", "0")), local_world, "slurm"
 
 
 def _first_host(nodes: str) -> str:
     """The first host of a Slurm node list: "gpu[07-09,12]" is gpu07."""
     if shutil.which("scontrol"):
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return listed.stdout.split()[0]
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     if match is None:
@@ -316,7 +317,7 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
     names = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
     if "sp" not in names:
         raise ValueError(f'the mesh has no axis "sp", only {mesh.mesh_dim_names}')
-    return mesh[names]._flatten("grad") if len(names) > 1 else mesh[names[0]]
+    return mesh["sp"] if names == ("sp",) else mesh[names]._flatten("grad")
 
 
 def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, int]:

@@ -50,11 +50,10 @@ class LightningAttention(nn.Module):
             log_decay = self.log_decay(q.device)
         elif self._fixed is not None:
             raise ValueError("log_decay is fixed for this layer; it cannot also be given to forward")
-        o, _ = linear_attention(
-            q, k, v, log_decay=log_decay, scale=self.scale, layout=layout, sequence=self.sequence
-        )
+        o, _ = linear_attention(q, k, v, log_decay=log_decay, scale=self.scale, layout=layout, sequence=self.sequence)
         return o
 
     def extra_repr(self) -> str:
+        """The heads that decay, and the scale."""
         decay = "none" if self._fixed is None else f"[{len(self._fixed)}]"
         return f"log_decay={decay}, scale={self.scale}"

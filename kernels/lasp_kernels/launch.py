@@ -5,63 +5,12 @@ The only path so far is PyTorch's (`reference.ChunkedSteps`), on every device.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from lasp_kernels.reference import TILE, ChunkedSteps, Segments
+from lasp_kernels.reference import TILE, ChunkedSteps
 
-
-class Steps(Protocol):
-    """What a path offers to the runtime; `reference.ChunkedSteps` says what each step means."""
-
-    def zero_state(self) -> Tensor: ...
-
-    def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments: ...
-
-    def segment_gradients(
-        self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float
-    ) -> Segments: ...
-
-    def fold(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]: ...
-
-    def scan(
-        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def outputs(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
-    ) -> Tensor: ...
-
-    def query_gradient(
-        self, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
-    ) -> Tensor: ...
-
-    def key_value_gradient(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        do: Tensor,
-        log_decay: Tensor | None,
-        d_states: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def decay_gradient(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        do: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        log_decay: Tensor,
-        states: Tensor,
-        d_states: Tensor,
-        scale: float,
-    ) -> Tensor: ...
+Steps = ChunkedSteps  # what every path offers
 
 
 def plan(
@@ -77,9 +26,7 @@ def plan(
     return ChunkedSteps(q, k, v, log_decay, cu_seqlens=cu_seqlens, segment_length=segment_length)
 
 
-def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segment_length: int | None = None
-) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segment_length: int | None = None) -> None:
     """Raise the `ValueError` or `TypeError` that says which argument is wrong, with its value.
 
     Decays are only looked at on a CPU: on a GPU that would wait for the device.
@@ -92,9 +39,7 @@ def check_inputs(
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
-            raise ValueError(
-                f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}"
-            )
+            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k and v must agree in [B, T, H], got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -123,6 +68,4 @@ def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
     if log_decay.device.type == "cpu" and log_decay.numel():
         low, high = log_decay.detach().aminmax()
         if not (high <= 0 and torch.isfinite(low)):
-            raise ValueError(
-                f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}"
-            )
+            raise ValueError(f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}")

@@ -187,19 +187,17 @@ def _scores_gradient(
     d_scores: Tensor, decay: _TileDecay, *, q: Tensor | None = None, k: Tensor | None = None
 ) -> Tensor:
     """The adjoint of `_scores`: with k given, the gradient of q; with q given, the gradient of k."""
-    if not decay.per_channel:
-        d_scores = d_scores * decay.causal()
-        return d_scores @ k if k is not None else d_scores.mT @ q
     other = k if k is not None else q
     assert other is not None
+    if not decay.per_channel:
+        d_scores = d_scores * decay.causal()
+        return d_scores @ other if k is not None else d_scores.mT @ other
     gradient = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * other
     half = 1
     while half < other.shape[-2]:
         to_right, to_left = _half_decays(decay.cumulative, half)
         blocks = d_scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))
-        cross = (
-            blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-        )  # right rows, left columns
+        cross = blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # right rows, left columns
         halves = other.unflatten(-2, (-1, 2, half))
         if k is not None:
             part = to_right * (cross @ (halves[..., 0, :, :] * to_left))
@@ -260,9 +258,7 @@ class ChunkedSteps:
         shift = torch.tensor(first[:-1], device=starts.device) * TILE - starts
         self._index = torch.arange(self.tokens, device=starts.device) + shift.repeat_interleave(lengths)
         in_run = torch.cat([torch.arange(c) for c in counts] or [torch.arange(0)]).to(starts.device)
-        return (lengths.repeat_interleave(torch.tensor(counts, device=starts.device)) - in_run * TILE).clamp(
-            0, TILE
-        )
+        return (lengths.repeat_interleave(torch.tensor(counts, device=starts.device)) - in_run * TILE).clamp(0, TILE)
 
     def _tile(self, x: Tensor) -> Tensor:
         """[B, T, H*g, D] to [n, B, H, s, g, C, D] in the state's dtype, zeros behind the end."""
@@ -303,9 +299,7 @@ class ChunkedSteps:
     def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments:
         """The state at the end of every segment, from zero."""
         decays = self._tile_decays(log_decay)
-        state = k.new_zeros(
-            self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim, dtype=self.dtype
-        )
+        state = k.new_zeros(self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim, dtype=self.dtype)
         for k_n, v_n, decay in zip(self._tile(k), self._tile(v), decays):
             state = decay.total * state + (k_n * decay.leaving).mT @ v_n
         return Segments(state, self._log_total(decays))
@@ -331,9 +325,7 @@ class ChunkedSteps:
             return local_state, total.sum(2)
         return local_state, torch.stack([total[0, :, a:b].sum(1) for a, b in self.runs])
 
-    def scan(
-        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, segments: Segments, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
 
         Left fold in segment order; with `reverse` from the last segment to the first, for gradients.

@@ -11,9 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from lasp.mesh import grad_mesh
 
 
-def wrap_fsdp2(
-    model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] = (), **options
-) -> nn.Module:
+def wrap_fsdp2(model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] = (), **options) -> nn.Module:
     """Shard the parameters of each of `blocks`, then of the rest, over all ranks of `grad_mesh(mesh)`, in place.
 
     `options` go to `fully_shard` (mp_policy, reshard_after_forward, ...). With dp_replicate > 1 it is hybrid:
@@ -28,4 +26,5 @@ def wrap_fsdp2(
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])
     for block in blocks:
         fully_shard(block, mesh=axis, **options)
-    return fully_shard(model, mesh=axis, **options)
+    fully_shard(model, mesh=axis, **options)
+    return model

@@ -26,9 +26,7 @@ def sync_grads(model: nn.Module, mesh) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if sharded is not None:
-        raise ValueError(
-            f"{sharded} is sharded (DTensor): FSDP2 averages gradients itself, leave out sync_grads"
-        )
+        raise ValueError(f"{sharded} is sharded (DTensor): FSDP2 averages gradients itself, leave out sync_grads")
     for dtype in sorted({p.dtype for p in parameters}, key=str):
         mine = [p for p in parameters if p.dtype == dtype]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine])
