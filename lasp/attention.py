@@ -65,6 +65,9 @@ def linear_attention(
         ValueError, TypeError: an argument that does not fit, before any communication.
         RuntimeError: a second derivative is asked for.
     """
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state)):
+        if not isinstance(x, Tensor) and (name in "qkv" or x is not None):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     q, k, v = _autocast(q, k, v)
     if log_decay is not None and k.ndim == 4 and q.ndim == 4 and log_decay.ndim in (1, 3, 4):
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]

@@ -56,7 +56,8 @@ def schedule(name: str, heads: int, layer: int, layers: int) -> Tensor | None:
     """The log-decay [H] of layer `layer` (from 0) of `layers`, by the name of its schedule."""
     if name not in SCHEDULES:
         raise ValueError(f"decay must be one of {sorted(SCHEDULES)}, got {name!r}")
-    return SCHEDULES[name](heads, layer, layers)
+    with torch.device("cpu"):  # also when the model is being built on the meta device
+        return SCHEDULES[name](heads, layer, layers)
 
 
 def _check(heads: int, layer: int, layers: int) -> None:

@@ -258,8 +258,6 @@ class SequenceParallel:
             raise ValueError(f"exchange must be one of {EXCHANGES}, got {self.exchange!r}")
         group, ranks = _group_and_ranks(self.mesh)
         me = dist.get_rank() if group is not None else 0
-        if me not in ranks:
-            raise ValueError(f"rank {me} is not in the sequence-parallel group {ranks}")
         for name, value in (("group", group), ("ranks", ranks), ("rank", ranks.index(me))):
             object.__setattr__(self, name, value)
 
@@ -288,7 +286,12 @@ def _group_and_ranks(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGro
             raise ValueError(
                 f'expected one mesh axis such as mesh["sp"], got {mesh.mesh_dim_names} {tuple(mesh.shape)}'
             )
-        return mesh.get_group(), tuple(mesh.mesh.tolist())
+        ranks = tuple(mesh.mesh.tolist())
+        if dist.get_rank() not in ranks:  # then it has no group
+            raise ValueError(f"rank {dist.get_rank()} is not in the sequence-parallel group {ranks}")
+        return mesh.get_group(), ranks
+    if mesh is dist.GroupMember.NON_GROUP_MEMBER:  # what dist.new_group gives to the ranks that it leaves out
+        raise ValueError(f"rank {dist.get_rank()} is not in the sequence-parallel group")
     if isinstance(mesh, ProcessGroup):
         return mesh, tuple(dist.get_process_group_ranks(mesh))
     raise TypeError(f"expected a 1-D DeviceMesh, a ProcessGroup or None, got {type(mesh).__name__}")

@@ -7,6 +7,7 @@ for layers of other libraries have a file each in this folder.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from lasp.mesh import SequenceParallel
 from lasp.modules import LightningAttention
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
 def linear(module: nn.Module, sequence: SequenceParallel) -> None:
@@ -28,7 +30,15 @@ def token_local(module: nn.Module, sequence: SequenceParallel) -> None:
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
 
 
-def register(cls: type[nn.Module] | None = None, *, adapter: Adapter = linear):
+@overload
+def register(cls: ModuleClass, *, adapter: Adapter = ...) -> ModuleClass: ...
+
+
+@overload
+def register(*, adapter: Adapter = ...) -> Callable[[ModuleClass], ModuleClass]: ...
+
+
+def register(cls: type[nn.Module] | None = None, *, adapter: Adapter = linear) -> Any:
     """Tell `parallelize` how a module class of yours is split. Also a class decorator.
 
     By default the class has an attribute `sequence`, None on one rank, that its forward passes on::

@@ -1,0 +1,281 @@
+"""Train a TransNormerLLM on the bytes of real text, with every sequence split over the ranks.
+
+    python examples/train_tnl.py --verify            # all GPUs, or 2 CPU processes where there are none
+    python examples/train_tnl.py --data my_texts/ --model 385M --seq-len 65536 --parallel fsdp2 --dtype bfloat16
+    torchrun --nproc-per-node 4 examples/train_tnl.py --dp 2 --sp 2
+
+Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
+of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import _checkpoint
+import numpy as np
+import torch
+import torch.distributed as dist
+import typer
+from _report import Report
+from _text import batch_of_step, read_text, unigram_entropy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+from tqdm import trange
+
+import lasp
+from lasp.data_parallel import wrap_ddp, wrap_fsdp2
+from lasp.mesh import EXCHANGES
+from lasp.models import TNL, TNLConfig
+
+# The largest difference between the losses of a step that --verify allows. Sums taken in another order differ in the
+# last bits, and training lets such differences grow: to about 1e-5 in fp32 over the demo's steps.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line; `main` explains each."""
+
+    dp: int
+    sp: int | None
+    seq_len: int
+    batch: int
+    model: str
+    decay: str
+    steps: int
+    lr: float
+    parallel: str
+    dtype: str
+    seed: int
+    checkpoint_activations: bool
+    exchange: str
+    data: Path | None
+    out: Path | None
+    resume: bool
+    save_every: int
+    verify: bool
+    ranks: int | None
+
+
+def main(
+    dp: Annotated[int, typer.Option(min=1, help="Ranks over which the sequences of a batch are dealt out.")] = 1,
+    sp: Annotated[int | None, typer.Option(min=1, help="Ranks that share a sequence; default: all.")] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a whole sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, of all ranks together.")] = 2,
+    model: Annotated[Literal["tiny", "385M", "1B", "7B"], typer.Option(help="Size.")] = "tiny",
+    decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule.")] = "alibi",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the whole run.")] = 80,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; default: by model.")] = None,
+    parallel: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How parameters lie on the ranks.")] = "ddp",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the batches.")] = 0,
+    checkpoint_activations: Annotated[bool, typer.Option(help="Recompute blocks in backward.")] = False,
+    exchange: Annotated[str, typer.Option(help="How states travel between ranks.")] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(exists=True, help="Text file or folder; default: Python's own sources.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; default: a new one in runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only at the end.")] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare with training in one process.")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; default: GPUs, or 2.")] = None,
+) -> None:
+    """Train a byte-level TransNormerLLM with its sequences split over ranks."""
+    default_lr = {"tiny": 4e-3, "385M": 6e-4, "1B": 4e-4, "7B": 3e-4}[model]
+    arguments = {**locals(), "lr": default_lr if lr is None else lr}
+    options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
+    if not started_by_a_launcher():
+        ranks = options.ranks or torch.cuda.device_count() or 2
+        check(options, ranks, read_text(options.data))  # here once, rather than once on each rank
+        if ranks > 1:
+            relaunch(ranks)
+    run(options)
+
+
+def started_by_a_launcher() -> bool:
+    """Whether torchrun, mpirun or srun started this process as one of several."""
+    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS")
+    return "RANK" in os.environ or any(int(os.environ.get(name, "1")) > 1 for name in sizes)
+
+
+def relaunch(ranks: int) -> None:
+    """Become torchrun with the same command line. Does not return."""
+    if not torch.cuda.is_available():  # the ranks share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, __file__, *sys.argv[1:]])
+
+
+def check(options: Options, ranks: int, text: np.ndarray) -> None:
+    """Refuse options that do not fit together, before anything starts."""
+    sp = options.sp or ranks // options.dp
+    if options.dp * sp != ranks:
+        wanted = "" if options.sp is None else f" x --sp {options.sp}"
+        refuse("--dp", f"{options.dp}{wanted} does not make {ranks} ranks")
+    if options.batch % options.dp:
+        refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks")
+    if options.lr <= 0:
+        refuse("--lr", f"{options.lr} is not positive")
+    if options.exchange not in EXCHANGES:
+        refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(EXCHANGES)}")
+    if options.seq_len > len(text):
+        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text")
+    latest = None if options.out is None else options.out / "LATEST"
+    if options.resume and latest is None:
+        refuse("--resume", "needs --out, the folder of the run to go on with")
+    if options.resume and latest is not None and not latest.exists():
+        refuse("--resume", f"there is no checkpoint in --out {options.out}")
+    if not options.resume and latest is not None and latest.exists():
+        refuse("--out", f"{options.out} holds a run already; add --resume to go on with it, or name another folder")
+    if options.resume:
+        check_same_run(options)
+
+
+def check_same_run(options: Options) -> None:
+    """A resumed run may lie on other ranks, but what it computes must not change."""
+    assert options.out is not None
+    before, now = json.loads((options.out / "run.json").read_text())["options"], as_json(options)
+    for name in ("model", "decay", "seq_len", "batch", "steps", "lr", "dtype", "seed", "data"):
+        if before[name] != now[name]:
+            refuse("--" + name.replace("_", "-"), f"{now[name]}, but the run to be resumed has {before[name]}")
+
+
+def refuse(option: str, message: str) -> None:
+    """End with a message about an option; under a launcher only rank 0 prints it."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        raise typer.Exit(2)
+    raise typer.BadParameter(message, param_hint=option)
+
+
+def as_json(options: Options) -> dict:
+    """The options as run.json holds them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+
+def run(options: Options) -> None:
+    """The whole run of one rank."""
+    env = lasp.init()
+    text = read_text(options.data)
+    check(options, env.world_size, text)
+    mesh = lasp.init_mesh(dp_shard=options.dp, sp=options.sp or -1)
+    folder = options.out or new_folder()
+
+    model = build_model(options, mesh, env.device)
+    optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
+    first_step = _checkpoint.load(folder, model, optimizer) if options.resume else 0
+    report = Report(folder, env, as_json(options), first_step=first_step, entropy=unigram_entropy(text))
+    for step in range(first_step, options.steps):
+        loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
+        report.step(step, loss.item(), int(tokens))
+        due = options.save_every and (step + 1) % options.save_every == 0
+        if due or step + 1 == options.steps:
+            _checkpoint.save(folder, step + 1, model, optimizer)
+            report.restart_clock()
+    report.finish()
+    dist.destroy_process_group()
+    if options.verify and env.rank == 0:
+        torch.set_num_threads(torch.get_num_threads() * env.local_world_size)  # the other ranks have ended
+        verify(options, text, report.losses, env.device)
+
+
+def new_folder() -> Path:
+    """A folder named by the time at which rank 0 asks."""
+    name = [time.strftime("tnl-%Y%m%d-%H%M%S")]
+    dist.broadcast_object_list(name, src=0)
+    return Path("runs") / name[0]
+
+
+def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
+    """The model on this rank; without a mesh the plain one."""
+    torch.manual_seed(options.seed)  # the same weights on every rank
+    with device:
+        model = TNL(TNLConfig.named(options.model, vocab_size=256, decay=options.decay))
+    if mesh is not None:
+        lasp.parallelize(model, mesh["sp"], exchange=options.exchange)
+    if options.checkpoint_activations:
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if mesh is None:
+        return model
+    if options.parallel == "ddp":
+        return wrap_ddp(model, mesh)
+    bf16 = options.dtype == "bfloat16"
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    return wrap_fsdp2(model, mesh, blocks=model.blocks, mp_policy=policy)
+
+
+def train_step(
+    options: Options,
+    step: int,
+    text: np.ndarray,
+    model: nn.Module,
+    optimizer: Optimizer,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """One step; the loss of the global batch before it, and the tokens that it is the mean of."""
+    dp_rank, dp = (0, 1) if mesh is None else (mesh["dp_shard"].get_local_rank(), options.dp)
+    ids = batch_of_step(
+        text, seed=options.seed, step=step, batch=options.batch, seq_len=options.seq_len, dp_rank=dp_rank, dp=dp
+    )
+    local = lasp.shard_batch({"input_ids": ids.to(device)}, mesh)  # this rank's slice, its labels and its positions
+    sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded):
+        logits = model(local["input_ids"], local["position_ids"])
+    loss, tokens = lasp.token_loss(logits, local["labels"], mesh=mesh)
+    optimizer.zero_grad()
+    loss.backward()  # DDP and FSDP2 average the gradients over dp x sp
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(options, step)
+    optimizer.step()
+    return loss.detach(), tokens
+
+
+def learning_rate(options: Options, step: int) -> float:
+    """Linear warm-up over a tenth of the steps, then half a cosine down to a tenth of the rate."""
+    warmup = max(1, options.steps // 10)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, options.steps - warmup)
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def verify(options: Options, text: np.ndarray, split: list[float], device: torch.device) -> None:
+    """Train the same seed on the same batches without lasp's ranks, and compare the loss of every step."""
+    print("The same training in one process, for comparison:")
+    model = build_model(options, None, device)
+    optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
+    single = []
+    for step in trange(options.steps, unit="step", dynamic_ncols=True):
+        loss, _ = train_step(options, step, text, model, optimizer, None, device)
+        single.append(loss.item())
+    print(f"{'step':>6}  {'split':>10}  {'one process':>11}  {'difference':>10}")
+    for step in sorted({*range(0, options.steps, max(1, options.steps // 10)), options.steps - 1}):
+        print(f"{step:6d}  {split[step]:10.6f}  {single[step]:11.6f}  {abs(split[step] - single[step]):10.1e}")
+    worst = max(range(options.steps), key=lambda step: abs(split[step] - single[step]))
+    difference, tolerance = abs(split[worst] - single[worst]), TOLERANCE[options.dtype]
+    print(f"largest difference of all {options.steps} steps: {difference:.1e} at step {worst}", end="")
+    print(f" (tolerance {tolerance:g}): {'the same training' if difference <= tolerance else 'NOT the same'}")
+    if not difference <= tolerance:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(
+        pretty_exceptions_enable=False, add_completion=False
+    )  # plain tracebacks: every rank may print one
+    app.command()(main)
+    app()

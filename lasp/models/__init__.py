@@ -1,0 +1,6 @@
+"""Models as single-device code: no rank, no group. `lasp.parallelize` splits their sequence from outside."""
+
+from lasp.models.linear_transformer import LinearTransformer, LinearTransformerConfig
+from lasp.models.tnl import TNL, TNLConfig
+
+__all__ = ["TNL", "LinearTransformer", "LinearTransformerConfig", "TNLConfig"]

@@ -1,0 +1,156 @@
+"""A transformer whose attention is linear and has no decay: the second model that LASP was measured with.
+
+The feature map elu(x) + 1 is that of "Transformers are RNNs" (arXiv 2006.16236, eq. 7). Its denominator is left out
+and the output normalised instead, since that denominator makes gradients unbounded (arXiv 2210.10340, section 3).
+The rest is the usual pre-norm transformer. Written for one device, as `lasp.models.tnl`; shapes as there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp.data import ShardLayout
+from lasp.modules import LightningAttention
+
+
+@dataclass(frozen=True)
+class LinearTransformerConfig:
+    """The size of a `LinearTransformer`.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        layers: number of blocks.
+        width: D, the channels of a token; even.
+        heads: H; it divides the width.
+        mlp_width: inner channels of the feed-forward layer.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(f"width must be even and a multiple of heads, got {self.width} and {self.heads}")
+
+    @classmethod
+    def named(cls, name: str, **changes) -> LinearTransformerConfig:
+        """A configuration by name: "tiny" or "385M", the sizes of the TNLs; `changes` are fields to set otherwise."""
+        if name not in SIZES:
+            raise ValueError(f"a LinearTransformer's name must be one of {list(SIZES)}, got {name!r}")
+        return replace(SIZES[name], **changes)
+
+
+SIZES = {
+    "tiny": LinearTransformerConfig(64000, layers=4, width=128, heads=4, mlp_width=512),
+    "385M": LinearTransformerConfig(64000, layers=24, width=1024, heads=8, mlp_width=4096),
+}
+
+
+class LinearTransformer(nn.Module):
+    """The language model: embedding with sinusoidal positions, blocks, norm, head."""
+
+    def __init__(self, config: LinearTransformerConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random weights; call it after `to_empty` if the model was built on the meta device."""
+        nn.init.normal_(self.embedding.weight)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for block in self.blocks:  # what a block adds starts small, as the number of blocks asks
+                for out in (block.attention.out, block.mlp[-1]):  # type: ignore[union-attr,index]
+                    out.weight.mul_((2 * self.config.layers) ** -0.5)  # type: ignore[union-attr,operator]
+            self.head.weight.mul_(0.1)  # nearly equal logits: the loss starts at ln(vocab_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        layout: ShardLayout | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size]; the arguments are those of `lasp.models.TNL.forward`."""
+        if position_ids is None:
+            position_ids = self._default_positions(input_ids)
+        x = self.embedding(input_ids)  # [B, T, D]
+        x = x + sinusoids(position_ids, self.config.width).to(x.dtype)
+        for block in self.blocks:
+            x = block(x, layout)
+        return self.head(self.norm(x))
+
+    def _default_positions(self, input_ids: Tensor) -> Tensor:
+        first = self.blocks[0].attention  # type: ignore[union-attr]
+        if first.attention.sequence is not None:  # type: ignore[union-attr]
+            raise ValueError("position_ids are needed when the sequence is split; lasp.shard_batch makes them")
+        return torch.arange(input_ids.shape[1], device=input_ids.device)
+
+
+def sinusoids(position_ids: Tensor, width: int) -> Tensor:
+    """Sine and cosine of each position (arXiv 1706.03762, section 3.5): integers [..., T] to fp32 [..., T, width]."""
+    if position_ids.is_floating_point():
+        raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
+    exponent = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float32) / -width
+    angle = position_ids.float().unsqueeze(-1) * torch.pow(10000.0, exponent)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LinearTransformerConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = MultiHeadLinearAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, config.mlp_width), nn.GELU(), nn.Linear(config.mlp_width, config.width)
+        )
+
+    def forward(self, x: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """x [B, T, D] to the same shape and dtype; the layout as in `LinearTransformer.forward`."""
+        x = x + self.attention(self.attention_norm(x), layout)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MultiHeadLinearAttention(nn.Module):
+    """norm(phi(x W_q) sum_s phi(x W_k)^T (x W_v)) W_o with phi(x) = elu(x) + 1; the norm is RMS, in each head."""
+
+    def __init__(self, config: LinearTransformerConfig):
+        super().__init__()
+        D, self.heads = config.width, config.heads
+        self.query = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.attention = LightningAttention(scale=1 / math.sqrt(D // self.heads))
+
+    def forward(self, x: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """x [B, T, D] to the same shape and dtype; the layout as in `LinearTransformer.forward`."""
+        split = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
+        q = F.elu(self.query(x)).add(1).view(split)
+        k = F.elu(self.key(x)).add(1).view(split)
+        v = self.value(x).view(split)
+        o = self.attention(q, k, v, layout=layout)
+        return self.out(F.rms_norm(o, o.shape[-1:], eps=1e-6).flatten(2))

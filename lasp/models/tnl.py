@@ -1,0 +1,228 @@
+"""TransNormerLLM (TNL): linear attention with a decay for each head, norms without parameters, gated linear units.
+
+The model is that of "TransNormerLLM" (arXiv 2307.14995) as "Various Lengths, Constant Speed" (arXiv 2405.17381)
+trains it. It is written for one device; `lasp.parallelize` splits its sequence over ranks. Shapes in comments:
+B sequences, T tokens (of this rank), D the width, H heads of K = D / H channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp import decay
+from lasp.data import ShardLayout
+from lasp.modules import LightningAttention
+
+
+@dataclass(frozen=True)
+class TNLConfig:
+    """The size of a TNL, and which of its published variants it is.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        layers: number of blocks.
+        width: D, the channels of a token.
+        heads: H; it divides the width.
+        glu_width: inner channels of the gated linear unit.
+        decay: the schedule of `lasp.decay` by name. "alibi" is that of the released weights, "tnl" the paper's.
+        lrpe: rotate queries and keys of the first layer by position. It doubles the attention state there.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    glu_width: int
+    decay: str = "alibi"
+    lrpe: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads", "glu_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.decay not in decay.SCHEDULES:
+            raise ValueError(f"decay must be one of {sorted(decay.SCHEDULES)}, got {self.decay!r}")
+
+    @classmethod
+    def named(cls, name: str, **changes) -> TNLConfig:
+        """A configuration by name: "tiny", "385M", "1B" or "7B"; `changes` are fields to set otherwise.
+
+        The sizes are those of OpenNLPLab's released models, whose vocabulary of 64000 is the default; "tiny" is
+        this project's, for demonstrations on CPUs. The 7B's glu_width is that of the same group's 7B in
+        arXiv 2406.16690: it is not published for TNL.
+        """
+        if name not in SIZES:
+            raise ValueError(f"a TNL's name must be one of {list(SIZES)}, got {name!r}")
+        return replace(SIZES[name], **changes)
+
+
+SIZES = {
+    "tiny": TNLConfig(64000, layers=4, width=128, heads=4, glu_width=384),
+    "385M": TNLConfig(64000, layers=24, width=1024, heads=8, glu_width=2816),
+    "1B": TNLConfig(64000, layers=16, width=2048, heads=16, glu_width=5632),
+    "7B": TNLConfig(64000, layers=30, width=4096, heads=32, glu_width=11008),
+}
+
+
+class TNL(nn.Module):
+    """The language model: embedding, blocks, norm, head.
+
+    To build it without memory, for a size that one device cannot hold::
+
+        with torch.device("meta"):
+            model = TNL(config)
+        ...                               # lasp.parallelize, fully_shard
+        model.to_empty(device="cuda")
+        model.init_weights()
+    """
+
+    def __init__(self, config: TNLConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = SimpleRMSNorm()
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random weights: unit-sized activations at the start, and nearly uniform predictions."""
+        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, LRPE):
+                nn.init.zeros_(module.delta)
+        with torch.no_grad():
+            for block in self.blocks:  # what a block adds starts small, as the number of blocks asks
+                for layer in (block.attention, block.glu):
+                    layer.out.weight.mul_((2 * self.config.layers) ** -0.5)  # type: ignore[union-attr,operator]
+            self.head.weight.mul_(0.1)  # nearly equal logits: the loss starts at ln(vocab_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        layout: ShardLayout | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size] in the model's dtype.
+
+        Args:
+            input_ids: [B, T], int64; on a rank of a split sequence its slice, as `lasp.shard_batch` cuts it.
+            position_ids: [B, T] or [T], integers: positions in the *whole* sequence. By default 0, 1, ... T - 1,
+                which is wrong on a slice and refused there.
+            layout: how packed sequences lie on the ranks, from `lasp.shard_batch`.
+        """
+        if position_ids is None:
+            position_ids = self._default_positions(input_ids)
+        x = self.embedding(input_ids) * math.sqrt(self.config.width)  # [B, T, D]
+        for block in self.blocks:
+            x = block(x, position_ids, layout)
+        return self.head(self.norm(x))
+
+    def _default_positions(self, input_ids: Tensor) -> Tensor:
+        first = self.blocks[0].attention  # type: ignore[union-attr]
+        if self.config.lrpe and first.attention.sequence is not None:  # type: ignore[union-attr]
+            raise ValueError("position_ids are needed when the sequence is split; lasp.shard_batch makes them")
+        return torch.arange(input_ids.shape[1], device=input_ids.device)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + glu(norm(x)) (arXiv 2405.17381, section 4)."""
+
+    def __init__(self, config: TNLConfig, layer: int):
+        super().__init__()
+        self.attention_norm = SimpleRMSNorm()
+        self.attention = GatedLinearAttention(config, layer)
+        self.glu_norm = SimpleRMSNorm()
+        self.glu = SimpleGLU(config)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
+        x = x + self.attention(self.attention_norm(x), position_ids, layout)
+        return x + self.glu(self.glu_norm(x))
+
+
+class GatedLinearAttention(nn.Module):
+    """[norm(attention(swish(x W_q), swish(x W_k), x W_v)) * x W_u] W_o (arXiv 2405.17381, section 4).
+
+    The norm spans all heads of a token. Queries are not scaled by 1 / sqrt(K): the norm would undo it.
+    """
+
+    def __init__(self, config: TNLConfig, layer: int):
+        super().__init__()
+        D, self.heads = config.width, config.heads
+        self.query = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.gate = nn.Linear(D, D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.lrpe = LRPE(self.heads, D // self.heads) if config.lrpe and layer == 0 else None
+        self.attention = LightningAttention(decay.schedule(config.decay, self.heads, layer, config.layers))
+        self.norm = SimpleRMSNorm()
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
+        split = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
+        q = F.silu(self.query(x)).view(split)
+        k = F.silu(self.key(x)).view(split)
+        v = self.value(x).view(split)
+        if self.lrpe is not None:
+            q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
+        o = self.norm(self.attention(q, k, v, layout=layout).flatten(2))
+        return self.out(o * self.gate(x))
+
+
+class LRPE(nn.Module):
+    """Linearized relative positional encoding: q_t . k_s becomes sum_j q_tj k_sj cos(theta_j (t - s)).
+
+    The rotation e^{i theta t} of arXiv 2307.14995, section 3.1, in real form: x to [x cos(theta t), x sin(theta t)], so
+    K doubles. The frequencies are learned, theta_j = 10000^(-2j/D) exp(delta_j) over the channels j of all heads. What
+    is trained and stored is delta, zero at first: casting a model to bf16 then leaves the frequencies exact, and a
+    step of the optimizer changes slow frequencies as much as fast ones, in proportion.
+    """
+
+    def __init__(self, heads: int, channels: int):
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(heads, channels))
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k [B, T, H, K] and integer positions [B, T] or [T] to q, k [B, T, H, 2K] of the same dtype."""
+        if position_ids.is_floating_point():
+            raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
+        H, K = self.delta.shape
+        exponent = torch.arange(H * K, device=q.device, dtype=torch.float32).view(H, K) * (-2 / (H * K))
+        theta = torch.pow(10000.0, exponent) * self.delta.float().exp()
+        # In fp32 whatever the model's dtype: in bf16 tokens beyond position 256 would share their positions.
+        angle = position_ids.float()[..., None, None] * theta  # [B, T, H, K] or [T, H, K]
+        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+        return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
+
+
+class SimpleGLU(nn.Module):
+    """(x W_v * x W_u) W_o: a gated linear unit without activation (arXiv 2307.14995, section 3.1)."""
+
+    def __init__(self, config: TNLConfig):
+        super().__init__()
+        self.value = nn.Linear(config.width, config.glu_width, bias=False)
+        self.gate = nn.Linear(config.width, config.glu_width, bias=False)
+        self.out = nn.Linear(config.glu_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] to the same shape and dtype."""
+        return self.out(self.value(x) * self.gate(x))
+
+
+class SimpleRMSNorm(nn.Module):
+    """x sqrt(D) / |x|, without a gain (arXiv 2307.14995, section 3.1); computed in fp32 inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] to the same shape and dtype."""
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)

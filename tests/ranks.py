@@ -1,0 +1,148 @@
+"""A pool of worker processes that stays up for the whole session, so that a distributed test costs milliseconds.
+
+`run_ranks(world, fn, *args)` calls a top-level function on `world` ranks at once, each in a process of its own whose
+default process group (gloo) has exactly those ranks. What the ranks return comes back as a list. An exception on any
+rank, or a rank that hangs, fails the test and names the rank; the processes are then replaced by fresh ones.
+"""
+
+import functools
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+import poison
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60.0  # seconds that a job may take
+GRACE = 3.0  # seconds that the other ranks have after one has failed
+GLOO_TIMEOUT = 30.0  # seconds after which gloo itself gives up, with a traceback
+
+_pools: dict[int, "_Pool"] = {}
+
+
+class RankError(AssertionError):
+    """A job failed on the ranks that the message names."""
+
+
+def run_ranks(world, fn, *args, timeout=TIMEOUT):
+    """Call `fn(*args)` on ranks 0 to world - 1; returns what each of them returned."""
+    if world not in _pools:
+        _pools[world] = _Pool(world)
+    try:
+        return _pools[world].run(fn, args, timeout)
+    except BaseException:
+        _pools.pop(world).kill()  # its groups may be in the middle of anything
+        raise
+
+
+def shutdown():
+    """End all workers."""
+    while _pools:
+        _pools.popitem()[1].kill()
+
+
+@functools.cache
+def sequence_of_all(exchange="auto"):
+    """In a worker: the sequence over all its ranks. Its traffic adds up over jobs."""
+    import lasp
+
+    return lasp.SequenceParallel(dist.group.WORLD, exchange=exchange)
+
+
+@functools.cache
+def mesh_of(**axes):
+    """In a worker: `lasp.init_mesh`, made once."""
+    import lasp
+
+    return lasp.init_mesh(**axes)
+
+
+class _Pool:
+    def __init__(self, world):
+        # A server that has imported torch forks the workers at once; elsewhere than on Linux forking is not safe.
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            context.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.workers, self.pipes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(rank, world, self.store.port, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self.workers.append(worker)
+            self.pipes.append(ours)
+
+    def run(self, fn, args, timeout):
+        job = pickle.dumps((fn, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(job)
+        results, errors = {}, {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(errors) < len(self.pipes):
+            open_pipes = [p for r, p in enumerate(self.pipes) if r not in results and r not in errors]
+            ready = wait(open_pipes, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                try:
+                    done, value = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionError):
+                    self.workers[rank].join(1)
+                    done, value = False, f"the process died, exit code {self.workers[rank].exitcode}"
+                (results if done else errors)[rank] = value
+                if not done:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        silent = [r for r in range(len(self.pipes)) if r not in results and r not in errors]
+        if errors or silent:
+            raise RankError(_explain(errors, silent, len(self.pipes)))
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def kill(self):
+        for worker in self.workers:
+            worker.kill()
+        for worker in self.workers:
+            worker.join()
+        for pipe in self.pipes:
+            pipe.close()
+
+
+def _explain(errors, silent, world):
+    parts = [f"rank {rank} of {world} failed:\n{text}" for rank, text in sorted(errors.items())]
+    if silent:
+        parts.append(f"rank {', '.join(map(str, silent))} of {world} did not finish and was killed")
+    return "\n".join(parts)
+
+
+def _work(rank, world, port, pipe):
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    poison.install()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    limit = timedelta(seconds=GLOO_TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    while True:
+        try:
+            job = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            fn, args = pickle.loads(job)
+            answer = pickle.dumps((True, fn(*args)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
+def _die_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,331 @@
+"""`parallelize`, `explain` and `register`: what they find, what they refuse, and what they leave alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from inputs import assert_close
+from ranks import mesh_of, run_ranks
+from small_model import HEADS, VOCABULARY, WIDTH, SmallModel
+from torch import nn
+
+import lasp
+from lasp.modules import LightningAttention
+
+
+class WithLayer(nn.Module):
+    """A model that can be split, with one more layer at `extra.layer`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = LightningAttention()
+        self.extra = nn.ModuleDict({"layer": layer})
+
+
+class FooAttention(nn.Module):
+    """A mixing layer of somebody else."""
+
+
+class MyMixer(nn.Module):
+    """A mixing layer whose class its user registers."""
+
+    sequence = None
+
+    def forward(self, x):
+        x = x.unsqueeze(2)
+        o, _ = lasp.linear_attention(x, x, x, sequence=self.sequence)
+        return o.squeeze(2)
+
+
+class MyMixersChild(MyMixer):
+    pass
+
+
+lasp.register(MyMixer)
+
+
+def tokens(T=13, rows=2):
+    return torch.randint(VOCABULARY, (rows, T), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(model, ids, mesh=None):
+    local = lasp.shard_batch({"input_ids": ids}, mesh, pad=False)
+    return model(local["input_ids"], local["position_ids"])
+
+
+def assert_same_logits(model, serial, mesh, ids):
+    whole = lasp.unshard_sequence(logits_of(model, ids, mesh), mesh)
+    assert_close(whole, logits_of(serial, ids), "logits")
+
+
+# What it does
+
+
+def _splits_the_model():
+    mesh = mesh_of(sp=dist.get_world_size())
+    model, serial = SmallModel().double(), SmallModel().double()
+    assert lasp.parallelize(model, mesh["sp"]) is model
+    assert list(model.state_dict()) == list(serial.state_dict())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in serial.named_parameters()]
+    assert_same_logits(model, serial, mesh, tokens())
+    with pytest.raises(ValueError, match="this SmallModel is parallelized already"):
+        lasp.parallelize(model, mesh["sp"])
+    with pytest.raises(ValueError, match="this Sequential is parallelized already"):
+        lasp.parallelize(nn.Sequential(model), mesh["sp"])
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_logits_are_those_of_one_process_and_keys_stay(world):
+    run_ranks(world, _splits_the_model)
+
+
+def _accepts(kind):
+    mesh = mesh_of(sp=2)
+    given = {"mesh": mesh, "axis": mesh["sp"], "group": dist.group.WORLD, "sequence": lasp.SequenceParallel(mesh["sp"])}
+    model = lasp.parallelize(SmallModel().double(), given[kind], exchange="ring")
+    assert [(layer.ranks, layer.exchange) for layer in lasp.explain(model)] == [(2, "ring")] * 2
+    assert_same_logits(model, SmallModel().double(), given[kind], tokens())
+
+
+@pytest.mark.parametrize("kind", ["mesh", "axis", "group", "sequence"])
+def test_accepts_a_mesh_an_axis_or_a_group(kind):
+    run_ranks(2, _accepts, kind)
+
+
+def test_one_rank_leaves_the_model_as_it_was():
+    model, serial = SmallModel(), SmallModel()
+    before = copy.deepcopy(dict(model.named_modules()))
+    assert lasp.parallelize(model, None) is model
+    assert all(getattr(module, "sequence", None) is None for module in model.modules())
+    assert list(model.state_dict()) == list(serial.state_dict())
+    for path, module in model.named_modules():
+        assert type(module) is type(before[path])
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert vars(module).keys() == vars(before[path]).keys()
+    assert torch.equal(logits_of(model, tokens()), logits_of(serial, tokens()))
+    assert lasp.explain(model) == []
+    assert str(lasp.explain(model)) == "one rank: nothing is split"
+    with pytest.raises(ValueError, match="parallelized already"):
+        lasp.parallelize(model, None)
+
+
+def _one_rank_mesh():
+    model = lasp.parallelize(SmallModel(), mesh_of(sp=1))
+    assert all(getattr(module, "sequence", None) is None for module in model.modules())
+
+
+def test_an_axis_of_one_rank_is_one_rank():
+    run_ranks(1, _one_rank_mesh)
+
+
+def _two_models_two_meshes():
+    pair, all_four = mesh_of(sp=2), mesh_of(sp=4)
+    serials = [SmallModel(seed).double() for seed in (1, 2)]
+    models = [lasp.parallelize(SmallModel(seed).double(), mesh) for seed, mesh in ((1, pair), (2, all_four))]
+    assert {layer.ranks for layer in lasp.explain(models[0])} == {2}
+    assert {layer.ranks for layer in lasp.explain(models[1])} == {4}
+    outputs = [logits_of(m, tokens(), mesh) for m, mesh in zip(models, (pair, all_four))]
+    for output, mesh, serial in zip(outputs, (pair, all_four), serials):
+        assert_close(lasp.unshard_sequence(output, mesh), logits_of(serial, tokens()), "logits")
+    for serial in serials:
+        logits_of(serial, tokens()).square().mean().backward()
+    for output, model, serial, mesh in zip(outputs, models, serials, (pair, all_four)):
+        output.square().sum().backward()  # the same loss: the averages below divide by the ranks
+        lasp.sync_grads(model, mesh)
+        # The pair's mesh has two data-parallel replicas of the same batch, so the average is over 4 ranks, of 2 shards.
+        factor = mesh["sp"].size() / (2 * 13 * VOCABULARY)
+        for name, p in model.named_parameters():
+            assert_close(p.grad * factor, serial.get_parameter(name).grad, name)
+
+
+def test_two_models_on_two_meshes_in_one_process():
+    run_ranks(4, _two_models_two_meshes)
+
+
+def _deepcopy():
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(SmallModel().double(), mesh)
+    twin = copy.deepcopy(model)
+    assert len(lasp.explain(twin)) == 2
+    assert_same_logits(twin, SmallModel().double(), mesh, tokens())
+    with pytest.raises(ValueError, match="parallelized already"):
+        lasp.parallelize(twin, mesh)
+
+
+def test_a_copy_of_a_split_model_is_split():
+    run_ranks(2, _deepcopy)
+
+
+# register
+
+
+def _registered():
+    mesh = mesh_of(sp=2)
+    x = torch.randn(1, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for cls in (MyMixer, MyMixersChild):
+        model = lasp.parallelize(nn.Sequential(cls(), nn.Identity()), mesh)
+        assert [layer.path for layer in lasp.explain(model)] == ["0"]
+        split = lasp.unshard_sequence(model(lasp.shard_sequence(x, mesh)), mesh)
+        assert_close(split, cls()(x), "output")
+
+
+def test_registered_classes_and_their_subclasses_are_split():
+    run_ranks(2, _registered)
+
+
+def _own_adapter():
+    seen = []
+
+    @lasp.register(adapter=lambda module, sequence: seen.append((module, sequence.size, sequence.name)))
+    class Local(nn.Module):
+        pass
+
+    model = nn.Sequential(nn.Identity(), Local())
+    lasp.parallelize(model, mesh_of(sp=2))
+    assert seen == [(model[1], 2, "1")]
+
+
+def test_an_adapter_of_ones_own():
+    run_ranks(2, _own_adapter)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (FooAttention, "FooAttention needs a class attribute `sequence = None`"),
+        (int, "register takes a torch.nn.Module class, got <class 'int'>"),
+        (FooAttention(), r"register takes a torch.nn.Module class, got FooAttention\(\)"),
+    ],
+)
+def test_classes_that_cannot_be_registered(cls, message):
+    with pytest.raises(TypeError, match=message):
+        lasp.register(cls)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MultiheadAttention(4, 1),
+        nn.Conv1d(4, 4, 3),
+        nn.LSTM(4, 4),
+        nn.GRUCell(4, 4),
+        nn.MaxPool1d(2),
+        nn.BatchNorm1d(4),
+        FooAttention(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_an_unknown_mixing_layer_is_refused_by_its_path(layer):
+    name = type(layer).__name__
+    with pytest.raises(
+        ValueError, match=rf"cannot split the sequence of: extra\.layer \({name}\)(.|\n)*lasp\.register"
+    ):
+        lasp.parallelize(WithLayer(layer), None)
+    assert lasp.parallelize(WithLayer(layer), None, strict=False)
+    assert lasp.parallelize(WithLayer(layer), None, plan={"extra.*": lasp.adapters.token_local})
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(4, 4), nn.Dropout()], ids=str)
+def test_layers_of_single_tokens_are_accepted(layer):
+    assert lasp.parallelize(WithLayer(layer), None)
+
+
+def test_a_refused_model_can_be_tried_again():
+    model = WithLayer(nn.Conv1d(4, 4, 3))
+    with pytest.raises(ValueError, match="cannot split"):
+        lasp.parallelize(model, None)
+    assert lasp.parallelize(model, None, strict=False) is model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Sequential(nn.Linear(2, 2)), {}, "Sequential has no layer that can be split"),
+        (
+            WithLayer(nn.Identity()),
+            {"plan": {"inner": lasp.adapters.token_local}},
+            "WithLayer has no layer that can be split",
+        ),
+        (
+            WithLayer(nn.Identity()),
+            {"plan": {"nothing.*": lasp.adapters.linear}},
+            r"no layer matches the plan's \['nothing",
+        ),
+        (WithLayer(nn.Identity()), {"exchange": "pigeon"}, "exchange must be one of .*'ring'.*, got 'pigeon'"),
+        (WithLayer(nn.Identity()), {"softmax": "ring"}, "softmax must be \"all_gather\", got 'ring'"),
+        (WithLayer(nn.Identity()), {"validate": "always"}, 'validate must be "first" or "off", got \'always\''),
+    ],
+)
+def test_bad_arguments_of_parallelize(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        lasp.parallelize(model, None, **options)
+
+
+def _models_differ(world):
+    odd = dist.get_rank() == 1
+    model = nn.Sequential(nn.Identity() if odd else LightningAttention(), LightningAttention())
+    with pytest.raises(lasp.RankMismatchError, match=r"rank 1 of the sequence would split \['1: LightningAttention"):
+        lasp.parallelize(model, dist.group.WORLD)
+    assert all(getattr(m, "sequence", None) is None for m in model)
+    total = torch.ones(())
+    dist.all_reduce(total)  # the group is still usable
+    assert total.item() == world
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_models_that_differ_raise_on_every_rank(world):
+    run_ranks(world, _models_differ, world)
+
+
+# explain
+
+
+def _explain():
+    mesh, rank, world = mesh_of(sp=3), dist.get_rank(), 3
+    model = lasp.parallelize(SmallModel(), mesh)
+    before = lasp.explain(model)
+    assert [layer.path for layer in before] == ["blocks.0.mixer.inner", "blocks.1.mixer.inner"]
+    assert {(layer.module, layer.exchange, layer.ranks) for layer in before} == {("LightningAttention", "ring", world)}
+    assert [layer.bytes_per_step for layer in before] == [None, None]
+    assert str(before).count("run a step") == 2
+    for _ in range(2):
+        logits_of(model, tokens(), mesh).sum().backward()
+    head = WIDTH // HEADS
+    message = 4 * 2 * HEADS * (head * head + 1)  # fp32: a batch of 2, a state and a decay for each head
+    hops = 2 if rank == 1 else 1  # the middle rank sends both ways
+    for layer in lasp.explain(model):
+        assert layer.exchanges == 4
+        assert layer.bytes_sent == 2 * hops * message
+        assert layer.bytes_per_step == hops * message
+    assert f"{hops * message:,}" in str(lasp.explain(model))
+
+
+def test_explain_tells_layers_and_the_bytes_that_were_sent():
+    run_ranks(3, _explain)
+
+
+# LightningAttention
+
+
+def test_lightning_attention_keeps_its_decay_in_fp32_and_out_of_the_state():
+    decay = torch.tensor([-0.1234567, -1.0])
+    layer = LightningAttention(decay).to(torch.bfloat16)
+    assert not layer.state_dict()
+    assert not list(layer.parameters())
+    assert torch.equal(layer.log_decay(torch.device("cpu")), decay)
+    q = torch.randn(1, 5, 2, 3).bfloat16()
+    expected, _ = lasp.linear_attention(q, q, q, log_decay=decay)
+    assert torch.equal(layer(q, q, q), expected)
+
+
+def test_lightning_attention_takes_a_decay_from_the_data_or_a_fixed_one():
+    q, decay = torch.randn(1, 5, 2, 3), -torch.rand(1, 5, 2)
+    expected, _ = lasp.linear_attention(q, q, q, log_decay=decay, scale=0.5)
+    assert torch.equal(LightningAttention(scale=0.5)(q, q, q, decay), expected)
+    with pytest.raises(ValueError, match="log_decay is fixed for this layer"):
+        LightningAttention(torch.zeros(2))(q, q, q, decay)

@@ -1,0 +1,163 @@
+"""Bad arguments of the operator and of the ranks: each with its message, before any communication."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.distributed.device_mesh import DeviceMesh
+
+import lasp
+
+B, T, H, K, V = 2, 5, 2, 3, 4
+
+
+def call(**changed):
+    arguments = {
+        "q": torch.zeros(B, T, 2 * H, K),
+        "k": torch.zeros(B, T, H, K),
+        "v": torch.zeros(B, T, H, V),
+        **changed,
+    }
+    return lasp.linear_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_the_arguments_that_the_others_change_are_good():
+    call()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+        ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
+        ({"log_decay": -0.1}, TypeError, "log_decay must be a tensor, got float"),
+        ({"initial_state": 0}, TypeError, "initial_state must be a tensor, got int"),
+        (
+            {"q": torch.zeros(B, T, H, K, dtype=torch.int64)},
+            TypeError,
+            "q must be a floating-point tensor, got torch.int64",
+        ),
+        ({"v": torch.zeros(B, T, H)}, ValueError, r"v must have shape \[B, T, H, dim\], got \(2, 5, 2\)"),
+        ({"v": torch.zeros(B, T, H, V).half()}, TypeError, "one dtype, got q torch.float32 and v torch.float16"),
+        ({"v": torch.zeros(B, T, H, V, device="meta")}, ValueError, "one device, got q on cpu and v on meta"),
+        (
+            {"v": torch.zeros(B, T + 1, H, V)},
+            ValueError,
+            r"k and v must agree in \[B, T, H\], got k .* and v \(2, 6, 2, 4\)",
+        ),
+        ({"q": torch.zeros(B, T, H, K + 1)}, ValueError, r"q and k must agree in B, T and K, got q \(2, 5, 2, 4\)"),
+        ({"q": torch.zeros(B, T, 3, K)}, ValueError, "q must have a multiple of the heads of k, got 3 and 2"),
+        ({"segment_length": 0}, ValueError, "segment_length must be a positive multiple of 64, got 0"),
+        ({"segment_length": 100}, ValueError, "segment_length must be a positive multiple of 64, got 100"),
+        ({"log_decay": torch.zeros(H, dtype=torch.int64)}, TypeError, "log_decay must be a floating-point tensor"),
+        ({"log_decay": torch.zeros(H + 1)}, ValueError, r"log_decay must have shape \[H\] = \(2,\).*got \(3,\)"),
+        ({"log_decay": torch.zeros(B, T)}, ValueError, r"log_decay must have shape .*got \(2, 5\)"),
+        ({"log_decay": torch.zeros(B, T, H, V)}, ValueError, r"log_decay must have shape .*got \(2, 5, 2, 4\)"),
+        (
+            {"log_decay": torch.tensor([0.1, -0.1])},
+            ValueError,
+            "log_decay must be finite and <= 0, got values from -0.1",
+        ),
+        (
+            {"log_decay": torch.tensor([-torch.inf, 0])},
+            ValueError,
+            "log_decay must be finite and <= 0, got values from -inf",
+        ),
+        (
+            {"log_decay": torch.tensor([torch.nan, 0])},
+            ValueError,
+            "log_decay must be finite and <= 0, got values from nan",
+        ),
+        (
+            {"initial_state": torch.zeros(B, H, V, K)},
+            ValueError,
+            r"initial_state must have .* \(2, 2, 3, 4\), got \(2, 2, 4, 3\)",
+        ),
+        ({"sequence": "sp"}, TypeError, "sequence must be a lasp.SequenceParallel or None, got str"),
+        ({"layout": lasp.ShardLayout((T, T))}, ValueError, "layout is for 2 ranks, but the sequence has 1"),
+        ({"layout": lasp.ShardLayout((T + 1,))}, ValueError, "layout gives rank 0 6 tokens, but k has 5"),
+        (
+            {"layout": lasp.ShardLayout((T,), (0, T))},
+            ValueError,
+            r"packed sequences \(cu_seqlens\) need a batch of 1, got 2",
+        ),
+    ],
+)
+def test_linear_attention(changed, error, message):
+    with pytest.raises(error, match=message):
+        call(**changed)
+
+
+def _before_communication():
+    """One rank alone raises; the exchange that follows finds nothing of it in its way."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="heads of k"):
+            call(q=torch.zeros(B, T, 3, K), sequence=sequence)
+    o, _ = call(sequence=sequence)
+    assert torch.equal(o, torch.zeros(B, T, 2 * H, V))
+    assert sequence.traffic.forward_exchanges == 1
+
+
+def test_a_bad_argument_on_one_rank_leaves_the_group_usable():
+    run_ranks(2, _before_communication)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "error", "message"),
+    [
+        (None, {"exchange": "pigeon"}, ValueError, "exchange must be one of .*got 'pigeon'"),
+        ("sp", {}, TypeError, "expected a 1-D DeviceMesh, a ProcessGroup or None, got str"),
+        (3, {}, TypeError, "expected a 1-D DeviceMesh, a ProcessGroup or None, got int"),
+    ],
+)
+def test_sequence_parallel(mesh, options, error, message):
+    with pytest.raises(error, match=message):
+        lasp.SequenceParallel(mesh, **options)
+
+
+def _meshes():
+    square = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "cp"))
+    with pytest.raises(
+        ValueError, match=r'expected one mesh axis such as mesh\["sp"\], got \(\'dp\', \'cp\'\) \(2, 2\)'
+    ):
+        lasp.SequenceParallel(square)
+    for function in (lambda: lasp.parallelize(torch.nn.Identity(), square), lambda: lasp.shard_batch({}, square)):
+        with pytest.raises(ValueError, match=r"the mesh has no axis \"sp\", only \('dp', 'cp'\)"):
+            function()
+    some = DeviceMesh("cpu", [1, 3])
+    if dist.get_rank() in (0, 2):
+        with pytest.raises(ValueError, match=rf"rank {dist.get_rank()} is not in .*\(1, 3\)"):
+            lasp.SequenceParallel(some)
+    else:
+        assert lasp.SequenceParallel(some).ranks == (1, 3)
+
+
+def test_meshes_that_are_no_sequence():
+    run_ranks(4, _meshes)
+
+
+def _init_mesh():
+    mesh = lasp.init_mesh(sp=2)
+    assert mesh.mesh_dim_names == ("dp_replicate", "dp_shard", "sp", "tp")
+    assert tuple(mesh.shape) == (1, 2, 2, 1)
+    assert mesh["sp"].mesh.tolist() in ([0, 1], [2, 3])  # neighbours in the sequence are neighbours in rank
+    assert tuple(lasp.init_mesh(dp_shard=1, sp=-1).shape) == (1, 1, 4, 1)
+    for options, message in [
+        ({"sp": 0}, "sp must be positive or -1, got 0"),
+        ({"tp": -2}, "tp must be positive or -1, got -2"),
+        ({"sp": -1}, "only one axis may be -1, got dp_shard and sp"),
+        ({"sp": 3}, "'sp': 3.* does not divide 4 ranks"),
+        ({"dp_shard": 1, "sp": 2}, "does not divide 4 ranks"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lasp.init_mesh(**options)
+
+
+def test_init_mesh():
+    run_ranks(4, _init_mesh)
+
+
+def test_init_mesh_before_init():
+    with pytest.raises(RuntimeError, match=r"call lasp.init\(\) before lasp.init_mesh\(\)"):
+        lasp.init_mesh()

@@ -1,0 +1,440 @@
+"""`lasp.linear_attention` over 1 to 4 ranks against the single-process recurrence in fp64, values and gradients."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from inputs import FORMS, NAMES, assert_close, gradients, oracle, random_inputs, run
+from ranks import mesh_of, run_ranks, sequence_of_all
+from torch.distributed.device_mesh import DeviceMesh
+
+import lasp
+
+LENGTHS = [
+    (70,),
+    (9, 9),
+    (70, 3),
+    (0, 9),
+    (64, 0),
+    (5, 5, 5),
+    (70, 0, 3),
+    (0, 0, 6),
+    (4, 4, 4, 4),
+    (70, 0, 3, 65),
+    (9, 0, 0, 0),
+]
+SCALE = 0.7
+
+
+def offsets_of(lengths):
+    """Packed sequences that cross 0, 1 or all borders, start on one or in the middle of every rank, or are empty."""
+    T, first = sum(lengths), lengths[0]
+    middles = [sum(lengths[:r]) + lengths[r] // 2 for r in range(len(lengths))]
+    return [
+        (0, T),
+        (0, first, T),
+        (0, *middles, T),
+        (0, T // 3, T // 3, T // 2, T),
+        (0, 0, T),
+        (0, T, T),
+        (0, 1, 2, T),
+    ]
+
+
+def check_against_oracle(x, lengths, sequence, *, cu_seqlens=None, only=NAMES, segment_length=None):
+    """Run this rank's shard and compare output, final state and gradients with those of the whole sequence."""
+    rank, ranks = sequence.rank, sequence.size
+    o, final_state, expected = oracle(x, cu_seqlens=cu_seqlens, scale=SCALE)
+    local = x.shard(lengths, rank)
+    local = replace(local, d_final_state=local.d_final_state / ranks)  # ranks' gradients of it are summed
+    local.require_grad(only)
+    layout = None if cu_seqlens is None else lasp.ShardLayout(lengths, cu_seqlens)
+    o_local, final_local = run(
+        lasp.linear_attention,
+        local,
+        scale=SCALE,
+        output_final_state=True,
+        layout=layout,
+        sequence=sequence,
+        segment_length=segment_length,
+    )
+    assert_close(o_local, cut(o, lengths, rank), "o")
+    assert_close(final_local, final_state, "final_state")
+    found = gradients(local, o_local, final_local)
+    assert set(found) == set(only) & set(x.given)
+    for name, gradient in found.items():
+        if name == "initial_state" or (name == "log_decay" and x.log_decay.ndim == 1):
+            dist.all_reduce(gradient, group=sequence.group)
+            assert_close(gradient, expected[name], f"d{name}, summed over ranks")
+        else:
+            assert_close(gradient, cut(expected[name], lengths, rank), f"d{name}")
+
+
+def cut(x, lengths, rank):
+    start = sum(lengths[:rank])
+    return x[:, start : start + lengths[rank]]
+
+
+# Values and gradients
+
+
+def _dense(lengths, form, groups, state):
+    x = random_inputs(form, sum(lengths), groups=groups, state=state)
+    check_against_oracle(x, lengths, sequence_of_all())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_dense(lengths, form):
+    run_ranks(len(lengths), _dense, lengths, form, 1, True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_heads_and_no_initial_state(form):
+    run_ranks(3, _dense, (7, 2, 66), form, 3, False)
+
+
+def _packed(lengths, form, groups):
+    for seed, cu_seqlens in enumerate(offsets_of(lengths)):
+        sequences = len(cu_seqlens) - 1
+        x = random_inputs(form, sum(lengths), B=1, groups=groups, sequences=sequences, seed=seed)
+        check_against_oracle(x, lengths, sequence_of_all(), cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_packed(lengths, form):
+    run_ranks(len(lengths), _packed, lengths, form, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_with_grouped_heads(form):
+    run_ranks(3, _packed, (7, 0, 66), form, 2)
+
+
+def _segmented(form):
+    lengths = (200, 129)
+    check_against_oracle(random_inputs(form, sum(lengths)), lengths, sequence_of_all(), segment_length=128)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_segment_length(form):
+    run_ranks(2, _segmented, form)
+
+
+def _no_tokens_at_all(form):
+    lengths = (0,) * dist.get_world_size()
+    check_against_oracle(random_inputs(form, 0), lengths, sequence_of_all())
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_tokens_at_all_passes_the_state_through(world, form):
+    run_ranks(world, _no_tokens_at_all, form)
+
+
+def _strong_decay(form):
+    lengths = (40, 90, 30)
+    check_against_oracle(random_inputs(form, 160, strength=50.0), lengths, sequence_of_all())
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_strong_decay(form):
+    run_ranks(3, _strong_decay, form)
+
+
+def _decay_per_query_head(form):
+    H, groups, lengths = 2, 3, (6, 11)
+    x = random_inputs(form, sum(lengths), H=H * groups, K=4)
+    narrow = replace(x, k=x.k[:, :, :H].clone(), v=x.v[:, :, :H].clone())
+    wide = replace(x, k=narrow.k.repeat_interleave(groups, 2), v=narrow.v.repeat_interleave(groups, 2))
+    o, final_state, expected = oracle(wide, scale=SCALE)
+    rank = dist.get_rank()
+    local = narrow.shard(lengths, rank)
+    local = replace(local, d_final_state=local.d_final_state / len(lengths))
+    local.require_grad()
+    o_local, final_local = run(
+        lasp.linear_attention, local, scale=SCALE, output_final_state=True, sequence=sequence_of_all()
+    )
+    assert_close(o_local, cut(o, lengths, rank), "o")
+    assert_close(final_local, final_state, "final_state")
+    found = gradients(local, o_local, final_local)
+    for name in "kv":
+        summed = cut(expected[name], lengths, rank).unflatten(2, (H, groups)).sum(3)
+        assert_close(found[name], summed, f"d{name}")
+    assert_close(found["q"], cut(expected["q"], lengths, rank), "dq")
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_decay_per_query_head_with_grouped_keys(form):
+    run_ranks(2, _decay_per_query_head, form)
+
+
+def _initial_state_gradient():
+    lengths = (3, 4, 5)
+    x = random_inputs("head", sum(lengths))
+    _, _, expected = oracle(x)
+    local = x.shard(lengths, dist.get_rank())
+    local = replace(local, d_final_state=local.d_final_state / 3)
+    local.require_grad()
+    o, final_state = run(lasp.linear_attention, local, output_final_state=True, sequence=sequence_of_all())
+    found = gradients(local, o, final_state)["initial_state"]
+    assert_close(found, expected["initial_state"] if dist.get_rank() == 0 else torch.zeros_like(found), "d initial")
+
+
+def test_the_first_rank_alone_gets_the_gradient_of_the_initial_state():
+    run_ranks(3, _initial_state_gradient)
+
+
+def _bfloat16(form):
+    """Inputs and results are rounded to bf16 (relative 2^-8), everything between is fp32 (here below 1e-4)."""
+    lengths = (70, 61)
+    rank = dist.get_rank()
+    x = random_inputs(form, sum(lengths), state=False, dtype=torch.float32).to(torch.bfloat16)
+    if x.log_decay is not None:
+        x = replace(x, log_decay=x.log_decay * 0.1)
+    double = replace(x.to(torch.float64), log_decay=None if x.log_decay is None else x.log_decay.double())
+    o, final_state, expected = oracle(double)
+    local = x.shard(lengths, rank)
+    local = replace(local, d_final_state=local.d_final_state / 2)
+    local.require_grad()
+    o_local, final_local = run(lasp.linear_attention, local, output_final_state=True, sequence=sequence_of_all())
+    assert (o_local.dtype, final_local.dtype) == (torch.bfloat16, torch.float32)
+    bound = {"rtol": 2**-8, "atol": 1e-4}
+    assert_close(o_local.double(), cut(o, lengths, rank), "o", **bound)
+    assert_close(final_local.double(), final_state, "final_state", rtol=1e-4, atol=1e-4)
+    found = gradients(local, o_local, final_local)
+    for name in "qkv":
+        assert_close(found[name].double(), cut(expected[name], lengths, rank), f"d{name}", **bound)
+    if form in ("token", "channel"):
+        assert found["log_decay"].dtype == torch.float32
+        exact = cut(expected["log_decay"], lengths, rank)
+        assert_close(found["log_decay"].double(), exact, "dlog_decay", rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_differs_by_the_rounding_of_its_results_only(form):
+    run_ranks(2, _bfloat16, form)
+
+
+# The exchange of backward happens on every rank, whatever is asked for
+
+
+def _frozen(trained):
+    lengths = (4, 6, 3)
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    check_against_oracle(random_inputs("token", 13), lengths, sequence, only=trained)
+    assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (1, 1)
+    assert sequence.traffic.messages == (1 if dist.get_rank() in (0, 2) else 2)
+
+
+@pytest.mark.parametrize(
+    "trained", [names for n in range(1, 6) for names in itertools.combinations(NAMES, n)], ids="+".join
+)
+def test_frozen_inputs_still_exchange_once_each_way(trained):
+    run_ranks(3, _frozen, trained)
+
+
+def _loss_of_one_rank(chosen, how):
+    """Only tokens of one rank count in the loss."""
+    lengths, rank = (4, 6, 3), dist.get_rank()
+    x = random_inputs("head", 13, state=False)
+    counted = torch.zeros(13, dtype=torch.float64)
+    start = sum(lengths[:chosen])
+    counted[start : start + lengths[chosen]] = 1
+    x = replace(x, do=x.do * counted.view(1, -1, 1, 1), d_final_state=torch.zeros_like(x.d_final_state))
+    _, _, expected = oracle(x)
+    local = x.shard(lengths, rank)
+    wanted = local.require_grad()
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    o, _ = run(lasp.linear_attention, local, sequence=sequence)
+    loss = (o * local.do).sum()
+    if how == "times zero" and rank != chosen:
+        loss = o.sum() * 0
+    loss.backward()
+    assert sequence.traffic.reverse_exchanges == 1
+    for name, t in zip(("q", "k", "v"), wanted):
+        assert_close(t.grad, cut(expected[name], lengths, rank), f"d{name}")
+
+
+@pytest.mark.parametrize("how", ["zero gradient", "times zero"])
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_loss_of_one_rank_only(chosen, how):
+    run_ranks(3, _loss_of_one_rank, chosen, how)
+
+
+def _final_state_only():
+    """The outputs are unused, and only the last rank's final state is in the loss."""
+    lengths, rank = (4, 6, 3), dist.get_rank()
+    x = random_inputs("channel", 13)
+    x = replace(x, do=torch.zeros_like(x.do))
+    _, _, expected = oracle(x)
+    local = x.shard(lengths, rank)
+    local.require_grad()
+    _, final_state = run(lasp.linear_attention, local, output_final_state=True, sequence=sequence_of_all())
+    ((final_state * x.d_final_state).sum() * (rank == 2)).backward()
+    for name in ("k", "v", "log_decay"):
+        assert_close(getattr(local, name).grad, cut(expected[name], lengths, rank), f"d{name}")
+
+
+def test_loss_on_the_final_state_of_one_rank():
+    run_ranks(3, _final_state_only)
+
+
+# Modes of PyTorch
+
+
+def _no_grad():
+    lengths, rank = (4, 6), dist.get_rank()
+    x = random_inputs("head", 10)
+    o, final_state, _ = oracle(x)
+    local = x.shard(lengths, rank)
+    local.require_grad()
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    with torch.no_grad():
+        o_local, final_local = run(lasp.linear_attention, local, output_final_state=True, sequence=sequence)
+    assert not o_local.requires_grad
+    assert sequence.traffic.reverse_exchanges == 0
+    assert_close(o_local, cut(o, lengths, rank), "o")
+    assert_close(final_local, final_state, "final_state")
+
+
+def test_no_grad():
+    run_ranks(2, _no_grad)
+
+
+def _autocast():
+    x = random_inputs("head", 10, dtype=torch.float32).shard((4, 6), dist.get_rank())
+    leaves = x.require_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        o, final_state = run(lasp.linear_attention, x, output_final_state=True, sequence=sequence_of_all())
+        assert (o.dtype, final_state.dtype) == (torch.bfloat16, torch.float32)
+        (o.float().sum() + final_state.sum() / 2).backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.float32] * 5
+    rounded = replace(x, **{n: getattr(x, n).detach().bfloat16() for n in "qkv"})
+    plain, _ = run(lasp.linear_attention, rounded, sequence=sequence_of_all())
+    assert torch.equal(o, plain)
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_the_state_in_fp32():
+    run_ranks(2, _autocast)
+
+
+def _second_derivative():
+    x = random_inputs("head", 10).shard((4, 6), dist.get_rank())
+    x.require_grad()
+    o, _ = run(lasp.linear_attention, x, sequence=sequence_of_all())
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(o.sum(), x.q, create_graph=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_second_derivative_is_refused(world):
+    if world == 1:
+        x = random_inputs("head", 6)
+        x.require_grad()
+        o, _ = run(lasp.linear_attention, x)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(o.sum(), x.q, create_graph=True)
+    else:
+        run_ranks(2, _second_derivative)
+
+
+def _same_bits_twice_and_strided(form):
+    x = random_inputs(form, 75, dtype=torch.float32).shard((70, 5), dist.get_rank())
+    results = []
+    for layout in ("contiguous", "contiguous", "strided"):
+        given = {name: t.detach().clone() for name, t in x.given.items()}
+        if layout == "strided":  # [B, H, T, K] seen as [B, T, H, K], and every other element of a wider one
+            given = {n: t.transpose(1, 2).contiguous().transpose(1, 2) if t.ndim == 4 else t for n, t in given.items()}
+            given["v"] = torch.stack([given["v"], -given["v"]], -1)[..., 0]
+            assert not given["q"].is_contiguous() or given["q"].shape[1] == 1
+        before = {name: t.clone() for name, t in given.items()}
+        y = replace(x, **given)
+        y.require_grad()
+        o, final_state = run(lasp.linear_attention, y, output_final_state=True, sequence=sequence_of_all())
+        do = y.do.transpose(1, 2).contiguous().transpose(1, 2) if layout == "strided" else y.do
+        found = gradients(replace(y, do=do), o, final_state)
+        assert all(torch.equal(before[name], given[name]) for name in given), "an input was changed"
+        results.append([o, final_state, *found.values()])
+    first, again, strided = results
+    assert all(torch.equal(a, b) for a, b in zip(first, again)), "same input, other bits"
+    for a, b in zip(first, strided):
+        assert_close(b, a, "strided inputs", rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_twice_inputs_unchanged_and_any_strides(form):
+    run_ranks(2, _same_bits_twice_and_strided, form)
+
+
+# Groups
+
+
+def _order_of_mesh(order):
+    mesh = DeviceMesh("cpu", order)
+    sequence = lasp.SequenceParallel(mesh)
+    assert sequence.ranks == tuple(order)
+    assert sequence.rank == order.index(dist.get_rank())
+    lengths = (5, 0, 66, 3)
+    check_against_oracle(random_inputs("token", sum(lengths)), lengths, sequence)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]], ids=str)
+def test_sequence_follows_the_order_of_the_mesh(order):
+    run_ranks(4, _order_of_mesh, order)
+
+
+def _two_groups_at_once(as_group):
+    """Ranks 0 and 2 hold one sequence, 3 and 1 another."""
+    mesh = DeviceMesh("cpu", [[0, 2], [1, 3] if as_group else [3, 1]], mesh_dim_names=("dp", "sp"))
+    sequence = lasp.SequenceParallel(mesh["sp"].get_group() if as_group else mesh["sp"])
+    row = 0 if dist.get_rank() in (0, 2) else 1
+    lengths = (5, 9) if row == 0 else (66, 2)
+    check_against_oracle(random_inputs("channel", sum(lengths), seed=row), lengths, sequence)
+
+
+@pytest.mark.parametrize("as_group", [True, False])
+def test_two_groups_of_ranks_that_are_not_neighbours(as_group):
+    run_ranks(4, _two_groups_at_once, as_group)
+
+
+def _subgroup():
+    group = dist.new_group([1, 3])
+    if dist.get_rank() in (1, 3):
+        check_against_oracle(random_inputs("head", 11), (4, 7), lasp.SequenceParallel(group))
+    else:
+        with pytest.raises(ValueError, match=f"rank {dist.get_rank()} is not in the sequence-parallel group"):
+            lasp.SequenceParallel(group)
+
+
+def test_a_process_group_of_some_ranks():
+    run_ranks(4, _subgroup)
+
+
+def _axis_of_mesh():
+    sequence = lasp.SequenceParallel(mesh_of(sp=2)["sp"])
+    check_against_oracle(random_inputs("head", 11, seed=dist.get_rank() // 2), (4, 7), sequence)
+
+
+def test_sequence_axis_of_init_mesh():
+    run_ranks(4, _axis_of_mesh)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_ranks_it_is_the_recurrence(form):
+    x = random_inputs(form, 130, groups=2)
+    o, final_state, expected = oracle(x)
+    x.require_grad()
+    o_here, final_here = run(lasp.linear_attention, x, output_final_state=True)
+    assert_close(o_here, o, "o")
+    assert_close(final_here, final_state, "final_state")
+    for name, gradient in gradients(x, o_here, final_here).items():
+        assert_close(gradient, expected[name], f"d{name}")
+
+
+def test_final_state_is_returned_only_when_asked_for():
+    x = random_inputs("none", 3)
+    assert run(lasp.linear_attention, x)[1] is None

@@ -1,0 +1,299 @@
+"""`shard_batch`, `shard_sequence`, `unshard_sequence`, `ShardLayout`: the shards together are the whole, labels too."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from inputs import assert_close
+from ranks import mesh_of, run_ranks
+from torch.distributed.device_mesh import DeviceMesh
+
+import lasp
+
+IGNORE = -100
+WORLDS = pytest.mark.parametrize("world", [1, 2, 3, 4])
+
+
+def ids(*shape):
+    return torch.randint(100, shape, generator=torch.Generator().manual_seed(0))
+
+
+def _shard(batch, options):
+    return lasp.shard_batch(batch, dist.group.WORLD, **options)
+
+
+def shards(world, batch, **options):
+    """What `shard_batch` gives to each rank."""
+    return run_ranks(world, _shard, batch, options)
+
+
+def joined(parts, name, dim=1):
+    return torch.cat([part[name] for part in parts], dim)
+
+
+def next_tokens(tokens, *, padding=0):
+    """The label of each token is the one after it; none behind the last."""
+    shifted = torch.full((tokens.shape[0], tokens.shape[1] + padding), IGNORE)
+    shifted[:, : tokens.shape[1] - 1] = tokens[:, 1:]
+    return shifted
+
+
+@WORLDS
+@pytest.mark.parametrize("T", [1, 2, 7, 12])
+def test_shards_together_are_the_padded_whole(world, T):
+    batch = {"input_ids": ids(2, T), "name": "text", "per_row": torch.ones(2)}
+    parts = shards(world, batch)
+    padding = -T % world
+    assert {part["input_ids"].shape[1] for part in parts} == {(T + padding) // world}
+    whole = joined(parts, "input_ids")
+    assert torch.equal(whole[:, :T], batch["input_ids"])
+    assert (whole[:, T:] == 0).all()
+    assert torch.equal(joined(parts, "labels"), next_tokens(batch["input_ids"], padding=padding))
+    positions = joined(parts, "position_ids")[:, :T]
+    assert positions.dtype == torch.int64
+    assert torch.equal(positions, torch.arange(T).expand(2, T))
+    for part in parts:
+        assert part["name"] == "text"
+        assert torch.equal(part["per_row"], batch["per_row"])
+        assert "layout" not in part
+
+
+@WORLDS
+@pytest.mark.parametrize("T", [0, 1, 3, 7])
+def test_without_padding_the_first_ranks_hold_one_more(world, T):
+    tokens = ids(2, T)
+    parts = shards(world, {"input_ids": tokens}, pad=False)
+    assert [p["input_ids"].shape[1] for p in parts] == [T // world + (r < T % world) for r in range(world)]
+    assert torch.equal(joined(parts, "input_ids"), tokens)
+    if T:
+        assert torch.equal(joined(parts, "labels"), next_tokens(tokens))
+    assert joined(parts, "position_ids").shape == (2, T)
+
+
+def test_the_last_label_of_a_shard_is_the_first_token_of_the_next():
+    tokens = ids(1, 8)
+    first, second = shards(2, {"input_ids": tokens})
+    assert first["labels"][0, -1] == second["input_ids"][0, 0]
+    assert second["labels"][0, -1] == IGNORE
+
+
+def test_given_labels_are_shifted_and_may_be_ignored():
+    tokens = ids(2, 6)
+    labels = tokens.clone()
+    labels[:, :4] = -1
+    parts = shards(3, {"input_ids": tokens, "labels": labels}, ignore_index=-1)
+    expected = torch.full_like(labels, -1)
+    expected[:, 3:5] = tokens[:, 4:]
+    assert torch.equal(joined(parts, "labels"), expected)
+
+
+def test_labels_that_are_shifted_already_stay():
+    tokens, labels = ids(2, 5), ids(2, 5) + 1
+    parts = shards(2, {"input_ids": tokens, "labels": labels}, shift_labels=False)
+    whole = joined(parts, "labels")
+    assert torch.equal(whole[:, :5], labels)
+    assert (whole[:, 5:] == IGNORE).all()
+
+
+def test_given_positions_stay():
+    parts = shards(2, {"input_ids": ids(2, 4), "position_ids": torch.arange(4).expand(2, 4) + 10})
+    assert torch.equal(joined(parts, "position_ids")[0], torch.arange(10, 14))
+
+
+def test_any_tensor_along_the_sequence_is_cut():
+    embeddings, mask = torch.randn(2, 6, 3), torch.ones(2, 6, dtype=torch.bool)
+    parts = shards(3, {"input_ids": ids(2, 6), "embeddings": embeddings, "mask": mask})
+    assert torch.equal(joined(parts, "embeddings"), embeddings)
+    assert torch.equal(joined(parts, "mask"), mask)
+
+
+@pytest.mark.parametrize("seq_dim", [0, -2])
+def test_sequence_in_the_first_dimension(seq_dim):
+    tokens = ids(7, 2)
+    parts = shards(2, {"input_ids": tokens}, seq_dim=seq_dim)
+    assert torch.equal(joined(parts, "input_ids", 0)[:7], tokens)
+    assert torch.equal(joined(parts, "labels", 0), next_tokens(tokens.T, padding=1).T)
+    assert torch.equal(joined(parts, "position_ids", 0)[:7, 1], torch.arange(7))
+
+
+@WORLDS
+def test_packed(world):
+    cu_seqlens = torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32)
+    tokens = ids(1, 10)
+    parts = shards(world, {"input_ids": tokens, "cu_seqlens": cu_seqlens})
+    padding = -10 % world
+    expected = next_tokens(tokens, padding=padding)
+    expected[0, [2, 3, 9]] = IGNORE  # the last of each document
+    assert torch.equal(joined(parts, "labels"), expected)
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4, 5]])
+    assert torch.equal(joined(parts, "position_ids")[:, :10], positions)
+    offsets = (0, 3, 3, 4, 10, *([10 + padding] if padding else []))
+    for part in parts:
+        assert part["layout"] == lasp.ShardLayout(((10 + padding) // world,) * world, offsets)
+        assert part["cu_seqlens"].tolist() == list(offsets)
+        assert part["cu_seqlens"].dtype == torch.int32
+
+
+def test_the_batch_itself_is_not_changed():
+    tokens = ids(2, 5)
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    lasp.shard_batch(batch, None)
+    assert set(batch) == {"input_ids", "labels"}
+    assert torch.equal(batch["labels"], tokens)
+
+
+def _shard_on_mesh(batch):
+    return lasp.shard_batch(batch, mesh_of(sp=2))["input_ids"]
+
+
+def test_the_whole_mesh_cuts_along_its_sequence_axis():
+    tokens = ids(1, 6)
+    parts = run_ranks(4, _shard_on_mesh, {"input_ids": tokens})
+    assert all(torch.equal(parts[r], tokens[:, 3 * (r % 2) : 3 * (r % 2) + 3]) for r in range(4))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({}, r"batch\['input_ids'\] must be a tensor with a dimension 1, got None"),
+        ({"input_ids": torch.zeros(3)}, r"batch\['input_ids'\] must be a tensor with a dimension 1"),
+        ({"input_ids": [1, 2]}, r"batch\['input_ids'\] must be a tensor .*got \[1, 2\]"),
+        (
+            {"input_ids": ids(1, 4), "labels": ids(1, 3)},
+            r"labels must have the shape of input_ids \(1, 4\), got \(1, 3\)",
+        ),
+        ({"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens must end at the 4 tokens .*got 3"),
+        ({"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([0, 3, 2, 4])}, "cu_seqlens must rise from 0"),
+    ],
+)
+def test_batches_that_cannot_be_cut(batch, message):
+    with pytest.raises(ValueError, match=message):
+        lasp.shard_batch(batch, None)
+
+
+# shard_sequence and unshard_sequence
+
+
+def _inverses(order, T, dim):
+    """Gradients are those of the mean over ranks of what each of them calls backward on."""
+    sequence = DeviceMesh("cpu", order) if order else dist.group.WORLD
+    place = order.index(dist.get_rank()) if order else dist.get_rank()
+    world = dist.get_world_size()
+    shape = [2, 3, 2]
+    shape[dim] = T
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=draw, dtype=torch.float64)
+    weights = torch.randn([world, *shape], generator=draw, dtype=torch.float64)
+    start, end = lasp.ShardLayout.even(T, world).bounds(place)
+
+    leaf = x.clone().requires_grad_()
+    piece = lasp.shard_sequence(leaf, sequence, dim=dim)
+    assert torch.equal(piece, x.narrow(dim, start, end - start))
+    (piece * weights[0].narrow(dim, start, end - start)).sum().backward()
+    assert_close(leaf.grad, weights[0] / world, "gradient of shard_sequence")
+
+    leaf = x.narrow(dim, start, end - start).clone().requires_grad_()
+    whole = lasp.unshard_sequence(leaf, sequence, dim=dim)
+    assert torch.equal(whole, x)
+    (whole * weights[place]).sum().backward()
+    assert_close(leaf.grad, weights.sum(0).narrow(dim, start, end - start), "gradient of unshard_sequence")
+
+    leaf = x.clone().requires_grad_()
+    there_and_back = lasp.unshard_sequence(lasp.shard_sequence(leaf, sequence, dim=dim), sequence, dim=dim)
+    (there_and_back * weights[place]).sum().backward()
+    assert torch.equal(there_and_back, x)
+    assert_close(leaf.grad, weights.mean(0), "gradient there and back")
+
+
+@WORLDS
+@pytest.mark.parametrize("T", [0, 1, 7, 8])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_unshard_is_the_inverse_of_shard(world, T, dim):
+    run_ranks(world, _inverses, None, T, dim)
+
+
+def test_unshard_follows_the_order_of_the_mesh():
+    run_ranks(4, _inverses, [2, 0, 3, 1], 7, 1)
+
+
+def _unshard_uneven(lengths):
+    rank = dist.get_rank()
+    whole = torch.arange(float(sum(lengths)), dtype=torch.float64).view(1, -1)
+    start = sum(lengths[:rank])
+    piece = whole[:, start : start + lengths[rank]]
+    assert torch.equal(lasp.unshard_sequence(piece, dist.group.WORLD), whole)
+
+
+@pytest.mark.parametrize("lengths", [(0, 5, 2), (3, 0, 0), (1, 1, 9)], ids=str)
+def test_unshard_of_slices_of_any_length(lengths):
+    run_ranks(3, _unshard_uneven, lengths)
+
+
+@pytest.mark.parametrize("function", [lasp.shard_sequence, lasp.unshard_sequence])
+@pytest.mark.parametrize("dim", [2, -3])
+def test_a_dimension_that_is_not_there(function, dim):
+    with pytest.raises(ValueError, match=rf"dim must be a dimension of x \(2, 3\), got {dim}"):
+        function(torch.zeros(2, 3), None, dim=dim)
+
+
+# ShardLayout
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cu_seqlens", "message"),
+    [
+        ((), None, "lengths must be one non-negative number of tokens a rank"),
+        ((3, -1), None, r"lengths must be one non-negative .*got \(3, -1\)"),
+        ((4,), (1, 4), r"cu_seqlens must rise from 0 .*got \(1, 4\)"),
+        ((4,), (0, 3, 2, 4), "cu_seqlens must rise from 0"),
+        ((4,), (0,), "cu_seqlens must rise from 0"),
+        ((2, 2), (0, 5), "cu_seqlens ends at 5, but the ranks hold 4 tokens"),
+    ],
+)
+def test_layouts_that_are_refused(lengths, cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        lasp.ShardLayout(lengths, cu_seqlens)
+
+
+def test_even_layout():
+    layout = lasp.ShardLayout.even(7, 3, cu_seqlens=torch.tensor([0, 2, 7]))
+    assert (layout.lengths, layout.cu_seqlens, layout.total) == ((3, 2, 2), (0, 2, 7), 7)
+    assert [layout.bounds(r) for r in range(3)] == [(0, 3), (3, 5), (5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cu_seqlens", "runs"),
+    [
+        # per rank: local offsets, which sequences, began on an earlier rank, goes on on a later one
+        ((2, 2), (0, 4), [((0, 2), (0, 1), False, True), ((0, 2), (0, 1), True, False)]),
+        ((2, 2), (0, 2, 4), [((0, 2), (0, 1), False, False), ((0, 2), (1, 2), False, False)]),
+        ((2, 2), (0, 1, 4), [((0, 1, 2), (0, 2), False, True), ((0, 2), (1, 2), True, False)]),
+        ((2, 2), (0, 2, 2, 4), [((0, 2), (0, 1), False, False), ((0, 0, 2), (1, 3), False, False)]),
+        (
+            (2, 0, 2),
+            (0, 4),
+            [((0, 2), (0, 1), False, True), ((0, 0), (0, 0), True, True), ((0, 2), (0, 1), True, False)],
+        ),
+        ((1, 1), (0, 2, 2), [((0, 1), (0, 1), False, True), ((0, 1, 1), (0, 2), True, False)]),
+    ],
+)
+def test_local_runs_at_borders(lengths, cu_seqlens, runs):
+    layout = lasp.ShardLayout(lengths, cu_seqlens)
+    for rank, (offsets, sequences, continues, continued) in enumerate(runs):
+        local = layout.local(rank)
+        assert local.cu_seqlens == offsets
+        assert (local.sequences.start, local.sequences.stop) == sequences
+        assert (local.continues, local.continued) == (continues, continued)
+
+
+@pytest.mark.parametrize("cu_seqlens", [(0, 0, 5, 5, 5, 9, 9), (0, 9), (0, 0, 0, 9), (0, 1, 2, 9, 9)], ids=str)
+@pytest.mark.parametrize("lengths", [(9,), (4, 5), (5, 4), (0, 9), (9, 0), (1, 0, 8), (3, 3, 0, 3)], ids=str)
+def test_every_sequence_begins_and_ends_on_one_rank(lengths, cu_seqlens):
+    layout = lasp.ShardLayout(lengths, cu_seqlens)
+    begun, ended = [], []
+    for rank in range(len(lengths)):
+        local = layout.local(rank)
+        own = list(local.sequences)
+        begun += own[1:] if local.continues else own
+        ended += own[:-1] if local.continued else own
+    everything = list(range(len(cu_seqlens) - 1))
+    assert begun == ended == everything

@@ -1,0 +1,210 @@
+"""Training over dp x sp with `sync_grads`, DDP and FSDP2: gradients and parameters are those of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from inputs import assert_close
+from ranks import mesh_of, run_ranks
+from small_model import VOCABULARY, SmallModel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+import lasp
+from lasp.data_parallel import wrap_ddp, wrap_fsdp2
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}  # the loss is taken in fp32, all else in fp64
+
+# dp_replicate, dp_shard, sp
+FACTORS = [(1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (1, 1, 4), (2, 1, 2), (1, 1, 3)]
+HYBRID = [(2, 1, 2), (2, 2, 1)]
+
+
+def whole_batch(seed=0, T=13):
+    """Four sequences of a length that no number of ranks divides; many labels are masked, and unevenly so."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (4, T), generator=draw)
+    labels = tokens.clone()
+    for row, masked in enumerate((0, 11, 5, 13)):
+        labels[row, :masked] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def rows_of_this_rank(batch, mesh):
+    """Sequences are split over dp, as a data loader would."""
+    shape = mesh.shape[:2]
+    place = mesh.get_local_rank("dp_replicate") * shape[1] + mesh.get_local_rank("dp_shard")
+    rows = 4 // (shape[0] * shape[1])
+    return {name: x[place * rows : (place + 1) * rows] for name, x in batch.items()}
+
+
+def loss_of(model, batch, mesh):
+    local = lasp.shard_batch(batch if mesh is None else rows_of_this_rank(batch, mesh), mesh)
+    return lasp.token_loss(model(local["input_ids"], local["position_ids"]), local["labels"], mesh=mesh)[0]
+
+
+def parallel_model(mesh, scheme):
+    model = lasp.parallelize(SmallModel().double(), mesh)
+    if scheme == "ddp":
+        return wrap_ddp(model, mesh)
+    if scheme == "fsdp2":
+        return wrap_fsdp2(model, mesh, blocks=model.blocks)
+    return model
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def named_parameters(model):
+    return {name.removeprefix("module."): p for name, p in model.named_parameters()}
+
+
+def assert_same_parameters(model, expected, of):
+    found = named_parameters(model)
+    assert set(found) == {name for name, _ in expected.named_parameters()}
+    for name, p in expected.named_parameters():
+        assert_close(whole(of(found[name])), of(p), name, **CLOSE)
+
+
+def _gradients(factors, scheme):
+    mesh = mesh_of(dp_replicate=factors[0], dp_shard=factors[1], sp=factors[2])
+    batch = whole_batch()
+    alone = SmallModel().double()
+    serial = loss_of(alone, batch, None)
+    serial.backward()
+
+    model = parallel_model(mesh, scheme)
+    loss = loss_of(model, batch, mesh)
+    loss.backward()
+    if scheme == "sync_grads":
+        lasp.sync_grads(model, mesh)
+    assert_close(loss, serial, "loss", **CLOSE)
+    assert_same_parameters(model, alone, lambda p: p.grad)
+
+
+@pytest.mark.parametrize(
+    ("factors", "scheme"),
+    [(f, s) for f in FACTORS for s in ("sync_grads", "ddp", "fsdp2")] + [(f, "fsdp2") for f in HYBRID],
+)
+def test_every_gradient_is_that_of_one_process(factors, scheme):
+    run_ranks(factors[0] * factors[1] * factors[2], _gradients, factors, scheme)
+
+
+def _train(factors, scheme):
+    mesh = mesh_of(dp_replicate=factors[0], dp_shard=factors[1], sp=factors[2])
+    alone = SmallModel().double()
+    model = parallel_model(mesh, scheme)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-6) for m in (alone, model)]
+    losses = []
+    for step in range(3):
+        batch = whole_batch(step)
+        for m, over, optimizer in ((alone, None, optimizers[0]), (model, mesh, optimizers[1])):
+            optimizer.zero_grad()
+            loss = loss_of(m, batch, over)
+            loss.backward()
+            if over is not None and scheme == "sync_grads":
+                lasp.sync_grads(m, over)
+            optimizer.step()
+            losses.append(loss.detach())
+    for serial, parallel in zip(losses[::2], losses[1::2]):
+        assert_close(parallel, serial, "loss", **CLOSE)
+    assert_same_parameters(model, alone, lambda p: p.detach())
+    untrained = SmallModel().double().state_dict()
+    assert not any(torch.allclose(p, untrained[name]) for name, p in alone.state_dict().items())
+
+
+@pytest.mark.parametrize("factors", FACTORS[:5])
+@pytest.mark.parametrize("scheme", ["sync_grads", "ddp", "fsdp2"])
+def test_three_adamw_steps_are_those_of_one_process(factors, scheme):
+    run_ranks(factors[0] * factors[1] * factors[2], _train, factors, scheme)
+
+
+def _packed_documents():
+    """One row of packed documents, of which one crosses the border of the ranks."""
+    mesh = mesh_of(sp=2)
+    cu_seqlens = torch.tensor([0, 4, 9, 13], dtype=torch.int32)
+    row = {"input_ids": whole_batch()["input_ids"][:1], "cu_seqlens": cu_seqlens}
+    found = []
+    for over in (None, mesh):
+        model = SmallModel().double()
+        if over is not None:
+            lasp.parallelize(model, over)
+        local = lasp.shard_batch(row, over)
+        logits = model(local["input_ids"], local["position_ids"], local["layout"])
+        loss, count = lasp.token_loss(logits, local["labels"], mesh=over)
+        assert count.item() == 10
+        loss.backward()
+        if over is not None:
+            lasp.sync_grads(model, over)
+        found.append((loss, model))
+    assert_close(found[1][0], found[0][0], "loss", **CLOSE)
+    assert_same_parameters(found[1][1], found[0][1], lambda p: p.grad)
+
+
+def test_packed_documents_over_two_ranks():
+    run_ranks(2, _packed_documents)
+
+
+def _sync_grads_without_a_gradient():
+    """A parameter unused on one rank counts as zero there, and one that is frozen stays alone."""
+    rank = dist.get_rank()
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(3)) for name in ("both", "one", "frozen")})
+    model["wide"] = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    model["frozen"].requires_grad_(False)
+    model["both"].grad = torch.full((3,), float(rank + 1))
+    model["wide"].grad = torch.full((2,), float(rank), dtype=torch.float64)
+    if rank == 1:
+        model["one"].grad = torch.ones(3)
+    lasp.sync_grads(model, dist.group.WORLD)
+    assert model["both"].grad.tolist() == [1.5] * 3
+    assert model["one"].grad.tolist() == [0.5] * 3
+    assert model["wide"].grad.tolist() == [0.5] * 2
+    assert model["frozen"].grad is None
+
+
+def test_sync_grads_where_a_rank_has_no_gradient():
+    run_ranks(2, _sync_grads_without_a_gradient)
+
+
+def test_sync_grads_of_one_process_changes_nothing():
+    model = SmallModel()
+    lasp.sync_grads(model, None)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def _sync_grads_refuses_fsdp2():
+    mesh = mesh_of(sp=2)
+    with pytest.raises(ValueError, match=r"tokens.weight is sharded \(DTensor\): FSDP2 averages gradients itself"):
+        lasp.sync_grads(parallel_model(mesh, "fsdp2"), mesh)
+
+
+def test_sync_grads_refuses_fsdp2():
+    run_ranks(2, _sync_grads_refuses_fsdp2)
+
+
+def _fsdp2_needs_a_mesh():
+    with pytest.raises(TypeError, match="FSDP2 needs a DeviceMesh, got ProcessGroup"):
+        wrap_fsdp2(SmallModel(), dist.group.WORLD)
+
+
+def test_fsdp2_needs_a_mesh():
+    run_ranks(1, _fsdp2_needs_a_mesh)
+
+
+def _grad_mesh():
+    mesh = mesh_of(dp_replicate=2, sp=2)
+    over_all = lasp.grad_mesh(mesh)
+    assert (over_all.ndim, over_all.mesh.flatten().tolist()) == (1, [0, 1, 2, 3])
+    with_tp = lasp.grad_mesh(mesh_of(sp=2, tp=2))
+    assert with_tp.size() == 2  # the tp axis is left out
+    assert dist.get_rank() % 2 == with_tp.mesh.flatten().tolist()[0] % 2
+    axis = mesh["sp"]
+    assert lasp.grad_mesh(axis) is axis
+    assert lasp.grad_mesh(None) is None
+    with pytest.raises(ValueError, match='the mesh has no axis "sp"'):
+        lasp.grad_mesh(DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "cp")))
+
+
+def test_grad_mesh_is_dp_and_sp_without_tp():
+    run_ranks(4, _grad_mesh)

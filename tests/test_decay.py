@@ -1,0 +1,47 @@
+"""The named decay schedules against the formulas of their papers, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+
+from lasp import decay
+
+
+@pytest.mark.parametrize(("layer", "layers"), [(0, 1), (0, 4), (2, 4), (3, 4)])
+def test_formulas(layer, layers):
+    heads = 8
+    factor = 1 - layer / max(layers - 1, 1) + 1e-5
+    expected = {
+        "alibi": [-(2 ** (-8 * h / heads)) * factor for h in range(1, heads + 1)],
+        "tnl": [-(8 * h / heads) * (1 - layer / layers) for h in range(1, heads + 1)],
+        "retnet": [math.log(1 - 2 ** (-5 - h)) for h in range(heads)],
+    }
+    for name, values in expected.items():
+        found = decay.schedule(name, heads, layer, layers)
+        assert found.dtype == torch.float32
+        assert (found <= 0).all()
+        torch.testing.assert_close(found, torch.tensor(values), rtol=1e-6, atol=0)
+
+
+def test_alibi_slopes_of_heads_that_are_no_power_of_two():
+    found = -decay.alibi(6, 0, 1) / (1 + 1e-5)
+    torch.testing.assert_close(found, torch.tensor([2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]))
+
+
+def test_no_decay_is_none():
+    assert decay.schedule("none", 4, 0, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fast", 4, 0, 1), r"decay must be one of \['alibi', 'none', 'retnet', 'tnl'\], got 'fast'"),
+        (("alibi", 0, 0, 1), "need heads >= 1 .*got heads 0"),
+        (("tnl", 4, 3, 3), "0 <= layer < layers, got heads 4, layer 3 of 3"),
+        (("none", 4, -1, 3), "layer -1 of 3"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        decay.schedule(*arguments)

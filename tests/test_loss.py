@@ -1,0 +1,117 @@
+"""`lasp.token_loss`: the mean over the tokens of all ranks, equal on every rank, with the exact gradient."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from inputs import assert_close
+from ranks import mesh_of, run_ranks
+
+import lasp
+
+VOCABULARY = 7
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+
+
+def batch(counted, tokens, ignore_index):
+    """Logits and labels of all ranks; rank r has tokens[r] tokens and the first counted[r] of them count."""
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = [], []
+    for count, T in zip(counted, tokens):
+        logits.append(torch.randn(2, T, VOCABULARY, generator=draw))
+        label = torch.randint(1, VOCABULARY, (2, T), generator=draw)
+        label[:, count:] = ignore_index
+        labels.append(label)
+    return logits, labels
+
+
+def _equals_serial_mean(counted, tokens, ignore_index):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logits, labels = batch(counted, tokens, ignore_index)
+    weight = torch.ones(VOCABULARY, requires_grad=True)  # a parameter that all ranks share
+    whole = torch.cat([x.flatten(0, 1) for x in logits]) * weight
+    serial = F.cross_entropy(whole, torch.cat([x.flatten() for x in labels]), ignore_index=ignore_index)
+    (expected,) = torch.autograd.grad(serial, weight)
+
+    mine = logits[rank].clone().requires_grad_()
+    loss, count = lasp.token_loss(mine * weight, labels[rank], mesh=dist.group.WORLD, ignore_index=ignore_index)
+    loss.backward()
+    assert count.dtype == torch.int64
+    assert count.item() == 2 * sum(counted)
+    assert_close(loss, serial, "loss", **CLOSE)
+    assert not mine.grad.isnan().any()
+    dist.all_reduce(weight.grad)
+    assert_close(weight.grad / world, expected, "gradient averaged over ranks", **CLOSE)
+    return loss.item()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+@pytest.mark.parametrize(
+    ("counted", "tokens"),
+    [
+        ((5,), (5,)),
+        ((5, 1), (5, 5)),
+        ((0, 3), (4, 4)),
+        ((3, 0), (4, 0)),
+        ((1, 0, 7), (3, 3, 8)),
+        ((2, 2, 2, 2), (2, 2, 2, 2)),
+    ],
+)
+def test_equals_the_serial_mean_on_every_rank(counted, tokens, ignore_index):
+    losses = run_ranks(len(counted), _equals_serial_mean, counted, tokens, ignore_index)
+    assert len(set(losses)) == 1
+
+
+def _all_masked():
+    logits = torch.randn(1, 3, VOCABULARY, requires_grad=True)
+    loss, count = lasp.token_loss(logits, torch.full((1, 3), -100), mesh=dist.group.WORLD)
+    loss.backward()
+    assert (loss.item(), count.item()) == (0.0, 0)
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_token_anywhere_is_zero_and_not_nan(world):
+    run_ranks(world, _all_masked)
+
+
+def _over_dp_and_sp():
+    mesh = mesh_of(sp=2)
+    logits = torch.randn(1, 3, VOCABULARY, generator=torch.Generator().manual_seed(dist.get_rank()))
+    labels = torch.tensor([[1, 2, 3]])
+    labels[:, dist.get_rank() :] = -100  # 0, 1, 2 and 3 tokens
+    loss, count = lasp.token_loss(logits, labels, mesh=mesh)
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    dist.all_reduce(total)
+    assert count.item() == 6
+    assert_close(loss, total / 6, "loss", **CLOSE)
+
+
+def test_the_mean_is_over_dp_and_sp():
+    run_ranks(4, _over_dp_and_sp)
+
+
+def test_without_ranks_it_is_cross_entropy_in_fp32():
+    logits = torch.randn(2, 5, VOCABULARY, dtype=torch.bfloat16)
+    labels = torch.randint(VOCABULARY, (2, 5))
+    loss, count = lasp.token_loss(logits, labels, mesh=None)
+    assert loss.dtype == torch.float32
+    assert_close(loss, F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()), "loss", **CLOSE)
+    assert count.item() == 10
+
+
+def test_scaled_loss_scales_the_gradient():
+    """Gradient accumulation divides the loss by the number of micro-batches."""
+    logits = torch.randn(1, 4, VOCABULARY)
+    labels = torch.randint(VOCABULARY, (1, 4))
+    found = []
+    for factor in (1.0, 0.25):
+        x = logits.clone().requires_grad_()
+        (lasp.token_loss(x, labels, mesh=None)[0] * factor).backward()
+        found.append(x.grad)
+    assert_close(found[1], found[0] * 0.25, "gradient", **CLOSE)
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"logits \(1, 3, 7\) and labels \(1, 4\) must agree but for the last"):
+        lasp.token_loss(torch.zeros(1, 3, 7), torch.zeros(1, 4, dtype=torch.int64), mesh=None)

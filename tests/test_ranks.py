@@ -1,0 +1,63 @@
+"""The pool of workers: values by rank, errors and hangs that name the rank, and a pool that works again after them."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankError, run_ranks
+
+
+def _sum_of_ranks():
+    total = torch.tensor(dist.get_rank())
+    dist.all_reduce(total)
+    return dist.get_rank(), dist.get_world_size(), total.item()
+
+
+def _fail_on(rank):
+    if dist.get_rank() == rank:
+        raise ValueError("this one is broken")
+
+
+def _sleep_on(rank):
+    if dist.get_rank() == rank:
+        time.sleep(60)
+
+
+def _exit_on(rank):
+    if dist.get_rank() == rank:
+        os._exit(7)
+    dist.barrier()
+
+
+def _uninitialised():
+    for x in (torch.empty(3), torch.empty_like(torch.ones(2)), torch.ones(1).new_empty(4)):
+        assert x.isnan().all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_default_group_has_exactly_the_ranks(world):
+    assert run_ranks(world, _sum_of_ranks) == [(r, world, sum(range(world))) for r in range(world)]
+
+
+def test_an_exception_on_one_rank_names_it_and_the_pool_recovers():
+    with pytest.raises(RankError, match=r"rank 1 of 2 failed(.|\n)*this one is broken"):
+        run_ranks(2, _fail_on, 1)
+    assert len(run_ranks(2, _sum_of_ranks)) == 2
+
+
+def test_a_hang_on_one_rank_names_it_and_the_pool_recovers():
+    with pytest.raises(RankError, match="rank 1 of 2 did not finish"):
+        run_ranks(2, _sleep_on, 1, timeout=2.0)
+    assert len(run_ranks(2, _sum_of_ranks)) == 2
+
+
+def test_a_dead_process_names_its_rank():
+    with pytest.raises(RankError, match="rank 0 of 2 failed:\nthe process died, exit code 7"):
+        run_ranks(2, _exit_on, 0)
+
+
+def test_memory_is_poisoned_in_workers_and_here():
+    run_ranks(1, _uninitialised)
+    _uninitialised()

@@ -1,0 +1,61 @@
+"""What a user starts: the doctor, healthy and not, and the smallest example on one rank and on two."""
+
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from processes import finish, free_port, start
+from ranks import run_ranks
+
+import lasp
+from lasp.doctor import run_doctor
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def _slightly_wrong(*args, **options):
+    o, state = lasp.linear_attention(*args, **options)
+    return o * 1.02, state
+
+
+def _doctor(broken_ranks):
+    broken = lasp.SequenceParallel(lasp.init_mesh(sp=-1, dp_shard=1)["sp"]).rank in broken_ranks
+    operator = _slightly_wrong if broken else lasp.linear_attention
+    with (
+        mock.patch("torch.distributed.destroy_process_group"),  # the next test needs it
+        mock.patch("lasp.doctor.linear_attention", operator),
+        mock.patch("builtins.print"),
+    ):
+        return run_doctor(backend="gloo")
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_doctor_finds_that_all_is_well(world):
+    assert run_ranks(world, _doctor, ()) == [0] * world
+
+
+def test_the_doctor_fails_on_every_rank_when_one_is_wrong():
+    assert run_ranks(3, _doctor, (1,)) == [1, 1, 1]
+
+
+def test_the_command_line_of_the_doctor():
+    code = "import sys, runpy; sys.argv[1:] = ['doctor']; runpy.run_module('lasp', run_name='__main__')"
+    process = start(code, {})
+    [(out, error)] = finish([process])
+    assert process.returncode == 0, error
+    assert "all is well" in out
+
+
+def test_the_smallest_example_has_the_same_losses_on_two_ranks():
+    code = f"import runpy; runpy.run_path({str(EXAMPLES / 'minimal.py')!r}, run_name='__main__')"
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [start(code, {})]
+    processes += [start(code, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    outputs = finish(processes)
+    assert [p.returncode for p in processes] == [0, 0, 0], outputs
+    alone, first, second = ([float(x) for x in re.findall(r"loss ([\d.]+)", out)] for out, _ in outputs)
+    assert len(alone) == 7
+    assert alone[-1] < alone[0] / 4
+    assert first == pytest.approx(alone, abs=1e-3)
+    assert second == []  # rank 0 alone prints
