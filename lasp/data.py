@@ -125,8 +125,8 @@ def shard_batch(
     tokens = ids.shape[seq_dim]
     offsets = batch.get("cu_seqlens")
     offsets = [0, tokens] if offsets is None else [int(n) for n in offsets]
-    if offsets[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at the {tokens} tokens of input_ids, got {offsets[-1]}")
+    if not offsets or offsets[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at the {tokens} tokens of input_ids, got {offsets}")
 
     whole = dict(batch)
     whole.setdefault("position_ids", _positions(ids, seq_dim, offsets))
