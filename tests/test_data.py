@@ -161,7 +161,11 @@ def test_the_whole_mesh_cuts_along_its_sequence_axis():
             {"input_ids": ids(1, 4), "labels": ids(1, 3)},
             r"labels must have the shape of input_ids \(1, 4\), got \(1, 3\)",
         ),
-        ({"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens must end at the 4 tokens .*got 3"),
+        (
+            {"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([0, 3])},
+            "cu_seqlens must end at the 4 tokens .*got \\[0, 3\\]",
+        ),
+        ({"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([], dtype=torch.int32)}, "cu_seqlens must end at the 4"),
         ({"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([0, 3, 2, 4])}, "cu_seqlens must rise from 0"),
     ],
 )
