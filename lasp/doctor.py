@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda import nccl
 
 from lasp import exchange
 from lasp.attention import linear_attention
@@ -62,7 +63,7 @@ def _environment(env: Env) -> Iterator[tuple[str, str]]:
     if env.device.type == "cuda":
         properties = torch.cuda.get_device_properties(env.device)
         yield "device", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        yield "nccl", ".".join(map(str, torch.cuda.nccl.version()))
+        yield "nccl", ".".join(map(str, nccl.version()))
     else:
         yield "device", f"cpu, {torch.get_num_threads()} threads"
     yield "backend", env.backend
