@@ -1,4 +1,4 @@
-"""What every benchmark shares: the header that says where a number comes from, a table, and the results file."""
+"""What every benchmark shares: the header that says where a number comes from, tables, and the results files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, str]:
-    """Hardware, versions and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    """Hardware, versions and commit ("-dirty" if files differ from it)."""
     found = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -29,10 +28,20 @@ def environment() -> dict[str, str]:
     except ImportError:
         pass
     if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
         found["device"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     else:
         found["device"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return found
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git here
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def cpu_name() -> str:
@@ -58,13 +67,52 @@ def _cell(value) -> str:
     return "-" if value is None else str(value)
 
 
-def report(name: str, command: str, rows: list[dict], *, save: bool, out: Path = RESULTS) -> None:
-    """Print the table, and everything as one JSON line last; keep it under bench/results with `save`."""
+def markdown_table(rows: list[dict]) -> str:
+    """Rows as a Markdown table; the first row's keys are the columns."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns)] + [[_cell(row.get(c)) for c in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(
+    name: str,
+    command: str,
+    rows: list[dict],
+    *,
+    save: bool,
+    out: Path = RESULTS,
+    tables: dict[str, list[dict]] | None = None,
+    facts: dict | None = None,
+    markdown: bool = False,
+    commit: str | None = None,
+) -> None:
+    """Print the tables, and everything as one JSON line last; keep it under bench/results with `save`.
+
+    `rows` is the main table, `tables` are others by title, `facts` what belongs in no table. With `markdown` a
+    readable .md is kept beside the .json. `commit` is for a machine that has the files but not their history.
+    """
+    everything = {title: t for title, t in {"": rows, **(tables or {})}.items() if t}
     result = {"benchmark": name, "command": command, "environment": environment(), "rows": rows}
-    print(table(rows))
+    if commit is not None:
+        result["environment"]["commit"] = commit
+    result |= {"tables": tables or {}, "facts": facts or {}} if tables or facts else {}
+    for title, t in everything.items():
+        print(f"\n{title}\n{table(t)}" if title else table(t))
+    for what, value in (facts or {}).items():
+        print(f"{what}: {_fact(value)}")
     if save:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{result['environment']['date']}_{name}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
+        if markdown:
+            parts = [f"# {name}", f"`{command}`", "; ".join(f"{k} {v}" for k, v in result["environment"].items())]
+            parts += ["\n".join(f"- {what}: {_fact(value)}" for what, value in (facts or {}).items())]
+            for title, t in everything.items():
+                parts += [f"## {title}", markdown_table(t)] if title else [markdown_table(t)]
+            path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
         print(f"kept as {path.name}")
     print(json.dumps(result))
+
+
+def _fact(value) -> str:
+    return ", ".join(str(x) for x in value) or "none" if isinstance(value, list) else _cell(value)

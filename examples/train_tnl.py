@@ -186,7 +186,6 @@ def run(options: Options) -> None:
     report.finish()
     dist.destroy_process_group()
     if options.verify and env.rank == 0:
-        torch.set_num_threads(torch.get_num_threads() * env.local_world_size)  # the other ranks have ended
         verify(options, text, report.losses, env.device)
 
 

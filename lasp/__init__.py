@@ -4,7 +4,7 @@
 whose size does not depend on the length.
 """
 
-from lasp import adapters, decay, modules
+from lasp import adapters, compiled, decay, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
 from lasp.attention import linear_attention
@@ -19,6 +19,7 @@ __all__ = [
     "SequenceParallel",
     "ShardLayout",
     "adapters",
+    "compiled",
     "decay",
     "explain",
     "grad_mesh",

@@ -73,13 +73,13 @@ def linear_attention(
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
         if heads == q.shape[2] != k.shape[2] and heads % k.shape[2] == 0:
             k, v = (x.repeat_interleave(heads // k.shape[2], 2) for x in (k, v))
+    if torch.compiler.is_compiling():
+        return _compiled(q, k, v, log_decay, initial_state, scale, output_final_state, layout, sequence, segment_length)
     kernels.check_inputs(q, k, v, log_decay, segment_length)
     shard = _Shard.of(k, layout, sequence)
     _check_initial_state(initial_state, k, v, shard)
-    o, final_state = _LinearAttention.apply(
-        q, k, v, log_decay, initial_state, scale, output_final_state, shard, segment_length
-    )  # type: ignore[misc]
-    return o, final_state
+    call = _Call(shard, scale, output_final_state, segment_length)
+    return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,6 @@ class _Shard:
     @property
     def packed(self) -> bool:
         return self.runs.cu_seqlens is not None
-
-    def cu_seqlens(self, device: torch.device) -> Tensor | None:
-        offsets = self.runs.cu_seqlens
-        return None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device=device)
 
     def own_states(self, states: Tensor | None, zeros: Tensor, *, first: bool) -> Tensor:
         """Of the states before (`first`) or after all sequences, those of the runs that begin or end here.
@@ -168,20 +164,94 @@ class _Shard:
         return torch.cat([own[:-1], received] if reverse else [received, own[1:]])
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a call is besides its tensors."""
+
+    shard: _Shard
+    scale: float
+    output_final_state: bool
+    segment_length: int | None
+
+    def plan(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state_grad: bool, decay_grad: bool
+    ):
+        """The steps on this device. Forward and backward must ask for the same."""
+        ends = self.shard.sequence is not None or self.output_final_state or initial_state_grad
+        return kernels.plan(
+            q,
+            k,
+            v,
+            log_decay,
+            cu_seqlens=self.shard.runs.cu_seqlens,
+            segment_length=self.segment_length,
+            decay_gradient=decay_grad,
+            ends=ends,
+        )
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    call: _Call,
+    needs_grad: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
+    shard = call.shard
+    with torch.autocast(q.device.type, enabled=False):
+        steps = call.plan(q, k, v, log_decay, *needs_grad)
+        segments = steps.segment_states(k, v, log_decay)
+        wait = _start_exchange(steps, segments, initial_state, shard)
+        states, final = steps.scan(segments, wait())
+        o = steps.outputs(q, k, v, log_decay, states, call.scale).to(v.dtype)
+        final_state = None
+        if call.output_final_state:
+            final_state = _sum_over_ranks(shard.all_states(final, first=False), shard)
+    return o, final_state, states
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    states: Tensor,
+    do: Tensor,
+    d_final_state: Tensor | None,
+    call: _Call,
+    needs_grad: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, and as `needs_grad` says d_initial_state [N, H, K, V] and d_log_decay, both in the state's dtype."""
+    shard, scale = call.shard, call.scale
+    d_initial = d_decay = None
+    with torch.autocast(q.device.type, enabled=False):
+        steps = call.plan(q, k, v, log_decay, *needs_grad)
+        if d_final_state is not None:
+            d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
+        segments = steps.segment_gradients(q, do, log_decay, scale)
+        # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
+        wait = _start_exchange(steps, segments, d_final_state, shard, reverse=True)
+        dq = steps.query_gradient(q, k, v, do, log_decay, states, scale)
+        d_states, d_first = steps.scan(segments, wait(), reverse=True)
+        dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
+        if needs_grad[0]:
+            d_initial = shard.all_states(d_first, first=True)
+        if needs_grad[1]:
+            assert log_decay is not None
+            d_decay = steps.decay_gradient(q, k, v, do, dq, dk, log_decay, states, d_states, scale)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_initial, d_decay
+
+
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, initial_state, scale, output_final_state, shard, segment_length):
-        with torch.autocast(q.device.type, enabled=False):
-            offsets = shard.cu_seqlens(k.device)
-            steps = kernels.plan(q, k, v, log_decay, cu_seqlens=offsets, segment_length=segment_length)
-            segments = steps.segment_states(k, v, log_decay)
-            wait = _start_exchange(steps, segments, initial_state, shard)
-            states, final = steps.scan(segments, wait())
-            o = steps.outputs(q, k, v, log_decay, states, scale).to(v.dtype)
-            final_state = _sum_over_ranks(shard.all_states(final, first=False), shard) if output_final_state else None
-        ctx.save_for_backward(q, k, v, log_decay, states)
-        ctx.steps, ctx.scale, ctx.shard, ctx.output_final_state = steps, scale, shard, output_final_state
+    def forward(ctx, q, k, v, log_decay, initial_state, call):
+        ctx.call, ctx.needs_grad = call, (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        o, final_state, states = _forward(q, k, v, log_decay, initial_state, call, ctx.needs_grad)
+        ctx.save_for_backward(q, k, v, log_decay, states)
         return o, final_state
 
     @staticmethod
@@ -189,23 +259,45 @@ class _LinearAttention(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("lasp.linear_attention has no second derivative: call backward without create_graph")
         q, k, v, log_decay, states = ctx.saved_tensors
-        steps, scale, shard = ctx.steps, ctx.scale, ctx.shard
-        d_decay = d_initial = None
-        with torch.autocast(q.device.type, enabled=False):
-            if ctx.output_final_state:
-                d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
-            segments = steps.segment_gradients(q, do, log_decay, scale)
-            # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
-            wait = _start_exchange(steps, segments, d_final_state, shard, reverse=True)
-            dq = steps.query_gradient(k, v, do, log_decay, states, scale)
-            d_states, d_first = steps.scan(segments, wait(), reverse=True)
-            dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
-            if ctx.needs_input_grad[3]:
-                d_decay = steps.decay_gradient(q, k, v, do, dq, dk, log_decay, states, d_states, scale)
-                d_decay = d_decay.to(log_decay.dtype)
-            if ctx.needs_input_grad[4]:
-                d_initial = shard.all_states(d_first, first=True).to(ctx.initial_dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_decay, d_initial, None, None, None, None
+        dq, dk, dv, d_initial, d_decay = _backward(
+            q, k, v, log_decay, states, do, d_final_state, ctx.call, ctx.needs_grad
+        )
+        d_initial = None if d_initial is None else d_initial.to(ctx.initial_dtype)
+        d_decay = None if d_decay is None else d_decay.to(log_decay.dtype)
+        return dq, dk, dv, d_decay, d_initial, None
+
+
+def _compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same through the custom op of compiled.py, which torch.compile takes as it is."""
+    lengths = None if layout is None else list(layout.lengths)
+    cu_seqlens = None if layout is None or layout.cu_seqlens is None else list(layout.cu_seqlens)
+    o, final_state, _ = torch.ops.lasp.linear_attention(
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        scale,
+        output_final_state,
+        lengths,
+        cu_seqlens,
+        "" if sequence is None else sequence.key,
+        segment_length,
+        initial_state is not None and initial_state.requires_grad,
+        log_decay is not None and log_decay.requires_grad,
+    )
+    return o, final_state if output_final_state else None
 
 
 def _start_exchange(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import re
 import shutil
 import socket
 import subprocess
+import weakref
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -252,6 +254,7 @@ class SequenceParallel:
     ranks: tuple[int, ...] = field(init=False)  # global ranks
     rank: int = field(init=False)
     traffic: Traffic = field(init=False, repr=False, default_factory=Traffic)
+    key: str = field(init=False, repr=False)  # stands for this object where only plain values can go (see compiled.py)
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
@@ -260,6 +263,8 @@ class SequenceParallel:
         me = dist.get_rank() if group is not None else 0
         for name, value in (("group", group), ("ranks", ranks), ("rank", ranks.index(me))):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "key", f"sequence{next(_counter)}")
+        _by_key[self.key] = self
 
     @property
     def size(self) -> int:
@@ -275,6 +280,15 @@ class SequenceParallel:
 
     def __deepcopy__(self, memo) -> SequenceParallel:
         return self  # a copied model is split over the same ranks; process groups cannot be copied
+
+
+_counter = itertools.count()
+_by_key: weakref.WeakValueDictionary[str, SequenceParallel] = weakref.WeakValueDictionary()
+
+
+def sequence_of_key(key: str) -> SequenceParallel | None:
+    """The living `SequenceParallel` of a key; None for the empty one."""
+    return _by_key[key] if key else None
 
 
 def _group_and_ranks(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, tuple[int, ...]]:

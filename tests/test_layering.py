@@ -14,7 +14,7 @@ LAYERS = [
     {"lasp.mesh", "lasp.decay"},
     {"lasp.exchange", "lasp.data", "lasp_kernels"},
     {"lasp.attention", "lasp.loss"},
-    {"lasp.modules"},
+    {"lasp.modules", "lasp.compiled"},
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
     {"lasp.api"},
     {"lasp"},

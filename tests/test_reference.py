@@ -228,7 +228,7 @@ def test_gradient_steps_equal_autograd(form, T, is_packed):
     d_states, d_initial = steps.scan(segments, x.d_final_state, reverse=True)
     local_state, log_total = steps.fold(segments, reverse=True)
     by_fold = log_total.exp().unsqueeze(-1) * x.d_final_state + local_state
-    dq = steps.query_gradient(x.k, x.v, x.do, x.log_decay, states, scale)
+    dq = steps.query_gradient(x.q, x.k, x.v, x.do, x.log_decay, states, scale)
     dk, dv = steps.key_value_gradient(x.q, x.k, x.v, x.do, x.log_decay, d_states, scale)
     found = {"q": dq, "k": dk, "v": dv, "initial_state": d_initial}
     if x.log_decay is not None:

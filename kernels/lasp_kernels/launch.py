@@ -1,16 +1,44 @@
 """Checks the inputs of linear attention and decides which path computes it.
 
-The only path so far is PyTorch's (`reference.ChunkedSteps`), on every device.
+| device | inputs | path |
+|---|---|---|
+| CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K and V from 16 to 256 | `triton_steps` |
+| CUDA | fp64, or log_decay [B, T, H, K] | `reference` |
+| CUDA | other K or V | refused |
+| CPU | any | `reference` |
+
+The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a `ValueError`
+where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
+LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from lasp_kernels.reference import TILE, ChunkedSteps
+from lasp_kernels.reference import TILE, ChunkedSteps, reference_norm_gate
 
-Steps = ChunkedSteps  # what every path offers
+if TYPE_CHECKING:
+    from lasp_kernels.triton_steps import TritonSteps
+
+    Steps = ChunkedSteps | TritonSteps
+
+
+def path(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str:
+    """ "triton" or "reference": what computes these inputs (see the table above)."""
+    asked = os.environ.get("LASP_KERNELS", "")
+    if asked not in ("", "triton", "reference"):
+        raise ValueError(f'the environment variable LASP_KERNELS must be "triton" or "reference", got {asked!r}')
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    by_default = "triton" if k.device.type == "cuda" and k.dtype != torch.float64 and not per_channel else "reference"
+    return asked or by_default
 
 
 def plan(
@@ -19,11 +47,61 @@ def plan(
     v: Tensor,
     log_decay: Tensor | None,
     *,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
     segment_length: int | None = None,
+    decay_gradient: bool = False,
+    ends: bool = True,
 ) -> Steps:
-    """Choose the path for these inputs."""
-    return ChunkedSteps(q, k, v, log_decay, cu_seqlens=cu_seqlens, segment_length=segment_length)
+    """The steps of the path for these inputs.
+
+    Args:
+        q: and k, v, log_decay: the inputs, checked by `check_inputs`.
+        cu_seqlens: offsets of packed sequences; on the host, or the host waits for them.
+        segment_length: tokens of a segment, a multiple of 64; None chooses.
+        decay_gradient: whether `decay_gradient` will be called.
+        ends: whether the states before the first and behind the last token will be used.
+    """
+    chosen = path(q, k, v, log_decay)
+    if os.environ.get("LASP_DEBUG", "") not in ("", "0"):
+        form = "none" if log_decay is None else f"{log_decay.ndim}-d"
+        _tell_once(
+            f"lasp_kernels: {chosen} for {k.dtype} on {k.device.type}, K {k.shape[-1]}, V {v.shape[-1]}, decay {form}"
+        )
+    if chosen == "reference":
+        return ChunkedSteps(q, k, v, log_decay, cu_seqlens=cu_seqlens, segment_length=segment_length)
+    from lasp_kernels.triton_steps import TritonSteps  # where Triton is not installed, nothing else needs it
+
+    return TritonSteps(
+        q,
+        k,
+        v,
+        log_decay,
+        cu_seqlens=cu_seqlens,
+        segment_length=segment_length,
+        decay_gradient=decay_gradient,
+        ends=ends,
+    )
+
+
+def norm_gate(
+    x: Tensor, gate: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, activation: str = "none"
+) -> Tensor:
+    """RMS norm of x [..., H, V] over its heads together, times weight [H * V], times activation(gate [..., H * V]).
+
+    What models do after attention, in one pass over memory on a GPU (`norm_gate.py`); in PyTorch on a CPU, in
+    fp64, and under `torch.compile`, which fuses it by itself. Returns [..., H * V] in x's dtype.
+    `activation` is "none", "sigmoid" or "silu".
+    """
+    if x.device.type == "cuda" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        from lasp_kernels.norm_gate import fused_norm_gate
+
+        return fused_norm_gate(x, gate, weight, eps=eps, activation=activation)
+    return reference_norm_gate(x, gate, weight, eps=eps, activation=activation)
+
+
+@lru_cache
+def _tell_once(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segment_length: int | None = None) -> None:

@@ -27,6 +27,7 @@ fp32, or fp64 when the inputs are.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +106,17 @@ def chunked_linear_attention(
     segments = steps.segment_states(k, v, log_decay)
     states, final_state = steps.scan(segments, initial_state)
     return steps.outputs(q, k, v, log_decay, states, scale).to(q.dtype), final_state
+
+
+def reference_norm_gate(
+    x: Tensor, gate: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, activation: str = "none"
+) -> Tensor:
+    """The stage after attention (see `launch.norm_gate`), in any dtype."""
+    functions = {"none": lambda g: g, "sigmoid": torch.sigmoid, "silu": F.silu}
+    if activation not in functions:
+        raise ValueError(f"activation must be one of {', '.join(functions)}, got {activation!r}")
+    x = x.flatten(-2)
+    return F.rms_norm(x, x.shape[-1:], weight, eps) * functions[activation](gate)
 
 
 @dataclass(frozen=True)
@@ -226,7 +238,7 @@ class ChunkedSteps:
         v: Tensor,
         log_decay: Tensor | None,
         *,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Sequence[int] | Tensor | None = None,
         segment_length: int | None = None,
     ):
         self.batch, self.tokens, self.heads, self.key_dim = k.shape
@@ -237,7 +249,7 @@ class ChunkedSteps:
         self._index: Tensor | None = None  # packed: where each token lies among the padded tiles
         tiles = max(1, -(-self.tokens // TILE))
         if cu_seqlens is not None:
-            lengths = self._pack(cu_seqlens)
+            lengths = self._pack(cu_seqlens, k.device)
         else:
             per_segment = segment_length // TILE if segment_length else -(-tiles // max(1, math.isqrt(tiles)))
             self.tiles = min(per_segment, tiles)
@@ -246,15 +258,15 @@ class ChunkedSteps:
             lengths = (self.tokens - starts).clamp(0, TILE)
         self._lengths = lengths.view(self.segments, self.tiles).T  # tokens in each tile: [n, s]
 
-    def _pack(self, cu_seqlens: Tensor) -> Tensor:
+    def _pack(self, cu_seqlens: Sequence[int] | Tensor, device: torch.device) -> Tensor:
         """Lay packed sequences out so that each begins a tile; a segment is then one tile."""
-        bounds = cu_seqlens.tolist()
+        bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         counts = [-(-(b - a) // TILE) for a, b in zip(bounds, bounds[1:])]
         first = [sum(counts[:n]) for n in range(len(counts) + 1)]
         self.runs = list(zip(first, first[1:]))
         self.tiles, self.segments = 1, first[-1]
-        starts = cu_seqlens[:-1].long()
-        lengths = cu_seqlens[1:].long() - starts
+        offsets = torch.tensor(bounds, device=device)
+        starts, lengths = offsets[:-1], offsets.diff()
         shift = torch.tensor(first[:-1], device=starts.device) * TILE - starts
         self._index = torch.arange(self.tokens, device=starts.device) + shift.repeat_interleave(lengths)
         in_run = torch.cat([torch.arange(c) for c in counts] or [torch.arange(0)]).to(starts.device)
@@ -296,10 +308,15 @@ class ChunkedSteps:
         shape = (rows, self.heads, self.key_dim, self.value_dim)
         return torch.zeros(shape, dtype=self.dtype, device=self._lengths.device)
 
+    @property
+    def states_shape(self) -> tuple[int, ...]:
+        """Of the states that `scan` returns."""
+        return (self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim)
+
     def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments:
         """The state at the end of every segment, from zero."""
         decays = self._tile_decays(log_decay)
-        state = k.new_zeros(self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim, dtype=self.dtype)
+        state = k.new_zeros(self.states_shape, dtype=self.dtype)
         for k_n, v_n, decay in zip(self._tile(k), self._tile(v), decays):
             state = decay.total * state + (k_n * decay.leaving).mT @ v_n
         return Segments(state, self._log_total(decays))
@@ -307,8 +324,7 @@ class ChunkedSteps:
     def segment_gradients(self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float) -> Segments:
         """The gradient of the state before every segment, from zero behind it."""
         decays = self._tile_decays(log_decay)
-        shape = (self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim)
-        state = q.new_zeros(shape, dtype=self.dtype)
+        state = q.new_zeros(self.states_shape, dtype=self.dtype)
         for q_n, do_n, decay in _backwards(self._tile(q) * scale, self._tile(do), decays):
             state = decay.total * state + _group_sum((q_n * decay.entering).mT @ do_n)
         return Segments(state, self._log_total(decays))
@@ -357,9 +373,9 @@ class ChunkedSteps:
         return self._untile(tiles)
 
     def query_gradient(
-        self, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
     ) -> Tensor:
-        """dq, from the states that `scan` gave in forward."""
+        """dq, from the states that `scan` gave in forward. (q is for a path that prepares `decay_gradient` here.)"""
         tiles = []
         decays = self._tile_decays(log_decay)
         for k_n, v_n, do_n, decay in zip(self._tile(k), self._tile(v), self._tile(do), decays):

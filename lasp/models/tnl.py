@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lasp import decay
 from lasp.data import ShardLayout
 from lasp.modules import LightningAttention
+from lasp_kernels import norm_gate
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,6 @@ class GatedLinearAttention(nn.Module):
         self.out = nn.Linear(D, D, bias=False)
         self.lrpe = LRPE(self.heads, D // self.heads) if config.lrpe and layer == 0 else None
         self.attention = LightningAttention(decay.schedule(config.decay, self.heads, layer, config.layers))
-        self.norm = SimpleRMSNorm()
 
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
@@ -176,8 +176,8 @@ class GatedLinearAttention(nn.Module):
         v = self.value(x).view(split)
         if self.lrpe is not None:
             q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
-        o = self.norm(self.attention(q, k, v, layout=layout).flatten(2))
-        return self.out(o * self.gate(x))
+        o = self.attention(q, k, v, layout=layout)
+        return self.out(norm_gate(o, self.gate(x)))
 
 
 class LRPE(nn.Module):
@@ -200,8 +200,9 @@ class LRPE(nn.Module):
         H, K = self.delta.shape
         exponent = torch.arange(H * K, device=q.device, dtype=torch.float32).view(H, K) * (-2 / (H * K))
         theta = torch.pow(10000.0, exponent) * self.delta.float().exp()
-        # In fp32 whatever the model's dtype: in bf16 tokens beyond position 256 would share their positions.
-        angle = position_ids.float()[..., None, None] * theta  # [B, T, H, K] or [T, H, K]
+        # In fp64 whatever the model's dtype: in bf16 tokens beyond position 256 would share their positions, and in
+        # fp32 the angle of token 4,000,000 would be off by a quarter.
+        angle = (position_ids.double()[..., None, None] * theta).remainder(2 * math.pi).float()  # [(B,) T, H, K]
         cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
         return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
 

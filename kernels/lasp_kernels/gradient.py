@@ -1,0 +1,258 @@
+"""Gradients of k and v and of the decay, in Triton; that of q is output.py's walk with other operands.
+
+The walk goes from a segment's end to its start. Per tile of C tokens, with dS the gradient of the state behind it
+(in registers, in fp32), D_ij = exp(G_i - G_j) for j <= i and sums over the query heads of a group::
+
+    dv = exp(G_C - G) * (k dS)   + scale * ((k q^T)  * D^T) do
+    dk = exp(G_C - G) * (v dS^T) + scale * ((v do^T) * D^T) q
+    dS <- exp(G_C) dS + scale * (exp(G) * q)^T do
+
+`backward_walk_kernel` does one of the first two with the third, for a block of columns; it is output.py's walk,
+backwards. dk and dv run as one grid (PAIRED): programs that read the same tiles sit side by side, so each
+tensor comes from memory once, and the copies that the others need come from the L2 cache.
+
+Tiles are aligned to the segment's start, as in output.py. In the one at its end, which is walked first, q and do are
+zero behind the end. (Aligned to the end instead, tiles would start at negative rows, which TMA refuses.) The sum over
+a group stays in one program: no atomics.
+
+The decay of token t scales all that crosses from before t to t or later: within a segment::
+
+    d log_decay_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s) + <S, dS> at the segment's end
+
+`token_decay_kernel` sums this up. The row sums come from the kernels that make dq and dk, in fp32; the states and
+gradients of all borders are there anyway. Over the whole sequence instead, the sums would cancel to noise. Also
+where a tile as a whole decays to nothing the sum starts anew: what crosses the tile's start then ends in the tile,
+so its gradient is the row sum of that part of dq which comes from the state before the tile.
+
+For a decay per head even a segment's length would be too much: the noise of every row sum would enter as many
+times as there are tokens before it. `head_decay_kernel` differentiates the walk of output.py instead: by the chain
+rule, over one segment at a time, it carries N = dS/dg from zero next to S, and nothing cancels::
+
+    d g = scale * sum_i do_i . (exp(G_i) q_i ((i + 1) S + N) + sum_j (i - j) P_ij v_j)   +   <N, dS> at its end
+"""
+
+import triton
+import triton.language as tl
+
+from lasp_kernels.state import (
+    HEAD_DECAY,
+    NO_DECAY,
+    TOKEN_DECAY,
+    VARYING,
+    causal_decays,
+    head_decays,
+    load_columns,
+    segment_bounds,
+    token_decays,
+)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_walk_kernel(
+    X, X2, Y, Z, OUT, OUT2, W, ROWS, G, STATE, TABLE,
+    scale, B, T, segment_length, segments, slots, H,
+    x_b, x_t, x_h, x2_b, x2_t, x2_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_b, g_t, g_h,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
+    GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
+    SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ].
+
+    PAIRED (DY = DZ, not TRANSPOSED): every other program computes OUT2 from x = X2, y = Z, z = Y, STATE transposed.
+    SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out, before out is rounded.
+    """
+    blocks: tl.constexpr = (DZ + BZ - 1) // BZ
+    roles: tl.constexpr = 2 if PAIRED else 1
+    role = tl.program_id(0) % roles
+    block = (tl.program_id(0) // roles) % blocks
+    bh = (tl.program_id(0) // (roles * blocks)) % (B * H)
+    segment = tl.program_id(0) // (roles * blocks * B * H)
+    b = (bh // H).to(tl.int64)
+    h = bh % H
+    first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n = end - first
+    start = first.to(tl.int64)
+    c = tl.arange(0, C)
+    d = tl.arange(0, BY)
+    e = block * BZ + tl.arange(0, BZ)
+    x_base = X + b * x_b + start * x_t + h * x_h
+    y_base = Y + b * y_b + start * y_t + (h * GROUP) * y_h
+    z_base = Z + b * z_b + start * z_t + (h * GROUP) * z_h
+    out_base = OUT + ((b * T + start) * H + h) * DZ
+    state_at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
+    if PAIRED:
+        if role == 1:
+            y_was = y_base
+            x_base = X2 + b * x2_b + start * x2_t + h * x2_h
+            y_base = z_base
+            z_base = y_was
+            out_base = OUT2 + ((b * T + start) * H + h) * DZ
+        x_t, y_t, z_t = tl.where(role == 1, x2_t, x_t), tl.where(role == 1, z_t, y_t), tl.where(role == 1, y_t, z_t)
+        state_at = tl.where(role == 1, d[:, None] + e[None, :] * DY, state_at)
+    if TMA:
+        x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
+        y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
+        z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
+        out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [H * DZ, 1], [C, BZ])
+    past = c[:, None] <= c[None, :]  # [key, query]
+    if DECAY == HEAD_DECAY:
+        g = tl.load(G + h * g_h).to(tl.float32)
+        enter, _, _ = head_decays(g, C)
+        causal = causal_decays(g * c.to(tl.float32), C, True)
+    if DECAY == TOKEN_DECAY:
+        g_base = G + b * g_b + start * g_t + h * g_h
+    inside = (d < DY)[:, None] & (e < DZ)[None, :]
+    ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
+    last = (n - 1) // C * C  # where the last tile begins
+    for i in tl.range(0, n, C, num_stages=STAGES):
+        at = last - i
+        valid = at + c < n
+        rows = tl.minimum(at + c, n - 1)
+        if TMA:
+            x = x_tiles.load([at, 0]).to(LOW)
+        else:
+            x = load_columns(x_base + (rows[:, None] * x_t + d[None, :]), d[None, :], DY, BY, LOW)
+        out = tl.dot(x, ds.to(LOW), input_precision=PRECISION)
+        if DECAY == HEAD_DECAY:  # to the segment's end, where the last tile may end early
+            length = tl.minimum(n - at, C)
+            leave = tl.exp(g * tl.maximum(length - 1 - c, 0).to(tl.float32))
+            tile_decay = tl.exp(g * length)
+        if DECAY == TOKEN_DECAY:
+            cumulative, enter, leave, total = token_decays(g_base, rows, valid, g_t)
+            tile_decay = tl.exp(total)
+            causal = causal_decays(cumulative, C, True)
+        if DECAY != NO_DECAY:
+            out = out * leave[:, None]
+            ds = ds * tile_decay
+        for m in range(GROUP):
+            if TMA:
+                y = y_tiles.load([at, 0]).to(LOW)
+                z = z_tiles.load([at, block * BZ]).to(LOW)
+            else:
+                y = load_columns(y_base + m * y_h + (rows[:, None] * y_t + d[None, :]), d[None, :], DY, BY, LOW)
+                z_mask = valid[:, None] & (e < DZ)[None, :]
+                z = tl.load(z_base + m * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
+            p = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+            p = tl.where(past, p, 0.0) if DECAY == NO_DECAY else p * causal
+            out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
+            z = (z * scale).to(LOW) if DECAY == NO_DECAY else (z * (enter * scale)[:, None]).to(LOW)
+            ds = tl.dot(tl.trans(y), z, ds, input_precision=PRECISION)
+        mask = valid[:, None] & (e < DZ)[None, :]
+        if TMA:
+            out_tiles.store([at, block * BZ], out.to(OUT.dtype.element_ty))
+        else:
+            tl.store(out_base + (rows[:, None] * (H * DZ) + e[None, :]), out.to(OUT.dtype.element_ty), mask=mask)
+        if SUM_ROWS:
+            w = tl.load(W + b * w_b + (start + rows[:, None]) * w_t + h * w_h + e[None, :], mask=mask, other=0.0)
+            sums = tl.sum(w.to(tl.float32) * out, 1)
+            tl.store(ROWS + ((block * B + b) * H + h) * T + start + rows, sums, mask=valid)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def token_decay_kernel(
+    QUERY_ROWS, KEY_ROWS, STATE, GRADIENT, OUT, G, TABLE,
+    B, T, segment_length, segments, slots, H, g_b, g_t, g_h,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr,
+    PACKED: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """OUT [B, T, H] from the row sums and the SIZE elements of the states. C is the tile of the kernel for dq.
+
+    QUERY_ROWS [2, Q_BLOCKS, B, H * GROUP, T], KEY_ROWS [K_BLOCKS, B, H, T].
+    """
+    bh = (tl.program_id(0) % (B * H)).to(tl.int64)
+    segment = tl.program_id(0) // (B * H)
+    b = bh // H
+    h = bh % H
+    first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n = end - first
+    c = tl.arange(0, C)
+    at = ((b * H + h) * slots + slot + 1) * SIZE + tl.arange(0, BLOCK)
+    products = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, SIZE, BLOCK):
+        mask = i + tl.arange(0, BLOCK) < SIZE
+        s = tl.load(STATE + at + i, mask=mask, other=0.0)
+        products += s * tl.load(GRADIENT + at + i, mask=mask, other=0.0)
+    later = tl.sum(products, 0)  # the gradient of a decay just behind the tile
+    tiles = tl.cdiv(n, C)
+    for i in range(tiles):
+        row = (tiles - 1 - i) * C + c
+        valid = row < n
+        token = first.to(tl.int64) + row
+        x = tl.zeros([C], tl.float32)
+        from_state = tl.zeros([C], tl.float32)
+        for m in tl.static_range(GROUP * Q_BLOCKS):
+            rows_at = QUERY_ROWS + (((m // GROUP) * B + b) * (H * GROUP) + h * GROUP + m % GROUP) * T + token
+            x += tl.load(rows_at, mask=valid, other=0.0)
+            rows_at += Q_BLOCKS * B.to(tl.int64) * (H * GROUP) * T
+            from_state += tl.load(rows_at, mask=valid, other=0.0)
+        for m in tl.static_range(K_BLOCKS):
+            x -= tl.load(KEY_ROWS + ((m * B + b) * H + h) * T + token, mask=valid, other=0.0)
+        tl.store(OUT + (b * T + token) * H + h, tl.cumsum(x, 0, reverse=True) + later, mask=valid)
+        g = tl.load(G + b * g_b + token * g_t + h * g_h, mask=valid, other=0.0).to(tl.float32)
+        # exp(-16) is 1e-7, the rounding of fp32
+        later = tl.where(tl.sum(g, 0) < -16.0, tl.sum(from_state, 0), later + tl.sum(x, 0))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def head_decay_kernel(
+    Q, K, V, DO, OUT, G, STATE, GRADIENT, TABLE,
+    scale, B, T, segment_length, segments, slots, H,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h,
+    DK_: tl.constexpr, DV_: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT [segments, blocks, B, H * GROUP]: the part of each segment, block of columns and query head."""
+    blocks: tl.constexpr = (DV_ + BV - 1) // BV
+    heads = H * GROUP
+    bh = (tl.program_id(0) % (B * heads)).to(tl.int64)
+    block = (tl.program_id(0) // (B * heads)) % blocks
+    segment = tl.program_id(0) // (blocks * B * heads)
+    b = bh // heads
+    hq = bh % heads
+    h = hq // GROUP
+    first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n = end - first
+    start = first.to(tl.int64)
+    c = tl.arange(0, C)
+    d = tl.arange(0, BK)
+    e = block * BV + tl.arange(0, BV)
+    q_base = Q + b * q_b + start * q_t + hq * q_h
+    k_base = K + b * k_b + start * k_t + h * k_h
+    v_base = V + b * v_b + start * v_t + h * v_h
+    do_base = DO + b * do_b + start * do_t + hq * do_h
+    g = tl.load(G + h * g_h).to(tl.float32)
+    enter, _, _ = head_decays(g, C)
+    distance = tl.maximum(c[:, None] - c[None, :], 0).to(tl.float32)
+    by_distance = distance * causal_decays(g * c.to(tl.float32), C, False)
+    inside = (d < DK_)[:, None] & (e < DV_)[None, :]
+    at = ((b * H + h) * slots + slot) * (DK_ * DV_) + d[:, None] * DV_ + e[None, :]
+    s = tl.load(STATE + at, mask=inside, other=0.0)
+    ns = tl.zeros([BK, BV], tl.float32)  # N, the derivative of s by g
+    products = tl.zeros([C, BV], tl.float32)
+    for i in tl.range(0, n, C, num_stages=STAGES):
+        row = i + c
+        valid = row < n
+        rows = tl.minimum(row, n - 1)
+        q = load_columns(q_base + (rows[:, None] * q_t + d[None, :]), d[None, :], DK_, BK, LOW)
+        kt = load_columns(k_base + (rows[None, :] * k_t + d[:, None]), d[:, None], DK_, BK, LOW)
+        v = load_columns(v_base + (rows[:, None] * v_t + e[None, :]), e[None, :], DV_, BV, LOW)
+        do = load_columns(do_base + (rows[:, None] * do_t + e[None, :]), e[None, :], DV_, BV, LOW)
+        d_o = tl.dot(q, s.to(LOW), input_precision=PRECISION) * (c + 1).to(tl.float32)[:, None]
+        d_o = tl.dot(q, ns.to(LOW), d_o, input_precision=PRECISION) * enter[:, None]
+        p = tl.dot(q, kt, input_precision=PRECISION) * by_distance
+        d_o = tl.dot(p.to(LOW), v, d_o, input_precision=PRECISION)
+        products += tl.where(valid[:, None], d_o * do.to(tl.float32), 0.0)
+        # The end of the last tile counts, so its decays are those of its own tokens.
+        length = tl.minimum(n - i, C)
+        after = tl.maximum(length - 1 - c, 0).to(tl.float32)
+        leave = tl.where(valid, tl.exp(g * after), 0.0)
+        tile_decay = tl.exp(g * length)
+        ns = (ns + s * length) * tile_decay
+        ns = tl.dot((kt * (leave * after)[None, :]).to(LOW), v, ns, input_precision=PRECISION)
+        s = tl.dot((kt * leave[None, :]).to(LOW), v, s * tile_decay, input_precision=PRECISION)
+    ds = tl.load(GRADIENT + at + DK_ * DV_, mask=inside, other=0.0)
+    part = tl.sum(tl.sum(products, 1), 0) * scale
+    if hq % GROUP == 0:  # the state's own gradient, once for a group
+        part += tl.sum(tl.sum(ns * ds, 1), 0)
+    tl.store(OUT + (segment * blocks + block) * (B * heads) + bh, part)

@@ -1,0 +1,119 @@
+"""Outputs, and with other operands the gradient of q, in Triton: a walk from a segment's start to its end.
+
+Per tile of C tokens, with S the state before it (kept in registers, in fp32) and D_ij = exp(G_i - G_j) for j <= i::
+
+    out = scale * (exp(G) * (x S) + ((x y^T) * D) z)        S <- exp(G_C) S + (exp(G_C - G) * y)^T z
+
+    outputs      x = q     y = k    z = v    S [K, V]
+    dq           x = do    y = v    z = k    S^T [V, K]
+
+The columns of z and out are divided among programs: the product x y^T is then computed more than once, but a program
+needs fewer registers, so that loads run ahead of products in more stages. Its x and y come from the L2 cache.
+
+Tiles are aligned to the segment's start. In the last one, rows behind the end are zeros (or repeat the last token):
+causality keeps them from all rows that are stored, and the state they spoil is not used again. So no load needs a
+mask. With TMA the card's copy engine moves tiles, addressed by descriptors whose bounds are the segment's.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp_kernels.state import (
+    HEAD_DECAY,
+    NO_DECAY,
+    TOKEN_DECAY,
+    VARYING,
+    causal_decays,
+    head_decays,
+    load_columns,
+    segment_bounds,
+    token_decays,
+)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward_walk_kernel(
+    X, Y, Z, OUT, W, ROWS, G, STATE, TABLE,
+    scale, B, T, segment_length, segments, slots, H,
+    x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_b, g_t, g_h,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
+    GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT [B, T, H*GROUP, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ].
+
+    SUM_ROWS: also ROWS [2, blocks, B, H*GROUP, T] = sum over the block's columns of W * out, before out is rounded,
+    and of that part of it which comes from the state before the tile.
+    """
+    blocks: tl.constexpr = (DZ + BZ - 1) // BZ
+    heads = H * GROUP
+    block = tl.program_id(0) % blocks
+    bh = ((tl.program_id(0) // blocks) % (B * heads)).to(tl.int64)
+    segment = tl.program_id(0) // (blocks * B * heads)
+    b = bh // heads
+    hq = bh % heads
+    h = hq // GROUP
+    first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n = end - first
+    start = first.to(tl.int64)
+    c = tl.arange(0, C)
+    d = tl.arange(0, BY)
+    e = block * BZ + tl.arange(0, BZ)
+    x_base = X + b * x_b + start * x_t + hq * x_h
+    y_base = Y + b * y_b + start * y_t + h * y_h
+    z_base = Z + b * z_b + start * z_t + h * z_h
+    out_base = OUT + ((b * T + start) * heads + hq) * DZ
+    past = c[:, None] >= c[None, :]
+    if TMA:
+        x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
+        y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
+        z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
+        out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [heads * DZ, 1], [C, BZ])
+    if DECAY == HEAD_DECAY:
+        g = tl.load(G + h * g_h).to(tl.float32)
+        enter, leave, tile_decay = head_decays(g, C)
+        causal = causal_decays(g * c.to(tl.float32), C, False)
+    if DECAY == TOKEN_DECAY:
+        g_base = G + b * g_b + start * g_t + h * g_h
+    at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
+    inside = (d < DY)[:, None] & (e < DZ)[None, :]
+    s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
+    for i in tl.range(0, n, C, num_stages=STAGES):
+        row = i + c
+        rows = tl.minimum(row, n - 1)
+        if TMA:
+            x = x_tiles.load([i, 0]).to(LOW)
+            y = y_tiles.load([i, 0]).to(LOW)
+            z = z_tiles.load([i, block * BZ]).to(LOW)
+        else:
+            x = load_columns(x_base + (rows[:, None] * x_t + d[None, :]), d[None, :], DY, BY, LOW)
+            y = load_columns(y_base + (rows[:, None] * y_t + d[None, :]), d[None, :], DY, BY, LOW)
+            z = load_columns(z_base + (rows[:, None] * z_t + e[None, :]), e[None, :], DZ, BZ, LOW)
+        p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
+        if DECAY == TOKEN_DECAY:
+            cumulative, enter, leave, total = token_decays(g_base, rows, row < n, g_t)
+            tile_decay = tl.exp(total)
+            causal = causal_decays(cumulative, C, False)
+        if DECAY == NO_DECAY:
+            p = tl.where(past, p, 0.0)
+        else:
+            p = p * causal
+            out = out * enter[:, None]
+        from_state = out
+        out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION) * scale
+        mask = (row < n)[:, None] if DZ % BZ == 0 else (row < n)[:, None] & (e < DZ)[None, :]
+        if TMA:
+            out_tiles.store([i, block * BZ], out.to(OUT.dtype.element_ty))
+        else:
+            tl.store(out_base + (rows[:, None] * (heads * DZ) + e[None, :]), out.to(OUT.dtype.element_ty), mask=mask)
+        if SUM_ROWS:
+            w = tl.load(W + b * w_b + (start + rows[:, None]) * w_t + hq * w_h + e[None, :], mask=mask, other=0.0)
+            rows_at = ROWS + ((block * B + b) * heads + hq) * T + start + rows
+            tl.store(rows_at, tl.sum(w.to(tl.float32) * out, 1), mask=row < n)
+            from_state = tl.sum(w.to(tl.float32) * from_state, 1) * scale
+            tl.store(rows_at + blocks * B.to(tl.int64) * heads * T, from_state, mask=row < n)
+        if DECAY != NO_DECAY:  # z is scaled, not y, which the product takes transposed as it lies in shared memory
+            z = (z * leave[:, None]).to(LOW)
+            s = s * tile_decay
+        s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)

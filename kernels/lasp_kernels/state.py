@@ -1,0 +1,214 @@
+"""Segment states and their scan, in Triton.
+
+A *segment* is the run of tokens that one program of output.py or gradient.py walks, tile by tile. Where a walk starts
+it needs the state that enters its segment, so three steps come before it:
+
+    1. `segment_state_kernel` gives the end state of every segment from zero; with REVERSE, the gradient that its
+       tokens send to the state before it. A segment is cut into *pieces*, one program each, since only a few heads
+       have to read all of it (see below) and would otherwise keep the card waiting.
+    2. `scan_kernel` folds pieces and segments from the left, starting with the state that enters the run. It leaves the
+       state at every border between segments, in a buffer [B, H, slots, K, V] with one slot a border (so one more
+       than segments, for each run of a packed sequence). With REVERSE the same slots get the gradients of
+       these states, so that state and gradient of a border lie at the same place.
+    3. The walks start from the slot before (reversed: behind) their segment.
+
+Ragged ends need no special decays: the pieces of a segment are counted from its end (reversed: from its start), so
+that only the first tile walked, when the state is still zero, has rows outside. They are loaded as zeros.
+
+Horizon: with a fixed decay g, exp(n g) is 0 in fp32 (subnormals flushed) once n > 88 / |g|. The end state is
+therefore exactly that of the last 88 / |g| tokens, and only those are read. The host does not need to know g.
+"""
+
+import triton
+import triton.language as tl
+
+# Forms of the decay, for the kernels' DECAY.
+NO_DECAY = tl.constexpr(0)
+HEAD_DECAY = tl.constexpr(1)  # [H]
+TOKEN_DECAY = tl.constexpr(2)  # [B, T, H]
+
+# Arguments that change from call to call: a kernel must not be compiled anew when they become 1 or divisible by 16.
+VARYING = ["scale", "B", "T", "segment_length", "segments", "slots", "piece_length", "pieces", "skipped"]
+
+
+@triton.jit
+def load_columns(pointers, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr):
+    """Load a tile in the dtype of the matrix products; zeros in columns beyond WIDTH."""
+    if WIDTH % BLOCK == 0:
+        return tl.load(pointers).to(LOW)
+    return tl.load(pointers, mask=columns < WIDTH, other=0.0).to(LOW)
+
+
+@triton.jit
+def segment_bounds(TABLE, segment, segment_length, T, PACKED: tl.constexpr):
+    """First token, end and slot of a segment. TABLE [segments, 3] int32: first token, end, run."""
+    if PACKED:
+        first = tl.load(TABLE + segment * 3)
+        end = tl.load(TABLE + segment * 3 + 1)
+        slot = segment + tl.load(TABLE + segment * 3 + 2)
+    else:
+        first = segment * segment_length
+        end = tl.minimum(first + segment_length, T)
+        slot = segment
+    return first, end, slot
+
+
+@triton.jit
+def head_decays(g, C: tl.constexpr):
+    """Of a tile of C tokens with decay g each: from its start to every token, from there to its end, over all."""
+    c = tl.arange(0, C)
+    return tl.exp(g * (c + 1).to(tl.float32)), tl.exp(g * (C - 1 - c).to(tl.float32)), tl.exp(g * C)
+
+
+@triton.jit
+def token_decays(G, rows, valid, stride):
+    """As `head_decays`, and first the summed log-decays [C]; tokens that are not valid do not decay."""
+    g = tl.load(G + rows * stride, mask=valid, other=0.0).to(tl.float32)
+    # What comes after a token is summed from the end: as a difference of sums it would lose digits to strong decays.
+    after = tl.minimum(tl.cumsum(g, 0, reverse=True) - g, 0.0)
+    cumulative = tl.cumsum(g, 0)
+    return cumulative, tl.exp(cumulative), tl.exp(after), tl.sum(g, 0)
+
+
+@triton.jit
+def causal_decays(cumulative, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[query, key] (TRANSPOSED: [key, query]): exp(cumulative_query - cumulative_key), and 0 for later keys."""
+    c = tl.arange(0, C)
+    difference = cumulative[:, None] - cumulative[None, :]
+    past = c[:, None] >= c[None, :]
+    if TRANSPOSED:
+        difference = -difference
+        past = c[:, None] <= c[None, :]
+    # Above the diagonal the difference is positive: bounded before exp, so that no decay > 1 is ever formed.
+    return tl.where(past, tl.exp(tl.minimum(difference, 0.0)), 0.0)
+
+
+@triton.jit
+def reach_of_decay(g, n):
+    """How many of n tokens next to a border still reach it through a decay g a token: the horizon."""
+    horizon = tl.minimum(88.0 / tl.maximum(-g, 1e-9) + 1.0, 1e9)
+    return tl.minimum(n, horizon.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def segment_state_kernel(
+    Y, Z, G, PIECES, TOTAL, TABLE,
+    scale, B, T, segment_length, segments, slots, H, piece_length, pieces, skipped,
+    y_b, y_t, y_h, z_b, z_t, z_h, g_b, g_t, g_h,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
+    GROUP: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """PIECES[b, h, segment, piece] = sum over its tokens (reversed: and the group's query heads) of decayed y^T z.
+
+    Forward y = k, z = v; REVERSE y = q, z = do. TOTAL [B, H, segments, pieces]: summed log-decay, per token only.
+    `skipped` segments, 0 or 1, at the end (reversed: the start) are left out.
+    """
+    blocks_z: tl.constexpr = (DZ + BZ - 1) // BZ
+    blocks: tl.constexpr = blocks_z * ((DY + BY - 1) // BY)
+    block = tl.program_id(0) % blocks
+    bh = (tl.program_id(0) // blocks) % (B * H)
+    piece = (tl.program_id(0) // (blocks * B * H)) % pieces
+    segment = tl.program_id(0) // (blocks * B * H * pieces)
+    if REVERSE:
+        segment += skipped
+    b = (bh // H).to(tl.int64)
+    h = bh % H
+    first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n = end - first
+    c = tl.arange(0, C)
+    d = (block // blocks_z) * BY + tl.arange(0, BY)
+    e = (block % blocks_z) * BZ + tl.arange(0, BZ)
+    y_base = Y + b * y_b + first.to(tl.int64) * y_t + (h * GROUP) * y_h
+    z_base = Z + b * z_b + first.to(tl.int64) * z_t + (h * GROUP) * z_h
+    near = piece * piece_length  # tokens between the piece and the border
+    far = tl.minimum(n, near + piece_length)
+    total = 0.0
+    if DECAY == HEAD_DECAY:
+        g = tl.load(G + h * g_h).to(tl.float32)
+        enter, leave, tile_decay = head_decays(g, C)
+        weight = enter if REVERSE else leave
+        far = tl.minimum(far, reach_of_decay(g, n))
+        if near >= far:
+            return  # nobody reads it
+    if DECAY == TOKEN_DECAY:
+        g_base = G + b * g_b + first.to(tl.int64) * g_t + h * g_h
+    tiles = tl.cdiv(tl.maximum(far - near, 0), C)
+    s = tl.zeros([BY, BZ], tl.float32)
+    for i in tl.range(0, tiles * GROUP, num_stages=STAGES):
+        tile = i // GROUP  # the heads of a group are walked within a tile
+        distance = near + (tiles - 1 - tile) * C + (c if REVERSE else C - 1 - c)  # of each token to the border
+        valid = distance < far
+        rows = tl.minimum(distance, n - 1)
+        rows = rows if REVERSE else n - 1 - rows
+        y = load_columns(y_base + (i % GROUP) * y_h + rows[:, None] * y_t + d[None, :], d[None, :], DY, BY, LOW)
+        z_mask = valid[:, None] if DZ % BZ == 0 else valid[:, None] & (e < DZ)[None, :]
+        z = tl.load(z_base + (i % GROUP) * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
+        if DECAY == TOKEN_DECAY:
+            _sums, enter, leave, tile_total = token_decays(g_base, rows, valid, g_t)
+            weight = enter if REVERSE else leave
+            tile_decay = tl.exp(tile_total)
+            total += tl.where(i % GROUP == 0, tile_total, 0.0)
+        if DECAY != NO_DECAY:
+            z = (z * weight[:, None]).to(LOW)
+            s = s * (tile_decay if GROUP == 1 else tl.where(i % GROUP == 0, tile_decay, 1.0))
+        s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
+    index = (bh.to(tl.int64) * segments + segment) * pieces + piece
+    at = index * (DY * DZ) + d[:, None] * DZ + e[None, :]
+    tl.store(PIECES + at, s * scale, mask=(d < DY)[:, None] & (e < DZ)[None, :])
+    if DECAY == TOKEN_DECAY:
+        tl.store(TOTAL + index, total, mask=block == 0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def scan_kernel(
+    PIECES, ENTERING, STATE, END, G, TOTAL, TABLE, RUNS,
+    T, segment_length, segments, slots, H, piece_length, pieces, skipped, SIZE,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Fold the segments of one run into ENTERING [N, H, SIZE] -> END; with WRITE also keep each border in STATE.
+
+    RUNS [N + 1] int32, packed only: the first segment of each run. One program per run, head and BLOCK elements.
+    With `skipped` the last segment (reversed: the first) is not folded and END not written.
+    """
+    row = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = j < SIZE
+    low, high, head = 0, segments, tl.program_id(0).to(tl.int64)
+    base = head * slots
+    if PACKED:
+        low = tl.load(RUNS + row)
+        high = tl.load(RUNS + row + 1)
+        head = h.to(tl.int64)
+        base = head * slots + row
+    if DECAY == HEAD_DECAY:
+        g = tl.load(G + h).to(tl.float32)
+    s = tl.load(ENTERING + tl.program_id(0).to(tl.int64) * SIZE + j, mask=mask, other=0.0)
+    folded = high - low - skipped
+    for i in range(folded):
+        segment = high - 1 - i if REVERSE else low + i
+        if WRITE:
+            border = segment + 1 if REVERSE else segment
+            tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)
+        first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+        n = end - first
+        far = n
+        if DECAY == HEAD_DECAY:
+            far = reach_of_decay(g, n)
+        used = tl.cdiv(far, piece_length)
+        if DECAY == HEAD_DECAY:  # tokens of pieces that no one computed
+            s = s * tl.exp(g * (n - tl.minimum(n, used * piece_length)))
+        for m in tl.range(0, used, num_stages=3):
+            piece = used - 1 - m  # the nearest to the border last
+            at = (head * segments + segment) * pieces + piece
+            if DECAY == HEAD_DECAY:
+                s = s * tl.exp(g * (tl.minimum(n, (piece + 1) * piece_length) - piece * piece_length))
+            if DECAY == TOKEN_DECAY:
+                s = s * tl.exp(tl.load(TOTAL + at))
+            s = s + tl.load(PIECES + at * SIZE + j, mask=mask, other=0.0)
+    if WRITE:
+        border = high - folded if REVERSE else low + folded
+        tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)
+    if skipped == 0:
+        tl.store(END + tl.program_id(0).to(tl.int64) * SIZE + j, s, mask=mask)

@@ -1,0 +1,117 @@
+"""The operator as two custom ops, so that `torch.compile(fullgraph=True)` passes through a model that uses it.
+
+Eager code does not come here. An op takes tensors and plain values only: a layout is its two lists, and the ranks
+are a key. Kernels and exchange are opaque to the compiler; forward and backward are those of `attention.py`.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+import lasp_kernels as kernels
+from lasp import attention
+from lasp.data import ShardLayout
+from lasp.mesh import sequence_of_key
+
+Ints = Optional[list[int]]  # noqa: UP045  # the schema is read from these annotations
+
+
+def _call(k: Tensor, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length) -> attention._Call:
+    layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
+    shard = attention._Shard.of(k, layout, sequence_of_key(sequence))
+    return attention._Call(shard, scale, output_final_state, segment_length)
+
+
+@torch.library.custom_op("lasp::linear_attention", mutates_args=())
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Optional[Tensor],  # noqa: UP045
+    initial_state: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    output_final_state: bool,
+    lengths: Ints,
+    cu_seqlens: Ints,
+    sequence: str,
+    segment_length: Optional[int],  # noqa: UP045
+    initial_grad: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state (empty unless asked for), and the states that backward needs."""
+    kernels.check_inputs(q, k, v, log_decay, segment_length)
+    call = _call(k, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length)
+    attention._check_initial_state(initial_state, k, v, call.shard)
+    needs_grad = (initial_grad, decay_grad)
+    o, final_state, states = attention._forward(q, k, v, log_decay, initial_state, call, needs_grad)
+    return o.contiguous(), states.new_empty(0) if final_state is None else final_state, states
+
+
+@linear_attention.register_fake
+def _(
+    q, k, v, log_decay, initial_state, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length, *grads
+):
+    call = _call(k, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length)
+    steps = call.plan(q, k, v, log_decay, *grads)
+    states = q.new_empty(steps.states_shape, dtype=steps.dtype)
+    final_shape = (call.shard.num_sequences, *k.shape[2:], v.shape[3]) if output_final_state else (0,)
+    return v.new_empty(*q.shape[:3], v.shape[3]), states.new_empty(final_shape), states
+
+
+@torch.library.custom_op("lasp::linear_attention_backward", mutates_args=())
+def linear_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Optional[Tensor],  # noqa: UP045
+    states: Tensor,
+    do: Tensor,
+    d_final_state: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    lengths: Ints,
+    cu_seqlens: Ints,
+    sequence: str,
+    segment_length: Optional[int],  # noqa: UP045
+    initial_grad: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and the gradients of the initial state and of log_decay, empty where not asked for."""
+    call = _call(k, scale, d_final_state is not None, lengths, cu_seqlens, sequence, segment_length)
+    needs_grad = (initial_grad, decay_grad)
+    *gradients, d_initial, d_decay = attention._backward(
+        q, k, v, log_decay, states, do, d_final_state, call, needs_grad
+    )
+    dq, dk, dv = (x.contiguous() for x in gradients)  # as the compiler was told
+    return dq, dk, dv, *(states.new_empty(0) if x is None else x.contiguous() for x in (d_initial, d_decay))
+
+
+@linear_attention_backward.register_fake
+def _(q, k, v, log_decay, states, do, d_final_state, scale, lengths, cu_seqlens, sequence, segment_length, *grads):
+    call = _call(k, scale, d_final_state is not None, lengths, cu_seqlens, sequence, segment_length)
+    initial_shape = (call.shard.num_sequences, *k.shape[2:], v.shape[3]) if grads[0] else (0,)
+    decay_shape = log_decay.shape if grads[1] else (0,)
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    return *gradients, states.new_empty(initial_shape), states.new_empty(decay_shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, log_decay, initial_state, scale, output_final_state, *layout = inputs
+    ctx.save_for_backward(q, k, v, log_decay, output[2])
+    ctx.arguments = (scale, *layout)
+    ctx.output_final_state = output_final_state
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+
+
+def _gradients(ctx, do, d_final_state, _):
+    q, k, v, log_decay, states = ctx.saved_tensors
+    dq, dk, dv, d_initial, d_decay = linear_attention_backward(
+        q, k, v, log_decay, states, do, d_final_state if ctx.output_final_state else None, *ctx.arguments
+    )
+    initial_grad, decay_grad = ctx.arguments[-2:]
+    d_initial = d_initial.to(ctx.initial_dtype) if initial_grad else None
+    d_decay = d_decay.to(log_decay.dtype) if decay_grad else None
+    return dq, dk, dv, d_decay, d_initial, *[None] * 8
+
+
+linear_attention.register_autograd(_gradients, setup_context=_setup_context)

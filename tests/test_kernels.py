@@ -1,0 +1,285 @@
+"""The Triton kernels against the fp64 recurrence: on a GPU if there is one, else under Triton's interpreter."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from inputs import gradients, oracle, random_inputs, run  # noqa: E402
+
+from lasp_kernels import chunked_linear_attention, triton_steps  # noqa: E402
+from lasp_kernels.norm_gate import fused_norm_gate as norm_gate  # noqa: E402
+from lasp_kernels.reference import reference_norm_gate  # noqa: E402
+from lasp_kernels.triton_steps import TritonSteps  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+if not CUDA:  # the interpreter's time goes by the number of tiles, so fp32 takes the large ones, too
+    triton_steps.CONFIGS.update({name: (*c[:2], *c[:2]) for name, c in triton_steps.CONFIGS.items()})
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # relative, of the whole tensor
+FORMS = ("none", "head", "token")
+
+
+def steps_of(x, *, log_decay="given", **options):
+    decay = x.log_decay if isinstance(log_decay, str) else log_decay
+    return TritonSteps(x.q, x.k, x.v, decay, decay_gradient=decay is not None, **options)
+
+
+def all_steps(x, scale, **options):
+    """What `oracle` returns, by the steps in the order in which `lasp.linear_attention` calls them."""
+    steps = steps_of(x, **options)
+    segments = steps.segment_states(x.k, x.v, x.log_decay)
+    states, final_state = steps.scan(segments, x.initial_state)
+    o = steps.outputs(x.q, x.k, x.v, x.log_decay, states, scale)
+    return o, final_state, backward_steps(steps, x, states, scale)
+
+
+def backward_steps(steps, x, states, scale):
+    segments = steps.segment_gradients(x.q, x.do, x.log_decay, scale)
+    found = {"q": steps.query_gradient(x.q, x.k, x.v, x.do, x.log_decay, states, scale)}
+    d_states, found["initial_state"] = steps.scan(segments, x.d_final_state, reverse=True)
+    found["k"], found["v"] = steps.key_value_gradient(x.q, x.k, x.v, x.do, x.log_decay, d_states, scale)
+    if x.log_decay is not None:
+        arguments = (x.q, x.k, x.v, x.do, found["q"], found["k"], x.log_decay, states, d_states, scale)
+        found["log_decay"] = steps.decay_gradient(*arguments)
+    return found
+
+
+def on_device(x, dtype):
+    x = x.to(dtype)
+    floats = ("log_decay", "initial_state", "d_final_state")
+    moved = {n: getattr(x, n).float() for n in floats if getattr(x, n) is not None}
+    x = replace(x, **moved)
+    return replace(x, **{n: t.to(DEVICE) for n, t in vars(x).items() if t is not None})
+
+
+def assert_near(actual, expected, what, tolerance):
+    """Relative error of the tensor as a whole; every element must be finite."""
+    assert actual.shape == expected.shape, what
+    actual = actual.detach().double().cpu()
+    assert actual.isfinite().all(), f"{what} has elements that nobody wrote"
+    # Where the gradient of a single token vanishes only an absolute bound makes sense.
+    error = (actual - expected).norm() / expected.norm().clamp(min=1e-2)
+    assert error < tolerance, f"{what}: relative error {error:.2e}"
+
+
+def check(x, *, scale=0.7, dtype=torch.float32, cu_seqlens=None, decay_tolerance=None, **options):
+    """All results against the oracle on the same inputs, rounded to their dtype."""
+    x = on_device(x, dtype)
+    rounded = replace(x, **{name: t.detach().double().cpu() for name, t in vars(x).items() if t is not None})
+    o, final_state, expected = oracle(rounded, cu_seqlens=cu_seqlens, scale=scale)
+    actual_o, actual_state, found = all_steps(x, scale, cu_seqlens=cu_seqlens, **options)
+    tolerance = TOLERANCE[dtype]
+    assert actual_o.dtype == found["q"].dtype == found["k"].dtype == dtype
+    assert_near(actual_o, o, "o", tolerance)
+    assert_near(actual_state, final_state, "final_state", tolerance)
+    for name, gradient in found.items():
+        if name in expected:
+            bound = decay_tolerance or 4 * tolerance if name == "log_decay" else tolerance
+            assert_near(gradient, expected[name], f"d{name}", bound)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [0, 1, 5, 63, 64, 65, 200])
+def test_ragged_lengths(form, T):
+    check(random_inputs(form, T, K=16, V=32), segment_length=64 if T == 65 else 128)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 80), (80, 17), (96, 128), (128, 48), (256, 16), (16, 200)])
+def test_head_dims(form, K, V):
+    check(random_inputs(form, 70, B=1, H=1, K=K, V=V), segment_length=64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(form, dtype):
+    """In the dims that dk and dv share one kernel for, and in others."""
+    check(random_inputs(form, 150, B=1, K=40, V=128), dtype=dtype, segment_length=128)
+    check(random_inputs(form, 70, B=1, H=1, K=16, V=130), dtype=dtype, segment_length=64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_heads(form):
+    check(random_inputs(form, 70, groups=3, K=16, V=16), segment_length=64)
+    check(random_inputs(form, 70, B=1, groups=2, K=16, V=80), dtype=torch.float16, segment_length=64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cu_seqlens", [(0, 0, 1, 6, 71, 71, 200, 200), (0, 64, 128, 170)])
+def test_packed(form, groups, cu_seqlens):
+    x = random_inputs(form, cu_seqlens[-1], B=1, groups=groups, K=16, V=16, sequences=len(cu_seqlens) - 1)
+    check(x, cu_seqlens=cu_seqlens, segment_length=64)
+
+
+def test_packed_all_empty():
+    x = random_inputs("head", 0, B=1, K=16, V=16, sequences=2)
+    steps = steps_of(on_device(x, torch.float32), cu_seqlens=(0, 0, 0))
+    x = on_device(x, torch.float32)
+    states, final_state = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), x.initial_state)
+    assert torch.equal(final_state, x.initial_state)
+    assert steps.outputs(x.q, x.k, x.v, x.log_decay, states, 1.0).shape == x.q.shape
+
+
+@pytest.mark.parametrize("form", ["head", "token"])
+@pytest.mark.parametrize("strength", [1e-3, 10.0, 50.0])
+def test_weak_and_strong_decays(form, strength):
+    """Strong ones would overflow if a decay above 1 were formed, and let the horizon cut most tokens off."""
+    found = check(
+        random_inputs(form, 300, B=1, K=16, V=16, strength=strength), segment_length=256, decay_tolerance=1e-4
+    )
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_horizon_within_a_segment():
+    """Decays whose horizon ends in the first, in a later, and in no tile of a segment."""
+    x = random_inputs("head", 500, B=1, H=4, K=16, V=16)
+    x = replace(x, log_decay=torch.tensor([[-0.0, -0.3, -0.9, -80.0], [1.0] * 4], dtype=torch.float64).T[:, 0])
+    check(x, segment_length=256, decay_tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_views_of_a_fused_projection(dtype):
+    """q, k, v as parts of one [B, T, H, 3 D], do with stride 0 in its last dim, as the gradient of a sum."""
+    x = random_inputs("token", 130, H=2, K=16, V=16)
+    fused = torch.cat([x.q, x.k, x.v], -1).to(dtype).to(DEVICE)
+    q, k, v = fused.split(16, -1)
+    decay = x.log_decay.float().to(DEVICE).transpose(1, 2).contiguous().transpose(1, 2)
+    do = torch.ones((), dtype=dtype, device=DEVICE).expand(v.shape)
+    x = replace(on_device(x, dtype), q=q, k=k, v=v, do=do, log_decay=decay)
+    rounded = replace(x, **{name: t.detach().double().cpu() for name, t in vars(x).items()})
+    o, _, expected = oracle(rounded, scale=1.0)
+    actual_o, _, found = all_steps(x, 1.0, segment_length=64)
+    assert_near(actual_o, o, "o", TOLERANCE[dtype])
+    for name in ("q", "k", "v", "log_decay"):
+        assert_near(found[name], expected[name], f"d{name}", 4 * TOLERANCE[dtype])
+
+
+def test_same_bits_twice():
+    x = on_device(random_inputs("token", 130, B=1, K=16, V=32), torch.float16)
+    first, second = (all_steps(x, 1.0, segment_length=64) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[2][name], second[2][name]) for name in first[2])
+
+
+def test_backward_twice():
+    """The states that forward keeps are as they were after a backward (retain_graph)."""
+    x = on_device(random_inputs("token", 130, B=1, K=16, V=16), torch.float32)
+    steps = steps_of(x, segment_length=64)
+    states, _ = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), x.initial_state)
+    first, second = (backward_steps(steps, x, states, 1.0) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 70, 200)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_fold(form, cu_seqlens, reverse):
+    """The map of a whole run is that of the scan, and leaves the segments as they were."""
+    sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
+    x = on_device(random_inputs(form, 200, B=1, K=16, V=16, sequences=sequences, strength=0.1), torch.float32)
+    steps = steps_of(x, cu_seqlens=cu_seqlens, segment_length=64)
+    if reverse:
+        segments, entering = steps.segment_gradients(x.q, x.do, x.log_decay, 1.0), x.d_final_state
+    else:
+        segments, entering = steps.segment_states(x.k, x.v, x.log_decay), x.initial_state
+    local_state, log_total = steps.fold(segments, reverse=reverse)
+    _, end = steps.scan(segments, entering, reverse=reverse)
+    assert log_total.shape == (*entering.shape[:2], 1)
+    torch.testing.assert_close(log_total.exp().unsqueeze(-1) * entering + local_state, end, rtol=1e-5, atol=1e-5)
+
+
+def test_chosen_segments():
+    """The choice covers every token, whatever the length."""
+    for T in (64, 1000, 5000) if CUDA else (64, 500):
+        x = on_device(random_inputs("head", T, B=1, H=1, K=16, V=16, state=False), torch.float32)
+        o, final_state, _ = all_steps(x, 1.0)
+        rounded = replace(x, **{name: t.double() for name, t in vars(x).items() if t is not None})
+        expected_o, expected_state = run(chunked_linear_attention, rounded)
+        assert_near(o, expected_o.cpu(), "o", 1e-5)
+        assert_near(final_state, expected_state.cpu(), "final_state", 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "K", "match"),
+    [
+        ("channel", torch.float32, 16, "per channel"),
+        ("head", torch.float64, 16, "float64"),
+        ("head", torch.float32, 8, "K = 8"),
+        ("head", torch.float32, 257, "K = 257"),
+    ],
+)
+def test_unsupported_is_an_error(form, dtype, K, match):
+    x = random_inputs(form, 4, K=K, V=16).to(dtype)
+    with pytest.raises(ValueError, match=match):
+        steps_of(x)
+
+
+def test_decay_gradient_must_be_asked_for():
+    x = on_device(random_inputs("token", 4, K=16, V=16), torch.float32)
+    steps = TritonSteps(x.q, x.k, x.v, x.log_decay)
+    with pytest.raises(ValueError, match="asked for"):
+        steps.decay_gradient(x.q, x.k, x.v, x.do, x.q, x.k, x.log_decay, x.q, x.q, 1.0)
+
+
+@pytest.mark.parametrize("activation", ["none", "sigmoid", "silu"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_gate(activation, weighted, dtype):
+    """Value and gradients, with the gate a view of a wider projection, on a width that is no power of two."""
+    draw = torch.Generator().manual_seed(0)
+    x, gate, dy = (torch.randn(2, 7, *shape, generator=draw) for shape in ((3, 20), (120,), (60,)))
+    x, gate, dy = (t.to(DEVICE, dtype) for t in (x, gate, dy))
+    weight = torch.randn(60, generator=draw).to(DEVICE) if weighted else None
+    results = []
+    for function, wide in ((norm_gate, lambda t: t), (reference_norm_gate, torch.Tensor.double)):
+        leaves = [wide(t).detach().requires_grad_() for t in (x, gate, *([weight] if weighted else []))]
+        y = function(leaves[0], leaves[1][..., 60:], *leaves[2:], eps=1e-5, activation=activation)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, wide(dy))])
+    for actual, expected, what in zip(*results, ("y", "dx", "dgate", "dweight")):
+        assert_near(actual, expected.cpu(), what, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_norm_gate_of_nothing():
+    x = torch.empty(2, 0, 3, 20, device=DEVICE, requires_grad=True)
+    weight = torch.ones(60, device=DEVICE, requires_grad=True)
+    norm_gate(x, x.detach().flatten(2), weight).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+    assert x.grad.shape == x.shape
+
+
+def test_norm_gate_wrong_arguments():
+    x, gate = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 12)
+    with pytest.raises(ValueError, match="relu"):
+        norm_gate(x, gate, activation="relu")
+    with pytest.raises(ValueError, match="gate must have shape"):
+        norm_gate(x, gate[..., 1:])
+    with pytest.raises(ValueError, match="weight must have shape"):
+        norm_gate(x, gate, torch.ones(3))
+    with pytest.raises(ValueError, match="float64"):
+        norm_gate(x.double(), gate.double())
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (64, 64), (80, 96), (256, 256), (128, 256)])
+def test_full_size(form, dtype, K, V):
+    """Thousands of tokens and the segments that the card is given, against the chunked fp64 computation."""
+    x = on_device(random_inputs(form, 5000, K=K, V=V, H=4, strength=0.2), dtype)
+    exact = replace(x, **{name: t.detach().double() for name, t in vars(x).items() if t is not None})
+    exact.require_grad()
+    o, final_state = run(chunked_linear_attention, exact, scale=0.1)
+    expected = gradients(exact, o, final_state)
+    actual_o, actual_state, found = all_steps(x, 0.1)
+    assert_near(actual_o, o.detach().cpu(), "o", TOLERANCE[dtype])
+    assert_near(actual_state, final_state.detach().cpu(), "final_state", TOLERANCE[dtype])
+    for name, gradient in found.items():
+        bound = 8 * TOLERANCE[dtype] if name == "log_decay" else TOLERANCE[dtype]
+        assert_near(gradient, expected[name].cpu(), f"d{name}", bound)
