@@ -236,6 +236,7 @@ def _backward(
         wait = _start_exchange(steps, segments, d_final_state, shard, reverse=True)
         dq = steps.query_gradient(q, k, v, do, log_decay, states, scale)
         d_states, d_first = steps.scan(segments, wait(), reverse=True)
+        del segments
         dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
         if needs_grad[0]:
             d_initial = shard.all_states(d_first, first=True)

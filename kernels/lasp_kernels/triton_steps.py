@@ -6,6 +6,7 @@ are the same bits every time. What the kernels do is in state.py (states, scan),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,7 +23,8 @@ from lasp_kernels.state import scan_kernel, segment_state_kernel
 
 MAX_DIM = 256
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
-MAX_DECAY_SEGMENT = 1024  # with a gradient of a decay per token, whose rounding noise grows with the segment
+DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
+STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
 PIECE = 4096  # tokens of a segment that one program of the state kernel reads
 
 
@@ -181,7 +183,9 @@ class TritonSteps:
         wanted = next((n for n in range(fewest, 4 * fewest + 1) if busy(n) > 0.9), fewest)
         length = max(MIN_SEGMENT, -(-self.tokens // wanted))
         if self._keep_rows:
-            length = min(length, MAX_DECAY_SEGMENT)
+            token_bytes = (2 * self.key_dim + self.value_dim) * self.input_dtype.itemsize
+            state_bytes = 4 * self.key_dim * self.value_dim
+            length = min(length, max(DECAY_SEGMENT, math.ceil(state_bytes / (STATE_SHARE * token_bytes))))
         return -(-length // 64) * 64
 
     def _pack(self, cu_seqlens: Tensor | Sequence[int]) -> None:
