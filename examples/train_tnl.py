@@ -41,7 +41,7 @@ from lasp.models import TNL, TNLConfig
 
 # The largest difference between the losses of a step that --verify allows. Sums taken in another order differ in the
 # last bits, and training lets such differences grow: in the demo weights that are 1e-7 off change a loss by up to 5e-6
-# (with twice the learning rate 7e-5), in one process as well. A wrong gradient shows within a few steps.
+# (with twice the learning rate 7e-5), in one process as well.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 

@@ -83,7 +83,8 @@ def linear_attention_backward(
         q, k, v, log_decay, states, do, d_final_state, call, needs_grad
     )
     dq, dk, dv = (x.contiguous() for x in gradients)  # as the compiler was told
-    return dq, dk, dv, *(states.new_empty(0) if x is None else x.contiguous() for x in (d_initial, d_decay))
+    d_initial, d_decay = (states.new_empty(0) if x is None else x.contiguous() for x in (d_initial, d_decay))
+    return dq, dk, dv, d_initial, d_decay
 
 
 @linear_attention_backward.register_fake

@@ -1,9 +1,11 @@
 """Arithmetic of linear attention on one device: torch and triton, no ranks and no torch.distributed."""
 
-from lasp_kernels.launch import check_inputs, norm_gate, path, plan
-from lasp_kernels.reference import chunked_linear_attention, recurrent_linear_attention, state_dtype
+from lasp_kernels.launch import Steps, check_inputs, norm_gate, path, plan
+from lasp_kernels.reference import Segments, chunked_linear_attention, recurrent_linear_attention, state_dtype
 
 __all__ = [
+    "Segments",
+    "Steps",
     "check_inputs",
     "chunked_linear_attention",
     "norm_gate",

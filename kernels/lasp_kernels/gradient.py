@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# (a kernel is called with numbers and tensors, not with the types that its body sees)
 """Gradients of k and v and of the decay, in Triton; that of q is output.py's walk with other operands.
 
 The walk goes from a segment's end to its start. Per tile of C tokens, with dS the gradient of the state behind it

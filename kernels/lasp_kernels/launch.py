@@ -2,13 +2,13 @@
 
 | device | inputs | path |
 |---|---|---|
-| CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K and V from 16 to 256 | `triton_steps` |
+| CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K, V from 16 to 256 | `triton_steps` |
 | CUDA | fp64, or log_decay [B, T, H, K] | `reference` |
 | CUDA | other K or V | refused |
 | CPU | any | `reference` |
 
-The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a `ValueError`
-where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
+The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
+`ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
 LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it.
 """
 
@@ -18,17 +18,13 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lasp_kernels.reference import TILE, ChunkedSteps, reference_norm_gate
 
-if TYPE_CHECKING:
-    from lasp_kernels.triton_steps import TritonSteps
-
-    Steps = ChunkedSteps | TritonSteps
+Steps = ChunkedSteps  # what every path offers
 
 
 def path(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str:
@@ -71,7 +67,7 @@ def plan(
         return ChunkedSteps(q, k, v, log_decay, cu_seqlens=cu_seqlens, segment_length=segment_length)
     from lasp_kernels.triton_steps import TritonSteps  # where Triton is not installed, nothing else needs it
 
-    return TritonSteps(
+    return TritonSteps(  # type: ignore[return-value]  # not a subclass, but the same steps
         q,
         k,
         v,

@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# (a kernel is called with numbers and tensors, not with the types that its body sees)
 """The stage after attention: RMS norm over the concatenated heads, times a gate, in one pass forward and one backward.
 
     y = x / sqrt(mean(x^2) + eps) * weight * activation(gate)

@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# (a kernel is called with numbers and tensors, not with the types that its body sees)
 """Outputs, and with other operands the gradient of q, in Triton: a walk from a segment's start to its end.
 
 Per tile of C tokens, with S the state before it (kept in registers, in fp32) and D_ij = exp(G_i - G_j) for j <= i::

@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# (a kernel is called with numbers and tensors, not with the types that its body sees)
 """Segment states and their scan, in Triton.
 
 A *segment* is the run of tokens that one program of output.py or gradient.py walks, tile by tile. Where a walk starts

@@ -1,3 +1,6 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# (a kernel is called with numbers and tensors, not with the types that its body sees)
 """The steps of `reference.ChunkedSteps`, on Triton kernels: segments, launches, and the table of their settings.
 
 Inputs are fp32, fp16 or bf16, on any strides with the last dim contiguous; decays None, [H] or [B, T, H]. Results
