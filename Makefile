@@ -20,7 +20,7 @@ test: lint  ## lint, types, tests
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 doctor: $(VENV)/.installed  ## does this machine work?
 	$(BIN)/python -m lasp doctor
