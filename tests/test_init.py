@@ -15,37 +15,39 @@ from lasp.mesh import _discover, _first_host
 
 LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "MPI_", "OMPI_", "GLOO_")
 
+# Each rank writes a file: the lines that two ranks print at once, mpirun may mix.
 MEET = """
-import torch, torch.distributed as dist, lasp
+import os, pathlib, torch, torch.distributed as dist, lasp
 env = lasp.init("gloo", timeout=60)
 total = torch.tensor(env.rank + 1)
 dist.all_reduce(total)
 q = torch.ones(1, 2, 1, 2)
 o, _ = lasp.linear_attention(q, q, q, sequence=lasp.SequenceParallel(dist.group.WORLD))
 place = (env.rank, env.world_size, env.local_rank, env.local_world_size)
-print("result", *place, env.launcher, env.backend, env.device, total.item(), o[0, -1, 0, 0].item(), flush=True)
+found = (*place, env.launcher, env.backend, env.device, total.item(), o[0, -1, 0, 0].item())
+pathlib.Path(os.environ["RESULTS"], str(env.rank)).write_text(" ".join(map(str, found)))
 dist.destroy_process_group()
 """
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher():
+def _no_launcher(tmp_path):
     """Whatever started pytest is not what these tests are about, nor is what one test leaves for the next."""
     before = dict(os.environ)
     for name in before:
         if name.startswith(LAUNCHER_PREFIXES):
             del os.environ[name]
+    os.environ["RESULTS"] = str(tmp_path)
     yield
     os.environ.clear()
     os.environ.update(before)
 
 
 def results(processes):
-    """The `result` lines that they print, by rank."""
+    """What the ranks of these processes found, by rank."""
     outputs = finish(processes)
     assert [p.returncode for p in processes] == [0] * len(processes), outputs
-    lines = [line.split()[1:] for out, _ in outputs for line in out.splitlines() if line.startswith("result")]
-    return sorted(lines)
+    return [path.read_text().split() for path in sorted(Path(os.environ["RESULTS"]).iterdir())]
 
 
 def expected(world, launcher):

@@ -13,7 +13,7 @@ if not CUDA:
 from inputs import gradients, oracle, random_inputs, run  # noqa: E402
 
 from lasp_kernels import chunked_linear_attention, triton_steps  # noqa: E402
-from lasp_kernels.norm_gate import fused_norm_gate as norm_gate  # noqa: E402
+from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
 from lasp_kernels.reference import reference_norm_gate  # noqa: E402
 from lasp_kernels.triton_steps import TritonSteps  # noqa: E402
 

@@ -84,12 +84,12 @@ def norm_gate(
 ) -> Tensor:
     """RMS norm of x [..., H, V] over its heads together, times weight [H * V], times activation(gate [..., H * V]).
 
-    What models do after attention, in one pass over memory on a GPU (`norm_gate.py`); in PyTorch on a CPU, in
+    What models do after attention, in one pass over memory on a GPU (`norm.py`); in PyTorch on a CPU, in
     fp64, and under `torch.compile`, which fuses it by itself. Returns [..., H * V] in x's dtype.
     `activation` is "none", "sigmoid" or "silu".
     """
     if x.device.type == "cuda" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
-        from lasp_kernels.norm_gate import fused_norm_gate
+        from lasp_kernels.norm import fused_norm_gate
 
         return fused_norm_gate(x, gate, weight, eps=eps, activation=activation)
     return reference_norm_gate(x, gate, weight, eps=eps, activation=activation)
