@@ -1,5 +1,6 @@
 """What a user starts: the doctor, healthy and not, and the smallest example on one rank and on two."""
 
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -59,3 +60,31 @@ def test_the_smallest_example_has_the_same_losses_on_two_ranks():
     assert alone[-1] < alone[0] / 4
     assert first == pytest.approx(alone, abs=1e-3)
     assert second == []  # rank 0 alone prints
+
+
+def _train(folder, *options):
+    """Train a few steps of the example on two ranks; the loss of every step that this call made."""
+    script = EXAMPLES / "train_tnl.py"
+    arguments = ["--seq-len=130", "--steps=4", "--save-every=2", "--ranks=2", f"--out={folder}", f"--data={__file__}"]
+    code = f"import sys, runpy; sys.argv[1:] = {[*arguments, *options]!r}; sys.argv[0] = {str(script)!r}; "
+    # The example starts torchrun with its own path, so it is found by that and not by this code.
+    process = start(code + f"runpy.run_path({str(script)!r}, run_name='__main__')", {"PYTHONPATH": str(EXAMPLES)})
+    [(out, error)] = finish([process])
+    assert process.returncode == 0, error
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "step" in row}, out
+
+
+def test_the_example_resumes_where_it_was_with_the_same_bits(tmp_path):
+    whole, out = _train(tmp_path / "run", "--verify")
+    assert sorted(whole) == [0, 1, 2, 3]
+    assert "the same training" in out
+    assert (tmp_path / "run" / "LATEST").read_text().strip() == "step-000004"
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 0
+    # As if the run had been killed after step 2.
+    (tmp_path / "run" / "LATEST").write_text("step-000002")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines(keepends=True) if json.loads(line).get("step", 0) < 2]
+    metrics.write_text("".join(kept))
+    resumed, _ = _train(tmp_path / "run", "--resume")
+    assert resumed == whole
