@@ -92,6 +92,7 @@ class _Shard:
 
     @classmethod
     def of(cls, k: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None) -> _Shard:
+        """From the arguments of `linear_attention`; raises where they do not fit each other."""
         if sequence is not None and not isinstance(sequence, SequenceParallel):
             raise TypeError(f"sequence must be a lasp.SequenceParallel or None, got {type(sequence).__name__}")
         rank, size = (0, 1) if sequence is None else (sequence.rank, sequence.size)

@@ -31,6 +31,7 @@ class _Ring:
             self.receipts = self._post(dist.irecv, self.incoming, self.source)
 
     def wait(self) -> Tensor:
+        """Receive, pass on, and return the state that enters this rank's tokens."""
         outgoing, entering = self.local, None
         if self.incoming is not None:
             for receipt in self.receipts:
