@@ -22,7 +22,9 @@ def call(**changed):
 
 
 def test_the_arguments_that_the_others_change_are_good():
-    call()
+    o, final_state = call()
+    assert o.shape == (B, T, 2 * H, V)
+    assert final_state is None
 
 
 @pytest.mark.parametrize(

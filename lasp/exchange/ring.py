@@ -28,24 +28,18 @@ class _Ring:
         if self.source is not None:
             size = local.state.numel() + local.log_decay.numel()
             self.incoming = local.state.new_empty(size)
-            self.receipts = self._post(dist.irecv, self.incoming, self.source)
+            self.receipt = dist.irecv(self.incoming, group=sequence.group, group_src=self.source)
 
     def wait(self) -> Tensor:
         """Receive, pass on, and return the state that enters this rank's tokens."""
         outgoing, entering = self.local, None
         if self.incoming is not None:
-            for receipt in self.receipts:
-                receipt.wait()  # on NCCL the stream waits, not the host
+            self.receipt.wait()  # type: ignore[union-attr]  # on NCCL the stream waits, not the host
             entering = self.local.unpack(self.incoming)
             outgoing = compose(entering, self.local)
         if self.target is not None:
             message = outgoing.pack()
             self.sequence.traffic.messages += 1
             self.sequence.traffic.bytes_sent += message.numel() * message.element_size()
-            for sent in self._post(dist.isend, message, self.target):
-                sent.wait()
+            dist.isend(message, group=self.sequence.group, group_dst=self.target).wait()  # type: ignore[union-attr]
         return torch.zeros_like(self.local.state) if entering is None else entering.state
-
-    def _post(self, op, buffer: Tensor, peer: int) -> list[dist.Work]:
-        # As a batch of one: NCCL then uses the group's communicator and does not build one for each pair.
-        return dist.batch_isend_irecv([dist.P2POp(op, buffer, group=self.sequence.group, group_peer=peer)])

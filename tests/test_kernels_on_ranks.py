@@ -1,0 +1,72 @@
+"""The Triton kernels and the exchange together: three ranks on a CPU, the kernels under Triton's interpreter."""
+
+from processes import finish, free_port, start
+
+# Processes of their own: Triton reads TRITON_INTERPRET when it is imported, and the pool's workers have other uses.
+COMPARE = """
+import torch, torch.distributed as dist, lasp
+from lasp_kernels import path, recurrent_linear_attention
+from torch.testing import assert_close
+
+env = lasp.init("gloo", timeout=60)
+sequence = lasp.SequenceParallel(dist.group.WORLD)
+H, K, V = 2, 16, 32
+for form in ("none", "head", "token"):
+    for lengths, offsets in (((70, 0, 33), None), ((65, 64, 3), None), ((40, 30, 7), (0, 10, 50, 50, 77))):
+        T, B = sum(lengths), 1 if offsets else 2
+        N = len(offsets) - 1 if offsets else B
+        torch.manual_seed(T)
+        shape = {"none": None, "head": (H,), "token": (B, T, H)}[form]
+        q, k, v, do = (torch.randn(B, T, H, n) for n in (K, K, V, V))
+        g = None if shape is None else -torch.rand(shape)
+        h, dh = torch.randn(N, H, K, V), torch.randn(N, H, K, V)
+
+        whole = [x if x is None else x.double().requires_grad_() for x in (q, k, v, g, h)]
+        cu = None if offsets is None else torch.tensor(offsets)
+        o, final = recurrent_linear_attention(*whole[:3], log_decay=whole[3], initial_state=whole[4], cu_seqlens=cu)
+        expected = torch.autograd.grad((o, final), [x for x in whole if x is not None], (do.double(), dh.double()))
+
+        start = sum(lengths[: env.rank])
+        mine = slice(start, start + lengths[env.rank])
+        local = [q[:, mine], k[:, mine], v[:, mine], g[:, mine] if form == "token" else g, h]
+        local = [x if x is None else x.clone().requires_grad_() for x in local]
+        assert path(*local[:4]) == "triton"
+        layout = lasp.ShardLayout(lengths, offsets) if offsets else None
+        actual_o, actual_final = lasp.linear_attention(
+            *local[:3], log_decay=local[3], initial_state=local[4], output_final_state=True, layout=layout,
+            sequence=sequence,
+        )
+        inputs = [x for x in local if x is not None]
+        found = torch.autograd.grad((actual_o, actual_final), inputs, (do[:, mine], dh / env.world_size))
+
+        def near(actual, exact):
+            assert_close(actual.double(), exact, rtol=1e-4, atol=1e-4 * max(1.0, exact.abs().max().item()))
+
+        near(actual_o, o[:, mine]) if actual_o.numel() else None
+        near(actual_final, final)
+        names = [n for n, x in zip(("q", "k", "v", "g", "h"), local) if x is not None]
+        for name, x, y in zip(names, found, expected):
+            if name == "h" or (name == "g" and form == "head"):
+                dist.all_reduce(x)
+            else:
+                y = y[:, mine]
+            assert x.shape == y.shape
+            near(x, y) if x.numel() else None
+dist.destroy_process_group()
+print("compared")
+"""
+
+
+def test_triton_on_three_ranks_equals_the_recurrence():
+    common = {
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "TRITON_INTERPRET": "1",
+        "LASP_KERNELS": "triton",
+    }
+    ranks = [start(COMPARE, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(3)]
+    outputs = finish(ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], outputs
+    assert all("compared" in out for out, _ in outputs)
