@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lasp_kernels.reference import TILE, ChunkedSteps, reference_norm_gate
+from lasp_kernels.reference import TILE, ChunkedSteps, fold_maps, reference_norm_gate
 
 Steps = ChunkedSteps  # what every path offers
 
@@ -77,6 +77,14 @@ def plan(
         decay_gradient=decay_gradient,
         ends=ends,
     )
+
+
+def fold(entering: Tensor, state: Tensor, log_decay: Tensor) -> Tensor:
+    """Pass a state [N, H, K, V] through the maps that `Steps.maps` gives, with the arithmetic of `Steps.scan`.
+
+    state [U, N, H, K, V] and log_decay [U, N, H, K | 1] may come from several ranks, and be slices along H or K.
+    """
+    return fold_maps(entering, state, log_decay)
 
 
 def norm_gate(

@@ -200,6 +200,11 @@ class TritonSteps:
         self.runs, self.segments = len(bounds) - 1, self._table.numel() // 3
         self.slots = self.segments + self.runs
 
+    @property
+    def segment_length(self) -> int:
+        """The most tokens that a segment may have, whatever the number of tokens here."""
+        return self._segment_length
+
     def zero_state(self) -> Tensor:
         """A state of zeros for every run: [N, H, K, V]."""
         shape = (self.runs, self.heads, self.key_dim, self.value_dim)
