@@ -222,13 +222,12 @@ class _Call:
                 crossed = tuple(min(tokens, steps.segment_length) for tokens in crossed)
         return far_heads(rates, steps.heads, crossed, steps.dtype)
 
-    def most_units(self, steps: kernels.Steps, with_own: bool) -> int | None:
-        """The most maps that any rank sends; None if only the ranks together could tell."""
+    def most_units(self, steps: kernels.Steps, with_own: bool) -> int:
+        """The most maps that any rank sends; without a layout, if all hold as many tokens."""
         if self.segment_length is None:
             return 1
-        if self.shard.layout is None:
-            return None
-        return max(1, *(-(-tokens // steps.segment_length) for tokens in self.shard.layout.lengths)) + with_own
+        lengths = [steps.tokens] if self.shard.layout is None else self.shard.layout.lengths
+        return max(1, *(-(-tokens // steps.segment_length) for tokens in lengths)) + with_own
 
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
@@ -459,6 +458,7 @@ def _start_exchange(
         reverse=reverse,
         far=call.far(steps, heads, reverse=reverse),
         units=call.most_units(steps, given),
+        ragged=call.segment_length is not None and shard.layout is None,
         goes_on=goes_on,
     )
     return lambda: shard.enter(own, pending.wait(), reverse=reverse)

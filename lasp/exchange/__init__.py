@@ -34,6 +34,7 @@ def start(
     reverse: bool = False,
     far: HeadRuns | None = None,
     units: int | None = None,
+    ragged: bool = False,
     goes_on: bool = False,
 ) -> Pending:
     """Begin to send what this rank's tokens do to a state; `wait()` gives the state that enters them.
@@ -46,15 +47,16 @@ def start(
         fold: passes a state through maps; the arithmetic is the caller's.
         reverse: from the last rank to the first.
         far: the heads that must go through the chain (see `horizon`); None is all. The others go to the neighbour.
-        units: the most maps that any rank has, for the all-gather, whose messages are equally long. None if the host
-            does not know: then "auto" does not take the all-gather, and "all_gather" takes all ranks to have as many.
+        units: the most maps that any rank has, for the all-gather, whose messages are equally long; None if all have
+            as many as this one.
+        ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no all-gather.
         goes_on: this is another part of the exchange that the call before began, for the count of exchanges.
     """
     traffic = sequence.traffic
     traffic.forward_exchanges += not (reverse or goes_on)
     traffic.reverse_exchanges += reverse and not goes_on
     links: list[Link] = []
-    schedule = _schedule(local, sequence, fold, reverse, far, units, links)
+    schedule = _schedule(local, sequence, fold, reverse, far, units or len(local.state), ragged, links)
     return RunningBeside(schedule, links, local) if local.state.is_cuda else RunningInWait(schedule, links)
 
 
@@ -64,7 +66,8 @@ def _schedule(
     fold: Fold,
     reverse: bool,
     far: HeadRuns | None,
-    units: int | None,
+    units: int,
+    ragged: bool,
     links: list[Link],
 ) -> Schedule:
     """Of the far heads as chosen, of the others the neighbour's; of both at once, if there are both."""
@@ -74,23 +77,25 @@ def _schedule(
     chain, hop = (Link(sequence, reverse, tag) for tag in (CHAIN, NEIGHBOUR))
     links += [hop, chain]
     if not near:
-        return _through_all(local, chain, fold, reverse, units)
+        return _through_all(local, chain, fold, reverse, units, ragged)
     to_neighbour = neighbour(local.heads(near), hop, fold)
     if not far:
         size = local.state[0].numel() * local.state.element_size()
         seconds = cost.predict("neighbour", size, sequence.size, cost.network_of(sequence))
         _tell(sequence, cost.Choice("neighbour", 1, seconds))
         return to_neighbour
-    return _both(local, (near, to_neighbour), (far, _through_all(local.heads(far), chain, fold, reverse, units)))
+    return _both(
+        local, (near, to_neighbour), (far, _through_all(local.heads(far), chain, fold, reverse, units, ragged))
+    )
 
 
-def _through_all(local: StateMap, link: Link, fold: Fold, reverse: bool, units: int | None) -> Schedule:
+def _through_all(local: StateMap, link: Link, fold: Fold, reverse: bool, units: int, ragged: bool) -> Schedule:
     """The schedule that the sequence asks for; "auto" is the fastest by the cost model."""
     sequence, itemsize = link.sequence, local.state.element_size()
     state_bytes = local.state[0].numel() * itemsize
-    known = units is not None or sequence.exchange == "all_gather"
-    units = units or len(local.state)
-    map_bytes = units * (state_bytes + local.log_decay[0].numel() * itemsize) if known else None
+    map_bytes = units * (state_bytes + local.log_decay[0].numel() * itemsize)
+    if ragged and sequence.exchange == "auto":
+        map_bytes = None
     network = cost.network_of(sequence)
     choice = cost.choose(sequence.exchange, state_bytes, map_bytes, local.state.shape[3], sequence.size, network)
     _tell(sequence, choice)
