@@ -78,7 +78,8 @@ def linear_attention(
     kernels.check_inputs(q, k, v, log_decay, segment_length)
     shard = _Shard.of(k, layout, sequence)
     _check_initial_state(initial_state, k, v, shard)
-    call = _Call(shard, scale, output_final_state, segment_length)
+    ends = initial_state is not None or output_final_state
+    call = _Call(shard, scale, output_final_state, ends, segment_length)
     return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
 
 
@@ -172,13 +173,11 @@ class _Call:
     shard: _Shard
     scale: float
     output_final_state: bool
+    ends: bool  # whether there is an initial or final state
     segment_length: int | None
 
-    def plan(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state_grad: bool, decay_grad: bool
-    ):
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool):
         """The steps on this device. Forward and backward must ask for the same."""
-        ends = self.shard.sequence is not None or self.output_final_state or initial_state_grad
         return kernels.plan(
             q,
             k,
@@ -187,7 +186,7 @@ class _Call:
             cu_seqlens=self.shard.runs.cu_seqlens,
             segment_length=self.segment_length,
             decay_gradient=decay_grad,
-            ends=ends,
+            ends=self.ends or self.shard.sequence is not None,
         )
 
 
@@ -203,13 +202,14 @@ def _forward(
     """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
     shard = call.shard
     with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(q, k, v, log_decay, *needs_grad)
+        steps = call.plan(q, k, v, log_decay, needs_grad[1])
         segments = steps.segment_states(k, v, log_decay)
         wait = _start_exchange(steps, segments, initial_state, shard)
         states, final = steps.scan(segments, wait())
         o = steps.outputs(q, k, v, log_decay, states, call.scale).to(v.dtype)
         final_state = None
         if call.output_final_state:
+            assert final is not None
             final_state = _sum_over_ranks(shard.all_states(final, first=False), shard)
     return o, final_state, states
 
@@ -229,7 +229,7 @@ def _backward(
     shard, scale = call.shard, call.scale
     d_initial = d_decay = None
     with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(q, k, v, log_decay, *needs_grad)
+        steps = call.plan(q, k, v, log_decay, needs_grad[1])
         if d_final_state is not None:
             d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
         segments = steps.segment_gradients(q, do, log_decay, scale)
@@ -240,6 +240,7 @@ def _backward(
         del segments
         dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
         if needs_grad[0]:
+            assert d_first is not None
             d_initial = shard.all_states(d_first, first=True)
         if needs_grad[1]:
             assert log_decay is not None
@@ -292,6 +293,7 @@ def _compiled(
         initial_state,
         scale,
         output_final_state,
+        initial_state is not None or output_final_state,
         lengths,
         cu_seqlens,
         "" if sequence is None else sequence.key,
@@ -309,11 +311,13 @@ def _start_exchange(
     shard: _Shard,
     *,
     reverse: bool = False,
-) -> Callable[[], Tensor]:
+) -> Callable[[], Tensor | None]:
     """Send what this rank's tokens do to a state; the result waits for the state that enters each of its runs.
 
-    `ends` are the states before all sequences (`reverse`: the gradients of those after them).
+    `ends` are the states before all sequences (`reverse`: the gradients of those after them). None is zeros.
     """
+    if shard.sequence is None and ends is None:
+        return lambda: None
     own = shard.own_states(ends, steps.zero_state(), first=not reverse)
     if shard.sequence is None:
         return lambda: own

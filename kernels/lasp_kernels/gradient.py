@@ -52,14 +52,14 @@ from lasp_kernels.state import (
 
 @triton.jit(do_not_specialize=VARYING)
 def backward_walk_kernel(
-    X, X2, Y, Z, OUT, OUT2, W, ROWS, G, STATE, TABLE,
+    X, X2, Y, Z, W, G, STATE, OUT, OUT2, ROWS, TABLE,
     scale, B, T, segment_length, segments, slots, H,
     x_b, x_t, x_h, x2_b, x2_t, x2_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_b, g_t, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
     SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ].
+    """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; None is a state of zeros.
 
     PAIRED (DY = DZ, not TRANSPOSED): every other program computes OUT2 from x = X2, y = Z, z = Y, STATE transposed.
     SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out, before out is rounded.
@@ -105,7 +105,9 @@ def backward_walk_kernel(
     if DECAY == TOKEN_DECAY:
         g_base = G + b * g_b + start * g_t + h * g_h
     inside = (d < DY)[:, None] & (e < DZ)[None, :]
-    ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
+    ds = tl.zeros([BY, BZ], tl.float32)
+    if STATE is not None:
+        ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
     last = (n - 1) // C * C  # where the last tile begins
     for i in tl.range(0, n, C, num_stages=STAGES):
         at = last - i
@@ -153,7 +155,7 @@ def backward_walk_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def token_decay_kernel(
-    QUERY_ROWS, KEY_ROWS, STATE, GRADIENT, OUT, G, TABLE,
+    G, STATE, GRADIENT, QUERY_ROWS, KEY_ROWS, OUT, TABLE,
     B, T, segment_length, segments, slots, H, g_b, g_t, g_h,
     SIZE: tl.constexpr, GROUP: tl.constexpr, Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr,
     PACKED: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -198,7 +200,7 @@ def token_decay_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def head_decay_kernel(
-    Q, K, V, DO, OUT, G, STATE, GRADIENT, TABLE,
+    Q, K, V, DO, G, STATE, GRADIENT, OUT, TABLE,
     scale, B, T, segment_length, segments, slots, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h,
     DK_: tl.constexpr, DV_: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,

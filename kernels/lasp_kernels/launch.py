@@ -55,7 +55,7 @@ def plan(
         cu_seqlens: offsets of packed sequences; on the host, or the host waits for them.
         segment_length: tokens of a segment, a multiple of 64; None chooses.
         decay_gradient: whether `decay_gradient` will be called.
-        ends: whether the states before the first and behind the last token will be used.
+        ends: whether a state enters or the one behind the last token is wanted, or such a gradient in backward.
     """
     chosen = path(q, k, v, log_decay)
     if os.environ.get("LASP_DEBUG", "") not in ("", "0"):
@@ -67,7 +67,7 @@ def plan(
         return ChunkedSteps(q, k, v, log_decay, cu_seqlens=cu_seqlens, segment_length=segment_length)
     from lasp_kernels.triton_steps import TritonSteps  # where Triton is not installed, nothing else needs it
 
-    return TritonSteps(  # type: ignore[return-value]  # not a subclass, but the same steps
+    return TritonSteps.of(  # type: ignore[return-value]  # not a subclass, but the same steps
         q,
         k,
         v,
