@@ -29,6 +29,7 @@ from lasp_kernels.state import (
     causal_decays,
     head_decays,
     load_columns,
+    place_of_program,
     segment_bounds,
     token_decays,
 )
@@ -50,11 +51,7 @@ def forward_walk_kernel(
     """
     blocks: tl.constexpr = (DZ + BZ - 1) // BZ
     heads = H * GROUP
-    block = tl.program_id(0) % blocks
-    bh = ((tl.program_id(0) // blocks) % (B * heads)).to(tl.int64)
-    segment = tl.program_id(0) // (blocks * B * heads)
-    b = bh // heads
-    hq = bh % heads
+    block, b, hq, segment = place_of_program(B, heads, blocks)
     h = hq // GROUP
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n = end - first

@@ -57,6 +57,14 @@ def segment_bounds(TABLE, segment, segment_length, T, PACKED: tl.constexpr):
 
 
 @triton.jit
+def place_of_program(B, heads, PARTS: tl.constexpr):
+    """Which of the PARTS of its work, batch entry, head and segment a program of the grid has, in this order."""
+    bh = (tl.program_id(0) // PARTS) % (B * heads)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)  # far heads and sequences need 64-bit offsets
+    return tl.program_id(0) % PARTS, b, h, tl.program_id(0) // (PARTS * B * heads)
+
+
+@triton.jit
 def head_decays(g, C: tl.constexpr):
     """Of a tile of C tokens with decay g each: from its start to every token, from there to its end, over all."""
     c = tl.arange(0, C)
@@ -122,7 +130,7 @@ def segment_state_kernel(
     if REVERSE:
         segment += skipped
     b = (bh // H).to(tl.int64)
-    h = bh % H
+    h = (bh % H).to(tl.int64)
     first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n = end - first
     c = tl.arange(0, C)

@@ -67,6 +67,17 @@ def _config(name: str, dim: int, itemsize: int) -> Config:
 
 
 @lru_cache
+def _blocks(contracted: int, width: int, itemsize: int) -> tuple[Config, int, int]:
+    """How a walk runs, the columns of z (of `width`) that one program takes, and the number of such blocks."""
+    config = _config("walk", contracted, itemsize)
+    columns = min(config.columns, _power_of_two(width))
+    if itemsize == 2 and _power_of_two(contracted) * columns <= 128 * 64:
+        # A small state needs no more warps; and Triton 3.6 addresses shared memory wrongly for 8 with 16 columns.
+        config = replace(config, warps=4)
+    return config, columns, -(-width // columns)
+
+
+@lru_cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors of the card; on a CPU (interpreter) as if there were 4."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -295,11 +306,15 @@ class TritonSteps:
         ):  # Triton keeps it by thread; backward has one of its own
             triton.set_allocator(_scratch)
             _thread.has_allocator = True
-        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+        if self._other_device():
             with torch.cuda.device(self.device):
                 launch((*inputs, *buffers))
         else:
             launch((*inputs, *buffers))
+
+    def _other_device(self) -> bool:
+        """Whether the current GPU, on which Triton starts kernels, is not that of the inputs."""
+        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
 
     @cached_property
     def _segment_tokens(self) -> Tensor:
@@ -473,7 +488,7 @@ class TritonSteps:
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         if out is None:
             out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
-        config, columns, blocks = self._blocks(y, z)
+        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size())
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
@@ -515,7 +530,7 @@ class TritonSteps:
         """dv or dk into `out` by the walk of gradient.py, or with `pair`, the other's x and out, both."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         x2, out2 = (x, out) if pair is None else (self._addressable(pair[0]), pair[1])
-        config, columns, blocks = self._blocks(y, z)
+        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size())
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
@@ -541,15 +556,6 @@ class TritonSteps:
         inputs = (x, x2, y, z, w, log_decay, d_states if self.slots else None)
         name = "dk" if transposed else "dv" if pair is None else "dk, dv"
         self._start(name, inputs, (out, out2, sums, self._table), prepare, scale)
-
-    def _blocks(self, y: Tensor, z: Tensor) -> tuple[Config, int, int]:
-        """How a walk runs, the columns of z that one program takes, and the number of such blocks."""
-        config = _config("walk", y.shape[-1], y.element_size())
-        columns = min(config.columns, _power_of_two(z.shape[-1]))
-        if y.element_size() == 2 and _power_of_two(y.shape[-1]) * columns <= 128 * 64:
-            # A small state needs no more warps; and Triton 3.6 addresses shared memory wrongly for 8 with 16 columns.
-            config = replace(config, warps=4)
-        return config, columns, -(-z.shape[-1] // columns)
 
     def decay_gradient(
         self,
