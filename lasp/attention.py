@@ -85,7 +85,8 @@ def linear_attention(
     kernels.check_inputs(q, k, v, log_decay, segment_length)
     shard = _Shard.of(k, layout, sequence)
     _check_initial_state(initial_state, k, v, shard)
-    call = _Call(shard, scale, output_final_state, segment_length, decay.host_values(log_decay))
+    ends = initial_state is not None or output_final_state
+    call = _Call(shard, scale, output_final_state, ends, segment_length, decay.host_values(log_decay))
     return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
 
 
@@ -185,6 +186,7 @@ class _Call:
     shard: _Shard
     scale: float
     output_final_state: bool
+    ends: bool  # whether there is an initial or final state
     segment_length: int | None
     rates: tuple[float, ...] | None = None  # the fixed log-decay of each head, where the host knows it
 
@@ -194,13 +196,11 @@ class _Call:
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
-        initial_state_grad: bool,
         decay_grad: bool,
         *,
         segment_length: int | None = None,
     ) -> kernels.Steps:
         """The steps on this device. Forward and backward must ask for the same."""
-        ends = self.shard.sequence is not None or self.output_final_state or initial_state_grad
         return kernels.plan(
             q,
             k,
@@ -209,7 +209,7 @@ class _Call:
             cu_seqlens=self.shard.runs.cu_seqlens,
             segment_length=segment_length or self.segment_length,
             decay_gradient=decay_grad,
-            ends=ends,
+            ends=self.ends or self.shard.sequence is not None,
         )
 
     def far(self, steps: kernels.Steps, heads: slice, *, reverse: bool) -> exchange.HeadRuns:
@@ -306,7 +306,7 @@ def _forward(
     """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
     shard, inputs = call.shard, (q, k, v, log_decay)
     with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(*inputs, *needs_grad)
+        steps = call.plan(*inputs, needs_grad[1])
         if shard.sequence is not None:
             shard.sequence.traffic.kernels = kernels.path(*inputs)
         slices = _head_parts(k, v, call)
@@ -317,6 +317,7 @@ def _forward(
             o, states, final = _forward_in_parts(slices, inputs, initial_state, call, needs_grad, steps.segment_length)
         final_state = None
         if call.output_final_state:
+            assert final is not None
             final_state = _sum_over_ranks(shard.all_states(final, first=False), shard)
     return o, final_state, states
 
@@ -333,7 +334,7 @@ def _forward_in_parts(
     parts = []
     for heads in slices:
         taken = _take_heads(inputs, heads)
-        steps = call.plan(*taken, *needs_grad, segment_length=segment_length)
+        steps = call.plan(*taken, needs_grad[1], segment_length=segment_length)
         parts.append(_Part(heads, taken, initial_state, call, steps, goes_on=len(parts) > 0))
     q, _, v, _ = inputs
     o = v.new_empty(*q.shape[:3], v.shape[3])
@@ -359,7 +360,7 @@ def _backward(
     shard, scale = call.shard, call.scale
     d_initial = d_decay = None
     with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(q, k, v, log_decay, *needs_grad)
+        steps = call.plan(q, k, v, log_decay, needs_grad[1])
         if d_final_state is not None:
             d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
         segments = steps.segment_gradients(q, do, log_decay, scale)
@@ -370,6 +371,7 @@ def _backward(
         del segments
         dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
         if needs_grad[0]:
+            assert d_first is not None
             d_initial = shard.all_states(d_first, first=True)
         if needs_grad[1]:
             assert log_decay is not None
@@ -422,6 +424,7 @@ def _compiled(
         initial_state,
         scale,
         output_final_state,
+        initial_state is not None or output_final_state,
         lengths,
         cu_seqlens,
         "" if sequence is None else sequence.key,
@@ -441,12 +444,15 @@ def _start_exchange(
     reverse: bool = False,
     heads: slice = slice(None),
     goes_on: bool = False,
-) -> Callable[[], Tensor]:
+) -> Callable[[], Tensor | None]:
     """Send what this rank's tokens do to a state; the result waits for the state that enters each of its runs.
 
     `ends` are the states before all sequences (`reverse`: the gradients of those after them), of these heads only.
+    None is zeros.
     """
     shard = call.shard
+    if shard.sequence is None and ends is None:
+        return lambda: None
     own = shard.own_states(ends, steps.zero_state(), first=not reverse)
     if shard.sequence is None:
         return lambda: own
