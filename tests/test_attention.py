@@ -43,14 +43,14 @@ def offsets_of(lengths):
     ]
 
 
-def check_against_oracle(x, lengths, sequence, *, cu_seqlens=None, only=NAMES, segment_length=None):
+def check_against_oracle(x, lengths, sequence, *, cu_seqlens=None, only=NAMES, segment_length=None, layout=None):
     """Run this rank's shard and compare output, final state and gradients with those of the whole sequence."""
     rank, ranks = sequence.rank, sequence.size
     o, final_state, expected = oracle(x, cu_seqlens=cu_seqlens, scale=SCALE)
     local = x.shard(lengths, rank)
     local = replace(local, d_final_state=local.d_final_state / ranks)  # ranks' gradients of it are summed
     local.require_grad(only)
-    layout = None if cu_seqlens is None else lasp.ShardLayout(lengths, cu_seqlens)
+    layout = layout if cu_seqlens is None else lasp.ShardLayout(lengths, cu_seqlens)
     o_local, final_local = run(
         lasp.linear_attention,
         local,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from inputs import FORMS, gradients, random_inputs, run
+from inputs import FORMS, NAMES, gradients, random_inputs, run
 from ranks import run_ranks
 
 import lasp
@@ -14,9 +14,9 @@ SCHEDULES = EXCHANGES[1:]
 SEGMENT = 64
 
 
-def results_of(x, *, sequence=None, layout=None, segment_length=None):
+def results_of(x, *, sequence=None, layout=None, segment_length=None, trained=NAMES):
     """Of one rank: o, the gradients by name, final state. Only rank 0 asks for a gradient of the final state."""
-    x.require_grad()
+    x.require_grad(trained)
     o, final_state = run(
         lasp.linear_attention,
         x,
@@ -102,7 +102,8 @@ def test_so_with_packed_sequences(packed, form, state):
 def _every_schedule(form, lengths, packed):
     """Without a segment length, with the horizon and without, heads at once and in parts."""
     rank = dist.get_rank()
-    first = None
+    first, sent = None, {}
+    trained = [name for name in NAMES if form != "head" or name != "log_decay"]  # one that is trained has no horizon
     layouts = [lasp.ShardLayout(lengths, packed)] + ([] if packed else [None])
     sequences = None if packed is None else len(packed) - 1
     for schedule in SCHEDULES:
@@ -112,17 +113,25 @@ def _every_schedule(form, lengths, packed):
                     form, sum(lengths), B=1 if packed else 2, H=5, groups=2, sequences=sequences, dtype=torch.float32
                 ).shard(lengths, rank)
                 if form == "head":
-                    x.log_decay.copy_(torch.tensor([-0.01, -0.1, -3.0, -0.2, -9.0]))
+                    x.log_decay.copy_(torch.tensor([-0.01, -0.1, -50.0, -0.2, -40.0]))
                 sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
                 attention.SPLIT_HEADS = split
                 try:
-                    found = results_of(x, sequence=sequence, layout=layout)
+                    found = results_of(x, sequence=sequence, layout=layout, trained=trained)
                 finally:
                     attention.SPLIT_HEADS = None
                 assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (1, 1)
+                sent[schedule, layout is None] = sequence.traffic.bytes_sent
                 first = found if first is None else first
                 for name, y in found.items():
                     assert torch.equal(y, first[name]), f"{name}: {schedule}, layout {layout}, split {split}"
+    if form == "head" and len(lengths) > 2 and not packed:  # two of five heads go to the neighbour only
+        per_state = 4 * 2 * 5 * 4  # B, K, V
+        both_ways = (rank > 0) + (rank < len(lengths) - 1)
+        assert sent["ring", True] == sent["ring", False] == 5 * per_state * both_ways
+        gathered = 2 * 3 * 3 * (per_state + 4 * 2)  # twice, to 3 ranks, 3 heads and their decays
+        assert sent["all_gather", False] == gathered + 2 * per_state * both_ways
+        assert sent["all_gather", True] == 2 * 3 * 5 * (per_state + 4 * 2)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -133,3 +142,22 @@ def _every_schedule(form, lengths, packed):
 )
 def test_all_schedules_and_parts_give_the_same_bits(lengths, packed, form):
     run_ranks(len(lengths), _every_schedule, form, lengths, packed)
+
+
+def _nothing_gets_past(lengths):
+    """All heads need the neighbour only; against the recurrence, in fp64."""
+    from test_attention import check_against_oracle
+
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    x = random_inputs("head", sum(lengths))
+    x.log_decay.copy_(torch.tensor([-9.0, -12.0]))
+    wanted = ("q", "k", "v", "initial_state")  # a decay that is trained may change: it has no horizon
+    check_against_oracle(x, lengths, sequence, only=wanted, layout=lasp.ShardLayout(lengths))
+    assert sequence.traffic.schedule == "neighbour"
+    check_against_oracle(x, lengths, sequence, layout=lasp.ShardLayout(lengths))
+    assert sequence.traffic.schedule in SCHEDULES
+
+
+@pytest.mark.parametrize("lengths", [(3, 90, 100, 5), (0, 85, 2)], ids=str)
+def test_fast_heads_exchange_with_their_neighbour_only(lengths):
+    run_ranks(len(lengths), _nothing_gets_past, lengths)
