@@ -190,16 +190,7 @@ class _Call:
     segment_length: int | None
     rates: tuple[float, ...] | None = None  # the fixed log-decay of each head, where the host knows it
 
-    def plan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        decay_grad: bool,
-        *,
-        segment_length: int | None = None,
-    ) -> kernels.Steps:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
         """The steps on this device. Forward and backward must ask for the same."""
         return kernels.plan(
             q,
@@ -207,7 +198,7 @@ class _Call:
             v,
             log_decay,
             cu_seqlens=self.shard.runs.cu_seqlens,
-            segment_length=segment_length or self.segment_length,
+            segment_length=self.segment_length,
             decay_gradient=decay_grad,
             ends=self.ends or self.shard.sequence is not None,
         )
@@ -314,7 +305,7 @@ def _forward(
             o, states, final = _Part(slices[0], inputs, initial_state, call, steps, goes_on=False).finish()
             o = o.to(v.dtype)
         else:
-            o, states, final = _forward_in_parts(slices, inputs, initial_state, call, needs_grad, steps.segment_length)
+            o, states, final = _forward_in_parts(slices, inputs, initial_state, call, steps)
         final_state = None
         if call.output_final_state:
             assert final is not None
@@ -327,15 +318,14 @@ def _forward_in_parts(
     inputs: _Inputs,
     initial_state: Tensor | None,
     call: _Call,
-    needs_grad: tuple[bool, bool],
-    segment_length: int,
+    steps: kernels.Steps,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, states and final state; every exchange starts before the first is awaited. Segments are those of the whole."""
     parts = []
     for heads in slices:
         taken = _take_heads(inputs, heads)
-        steps = call.plan(*taken, needs_grad[1], segment_length=segment_length)
-        parts.append(_Part(heads, taken, initial_state, call, steps, goes_on=len(parts) > 0))
+        of_part = steps.of_heads(heads.stop - heads.start)
+        parts.append(_Part(heads, taken, initial_state, call, of_part, goes_on=len(parts) > 0))
     q, _, v, _ = inputs
     o = v.new_empty(*q.shape[:3], v.shape[3])
     whole = (o, *inputs[1:])  # o has the heads of q

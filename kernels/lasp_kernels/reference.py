@@ -26,6 +26,7 @@ fp32, or fp64 when the inputs are.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -313,6 +314,12 @@ class ChunkedSteps:
         shared = _TileDecay(rate * torch.arange(1, TILE + 1, device=device).view(-1, 1), rate)
         matrix = shared.causal()
         return [_TileDecay(shared.cumulative, rate * n.view(-1, 1, 1, 1), matrix) for n in self._lengths]
+
+    def of_heads(self, heads: int) -> ChunkedSteps:
+        """For so many of the heads, with the segments that are for all of them."""
+        part = copy.copy(self)
+        part.heads = heads
+        return part
 
     def zero_state(self) -> Tensor:
         """A state of zeros for every run: [N, H, K, V]."""

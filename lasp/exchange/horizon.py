@@ -5,7 +5,7 @@ smallest number is 2^-149, and what is below half of it is rounded to 0), in fp6
 every rank that lies between two others, then what enters a rank comes from the rank before it alone: the head needs its
 neighbour only (neighbour.py), never the chain. Nothing is approximated: the bits are those of the chain.
 
-`python -m lasp.exchange.horizon` counts what that saves, with the code that the exchange decides with.
+`python -m lasp.exchange.savings` prints what that saves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lasp import decay
 from lasp.exchange.base import HeadRuns
 
 EXPONENT = {torch.float32: 104.0, torch.float64: 746.0}  # exp(-x) is 0 for all x above
@@ -86,33 +85,3 @@ def count(
     per_head = 4 * key_dim * value_dim
     passed_on = far * (per_head + 4) * (ranks - 1) if schedule == "all_gather" else far * per_head
     return Count(far, ranks - 1 if far else 1, passed_on + (heads - far) * per_head)
-
-
-def _table(heads: int = 16, layers: int = 24, tokens: int = 16384, dim: int = 128) -> str:
-    """For TransNormerLLM's two decay schedules: one forward pass through all layers."""
-    lines = [
-        f"{layers} layers, {heads} heads of {dim} x {dim}, {tokens} tokens a rank; one forward pass, without -> with",
-        "| decay | ranks | heads in the chain | hops of all layers | sent along the chain | all_gather sends |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in ("alibi", "tnl"):
-        for ranks in (8, 64, 1024):
-            every, hops, chain, gathered = 0, [0, 0], [0, 0], [0, 0]
-            for layer in range(layers):
-                known = decay.schedule(name, heads, layer, layers)
-                assert known is not None
-                for n, rates in enumerate((None, known.tolist())):
-                    shape = {"heads": heads, "tokens": tokens, "ranks": ranks, "key_dim": dim, "value_dim": dim}
-                    ring, gather = count("ring", rates, **shape), count("all_gather", rates, **shape)
-                    hops[n] += ring.hops
-                    chain[n] += ring.far_heads * 4 * dim * dim
-                    gathered[n] += gather.bytes_sent
-                    every += ring.far_heads * n
-            cells = [f"{every} of {heads * layers}", f"{hops[0]:,} -> {hops[1]:,}"]
-            cells += [f"{a / 2**20:,.1f} -> {b / 2**20:,.1f} MiB" for a, b in (chain, gathered)]
-            lines.append(f"| {name} | {ranks} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(_table())
