@@ -229,21 +229,25 @@ SPLIT_HEADS: bool | None = None
 SPLIT_FROM = 2**25  # bytes of k and v: below, the states of half of the heads take about as long as the launches
 
 
+def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
+    """All ranks must come to the same answer; so without a layout, when their lengths may differ, it is yes."""
+    if SPLIT_HEADS is not None:
+        return SPLIT_HEADS
+    token = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+    return k.is_cuda and (layout is None or token * max(layout.lengths) >= SPLIT_FROM)
+
+
 def _head_parts(k: Tensor, v: Tensor, call: _Call) -> list[slice]:
     """The heads in the order in which they are worked on: two parts, or all at once.
 
     Of two parts the first has the heads that go through the chain, where they lie together at an end.
     """
-    H = k.shape[2]
-    split = SPLIT_HEADS
-    if split is None:
-        split = k.is_cuda and (k.numel() + v.numel()) * k.element_size() >= SPLIT_FROM
-    if call.shard.sequence is None or H < 2 or not split:
+    H, layout = k.shape[2], call.shard.layout
+    if call.shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
         return [slice(0, H)]
     cut, last_first = H // 2, False
-    if call.shard.layout is not None and len(call.shard.layout.lengths) > 2:
-        dtype = kernels.state_dtype(k.dtype)
-        far = far_heads(call.rates, H, _crossed(call.shard.layout, False), dtype)
+    if layout is not None and len(layout.lengths) > 2:
+        far = far_heads(call.rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
         if len(far) == 1 and far[0] != (0, H) and (far[0][0] == 0 or far[0][1] == H):
             last_first = far[0][1] == H
             cut = far[0][0] if last_first else far[0][1]

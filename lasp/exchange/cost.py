@@ -81,6 +81,7 @@ def best_blocks(bytes_per_rank: int, ranks: int, network: Network, *, most: int 
     return max(1, min(round(exact), most))
 
 
+@lru_cache(maxsize=256)
 def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ranks: int, network: Network) -> Choice:
     """The schedule that is asked for, or for "auto" the fastest.
 
