@@ -72,22 +72,25 @@ def _schedule(
     ragged: bool,
     links: list[Link],
 ) -> Schedule:
-    """Of the far heads as chosen, of the others the neighbour's; of both at once, if there are both."""
+    """Of the far heads as chosen, of the others the neighbour's; of both at once, if there are both.
+
+    Itself a schedule, so that what is made here is made on the stream that uses it.
+    """
     heads = local.state.shape[2]
     far = ((0, heads),) if far is None else far
     near = horizon.others(far, heads)
     chain, hop = (Link(sequence, reverse, tag) for tag in (CHAIN, NEIGHBOUR))
     links += [hop, chain]
     if not near:
-        return _through_all(local, chain, fold, reverse, units, ragged)
+        return (yield from _through_all(local, chain, fold, reverse, units, ragged))
     size = horizon.size_of(near) * local.state[0, :, 0].numel() * local.state.element_size()
     seconds = cost.predict("neighbour", size, sequence.size, cost.network_of(sequence))
     _tell(sequence, cost.Choice("neighbour", 1, seconds))
     to_neighbour = neighbour(local.heads(near), hop, fold)
     if not far:
-        return to_neighbour
+        return (yield from to_neighbour)
     through_all = _through_all(local.heads(far), chain, fold, reverse, units, ragged)
-    return _both(local, (near, to_neighbour), (far, through_all))
+    return (yield from _both(local, (near, to_neighbour), (far, through_all)))
 
 
 def _through_all(local: StateMap, link: Link, fold: Fold, reverse: bool, units: int, ragged: bool) -> Schedule:
