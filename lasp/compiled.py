@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import attention
+from lasp import attention, decay
 from lasp.data import ShardLayout
 from lasp.mesh import sequence_of_key
 
 Ints = Optional[list[int]]  # noqa: UP045  # the schema is read from these annotations
 
 
-def _call(k: Tensor, scale, final, ends, lengths, cu_seqlens, sequence, segment_length) -> attention._Call:
+def _call(
+    k: Tensor, scale, final, ends, lengths, cu_seqlens, sequence, segment_length, log_decay: Tensor | None = None
+) -> attention._Call:
+    """`log_decay` where it may be read; the compiler's stand-ins have no values."""
     layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
     shard = attention._Shard.of(k, layout, sequence_of_key(sequence))
-    return attention._Call(shard, scale, final, ends, segment_length)
+    return attention._Call(shard, scale, final, ends, segment_length, decay.host_values(log_decay))
 
 
 @torch.library.custom_op("lasp::linear_attention", mutates_args=())
@@ -42,7 +45,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state (empty unless asked for), and the states that backward needs."""
     kernels.check_inputs(q, k, v, log_decay, segment_length)
-    call = _call(k, scale, output_final_state, ends, lengths, cu_seqlens, sequence, segment_length)
+    call = _call(k, scale, output_final_state, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
     attention._check_initial_state(initial_state, k, v, call.shard)
     needs_grad = (initial_grad, decay_grad)
     o, final_state, states = attention._forward(q, k, v, log_decay, initial_state, call, needs_grad)
@@ -91,7 +94,7 @@ def linear_attention_backward(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gradients of the initial state and of log_decay, empty where not asked for."""
-    call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length)
+    call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
     needs_grad = (initial_grad, decay_grad)
     *gradients, d_initial, d_decay = attention._backward(
         q, k, v, log_decay, states, do, d_final_state, call, needs_grad

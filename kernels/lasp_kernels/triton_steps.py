@@ -228,6 +228,7 @@ class TritonSteps:
         self._keep_rows = inputs.decay_gradient and self._decay == 2
         self._rows: dict[str, Tensor] = {}
         self._launches: dict[tuple, _Launch] = {}
+        self._parts: dict[int, TritonSteps] = {}
         low = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[inputs.dtype]
         # The interpreter's product of bf16 operands is wrong: upcast there.
         upcast = triton.knobs.runtime.interpret and inputs.dtype == torch.bfloat16
@@ -282,6 +283,18 @@ class TritonSteps:
         self._run_segments = list(zip([0, *ends], ends))
         self.runs, self.segments = len(bounds) - 1, ends[-1]
         self.slots = self.segments + self.runs
+
+    @property
+    def segment_length(self) -> int:
+        """The most tokens that a segment may have, whatever the number of tokens here."""
+        return self._segment_length
+
+    def of_heads(self, heads: int) -> TritonSteps:
+        """For so many of the heads, with the segments and pieces that are for all of them."""
+        if heads not in self._parts:
+            part = self._parts[heads] = copy.copy(self)
+            part.heads, part._launches, part._parts = heads, {}, {}
+        return self._parts[heads]
 
     def _start(
         self,
