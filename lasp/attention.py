@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import exchange
+from lasp import agreement, exchange, finite, recompute
+from lasp.agreement import Agreement
 from lasp.data import LocalRuns, ShardLayout
-from lasp.exchange import StateMap
+from lasp.exchange import StateMap, waiting
 from lasp.mesh import SequenceParallel
 
 
@@ -63,8 +64,27 @@ def linear_attention(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, before any communication.
+        RankMismatchError: ranks differ in what they are about to compute, or one of them failed before its exchange;
+            on every rank. Compared at the first call of `sequence` and at every 1000th (see `lasp.agreement`).
+        PeerError: another rank ended, or was silent for the timeout of the group.
         RuntimeError: a second derivative is asked for.
     """
+    if torch.compiler.is_compiling():
+        q, k, v = _prepare(q, k, v, log_decay, initial_state)
+        return _compiled(q, k, v, log_decay, initial_state, scale, output_final_state, layout, sequence, segment_length)
+    with agreement.of_call(sequence) as ranks_agree:
+        q, k, v = _prepare(q, k, v, log_decay, initial_state)
+        kernels.check_inputs(q, k, v, log_decay, segment_length)
+        shard = _Shard.of(k, layout, sequence)
+        _check_initial_state(initial_state, k, v, shard)
+        call = _Call(shard, scale, output_final_state, segment_length, ranks_agree)
+        return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in one dtype, and with a head of k and v for each head of the decay."""
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state)):
         if not isinstance(x, Tensor) and (name in "qkv" or x is not None):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -73,13 +93,7 @@ def linear_attention(
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
         if heads == q.shape[2] != k.shape[2] and heads % k.shape[2] == 0:
             k, v = (x.repeat_interleave(heads // k.shape[2], 2) for x in (k, v))
-    if torch.compiler.is_compiling():
-        return _compiled(q, k, v, log_decay, initial_state, scale, output_final_state, layout, sequence, segment_length)
-    kernels.check_inputs(q, k, v, log_decay, segment_length)
-    shard = _Shard.of(k, layout, sequence)
-    _check_initial_state(initial_state, k, v, shard)
-    call = _Call(shard, scale, output_final_state, segment_length)
-    return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
+    return q, k, v
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,31 @@ class _Call:
     scale: float
     output_final_state: bool
     segment_length: int | None
+    ranks_agree: Agreement
+
+    def fingerprint(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
+    ) -> dict[str, object]:
+        """What must be the same on all ranks, lest their messages differ in size, number or meaning."""
+        sequence, runs = self.shard.sequence, self.shard.runs
+        assert sequence is not None
+        return {
+            "layer": sequence.name,
+            "call": sequence.traffic.calls,
+            "ranks": sequence.ranks,
+            "schedule": exchange.resolve(sequence),
+            "q": _shape_but_for_tokens(q),
+            "k": _shape_but_for_tokens(k),
+            "v": _shape_but_for_tokens(v),
+            "dtype": str(q.dtype),
+            "log_decay": None if log_decay is None else [*_shape_but_for_tokens(log_decay), str(log_decay.dtype)],
+            "initial_state": None if initial_state is None else [*initial_state.shape, str(initial_state.dtype)],
+            "sequences": ["packed" if runs.cu_seqlens is not None else "batch", self.shard.num_sequences],
+            "scale": self.scale,
+            "output_final_state": self.output_final_state,
+            "segment_length": self.segment_length,
+            "grad_mode": self.ranks_agree.grad_mode,
+        }
 
     def plan(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state_grad: bool, decay_grad: bool
@@ -205,12 +244,16 @@ def _forward(
     with torch.autocast(q.device.type, enabled=False):
         steps = call.plan(q, k, v, log_decay, *needs_grad)
         segments = steps.segment_states(k, v, log_decay)
+        call.ranks_agree.settle(lambda: call.fingerprint(q, k, v, log_decay, initial_state))
         wait = _start_exchange(steps, segments, initial_state, shard)
         states, final = steps.scan(segments, wait())
+        finite.note(shard.sequence, final)
         o = steps.outputs(q, k, v, log_decay, states, call.scale).to(v.dtype)
         final_state = None
         if call.output_final_state:
-            final_state = _sum_over_ranks(shard.all_states(final, first=False), shard)
+            own = shard.all_states(final, first=False)
+            key = "" if shard.sequence is None else shard.sequence.key
+            final_state = recompute.once(key, lambda: _sum_over_ranks(own, shard))
     return o, final_state, states
 
 
@@ -231,12 +274,13 @@ def _backward(
     with torch.autocast(q.device.type, enabled=False):
         steps = call.plan(q, k, v, log_decay, *needs_grad)
         if d_final_state is not None:
-            d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
+            d_final_state = _sum_over_ranks(d_final_state.clone(), shard, reverse=True)
         segments = steps.segment_gradients(q, do, log_decay, scale)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
         wait = _start_exchange(steps, segments, d_final_state, shard, reverse=True)
         dq = steps.query_gradient(q, k, v, do, log_decay, states, scale)
         d_states, d_first = steps.scan(segments, wait(), reverse=True)
+        finite.note(shard.sequence, d_first, reverse=True)
         del segments
         dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
         if needs_grad[0]:
@@ -323,11 +367,17 @@ def _start_exchange(
     return lambda: shard.enter(own, pending.wait(), reverse=reverse)
 
 
-def _sum_over_ranks(states: Tensor, shard: _Shard) -> Tensor:
+def _sum_over_ranks(states: Tensor, shard: _Shard, *, reverse: bool = False) -> Tensor:
     """In place. Of the ranks only the one on which a sequence ends has a state other than zero."""
     if shard.sequence is not None:
-        dist.all_reduce(states, group=shard.sequence.group)
+        with waiting(shard.sequence, None, reverse=reverse):
+            dist.all_reduce(states, group=shard.sequence.group)
     return states
+
+
+def _shape_but_for_tokens(x: Tensor) -> list[int | str]:
+    """The shape of a tensor whose second dimension, if it has two or more, is that of tokens."""
+    return ["T" if dim == 1 else size for dim, size in enumerate(x.shape)]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from lasp.exchange.base import Pending, StateMap, compose
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lasp import recompute
+from lasp.exchange.base import Pending, StateMap, compose, waiting
 from lasp.exchange.ring import start_ring
 from lasp.mesh import SequenceParallel
 
-__all__ = ["Pending", "StateMap", "compose", "resolve", "start"]
+__all__ = ["Pending", "StateMap", "compose", "resolve", "start", "waiting"]
 
 _SCHEDULES = {"ring": start_ring}
 
@@ -19,10 +24,35 @@ def resolve(sequence: SequenceParallel) -> str:
 def start(local: StateMap, sequence: SequenceParallel, *, reverse: bool = False) -> Pending:
     """Begin to send what this rank's tokens do to a state; `wait()` gives the state that enters them.
 
-    Every rank of the sequence must call it, in the same order, once forward and once in reverse.
+    Every rank of the sequence must call it, in the same order, once forward and once in reverse. In the recompute of a
+    checkpoint nothing is sent: what the original forward received is there.
     """
     if reverse:
         sequence.traffic.reverse_exchanges += 1
-    else:
-        sequence.traffic.forward_exchanges += 1
-    return _SCHEDULES[resolve(sequence)](local, sequence, reverse)
+        return _SCHEDULES[resolve(sequence)](local, sequence, True)
+    reception = recompute.reception(sequence.key)
+    if reception.result is not None:
+        return _Received(reception.result)
+    sequence.traffic.forward_exchanges += 1
+    return _Receiving(_SCHEDULES[resolve(sequence)](local, sequence, False), reception)
+
+
+@dataclass(frozen=True)
+class _Receiving:
+    """An exchange whose result a recompute may need again."""
+
+    pending: Pending
+    reception: recompute.Reception
+
+    def wait(self) -> Tensor:
+        return self.reception.keep(self.pending.wait())
+
+
+@dataclass(frozen=True)
+class _Received:
+    """An exchange that took place in the original forward."""
+
+    state: Tensor
+
+    def wait(self) -> Tensor:
+        return self.state

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lasp.mesh import PeerError, SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,22 @@ class Pending(Protocol):
     def wait(self) -> Tensor:
         """The state [N, H, K, V] that enters this rank's tokens; zeros where no rank comes before."""
         ...
+
+
+@contextmanager
+def waiting(sequence: SequenceParallel, peer: int | None, *, reverse: bool) -> Iterator[None]:
+    """Around what a backend does with a peer: its error becomes a `PeerError` with the layer and the peer.
+
+    `peer` is a rank as the group counts it, None where all take part.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PeerError(
+            f"layer {sequence.name!r}, {'backward' if reverse else 'forward'}: the exchange of the state with "
+            f"{'the other ranks' if peer is None else sequence.name_of(peer)} failed after "
+            f"{time.monotonic() - started:.1f} s; a rank has ended, hangs, or left out a call: {error}"
+        ) from error
