@@ -5,8 +5,8 @@ fingerprint of the call first, or report that they failed before they came to th
 key-value store of the process group and not through the group itself: when a comparison fails, nothing of the group is
 in flight, and it can be used again.
 
-A layer's first call is compared, then every `EVERY`-th. The count of calls decides, which is the same on every rank; what a
-rank happens to have seen before is not.
+A layer's first call is compared, then every `EVERY`-th. The count of calls decides, which is the same on every rank;
+what a rank happens to have seen before is not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup, Store
 
+from lasp import recompute
 from lasp.mesh import PeerError, RankMismatchError, SequenceParallel
 
 EVERY = 1000  # calls of a layer from one comparison to the next
@@ -32,19 +33,19 @@ _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
 class Agreement:
     """One call, to which all ranks of a sequence must agree before its exchange, if it is `due`.
 
-    A context around the call: what is raised inside before `settle` is reported to the other ranks. On the rank where
-    that happened, the `RankMismatchError` has the original as its cause; if every rank failed, each keeps its own error.
+    A context around the call: what is raised inside before `settle` is reported to the other ranks. Where that
+    happened, the `RankMismatchError` has the original as its cause; if every rank failed, each keeps its own error.
     """
 
     def __init__(self, sequence: SequenceParallel | None, *, due: bool):
         self._open = sequence if due else None
-        self.grad_mode = torch.is_grad_enabled()  # of the caller; autograd functions and custom ops run without
 
     def settle(self, fingerprint: Callable[[], Mapping[str, object]]) -> None:
         """Compare; to be called once, at the last moment before the exchange.
 
         Args:
-            fingerprint: what must be equal on all ranks, by name; plain values. Called only if the comparison is due.
+            fingerprint: what must be equal on all ranks, by name; plain values. A name that a rank leaves out is not
+                compared with it. Called only if the comparison is due.
 
         Raises:
             RankMismatchError: ranks differ, or one of them failed before it came here.
@@ -71,7 +72,7 @@ def of_call(sequence: SequenceParallel | None) -> Agreement:
     """Count a forward call of the operator, and say whether it is to be compared."""
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
         return Agreement(None, due=False)
-    if torch._C._current_graph_task_id() != -1:  # a checkpoint's recompute, in backward: no call of its own
+    if recompute.under_way():  # no call of its own
         return Agreement(None, due=False)
     count = sequence.traffic.calls
     sequence.traffic.calls += 1
@@ -110,14 +111,12 @@ class _Round:
         started = time.monotonic()
         try:
             self.store.set(self._key(self.rank), json.dumps(record))
-            verdict = self._judge(started) if self.rank == 0 else self._read(started)
-            self._clean()
+            return self._judge(started) if self.rank == 0 else self._read(started)
         except dist.DistError as error:
             raise PeerError(
                 f"{self._layer()}the key-value store of the process group does not answer; the process that holds it "
                 f"(torchrun's agent, or rank 0) has ended: {error}"
             ) from error
-        return verdict
 
     def _judge(self, started: float) -> dict[str, str]:
         keys = [self._key(rank) for rank in range(self.size)]
@@ -126,6 +125,7 @@ class _Round:
         else:
             verdict = self._absent(started)
         self.store.set(self._key("verdict"), json.dumps(verdict))
+        self._clean()
         return verdict
 
     def _read(self, started: float) -> dict[str, str]:
@@ -136,7 +136,9 @@ class _Round:
             self.store.set(self._key(self.rank), json.dumps({"error": f"PeerError: {absent['text']}"}))
             if not self.store.check([key]):
                 return absent
-        return json.loads(self.store.get(key))
+        verdict = json.loads(self.store.get(key))
+        self._clean()
+        return verdict
 
     def _wait(self, keys: list[str]) -> bool:
         """Whether all keys came within the timeout."""
@@ -200,16 +202,16 @@ def _list(found: list[str]) -> str:
     return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-_channels: weakref.WeakKeyDictionary[ProcessGroup, tuple[dist.Store, itertools.count]] = weakref.WeakKeyDictionary()
+_channels: weakref.WeakKeyDictionary[ProcessGroup, tuple[Store, itertools.count]] = weakref.WeakKeyDictionary()
 
 
-def _channel(group: ProcessGroup) -> tuple[dist.Store, itertools.count]:
+def _channel(group: ProcessGroup) -> tuple[Store, itertools.count]:
     """A connection to the group's store, and the numbers of the comparisons in this group.
 
     A connection of its own: one that waits keeps others out, and the backend uses the group's from its threads.
     """
     if group not in _channels:
-        store = dist.PrefixStore("lasp/agreement", group.get_group_store().clone())
+        store = PrefixStore("lasp/agreement", group.get_group_store().clone())  # type: ignore[attr-defined]
         _channels[group] = (store, itertools.count())
     return _channels[group]
 

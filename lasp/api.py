@@ -137,7 +137,7 @@ def _mixes_tokens(path: str, module: nn.Module, layers: Mapping[str, tuple[nn.Mo
 
 def _fingerprint(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> dict[str, object]:
     """What must be the same on all ranks: the layers, in order, and how their states travel."""
-    kinds = {path: type(module).__name__ for path, (module, _) in layers.items()}
+    kinds = [f"{path}: {type(module).__name__}" for path, (module, _) in layers.items()]
     return {"ranks": sequence.ranks, "exchange": sequence.exchange, "layers": kinds}
 
 

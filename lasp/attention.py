@@ -77,7 +77,7 @@ def linear_attention(
         kernels.check_inputs(q, k, v, log_decay, segment_length)
         shard = _Shard.of(k, layout, sequence)
         _check_initial_state(initial_state, k, v, shard)
-        call = _Call(shard, scale, output_final_state, segment_length, ranks_agree)
+        call = _Call(shard, scale, output_final_state, segment_length, ranks_agree, torch.is_grad_enabled())
         return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
 
 
@@ -188,6 +188,7 @@ class _Call:
     output_final_state: bool
     segment_length: int | None
     ranks_agree: Agreement
+    grad_mode: bool | None  # of the caller; None where that cannot be seen, in a custom op
 
     def fingerprint(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
@@ -210,7 +211,7 @@ class _Call:
             "scale": self.scale,
             "output_final_state": self.output_final_state,
             "segment_length": self.segment_length,
-            "grad_mode": self.ranks_agree.grad_mode,
+            **({} if self.grad_mode is None else {"grad_mode": self.grad_mode}),
         }
 
     def plan(

@@ -23,7 +23,7 @@ def _call(
 ) -> attention._Call:
     layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
     shard = attention._Shard.of(k, layout, sequence_of_key(sequence))
-    return attention._Call(shard, scale, output_final_state, segment_length, ranks_agree)
+    return attention._Call(shard, scale, output_final_state, segment_length, ranks_agree, None)
 
 
 @torch.library.custom_op("lasp::linear_attention", mutates_args=())

@@ -41,9 +41,9 @@ def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = Fa
 def assert_finite() -> None:
     """Raise on every rank if a state has been NaN or Inf since the last call, in a layer with `check_finite`.
 
-    Optimizers call it before they step (all of `torch.optim`, and what derives from it); call it yourself where something
-    else uses the gradients. All ranks of the mesh that was given to `parallelize` or `SequenceParallel` must do so,
-    also those of its other axes: gradients are averaged over these. The host waits for the device here, once.
+    Optimizers call it before they step (all of `torch.optim`, and what derives from it); call it yourself where
+    something else uses the gradients. All ranks of the mesh that was given to `parallelize` or `SequenceParallel` must
+    do so, also those of its other axes: gradients are averaged over these. The host waits for the device here, once.
 
     With a `GradScaler`, whose scale is meant to overflow now and then, leave the option off.
 

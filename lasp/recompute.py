@@ -4,19 +4,20 @@
 once need not travel again, and a rank that recomputes needs no peer that does. The received states are small beside
 what a checkpoint saves: one [N, H, K, V] a layer.
 
-Which original call a recompute repeats is known exactly, whatever the order of backwards: PyTorch gives each checkpointed
-call a frame, and its hooks for saved tensors, in force while the original runs and while it is repeated, refer to it. The
-frame is the key under which a call's states are kept, in the order in which they came, and they are freed with it: with
-the graph. That reference is no public interface of PyTorch (2.11 to 2.13 have it); tests/test_recompute.py fails if it goes.
+Which original call a recompute repeats is known exactly, whatever the order of backwards: PyTorch gives each
+checkpointed call a frame, and its hooks for saved tensors, in force while the original runs and while it is repeated,
+refer to it. The frame is the key under which a call's states are kept, in the order in which they came, and they are
+freed with it: with the graph. That reference is no public interface of PyTorch; tests/test_recompute.py fails if it
+goes.
 
-Where there is no frame (`use_reentrant=True`, the recompute inside a `torch.compile` graph) every rank repeats the exchange:
-the same result, in more time.
+Where there is no frame (`use_reentrant=True`, or a recompute inside a `torch.compile` graph) every rank repeats the
+exchange: the same result, in more time.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,13 @@ class Reception:
         return result
 
 
+def under_way() -> bool:
+    """Whether what runs now repeats an earlier forward."""
+    if torch._C._current_graph_task_id() != -1:  # in backward, as a rule; also where there is no frame
+        return True
+    return any(_frame_of(pack)[1] for pack in _pack_hooks())
+
+
 def once(key: str, communicate: Callable[[], Tensor]) -> Tensor:
     """What `communicate` gives, or in a recompute what it gave; a copy, which the caller may change or return."""
     here = reception(key)
@@ -59,8 +67,8 @@ class _Kept:
         self.result: Tensor | None = None
 
 
-# What each frame's original forward has received; and how much of it each recompute has used, by its hook, since a graph
-# that is retained may be recomputed more than once.
+# What each frame's original forward has received; and how much of it each recompute has used, by its hook, since a
+# graph that is retained may be recomputed more than once.
 _received: weakref.WeakKeyDictionary[Frame, list[_Kept]] = weakref.WeakKeyDictionary()
 _used: weakref.WeakKeyDictionary[PackHook, int] = weakref.WeakKeyDictionary()
 
@@ -95,7 +103,7 @@ def _next_result(frame: Frame, pack: PackHook, key: str) -> Tensor:
     return kept[place].result  # type: ignore[return-value]
 
 
-def _pack_hooks() -> Iterator[PackHook]:
+def _pack_hooks() -> list[PackHook]:
     """Of the saved-tensor hooks in force, from the innermost."""
     taken = []
     try:
@@ -105,7 +113,7 @@ def _pack_hooks() -> Iterator[PackHook]:
     finally:
         for hooks in reversed(taken):
             _autograd._push_saved_tensors_default_hooks(*hooks)
-    return iter([pack for pack, _ in taken])
+    return [pack for pack, _ in taken]
 
 
 def _frame_of(pack: PackHook) -> tuple[Frame | None, bool]:
