@@ -21,7 +21,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroup, Store
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import ProcessGroup
 
 from lasp import recompute
 from lasp.mesh import PeerError, RankMismatchError, SequenceParallel

@@ -147,7 +147,7 @@ def _final_state(form):
 
     def function(q, k, v):
         o, state = lasp.linear_attention(q, k, v, output_final_state=True, sequence=sequence)
-        return (o @ state.sin()[:, :1]).sin()
+        return (o @ state.mul_(2).sin()[:, :1]).sin()  # in place: what is kept must not change with it
 
     def run(wrap):
         x = [t.clone().requires_grad_() for t in inputs]
