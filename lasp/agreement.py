@@ -28,6 +28,7 @@ from lasp import recompute
 from lasp.mesh import PeerError, RankMismatchError, SequenceParallel
 
 EVERY = 1000  # calls of a layer from one comparison to the next
+_ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank
 _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
 
 
@@ -213,6 +214,7 @@ def _channel(group: ProcessGroup) -> tuple[Store, itertools.count]:
     """
     if group not in _channels:
         store = PrefixStore("lasp/agreement", group.get_group_store().clone())  # type: ignore[attr-defined]
+        store.set_timeout(min(group_timeout(group), _ANSWER))
         _channels[group] = (store, itertools.count())
     return _channels[group]
 
