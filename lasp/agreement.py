@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import time
 import weakref
 from collections import Counter
@@ -102,23 +103,36 @@ class _Round:
         assert sequence.group is not None
         self.sequence, self.group = sequence, sequence.group
         self.rank, self.size = dist.get_rank(self.group), sequence.size
-        self.store, numbers = _channel(self.group)
-        self.number = next(numbers)
+        self.number = next(_numbers.setdefault(self.group, itertools.count()))
         self.timeout = group_timeout(self.group)
 
     def compare(self, record: dict[str, object]) -> dict[str, str]:
         """The verdict on all ranks' records."""
         if dist.get_backend(self.group) == "fake":  # nobody else is there
             return {"found": "agreement", "text": ""}
+        verdicts: list[dict[str, str] | Exception] = []
+        # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
+        thread = threading.Thread(target=self._talk, args=(record, verdicts), daemon=True)
+        thread.start()
+        thread.join((self.timeout + min(self.timeout, _ANSWER)).total_seconds())
+        verdict = verdicts[0] if verdicts else TimeoutError("no answer")
+        if isinstance(verdict, dict):
+            return verdict
+        if not isinstance(verdict, (dist.DistError, TimeoutError)):
+            raise verdict
+        raise PeerError(
+            f"{self._layer()}the key-value store of the process group does not answer; the process that holds it "
+            f"(torchrun's agent, or rank 0) has ended or hangs: {verdict}"
+        ) from verdict
+
+    def _talk(self, record: dict[str, object], verdicts: list) -> None:
         started = time.monotonic()
         try:
+            self.store = _connection(self.group)
             self.store.set(self._key(self.rank), json.dumps(record))
-            return self._judge(started) if self.rank == 0 else self._read(started)
-        except dist.DistError as error:
-            raise PeerError(
-                f"{self._layer()}the key-value store of the process group does not answer; the process that holds it "
-                f"(torchrun's agent, or rank 0) has ended: {error}"
-            ) from error
+            verdicts.append(self._judge(started) if self.rank == 0 else self._read(started))
+        except Exception as error:
+            verdicts.append(error)
 
     def _judge(self, started: float) -> dict[str, str]:
         keys = [self._key(rank) for rank in range(self.size)]
@@ -204,19 +218,16 @@ def _list(found: list[str]) -> str:
     return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-_channels: weakref.WeakKeyDictionary[ProcessGroup, tuple[Store, itertools.count]] = weakref.WeakKeyDictionary()
+_numbers: weakref.WeakKeyDictionary[ProcessGroup, itertools.count] = weakref.WeakKeyDictionary()  # of comparisons
+_connections: weakref.WeakKeyDictionary[ProcessGroup, Store] = weakref.WeakKeyDictionary()
 
 
-def _channel(group: ProcessGroup) -> tuple[Store, itertools.count]:
-    """A connection to the group's store, and the numbers of the comparisons in this group.
-
-    A connection of its own: one that waits keeps others out, and the backend uses the group's from its threads.
-    """
-    if group not in _channels:
-        store = PrefixStore("lasp/agreement", group.get_group_store().clone())  # type: ignore[attr-defined]
-        store.set_timeout(min(group_timeout(group), _ANSWER))
-        _channels[group] = (store, itertools.count())
-    return _channels[group]
+def _connection(group: ProcessGroup) -> Store:
+    """To the group's store; our own, since one that waits keeps others out, and the backend's threads use the group's."""
+    if group not in _connections:
+        store = group.get_group_store().clone()  # type: ignore[attr-defined]
+        _connections[group] = PrefixStore("lasp/agreement", store)
+    return _connections[group]
 
 
 def group_timeout(group: ProcessGroup) -> timedelta:

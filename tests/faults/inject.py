@@ -76,7 +76,7 @@ def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
 def inject(faults: Iterable[Fault], *, ranks: int, backend: str, timeout: float, jobs: int) -> list[Outcome]:
     """Run each; `jobs` of them at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lasp", "small_model"])
+    context.set_forkserver_preload(["lasp", "small_model", "torch._dynamo"])
     with ThreadPoolExecutor(jobs) as pool:
         reference = _run(context, Fault("none"), ranks, backend, timeout)
         if reference.problem:
