@@ -223,7 +223,7 @@ _connections: weakref.WeakKeyDictionary[ProcessGroup, Store] = weakref.WeakKeyDi
 
 
 def _connection(group: ProcessGroup) -> Store:
-    """To the group's store; our own, since one that waits keeps others out, and the backend's threads use the group's."""
+    """To the group's store, of our own: one that waits keeps others out, and the backend's threads use the group's."""
     if group not in _connections:
         store = group.get_group_store().clone()  # type: ignore[attr-defined]
         _connections[group] = PrefixStore("lasp/agreement", store)
