@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import agreement, attention
+from lasp import agreement, attention, decay
 from lasp.data import ShardLayout
 from lasp.mesh import sequence_of_key
 
@@ -19,11 +19,12 @@ Ints = Optional[list[int]]  # noqa: UP045  # the schema is read from these annot
 
 
 def _call(
-    k: Tensor, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length, ranks_agree=_NOT_ASKED
+    k: Tensor, scale, final, ends, lengths, cu_seqlens, sequence, segment_length, log_decay=None, ranks_agree=_NOT_ASKED
 ) -> attention._Call:
+    """`log_decay` where it may be read; the compiler's stand-ins have no values."""
     layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
     shard = attention._Shard.of(k, layout, sequence_of_key(sequence))
-    return attention._Call(shard, scale, output_final_state, segment_length, ranks_agree, None)
+    return attention._Call(shard, scale, final, ends, segment_length, decay.host_values(log_decay), ranks_agree)
 
 
 @torch.library.custom_op("lasp::linear_attention", mutates_args=())
@@ -35,6 +36,7 @@ def linear_attention(
     initial_state: Optional[Tensor],  # noqa: UP045
     scale: float,
     output_final_state: bool,
+    ends: bool,
     lengths: Ints,
     cu_seqlens: Ints,
     sequence: str,
@@ -45,7 +47,8 @@ def linear_attention(
     """o, the final state (empty unless asked for), and the states that backward needs."""
     with agreement.of_call(sequence_of_key(sequence)) as ranks_agree:
         kernels.check_inputs(q, k, v, log_decay, segment_length)
-        call = _call(k, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length, ranks_agree)
+        layout = (lengths, cu_seqlens, sequence, segment_length)
+        call = _call(k, scale, output_final_state, ends, *layout, log_decay, ranks_agree)
         attention._check_initial_state(initial_state, k, v, call.shard)
         needs_grad = (initial_grad, decay_grad)
         o, final_state, states = attention._forward(q, k, v, log_decay, initial_state, call, needs_grad)
@@ -54,10 +57,22 @@ def linear_attention(
 
 @linear_attention.register_fake
 def _(
-    q, k, v, log_decay, initial_state, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length, *grads
+    q,
+    k,
+    v,
+    log_decay,
+    initial_state,
+    scale,
+    output_final_state,
+    ends,
+    lengths,
+    cu_seqlens,
+    sequence,
+    segment_length,
+    *grads,
 ):
-    call = _call(k, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length)
-    steps = call.plan(q, k, v, log_decay, *grads)
+    call = _call(k, scale, output_final_state, ends, lengths, cu_seqlens, sequence, segment_length)
+    steps = call.plan(q, k, v, log_decay, grads[1])
     states = q.new_empty(steps.states_shape, dtype=steps.dtype)
     final_shape = (call.shard.num_sequences, *k.shape[2:], v.shape[3]) if output_final_state else (0,)
     return v.new_empty(*q.shape[:3], v.shape[3]), states.new_empty(final_shape), states
@@ -73,6 +88,7 @@ def linear_attention_backward(
     do: Tensor,
     d_final_state: Optional[Tensor],  # noqa: UP045
     scale: float,
+    ends: bool,
     lengths: Ints,
     cu_seqlens: Ints,
     sequence: str,
@@ -81,7 +97,7 @@ def linear_attention_backward(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gradients of the initial state and of log_decay, empty where not asked for."""
-    call = _call(k, scale, d_final_state is not None, lengths, cu_seqlens, sequence, segment_length)
+    call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
     needs_grad = (initial_grad, decay_grad)
     *gradients, d_initial, d_decay = attention._backward(
         q, k, v, log_decay, states, do, d_final_state, call, needs_grad
@@ -92,8 +108,10 @@ def linear_attention_backward(
 
 
 @linear_attention_backward.register_fake
-def _(q, k, v, log_decay, states, do, d_final_state, scale, lengths, cu_seqlens, sequence, segment_length, *grads):
-    call = _call(k, scale, d_final_state is not None, lengths, cu_seqlens, sequence, segment_length)
+def _(
+    q, k, v, log_decay, states, do, d_final_state, scale, ends, lengths, cu_seqlens, sequence, segment_length, *grads
+):
+    call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length)
     initial_shape = (call.shard.num_sequences, *k.shape[2:], v.shape[3]) if grads[0] else (0,)
     decay_shape = log_decay.shape if grads[1] else (0,)
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -116,7 +134,7 @@ def _gradients(ctx, do, d_final_state, _):
     initial_grad, decay_grad = ctx.arguments[-2:]
     d_initial = d_initial.to(ctx.initial_dtype) if initial_grad else None
     d_decay = d_decay.to(log_decay.dtype) if decay_grad else None
-    return dq, dk, dv, d_decay, d_initial, *[None] * 8
+    return dq, dk, dv, d_decay, d_initial, *[None] * 9
 
 
 linear_attention.register_autograd(_gradients, setup_context=_setup_context)
