@@ -226,9 +226,7 @@ class _Call:
             "log_decay": None if log_decay is None else [*_shape_but_for_tokens(log_decay), str(log_decay.dtype)],
             "initial_state": None if initial_state is None else [*initial_state.shape, str(initial_state.dtype)],
             "decay_on_host": self.rates,
-            "layout": None
-            if layout is None
-            else f"{self.shard.num_sequences} sequences, {zlib.crc32(repr(layout).encode())}",
+            "layout": None if layout is None else _in_short(layout),
             "scale": self.scale,
             "output_final_state": self.output_final_state,
             "segment_length": self.segment_length,
@@ -555,6 +553,12 @@ def _sum_over_ranks(states: Tensor, shard: _Shard, *, reverse: bool = False) -> 
         with waiting(shard.sequence, None, reverse=reverse):
             dist.all_reduce(states, group=shard.sequence.group)
     return states
+
+
+def _in_short(layout: ShardLayout) -> str:
+    """A checksum stands for the offsets, of which there may be thousands."""
+    count = "a batch" if layout.cu_seqlens is None else f"{len(layout.cu_seqlens) - 1} packed sequences"
+    return f"{count} over {len(layout.lengths)} ranks, checksum {zlib.crc32(repr(layout).encode()):08x}"
 
 
 def _shape_but_for_tokens(x: Tensor) -> list[int | str]:

@@ -40,6 +40,7 @@ class Fault:
     layer: int = 0
     step: int = 0
     direction: str = "forward"
+    exchange: str = "ring"
     store: str = "launcher"  # who holds the key-value store: the launcher, as with torchrun, or "rank 0"
 
 
@@ -89,7 +90,7 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
     model = SmallModel()
     model.blocks.append(Block(torch.tensor([-0.5, -0.05, -2.0])))
     assert len(model.blocks) == LAYERS
-    lasp.parallelize(model.to(env.device), mesh["sp"])
+    lasp.parallelize(model.to(env.device), mesh["sp"], exchange=fault.exchange)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     step = 0
     if env.rank == fault.rank:
