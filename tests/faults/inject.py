@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
 import shutil
 import statistics
@@ -35,6 +34,9 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "bench")]
 
 from faults.program import COMPARED, COMPARED_EVERY, KINDS, LAYERS, STEPS, Fault, Run, run_rank  # noqa: E402
 from processes import free_port  # noqa: E402
+from ranks import workers  # noqa: E402
+
+from lasp.exchange.cost import SCHEDULES  # noqa: E402
 
 MISMATCH = 5.0  # seconds after which ranks that differ must know it
 MARGIN = 3.0  # seconds that a rank may need beside what it waits for: several runs share the cores
@@ -66,6 +68,7 @@ def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
             layer=draw.randrange(LAYERS),
             step=draw.randrange(0, STEPS, COMPARED_EVERY if compared else 1),
             direction="forward" if compared else draw.choice(("forward", "backward")),
+            exchange=draw.choice(SCHEDULES),
             store=draw.choice(("launcher", "rank 0")),
         )
         faults.append(fault)
@@ -75,13 +78,12 @@ def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
 
 def inject(faults: Iterable[Fault], *, ranks: int, backend: str, timeout: float, jobs: int) -> list[Outcome]:
     """Run each; `jobs` of them at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lasp", "small_model", "torch._dynamo"])
+    context = workers()
     with ThreadPoolExecutor(jobs) as pool:
         reference = _run(context, Fault("none"), ranks, backend, timeout)
         if reference.problem:
             raise RuntimeError(f"the run without fault failed: {reference.problem}")
-        losses = reference.losses[0]
+        losses = reference.losses[0]  # all schedules give the same bits
         runs = pool.map(lambda fault: _run(context, fault, ranks, backend, timeout), faults)
         return [judge(run, losses, timeout) for run in runs]
 
