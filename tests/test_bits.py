@@ -7,7 +7,7 @@ from inputs import FORMS, NAMES, gradients, random_inputs, run
 from ranks import run_ranks
 
 import lasp
-from lasp import attention
+from lasp import agreement, attention
 from lasp.mesh import EXCHANGES
 
 SCHEDULES = EXCHANGES[1:]
@@ -173,7 +173,7 @@ def test_the_parts_of_the_heads(monkeypatch):
 
     def parts(*rates, sequence="any", layout=lasp.ShardLayout((200,) * 4)):  # noqa: B008
         shard = attention._Shard(layout.local(1), sequence, 1, layout)
-        call = attention._Call(shard, 1.0, False, False, None, rates or None)
+        call = attention._Call(shard, 1.0, False, False, None, rates or None, agreement.of_call(None))
         return [(part.start, part.stop) for part in attention._head_parts(k, k, call)]
 
     slow, fast = -0.1, -1.0
