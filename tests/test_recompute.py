@@ -1,5 +1,6 @@
 """Activation checkpointing: the same bits as without it, no second exchange, and nothing kept longer than the graph."""
 
+import functools
 import gc
 import weakref
 from collections import Counter
@@ -38,6 +39,13 @@ def offloaded(function, *args):
             return function(*inner)
 
     return checkpointed(inside, *args)
+
+
+def selective(function, *args):
+    """Matrix products are saved, all else is recomputed."""
+    products = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default]
+    contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, products)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
 def no_early_stop(function, *args):
@@ -94,7 +102,7 @@ def _one_step(wrap):
     assert found[2] == expected[2] == [(1, 1, 1)] * 2
 
 
-@pytest.mark.parametrize("wrap", [checkpointed, nested, offloaded, no_early_stop])
+@pytest.mark.parametrize("wrap", [checkpointed, nested, offloaded, selective, no_early_stop])
 def test_the_same_bits_with_one_exchange_each_way(wrap):
     run_ranks(3, _one_step, wrap)
 
