@@ -283,19 +283,20 @@ def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
 def _head_parts(k: Tensor, v: Tensor, call: _Call) -> list[slice]:
     """The heads in the order in which they are worked on: two parts, or all at once.
 
-    Of two parts the first has the heads that go through the chain, where they lie together at an end.
+    Where the heads that go through the chain lie together at an end, they are the second part. The first needs its
+    neighbour only, and few tokens make its states; its outputs then hide the chain.
     """
     H, layout = k.shape[2], call.shard.layout
     if call.shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
         return [slice(0, H)]
-    cut, last_first = H // 2, False
+    cut, far = H // 2, ()
     if layout is not None and len(layout.lengths) > 2:
         far = far_heads(call.rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
-        if len(far) == 1 and far[0] != (0, H) and (far[0][0] == 0 or far[0][1] == H):
-            last_first = far[0][1] == H
-            cut = far[0][0] if last_first else far[0][1]
-    parts = [slice(0, cut), slice(cut, H)]
-    return parts[::-1] if last_first else parts
+    if len(far) == 1 and far[0][0] == 0 < far[0][1] < H:
+        return [slice(far[0][1], H), slice(0, far[0][1])]
+    if len(far) == 1 and 0 < far[0][0] < far[0][1] == H:
+        cut = far[0][0]
+    return [slice(0, cut), slice(cut, H)]
 
 
 def _take_heads(inputs: _Inputs, heads: slice) -> _Inputs:

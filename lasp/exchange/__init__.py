@@ -65,6 +65,8 @@ def start(
     traffic = sequence.traffic
     traffic.forward_exchanges += not (reverse or goes_on)
     traffic.reverse_exchanges += reverse and not goes_on
+    if not goes_on:
+        traffic.schedule, traffic.blocks, traffic.predicted_seconds = "", 1, 0.0
     links: list[Link] = []
     schedule = _schedule(local, sequence, fold, reverse, far, units or len(local.state), ragged, links)
     pending = RunningBeside(schedule, links, local) if local.state.is_cuda else RunningInWait(schedule, links)
@@ -102,23 +104,25 @@ def _schedule(
     ragged: bool,
     links: list[Link],
 ) -> Schedule:
-    """Of the far heads as chosen, of the others the neighbour's; of both at once, if there are both."""
+    """Of the far heads as chosen, of the others the neighbour's; of both at once, if there are both.
+
+    Itself a schedule, so that what is made here is made on the stream that uses it.
+    """
     heads = local.state.shape[2]
     far = ((0, heads),) if far is None else far
     near = horizon.others(far, heads)
     chain, hop = (Link(sequence, reverse, tag) for tag in (CHAIN, NEIGHBOUR))
     links += [hop, chain]
     if not near:
-        return _through_all(local, chain, fold, reverse, units, ragged)
+        return (yield from _through_all(local, chain, fold, reverse, units, ragged))
+    size = horizon.size_of(near) * local.state[0, :, 0].numel() * local.state.element_size()
+    seconds = cost.predict("neighbour", size, sequence.size, cost.network_of(sequence))
+    _tell(sequence, cost.Choice("neighbour", 1, seconds))
     to_neighbour = neighbour(local.heads(near), hop, fold)
     if not far:
-        size = local.state[0].numel() * local.state.element_size()
-        seconds = cost.predict("neighbour", size, sequence.size, cost.network_of(sequence))
-        _tell(sequence, cost.Choice("neighbour", 1, seconds))
-        return to_neighbour
-    return _both(
-        local, (near, to_neighbour), (far, _through_all(local.heads(far), chain, fold, reverse, units, ragged))
-    )
+        return (yield from to_neighbour)
+    through_all = _through_all(local.heads(far), chain, fold, reverse, units, ragged)
+    return (yield from _both(local, (near, to_neighbour), (far, through_all)))
 
 
 def _through_all(local: StateMap, link: Link, fold: Fold, reverse: bool, units: int, ragged: bool) -> Schedule:
@@ -149,6 +153,8 @@ def _both(local: StateMap, *parts: tuple[HeadRuns, Schedule]) -> Schedule:
 
 
 def _tell(sequence: SequenceParallel, choice: cost.Choice) -> None:
-    """Keep the choice for `lasp.explain`."""
+    """For `lasp.explain`. Of several parts of an exchange the one that goes further than to the neighbour counts."""
     traffic = sequence.traffic
-    traffic.schedule, traffic.blocks, traffic.predicted_seconds = choice.schedule, choice.blocks, choice.seconds
+    traffic.predicted_seconds += choice.seconds
+    if traffic.schedule in ("", "neighbour"):
+        traffic.schedule, traffic.blocks = choice.schedule, choice.blocks
