@@ -1,8 +1,10 @@
 """Activation checkpointing: the same bits as without it, no second exchange, and nothing kept longer than the graph."""
 
+import functools
 import gc
 import weakref
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import lasp
-from lasp import recompute
+from lasp import attention, recompute
 
 LENGTHS = (5, 4, 7)
 
@@ -40,6 +42,13 @@ def offloaded(function, *args):
     return checkpointed(inside, *args)
 
 
+def selective(function, *args):
+    """Matrix products are saved, all else is recomputed."""
+    products = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default]
+    contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, products)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
 def no_early_stop(function, *args):
     with set_checkpoint_early_stop(False):
         return checkpointed(function, *args)
@@ -64,15 +73,15 @@ def slice_of(seed, rank):
     return ids[:, here], torch.arange(sum(LENGTHS))[here]
 
 
-def model_with(wrap):
-    model = lasp.parallelize(Model(), dist.group.WORLD)
+def model_with(wrap, exchange="auto"):
+    model = lasp.parallelize(Model(), dist.group.WORLD, exchange=exchange)
     model.wrap = wrap
     return model, [block.mixer.inner.sequence.traffic for block in model.blocks]
 
 
-def train(wrap, batches=(0,), order=None, retain=False):
+def train(wrap, batches=(0,), order=None, retain=False, exchange="auto"):
     """Losses, and the gradients of backwards in the given order; then the exchanges of each layer."""
-    model, traffic = model_with(wrap)
+    model, traffic = model_with(wrap, exchange)
     losses = [model(*slice_of(seed, dist.get_rank())).square().mean() for seed in batches]
     for i in order or range(len(losses)):
         if retain:
@@ -94,9 +103,22 @@ def _one_step(wrap):
     assert found[2] == expected[2] == [(1, 1, 1)] * 2
 
 
-@pytest.mark.parametrize("wrap", [checkpointed, nested, offloaded, no_early_stop])
+@pytest.mark.parametrize("wrap", [checkpointed, nested, offloaded, selective, no_early_stop])
 def test_the_same_bits_with_one_exchange_each_way(wrap):
     run_ranks(3, _one_step, wrap)
+
+
+def _schedule(exchange):
+    with mock.patch.object(attention, "SPLIT_HEADS", True):  # then a forward has two exchanges that count as one
+        expected = train(plain, exchange=exchange)
+        found = train(checkpointed, exchange=exchange)
+    assert_same_bits(found, expected)
+    assert found[2] == expected[2] == [(1, 1, 1)] * 2
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "pipeline"])
+def test_every_schedule(exchange):
+    run_ranks(3, _schedule, exchange)
 
 
 def _micro_batches(order):

@@ -57,6 +57,7 @@ class Run:
 
 def run_rank(rank: int, run: Run, fault: Fault) -> None:
     """The whole life of one rank."""
+    os.setsid()  # a stopped process is continued when the shell that started its group ends
     threading.Thread(target=_end_with_parent, daemon=True).start()
     output = os.open(run.folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
