@@ -1,0 +1,121 @@
+"""The benchmarks: the simulation against closed forms, and every script at a tiny size, by what its JSON says."""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))  # the scripts' own place, as when they are started
+
+from simulator import Clock, Link, Machine, Pass, exchange_seconds, operator_seconds  # noqa: E402
+
+
+def _script(name, *arguments):
+    """Run a script's main in this process; its JSON, and whatever it printed before."""
+    if str(BENCH) not in sys.path:
+        sys.path.insert(0, str(BENCH))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        importlib.import_module(name).main([str(a) for a in arguments])
+    *text, last = printed.getvalue().splitlines() or [""]
+    return (json.loads(last) if last else None), "\n".join(text)
+
+
+# ---- the simulation
+
+# A message of 1,000 bytes: 3 + 1 us of the port, 2 us in flight.
+LINK = Link(overhead=3e-6, bandwidth=1e9, latency=2e-6)
+HOP, PORT = 6e-6, 4e-6
+MACHINE = Machine(LINK, LINK)
+
+
+def test_events_happen_in_the_order_of_their_times():
+    clock, seen = Clock(), []
+    for time in (3.0, 1.0, 2.0, 1.0):
+        clock.at(time, lambda: seen.append(clock.now))
+    assert clock.run() == 3.0
+    assert seen == [1.0, 1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match="past"):
+        clock.at(2.0, print)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "pipeline", "all_gather", "serial"])
+def test_two_ranks_make_one_hop_and_one_rank_none(schedule):
+    assert exchange_seconds(schedule, 1, 1000, MACHINE) == 0
+    assert exchange_seconds(schedule, 2, 1000, MACHINE) == pytest.approx(HOP)
+
+
+@pytest.mark.parametrize("ranks", [3, 8, 17])
+def test_a_ring_takes_a_hop_and_a_fold_for_each_rank_between(ranks):
+    machine = Machine(LINK, LINK, setup=10e-6, fold=5e-9)
+    seconds = exchange_seconds("ring", ranks, 1000, machine)
+    assert seconds == pytest.approx(10e-6 + (ranks - 1) * HOP + (ranks - 2) * 5e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 17])
+@pytest.mark.parametrize("blocks", [1, 4, 50])
+def test_a_pipeline_fills_and_then_a_block_comes_each_time_that_a_port_is_free(ranks, blocks):
+    port = 3e-6 + 1e-6 / blocks
+    expected = (ranks - 1) * (port + 2e-6) + (blocks - 1) * port
+    assert exchange_seconds("pipeline", ranks, 1000, MACHINE, blocks=blocks) == pytest.approx(expected)
+
+
+def test_folds_slower_than_the_port_set_the_pace_of_a_pipeline():
+    machine = Machine(LINK, LINK, fold=40e-9)  # 10 us a block of 250 bytes, more than the 3.25 us of the port
+    expected = 2 * 5.25e-6 + 10e-6 + 3 * 10e-6
+    assert exchange_seconds("pipeline", 3, 1000, machine, blocks=4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ranks", [3, 8, 17])
+def test_an_all_gather_takes_a_hop_for_each_other_rank_then_the_last_folds_most(ranks):
+    machine = Machine(LINK, LINK, fold=5e-9)
+    assert exchange_seconds("all_gather", ranks, 1000, machine) == pytest.approx((ranks - 1) * (HOP + 5e-6))
+
+
+def test_the_links_between_nodes_set_the_pace_of_an_all_gather_but_not_of_a_ring():
+    machine = Machine(LINK, Link(overhead=3e-6, bandwidth=1e8, latency=2e-6))  # 13 us of the port, 15 us a hop
+    assert exchange_seconds("ring", 16, 1000, machine) == pytest.approx(14 * HOP + 15e-6)
+    gather = exchange_seconds("all_gather", 16, 1000, machine)
+    assert 15 * 13e-6 < gather < 15 * 15e-6 + HOP
+
+
+def test_one_after_the_other_in_both_passes():
+    work = [Pass(after=1e-3), Pass(after=2e-3)]
+    expected = 8 * 3e-3 + 2 * 7 * HOP
+    assert operator_seconds("serial", 8, 1000, MACHINE, work) == pytest.approx(expected)
+
+
+def test_work_beside_the_exchange_hides_it():
+    hidden = operator_seconds("ring", 8, 1000, MACHINE, [Pass(1e-4, 1e-3, 1e-4)])
+    assert hidden == pytest.approx(1.2e-3)
+    exposed = operator_seconds("ring", 8, 1000, MACHINE, [Pass(1e-4, 0.0, 1e-4)])
+    assert exposed == pytest.approx(2e-4 + 7 * HOP)
+
+
+def test_the_second_pass_runs_down_the_ranks():
+    # The last rank is the first to know its gradient's state, but the last to end its first pass.
+    forward, backward = Pass(1e-4, 0.0, 1e-4), Pass(1e-4, 0.0, 1e-4)
+    expected = 2 * (2e-4 + 7 * HOP)
+    assert operator_seconds("ring", 8, 1000, MACHINE, [forward, backward]) == pytest.approx(expected)
+
+
+def test_the_script_reproduces_what_it_is_fitted_to_and_says_what_it_predicts(tmp_path):
+    result, text = _script("simulate", "--max-ranks", 16, "--save", "--out", tmp_path)
+    rows = result["rows"]
+    assert {row["how"] for row in rows} == {"fitted", "predicted"}
+    assert all(abs(row["error %"]) < 0.01 for row in rows if row["how"] == "fitted")
+    assert all(abs(row["error %"]) < 30 for row in rows)
+    assert [row["how"] for row in rows if row["figure"] == "operator, ZeCO"] == ["predicted"] * 3
+    assert "fitted, AllGather" in text
+    [table] = result["tables"].values()
+    assert {row["ranks"] for row in table} == {8, 16}
+    of = {(row["network"], row["schedule"], row["ranks"]): row["% of one rank"] for row in table}
+    for network in {row["network"] for row in table}:
+        assert of[network, "serial", 16] < 10 < of[network, "ring", 16] <= of[network, "pipeline", 16] < 100
+    [plot] = tmp_path.glob("*_simulation.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
