@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from torch import nn
 
-from lasp import adapters, exchange
+from lasp import adapters
 from lasp.adapters import Adapter
+from lasp.exchange import cost
 from lasp.mesh import RankMismatchError, SequenceParallel, sequence_axis
 
 # Modules of PyTorch whose output at one token depends on other tokens.
@@ -58,7 +59,8 @@ def parallelize(
         mesh: `mesh["sp"]`, the whole mesh (its "sp" axis is used), a ProcessGroup, or None.
         plan: adapters for layers by the pattern of their path, e.g. `{"blocks.*.conv": lasp.adapters.token_local}`;
             it goes before what is registered.
-        exchange: how a state travels: "ring" or "auto".
+        exchange: how a state travels: "ring", "all_gather", "pipeline", or "auto", the fastest of them by a cost
+            model, for which the network between the ranks is measured here, once.
         softmax: how softmax attention is split: "all_gather". No adapter for softmax layers exists yet, so `strict`
             refuses them.
         strict: refuse a model with a layer that mixes tokens and has no adapter (attention, convolution, recurrence),
@@ -84,6 +86,8 @@ def parallelize(
     if sequence.size > 1:
         if validate == "first":
             _compare_ranks(sequence, layers)
+        if exchange == "auto":
+            cost.measure(sequence)
         for path, (module, adapter) in layers.items():
             adapter(module, replace(sequence, name=path))
     _parallelized.add(model)
@@ -147,10 +151,14 @@ class LayerReport:
 
     path: str
     module: str
-    exchange: str
+    exchange: str  # as asked for
     ranks: int
     exchanges: int  # so far, forward and reverse
     bytes_sent: int  # so far, by this rank
+    schedule: str  # that the last exchange took; "neighbour" where no head needs more (docs/exchange.md)
+    blocks: int  # that it cut a state into
+    predicted_seconds: float  # for it, by the cost model
+    kernels: str  # what computed the layer, "triton" or "reference"
 
     @property
     def bytes_per_step(self) -> float | None:
@@ -164,32 +172,39 @@ class Explanation(list[LayerReport]):
     def __str__(self) -> str:
         if not self:
             return "one rank: nothing is split"
-        rows = [("layer", "module", "exchange", "ranks", "bytes sent a step by this rank")]
+        rows = [("layer", "module", "exchange", "ranks", "predicted", "bytes sent a step by this rank", "kernels")]
         for layer in self:
             sent = layer.bytes_per_step
-            rows.append(
-                (
-                    layer.path,
-                    layer.module,
-                    layer.exchange,
-                    str(layer.ranks),
-                    "run a step" if sent is None else f"{sent:,.0f}",
-                )
-            )
+            asked = layer.exchange if layer.schedule in ("", layer.exchange) else f"{layer.exchange}: {layer.schedule}"
+            blocks = f" in {layer.blocks} blocks" if layer.blocks > 1 else ""
+            predicted = "" if sent is None else f"{layer.predicted_seconds * 1e6:,.0f} us"
+            sent = "run a step" if sent is None else f"{sent:,.0f}"
+            asked += blocks
+            rows.append((layer.path, layer.module, asked, str(layer.ranks), predicted, sent, layer.kernels))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Which layers are split, how their states travel, and the bytes that were counted doing it."""
+    """Which layers are split, how their states travel, how long that should take, and the bytes that were counted."""
     report = Explanation()
     for path, module in model.named_modules():
         sequence = getattr(module, "sequence", None)
         if isinstance(sequence, SequenceParallel):
             traffic = sequence.traffic
             exchanges = traffic.forward_exchanges + traffic.reverse_exchanges
-            name = type(module).__name__
             report.append(
-                LayerReport(path, name, exchange.resolve(sequence), sequence.size, exchanges, traffic.bytes_sent)
+                LayerReport(
+                    path,
+                    type(module).__name__,
+                    sequence.exchange,
+                    sequence.size,
+                    exchanges,
+                    traffic.bytes_sent,
+                    traffic.schedule,
+                    traffic.blocks,
+                    traffic.predicted_seconds,
+                    traffic.kernels,
+                )
             )
     return report

@@ -2,26 +2,29 @@
 
 Forward                                        Backward
   1. local state of every segment                1. local gradient of every segment's state
-  2. start to send their fold to the next rank   2. start to send their fold to the previous rank
+  2. start the exchange                          2. start the exchange, in reverse
   3. wait for the state that enters              3. dq, from the states that forward kept
   4. states of all segments, outputs             4. wait; dk, dv, d log_decay
 
-The states of step 4 are kept for backward, so there is one exchange in forward and one in backward, and no more.
+The states of step 4 are kept for backward, so there is one exchange in forward and one in backward, and no more. On a
+GPU forward takes the heads in two parts, so that the exchange of each hides behind the work of the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import exchange
+from lasp import decay, exchange
 from lasp.data import LocalRuns, ShardLayout
 from lasp.exchange import StateMap
+from lasp.exchange.horizon import far_heads
 from lasp.mesh import SequenceParallel
 
 
@@ -53,9 +56,13 @@ def linear_attention(
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences. The rank on which a sequence begins gets its gradient, the others zero.
         output_final_state: also return the state after the last token.
-        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew.
+        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew. With
+            it, heads of a fixed decay (see `lasp.decay.fixed`) whose state no rank lets pass exchange with the
+            neighbour only.
         sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
-        segment_length: tokens of a segment, a multiple of 64; None chooses.
+        segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
+            the number of ranks: where the borders of ranks are borders of segments, they are the bits of one rank.
+            With exchange "all_gather" and no layout, all ranks must then hold equally many tokens.
 
     Returns:
         o [B, T, H*G, V] in the dtype of v, and the final state [N, H, K, V] (fp32; fp64 for fp64 inputs; the same
@@ -78,7 +85,8 @@ def linear_attention(
     kernels.check_inputs(q, k, v, log_decay, segment_length)
     shard = _Shard.of(k, layout, sequence)
     _check_initial_state(initial_state, k, v, shard)
-    call = _Call(shard, scale, output_final_state, segment_length)
+    ends = initial_state is not None or output_final_state
+    call = _Call(shard, scale, output_final_state, ends, segment_length, decay.host_values(log_decay))
     return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
 
 
@@ -89,6 +97,7 @@ class _Shard:
     runs: LocalRuns
     sequence: SequenceParallel | None  # None: nothing to exchange
     num_sequences: int  # N, of all ranks
+    layout: ShardLayout | None = None
 
     @classmethod
     def of(cls, k: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None) -> _Shard:
@@ -106,7 +115,7 @@ class _Shard:
         if layout.cu_seqlens is not None and k.shape[0] != 1:
             raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {k.shape[0]}")
         count = k.shape[0] if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
-        return cls(layout.local(rank), sequence, count)
+        return cls(layout.local(rank), sequence, count, layout)
 
     @property
     def packed(self) -> bool:
@@ -140,20 +149,13 @@ class _Shard:
         start = self.runs.sequences.start
         return slice(low, max(low, high)), slice(start + low, start + max(low, high))
 
-    def border_map(self, local: Tensor, log_total: Tensor, own: Tensor, *, reverse: bool) -> StateMap:
-        """What this rank's tokens do to the state that the next rank (`reverse`: the previous) will receive.
+    def lets_pass(self, *, reverse: bool) -> bool:
+        """Whether a state that comes from before this rank goes on behind it: no sequence begins here."""
+        return _lets_pass(self.runs, reverse)
 
-        Only the run at that border matters. If it began on this rank, it takes nothing from before: -inf.
-        """
-        if self.packed:
-            border = slice(0, 1) if reverse else slice(-1, None)
-            local, log_total, own = local[border], log_total[border], own[border]
-        one_run = not self.packed or len(self.runs.cu_seqlens or ()) == 2
-        began_elsewhere = self.runs.continued if reverse else self.runs.continues
-        local = log_total.exp().unsqueeze(-1) * own + local
-        if not (one_run and began_elsewhere):
-            log_total = torch.full_like(log_total, -torch.inf)
-        return StateMap(local, log_total)
+    def at_border(self, x: Tensor, *, reverse: bool) -> Tensor:
+        """Of [runs, ...] the run that the next rank (`reverse`: the previous) goes on with; dense, all of them."""
+        return x[slice(0, 1) if reverse else slice(-1, None)] if self.packed else x
 
     def enter(self, own: Tensor, received: Tensor, *, reverse: bool) -> Tensor:
         """The state that enters every run: what was received, where a run began elsewhere; else its own."""
@@ -165,6 +167,18 @@ class _Shard:
         return torch.cat([own[:-1], received] if reverse else [received, own[1:]])
 
 
+def _lets_pass(runs: LocalRuns, reverse: bool) -> bool:
+    one_run = runs.cu_seqlens is None or len(runs.cu_seqlens) == 2
+    return one_run and (runs.continued if reverse else runs.continues)
+
+
+@lru_cache(maxsize=64)
+def _crossed(layout: ShardLayout, reverse: bool) -> tuple[int, ...]:
+    """Tokens of the ranks that lie between two others and let a state pass."""
+    inner = range(1, len(layout.lengths) - 1)
+    return tuple(layout.lengths[r] for r in inner if _lets_pass(layout.local(r), reverse))
+
+
 @dataclass(frozen=True)
 class _Call:
     """What a call is besides its tensors."""
@@ -172,13 +186,12 @@ class _Call:
     shard: _Shard
     scale: float
     output_final_state: bool
+    ends: bool  # whether there is an initial or final state
     segment_length: int | None
+    rates: tuple[float, ...] | None = None  # the fixed log-decay of each head, where the host knows it
 
-    def plan(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state_grad: bool, decay_grad: bool
-    ):
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
         """The steps on this device. Forward and backward must ask for the same."""
-        ends = self.shard.sequence is not None or self.output_final_state or initial_state_grad
         return kernels.plan(
             q,
             k,
@@ -187,8 +200,93 @@ class _Call:
             cu_seqlens=self.shard.runs.cu_seqlens,
             segment_length=self.segment_length,
             decay_gradient=decay_grad,
-            ends=ends,
+            ends=self.ends or self.shard.sequence is not None,
         )
+
+    def far(self, steps: kernels.Steps, heads: slice, *, reverse: bool) -> exchange.HeadRuns:
+        """Of the heads of a part, those that need more than the neighbour; the same on every rank."""
+        layout, rates = self.shard.layout, None if self.rates is None else self.rates[heads]
+        crossed = None
+        if layout is not None and len(layout.lengths) > 2:
+            crossed = _crossed(layout, reverse)
+            if self.segment_length is not None:  # then a state crosses a segment at a time
+                crossed = tuple(min(tokens, steps.segment_length) for tokens in crossed)
+        return far_heads(rates, steps.heads, crossed, steps.dtype)
+
+    def most_units(self, steps: kernels.Steps, with_own: bool) -> int:
+        """The most maps that any rank sends; without a layout, if all hold as many tokens."""
+        if self.segment_length is None:
+            return 1
+        lengths = [steps.tokens] if self.shard.layout is None else self.shard.layout.lengths
+        return max(1, *(-(-tokens // steps.segment_length) for tokens in lengths)) + with_own
+
+
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
+
+# Whether forward takes the heads in two parts; None: on a GPU, where it gains more than its launches cost. Results are
+# the same bits.
+SPLIT_HEADS: bool | None = None
+SPLIT_FROM = 2**25  # bytes of k and v: below, the states of half of the heads take about as long as the launches
+
+
+def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
+    """All ranks must come to the same answer; so without a layout, when their lengths may differ, it is yes."""
+    if SPLIT_HEADS is not None:
+        return SPLIT_HEADS
+    token = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+    return k.is_cuda and (layout is None or token * max(layout.lengths) >= SPLIT_FROM)
+
+
+def _head_parts(k: Tensor, v: Tensor, call: _Call) -> list[slice]:
+    """The heads in the order in which they are worked on: two parts, or all at once.
+
+    Of two parts the first has the heads that go through the chain, where they lie together at an end.
+    """
+    H, layout = k.shape[2], call.shard.layout
+    if call.shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
+        return [slice(0, H)]
+    cut, last_first = H // 2, False
+    if layout is not None and len(layout.lengths) > 2:
+        far = far_heads(call.rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
+        if len(far) == 1 and far[0] != (0, H) and (far[0][0] == 0 or far[0][1] == H):
+            last_first = far[0][1] == H
+            cut = far[0][0] if last_first else far[0][1]
+    parts = [slice(0, cut), slice(cut, H)]
+    return parts[::-1] if last_first else parts
+
+
+def _take_heads(inputs: _Inputs, heads: slice) -> _Inputs:
+    q, k, v, log_decay = inputs
+    if heads == slice(0, k.shape[2]):
+        return inputs
+    groups = q.shape[2] // k.shape[2]
+    if log_decay is not None:
+        log_decay = log_decay[heads] if log_decay.ndim == 1 else log_decay[:, :, heads]
+    return q[:, :, heads.start * groups : heads.stop * groups], k[:, :, heads], v[:, :, heads], log_decay
+
+
+class _Part:
+    """Some of the heads in forward: their states and their exchange, which starts here; then their outputs."""
+
+    def __init__(
+        self,
+        heads: slice,
+        inputs: _Inputs,
+        initial_state: Tensor | None,
+        call: _Call,
+        steps: kernels.Steps,
+        *,
+        goes_on: bool,
+    ):
+        self.inputs, self.call, self.steps = inputs, call, steps
+        self.segments = steps.segment_states(*inputs[1:])
+        own = None if initial_state is None else initial_state[:, heads]
+        self.wait = _start_exchange(steps, self.segments, own, call, heads=heads, goes_on=goes_on)
+
+    def finish(self, **out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """o, which `outputs` may be told to write somewhere, the states, and the final state."""
+        states, final = self.steps.scan(self.segments, self.wait())
+        return self.steps.outputs(*self.inputs, states, self.call.scale, **out), states, final
 
 
 def _forward(
@@ -201,17 +299,44 @@ def _forward(
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
-    shard = call.shard
+    shard, inputs = call.shard, (q, k, v, log_decay)
     with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(q, k, v, log_decay, *needs_grad)
-        segments = steps.segment_states(k, v, log_decay)
-        wait = _start_exchange(steps, segments, initial_state, shard)
-        states, final = steps.scan(segments, wait())
-        o = steps.outputs(q, k, v, log_decay, states, call.scale).to(v.dtype)
+        steps = call.plan(*inputs, needs_grad[1])
+        if shard.sequence is not None:
+            shard.sequence.traffic.kernels = kernels.path(*inputs)
+        slices = _head_parts(k, v, call)
+        if len(slices) == 1:
+            o, states, final = _Part(slices[0], inputs, initial_state, call, steps, goes_on=False).finish()
+            o = o.to(v.dtype)
+        else:
+            o, states, final = _forward_in_parts(slices, inputs, initial_state, call, steps)
         final_state = None
         if call.output_final_state:
+            assert final is not None
             final_state = _sum_over_ranks(shard.all_states(final, first=False), shard)
     return o, final_state, states
+
+
+def _forward_in_parts(
+    slices: list[slice],
+    inputs: _Inputs,
+    initial_state: Tensor | None,
+    call: _Call,
+    steps: kernels.Steps,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, states and final state; every exchange starts before the first is awaited. Segments are those of the whole."""
+    parts = []
+    for heads in slices:
+        taken = _take_heads(inputs, heads)
+        of_part = steps.of_heads(heads.stop - heads.start)
+        parts.append(_Part(heads, taken, initial_state, call, of_part, goes_on=len(parts) > 0))
+    q, _, v, _ = inputs
+    o = v.new_empty(*q.shape[:3], v.shape[3])
+    whole = (o, *inputs[1:])  # o has the heads of q
+    results = [part.finish(out=_take_heads(whole, heads)[0]) for heads, part in zip(slices, parts)]
+    if slices[0].start > 0:
+        results.reverse()
+    return o, torch.cat([states for _, states, _ in results], 1), torch.cat([final for _, _, final in results], 1)
 
 
 def _backward(
@@ -229,17 +354,18 @@ def _backward(
     shard, scale = call.shard, call.scale
     d_initial = d_decay = None
     with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(q, k, v, log_decay, *needs_grad)
+        steps = call.plan(q, k, v, log_decay, needs_grad[1])
         if d_final_state is not None:
             d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
         segments = steps.segment_gradients(q, do, log_decay, scale)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
-        wait = _start_exchange(steps, segments, d_final_state, shard, reverse=True)
+        wait = _start_exchange(steps, segments, d_final_state, call, reverse=True)
         dq = steps.query_gradient(q, k, v, do, log_decay, states, scale)
         d_states, d_first = steps.scan(segments, wait(), reverse=True)
         del segments
         dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
         if needs_grad[0]:
+            assert d_first is not None
             d_initial = shard.all_states(d_first, first=True)
         if needs_grad[1]:
             assert log_decay is not None
@@ -292,6 +418,7 @@ def _compiled(
         initial_state,
         scale,
         output_final_state,
+        initial_state is not None or output_final_state,
         lengths,
         cu_seqlens,
         "" if sequence is None else sequence.key,
@@ -306,21 +433,63 @@ def _start_exchange(
     steps: kernels.Steps,
     segments: kernels.Segments,
     ends: Tensor | None,
-    shard: _Shard,
+    call: _Call,
     *,
     reverse: bool = False,
-) -> Callable[[], Tensor]:
+    heads: slice = slice(None),
+    goes_on: bool = False,
+) -> Callable[[], Tensor | None]:
     """Send what this rank's tokens do to a state; the result waits for the state that enters each of its runs.
 
-    `ends` are the states before all sequences (`reverse`: the gradients of those after them).
+    `ends` are the states before all sequences (`reverse`: the gradients of those after them), of these heads only.
+    None is zeros.
     """
+    shard = call.shard
+    if shard.sequence is None and ends is None:
+        return lambda: None
     own = shard.own_states(ends, steps.zero_state(), first=not reverse)
     if shard.sequence is None:
         return lambda: own
-    local, log_total = steps.fold(segments, reverse=reverse)
-    border = shard.border_map(local, log_total, own, reverse=reverse)
-    pending = exchange.start(border, shard.sequence, reverse=reverse)
+    given = ends is not None
+    pending = exchange.start(
+        _border_maps(steps, segments, own, given, call, reverse=reverse),
+        shard.sequence,
+        fold=kernels.fold,
+        reverse=reverse,
+        far=call.far(steps, heads, reverse=reverse),
+        units=call.most_units(steps, given),
+        ragged=call.segment_length is not None and shard.layout is None,
+        goes_on=goes_on,
+    )
     return lambda: shard.enter(own, pending.wait(), reverse=reverse)
+
+
+def _border_maps(
+    steps: kernels.Steps, segments: kernels.Segments, own: Tensor, given: bool, call: _Call, *, reverse: bool
+) -> StateMap:
+    """What this rank's tokens do to the state that the next rank (`reverse`: the previous) will receive.
+
+    Only the run at that border matters: as one map, or with a segment length as that of each of its segments, so that
+    ranks continue the fold that one rank would do. If the run began on this rank, nothing from before gets
+    past it (-inf), and its own state, if one was `given`, stands in front.
+    """
+    shard = call.shard
+    own = shard.at_border(own, reverse=reverse)
+    passes = shard.lets_pass(reverse=reverse)
+    if call.segment_length is None:
+        state, log_decay = (shard.at_border(x, reverse=reverse) for x in steps.fold(segments, reverse=reverse))
+        state, log_decay = state.unsqueeze(0), log_decay.unsqueeze(0)
+        if passes:
+            return StateMap(state, log_decay)
+        state = kernels.fold(own, state, log_decay) if given else state[0]
+        return StateMap(state.unsqueeze(0), torch.full_like(log_decay, -torch.inf))
+    state, log_decay = steps.maps(segments, reverse=reverse)
+    if passes and len(state):
+        return StateMap(state, log_decay)
+    border = log_decay.new_full((1, *log_decay.shape[1:]), 0.0 if passes else -torch.inf)
+    if given or not len(state):
+        return StateMap(torch.cat([own.unsqueeze(0), state]), torch.cat([border, log_decay]))
+    return StateMap(state, torch.cat([border, log_decay[1:]]))
 
 
 def _sum_over_ranks(states: Tensor, shard: _Shard) -> Tensor:

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import attention
+from lasp import attention, decay
 from lasp.data import ShardLayout
 from lasp.mesh import sequence_of_key
 
 Ints = Optional[list[int]]  # noqa: UP045  # the schema is read from these annotations
 
 
-def _call(k: Tensor, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length) -> attention._Call:
+def _call(
+    k: Tensor, scale, final, ends, lengths, cu_seqlens, sequence, segment_length, log_decay: Tensor | None = None
+) -> attention._Call:
+    """`log_decay` where it may be read; the compiler's stand-ins have no values."""
     layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
     shard = attention._Shard.of(k, layout, sequence_of_key(sequence))
-    return attention._Call(shard, scale, output_final_state, segment_length)
+    return attention._Call(shard, scale, final, ends, segment_length, decay.host_values(log_decay))
 
 
 @torch.library.custom_op("lasp::linear_attention", mutates_args=())
@@ -32,6 +35,7 @@ def linear_attention(
     initial_state: Optional[Tensor],  # noqa: UP045
     scale: float,
     output_final_state: bool,
+    ends: bool,
     lengths: Ints,
     cu_seqlens: Ints,
     sequence: str,
@@ -41,7 +45,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state (empty unless asked for), and the states that backward needs."""
     kernels.check_inputs(q, k, v, log_decay, segment_length)
-    call = _call(k, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length)
+    call = _call(k, scale, output_final_state, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
     attention._check_initial_state(initial_state, k, v, call.shard)
     needs_grad = (initial_grad, decay_grad)
     o, final_state, states = attention._forward(q, k, v, log_decay, initial_state, call, needs_grad)
@@ -50,10 +54,22 @@ def linear_attention(
 
 @linear_attention.register_fake
 def _(
-    q, k, v, log_decay, initial_state, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length, *grads
+    q,
+    k,
+    v,
+    log_decay,
+    initial_state,
+    scale,
+    output_final_state,
+    ends,
+    lengths,
+    cu_seqlens,
+    sequence,
+    segment_length,
+    *grads,
 ):
-    call = _call(k, scale, output_final_state, lengths, cu_seqlens, sequence, segment_length)
-    steps = call.plan(q, k, v, log_decay, *grads)
+    call = _call(k, scale, output_final_state, ends, lengths, cu_seqlens, sequence, segment_length)
+    steps = call.plan(q, k, v, log_decay, grads[1])
     states = q.new_empty(steps.states_shape, dtype=steps.dtype)
     final_shape = (call.shard.num_sequences, *k.shape[2:], v.shape[3]) if output_final_state else (0,)
     return v.new_empty(*q.shape[:3], v.shape[3]), states.new_empty(final_shape), states
@@ -69,6 +85,7 @@ def linear_attention_backward(
     do: Tensor,
     d_final_state: Optional[Tensor],  # noqa: UP045
     scale: float,
+    ends: bool,
     lengths: Ints,
     cu_seqlens: Ints,
     sequence: str,
@@ -77,7 +94,7 @@ def linear_attention_backward(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gradients of the initial state and of log_decay, empty where not asked for."""
-    call = _call(k, scale, d_final_state is not None, lengths, cu_seqlens, sequence, segment_length)
+    call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
     needs_grad = (initial_grad, decay_grad)
     *gradients, d_initial, d_decay = attention._backward(
         q, k, v, log_decay, states, do, d_final_state, call, needs_grad
@@ -88,8 +105,10 @@ def linear_attention_backward(
 
 
 @linear_attention_backward.register_fake
-def _(q, k, v, log_decay, states, do, d_final_state, scale, lengths, cu_seqlens, sequence, segment_length, *grads):
-    call = _call(k, scale, d_final_state is not None, lengths, cu_seqlens, sequence, segment_length)
+def _(
+    q, k, v, log_decay, states, do, d_final_state, scale, ends, lengths, cu_seqlens, sequence, segment_length, *grads
+):
+    call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length)
     initial_shape = (call.shard.num_sequences, *k.shape[2:], v.shape[3]) if grads[0] else (0,)
     decay_shape = log_decay.shape if grads[1] else (0,)
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -112,7 +131,7 @@ def _gradients(ctx, do, d_final_state, _):
     initial_grad, decay_grad = ctx.arguments[-2:]
     d_initial = d_initial.to(ctx.initial_dtype) if initial_grad else None
     d_decay = d_decay.to(log_decay.dtype) if decay_grad else None
-    return dq, dk, dv, d_decay, d_initial, *[None] * 8
+    return dq, dk, dv, d_decay, d_initial, *[None] * 9
 
 
 linear_attention.register_autograd(_gradients, setup_context=_setup_context)

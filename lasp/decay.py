@@ -6,9 +6,11 @@ Published models differ although their descriptions read alike, so a model names
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def alibi(heads: int, layer: int, layers: int) -> Tensor:
@@ -47,6 +49,34 @@ def retnet(heads: int, layer: int = 0, layers: int = 1) -> Tensor:
 def none(heads: int, layer: int = 0, layers: int = 1) -> None:
     """No decay: plain linear attention."""
     _check(heads, layer, layers)
+
+
+def fixed(values: Tensor | Sequence[float], device: torch.device | str | None = None) -> Tensor:
+    """A fixed log-decay [H] in fp32 on a device, whose values the host can still tell (see `host_values`).
+
+    So the operator knows, without waiting for the device, which heads a distant rank can still matter to. The values
+    must not be changed afterwards.
+    """
+    on_host = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
+    if on_host.ndim != 1:
+        raise ValueError(f"values must be one log-decay a head, got shape {tuple(on_host.shape)}")
+    tensor = on_host.to(device)
+    if tensor.device.type != "cpu" and not torch.compiler.is_compiling():
+        _values_of[tensor] = tuple(on_host.tolist())
+    return tensor
+
+
+_values_of = WeakTensorKeyDictionary()  # by identity; an entry goes with its tensor
+
+
+def host_values(log_decay: Tensor | None) -> tuple[float, ...] | None:
+    """The values of a fixed log-decay [H], if the host has them: it is on a CPU, or was made by `fixed`.
+
+    None for other forms, and if a gradient is asked for: then the values may change.
+    """
+    if log_decay is None or log_decay.ndim != 1 or log_decay.requires_grad:
+        return None
+    return tuple(log_decay.tolist()) if log_decay.device.type == "cpu" else _values_of.get(log_decay)
 
 
 SCHEDULES = {"alibi": alibi, "tnl": tnl, "retnet": retnet, "none": none}

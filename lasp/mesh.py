@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
-EXCHANGES = ("auto", "ring")
+EXCHANGES = ("auto", "ring", "all_gather", "pipeline")
 
 
 class RankMismatchError(RuntimeError):
@@ -229,12 +229,16 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
 
 @dataclass
 class Traffic:
-    """What one layer has exchanged so far, counted where it is sent."""
+    """What one layer has exchanged so far, counted where it is sent, and how it did so last."""
 
     forward_exchanges: int = 0
     reverse_exchanges: int = 0
-    messages: int = 0
-    bytes_sent: int = 0
+    messages: int = 0  # to a neighbour; an all-gather counts as one
+    bytes_sent: int = 0  # in an all-gather the states of others too, which a rank passes on
+    schedule: str = ""  # of the heads that the horizon leaves; "neighbour" if it leaves none
+    blocks: int = 1  # that a state was cut into
+    predicted_seconds: float = 0.0  # for the last exchange, by the cost model
+    kernels: str = ""  # "triton" or "reference": what computed the layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +247,8 @@ class SequenceParallel:
 
     Args:
         mesh: a 1-D `DeviceMesh` such as `mesh["sp"]`, a `ProcessGroup`, or None for one rank.
-        exchange: how a state travels, "ring" or "auto".
+        exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", or "auto", the fastest of
+            them by a cost model.
         name: the layer, for messages.
     """
 
@@ -274,8 +279,11 @@ class SequenceParallel:
     def neighbour(self, offset: int) -> int | None:
         """The rank, as the group counts it, `offset` places further in the sequence; None past an end."""
         place = self.rank + offset
-        if self.group is None or not 0 <= place < self.size:
-            return None
+        return self.rank_in_group(place) if self.group is not None and 0 <= place < self.size else None
+
+    def rank_in_group(self, place: int) -> int:
+        """The rank, as the group counts it, at a place of the sequence. The two orders may differ."""
+        assert self.group is not None
         return dist.get_group_rank(self.group, self.ranks[place])
 
     def __deepcopy__(self, memo) -> SequenceParallel:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lasp.attention import linear_attention
 from lasp.data import ShardLayout
+from lasp.decay import fixed
 from lasp.mesh import SequenceParallel
 
 
@@ -33,7 +34,7 @@ class LightningAttention(nn.Module):
         if self._fixed is None:
             return None
         if self._on_device is None or self._on_device.device != device:
-            self._on_device = self._fixed.to(device)
+            self._on_device = fixed(self._fixed, device)
         return self._on_device
 
     def forward(

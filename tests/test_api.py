@@ -11,6 +11,7 @@ from small_model import HEADS, VOCABULARY, WIDTH, SmallModel
 from torch import nn
 
 import lasp
+from lasp.exchange import cost
 from lasp.modules import LightningAttention
 
 
@@ -287,7 +288,7 @@ def test_models_that_differ_raise_on_every_rank(world):
 
 def _explain():
     mesh, rank, world = mesh_of(sp=3), dist.get_rank(), 3
-    model = lasp.parallelize(SmallModel(), mesh)
+    model = lasp.parallelize(SmallModel(), mesh, exchange="ring")
     before = lasp.explain(model)
     assert [layer.path for layer in before] == ["blocks.0.mixer.inner", "blocks.1.mixer.inner"]
     assert {(layer.module, layer.exchange, layer.ranks) for layer in before} == {("LightningAttention", "ring", world)}
@@ -296,13 +297,32 @@ def _explain():
     for _ in range(2):
         logits_of(model, tokens(), mesh).sum().backward()
     head = WIDTH // HEADS
-    message = 4 * 2 * HEADS * (head * head + 1)  # fp32: a batch of 2, a state and a decay for each head
+    message = 4 * 2 * HEADS * head * head  # fp32: a batch of 2, a state for each head
+    network = cost.network_of(model.blocks[0].mixer.inner.sequence)
     hops = 2 if rank == 1 else 1  # the middle rank sends both ways
     for layer in lasp.explain(model):
         assert layer.exchanges == 4
         assert layer.bytes_sent == 2 * hops * message
         assert layer.bytes_per_step == hops * message
+        assert (layer.schedule, layer.blocks, layer.kernels) == ("ring", 1, "reference")
+        assert layer.predicted_seconds == cost.predict("ring", message, world, network)
     assert f"{hops * message:,}" in str(lasp.explain(model))
+
+
+def _explain_auto():
+    model = lasp.parallelize(SmallModel(), mesh_of(sp=3))
+    logits_of(model, tokens(), mesh_of(sp=3)).sum().backward()
+    network = cost.network_of(model.blocks[0].mixer.inner.sequence)
+    assert network.source == "measured"
+    found = [(layer.exchange, layer.schedule, layer.predicted_seconds) for layer in lasp.explain(model)]
+    assert all(exchange == "auto" and schedule in cost.SCHEDULES and 0 < s < 1 for exchange, schedule, s in found)
+    assert f"auto: {found[0][1]}" in str(lasp.explain(model))
+    return found
+
+
+def test_explain_tells_what_auto_chose_and_all_ranks_choose_alike():
+    first, *others = run_ranks(3, _explain_auto)
+    assert all(found == first for found in others)
 
 
 def test_explain_tells_layers_and_the_bytes_that_were_sent():

@@ -45,3 +45,27 @@ def test_no_decay_is_none():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         decay.schedule(*arguments)
+
+
+def test_host_values_of_a_fixed_decay():
+    on_cpu = decay.fixed([-0.5, -1.0])
+    assert on_cpu.dtype == torch.float32
+    assert decay.host_values(on_cpu) == decay.host_values(torch.tensor([-0.5, -1.0])) == (-0.5, -1.0)
+    # A device that has no values to read: what the host knows is what was said when the tensor was made.
+    elsewhere = decay.fixed(torch.tensor([-0.5, -1.0]), "meta")
+    assert decay.host_values(elsewhere) == (-0.5, -1.0)
+    assert decay.host_values(torch.empty(2, device="meta")) is None
+    assert decay.host_values(elsewhere.clone()) is None
+    assert decay.host_values(None) is None
+    assert decay.host_values(torch.zeros(1, 3, 2)) is None
+    assert decay.host_values(on_cpu.clone().requires_grad_()) is None
+    with pytest.raises(ValueError, match=r"\(1, 2\)"):
+        decay.fixed([[-0.5, -1.0]])
+
+
+def test_host_values_go_with_their_tensor():
+    known = len(decay._values_of)
+    tensor = decay.fixed([-0.5], "meta")
+    assert len(decay._values_of) == known + 1
+    del tensor
+    assert len(decay._values_of) == known

@@ -1,4 +1,4 @@
-"""The fold of state maps, and the ring: what arrives, how many messages and how many bytes."""
+"""What each schedule brings, how many messages and bytes it takes, the horizon, and the cost model."""
 
 import pytest
 import torch
@@ -7,90 +7,261 @@ from inputs import assert_close
 from ranks import run_ranks
 
 import lasp
-from lasp.exchange import StateMap, compose, resolve, start
+from lasp.exchange import StateMap, cost, horizon, savings, start
+from lasp.mesh import EXCHANGES
+from lasp_kernels import fold
 
-N, H, K, V = 2, 3, 4, 5
+U, N, H, K, V = 2, 2, 3, 8, 5
+SCHEDULES = ("ring", "all_gather", "pipeline")
 
 
-def random_map(seed, *, channels=1, restarts=False, dtype=torch.float64):
+def random_map(seed, *, channels=1, restarts=False, units=U):
     draw = torch.Generator().manual_seed(seed)
-    log_decay = -torch.rand((N, H, channels), generator=draw, dtype=dtype)
-    state = torch.randn((N, H, K, V), generator=draw, dtype=dtype)
-    return StateMap(state, torch.full_like(log_decay, -torch.inf) if restarts else log_decay)
+    log_decay = -torch.rand((units, N, H, channels), generator=draw)
+    if restarts:
+        log_decay[units // 2] = -torch.inf
+    return StateMap(torch.randn((units, N, H, K, V), generator=draw), log_decay)
 
 
-def apply(mapping, state):
-    return mapping.log_decay.exp().unsqueeze(-1) * state + mapping.state
+def expected_at(rank, maps, reverse):
+    """The left fold over the ranks before, unit by unit."""
+    state = torch.zeros(N, H, K, V)
+    for mapping in maps[:rank:-1] if reverse else maps[:rank]:
+        for log_decay, local in zip(mapping.log_decay, mapping.state):
+            state = log_decay.exp().unsqueeze(-1) * state + local
+    return state
 
 
-@pytest.mark.parametrize("channels", [1, K])
-@pytest.mark.parametrize("restarts", [None, 0, 1, 2])
-def test_compose_is_associative_and_applies_first_then_second(channels, restarts):
-    a, b, c = (random_map(i, channels=channels, restarts=restarts == i) for i in range(3))
-    left, right = compose(compose(a, b), c), compose(a, compose(b, c))
-    assert_close(left.state, right.state, "state")
-    assert_close(left.log_decay, right.log_decay, "log_decay")
-    state = random_map(9).state
-    assert_close(apply(left, state), apply(c, apply(b, apply(a, state))), "applied to a state")
-
-
-def test_a_run_that_starts_a_sequence_forgets_what_came_before():
-    then = random_map(1, restarts=True)
-    both = compose(random_map(0), then)
-    assert torch.equal(both.state, then.state)
-    assert (both.log_decay == -torch.inf).all()
-
-
-@pytest.mark.parametrize("channels", [1, K])
-def test_pack_is_one_flat_message_and_unpack_its_inverse(channels):
-    mine, other = random_map(0, channels=channels), random_map(1, channels=channels)
-    message = other.pack()
-    assert message.shape == (N * H * K * V + N * H * channels,)
-    found = mine.unpack(message)
-    assert torch.equal(found.state, other.state)
-    assert torch.equal(found.log_decay, other.log_decay)
-
-
-def _ring(reverse, channels, restarting):
+def _brings_the_fold(schedule, reverse, channels, restarting):
     rank, world = dist.get_rank(), dist.get_world_size()
-    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange="ring")
-    maps = [random_map(r, channels=channels, restarts=r == restarting, dtype=torch.float32) for r in range(world)]
-    entering = start(maps[rank], sequence, reverse=reverse).wait()
-
-    before = list(reversed(range(rank + 1, world))) if reverse else list(range(rank))
-    expected = torch.zeros(N, H, K, V)
-    for r in before:
-        expected = apply(maps[r], expected)
-    assert_close(entering, expected, "entering state", rtol=1e-6, atol=1e-6)
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+    units = [1 + r % U for r in range(world)]
+    maps = [random_map(r, channels=channels, restarts=r == restarting, units=units[r]) for r in range(world)]
+    entering = start(maps[rank], sequence, fold=fold, reverse=reverse, units=max(units)).wait()
+    assert torch.equal(entering, expected_at(rank, maps, reverse))
 
     traffic = sequence.traffic
-    last = rank == (0 if reverse else world - 1)
-    assert traffic.messages == (0 if last else 1)
-    assert traffic.bytes_sent == traffic.messages * 4 * (N * H * K * V + N * H * channels)
     assert (traffic.forward_exchanges, traffic.reverse_exchanges) == ((0, 1) if reverse else (1, 0))
-    return traffic.messages
+    assert traffic.schedule == schedule
+    last = rank == (0 if reverse else world - 1)
+    state = 4 * N * H * K * V
+    if world == 1:
+        assert (traffic.messages, traffic.bytes_sent) == (0, 0)
+    elif schedule == "all_gather":
+        assert traffic.messages == 1
+        assert traffic.bytes_sent == (world - 1) * max(units) * (state + 4 * N * H * channels)
+    else:
+        assert traffic.messages == (0 if last else traffic.blocks)
+        assert traffic.bytes_sent == (0 if last else state)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("channels", "restarting"), [(1, None), (K, None), (1, 1)])
-def test_ring_brings_the_fold_of_all_ranks_before_in_one_message_a_hop(world, reverse, channels, restarting):
-    assert sum(run_ranks(world, _ring, reverse, channels, restarting)) == world - 1
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_brings_the_left_fold_of_all_ranks_before(world, schedule):
+    for reverse in (False, True):
+        for channels, restarting in ((1, None), (K, None), (1, 1)):
+            run_ranks(world, _brings_the_fold, schedule, reverse, channels, restarting)
 
 
-def test_auto_is_the_ring():
-    assert resolve(lasp.SequenceParallel(None)) == "ring"
-    assert resolve(lasp.SequenceParallel(None, exchange="ring")) == "ring"
+def _in_blocks(blocks):
+    """A network on which so many blocks are the best."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange="pipeline")
+    tau = blocks**2 / (world - 2)
+    network = cost.Network(1.0, 4 * N * H * K * V / tau, 1.0, 1.0, "made up")
+    cost._measured[dist.group.WORLD] = network
+    try:
+        for channels in (1, K):
+            maps = [random_map(r, channels=channels) for r in range(world)]
+            pending = [start(maps[rank], sequence, fold=fold, reverse=reverse) for reverse in (False, True)]
+            for reverse, exchange in zip((False, True), pending):  # two under way at once
+                assert torch.equal(exchange.wait(), expected_at(rank, maps, reverse))
+    finally:
+        del cost._measured[dist.group.WORLD]
+    assert sequence.traffic.blocks == blocks
+    assert sequence.traffic.bytes_sent == 4 * N * H * K * V * 2 * ((rank > 0) + (rank < world - 1))
 
 
-def _neighbours(order):
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+def test_pipeline_in_blocks_of_rows_both_ways_at_once(blocks):
+    run_ranks(4, _in_blocks, blocks)
+
+
+def _order_of_mesh(order, schedule):
     from torch.distributed.device_mesh import DeviceMesh
 
-    sequence = lasp.SequenceParallel(DeviceMesh("cpu", order))
+    sequence = lasp.SequenceParallel(DeviceMesh("cpu", order), exchange=schedule)
     place = order.index(dist.get_rank())
     assert sequence.neighbour(-1) == (order[place - 1] if place else None)
     assert sequence.neighbour(1) == (order[place + 1] if place < 3 else None)
+    maps = [random_map(r) for r in range(4)]
+    for reverse in (False, True):
+        entering = start(maps[place], sequence, fold=fold, reverse=reverse).wait()
+        assert torch.equal(entering, expected_at(place, maps, reverse))
 
 
-def test_neighbours_follow_the_order_of_the_mesh():
-    run_ranks(4, _neighbours, [2, 0, 3, 1])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_order_is_that_of_the_mesh(schedule):
+    run_ranks(4, _order_of_mesh, [2, 0, 3, 1], schedule)
+
+
+def test_fold_is_the_scan_and_associative():
+    a, b = random_map(1), random_map(2)
+    state = random_map(3).state[0]
+    together = fold(state, torch.cat([a.state, b.state]), torch.cat([a.log_decay, b.log_decay]))
+    assert torch.equal(together, fold(fold(state, a.state, a.log_decay), b.state, b.log_decay))
+    as_one = fold(torch.zeros_like(state), a.state, a.log_decay)
+    assert_close(fold(state, a.state, a.log_decay), a.log_decay.sum(0).exp().unsqueeze(-1) * state + as_one, "one map",
+                 rtol=1e-5, atol=1e-5)  # fmt: skip
+
+
+# Horizon
+
+
+def _near_and_far(schedule, far, reverse):
+    """Heads that no rank in between lets pass, and others, have the same bits with and without the horizon."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    near = horizon.others(far, H)
+    maps = [random_map(r) for r in range(world)]
+    for mapping in maps:
+        for first, end in near:
+            mapping.log_decay[-1, :, first:end] = -104.5
+    plain, short = (lasp.SequenceParallel(dist.group.WORLD, exchange=schedule) for _ in range(2))
+    through_chain = start(maps[rank], plain, fold=fold, reverse=reverse).wait()
+    entering = start(maps[rank], short, fold=fold, reverse=reverse, far=far).wait()
+    assert torch.equal(entering, through_chain)
+    last = rank == (0 if reverse else world - 1)
+    sent = 0 if last else horizon.size_of(near)
+    if schedule == "all_gather":
+        decays = 4 * N * horizon.size_of(far) * U * (world - 1)
+        sent, extra = sent + horizon.size_of(far) * U * (world - 1), decays
+    else:
+        sent, extra = sent + (0 if last else horizon.size_of(far)), 0
+    assert short.traffic.bytes_sent == 4 * N * K * V * sent + extra
+    assert short.traffic.schedule == (schedule if far else "neighbour")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("far", [(), ((0, 1),), ((1, 2),), ((0, 1), (2, 3)), ((0, 3),)], ids=str)
+def test_heads_behind_the_horizon_go_to_the_neighbour_only(schedule, far):
+    for reverse in (False, True):
+        run_ranks(4, _near_and_far, schedule, far, reverse)
+
+
+def test_far_heads():
+    single, double = torch.float32, torch.float64
+    assert horizon.far_heads([-1.0, -2.0], 2, None, single) == ((0, 2),)  # the host does not know how many tokens
+    assert horizon.far_heads(None, 2, [500], single) == ((0, 2),)
+    assert horizon.far_heads(None, 2, [], single) == ()  # a sequence begins on every rank
+    assert horizon.far_heads([-1.0, -2.0, -0.1], 3, [90, 100], single) == ((0, 1), (2, 3))
+    assert horizon.far_heads([-1.0, -2.0, -0.1], 3, [105], single) == ((2, 3),)
+    assert horizon.far_heads([-1.0, -2.0, -0.1], 3, [105], double) == ((0, 3),)
+    assert horizon.far_heads([-1.0, 0.0], 2, [10**9], single) == ((1, 2),)
+    assert horizon.far_heads([-1.0, -1.0], 2, [200, 0], single) == ((0, 2),)  # a rank without tokens lets all pass
+    for runs in ((), ((0, 2),), ((1, 3),), ((0, 1), (3, 5))):
+        both = sorted(h for a, b in (*runs, *horizon.others(runs, 5)) for h in range(a, b))
+        assert both == list(range(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_left_of_a_state_beyond_the_horizon(dtype):
+    exponent = torch.tensor(-horizon.EXPONENT[dtype], dtype=dtype)
+    assert exponent.exp() == 0
+    assert (exponent + 1).exp() > 0
+
+
+def test_count_of_hops_and_bytes():
+    shape = {"heads": 2, "tokens": 100, "ranks": 8, "key_dim": 16, "value_dim": 32}
+    state = 4 * 16 * 32
+    assert horizon.count("ring", None, **shape) == horizon.Count(2, 7, 2 * state)
+    assert horizon.count("ring", [-2.0, -0.5], **shape) == horizon.Count(1, 7, 2 * state)
+    assert horizon.count("ring", [-2.0, -3.0], **shape) == horizon.Count(0, 1, 2 * state)
+    assert horizon.count("all_gather", None, **shape).bytes_sent == 7 * 2 * (state + 4)
+    assert horizon.count("all_gather", [-2.0, -0.5], **shape).bytes_sent == 7 * (state + 4) + state
+
+
+def test_savings_of_the_published_schedules():
+    """TNL's paper: the slowest head, 0.5 / 24 a token, has lost e^-104 of a state after 4,992 tokens. ALiBi: 2^-8."""
+    sizes = {"heads": 16, "layers": 24, "dim": 8}
+    assert "| 0 of 384 | 1,512 -> 24 |" in savings.row("tnl", 64, tokens=4993, **sizes)
+    assert "| 1 of 384 |" in savings.row("tnl", 64, tokens=4991, **sizes)
+    assert "| 1,512 -> 1,512 |" in savings.row("alibi", 64, tokens=16384, **sizes)
+    assert savings.table().count("\n") == 9
+
+
+# Cost model
+
+FAST = cost.Network(1e-5, 1e10, 2e-5, 2e10, "made up")
+
+
+def test_predictions_are_the_formulas():
+    n = 10**6
+    assert cost.predict("neighbour", n, 9, FAST) == pytest.approx(1.1e-4)
+    assert cost.predict("ring", n, 9, FAST) == pytest.approx(8 * 1.1e-4)
+    assert cost.predict("all_gather", n, 9, FAST) == pytest.approx(8 * 7e-5)
+    assert cost.predict("pipeline", n, 9, FAST, blocks=4) == pytest.approx(11 * 3.5e-5)
+    assert cost.predict("pipeline", n, 2, FAST) == cost.predict("ring", n, 2, FAST)
+    for schedule in SCHEDULES:
+        assert cost.predict(schedule, n, 1, FAST) == 0
+    with pytest.raises(ValueError, match="'chain'"):
+        cost.predict("chain", n, 9, FAST)
+
+
+def test_the_best_number_of_blocks_is_the_best():
+    for ranks in (2, 3, 8, 64):
+        best = cost.best_blocks(2**21, ranks, FAST)
+        times = {b: cost.predict("pipeline", 2**21, ranks, FAST, blocks=b) for b in range(1, 200)}
+        assert times[best] <= min(times.values()) * 1.01
+    assert cost.best_blocks(2**21, 64, FAST, most=8) == 8
+
+
+def test_auto_takes_the_fastest_and_a_name_is_obeyed():
+    def choose(exchange, size, ranks, network=FAST):
+        return cost.choose(exchange, size, size, 128, ranks, network)
+
+    even = cost.Network(1e-5, 1e10, 1e-5, 1e10, "made up")
+    assert choose("auto", 2**20, 2, even).schedule == "ring"
+    assert choose("auto", 2**20, 64).schedule == "pipeline"
+    slow_start = cost.Network(1e-3, 1e10, 1e-6, 1e10, "made up")
+    assert choose("auto", 2**20, 8, slow_start).schedule == "all_gather"
+    assert cost.choose("auto", 2**20, None, 128, 8, slow_start).schedule != "all_gather"
+    for exchange in SCHEDULES:
+        assert choose(exchange, 2**20, 8, slow_start).schedule == exchange
+    assert 128 % choose("pipeline", 2**30, 64).blocks == 0  # never more than rows
+
+
+def test_published_network_gives_the_published_times():
+    """All-Scan and all-gather of ZeCO on H100s, 32 heads of 128 x 128; arXiv 2507.01004, in ms."""
+    for ranks, scan, gather in (
+        (8, 0.226, 0.375),
+        (16, 0.297, 0.658),
+        (32, 0.448, 1.616),
+        (64, 0.739, 2.543),
+        (128, 1.272, 4.350),
+        (256, 2.165, 8.514),
+    ):
+        assert cost.predict("pipeline", 2**21, ranks, cost.PUBLISHED) == pytest.approx(scan * 1e-3, rel=0.11)
+        assert cost.predict("all_gather", 2**21, ranks, cost.PUBLISHED) == pytest.approx(gather * 1e-3, rel=0.3)
+
+
+def _measured():
+    sequence = lasp.SequenceParallel(dist.new_group(list(range(dist.get_world_size()))))
+    assert cost.network_of(sequence) is cost.PUBLISHED
+    network = cost.measure(sequence)
+    assert network is cost.measure(sequence) is cost.network_of(sequence)
+    numbers = (network.latency, network.bandwidth, network.collective_latency, network.collective_bandwidth)
+    assert all(0 < x < float("inf") for x in numbers)
+    assert network.source == "measured"
+    return numbers
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_ranks_measure_the_same_numbers_once(world):
+    results = run_ranks(world, _measured)
+    assert len(set(results)) == 1
+
+
+def test_names():
+    assert ("auto", *cost.SCHEDULES) == EXCHANGES
+    with pytest.raises(ValueError, match="'chain'"):
+        lasp.SequenceParallel(None, exchange="chain")

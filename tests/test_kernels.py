@@ -26,7 +26,7 @@ FORMS = ("none", "head", "token")
 
 def steps_of(x, *, log_decay="given", **options):
     decay = x.log_decay if isinstance(log_decay, str) else log_decay
-    return TritonSteps(x.q, x.k, x.v, decay, decay_gradient=decay is not None, **options)
+    return TritonSteps.of(x.q, x.k, x.v, decay, decay_gradient=decay is not None, **options)
 
 
 def all_steps(x, scale, **options):
@@ -223,7 +223,7 @@ def test_unsupported_is_an_error(form, dtype, K, match):
 
 def test_decay_gradient_must_be_asked_for():
     x = on_device(random_inputs("token", 4, K=16, V=16), torch.float32)
-    steps = TritonSteps(x.q, x.k, x.v, x.log_decay)
+    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay)
     with pytest.raises(ValueError, match="asked for"):
         steps.decay_gradient(x.q, x.k, x.v, x.do, x.q, x.k, x.log_decay, x.q, x.q, 1.0)
 

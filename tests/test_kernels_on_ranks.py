@@ -1,5 +1,6 @@
 """The Triton kernels and the exchange together: three ranks on a CPU, the kernels under Triton's interpreter."""
 
+import pytest
 from processes import finish, free_port, start
 
 # Processes of their own: Triton reads TRITON_INTERPRET when it is imported, and the pool's workers have other uses.
@@ -57,7 +58,47 @@ print("compared")
 """
 
 
-def test_triton_on_three_ranks_equals_the_recurrence():
+# With a segment length: the bits of one rank, for every schedule, and with the heads in two parts.
+SAME_BITS = """
+import torch, torch.distributed as dist, lasp
+from lasp import attention
+from torch.autograd import grad
+
+env = lasp.init("gloo", timeout=60)
+H, K, V, lengths, B = 2, 16, 16, (64, 64, 40), 1
+T, options = sum(lengths), {"output_final_state": True, "segment_length": 64}
+start = sum(lengths[: env.rank])
+mine = slice(start, start + lengths[env.rank])
+for form in ("head", "token"):
+    torch.manual_seed(T)
+    shape = {"head": (H,), "token": (B, T, H)}[form]
+    q, k, v, do = (torch.randn(B, T, H, n, requires_grad=True) for n in (K, K, V, V))
+    g = (-torch.rand(shape)).requires_grad_(form == "token")
+    h, dh = torch.randn(B, H, K, V, requires_grad=True), torch.randn(B, H, K, V)
+    inputs = [q, k, v, g, h] if form == "token" else [q, k, v, h]
+    o, final = lasp.linear_attention(q, k, v, log_decay=g, initial_state=h, **options)
+    expected = [o, *grad((o, final), inputs, (do, dh))]
+    for schedule in ("ring", "all_gather", "pipeline"):
+        attention.SPLIT_HEADS = schedule == "ring"
+        sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+        cut = [x if x is h else x[:, mine] for x in inputs]
+        local = dict(zip("qkvg", cut[:-1]), h=h)
+        o, last = lasp.linear_attention(
+            local["q"], local["k"], local["v"], log_decay=local.get("g", g), initial_state=h, sequence=sequence,
+            layout=lasp.ShardLayout(lengths), **options,
+        )
+        assert torch.equal(last, final), f"final state, {form}, {schedule}"
+        found = [o, *grad((o, last), cut, (do[:, mine], dh * (env.rank == 0)))]
+        for name, x, y in zip(("o", *local), found, expected):
+            dist.all_reduce(x) if name == "h" else None
+            assert torch.equal(x, y if name == "h" else y[:, mine]), f"{name}, {form}, {schedule}"
+dist.destroy_process_group()
+print("compared")
+"""
+
+
+@pytest.mark.parametrize("script", [COMPARE, SAME_BITS], ids=["the recurrence", "the bits of one rank"])
+def test_triton_on_three_ranks_gives(script):
     common = {
         "WORLD_SIZE": "3",
         "LOCAL_WORLD_SIZE": "3",
@@ -66,7 +107,7 @@ def test_triton_on_three_ranks_equals_the_recurrence():
         "TRITON_INTERPRET": "1",
         "LASP_KERNELS": "triton",
     }
-    ranks = [start(COMPARE, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(3)]
+    ranks = [start(script, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(3)]
     outputs = finish(ranks)
     assert [rank.returncode for rank in ranks] == [0, 0, 0], outputs
     assert all("compared" in out for out, _ in outputs)

@@ -45,6 +45,7 @@ from lasp_kernels.state import (
     causal_decays,
     head_decays,
     load_columns,
+    place_of_program,
     segment_bounds,
     token_decays,
 )
@@ -52,26 +53,22 @@ from lasp_kernels.state import (
 
 @triton.jit(do_not_specialize=VARYING)
 def backward_walk_kernel(
-    X, X2, Y, Z, OUT, OUT2, W, ROWS, G, STATE, TABLE,
+    X, X2, Y, Z, W, G, STATE, OUT, OUT2, ROWS, TABLE,
     scale, B, T, segment_length, segments, slots, H,
     x_b, x_t, x_h, x2_b, x2_t, x2_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_b, g_t, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
     SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ].
+    """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; None is a state of zeros.
 
     PAIRED (DY = DZ, not TRANSPOSED): every other program computes OUT2 from x = X2, y = Z, z = Y, STATE transposed.
     SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out, before out is rounded.
     """
     blocks: tl.constexpr = (DZ + BZ - 1) // BZ
     roles: tl.constexpr = 2 if PAIRED else 1
-    role = tl.program_id(0) % roles
-    block = (tl.program_id(0) // roles) % blocks
-    bh = (tl.program_id(0) // (roles * blocks)) % (B * H)
-    segment = tl.program_id(0) // (roles * blocks * B * H)
-    b = (bh // H).to(tl.int64)
-    h = bh % H
+    part, b, h, segment = place_of_program(B, H, roles * blocks)
+    role, block = part % roles, part // roles  # programs that read the same tiles side by side
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n = end - first
     start = first.to(tl.int64)
@@ -85,10 +82,8 @@ def backward_walk_kernel(
     state_at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
     if PAIRED:
         if role == 1:
-            y_was = y_base
             x_base = X2 + b * x2_b + start * x2_t + h * x2_h
-            y_base = z_base
-            z_base = y_was
+            y_base, z_base = z_base, y_base
             out_base = OUT2 + ((b * T + start) * H + h) * DZ
         x_t, y_t, z_t = tl.where(role == 1, x2_t, x_t), tl.where(role == 1, z_t, y_t), tl.where(role == 1, y_t, z_t)
         state_at = tl.where(role == 1, d[:, None] + e[None, :] * DY, state_at)
@@ -105,7 +100,9 @@ def backward_walk_kernel(
     if DECAY == TOKEN_DECAY:
         g_base = G + b * g_b + start * g_t + h * g_h
     inside = (d < DY)[:, None] & (e < DZ)[None, :]
-    ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
+    ds = tl.zeros([BY, BZ], tl.float32)
+    if STATE is not None:
+        ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
     last = (n - 1) // C * C  # where the last tile begins
     for i in tl.range(0, n, C, num_stages=STAGES):
         at = last - i
@@ -118,8 +115,7 @@ def backward_walk_kernel(
         out = tl.dot(x, ds.to(LOW), input_precision=PRECISION)
         if DECAY == HEAD_DECAY:  # to the segment's end, where the last tile may end early
             length = tl.minimum(n - at, C)
-            leave = tl.exp(g * tl.maximum(length - 1 - c, 0).to(tl.float32))
-            tile_decay = tl.exp(g * length)
+            leave, tile_decay = tl.exp(g * tl.maximum(length - 1 - c, 0).to(tl.float32)), tl.exp(g * length)
         if DECAY == TOKEN_DECAY:
             cumulative, enter, leave, total = token_decays(g_base, rows, valid, g_t)
             tile_decay = tl.exp(total)
@@ -147,13 +143,12 @@ def backward_walk_kernel(
             tl.store(out_base + (rows[:, None] * (H * DZ) + e[None, :]), out.to(OUT.dtype.element_ty), mask=mask)
         if SUM_ROWS:
             w = tl.load(W + b * w_b + (start + rows[:, None]) * w_t + h * w_h + e[None, :], mask=mask, other=0.0)
-            sums = tl.sum(w.to(tl.float32) * out, 1)
-            tl.store(ROWS + ((block * B + b) * H + h) * T + start + rows, sums, mask=valid)
+            tl.store(ROWS + ((block * B + b) * H + h) * T + start + rows, tl.sum(w * out, 1), mask=valid)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def token_decay_kernel(
-    QUERY_ROWS, KEY_ROWS, STATE, GRADIENT, OUT, G, TABLE,
+    G, STATE, GRADIENT, QUERY_ROWS, KEY_ROWS, OUT, TABLE,
     B, T, segment_length, segments, slots, H, g_b, g_t, g_h,
     SIZE: tl.constexpr, GROUP: tl.constexpr, Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr,
     PACKED: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -162,10 +157,7 @@ def token_decay_kernel(
 
     QUERY_ROWS [2, Q_BLOCKS, B, H * GROUP, T], KEY_ROWS [K_BLOCKS, B, H, T].
     """
-    bh = (tl.program_id(0) % (B * H)).to(tl.int64)
-    segment = tl.program_id(0) // (B * H)
-    b = bh // H
-    h = bh % H
+    _part, b, h, segment = place_of_program(B, H, 1)
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n = end - first
     c = tl.arange(0, C)
@@ -198,7 +190,7 @@ def token_decay_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def head_decay_kernel(
-    Q, K, V, DO, OUT, G, STATE, GRADIENT, TABLE,
+    Q, K, V, DO, G, STATE, GRADIENT, OUT, TABLE,
     scale, B, T, segment_length, segments, slots, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h,
     DK_: tl.constexpr, DV_: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -208,11 +200,7 @@ def head_decay_kernel(
     """OUT [segments, blocks, B, H * GROUP]: the part of each segment, block of columns and query head."""
     blocks: tl.constexpr = (DV_ + BV - 1) // BV
     heads = H * GROUP
-    bh = (tl.program_id(0) % (B * heads)).to(tl.int64)
-    block = (tl.program_id(0) // (B * heads)) % blocks
-    segment = tl.program_id(0) // (blocks * B * heads)
-    b = bh // heads
-    hq = bh % heads
+    block, b, hq, segment = place_of_program(B, heads, blocks)
     h = hq // GROUP
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n = end - first
@@ -258,4 +246,4 @@ def head_decay_kernel(
     part = tl.sum(tl.sum(products, 1), 0) * scale
     if hq % GROUP == 0:  # the state's own gradient, once for a group
         part += tl.sum(tl.sum(ns * ds, 1), 0)
-    tl.store(OUT + (segment * blocks + block) * (B * heads) + bh, part)
+    tl.store(OUT + ((segment * blocks + block) * B + b) * heads + hq, part)

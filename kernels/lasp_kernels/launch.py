@@ -22,18 +22,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lasp_kernels.reference import TILE, ChunkedSteps, reference_norm_gate
+from lasp_kernels.reference import TILE, ChunkedSteps, fold_maps, reference_norm_gate
 
 Steps = ChunkedSteps  # what every path offers
 
 
 def path(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str:
     """ "triton" or "reference": what computes these inputs (see the table above)."""
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    return _path(k, per_channel=per_channel)
+
+
+def _path(x: Tensor, *, per_channel: bool) -> str:
     asked = os.environ.get("LASP_KERNELS", "")
     if asked not in ("", "triton", "reference"):
         raise ValueError(f'the environment variable LASP_KERNELS must be "triton" or "reference", got {asked!r}')
-    per_channel = log_decay is not None and log_decay.ndim == 4
-    by_default = "triton" if k.device.type == "cuda" and k.dtype != torch.float64 and not per_channel else "reference"
+    by_default = "triton" if x.device.type == "cuda" and x.dtype != torch.float64 and not per_channel else "reference"
     return asked or by_default
 
 
@@ -55,7 +59,7 @@ def plan(
         cu_seqlens: offsets of packed sequences; on the host, or the host waits for them.
         segment_length: tokens of a segment, a multiple of 64; None chooses.
         decay_gradient: whether `decay_gradient` will be called.
-        ends: whether the states before the first and behind the last token will be used.
+        ends: whether a state enters or the one behind the last token is wanted, or such a gradient in backward.
     """
     chosen = path(q, k, v, log_decay)
     if os.environ.get("LASP_DEBUG", "") not in ("", "0"):
@@ -67,7 +71,7 @@ def plan(
         return ChunkedSteps(q, k, v, log_decay, cu_seqlens=cu_seqlens, segment_length=segment_length)
     from lasp_kernels.triton_steps import TritonSteps  # where Triton is not installed, nothing else needs it
 
-    return TritonSteps(  # type: ignore[return-value]  # not a subclass, but the same steps
+    return TritonSteps.of(  # type: ignore[return-value]  # not a subclass, but the same steps
         q,
         k,
         v,
@@ -77,6 +81,18 @@ def plan(
         decay_gradient=decay_gradient,
         ends=ends,
     )
+
+
+def fold(entering: Tensor, state: Tensor, log_decay: Tensor) -> Tensor:
+    """Pass a state [N, H, K, V] through the maps that `Steps.maps` gives, with the arithmetic of `Steps.scan`.
+
+    state [U, N, H, K, V] and log_decay [U, N, H, K | 1] may come from several ranks, and be slices along H or K.
+    """
+    if _path(state, per_channel=log_decay.shape[-1] > 1) == "triton":
+        from lasp_kernels import triton_steps
+
+        return triton_steps.fold(entering, state, log_decay)
+    return fold_maps(entering, state, log_decay)
 
 
 def norm_gate(

@@ -29,6 +29,7 @@ from lasp_kernels.state import (
     causal_decays,
     head_decays,
     load_columns,
+    place_of_program,
     segment_bounds,
     token_decays,
 )
@@ -36,25 +37,21 @@ from lasp_kernels.state import (
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_walk_kernel(
-    X, Y, Z, OUT, W, ROWS, G, STATE, TABLE,
+    X, Y, Z, W, G, STATE, OUT, ROWS, TABLE,
     scale, B, T, segment_length, segments, slots, H,
-    x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_b, g_t, g_h,
+    x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h, out_b, out_t, out_h, w_b, w_t, w_h, g_b, g_t, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B, T, H*GROUP, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ].
+    """OUT [B, T, H*GROUP, DZ]. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; None is a state of zeros.
 
     SUM_ROWS: also ROWS [2, blocks, B, H*GROUP, T] = sum over the block's columns of W * out, before out is rounded,
     and of that part of it which comes from the state before the tile.
     """
     blocks: tl.constexpr = (DZ + BZ - 1) // BZ
     heads = H * GROUP
-    block = tl.program_id(0) % blocks
-    bh = ((tl.program_id(0) // blocks) % (B * heads)).to(tl.int64)
-    segment = tl.program_id(0) // (blocks * B * heads)
-    b = bh // heads
-    hq = bh % heads
+    block, b, hq, segment = place_of_program(B, heads, blocks)
     h = hq // GROUP
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n = end - first
@@ -65,13 +62,13 @@ def forward_walk_kernel(
     x_base = X + b * x_b + start * x_t + hq * x_h
     y_base = Y + b * y_b + start * y_t + h * y_h
     z_base = Z + b * z_b + start * z_t + h * z_h
-    out_base = OUT + ((b * T + start) * heads + hq) * DZ
+    out_base = OUT + b * out_b + start * out_t + hq * out_h
     past = c[:, None] >= c[None, :]
     if TMA:
         x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
         y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
         z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
-        out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [heads * DZ, 1], [C, BZ])
+        out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [out_t, 1], [C, BZ])
     if DECAY == HEAD_DECAY:
         g = tl.load(G + h * g_h).to(tl.float32)
         enter, leave, tile_decay = head_decays(g, C)
@@ -80,7 +77,9 @@ def forward_walk_kernel(
         g_base = G + b * g_b + start * g_t + h * g_h
     at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
     inside = (d < DY)[:, None] & (e < DZ)[None, :]
-    s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
+    s = tl.zeros([BY, BZ], tl.float32)
+    if STATE is not None:
+        s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
     for i in tl.range(0, n, C, num_stages=STAGES):
         row = i + c
         rows = tl.minimum(row, n - 1)
@@ -109,7 +108,7 @@ def forward_walk_kernel(
         if TMA:
             out_tiles.store([i, block * BZ], out.to(OUT.dtype.element_ty))
         else:
-            tl.store(out_base + (rows[:, None] * (heads * DZ) + e[None, :]), out.to(OUT.dtype.element_ty), mask=mask)
+            tl.store(out_base + (rows[:, None] * out_t + e[None, :]), out.to(OUT.dtype.element_ty), mask=mask)
         if SUM_ROWS:
             w = tl.load(W + b * w_b + (start + rows[:, None]) * w_t + hq * w_h + e[None, :], mask=mask, other=0.0)
             rows_at = ROWS + ((block * B + b) * heads + hq) * T + start + rows

@@ -26,6 +26,7 @@ fp32, or fp64 when the inputs are.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,6 +118,16 @@ def reference_norm_gate(
         raise ValueError(f"activation must be one of {', '.join(functions)}, got {activation!r}")
     x = x.flatten(-2)
     return F.rms_norm(x, x.shape[-1:], weight, eps) * functions[activation](gate)
+
+
+def fold_maps(entering: Tensor, state: Tensor, log_decay: Tensor) -> Tensor:
+    """Pass a state through maps one by one, S <- exp(log_decay_u) S + state_u: the arithmetic of `scan`, bit for bit.
+
+    entering [N, H, K, V]; state [U, N, H, K, V] and log_decay [U, N, H, K | 1], on any strides.
+    """
+    for factor, local_state in zip(log_decay.exp().unsqueeze(-1), state):
+        entering = factor * entering + local_state
+    return entering
 
 
 @dataclass(frozen=True)
@@ -252,6 +263,7 @@ class ChunkedSteps:
             lengths = self._pack(cu_seqlens, k.device)
         else:
             per_segment = segment_length // TILE if segment_length else -(-tiles // max(1, math.isqrt(tiles)))
+            self._tiles_per_segment = per_segment
             self.tiles = min(per_segment, tiles)
             self.segments = -(-tiles // self.tiles)
             starts = torch.arange(self.segments * self.tiles, device=k.device) * TILE
@@ -264,6 +276,7 @@ class ChunkedSteps:
         counts = [-(-(b - a) // TILE) for a, b in zip(bounds, bounds[1:])]
         first = [sum(counts[:n]) for n in range(len(counts) + 1)]
         self.runs = list(zip(first, first[1:]))
+        self._tiles_per_segment = 1
         self.tiles, self.segments = 1, first[-1]
         offsets = torch.tensor(bounds, device=device)
         starts, lengths = offsets[:-1], offsets.diff()
@@ -302,6 +315,12 @@ class ChunkedSteps:
         matrix = shared.causal()
         return [_TileDecay(shared.cumulative, rate * n.view(-1, 1, 1, 1), matrix) for n in self._lengths]
 
+    def of_heads(self, heads: int) -> ChunkedSteps:
+        """For so many of the heads, with the segments that are for all of them."""
+        part = copy.copy(self)
+        part.heads = heads
+        return part
+
     def zero_state(self) -> Tensor:
         """A state of zeros for every run: [N, H, K, V]."""
         rows = self.batch if self.runs is None else len(self.runs)
@@ -312,6 +331,11 @@ class ChunkedSteps:
     def states_shape(self) -> tuple[int, ...]:
         """Of the states that `scan` returns."""
         return (self.batch, self.heads, self.segments, 1, self.key_dim, self.value_dim)
+
+    @property
+    def segment_length(self) -> int:
+        """The most tokens that a segment may have, whatever the number of tokens here."""
+        return self._tiles_per_segment * TILE
 
     def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments:
         """The state at the end of every segment, from zero."""
@@ -341,6 +365,20 @@ class ChunkedSteps:
             return local_state, total.sum(2)
         return local_state, torch.stack([total[0, :, a:b].sum(1) for a, b in self.runs])
 
+    def maps(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """The segments one by one as maps, in the order in which a state passes through them; see `fold_maps`.
+
+        state [U, N, H, K, V] and log_decay [U, N, H, K | 1]. Packed, only the run that reaches the end of the tokens
+        (`reverse`: their beginning), since another rank can continue no other: N is 1, and U may be 0.
+        """
+        first, end = (0, self.segments) if self.runs is None else self.runs[0 if reverse else -1]
+        state = segments.state[:, :, first:end].squeeze(3)
+        log_decay = segments.log_total[:, :, first:end].squeeze(-1).squeeze(3)
+        log_decay = log_decay.expand(self.batch, self.heads, -1, -1)
+        if reverse:
+            state, log_decay = state.flip(2), log_decay.flip(2)
+        return state.movedim(2, 0), log_decay.movedim(2, 0)
+
     def scan(self, segments: Segments, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
 
@@ -362,15 +400,24 @@ class ChunkedSteps:
         return stacked, torch.cat(ends).squeeze(2)
 
     def outputs(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        states: Tensor,
+        scale: float,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """o [B, T, H*G, V] from the state that enters every segment."""
+        """o [B, T, H*G, V] from the state that enters every segment; written to `out` where that is given."""
         tiles = []
         decays = self._tile_decays(log_decay)
         for q_n, k_n, v_n, decay in zip(self._tile(q) * scale, self._tile(k), self._tile(v), decays):
             tiles.append(_scores(q_n, k_n, decay) @ v_n + (q_n * decay.entering) @ states)
             states = decay.total * states + (k_n * decay.leaving).mT @ v_n
-        return self._untile(tiles)
+        o = self._untile(tiles)
+        return o if out is None else out.copy_(o)
 
     def query_gradient(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float

@@ -57,6 +57,14 @@ def segment_bounds(TABLE, segment, segment_length, T, PACKED: tl.constexpr):
 
 
 @triton.jit
+def place_of_program(B, heads, PARTS: tl.constexpr):
+    """Which of the PARTS of its work, batch entry, head and segment a program of the grid has, in this order."""
+    bh = (tl.program_id(0) // PARTS) % (B * heads)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)  # far heads and sequences need 64-bit offsets
+    return tl.program_id(0) % PARTS, b, h, tl.program_id(0) // (PARTS * B * heads)
+
+
+@triton.jit
 def head_decays(g, C: tl.constexpr):
     """Of a tile of C tokens with decay g each: from its start to every token, from there to its end, over all."""
     c = tl.arange(0, C)
@@ -93,6 +101,12 @@ def reach_of_decay(g, n):
     return tl.minimum(n, horizon.to(tl.int32))
 
 
+@triton.jit
+def advance(s, log_decay, local):
+    """The state behind a run of tokens: exp(log_decay) s + local. Rounded once, here and wherever states are folded."""
+    return tl.fma(s, tl.zeros_like(s) + tl.exp(log_decay), local)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def segment_state_kernel(
     Y, Z, G, PIECES, TOTAL, TABLE,
@@ -116,7 +130,7 @@ def segment_state_kernel(
     if REVERSE:
         segment += skipped
     b = (bh // H).to(tl.int64)
-    h = bh % H
+    h = (bh % H).to(tl.int64)
     first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n = end - first
     c = tl.arange(0, C)
@@ -165,14 +179,15 @@ def segment_state_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def scan_kernel(
-    PIECES, ENTERING, STATE, END, G, TOTAL, TABLE, RUNS,
+    G, ENTERING, PIECES, TOTAL, STATE, END, TABLE, RUNS,
     T, segment_length, segments, slots, H, piece_length, pieces, skipped, SIZE,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Fold the segments of one run into ENTERING [N, H, SIZE] -> END; with WRITE also keep each border in STATE.
 
     RUNS [N + 1] int32, packed only: the first segment of each run. One program per run, head and BLOCK elements.
-    With `skipped` the last segment (reversed: the first) is not folded and END not written.
+    ENTERING None is a state of zeros. With `skipped` the last segment (reversed: the first) is not folded; END None is
+    not wanted.
     """
     row = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -187,7 +202,9 @@ def scan_kernel(
         base = head * slots + row
     if DECAY == HEAD_DECAY:
         g = tl.load(G + h).to(tl.float32)
-    s = tl.load(ENTERING + tl.program_id(0).to(tl.int64) * SIZE + j, mask=mask, other=0.0)
+    s = tl.zeros([BLOCK], tl.float32)
+    if ENTERING is not None:
+        s = tl.load(ENTERING + tl.program_id(0).to(tl.int64) * SIZE + j, mask=mask, other=0.0)
     folded = high - low - skipped
     for i in range(folded):
         segment = high - 1 - i if REVERSE else low + i
@@ -205,13 +222,28 @@ def scan_kernel(
         for m in tl.range(0, used, num_stages=3):
             piece = used - 1 - m  # the nearest to the border last
             at = (head * segments + segment) * pieces + piece
+            local = tl.load(PIECES + at * SIZE + j, mask=mask, other=0.0)
             if DECAY == HEAD_DECAY:
-                s = s * tl.exp(g * (tl.minimum(n, (piece + 1) * piece_length) - piece * piece_length))
-            if DECAY == TOKEN_DECAY:
-                s = s * tl.exp(tl.load(TOTAL + at))
-            s = s + tl.load(PIECES + at * SIZE + j, mask=mask, other=0.0)
+                s = advance(s, g * (tl.minimum(n, (piece + 1) * piece_length) - piece * piece_length), local)
+            elif DECAY == TOKEN_DECAY:
+                s = advance(s, tl.load(TOTAL + at), local)
+            else:
+                s = s + local
     if WRITE:
         border = high - folded if REVERSE else low + folded
         tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)
-    if skipped == 0:
+    if END is not None:
         tl.store(END + tl.program_id(0).to(tl.int64) * SIZE + j, s, mask=mask)
+
+
+@triton.jit(do_not_specialize=["units"])
+def fold_kernel(ENTERING, UNITS, LOG_DECAY, OUT, units, SIZE, BLOCK: tl.constexpr):
+    """OUT [R, SIZE]: ENTERING [R, SIZE] through the maps UNITS [units, R, SIZE] and LOG_DECAY [units, R], in order."""
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = j < SIZE
+    s = tl.load(ENTERING + row * SIZE + j, mask=mask, other=0.0)
+    for i in range(units):
+        at = i * tl.num_programs(0).to(tl.int64) + row
+        s = advance(s, tl.load(LOG_DECAY + at), tl.load(UNITS + at * SIZE + j, mask=mask, other=0.0))
+    tl.store(OUT + row * SIZE + j, s, mask=mask)

@@ -9,10 +9,14 @@ are the same bits every time. What the kernels do is in state.py (states, scan),
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +26,7 @@ from torch.nn import functional as F
 
 from lasp_kernels.gradient import backward_walk_kernel, head_decay_kernel, token_decay_kernel
 from lasp_kernels.output import forward_walk_kernel
-from lasp_kernels.state import scan_kernel, segment_state_kernel
+from lasp_kernels.state import fold_kernel, scan_kernel, segment_state_kernel
 
 MAX_DIM = 256
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
@@ -63,6 +67,17 @@ def _config(name: str, dim: int, itemsize: int) -> Config:
 
 
 @lru_cache
+def _blocks(contracted: int, width: int, itemsize: int) -> tuple[Config, int, int]:
+    """How a walk runs, the columns of z (of `width`) that one program takes, and the number of such blocks."""
+    config = _config("walk", contracted, itemsize)
+    columns = min(config.columns, _power_of_two(width))
+    if itemsize == 2 and _power_of_two(contracted) * columns <= 128 * 64:
+        # A small state needs no more warps; and Triton 3.6 addresses shared memory wrongly for 8 with 16 columns.
+        config = replace(config, warps=4)
+    return config, columns, -(-width // columns)
+
+
+@lru_cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors of the card; on a CPU (interpreter) as if there were 4."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -97,6 +112,9 @@ class Segments:
     log_total: Tensor | None  # [B, H, segments, pieces] fp32, for a decay per token
 
 
+_thread = threading.local()
+
+
 @lru_cache(maxsize=64)
 def _segment_table(bounds: tuple[int, ...], segment_length: int, device: torch.device) -> tuple[Tensor, ...]:
     """For packed sequences: first token, end and run of each segment; the first segment and length of each run.
@@ -116,17 +134,61 @@ def _segment_table(bounds: tuple[int, ...], segment_length: int, device: torch.d
     return host.to(device, non_blocking=True).split([len(table), len(run_starts), len(lengths)])
 
 
+class _Launch:
+    """A kernel with its grid and all of its arguments but the tensors.
+
+    Triton's own way to start a kernel looks at each argument to decide whether it must compile; for forty of them
+    this takes longer than a short kernel. So it is taken once, and from then on the compiled kernel is started
+    directly. The owner sees to it that tensors of one launch are alike in all that Triton looks at (`_start`).
+    """
+
+    def __init__(self, kernel: Any, programs: tuple[int, int], numbers: tuple, **settings: object):
+        """`settings` are the kernel's constants and Triton's options (num_warps, ...); numbers precede constants."""
+        constants = (settings.pop(name) for name in kernel.arg_names if name in settings)
+        self._arguments = (*numbers, *constants)
+        self._kernel, self._grid, self._options = kernel, (*programs, 1), settings
+        self._compiled: Callable | None = None
+
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        if self._compiled is not None:
+            self._compiled(*tensors, *self._arguments)
+        elif 0 not in self._grid:
+            compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+            if compiled is not None:  # as it is under the interpreter
+                self._compiled = compiled[self._grid]
+
+
+class _Inputs(NamedTuple):
+    """All that steps depend on: calls with the same share them."""
+
+    q: torch.Size
+    k: torch.Size
+    v: torch.Size
+    token_stride: int  # the longest
+    dtype: torch.dtype
+    device: torch.device
+    decay: tuple[int, torch.dtype] | None  # dims and dtype of log_decay
+    bounds: tuple[int, ...] | None  # of packed sequences
+    segment_length: int | None
+    decay_gradient: bool
+    ends: bool
+    allow_tf32: bool
+
+
 class TritonSteps:
     """The steps of forward and backward on one rank, for inputs of one shape; see `reference.ChunkedSteps`.
 
     `states` and `d_states` are buffers as in state.py. Gradients have the dtype of the inputs. With
     `decay_gradient` the steps query_gradient and key_value_gradient also keep the row sums that the step of that
-    name needs; it must follow in the same backward. Without `ends` the states behind the last segment and before the
-    first are not computed: what `scan` returns as such is undefined then.
+    name needs; it must follow in the same backward. Without `ends` no state enters and the one behind the last token
+    (reversed: before the first) is not wanted: `scan` then returns None for it, and, if there is a single segment, a
+    buffer of no states. With a given `segment_length` a segment is not cut into pieces, so that one rank and
+    several fold the same maps (`maps`).
     """
 
-    def __init__(
-        self,
+    @classmethod
+    def of(
+        cls,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -136,38 +198,61 @@ class TritonSteps:
         segment_length: int | None = None,
         decay_gradient: bool = False,
         ends: bool = True,
-        allow_tf32: bool = False,
-    ):
-        self.batch, self.tokens, self.heads, self.key_dim = k.shape
-        self.value_dim = v.shape[-1]
-        self.groups = q.shape[2] // self.heads
-        self.device, self.input_dtype, self.dtype = k.device, k.dtype, torch.float32
+    ) -> TritonSteps:
+        """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not.
+
+        fp32 products use TF32 if PyTorch's own may (`torch.set_float32_matmul_precision`).
+        """
         _check_supported(q, k, v, log_decay)
-        self._decay = 0 if log_decay is None else {1: 1, 3: 2}[log_decay.ndim]
-        self._keep_rows = decay_gradient and self._decay == 2
-        self._rows: dict[str, Tensor] = {}
-        interpreted = triton.knobs.runtime.interpret
-        low = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[k.dtype]
-        # The interpreter's product of bf16 operands is wrong: upcast there.
-        self._low = tl.float32 if interpreted and k.dtype == torch.bfloat16 else low
-        self._precision = "tf32" if allow_tf32 else "ieee"
-        # Kernels address the tokens of a segment with 32 bits.
-        stride = max(x.shape[2] * MAX_DIM if x.stride(-1) != 1 else x.stride(1) for x in (q, k, v))
-        longest = 2**31 // max(stride, q.shape[2] * MAX_DIM) // 64 * 64
-        self._segment_length = min(segment_length or self._choose_segment_length(), longest)
-        self._table = self._run_starts = self._run_lengths = None  # packed only
-        self.runs = self.batch
+        bounds = None
         if cu_seqlens is not None:
-            self._pack(cu_seqlens)
+            bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+        stride = max(x.shape[2] * MAX_DIM if x.stride(-1) != 1 else x.stride(1) for x in (q, k, v))
+        tf32 = k.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        decay = None if log_decay is None else (log_decay.ndim, log_decay.dtype)
+        steps = _shared_steps(
+            _Inputs(q.shape, k.shape, v.shape, stride, k.dtype, k.device, decay, bounds, segment_length,
+                    decay_gradient, ends, tf32)
+        )  # fmt: skip
+        if steps._keep_rows:  # these belong to one call
+            steps = copy.copy(steps)
+            steps._rows = {}
+        return steps
+
+    def __init__(self, inputs: _Inputs):
+        self.batch, self.tokens, self.heads, self.key_dim = inputs.k
+        self.value_dim = inputs.v[-1]
+        self.groups = inputs.q[2] // self.heads
+        self.device, self.input_dtype, self.dtype = inputs.device, inputs.dtype, torch.float32
+        self._decay = 0 if inputs.decay is None else {1: 1, 3: 2}[inputs.decay[0]]
+        self._keep_rows = inputs.decay_gradient and self._decay == 2
+        self._rows: dict[str, Tensor] = {}
+        self._launches: dict[tuple, _Launch] = {}
+        self._parts: dict[int, TritonSteps] = {}
+        low = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[inputs.dtype]
+        # The interpreter's product of bf16 operands is wrong: upcast there.
+        upcast = triton.knobs.runtime.interpret and inputs.dtype == torch.bfloat16
+        self._low = tl.float32 if upcast else low
+        self._precision = "tf32" if inputs.allow_tf32 else "ieee"
+        # Kernels address the tokens of a segment with 32 bits.
+        longest = 2**31 // max(inputs.token_stride, inputs.q[2] * MAX_DIM) // 64 * 64
+        self._segment_length = min(inputs.segment_length or self._choose_segment_length(), longest)
+        self._table = self._run_starts = self._run_lengths = None  # packed only, on the device
+        self.runs = self.batch
+        if inputs.bounds is not None:
+            self._pack(inputs.bounds)
         else:
             self.segments = -(-self.tokens // self._segment_length)
             self.slots = self.segments + 1
-        self._piece_length = min(self._segment_length, PIECE)
+            self._run_segments = [(0, self.segments)]
+        self._piece_length = self._segment_length if inputs.segment_length else min(self._segment_length, PIECE)
         self._pieces = -(-self._segment_length // self._piece_length)
-        self._skipped = int(not ends and not decay_gradient and cu_seqlens is None and self.segments > 0)
+        self._skipped = int(
+            not inputs.ends and not inputs.decay_gradient and inputs.bounds is None and self.segments > 0
+        )
+        if self._skipped and self.segments == 1:  # nothing enters it, nothing leaves it
+            self.slots = 0
         self._tma = _has_tma(self.device)
-        if self._tma:  # here, since Triton keeps it by thread, and backward has one of its own
-            triton.set_allocator(_scratch)
 
     def _choose_segment_length(self) -> int:
         """As long as it may be, for a state kernel that reads little, with programs for two on every processor.
@@ -191,14 +276,66 @@ class TritonSteps:
             length = min(length, max(DECAY_SEGMENT, math.ceil(state_bytes / (STATE_SHARE * token_bytes))))
         return -(-length // 64) * 64
 
-    def _pack(self, cu_seqlens: Tensor | Sequence[int]) -> None:
-        """Cut each run for itself. A tensor on a GPU is waited for; a tuple is not."""
-        bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-        self._table, self._run_starts, self._run_lengths = _segment_table(
-            tuple(bounds), self._segment_length, self.device
-        )
-        self.runs, self.segments = len(bounds) - 1, self._table.numel() // 3
+    def _pack(self, bounds: tuple[int, ...]) -> None:
+        """Cut each run for itself."""
+        self._table, self._run_starts, self._run_lengths = _segment_table(bounds, self._segment_length, self.device)
+        ends = list(accumulate(-(-(b - a) // self._segment_length) for a, b in zip(bounds, bounds[1:])))
+        self._run_segments = list(zip([0, *ends], ends))
+        self.runs, self.segments = len(bounds) - 1, ends[-1]
         self.slots = self.segments + self.runs
+
+    @property
+    def segment_length(self) -> int:
+        """The most tokens that a segment may have, whatever the number of tokens here."""
+        return self._segment_length
+
+    def of_heads(self, heads: int) -> TritonSteps:
+        """For so many of the heads, with the segments and pieces that are for all of them."""
+        if heads not in self._parts:
+            part = self._parts[heads] = copy.copy(self)
+            part.heads, part._launches, part._parts = heads, {}, {}
+        return self._parts[heads]
+
+    def _start(
+        self,
+        name: str,
+        inputs: tuple[Tensor | None, ...],
+        buffers: tuple[Tensor | None, ...],
+        prepare: Callable[[], _Launch],
+        scale: float = 1.0,
+    ) -> None:
+        """Start a kernel on inputs, which may lie in memory in any way, and on buffers, which were made here.
+
+        `prepare` is asked once for all calls of these steps with this name and scale and inputs of the same strides and
+        alignment.
+        """
+        layouts = [x if x is None else (x.stride(), x.data_ptr() % 16 == 0) for x in inputs]
+        key = (name, scale, *layouts, *[x is None for x in buffers])
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = prepare()
+        if self._tma and not hasattr(
+            _thread, "has_allocator"
+        ):  # Triton keeps it by thread; backward has one of its own
+            triton.set_allocator(_scratch)
+            _thread.has_allocator = True
+        if self._other_device():
+            with torch.cuda.device(self.device):
+                launch((*inputs, *buffers))
+        else:
+            launch((*inputs, *buffers))
+
+    def _other_device(self) -> bool:
+        """Whether the current GPU, on which Triton starts kernels, is not that of the inputs."""
+        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+
+    @cached_property
+    def _segment_tokens(self) -> Tensor:
+        """Tokens of each segment, fp32, on the device."""
+        if self._table is not None:
+            return self._table.view(-1, 3)[:, :2].diff(dim=1).view(-1).float()
+        starts = torch.arange(self.segments, device=self.device) * self._segment_length
+        return (self.tokens - starts).clamp(max=self._segment_length).float()
 
     def zero_state(self) -> Tensor:
         """A state of zeros for every run: [N, H, K, V]."""
@@ -221,26 +358,32 @@ class TritonSteps:
     def _segments(self, y: Tensor, z: Tensor, log_decay: Tensor | None, scale: float, *, reverse: bool) -> Segments:
         y, z = self._addressable(y), self._addressable(z)
         shape = (self.batch, self.heads, self.segments, self._pieces, self.key_dim, self.value_dim)
-        pieces = torch.empty(shape, dtype=self.dtype, device=self.device)
+        pieces = torch.empty(shape if self.slots else (0,), dtype=self.dtype, device=self.device)
         log_total = pieces.new_empty(shape[:4]) if self._decay == 2 else None
-        config = _config("state", 0, y.element_size())
-        rows = min(config.rows, _power_of_two(self.key_dim))
-        columns = min(config.columns, _power_of_two(self.value_dim))
-        blocks = -(-self.key_dim // rows) * -(-self.value_dim // columns)
-        programs = blocks * self.batch * self.heads * (self.segments - self._skipped) * self._pieces
-        if programs > 0:
-            segment_state_kernel[(programs,)](
-                y, z, log_decay, pieces, log_total, self._table, float(scale), self.batch, *self._sizes(),
-                self._piece_length, self._pieces, self._skipped,
+
+        def prepare() -> _Launch:
+            config = _config("state", 0, y.element_size())
+            rows = min(config.rows, _power_of_two(self.key_dim))
+            columns = min(config.columns, _power_of_two(self.value_dim))
+            blocks = -(-self.key_dim // rows) * -(-self.value_dim // columns)
+            programs = blocks * self.batch * self.heads * (self.segments - self._skipped) * self._pieces
+            numbers = (
+                float(scale), self.batch, *self._sizes(), self._piece_length, self._pieces, self._skipped,
                 *y.stride()[:3], *z.stride()[:3], *self._decay_strides(log_decay),
-                self.key_dim, self.value_dim, rows, columns, config.tile,
-                GROUP=self.groups if reverse else 1, REVERSE=reverse, **self._flags(config),
             )  # fmt: skip
+            return _Launch(
+                segment_state_kernel, (programs, 1), numbers, DY=self.key_dim, DZ=self.value_dim, BY=rows, BZ=columns,
+                C=config.tile, GROUP=self.groups if reverse else 1, REVERSE=reverse, **self._flags(config),
+            )  # fmt: skip
+
+        name = "gradients" if reverse else "states"
+        self._start(name, (y, z, log_decay), (pieces, log_total, self._table), prepare, scale)
         return Segments(pieces, log_decay, log_total)
 
     def fold(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """All segments of each run as one map: its local state [N, H, K, V] and log-decay [N, H, 1]."""
         local_state = self._scan(segments, self.zero_state(), None, reverse)
+        assert local_state is not None
         if segments.log_decay is None:
             return local_state, local_state.new_zeros(self.runs, self.heads, 1)
         if segments.log_total is None:
@@ -253,30 +396,67 @@ class TritonSteps:
         sums = F.pad(segments.log_total[0].sum(2).double().cumsum(1), (1, 0))  # up to each segment: [H, segments + 1]
         return local_state, sums[:, self._run_starts.long()].diff(dim=1).T.float().unsqueeze(-1)
 
-    def scan(self, segments: Segments, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def maps(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """The segments of the run at the border to the next rank (reversed: the previous), each as one map.
+
+        In the order in which a state passes through them: local states [U, N, H, K, V] and log-decays [U, N, H, 1].
+        """
+        if self._pieces > 1:
+            raise ValueError("maps of segments need a given segment_length")
+        low, high = self._run_segments[0 if reverse else -1]
+        states = segments.pieces[:, :, low:high, 0].permute(2, 0, 1, 3, 4)
+        if segments.log_total is not None:
+            log_decay = segments.log_total[:, :, low:high, 0].permute(2, 0, 1)
+        elif segments.log_decay is not None:
+            log_decay = (self._segment_tokens[low:high, None] * segments.log_decay.float()).unsqueeze(1)
+        else:
+            log_decay = states.new_zeros(high - low, 1, self.heads)
+        log_decay = log_decay.expand(states.shape[:3]).unsqueeze(-1)
+        return (states.flip(0), log_decay.flip(0)) if reverse else (states.contiguous(), log_decay.contiguous())
+
+    def scan(
+        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """From the state that enters each run [N, H, K, V]: those at all borders, and the one behind all."""
         states = torch.empty(self.states_shape, dtype=self.dtype, device=self.device)
-        end = self._scan(segments, self.zero_state() if entering is None else entering, states, reverse)
-        return states, end
+        return states, self._scan(segments, entering, states, reverse)
 
-    def _scan(self, segments: Segments, entering: Tensor, states: Tensor | None, reverse: bool) -> Tensor:
-        entering = entering.to(self.dtype).contiguous()
-        end = torch.empty_like(entering)
-        size, block = self.key_dim * self.value_dim, 512
-        if end.numel():
-            scan_kernel[(self.runs * self.heads, -(-size // block))](
-                segments.pieces, entering, states, end, _contiguous(segments.log_decay), segments.log_total,
-                self._table, self._run_starts, *self._sizes(), self._piece_length, self._pieces, self._skipped, size,
+    def _scan(self, segments: Segments, entering: Tensor | None, states: Tensor | None, reverse: bool) -> Tensor | None:
+        if self._skipped and entering is not None:
+            raise ValueError("a state that enters must be announced by `ends`")
+        if self._skipped and self.segments == 1:
+            return None
+        shape = (self.runs, self.heads, self.key_dim, self.value_dim)
+        end = None if self._skipped else torch.empty(shape, dtype=self.dtype, device=self.device)
+        if entering is not None:
+            entering = entering.to(self.dtype).contiguous()
+        log_decay = _contiguous(segments.log_decay)
+
+        def prepare() -> _Launch:
+            size, block = self.key_dim * self.value_dim, 512
+            return _Launch(
+                scan_kernel, (self.runs * self.heads, -(-size // block)),
+                (*self._sizes(), self._piece_length, self._pieces, self._skipped, size),
                 DECAY=self._decay, REVERSE=reverse, PACKED=self._table is not None, WRITE=states is not None,
                 BLOCK=block, num_warps=4,
             )  # fmt: skip
+
+        buffers = (segments.pieces, segments.log_total, states, end, self._table, self._run_starts)
+        self._start("reverse scan" if reverse else "scan", (log_decay, entering), buffers, prepare)
         return end
 
     def outputs(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        states: Tensor,
+        scale: float,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """o [B, T, H*G, V] from the states at the borders of the segments."""
-        return self._forward_walk(q, k, v, None, log_decay, states, scale)
+        """o [B, T, H*G, V] from the states at the borders of the segments; written to `out` if that is given."""
+        return self._forward_walk(q, k, v, None, log_decay, states, scale, out=out)
 
     def query_gradient(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
@@ -315,25 +495,35 @@ class TritonSteps:
         scale: float,
         *,
         transposed: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The outputs, or dq, by the walk of output.py: [B, T, heads of x, columns of z]."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
-        out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
-        config, columns, blocks = self._blocks(y, z)
+        if out is None:
+            out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
+        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size())
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
             w = self._addressable(w)
             self._rows["dq"] = sums = self._row_sums(2, blocks, x.shape[2])
-        programs = blocks * self.batch * x.shape[2] * self.segments
-        if programs:
-            forward_walk_kernel[(programs,)](
-                x, y, z, out, w, sums, log_decay, states, self._table, float(scale), self.batch, *self._sizes(),
-                *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *(w.stride()[:3] if sums is not None else (0, 0, 0)),
-                *self._decay_strides(log_decay), y.shape[-1], z.shape[-1], _power_of_two(y.shape[-1]), columns,
-                config.tile, GROUP=self.groups, TRANSPOSED=transposed, SUM_ROWS=sums is not None,
+        else:
+            w = None
+
+        def prepare() -> _Launch:
+            numbers = (
+                float(scale), self.batch, *self._sizes(), *x.stride()[:3], *y.stride()[:3], *z.stride()[:3],
+                *out.stride()[:3], *((0, 0, 0) if w is None else w.stride()[:3]), *self._decay_strides(log_decay),
+            )  # fmt: skip
+            return _Launch(
+                forward_walk_kernel, (blocks * self.batch * x.shape[2] * self.segments, 1), numbers,
+                DY=y.shape[-1], DZ=z.shape[-1], BY=_power_of_two(y.shape[-1]), BZ=columns, C=config.tile,
+                GROUP=self.groups, TRANSPOSED=transposed, SUM_ROWS=w is not None,
                 TMA=self._tma and all(map(_fits_tma, (x, y, z, out))), **self._flags(config),
             )  # fmt: skip
+
+        inputs = (x, y, z, w, log_decay, states if self.slots else None, out)
+        self._start("dq" if transposed else "o", inputs, (sums, self._table), prepare, scale)
         return out
 
     def _backward_walk(
@@ -353,33 +543,32 @@ class TritonSteps:
         """dv or dk into `out` by the walk of gradient.py, or with `pair`, the other's x and out, both."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         x2, out2 = (x, out) if pair is None else (self._addressable(pair[0]), pair[1])
-        config, columns, blocks = self._blocks(y, z)
+        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size())
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
             w = self._addressable(w)
             self._rows["dk"] = sums = self._row_sums(1, blocks, self.heads)
-        programs = (1 if pair is None else 2) * blocks * self.batch * self.heads * self.segments
-        if programs:
-            backward_walk_kernel[(programs,)](
-                x, x2, y, z, out, out2, w, sums, log_decay, d_states, self._table,
-                float(scale), self.batch, *self._sizes(), *x.stride()[:3], *x2.stride()[:3],
-                *y.stride()[:3], *z.stride()[:3], *(w.stride()[:3] if sums is not None else (0, 0, 0)),
-                *self._decay_strides(log_decay), y.shape[-1], z.shape[-1], _power_of_two(y.shape[-1]), columns,
-                config.tile, GROUP=self.groups, TRANSPOSED=transposed, PAIRED=pair is not None,
-                SUM_ROWS=sums is not None,
+        else:
+            w = None
+
+        def prepare() -> _Launch:
+            numbers = (
+                float(scale), self.batch, *self._sizes(), *x.stride()[:3], *x2.stride()[:3], *y.stride()[:3],
+                *z.stride()[:3], *((0, 0, 0) if w is None else w.stride()[:3]), *self._decay_strides(log_decay),
+            )  # fmt: skip
+            programs = (1 if pair is None else 2) * blocks * self.batch * self.heads * self.segments
+            return _Launch(
+                backward_walk_kernel, (programs, 1), numbers,
+                DY=y.shape[-1], DZ=z.shape[-1], BY=_power_of_two(y.shape[-1]), BZ=columns, C=config.tile,
+                GROUP=self.groups, TRANSPOSED=transposed, PAIRED=pair is not None, SUM_ROWS=w is not None,
                 TMA=self._tma and self.groups == 1 and all(map(_fits_tma, (x, x2, y, z, out, out2))),
                 **self._flags(config),
             )  # fmt: skip
 
-    def _blocks(self, y: Tensor, z: Tensor) -> tuple[Config, int, int]:
-        """How a walk runs, the columns of z that one program takes, and the number of such blocks."""
-        config = _config("walk", y.shape[-1], y.element_size())
-        columns = min(config.columns, _power_of_two(z.shape[-1]))
-        if y.element_size() == 2 and _power_of_two(y.shape[-1]) * columns <= 128 * 64:
-            # A small state needs no more warps; and Triton 3.6 addresses shared memory wrongly for 8 with 16 columns.
-            config = replace(config, warps=4)
-        return config, columns, -(-z.shape[-1] // columns)
+        inputs = (x, x2, y, z, w, log_decay, d_states if self.slots else None)
+        name = "dk" if transposed else "dv" if pair is None else "dk, dv"
+        self._start(name, inputs, (out, out2, sums, self._table), prepare, scale)
 
     def decay_gradient(
         self,
@@ -401,14 +590,18 @@ class TritonSteps:
             raise ValueError("a gradient of log_decay must be asked for when TritonSteps is made")
         query_rows, key_rows = self._rows.pop("dq"), self._rows.pop("dk")
         out = torch.empty(log_decay.shape, dtype=self.dtype, device=self.device)
-        programs = self.batch * self.heads * self.segments
-        if programs:
-            token_decay_kernel[(programs,)](
-                query_rows, key_rows, states, d_states, out, log_decay, self._table, self.batch, *self._sizes(),
-                *self._decay_strides(log_decay), self.key_dim * self.value_dim, self.groups,
-                query_rows.shape[1], key_rows.shape[1], PACKED=self._table is not None,
+
+        def prepare() -> _Launch:
+            return _Launch(
+                token_decay_kernel, (self.batch * self.heads * self.segments, 1),
+                (self.batch, *self._sizes(), *self._decay_strides(log_decay)),
+                SIZE=self.key_dim * self.value_dim, GROUP=self.groups, Q_BLOCKS=query_rows.shape[1],
+                K_BLOCKS=key_rows.shape[1], PACKED=self._table is not None,
                 C=_config("walk", self.value_dim, k.element_size()).tile, BLOCK=1024, num_warps=4,
             )  # fmt: skip
+
+        buffers = (query_rows, key_rows, out, self._table)
+        self._start("token decay", (log_decay, states, d_states), buffers, prepare)
         return out
 
     def _head_decay_gradient(
@@ -427,13 +620,18 @@ class TritonSteps:
         columns = min(config.columns, _power_of_two(self.value_dim))
         blocks = -(-self.value_dim // columns)
         parts = states.new_empty(self.segments, blocks, self.batch, self.heads, self.groups)
-        if parts.numel():
-            head_decay_kernel[(parts.numel(),)](
-                q, k, v, do, parts, log_decay, states, d_states, self._table, float(scale), self.batch, *self._sizes(),
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *self._decay_strides(log_decay),
-                self.key_dim, self.value_dim, _power_of_two(self.key_dim), columns, config.tile, GROUP=self.groups,
-                **self._flags(config),
+
+        def prepare() -> _Launch:
+            numbers = (
+                float(scale), self.batch, *self._sizes(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                *do.stride()[:3], *self._decay_strides(log_decay),
             )  # fmt: skip
+            return _Launch(
+                head_decay_kernel, (parts.numel(), 1), numbers, DK_=self.key_dim, DV_=self.value_dim,
+                BK=_power_of_two(self.key_dim), BV=columns, C=config.tile, GROUP=self.groups, **self._flags(config),
+            )  # fmt: skip
+
+        self._start("head decay", (q, k, v, do, log_decay, states, d_states), (parts, self._table), prepare, scale)
         return parts.sum((0, 1, 2, 4))
 
     def _addressable(self, x: Tensor) -> Tensor:
@@ -462,6 +660,25 @@ class TritonSteps:
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
+
+
+@lru_cache(maxsize=256)
+def _shared_steps(inputs: _Inputs) -> TritonSteps:
+    """One object for all calls with the same inputs, whose launches it keeps."""
+    return TritonSteps(inputs)
+
+
+def fold(entering: Tensor, states: Tensor, log_decay: Tensor) -> Tensor:
+    """`entering` [N, H, K, V] through the maps `states` [U, N, H, K, V], `log_decay` [U, N, H, 1], in order; fp32.
+
+    Rounds as the scan does, so that ranks that fold one after another come to the bits of one rank.
+    """
+    entering, states, log_decay = entering.contiguous(), states.contiguous(), log_decay.contiguous()
+    out = torch.empty_like(entering)
+    rows, size, block = entering.shape[0] * entering.shape[1], entering[0, 0].numel() if entering.numel() else 0, 512
+    if out.numel():
+        fold_kernel[(rows, -(-size // block))](entering, states, log_decay, out, len(states), size, BLOCK=block)
+    return out
 
 
 def _check_supported(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:

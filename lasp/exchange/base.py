@@ -1,39 +1,103 @@
-"""What travels between ranks, and how two of them fold into one."""
+"""What travels between ranks, the link to the neighbours, and how an exchange runs beside the computation.
+
+A schedule is a generator: it posts what it can, yields once before the first thing that it would have to wait for, and
+returns the state that enters this rank's tokens. On a GPU it runs to its end at once, on a stream of its own,
+and only that stream waits; on a CPU what follows the yield runs in `wait`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from lasp.mesh import SequenceParallel
+
+Fold = Callable[[Tensor, Tensor, Tensor], Tensor]  # (entering, state, log_decay) -> the state behind the maps
+Schedule = Generator[None, None, Tensor]
 
 
 @dataclass(frozen=True)
 class StateMap:
-    """What a run of tokens does to a state that passes through it: S -> exp(log_decay) * S + state.
+    """What a rank's tokens do to a state that passes through them, as U maps S -> exp(log_decay) * S + state in a row.
 
-    state [N, H, K, V] and log_decay [N, H, K | 1], both fp32 (fp64 for fp64 inputs). A run that starts a
-    sequence forgets what came before: its log_decay is -inf.
+    state [U, N, H, K, V] and log_decay [U, N, H, K | 1], both fp32 (fp64 for fp64 inputs), U >= 1. Where a sequence
+    begins, what came before is forgotten: log_decay is -inf.
     """
 
     state: Tensor
     log_decay: Tensor
 
-    def pack(self) -> Tensor:
-        """One flat buffer, so that a hop is one message."""
-        return torch.cat([self.state.reshape(-1), self.log_decay.reshape(-1)])
+    def heads(self, heads: HeadRuns) -> StateMap:
+        """The same for some of the heads."""
+        return StateMap(take_heads(self.state, heads), take_heads(self.log_decay, heads))
 
-    def unpack(self, buffer: Tensor) -> StateMap:
-        """The map in a buffer that another rank packed; this one lends the shapes."""
-        state, log_decay = buffer.split([self.state.numel(), self.log_decay.numel()])
-        return StateMap(state.view(self.state.shape), log_decay.view(self.log_decay.shape))
+    def zeros(self) -> Tensor:
+        """The state before the first rank's tokens: [N, H, K, V]."""
+        return torch.zeros_like(self.state[0])
+
+    def fold(self, fold: Fold, entering: Tensor) -> Tensor:
+        """The state behind these tokens."""
+        return fold(entering, self.state, self.log_decay)
 
 
-def compose(first: StateMap, then: StateMap) -> StateMap:
-    """The map of two neighbouring runs, `first` before `then`. Associative; every schedule folds from the left."""
-    state = then.log_decay.exp().unsqueeze(-1) * first.state + then.state
-    return StateMap(state, first.log_decay + then.log_decay)
+HeadRuns = tuple[tuple[int, int], ...]  # runs of neighbouring heads: first, last + 1
+
+
+def take_heads(x: Tensor, heads: HeadRuns) -> Tensor:
+    """Some heads of [U, N, H, ...]. By slices, since an index tensor would have to be copied to the device."""
+    parts = [x[:, :, first:end] for first, end in heads]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def put_heads(x: Tensor, part: Tensor, heads: HeadRuns) -> None:
+    """Write heads that `take_heads` took to their places in [N, H, ...]."""
+    for (first, end), piece in zip(heads, part.split([end - first for first, end in heads], 1)):
+        x[:, first:end] = piece
+
+
+class Link:
+    """Messages from the rank before this one, and to the rank behind it (`reverse`: the other way round).
+
+    Messages of one `tag` arrive in the order in which they are sent. NCCL has no tags, but there an exchange is posted
+    as a whole, and in the same order at both ends.
+    """
+
+    def __init__(self, sequence: SequenceParallel, reverse: bool, tag: int = 0):
+        self.sequence, self.tag = sequence, tag
+        step = -1 if reverse else 1
+        self.source, self.target = sequence.neighbour(-step), sequence.neighbour(step)
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+
+    def receive(self, shape: torch.Size | tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
+        """Post the receipt of a tensor; the result waits for it."""
+        message = like.new_empty(shape)
+        work = dist.irecv(message, group=self.sequence.group, group_src=self.source, tag=self.tag)
+
+        def wait() -> Tensor:
+            work.wait()  # type: ignore[union-attr]  # on NCCL the stream waits, not the host
+            return message
+
+        return wait
+
+    def send(self, message: Tensor) -> None:
+        """Post it. It stays alive until `finish`."""
+        message = message.contiguous()
+        self.sequence.traffic.messages += 1
+        self.sequence.traffic.bytes_sent += message.numel() * message.element_size()
+        work = dist.isend(message, group=self.sequence.group, group_dst=self.target, tag=self.tag)
+        self._sent.append((work, message))  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        """Wait until all is sent."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
 
 
 class Pending(Protocol):
@@ -42,3 +106,59 @@ class Pending(Protocol):
     def wait(self) -> Tensor:
         """The state [N, H, K, V] that enters this rank's tokens; zeros where no rank comes before."""
         ...
+
+
+class RunningInWait:
+    """An exchange on a CPU: what must wait for other ranks happens in `wait`."""
+
+    def __init__(self, schedule: Schedule, links: list[Link]):
+        self._schedule, self._links = schedule, links
+        next(schedule)
+
+    def wait(self) -> Tensor:
+        """Receive, fold, send on; see `Pending`."""
+        entering = result(self._schedule)
+        for link in self._links:
+            link.finish()
+        return entering
+
+
+class RunningBeside:
+    """An exchange on a GPU: queued as a whole on a stream of its own, so that the caller's stream goes on."""
+
+    def __init__(self, schedule: Schedule, links: list[Link], local: StateMap):
+        caller = torch.cuda.current_stream(local.state.device)
+        side = _side_stream(local.state.device)
+        side.wait_stream(caller)
+        with torch.cuda.stream(side):
+            next(schedule)
+            self._entering = result(schedule)
+            # What is captured in a CUDA graph must end on the stream on which it began; else sends need not be awaited.
+            arrived = None if torch.cuda.is_current_stream_capturing() else side.record_event()
+            for link in links:
+                link.finish()
+            self._arrived = side.record_event() if arrived is None else arrived
+        # Each stream uses memory of the other: it must not be given away before both have passed.
+        for x in (local.state, local.log_decay):
+            x.record_stream(side)
+        self._entering.record_stream(caller)
+
+    def wait(self) -> Tensor:
+        """Let the current stream wait, not the host; see `Pending`."""
+        torch.cuda.current_stream(self._entering.device).wait_event(self._arrived)
+        return self._entering
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: what it runs is short, and other ranks wait for it."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def result(schedule: Schedule) -> Tensor:
+    """Run a schedule from its yield to its end."""
+    try:
+        next(schedule)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("a schedule yields once")
