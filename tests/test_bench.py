@@ -6,8 +6,10 @@ import io
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from ranks import run_ranks
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))  # the scripts' own place, as when they are started
@@ -119,3 +121,76 @@ def test_the_script_reproduces_what_it_is_fitted_to_and_says_what_it_predicts(tm
         assert of[network, "serial", 16] < 10 < of[network, "ring", 16] <= of[network, "pipeline", 16] < 100
     [plot] = tmp_path.glob("*_simulation.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- what needs ranks
+
+
+def _on_ranks(world, name, *arguments):
+    """A script's JSON, from rank 0; the other ranks print nothing."""
+    (result, _), *others = run_ranks(world, _script, name, *map(str, arguments))
+    assert [(json_line, text) for json_line, text in others] == [(None, "")] * (world - 1)
+    return result
+
+
+SMALL = ("--heads", 4, "--dim", 16, "--tokens", 64, "--repetitions", 2)
+
+
+def test_exchange_alone_and_operator(tmp_path):
+    result = _on_ranks(3, "exchange", "--suite", "alone", "op", "--bytes", 65536, *SMALL, "--save", "--out", tmp_path)
+    assert all(row["relative error"] <= row["limit"] for row in result["rows"])
+    alone, operator = result["tables"].values()
+    assert {row["schedule"] for row in alone if row["predicted ms"]} == {"ring", "all_gather", "pipeline"}
+    assert all(row["ms"] > 0 for row in alone)
+    assert len(operator) == 2 * 2 * 4  # decays, directions, schedules
+    for row in operator:
+        assert row["% of one rank"] == pytest.approx(100 * row["one rank ms"] / row["ms"], rel=1e-3)
+        assert row["met"] is None  # the targets are for GPUs
+    assert result["facts"]["ranks"] == 3
+    assert (tmp_path / f"{result['environment']['date']}_exchange_3xcpu.md").exists()
+
+
+def test_peers_are_right_on_two_ranks_and_who_cannot_run_says_why():
+    result = _on_ranks(2, "exchange", "--suite", "peers", *SMALL)
+    right = {row["what"] for row in result["rows"] if row["relative error"] <= row["limit"]}
+    assert right == {"peer, lasp", "peer, lasp1_serial", "peer, ulysses", "peer, ring_softmax"}
+    [rows] = result["tables"].values()
+    of = {row["peer"]: row for row in rows}
+    assert of["fla_cp"]["note"].startswith("not run: fla-core")
+    assert of["fla_cp"]["both ms"] is None
+    assert of["lasp"]["x lasp"] == 1
+    assert all(row["both ms"] > 0 for name, row in of.items() if name != "fla_cp")
+
+
+def test_a_peer_is_left_out_where_the_heads_do_not_suffice():
+    result = _on_ranks(3, "exchange", "--suite", "peers", *SMALL)  # 4 heads
+    [rows] = result["tables"].values()
+    of = {row["peer"]: row["note"] for row in rows}
+    assert of["ulysses"] == "not run: 4 heads cannot be dealt out to 3 ranks"
+    assert "not run" not in of["ring_softmax"]
+
+
+def _with_a_broken_schedule():
+    import exchange
+
+    from lasp_kernels import fold
+
+    with (
+        mock.patch.object(exchange, "fold", lambda entering, state, log_decay: 1.01 * fold(entering, state, log_decay)),
+        pytest.raises(SystemExit, match="nothing was timed"),
+    ):
+        exchange.main(["--suite", "alone", "--bytes", "65536", "--repetitions", "1"])
+
+
+def test_nothing_is_timed_that_is_wrong():
+    _on_path_and_run(2, _with_a_broken_schedule)
+
+
+def _prepare_and_call(function):
+    if str(BENCH) not in sys.path:
+        sys.path.insert(0, str(BENCH))
+    return function()
+
+
+def _on_path_and_run(world, function):
+    return run_ranks(world, _prepare_and_call, function)
