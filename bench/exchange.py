@@ -178,8 +178,13 @@ def operator_calls(
     x = peers.Inputs.random(shape, seed=bench.env.rank).leaves()
     log_decay = peers.fixed_decay(shape.heads, shape.device) if decay == "fixed" else None
 
+    # With the layout the operator knows which heads distant ranks cannot matter to.
+    options = {"log_decay": log_decay, "sequence": sequence}
+    if sequence is not None:
+        options["layout"] = lasp.ShardLayout((shape.tokens,) * sequence.size)
+
     def forward() -> Tensor:
-        return lasp.linear_attention(x.q, x.k, x.v, log_decay=log_decay, sequence=sequence)[0]
+        return lasp.linear_attention(x.q, x.k, x.v, **options)[0]
 
     o = forward()
     return forward, lambda: torch.autograd.grad(o, [x.q, x.k, x.v], x.do, retain_graph=True)
@@ -204,7 +209,8 @@ def operator_error(bench: Bench, name: str, decay: str) -> float:
     whole = peers.Inputs.random(shape, seed=3)
     log_decay = peers.fixed_decay(shape.heads, shape.device) if decay == "fixed" else None
     mine = whole.map(lambda x: x.split(lengths, 1)[bench.env.rank]).leaves()
-    o, _ = lasp.linear_attention(mine.q, mine.k, mine.v, log_decay=log_decay, sequence=bench.sequences[name])
+    options = {"sequence": bench.sequences[name], "layout": lasp.ShardLayout(tuple(lengths))}
+    o, _ = lasp.linear_attention(mine.q, mine.k, mine.v, log_decay=log_decay, **options)
     actual = [o, *torch.autograd.grad(o, [mine.q, mine.k, mine.v], mine.do)]
     double = whole.map(lambda x: x.double()).leaves()
     log_decay = None if log_decay is None else log_decay.double()

@@ -98,7 +98,41 @@ def simulation(result: dict) -> Figure:
     return figure
 
 
-DRAWINGS: dict[str, Callable[[dict], Figure]] = {"simulation": simulation}
+def scaling(result: dict) -> Figure:
+    """Throughput of a GPU, its memory, and % of ideal; one line for each number of ranks."""
+    strong = result["benchmark"].startswith("scaling_strong")
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    speed, memory, ideal = figure.subplots(1, 3)
+    rows = [row for row in result["rows"] if row["tokens/s/GPU"]]
+    for (layout,), of in groups(rows, "layout").items():
+        dp, sp = layout.split("x")
+        label = f"{of[0]['ranks']} GPU" + ("s" if of[0]["ranks"] > 1 else "")
+        label += f" ({dp} sequences, each over {sp})" if dp != "1" else ""
+        length = [row["sequence"] for row in of]
+        speed.plot(length, [row["tokens/s/GPU"] for row in of], marker="o", label=label)
+        if all(row["peak GiB"] is not None for row in of):
+            memory.plot(length, [row["peak GiB"] for row in of], marker="o", label=label)
+    for axes, title in ((speed, "tokens a second, of one GPU"), (memory, "peak memory of a GPU, GiB")):
+        double_steps(axes, [row["sequence"] for row in rows], "tokens of a sequence")
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    key = "sequence" if strong else "tokens a rank"
+    for (tokens,), of in groups((row for row in rows if row.get("% of ideal")), key).items():
+        of = sorted(of, key=lambda row: row["ranks"])
+        what = f"one sequence of {count(tokens)} tokens" if strong else f"{count(tokens)} tokens on each GPU"
+        ideal.plot([row["ranks"] for row in of], [row["% of ideal"] for row in of], marker="o", label=what)
+    double_steps(ideal, [row["ranks"] for row in rows], "GPUs")
+    ideal.axhline(100, color="black", linestyle="--", label="ideal: no GPU is slower than the fewest are")
+    ideal.set_ylim(0, 110)
+    ideal.set_title("speed of a GPU, % of " + ("the fewest that hold the sequence" if strong else "one GPU alone"))
+    ideal.legend(fontsize=8)
+    figure.suptitle(f"Training TNL-{result['facts']['model']}: " + ("strong scaling" if strong else "weak scaling"))
+    return figure
+
+
+DRAWINGS: dict[str, Callable[[dict], Figure]] = {"simulation": simulation, "scaling": scaling}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times of what several ranks do together: aligned starts, interleaved repetitions, the slowest rank.
 
 On a GPU the time is that of the streams, from a small all-reduce that aligns the ranks to the end of the call on the
-caller's stream. A kernel that sleeps keeps the host ahead, so its launches do not count. The L2 cache is emptied before.
+caller's stream. A kernel that sleeps keeps the host ahead, so its launches do not count. The L2 cache is empty.
 On a CPU it is the clock on the wall after a barrier.
 """
 

@@ -194,3 +194,44 @@ def _prepare_and_call(function):
 
 def _on_path_and_run(world, function):
     return run_ranks(world, _prepare_and_call, function)
+
+
+# ---- training steps
+
+
+def test_weak_scaling_of_a_tiny_model(tmp_path):
+    common = ("--model", "tiny", "--vocab", 64, "--steps", 2, "--warmup", 1)
+    result = _on_ranks(2, "scaling", *common, "--tokens", 128, "--save", "--out", tmp_path)
+    alone, split = result["rows"]
+    assert (alone["layout"], split["layout"], split["sequence"]) == ("1x1", "1x2", 256)
+    assert split["% of ideal"] == pytest.approx(100 * split["tokens/s/GPU"] / alone["tokens/s/GPU"], rel=1e-3)
+    assert split["exchange costs ms"] == pytest.approx(
+        split["step ms"] - split["without exchange ms"], rel=1e-2, abs=0.1
+    )
+    assert (split["peak GiB"], split["exposed NCCL ms"]) == (None, None)  # a CPU tells neither
+    [gate] = result["tables"].values()
+    assert all(row["relative error"] < 1e-4 for row in gate)
+    assert [row["what"] for row in gate] == ["loss, 1x2"]
+    assert len(list(tmp_path.glob("*_scaling_weak_tiny_2xcpu.png"))) == 1
+
+
+def test_strong_scaling_and_layouts():
+    common = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 0)
+    strong = _on_ranks(4, "scaling", *common, "--strong", 256, "--mesh", "1x2", "2x2")
+    assert [(row["layout"], row["tokens a rank"]) for row in strong["rows"]] == [("1x2", 128), ("2x2", 128)]
+    assert strong["rows"][0]["% of ideal"] == 100
+    assert all(row["relative error"] < 1e-4 for row in strong["tables"].popitem()[1])
+
+
+def test_time_that_computation_covers_is_not_exposed():
+    from scaling import exposed, fitting_tokens, union
+
+    kernels = {
+        "ncclDevKernel_SendRecv(args)": [(0.0, 1000.0), (5000.0, 6000.0)],
+        "ncclDevKernel_AllGather_RING_LL(args)": [(2000.0, 3000.0)],
+        "matmul": [(500.0, 2500.0), (2200.0, 2400.0)],
+    }
+    assert exposed(kernels) == {"SendRecv": pytest.approx(1.5), "AllGather_RING_LL": pytest.approx(0.5)}
+    assert union([(3, 4), (0, 2), (1, 3)]) == [(0, 4)]
+    rows = [{"tokens a rank": 100, "peak GiB": 3.0}, {"tokens a rank": 200, "peak GiB": 5.0}]
+    assert fitting_tokens(rows, 9.0) == pytest.approx(400)

@@ -25,7 +25,13 @@ class Lasp(Contiguous):
 
     def attention(self, shape: Shape, sequence: lasp.SequenceParallel) -> Attention:
         log_decay = fixed_decay(shape.heads, shape.device)
-        return lambda x: lasp.linear_attention(x.q, x.k, x.v, log_decay=log_decay, sequence=sequence)[0]
+        options = {"log_decay": log_decay, "sequence": sequence}
+
+        def attention(x: Inputs) -> Tensor:
+            W, T = sequence.size, x.q.shape[1]
+            return lasp.linear_attention(x.q, x.k, x.v, layout=lasp.ShardLayout((T,) * W), **options)[0]
+
+        return attention
 
     def one_process(self, inputs: Inputs) -> Tensor:
         log_decay = fixed_decay(inputs.q.shape[2], inputs.q.device)

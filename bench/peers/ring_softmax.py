@@ -2,7 +2,7 @@
 
 Every block is torch's flash attention; outputs of blocks merge by their log-sum-exp, and backward gives each block the
 output and log-sum-exp of the whole. Of 2W parts of a sequence rank r holds the r-th from the front and the r-th from
-the back, so all ranks compute as much. (torch's experimental context parallelism has no path for CPUs, and its interface
+the back, so all ranks compute as much. (torch's experimental context parallelism has no CPU path, and its interface
 differs between the versions that this project runs with; this ring runs wherever SDPA does.)
 """
 
