@@ -20,6 +20,9 @@ import plots
 from common import RESULTS, add_report_arguments, command_line, report
 from simulator import Link, Machine, Pass, exchange_seconds, operator_seconds
 
+import lasp
+from lasp.exchange import horizon
+
 MS = 1e-3
 # Published, milliseconds by number of GPUs.
 ALL_GATHER = {8: 0.375, 16: 0.658, 32: 1.616, 64: 2.543, 128: 4.350, 256: 8.514}
@@ -38,6 +41,8 @@ MESSAGE_OVERHEAD = 47e-6 - 2**20 / SEND_BANDWIDTH  # of a message that is the on
 GATHER_SETUP = 46e-6 - 2**20 / GATHER_BANDWIDTH
 FOLD = 20e-6 / (16 * 2**20)  # seconds a byte: the scan of 16 segments of 1 MiB takes 20 us
 RANKS_TABLE = "this project's operator, B1 H16 D128, one fp32 state of 1 MiB"
+HORIZON_TABLE = "the same with the horizon: ring, mean over 24 layers"
+LAYERS = 24
 BLOCKS = (1, 2, 4, 8, 16, 32)
 # Shares of one operator call, from the kernel times of one H100: the state, then what waits for it, in forward; the
 # state's gradient, dq, then dk and dv in backward. For the published operators they are an assumption.
@@ -211,6 +216,31 @@ def ranks_table(network: str, tokens: int, max_ranks: int) -> list[dict]:
     return rows
 
 
+def horizon_table(tokens: int, max_ranks: int) -> list[dict]:
+    """The ring with the horizon: heads whose state fades within a shard go to the neighbour only.
+
+    Which heads those are the runtime's own code says, for 24 layers of 16 heads; times are means over the layers.
+    """
+    (machine, _), compute = machines()["latencies as published"], passes(*kernel_seconds(tokens))
+    rows = []
+    for name in ("alibi", "tnl"):
+        for ranks in [2**n for n in range(3, max_ranks.bit_length())]:
+            shape = {"heads": 16, "tokens": tokens, "ranks": ranks, "key_dim": 128, "value_dim": 128}
+            rates = [lasp.decay.schedule(name, 16, layer, LAYERS) for layer in range(LAYERS)]
+            far = [horizon.count("ring", rate.tolist(), **shape).far_heads for rate in rates if rate is not None]
+            seconds = {
+                heads: operator_seconds("ring", ranks, OPERATOR_BYTES * heads / 16, machine, compute)
+                if heads
+                else operator_seconds("neighbour", ranks, OPERATOR_BYTES, machine, compute)
+                for heads in {*far, 16}
+            }
+            row = {"decay": name, "ranks": ranks, "heads that go further": sum(far), "of": 16 * LAYERS}
+            row |= {"layers that need the neighbour only": far.count(0)}
+            row |= {"op ms, whole ring": round(seconds[16] / MS, 4)}
+            rows.append(row | {"op ms": round(sum(seconds[heads] for heads in far) / len(far) / MS, 4)})
+    return rows
+
+
 def facts(tokens: int) -> dict:
     """What was measured, fitted and assumed, in words."""
     gather, scan = gather_machine(), scan_machine()
@@ -244,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         save=options.save,
         out=options.out,
         commit=options.commit,
-        tables={RANKS_TABLE: ranks},
+        tables={RANKS_TABLE: ranks, HORIZON_TABLE: horizon_table(options.tokens, options.max_ranks)},
         facts=facts(options.tokens),
         markdown=True,
     )

@@ -1,8 +1,8 @@
 """A discrete-event simulation of ranks that compute and exchange a state. It holds no formula for a schedule.
 
 Events are calls at a time (`Clock`). A message takes its sender's port for a while, then flies (`Network`). A schedule
-only says who sends to whom when something arrives (`Chain`, `AllGather`, `Serial`), and `operator_seconds` lets every
-rank compute, exchange and compute again, forward and then in reverse. Times are in seconds, sizes in bytes.
+only says who sends to whom when something arrives (`Chain`, `AllGather`, `Neighbour`, `Serial`). In `operator_seconds`
+every rank computes, exchanges and computes again, forward and then in reverse. Times are in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SCHEDULES = ("ring", "pipeline", "all_gather", "serial")
+SCHEDULES = ("ring", "pipeline", "all_gather", "neighbour", "serial")
 
 
 class Clock:
@@ -182,6 +182,16 @@ class Serial:
             self.network.send(self.order[place], self.order[place + 1], self.nbytes, self.arrived, place + 1)
 
 
+class Neighbour(Serial):
+    """The horizon's schedule: what a place sends needs no other place, and goes one hop."""
+
+    def ready(self, place: int) -> None:
+        """The local state of this place is known."""
+        if place == 0:
+            self.arrived(0)
+        super().ready(place)
+
+
 def operator_seconds(
     schedule: str, ranks: int, nbytes: float, machine: Machine, passes: Sequence[Pass], *, blocks: int = 1
 ) -> float:
@@ -219,7 +229,8 @@ class _PassOfAll:
         if schedule in ("ring", "pipeline"):
             self.exchange = Chain(network, order, nbytes, self._part, blocks if schedule == "pipeline" else 1)
         else:
-            self.exchange = {"all_gather": AllGather, "serial": Serial}[schedule](network, order, nbytes, self._part)
+            kinds = {"all_gather": AllGather, "neighbour": Neighbour, "serial": Serial}
+            self.exchange = kinds[schedule](network, order, nbytes, self._part)
 
     def begin(self, rank: int) -> None:
         """The rank starts this pass."""

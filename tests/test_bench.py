@@ -86,6 +86,11 @@ def test_the_links_between_nodes_set_the_pace_of_an_all_gather_but_not_of_a_ring
     assert 15 * 13e-6 < gather < 15 * 15e-6 + HOP
 
 
+@pytest.mark.parametrize("ranks", [2, 17])
+def test_neighbours_exchange_in_one_hop_however_many_they_are(ranks):
+    assert exchange_seconds("neighbour", ranks, 1000, MACHINE) == pytest.approx(HOP)
+
+
 def test_one_after_the_other_in_both_passes():
     work = [Pass(after=1e-3), Pass(after=2e-3)]
     expected = 8 * 3e-3 + 2 * 7 * HOP
@@ -114,8 +119,12 @@ def test_the_script_reproduces_what_it_is_fitted_to_and_says_what_it_predicts(tm
     assert all(abs(row["error %"]) < 30 for row in rows)
     assert [row["how"] for row in rows if row["figure"] == "operator, ZeCO"] == ["predicted"] * 3
     assert "fitted, AllGather" in text
-    [table] = result["tables"].values()
+    table, horizon = result["tables"].values()
     assert {row["ranks"] for row in table} == {8, 16}
+    for row in horizon:
+        assert (row["heads that go further"] > 0) == (row["decay"] == "alibi")
+        assert row["heads that go further"] < row["of"]
+        assert row["op ms, whole ring"] > row["op ms"]
     of = {(row["network"], row["schedule"], row["ranks"]): row["% of one rank"] for row in table}
     for network in {row["network"] for row in table}:
         assert of[network, "serial", 16] < 10 < of[network, "ring", 16] <= of[network, "pipeline", 16] < 100
@@ -217,9 +226,9 @@ def test_weak_scaling_of_a_tiny_model(tmp_path):
 
 def test_strong_scaling_and_layouts():
     common = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 0)
-    strong = _on_ranks(4, "scaling", *common, "--strong", 256, "--mesh", "1x2", "2x2")
-    assert [(row["layout"], row["tokens a rank"]) for row in strong["rows"]] == [("1x2", 128), ("2x2", 128)]
-    assert strong["rows"][0]["% of ideal"] == 100
+    strong = _on_ranks(4, "scaling", *common, "--strong", 256, "--mesh", "2x2")
+    [row] = strong["rows"]
+    assert (row["layout"], row["ranks"], row["tokens a rank"], row["% of ideal"]) == ("2x2", 4, 128, 100)
     assert all(row["relative error"] < 1e-4 for row in strong["tables"].popitem()[1])
 
 
