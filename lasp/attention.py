@@ -280,18 +280,18 @@ def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
     return k.is_cuda and (layout is None or token * max(layout.lengths) >= SPLIT_FROM)
 
 
-def _head_parts(k: Tensor, v: Tensor, call: _Call) -> list[slice]:
+def _head_parts(k: Tensor, v: Tensor, shard: _Shard, rates: tuple[float, ...] | None) -> list[slice]:
     """The heads in the order in which they are worked on: two parts, or all at once.
 
     Where the heads that go through the chain lie together at an end, they are the second part. The first needs its
     neighbour only, and few tokens make its states; its outputs then hide the chain.
     """
-    H, layout = k.shape[2], call.shard.layout
-    if call.shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
+    H, layout = k.shape[2], shard.layout
+    if shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
         return [slice(0, H)]
     cut, far = H // 2, ()
     if layout is not None and len(layout.lengths) > 2:
-        far = far_heads(call.rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
+        far = far_heads(rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
     if len(far) == 1 and far[0][0] == 0 < far[0][1] < H:
         return [slice(far[0][1], H), slice(0, far[0][1])]
     if len(far) == 1 and 0 < far[0][0] < far[0][1] == H:
@@ -356,7 +356,7 @@ def _forward(
         steps = call.plan(*inputs, needs_grad[1])
         if shard.sequence is not None:
             shard.sequence.traffic.kernels = kernels.path(*inputs)
-        slices = _head_parts(k, v, call)
+        slices = _head_parts(k, v, shard, call.rates)
         if len(slices) == 1:
             part = _Part(slices[0], inputs, initial_state, call, steps, settle=settle, goes_on=False)
             o, states, final = part.finish()

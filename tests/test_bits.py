@@ -171,10 +171,11 @@ def test_the_parts_of_the_heads(monkeypatch):
     monkeypatch.setattr(attention, "SPLIT_HEADS", True)
     k = torch.zeros(1, 200, 5, 16)
 
-    def parts(*rates, sequence="any", layout=lasp.ShardLayout((200,) * 4)):  # noqa: B008
+    layout = lasp.ShardLayout((200,) * 4)
+
+    def parts(*rates, sequence="any", layout=layout):
         shard = attention._Shard(layout.local(1), sequence, 1, layout)
-        call = attention._Call(shard, 1.0, False, False, None, rates or None)
-        return [(part.start, part.stop) for part in attention._head_parts(k, k, call)]
+        return [(part.start, part.stop) for part in attention._head_parts(k, k, shard, rates or None)]
 
     slow, fast = -0.1, -1.0
     assert parts(sequence=None) == [(0, 5)]
