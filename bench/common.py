@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -85,11 +88,12 @@ def report(
     facts: dict | None = None,
     markdown: bool = False,
     commit: str | None = None,
-) -> None:
+) -> Path | None:
     """Print the tables, and everything as one JSON line last; keep it under bench/results with `save`.
 
     `rows` is the main table, `tables` are others by title, `facts` what belongs in no table. With `markdown` a
     readable .md is kept beside the .json. `commit` is for a machine that has the files but not their history.
+    Returns the path of the .json if it was kept.
     """
     everything = {title: t for title, t in {"": rows, **(tables or {})}.items() if t}
     result = {"benchmark": name, "command": command, "environment": environment(), "rows": rows}
@@ -100,6 +104,7 @@ def report(
         print(f"\n{title}\n{table(t)}" if title else table(t))
     for what, value in (facts or {}).items():
         print(f"{what}: {_fact(value)}")
+    path = None
     if save:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{result['environment']['date']}_{name}.json"
@@ -112,6 +117,19 @@ def report(
             path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
         print(f"kept as {path.name}")
     print(json.dumps(result))
+    return path
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every script can be told about its results: --save, --out, --commit."""
+    parser.add_argument("--save", action="store_true", help="keep tables, JSON and plots under bench/results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="another folder for --save")
+    parser.add_argument("--commit", help="the commit, on a machine that has the files but not their history")
+
+
+def command_line(script: str, argv: list[str] | None) -> str:
+    """How a script was called, for its results."""
+    return shlex.join(["python", f"bench/{script}", *(sys.argv[1:] if argv is None else argv)])
 
 
 def _fact(value) -> str:

@@ -1,0 +1,325 @@
+"""The exchange of states between ranks: alone, inside the operator, and against other ways to split a sequence.
+
+    torchrun --nproc-per-node 2 bench/exchange.py --suite alone op peers [--save]
+
+On GPUs over NCCL, else on the CPU over gloo. Nothing is timed before it is right: the states of `alone` against a local
+fold, the operator against an fp64 computation, every peer against itself in one process. See bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import peers
+import torch
+import torch.distributed as dist
+from common import add_report_arguments, command_line, report
+from timing import Time, interleaved
+from torch import Tensor
+
+import lasp
+from lasp import exchange
+from lasp.exchange import StateMap, cost
+from lasp.mesh import EXCHANGES
+from lasp_kernels import chunked_linear_attention, fold
+
+SCHEDULES = tuple(name for name in EXCHANGES if name != "auto")
+DECAYS = ("fixed", "none")
+TARGETS = {32768: 92.0, 65536: 97.0, 131072: 97.0}  # % of one rank, for forward and for backward
+Key = TypeVar("Key")
+STATE = 128 * 128 * 4  # bytes of one head's state
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every suite needs: the ranks, the device and the options."""
+
+    env: lasp.Env
+    sequences: dict[str, lasp.SequenceParallel]  # by schedule
+    options: argparse.Namespace
+
+    @classmethod
+    def start(cls, options: argparse.Namespace) -> Bench:
+        """Join the ranks and measure the network, from which "auto" chooses and times are predicted."""
+        env = lasp.init()
+        sequences = {name: lasp.SequenceParallel(dist.group.WORLD, exchange=name) for name in EXCHANGES}
+        if env.world_size > 1:
+            cost.measure(sequences["auto"])
+        return cls(env, sequences, options)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bf16 on a GPU; CPUs are slow at it."""
+        return torch.bfloat16 if self.env.device.type == "cuda" else torch.float32
+
+    def time(self, cases: Mapping[Key, Callable[[], object]]) -> dict[Key, Time]:
+        return interleaved(cases, self.env.device, repetitions=self.options.repetitions)
+
+    def worst(self, errors: list[Tensor]) -> float:
+        """The largest error of all ranks; not a number counts as infinite."""
+        found = torch.stack(errors).double().nan_to_num(nan=torch.inf).max()
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.item()
+
+    def require(self, what: str, error: float, limit: float) -> dict:
+        """A row for the gate; ends the run on every rank if the error is too large."""
+        if not error <= limit:
+            raise SystemExit(f"{what}: relative error {error:.1e} is over {limit:g}; nothing was timed")
+        return {"what": what, "relative error": float(f"{error:.3g}"), "limit": limit}
+
+
+def relative(actual: Tensor, expected: Tensor) -> Tensor:
+    return (actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+
+
+# ---- the exchange alone
+
+
+def alone(bench: Bench) -> tuple[list[dict], list[dict]]:
+    """Every schedule, an all-gather and a send to the next rank, by the bytes of a rank's state."""
+    rows = []
+    gates = [bench.require(f"exchange, {name}", exchange_error(bench, name), 1e-6) for name in SCHEDULES]
+    for nbytes in bench.options.bytes:
+        heads = nbytes // STATE
+        if heads * STATE != nbytes:
+            raise ValueError(f"--bytes must be multiples of {STATE}, got {nbytes}")
+        local = random_map(heads, bench.env.rank, bench.env.device)
+        message = local.state.flatten()
+        cases = {name: exchange_call(local, bench.sequences[name]) for name in SCHEDULES}
+        cases |= {"plain all-gather": plain_gather(message), "plain send and receive": plain_send(message)}
+        for name, time in bench.time(cases).items():
+            row = {"schedule": name, "KiB": nbytes // 1024, "ms": time.median, "spread %": time.spread}
+            predicted = None
+            if name in SCHEDULES:
+                traffic = bench.sequences[name].traffic
+                predicted = traffic.predicted_seconds * 1e3
+            rows.append(row | {"predicted ms": predicted, "blocks": traffic.blocks if predicted is not None else None})
+    return rows, gates
+
+
+def random_map(heads: int, seed: int, device: torch.device) -> StateMap:
+    """What the tokens of rank `seed` do to a state."""
+    draw = torch.Generator(device).manual_seed(seed)
+    state = torch.randn(1, 1, heads, 128, 128, generator=draw, device=device)
+    return StateMap(state, -torch.rand(1, 1, heads, 1, generator=draw, device=device))
+
+
+def exchange_call(local: StateMap, sequence: lasp.SequenceParallel) -> Callable[[], Tensor]:
+    return lambda: exchange.start(local, sequence, fold=fold).wait()
+
+
+def exchange_error(bench: Bench, name: str) -> float:
+    """Against the fold, here, of the maps of all ranks before (and, in reverse, behind) this one."""
+    sequence, errors = bench.sequences[name], []
+    maps = [random_map(3, seed, bench.env.device) for seed in range(sequence.size)]
+    for reverse in (False, True):
+        before = maps[: sequence.rank] if not reverse else maps[: sequence.rank : -1]
+        expected = maps[0].zeros().double()
+        for one in before:
+            expected = one.log_decay[0].double().exp().unsqueeze(-1) * expected + one.state[0].double()
+        actual = exchange.start(maps[sequence.rank], sequence, fold=fold, reverse=reverse).wait()
+        errors.append(relative(actual, expected))
+    return bench.worst(errors)
+
+
+def plain_gather(message: Tensor) -> Callable[[], object]:
+    gathered = [torch.empty_like(message) for _ in range(dist.get_world_size())]
+    return lambda: dist.all_gather(gathered, message)
+
+
+def plain_send(message: Tensor) -> Callable[[], object]:
+    """Every rank at once to the next one, none to the first."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    received = torch.empty_like(message)
+
+    def call() -> None:
+        operations = []
+        if rank + 1 < size:
+            operations.append(dist.P2POp(dist.isend, message, rank + 1))
+        if rank > 0:
+            operations.append(dist.P2POp(dist.irecv, received, rank - 1))
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    return call
+
+
+# ---- the operator
+
+
+def operator(bench: Bench) -> tuple[list[dict], list[dict]]:
+    """Forward and backward with each schedule, against one rank with as many tokens."""
+    options, rows, gates = bench.options, [], []
+    names = (*SCHEDULES, "auto")
+    for decay in options.decay:
+        limit = 1e-2 if bench.dtype == torch.bfloat16 else 1e-5
+        gates += [
+            bench.require(f"operator, {name}, {decay}", operator_error(bench, name, decay), limit) for name in names
+        ]
+    for tokens in options.tokens:
+        shape = peers.Shape(1, tokens, options.heads, options.dim, bench.dtype, bench.env.device)
+        for decay in options.decay:
+            calls = {name: operator_calls(bench, shape, decay, bench.sequences[name]) for name in names}
+            calls["one rank"] = operator_calls(bench, shape, decay, None)
+            for direction, index in (("forward", 0), ("backward", 1)):
+                times = bench.time({name: call[index] for name, call in calls.items()})
+                rows += [operator_row(bench, tokens, decay, direction, name, times) for name in names]
+    return rows, gates
+
+
+def operator_calls(
+    bench: Bench, shape: peers.Shape, decay: str, sequence: lasp.SequenceParallel | None
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    x = peers.Inputs.random(shape, seed=bench.env.rank).leaves()
+    log_decay = peers.fixed_decay(shape.heads, shape.device) if decay == "fixed" else None
+
+    # With the layout the operator knows which heads distant ranks cannot matter to.
+    options = {"log_decay": log_decay, "sequence": sequence}
+    if sequence is not None:
+        options["layout"] = lasp.ShardLayout((shape.tokens,) * sequence.size)
+
+    def forward() -> Tensor:
+        return lasp.linear_attention(x.q, x.k, x.v, **options)[0]
+
+    o = forward()
+    return forward, lambda: torch.autograd.grad(o, [x.q, x.k, x.v], x.do, retain_graph=True)
+
+
+def operator_row(bench: Bench, tokens: int, decay: str, direction: str, name: str, times: dict[str, Time]) -> dict:
+    time, one, target = times[name], times["one rank"], TARGETS.get(tokens)
+    percent = 100 * one.median / time.median
+    traffic = bench.sequences[name].traffic
+    row = {"tokens a rank": tokens, "decay": decay, "direction": direction, "schedule": name}
+    row |= {"ms": time.median, "spread %": time.spread, "one rank ms": one.median, "% of one rank": percent}
+    # On a CPU the targets, which are for GPUs, say nothing.
+    target = target if bench.env.device.type == "cuda" else None
+    row |= {"target %": target, "met": None if target is None else percent >= target}
+    return row | {"chosen": traffic.schedule, "predicted exchange ms": traffic.predicted_seconds * 1e3}
+
+
+def operator_error(bench: Bench, name: str, decay: str) -> float:
+    """Output and gradients at lengths that are no multiple of anything, against fp64 in one process."""
+    lengths = [137 + rank % 3 for rank in range(bench.env.world_size)]
+    shape = peers.Shape(1, sum(lengths), bench.options.heads, bench.options.dim, bench.dtype, bench.env.device)
+    whole = peers.Inputs.random(shape, seed=3)
+    log_decay = peers.fixed_decay(shape.heads, shape.device) if decay == "fixed" else None
+    mine = whole.map(lambda x: x.split(lengths, 1)[bench.env.rank]).leaves()
+    options = {"sequence": bench.sequences[name], "layout": lasp.ShardLayout(tuple(lengths))}
+    o, _ = lasp.linear_attention(mine.q, mine.k, mine.v, log_decay=log_decay, **options)
+    actual = [o, *torch.autograd.grad(o, [mine.q, mine.k, mine.v], mine.do)]
+    double = whole.map(lambda x: x.double()).leaves()
+    log_decay = None if log_decay is None else log_decay.double()
+    o, _ = chunked_linear_attention(double.q, double.k, double.v, log_decay=log_decay)
+    expected = [o, *torch.autograd.grad(o, [double.q, double.k, double.v], double.do)]
+    return bench.worst([relative(x, y.split(lengths, 1)[bench.env.rank]) for x, y in zip(actual, expected)])
+
+
+# ---- peers
+
+
+def against_peers(bench: Bench) -> tuple[list[dict], list[dict]]:
+    """Forward and backward of every peer that can run here and is right; the others say why not."""
+    options, rows, gates = bench.options, [], []
+    sequence = bench.sequences["auto"]
+    small = peers.Shape(1, 256, options.heads, options.dim, bench.dtype, bench.env.device)
+    refused = {peer.name: refusal(bench, peer, small, gates) for peer in peers.PEERS}
+    if refused["lasp"]:
+        raise SystemExit(f"lasp among the peers: {refused['lasp']}; nothing was timed")
+    for tokens in options.tokens:
+        shape = peers.Shape(1, tokens, options.heads, options.dim, bench.dtype, bench.env.device)
+        reasons = {peer.name: refused[peer.name] or peer.unavailable(shape, sequence) for peer in peers.PEERS}
+        calls = {}
+        for peer in peers.PEERS:
+            if reasons[peer.name] is None:
+                calls[peer.name, "ranks"] = peers.make(peer, shape, sequence)
+                calls[peer.name, "one"] = peers.make(peer, shape, None)
+        times = [bench.time({name: call[index] for name, call in calls.items()}) for index in (0, 1)]
+        rows += [{"tokens a rank": tokens, **peer_row(peer, reasons[peer.name], *times)} for peer in peers.PEERS]
+        del calls
+    return rows, gates
+
+
+def refusal(bench: Bench, peer: peers.Peer, shape: peers.Shape, gates: list[dict]) -> str | None:
+    """Why a peer is not timed: it cannot run, it fails on some rank, or it is wrong. The same on every rank."""
+    sequence, limit = bench.sequences["auto"], 2e-2 if bench.dtype == torch.bfloat16 else 1e-5
+    if (reason := peer.unavailable(shape, sequence)) is not None:
+        return reason
+    error = 0.0
+    try:
+        error = peers.gate(peer, shape, sequence)
+    except Exception as problem:  # of a library that is not ours: the row says it
+        reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:150]}"
+    reasons: list[str | None] = [None] * bench.env.world_size
+    dist.all_gather_object(reasons, reason)
+    gates.append({"what": f"peer, {peer.name}", "relative error": float(f"{error:.3g}"), "limit": limit})
+    wrong = None if error <= limit else f"relative error {error:.1e} against one process is over {limit:g}"
+    return next((reason for reason in reasons if reason), wrong)
+
+
+def peer_row(peer: peers.Peer, reason: str | None, forward: dict, backward: dict) -> dict:
+    columns = ("fwd ms", "bwd ms", "both ms", "spread %", "x lasp", "% of one rank")
+    if reason is not None:
+        return {"peer": peer.name, **dict.fromkeys(columns), "note": f"not run: {reason}"}
+    there, back = forward[peer.name, "ranks"], backward[peer.name, "ranks"]
+    both = there.median + back.median
+    ours = forward["lasp", "ranks"].median + backward["lasp", "ranks"].median
+    one = forward[peer.name, "one"].median + backward[peer.name, "one"].median
+    numbers = (there.median, back.median, both, max(there.spread, back.spread), both / ours, 100 * one / both)
+    return {"peer": peer.name, **dict(zip(columns, numbers)), "note": peer.what}
+
+
+SUITES = {"alone": alone, "op": operator, "peers": against_peers}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--bytes", nargs="+", type=int, default=[2**n for n in range(16, 27, 2)], help="of a state")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2**n for n in range(13, 18)], help="of a rank")
+    parser.add_argument("--decay", nargs="+", choices=DECAYS, default=list(DECAYS))
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--name", default="", help="for the results: exchange_NAME")
+    add_report_arguments(parser)
+    options = parser.parse_args(argv)
+    bench = Bench.start(options)
+    if bench.env.world_size < 2:
+        raise SystemExit("needs two ranks or more: torchrun --nproc-per-node 2 bench/exchange.py")
+    found = {suite: SUITES[suite](bench) for suite in options.suite}
+    if bench.env.rank:
+        return
+    titles = {"alone": "the exchange alone", "op": "the operator", "peers": "peers, forward and backward"}
+    tables = {titles[suite]: rounded(rows) for suite, (rows, _) in found.items()}
+    gates = [row for _, rows in found.values() for row in rows]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    network = cost.network_of(bench.sequences["auto"])
+    facts = {"ranks": bench.env.world_size, "backend": bench.env.backend, "repetitions": options.repetitions}
+    facts |= {"load of the host (1 minute)": load, "network as lasp measured it": str(network)}
+    report(
+        "_".join(["exchange", options.name or f"{bench.env.world_size}x{bench.env.device.type}"]),
+        command_line("exchange.py", argv).replace("python", f"torchrun --nproc-per-node {bench.env.world_size}", 1),
+        gates,
+        save=options.save,
+        out=options.out,
+        commit=options.commit,
+        tables=tables,
+        facts=facts,
+        markdown=True,
+    )
+
+
+def rounded(rows: list[dict]) -> list[dict]:
+    """Times to four digits."""
+    return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    dist.destroy_process_group()

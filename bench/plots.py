@@ -1,0 +1,140 @@
+"""Plots of kept results, drawn from their JSON, so that they can be drawn again.
+
+    python bench/plots.py bench/results/DATE_NAME.json ...
+
+Each writes a PNG beside its JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+NAMES = {"serial": "receive, then compute (LASP-1)", "ring": "ring", "pipeline": "pipeline", "all_gather": "all-gather"}
+COLORS = {"serial": "tab:gray", "ring": "tab:blue", "pipeline": "tab:green", "all_gather": "tab:orange"}
+
+
+def draw(path: Path) -> Path:
+    """The PNG of one kept result; returns its path."""
+    result = json.loads(path.read_text())
+    kind = next((name for name in DRAWINGS if result["benchmark"].startswith(name)), None)
+    if kind is None:
+        raise ValueError(f"{path.name}: there is a plot for {', '.join(DRAWINGS)}, not for {result['benchmark']!r}")
+    figure = DRAWINGS[kind](result)
+    about = result["environment"]
+    figure.text(0.01, 0.005, f"{about['device']}; {about['date']}; {about['commit']}; {path.name}", fontsize=6)
+    if engine := figure.get_layout_engine():
+        engine.set(rect=(0, 0.03, 1, 0.97))  # type: ignore[call-arg]  # room for that line
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=150)
+    return target
+
+
+def groups(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """Rows by the values of some columns, in order of appearance."""
+    found: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        found[tuple(row[key] for key in keys)].append(row)
+    return found
+
+
+def count(value: float, _=None) -> str:
+    """131072 as 128K."""
+    for unit, size in (("M", 2**20), ("K", 2**10)):
+        if value >= size and value % size == 0:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def double_steps(axes: Axes, ticks: Iterable[int], label: str) -> None:
+    """An x axis whose ticks double."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(ticks)))
+    axes.xaxis.set_major_formatter(FuncFormatter(count))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+
+
+def simulation(result: dict) -> Figure:
+    """Left: published and simulated times of one exchange. Right: what the operator loses on many ranks."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name,), rows in groups(result["rows"], "figure").items():
+        if name.startswith("operator"):
+            continue
+        gpus = [row["GPUs"] for row in rows]
+        [line] = left.plot(gpus, [row["simulated ms"] for row in rows], label=f"{name}, simulated")
+        for how, fill in (("predicted", "none"), ("fitted", line.get_color())):
+            of = [row for row in rows if row["how"] == how]
+            label = f"{name}, published" + (" (the simulation is fitted here)" if how == "fitted" else "")
+            style = {"linestyle": "none", "marker": "o", "markerfacecolor": fill, "color": line.get_color()}
+            left.plot([row["GPUs"] for row in of], [row["published ms"] for row in of], label=label, **style)
+        double_steps(left, gpus, "GPUs")
+    left.set_yscale("log")
+    left.set_ylabel("one exchange, ms")
+    left.set_title("Exchange of one layer's state: published and simulated")
+    left.legend(fontsize=7)
+    title, rows = next(iter(result["tables"].items()))
+    for (network, schedule), of in groups(rows, "network", "schedule").items():
+        first = network == rows[0]["network"]
+        style = {"color": COLORS[schedule], "linestyle": "-" if first else ":"}
+        label = NAMES[schedule] if first else None
+        right.plot([r["ranks"] for r in of], [r["% of one rank"] for r in of], label=label, **style)
+    for network, line in zip(dict.fromkeys(row["network"] for row in rows), "-:"):
+        right.plot([], [], color="black", linestyle=line, label=network)
+    double_steps(right, [row["ranks"] for row in rows], "ranks (GPUs)")
+    right.set_ylim(0, 102)
+    right.set_ylabel("speed of a rank, % of one rank alone")
+    right.set_title(f"Simulated: {title}", fontsize=9)
+    right.legend(fontsize=7)
+    return figure
+
+
+def scaling(result: dict) -> Figure:
+    """Throughput of a GPU, its memory, and % of ideal; one line for each number of ranks."""
+    strong = result["benchmark"].startswith("scaling_strong")
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    speed, memory, ideal = figure.subplots(1, 3)
+    rows = [row for row in result["rows"] if row["tokens/s/GPU"]]
+    for (layout,), of in groups(rows, "layout").items():
+        dp, sp = layout.split("x")
+        label = f"{of[0]['ranks']} GPU" + ("s" if of[0]["ranks"] > 1 else "")
+        label += f" ({dp} sequences, each over {sp})" if dp != "1" else ""
+        length = [row["sequence"] for row in of]
+        speed.plot(length, [row["tokens/s/GPU"] for row in of], marker="o", label=label)
+        if all(row["peak GiB"] is not None for row in of):
+            memory.plot(length, [row["peak GiB"] for row in of], marker="o", label=label)
+    for axes, title in ((speed, "tokens a second, of one GPU"), (memory, "peak memory of a GPU, GiB")):
+        double_steps(axes, [row["sequence"] for row in rows], "tokens of a sequence")
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    key = "sequence" if strong else "tokens a rank"
+    for (tokens,), of in groups((row for row in rows if row.get("% of ideal")), key).items():
+        of = sorted(of, key=lambda row: row["ranks"])
+        what = f"one sequence of {count(tokens)} tokens" if strong else f"{count(tokens)} tokens on each GPU"
+        ideal.plot([row["ranks"] for row in of], [row["% of ideal"] for row in of], marker="o", label=what)
+    double_steps(ideal, [row["ranks"] for row in rows], "GPUs")
+    ideal.axhline(100, color="black", linestyle="--", label="ideal: no GPU is slower than the fewest are")
+    ideal.set_ylim(0, 110)
+    ideal.set_title("speed of a GPU, % of " + ("the fewest that hold the sequence" if strong else "one GPU alone"))
+    ideal.legend(fontsize=8)
+    figure.suptitle(f"Training TNL-{result['facts']['model']}: " + ("strong scaling" if strong else "weak scaling"))
+    return figure
+
+
+DRAWINGS: dict[str, Callable[[dict], Figure]] = {"simulation": simulation, "scaling": scaling}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(draw(Path(name)))

@@ -1,0 +1,393 @@
+"""Training steps of TransNormerLLM on one rank and on many: tokens/s of a GPU, memory, and what the exchange costs.
+
+    torchrun --nproc-per-node 2 bench/scaling.py --model 1B --tokens 16384 32768 65536 131072 [--save]
+    torchrun --nproc-per-node 8 bench/scaling.py --model 1B --mesh 1x8 2x4 4x2   # dp x sp
+    torchrun --nproc-per-node 8 bench/scaling.py --model 1B --strong 1048576     # one sequence, more and more ranks
+    torchrun --nproc-per-node 2 bench/scaling.py --model 1B --longest            # the longest sequence that fits
+
+FSDP2, bf16 parameters in the arithmetic, blocks recomputed in backward, AdamW. A layout of fewer ranks than there are
+runs on all of them at once, in copies that share nothing; so one rank is measured in the same run, on the same GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import plots
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import add_report_arguments, command_line, report
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import AdamW
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import lasp
+from lasp.data_parallel import wrap_fsdp2
+from lasp.exchange import cost
+from lasp.mesh import EXCHANGES, MESH_AXES, grad_group
+from lasp.models import TNL, TNLConfig
+from lasp.models.tnl import SIZES
+
+LOSS_TOKENS = 8192  # whose logits are in memory at once
+GATE_TOKENS, GATE_LIMIT = 128, 1e-2  # relative difference of the losses from those of one rank
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """dp sequences, each over sp ranks, in as many copies as there is room for."""
+
+    dp: int
+    sp: int
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.sp
+
+    def __str__(self) -> str:
+        return f"{self.dp}x{self.sp}"
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """From "dp x sp", such as 2x4."""
+        try:
+            dp, sp = (int(part) for part in text.split("x"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected dp x sp such as 2x4, got {text!r}") from None
+        return cls(dp, sp)
+
+
+@functools.lru_cache
+def mesh_of(layout: Layout, device_type: str) -> DeviceMesh:
+    """The ranks of this rank's copy of a layout, with the axes of `lasp.init_mesh`."""
+    copies = torch.arange(dist.get_world_size()).view(-1, 1, layout.dp, layout.sp, 1)
+    return DeviceMesh(device_type, copies, mesh_dim_names=("copy", *MESH_AXES))[MESH_AXES]
+
+
+class Trainee(nn.Module):
+    """A TNL and its loss, whose logits are made and left again a few thousand tokens at a time.
+
+    At 128K tokens and a vocabulary of 64,000 the logits of all tokens would take 16 GiB in bf16, and more in fp32.
+    """
+
+    def __init__(self, model: TNL):
+        super().__init__()
+        self.head, model.head = model.head, nn.Identity()  # type: ignore[assignment]
+        self.model = model
+
+    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor, layout: lasp.ShardLayout) -> Tensor:
+        """The sum of this rank's losses."""
+        x = self.model(ids, positions, layout).flatten(0, 1)
+        parts = zip(x.split(LOSS_TOKENS), labels.flatten().split(LOSS_TOKENS))
+        return torch.stack([checkpoint(self._loss, *part, use_reentrant=False) for part in parts]).sum()  # type: ignore[arg-type]
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(x).float(), labels, ignore_index=-100, reduction="sum")
+
+
+class Training:
+    """A model on this rank's copy of a layout, and its steps. `exchange` None cuts the ranks' sequences apart."""
+
+    def __init__(self, options: argparse.Namespace, layout: Layout, device: torch.device, exchange: str | None):
+        self.layout, self.device, self.exchange = layout, device, exchange
+        self.mesh = mesh_of(layout, device.type)
+        torch.manual_seed(0)
+        changes = {} if options.vocab is None else {"vocab_size": options.vocab}
+        self.config = TNLConfig.named(options.model, decay=options.decay, **changes)
+        with device:
+            model = TNL(self.config)
+        if exchange is not None:
+            lasp.parallelize(model, self.mesh["sp"], exchange=exchange)
+        if options.checkpoint:
+            for block in model.blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        trainee = Trainee(model)
+        bf16 = torch.bfloat16 if device.type == "cuda" else None
+        policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+        self.model = wrap_fsdp2(trainee, self.mesh, blocks=model.blocks, mp_policy=policy)
+        self.optimizer = AdamW(self.model.parameters(), lr=1e-4)
+
+    def batch(self, tokens: int) -> dict[str, Tensor]:
+        """This rank's part of one random sequence of sp x tokens for each dp rank."""
+        draw = torch.Generator().manual_seed(1 + self.mesh["dp_shard"].get_local_rank())
+        ids = torch.randint(self.config.vocab_size, (1, tokens * self.layout.sp), generator=draw)
+        return lasp.shard_batch({"input_ids": ids.to(self.device)}, self.mesh)
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """The mean loss over all tokens; without a wait for the device."""
+        here = batch["input_ids"].shape[1]  # on every rank as many; with the layout lasp knows it
+        layout = lasp.ShardLayout((here,) * (self.layout.sp if self.exchange else 1))
+        total = self.model(batch["input_ids"], batch["position_ids"], batch["labels"], layout)
+        group, ranks = grad_group(self.mesh)
+        tokens = (batch["labels"] != -100).sum()
+        both = torch.stack([total.detach(), tokens.float()])
+        dist.all_reduce(both, group=group)
+        self.optimizer.zero_grad()
+        (total * (ranks / both[1])).backward()  # FSDP2 averages over the ranks
+        self.optimizer.step()
+        return both[0] / both[1]
+
+
+# ---- one row
+
+
+def measure(options: argparse.Namespace, layout: Layout, tokens: int, device: torch.device) -> dict:
+    """Steps with the exchange and, in turn, without it: the difference is what it costs, whatever hides it."""
+    training = Training(options, layout, device, options.exchange)
+    batch = training.batch(tokens)
+    seconds, peak = steps(training, batch, options)
+    profiled = exposed_milliseconds(training, batch) if device.type == "cuda" else None
+    del training
+    free()
+    found = {"layout": str(layout), "ranks": layout.ranks, "tokens a rank": tokens}
+    found |= {"sequence": tokens * layout.sp, "step ms": seconds * 1e3, "tokens/s/GPU": tokens / seconds}
+    found |= {"peak GiB": peak}
+    without = None
+    if layout.sp > 1:
+        apart = Training(options, layout, device, None)
+        without, _ = steps(apart, batch, options)
+        del apart
+        free()
+    found["without exchange ms"] = without and without * 1e3
+    found["exchange costs ms"] = without and (seconds - without) * 1e3
+    found["exposed NCCL ms"] = None if profiled is None else sum(profiled.values())
+    found["by kernel"] = None if profiled is None else ", ".join(f"{k} {v:.3g}" for k, v in profiled.items()) or "none"
+    return found
+
+
+def steps(training: Training, batch: dict[str, Tensor], options: argparse.Namespace) -> tuple[float, float | None]:
+    """Median seconds of a step on the slowest rank, and peak memory in GiB on the fullest."""
+    device, times = training.device, []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for number in range(options.warmup + options.steps):
+        synchronize(device)
+        dist.barrier()
+        begin = time.perf_counter()
+        training.step(batch)
+        synchronize(device)
+        if number >= options.warmup:
+            times.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    mine = torch.tensor([*times, peak], dtype=torch.float64, device=device)
+    dist.all_reduce(mine, dist.ReduceOp.MAX)
+    *times, peak = mine.tolist()
+    return statistics.median(times), peak if device.type == "cuda" else None
+
+
+def exposed_milliseconds(training: Training, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Of one step on this rank: time in which NCCL's kernels ran and no other kernel did, by kernel."""
+    synchronize(training.device)
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        training.step(batch)
+        synchronize(training.device)
+    kernels: dict[str, list[Interval]] = {}
+    for event in recorded.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:  # a label, no kernel
+            kernels.setdefault(event.name, []).append((event.time_range.start, event.time_range.end))
+    return exposed(kernels)
+
+
+def exposed(kernels: dict[str, list[Interval]]) -> dict[str, float]:
+    """Milliseconds of each NCCL kernel that no other kernel covers; intervals are in microseconds."""
+    busy = union(i for name, of in kernels.items() if "nccl" not in name.lower() for i in of)
+    found: dict[str, float] = {}
+    for name, intervals in kernels.items():
+        if "nccl" in name.lower():
+            mine = union(intervals)
+            covered = length(mine) + length(busy) - length(union([*mine, *busy]))
+            short = name.split("(")[0].removeprefix("ncclDevKernel_")
+            found[short] = found.get(short, 0.0) + (length(mine) - covered) / 1e3
+    return found
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same times, as intervals that do not overlap."""
+    merged: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    return sum(end - begin for begin, end in intervals)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- what is measured
+
+
+def gate(options: argparse.Namespace, layouts: Sequence[Layout], device: torch.device) -> list[dict]:
+    """The losses of every layout are those of one rank that has the whole sequence; ends the run if not."""
+    rows = []
+    for layout in layouts:
+        if layout.sp == 1:
+            continue
+        losses = []  # of two steps: the second tells whether the gradients were right
+        for one, tokens in ((layout, GATE_TOKENS), (Layout(layout.dp, 1), GATE_TOKENS * layout.sp)):
+            training = Training(options, one, device, options.exchange)
+            batch = training.batch(tokens)
+            losses.append([training.step(batch).item() for _ in range(2)])
+            del training
+            free()
+        error = max(abs(split - whole) / whole for split, whole in zip(*losses))
+        rows.append({"what": f"loss, {layout}", "relative error": float(f"{error:.3g}"), "limit": GATE_LIMIT})
+        if not error <= GATE_LIMIT:
+            raise SystemExit(f"loss of {layout}: {losses[0]}, of one rank a sequence: {losses[1]}; nothing was timed")
+    return rows
+
+
+def weak(options: argparse.Namespace, layouts: Sequence[Layout], device: torch.device) -> list[dict]:
+    """As many tokens on a rank, however many ranks; % of ideal is against one rank."""
+    rows = []
+    for tokens in options.tokens:
+        for layout in layouts:
+            rows.append(run_if_it_fits(options, layout, tokens, device, rows))
+    one = {row["tokens a rank"]: row["tokens/s/GPU"] for row in rows if row["ranks"] == 1}
+    for row in rows:
+        alone = one.get(row["tokens a rank"])
+        row["% of ideal"] = 100 * row["tokens/s/GPU"] / alone if alone and row["tokens/s/GPU"] else None
+    return rows
+
+
+def strong(options: argparse.Namespace, layouts: Sequence[Layout], device: torch.device) -> list[dict]:
+    """One length of sequence, over more and more ranks; % of ideal is against the fewest ranks that it fits."""
+    rows: list[dict] = []
+    for layout in sorted(layouts, key=lambda layout: -layout.sp):  # the largest shards, which may not fit, come last
+        if options.strong % layout.sp:
+            raise SystemExit(f"--strong {options.strong} cannot be split over {layout.sp} ranks")
+        rows.append(run_if_it_fits(options, layout, options.strong // layout.sp, device, rows))
+    rows.sort(key=lambda row: row["ranks"])
+    base = next((row["tokens/s/GPU"] for row in rows if row["tokens/s/GPU"]), None)
+    for row in rows:
+        row["% of ideal"] = 100 * row["tokens/s/GPU"] / base if base and row["tokens/s/GPU"] else None
+    return rows
+
+
+def longest(options: argparse.Namespace, layouts: Sequence[Layout], device: torch.device) -> list[dict]:
+    """Memory grows by so much a token: from two lengths follows the longest, and then that length is run."""
+    if device.type != "cuda":
+        raise SystemExit("--longest needs GPUs: a CPU tells no peak memory")
+    rows = []
+    for layout in layouts:
+        tried = [measure(options, layout, tokens, device) for tokens in sorted(options.tokens)[:2]]
+        if len(tried) < 2:
+            raise SystemExit("--longest needs two lengths in --tokens")
+        tokens = int(fitting_tokens(tried, 0.95 * capacity(device)) // 1024 * 1024)
+        rows.append(measure(options, layout, tokens, device) | {"% of ideal": None})
+    return rows
+
+
+def fitting_tokens(rows: Sequence[dict], gib: float) -> float:
+    """Tokens of a rank at which a straight line through the last two rows' peak memory reaches `gib`."""
+    first, second = sorted(rows, key=lambda row: row["tokens a rank"])[-2:]
+    slope = (second["peak GiB"] - first["peak GiB"]) / (second["tokens a rank"] - first["tokens a rank"])
+    return second["tokens a rank"] + (gib - second["peak GiB"]) / slope
+
+
+def capacity(device: torch.device) -> float:
+    """GiB of the smallest of all GPUs."""
+    mine = torch.tensor(torch.cuda.get_device_properties(device).total_memory / 2**30, device=device)
+    dist.all_reduce(mine, dist.ReduceOp.MIN)
+    return mine.item()
+
+
+def run_if_it_fits(
+    options: argparse.Namespace, layout: Layout, tokens: int, device: torch.device, before: Sequence[dict]
+) -> dict:
+    """A row; without a run where two shorter ones tell that the memory does not suffice.
+
+    To try and fail would leave the other ranks waiting in a collective.
+    """
+    alike = [r for r in before if r["layout"] == str(layout) and r.get("peak GiB") and r["tokens a rank"] < tokens]
+    if device.type == "cuda" and len(alike) >= 2 and fitting_tokens(alike, 0.97 * capacity(device)) < tokens:
+        empty = dict.fromkeys(alike[-1])
+        head = {"layout": str(layout), "ranks": layout.ranks, "tokens a rank": tokens, "sequence": tokens * layout.sp}
+        return empty | head | {"by kernel": "not run: would not fit the memory"}
+    if dist.get_rank() == 0:
+        print(f"{layout} (dp x sp), {tokens} tokens a rank", file=sys.stderr, flush=True)
+    return measure(options, layout, tokens, device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SIZES), default="385M")
+    parser.add_argument("--vocab", type=int, help="default: the released models' 64000")
+    parser.add_argument("--decay", default="alibi")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2**n for n in range(14, 18)], help="of a rank")
+    parser.add_argument("--mesh", nargs="+", type=Layout.parse, help="dp x sp; default: 1x1, 1x2, 1x4, ... 1xRANKS")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--strong", type=int, metavar="TOKENS", help="one length of sequence over more and more ranks")
+    kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
+    parser.add_argument("--exchange", choices=EXCHANGES, default="auto")
+    parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="keep all activations")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    add_report_arguments(parser)
+    options = parser.parse_args(argv)
+    env = lasp.init()
+    layouts = choose_layouts(options.mesh, env.world_size, strong=options.strong is not None)
+    if env.world_size > 1:
+        cost.measure(lasp.SequenceParallel(dist.group.WORLD))
+    gates = gate(options, layouts, env.device)
+    name = "strong" if options.strong else "longest" if options.longest else "weak"
+    rows = {"strong": strong, "longest": longest, "weak": weak}[name](options, layouts, env.device)
+    if env.rank:
+        return
+    facts = {"ranks": env.world_size, "backend": env.backend, "model": options.model, "decay": options.decay}
+    facts |= {"activation checkpointing": options.checkpoint, "steps timed": options.steps}
+    facts |= {"load of the host (1 minute)": os.getloadavg()[0]}
+    kept = report(
+        f"scaling_{name}_{options.model}_{env.world_size}x{env.device.type}",
+        command_line("scaling.py", argv).replace("python", f"torchrun --nproc-per-node {env.world_size}", 1),
+        [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+        save=options.save,
+        out=options.out,
+        commit=options.commit,
+        tables={"gate: losses of two steps against one rank a sequence": gates},
+        facts=facts,
+        markdown=True,
+    )
+    if kept:
+        plots.draw(kept)
+
+
+def choose_layouts(wanted: Sequence[Layout] | None, world: int, *, strong: bool) -> list[Layout]:
+    """Those asked for, and one rank to compare with (but for a length that one rank need not hold)."""
+    layouts = list(wanted or (Layout(1, sp) for sp in range(1, world + 1) if sp & (sp - 1) == 0 and world % sp == 0))
+    for layout in layouts:
+        if layout.ranks < 1 or world % layout.ranks:
+            raise SystemExit(f"--mesh {layout}: {layout.ranks} ranks do not divide {world}")
+    return layouts if strong or Layout(1, 1) in layouts else [Layout(1, 1), *layouts]
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    dist.destroy_process_group()

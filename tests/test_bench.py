@@ -1,0 +1,246 @@
+"""The benchmarks: the simulation against closed forms, and every script at a tiny size, by what its JSON says."""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from ranks import run_ranks
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))  # the scripts' own place, as when they are started
+
+from simulator import Clock, Link, Machine, Pass, exchange_seconds, operator_seconds  # noqa: E402
+
+
+def _script(name, *arguments):
+    """Run a script's main in this process; its JSON, and whatever it printed before."""
+    if str(BENCH) not in sys.path:
+        sys.path.insert(0, str(BENCH))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        importlib.import_module(name).main([str(a) for a in arguments])
+    *text, last = printed.getvalue().splitlines() or [""]
+    return (json.loads(last) if last else None), "\n".join(text)
+
+
+# ---- the simulation
+
+# A message of 1,000 bytes: 3 + 1 us of the port, 2 us in flight.
+LINK = Link(overhead=3e-6, bandwidth=1e9, latency=2e-6)
+HOP, PORT = 6e-6, 4e-6
+MACHINE = Machine(LINK, LINK)
+
+
+def test_events_happen_in_the_order_of_their_times():
+    clock, seen = Clock(), []
+    for time in (3.0, 1.0, 2.0, 1.0):
+        clock.at(time, lambda: seen.append(clock.now))
+    assert clock.run() == 3.0
+    assert seen == [1.0, 1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match="past"):
+        clock.at(2.0, print)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "pipeline", "all_gather", "serial"])
+def test_two_ranks_make_one_hop_and_one_rank_none(schedule):
+    assert exchange_seconds(schedule, 1, 1000, MACHINE) == 0
+    assert exchange_seconds(schedule, 2, 1000, MACHINE) == pytest.approx(HOP)
+
+
+@pytest.mark.parametrize("ranks", [3, 8, 17])
+def test_a_ring_takes_a_hop_and_a_fold_for_each_rank_between(ranks):
+    machine = Machine(LINK, LINK, setup=10e-6, fold=5e-9)
+    seconds = exchange_seconds("ring", ranks, 1000, machine)
+    assert seconds == pytest.approx(10e-6 + (ranks - 1) * HOP + (ranks - 2) * 5e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 17])
+@pytest.mark.parametrize("blocks", [1, 4, 50])
+def test_a_pipeline_fills_and_then_a_block_comes_each_time_that_a_port_is_free(ranks, blocks):
+    port = 3e-6 + 1e-6 / blocks
+    expected = (ranks - 1) * (port + 2e-6) + (blocks - 1) * port
+    assert exchange_seconds("pipeline", ranks, 1000, MACHINE, blocks=blocks) == pytest.approx(expected)
+
+
+def test_folds_slower_than_the_port_set_the_pace_of_a_pipeline():
+    machine = Machine(LINK, LINK, fold=40e-9)  # 10 us a block of 250 bytes, more than the 3.25 us of the port
+    expected = 2 * 5.25e-6 + 10e-6 + 3 * 10e-6
+    assert exchange_seconds("pipeline", 3, 1000, machine, blocks=4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ranks", [3, 8, 17])
+def test_an_all_gather_takes_a_hop_for_each_other_rank_then_the_last_folds_most(ranks):
+    machine = Machine(LINK, LINK, fold=5e-9)
+    assert exchange_seconds("all_gather", ranks, 1000, machine) == pytest.approx((ranks - 1) * (HOP + 5e-6))
+
+
+def test_the_links_between_nodes_set_the_pace_of_an_all_gather_but_not_of_a_ring():
+    machine = Machine(LINK, Link(overhead=3e-6, bandwidth=1e8, latency=2e-6))  # 13 us of the port, 15 us a hop
+    assert exchange_seconds("ring", 16, 1000, machine) == pytest.approx(14 * HOP + 15e-6)
+    gather = exchange_seconds("all_gather", 16, 1000, machine)
+    assert 15 * 13e-6 < gather < 15 * 15e-6 + HOP
+
+
+@pytest.mark.parametrize("ranks", [2, 17])
+def test_neighbours_exchange_in_one_hop_however_many_they_are(ranks):
+    assert exchange_seconds("neighbour", ranks, 1000, MACHINE) == pytest.approx(HOP)
+
+
+def test_one_after_the_other_in_both_passes():
+    work = [Pass(after=1e-3), Pass(after=2e-3)]
+    expected = 8 * 3e-3 + 2 * 7 * HOP
+    assert operator_seconds("serial", 8, 1000, MACHINE, work) == pytest.approx(expected)
+
+
+def test_work_beside_the_exchange_hides_it():
+    hidden = operator_seconds("ring", 8, 1000, MACHINE, [Pass(1e-4, 1e-3, 1e-4)])
+    assert hidden == pytest.approx(1.2e-3)
+    exposed = operator_seconds("ring", 8, 1000, MACHINE, [Pass(1e-4, 0.0, 1e-4)])
+    assert exposed == pytest.approx(2e-4 + 7 * HOP)
+
+
+def test_the_second_pass_runs_down_the_ranks():
+    # The last rank is the first to know its gradient's state, but the last to end its first pass.
+    forward, backward = Pass(1e-4, 0.0, 1e-4), Pass(1e-4, 0.0, 1e-4)
+    expected = 2 * (2e-4 + 7 * HOP)
+    assert operator_seconds("ring", 8, 1000, MACHINE, [forward, backward]) == pytest.approx(expected)
+
+
+def test_the_script_reproduces_what_it_is_fitted_to_and_says_what_it_predicts(tmp_path):
+    result, text = _script("simulate", "--max-ranks", 16, "--save", "--out", tmp_path)
+    rows = result["rows"]
+    assert {row["how"] for row in rows} == {"fitted", "predicted"}
+    assert all(abs(row["error %"]) < 0.01 for row in rows if row["how"] == "fitted")
+    assert all(abs(row["error %"]) < 30 for row in rows)
+    assert [row["how"] for row in rows if row["figure"] == "operator, ZeCO"] == ["predicted"] * 3
+    assert "fitted, AllGather" in text
+    table, horizon = result["tables"].values()
+    assert {row["ranks"] for row in table} == {8, 16}
+    for row in horizon:
+        assert (row["heads that go further"] > 0) == (row["decay"] == "alibi")
+        assert row["heads that go further"] < row["of"]
+        assert row["op ms, whole ring"] > row["op ms"]
+    of = {(row["network"], row["schedule"], row["ranks"]): row["% of one rank"] for row in table}
+    for network in {row["network"] for row in table}:
+        assert of[network, "serial", 16] < 10 < of[network, "ring", 16] <= of[network, "pipeline", 16] < 100
+    [plot] = tmp_path.glob("*_simulation.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- what needs ranks
+
+
+def _on_ranks(world, name, *arguments):
+    """A script's JSON, from rank 0; the other ranks print nothing."""
+    (result, _), *others = run_ranks(world, _script, name, *map(str, arguments))
+    assert [(json_line, text) for json_line, text in others] == [(None, "")] * (world - 1)
+    return result
+
+
+SMALL = ("--heads", 4, "--dim", 16, "--tokens", 64, "--repetitions", 2)
+
+
+def test_exchange_alone_and_operator(tmp_path):
+    result = _on_ranks(3, "exchange", "--suite", "alone", "op", "--bytes", 65536, *SMALL, "--save", "--out", tmp_path)
+    assert all(row["relative error"] <= row["limit"] for row in result["rows"])
+    alone, operator = result["tables"].values()
+    assert {row["schedule"] for row in alone if row["predicted ms"]} == {"ring", "all_gather", "pipeline"}
+    assert all(row["ms"] > 0 for row in alone)
+    assert len(operator) == 2 * 2 * 4  # decays, directions, schedules
+    for row in operator:
+        assert row["% of one rank"] == pytest.approx(100 * row["one rank ms"] / row["ms"], rel=1e-3)
+        assert row["met"] is None  # the targets are for GPUs
+    assert result["facts"]["ranks"] == 3
+    assert (tmp_path / f"{result['environment']['date']}_exchange_3xcpu.md").exists()
+
+
+def test_peers_are_right_on_two_ranks_and_who_cannot_run_says_why():
+    result = _on_ranks(2, "exchange", "--suite", "peers", *SMALL)
+    right = {row["what"] for row in result["rows"] if row["relative error"] <= row["limit"]}
+    assert right == {"peer, lasp", "peer, lasp1_serial", "peer, ulysses", "peer, ring_softmax"}
+    [rows] = result["tables"].values()
+    of = {row["peer"]: row for row in rows}
+    assert of["fla_cp"]["note"].startswith("not run: fla-core")
+    assert of["fla_cp"]["both ms"] is None
+    assert of["lasp"]["x lasp"] == 1
+    assert all(row["both ms"] > 0 for name, row in of.items() if name != "fla_cp")
+
+
+def test_a_peer_is_left_out_where_the_heads_do_not_suffice():
+    result = _on_ranks(3, "exchange", "--suite", "peers", *SMALL)  # 4 heads
+    [rows] = result["tables"].values()
+    of = {row["peer"]: row["note"] for row in rows}
+    assert of["ulysses"] == "not run: 4 heads cannot be dealt out to 3 ranks"
+    assert "not run" not in of["ring_softmax"]
+
+
+def _with_a_broken_schedule():
+    import exchange
+
+    from lasp_kernels import fold
+
+    with (
+        mock.patch.object(exchange, "fold", lambda entering, state, log_decay: 1.01 * fold(entering, state, log_decay)),
+        pytest.raises(SystemExit, match="nothing was timed"),
+    ):
+        exchange.main(["--suite", "alone", "--bytes", "65536", "--repetitions", "1"])
+
+
+def test_nothing_is_timed_that_is_wrong():
+    _on_path_and_run(2, _with_a_broken_schedule)
+
+
+def _prepare_and_call(function):
+    if str(BENCH) not in sys.path:
+        sys.path.insert(0, str(BENCH))
+    return function()
+
+
+def _on_path_and_run(world, function):
+    return run_ranks(world, _prepare_and_call, function)
+
+
+# ---- training steps
+
+
+def test_weak_scaling_of_a_tiny_model(tmp_path):
+    common = ("--model", "tiny", "--vocab", 64, "--steps", 2, "--warmup", 1)
+    result = _on_ranks(2, "scaling", *common, "--tokens", 128, "--save", "--out", tmp_path)
+    alone, split = result["rows"]
+    assert (alone["layout"], split["layout"], split["sequence"]) == ("1x1", "1x2", 256)
+    assert split["% of ideal"] == pytest.approx(100 * split["tokens/s/GPU"] / alone["tokens/s/GPU"], rel=1e-3)
+    assert split["exchange costs ms"] == pytest.approx(
+        split["step ms"] - split["without exchange ms"], rel=1e-2, abs=0.1
+    )
+    assert (split["peak GiB"], split["exposed NCCL ms"]) == (None, None)  # a CPU tells neither
+    [gate] = result["tables"].values()
+    assert all(row["relative error"] < 1e-4 for row in gate)
+    assert [row["what"] for row in gate] == ["loss, 1x2"]
+    assert len(list(tmp_path.glob("*_scaling_weak_tiny_2xcpu.png"))) == 1
+
+
+def test_strong_scaling_and_layouts():
+    common = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 0)
+    strong = _on_ranks(4, "scaling", *common, "--strong", 256, "--mesh", "2x2")
+    [row] = strong["rows"]
+    assert (row["layout"], row["ranks"], row["tokens a rank"], row["% of ideal"]) == ("2x2", 4, 128, 100)
+    assert all(row["relative error"] < 1e-4 for row in strong["tables"].popitem()[1])
+
+
+def test_time_that_computation_covers_is_not_exposed():
+    from scaling import exposed, fitting_tokens, union
+
+    kernels = {
+        "ncclDevKernel_SendRecv(args)": [(0.0, 1000.0), (5000.0, 6000.0)],
+        "ncclDevKernel_AllGather_RING_LL(args)": [(2000.0, 3000.0)],
+        "matmul": [(500.0, 2500.0), (2200.0, 2400.0)],
+    }
+    assert exposed(kernels) == {"SendRecv": pytest.approx(1.5), "AllGather_RING_LL": pytest.approx(0.5)}
+    assert union([(3, 4), (0, 2), (1, 3)]) == [(0, 4)]
+    rows = [{"tokens a rank": 100, "peak GiB": 3.0}, {"tokens a rank": 200, "peak GiB": 5.0}]
+    assert fitting_tokens(rows, 9.0) == pytest.approx(400)
