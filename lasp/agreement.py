@@ -71,12 +71,15 @@ class Agreement:
         _raise(_Round(sequence).compare({"error": f"{layer}{type(error).__name__}: {error}"[:2000]}), error)
 
 
+NOT_ASKED = Agreement(None, due=False)
+
+
 def of_call(sequence: SequenceParallel | None) -> Agreement:
     """Count a forward call of the operator, and say whether it is to be compared."""
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
-        return Agreement(None, due=False)
+        return NOT_ASKED
     if recompute.under_way():  # no call of its own
-        return Agreement(None, due=False)
+        return NOT_ASKED
     count = sequence.traffic.calls
     sequence.traffic.calls += 1
     due = sequence.validate == "first" and count % EVERY == 0

@@ -204,8 +204,8 @@ class _Call:
     output_final_state: bool
     ends: bool  # whether there is an initial or final state
     segment_length: int | None
-    rates: tuple[float, ...] | None  # the fixed log-decay of each head, where the host knows it
-    ranks_agree: Agreement
+    rates: tuple[float, ...] | None = None  # the fixed log-decay of each head, where the host knows it
+    ranks_agree: Agreement = agreement.NOT_ASKED
     grad_mode: bool | None = None  # of the caller; None where that cannot be seen, in a custom op
 
     def fingerprint(

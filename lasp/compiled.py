@@ -14,12 +14,20 @@ from lasp import agreement, attention, decay
 from lasp.data import ShardLayout
 from lasp.mesh import sequence_of_key
 
-_NOT_ASKED = agreement.Agreement(None, due=False)
 Ints = Optional[list[int]]  # noqa: UP045  # the schema is read from these annotations
 
 
 def _call(
-    k: Tensor, scale, final, ends, lengths, cu_seqlens, sequence, segment_length, log_decay=None, ranks_agree=_NOT_ASKED
+    k: Tensor,
+    scale,
+    final,
+    ends,
+    lengths,
+    cu_seqlens,
+    sequence,
+    segment_length,
+    log_decay=None,
+    ranks_agree=agreement.NOT_ASKED,
 ) -> attention._Call:
     """`log_decay` where it may be read; the compiler's stand-ins have no values."""
     layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
