@@ -216,12 +216,19 @@ def backward_memory(o: Tensor, x: Inputs, leaves: list[Tensor]) -> int:
     return torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads)
 
 
-def measure(attention: Attention, x: Inputs, copy: float, rep: int) -> dict[str, float | None]:
+def measure(
+    attention: Attention, x: Inputs, copy: float, rep: int, forward_only: bool = False
+) -> dict[str, float | None]:
     """Times in ms, % of the floor at `copy` GB/s, memory in MiB."""
     leaves = [x.q, x.k, x.v] if attention is softmax else x.leaves
-    step(attention, replace(x, log_decay=None) if attention is softmax else x)  # compiles
+    floor = x.q.nbytes / copy / 1e6  # ms for one tensor
     with torch.no_grad():
+        attention(x)  # compiles
         forward = milliseconds(lambda: attention(x), rep)
+    row: dict[str, float | None] = {"fwd ms": forward, "fwd % floor": 400 * floor / forward}
+    if forward_only:
+        return {name: rounded(value) for name, value in row.items()}
+    step(attention, replace(x, log_decay=None) if attention is softmax else x)  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     o = attention(x)
@@ -234,10 +241,7 @@ def measure(attention: Attention, x: Inputs, copy: float, rep: int) -> dict[str,
 
     both = milliseconds(both_ways, rep)
     B, T = x.q.shape[:2]
-    floor = x.q.nbytes / copy / 1e6  # ms for one tensor
-    row = {
-        "fwd ms": forward,
-        "fwd % floor": 400 * floor / forward,
+    row |= {
         "bwd ms": backward,
         "bwd % floor": 700 * floor / backward,
         "both ms": both,
@@ -289,6 +293,7 @@ class Session:
     left_out: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     dropped: set[tuple[str, str, int]] = field(default_factory=set)  # peers that failed, by decay and dim
+    forward_only: set[tuple[str, str, int]] = field(default_factory=set)  # peers whose backward failed
     softmax: set[Case] = field(default_factory=set)  # timed already, whatever the decay
     tuning: dict[str, float] = field(default_factory=dict)
 
@@ -316,7 +321,8 @@ class Session:
         if "fla" in names and self.usable("fla", case) and f"fla {case.decay} D{case.dim}" not in self.tuning:
             # fla tunes itself on the first shape it sees, so that is the largest.
             self.tune("fla", max(alike, key=lambda c: c.tensor_bytes))
-        peer = fla if "fla" in names and self.usable("fla", case) else None
+        whole = ("fla", case.decay, case.dim) not in self.forward_only
+        peer = fla if "fla" in names and self.usable("fla", case) and whole else None
         key = (case.decay, case.dim, peer is not None)
         if key not in self.gates:
             say(f"gate: {case.decay}, D{case.dim}")
@@ -341,8 +347,15 @@ class Session:
         begin = time.perf_counter()
         try:
             with within(self.peer_limit, one_thread=True):
-                step(ATTENTIONS[name], Inputs.random(case))
+                x = Inputs.random(case)
+                o = ATTENTIONS[name](x)
                 torch.cuda.synchronize()
+                try:
+                    torch.autograd.grad(o, x.leaves, x.do)
+                    torch.cuda.synchronize()
+                except RuntimeError as refused:  # fla refuses gates per token on Hopper with some versions of Triton
+                    self.forward_only.add((name, case.decay, case.dim))
+                    self.left_out.append(f"{name}'s backward at {case}: {brief(refused)}")
         except Exception as problem:
             self.drop(name, case, problem)
         self.tuning[f"{name} {case.decay} D{case.dim}"] = round(time.perf_counter() - begin, 1)
@@ -362,7 +375,8 @@ class Session:
                 continue
             try:
                 with within(600 if name == "lasp" else self.peer_limit):
-                    found[name] = measure(ATTENTIONS[name], x, self.limits["copy GB/s"], self.rep)
+                    only = (name, case.decay, case.dim) in self.forward_only
+                    found[name] = measure(ATTENTIONS[name], x, self.limits["copy GB/s"], self.rep, only)
             except Exception as problem:
                 if name == "lasp":
                     self.failed.append(f"{suite} {case}: {brief(problem)}")
@@ -381,7 +395,10 @@ class Session:
     @staticmethod
     def speedups(ours: dict, theirs: dict | None) -> dict[str, float | None]:
         parts = ("fwd", "bwd", "both")
-        return {f"{p} x fla": rounded(theirs[f"{p} ms"] / ours[f"{p} ms"]) if theirs else None for p in parts}
+        return {
+            f"{p} x fla": rounded(theirs[f"{p} ms"] / ours[f"{p} ms"]) if theirs and f"{p} ms" in theirs else None
+            for p in parts
+        }
 
 
 def brief(problem: Exception) -> str:
@@ -518,9 +535,9 @@ def chosen(cases: list[Case], options: argparse.Namespace) -> tuple[list[Case], 
 def verdicts(rows: list[dict]) -> dict[str, object]:
     """What the rows say together."""
     found: dict[str, object] = {}
-    ours = [row for row in rows if row["what"] == "lasp" and row["both x fla"] is not None]
+    ours = [row for row in rows if row["what"] == "lasp" and row["fwd x fla"] is not None]
     for part in ("fwd", "bwd", "both"):
-        ratios = [row[f"{part} x fla"] for row in ours]
+        ratios = [row[f"{part} x fla"] for row in ours if row[f"{part} x fla"] is not None]
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             found[f"{part} x fla: least, geometric mean"] = [min(ratios), rounded(mean)]
@@ -529,7 +546,7 @@ def verdicts(rows: list[dict]) -> dict[str, object]:
             f"{part} {row[f'{part} x fla']} at B{row['B']} T{row['T']} H{row['H']} D{row['D']} {row['decay']}"
             for row in ours
             for part in ("fwd", "bwd", "both")
-            if row[f"{part} x fla"] < 1
+            if row[f"{part} x fla"] is not None and row[f"{part} x fla"] < 1
         ]
         found["slower than fla"] = slower
     flat = [row["both ns/tok"] for row in rows if row["suite"] == "lengths"]

@@ -10,15 +10,18 @@ from lasp.api import explain, parallelize
 from lasp.attention import linear_attention
 from lasp.data import ShardLayout, shard_batch, shard_sequence, unshard_sequence
 from lasp.data_parallel import sync_grads
+from lasp.finite import assert_finite
 from lasp.loss import token_loss
-from lasp.mesh import Env, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
+from lasp.mesh import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
 
 __all__ = [
     "Env",
+    "PeerError",
     "RankMismatchError",
     "SequenceParallel",
     "ShardLayout",
     "adapters",
+    "assert_finite",
     "compiled",
     "decay",
     "explain",

@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch.distributed as dist
 from torch import nn
 
 from lasp import adapters
 from lasp.adapters import Adapter
+from lasp.agreement import Agreement
 from lasp.exchange import cost
-from lasp.mesh import RankMismatchError, SequenceParallel, sequence_axis
+from lasp.mesh import SequenceParallel, sequence_axis
 
 # Modules of PyTorch whose output at one token depends on other tokens.
 _MIXERS = (
@@ -47,6 +47,7 @@ def parallelize(
     softmax: str = "all_gather",
     strict: bool = True,
     validate: str = "first",
+    check_finite: bool = False,
 ) -> nn.Module:
     """Split the model's sequence over the ranks of `mesh`, in place. Each rank then runs it on its slice.
 
@@ -65,7 +66,10 @@ def parallelize(
             refuses them.
         strict: refuse a model with a layer that mixes tokens and has no adapter (attention, convolution, recurrence),
             whose result on a slice would be silently wrong.
-        validate: "first" compares on all ranks which layers were found; "off" does not.
+        validate: "first" compares on all ranks which layers were found, and what each layer is about to compute at its
+            first call and at every 1000th; "off" does not.
+        check_finite: every rank raises `FloatingPointError` with the layer's name before an optimizer steps, if the
+            state of a split layer, or its gradient, was NaN or Inf on any rank (see `lasp.assert_finite`).
 
     Returns:
         The same model.
@@ -73,19 +77,19 @@ def parallelize(
     Raises:
         ValueError: no layer that can be split, a layer that `strict` refuses, a pattern that matches nothing, a model
             that was parallelized before, or an unknown option.
-        RankMismatchError: ranks found different layers; on every rank.
+        RankMismatchError: ranks found different layers, or some of them failed with one of the above; on every rank.
+        PeerError: a rank did not come to its `parallelize` within the timeout of the group.
     """
     if softmax != "all_gather":
         raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
-    if validate not in ("first", "off"):
-        raise ValueError(f'validate must be "first" or "off", got {validate!r}')
-    sequence = replace(sequence_axis(mesh), exchange=exchange)
-    layers = _find_layers(model, plan or {}, strict)
-    if model in _parallelized or any(getattr(module, "sequence", None) is not None for module, _ in layers.values()):
-        raise ValueError(f"this {type(model).__name__} is parallelized already")
+    sequence = replace(sequence_axis(mesh), exchange=exchange, validate=validate, check_finite=check_finite)
+    with Agreement(sequence, due=validate == "first" and sequence.size > 1) as ranks_agree:
+        layers = _find_layers(model, plan or {}, strict)
+        split = [module for module, _ in layers.values() if getattr(module, "sequence", None) is not None]
+        if model in _parallelized or split:
+            raise ValueError(f"this {type(model).__name__} is parallelized already")
+        ranks_agree.settle(lambda: _fingerprint(sequence, layers))
     if sequence.size > 1:
-        if validate == "first":
-            _compare_ranks(sequence, layers)
         if exchange == "auto":
             cost.measure(sequence)
         for path, (module, adapter) in layers.items():
@@ -135,14 +139,10 @@ def _mixes_tokens(path: str, module: nn.Module, layers: Mapping[str, tuple[nn.Mo
     return not any(known.startswith(path + ".") or path == "" for known in layers)
 
 
-def _compare_ranks(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> None:
-    mine = [f"{path}: {type(module).__name__}, exchange {sequence.exchange}" for path, (module, _) in layers.items()]
-    everyone: list = [None] * sequence.size
-    dist.all_gather_object(everyone, (sequence.rank, mine), group=sequence.group)
-    first = next(found for rank, found in everyone if rank == 0)
-    for rank, found in sorted(everyone):
-        if found != first:
-            raise RankMismatchError(f"rank {rank} of the sequence would split {found}, but rank 0 {first}")
+def _fingerprint(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> dict[str, object]:
+    """What must be the same on all ranks: the layers, in order, and how their states travel."""
+    kinds = [f"{path}: {type(module).__name__}" for path, (module, _) in layers.items()]
+    return {"ranks": sequence.ranks, "exchange": sequence.exchange, "layers": kinds}
 
 
 @dataclass(frozen=True)

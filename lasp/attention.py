@@ -12,8 +12,9 @@ GPU forward takes the heads in two parts, so that the exchange of each hides beh
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 import torch
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import decay, exchange
+from lasp import agreement, decay, exchange, finite, recompute
+from lasp.agreement import Agreement
 from lasp.data import LocalRuns, ShardLayout
-from lasp.exchange import StateMap
+from lasp.exchange import StateMap, waiting
 from lasp.exchange.horizon import far_heads
 from lasp.mesh import SequenceParallel
 
@@ -70,8 +72,29 @@ def linear_attention(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, before any communication.
+        RankMismatchError: ranks differ in what they are about to compute, or one of them failed before its exchange;
+            on every rank. Compared at the first call of `sequence` and at every 1000th (see `lasp.agreement`).
+        PeerError: another rank ended, or was silent for the timeout of the group.
         RuntimeError: a second derivative is asked for.
     """
+    if torch.compiler.is_compiling():
+        q, k, v = _prepare(q, k, v, log_decay, initial_state)
+        return _compiled(q, k, v, log_decay, initial_state, scale, output_final_state, layout, sequence, segment_length)
+    with agreement.of_call(sequence) as ranks_agree:
+        q, k, v = _prepare(q, k, v, log_decay, initial_state)
+        kernels.check_inputs(q, k, v, log_decay, segment_length)
+        shard = _Shard.of(k, layout, sequence)
+        _check_initial_state(initial_state, k, v, shard)
+        ends = initial_state is not None or output_final_state
+        rates, grad_mode = decay.host_values(log_decay), torch.is_grad_enabled()
+        call = _Call(shard, scale, output_final_state, ends, segment_length, rates, ranks_agree, grad_mode)
+        return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in one dtype, and with a head of k and v for each head of the decay."""
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state)):
         if not isinstance(x, Tensor) and (name in "qkv" or x is not None):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -80,14 +103,7 @@ def linear_attention(
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
         if heads == q.shape[2] != k.shape[2] and heads % k.shape[2] == 0:
             k, v = (x.repeat_interleave(heads // k.shape[2], 2) for x in (k, v))
-    if torch.compiler.is_compiling():
-        return _compiled(q, k, v, log_decay, initial_state, scale, output_final_state, layout, sequence, segment_length)
-    kernels.check_inputs(q, k, v, log_decay, segment_length)
-    shard = _Shard.of(k, layout, sequence)
-    _check_initial_state(initial_state, k, v, shard)
-    ends = initial_state is not None or output_final_state
-    call = _Call(shard, scale, output_final_state, ends, segment_length, decay.host_values(log_decay))
-    return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
+    return q, k, v
 
 
 @dataclass(frozen=True)
@@ -188,7 +204,34 @@ class _Call:
     output_final_state: bool
     ends: bool  # whether there is an initial or final state
     segment_length: int | None
-    rates: tuple[float, ...] | None = None  # the fixed log-decay of each head, where the host knows it
+    rates: tuple[float, ...] | None  # the fixed log-decay of each head, where the host knows it
+    ranks_agree: Agreement
+    grad_mode: bool | None = None  # of the caller; None where that cannot be seen, in a custom op
+
+    def fingerprint(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
+    ) -> dict[str, object]:
+        """What must be the same on all ranks, lest their messages differ in size, number or meaning."""
+        sequence, layout = self.shard.sequence, self.shard.layout
+        assert sequence is not None
+        return {
+            "layer": sequence.name,
+            "call": sequence.traffic.calls,
+            "ranks": sequence.ranks,
+            "exchange": [sequence.exchange, *astuple(exchange.cost.network_of(sequence))],
+            "q": _shape_but_for_tokens(q),
+            "k": _shape_but_for_tokens(k),
+            "v": _shape_but_for_tokens(v),
+            "dtype": str(q.dtype),
+            "log_decay": None if log_decay is None else [*_shape_but_for_tokens(log_decay), str(log_decay.dtype)],
+            "initial_state": None if initial_state is None else [*initial_state.shape, str(initial_state.dtype)],
+            "decay_on_host": self.rates,
+            "layout": None if layout is None else _in_short(layout),
+            "scale": self.scale,
+            "output_final_state": self.output_final_state,
+            "segment_length": self.segment_length,
+            **({} if self.grad_mode is None else {"grad_mode": self.grad_mode}),
+        }
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
         """The steps on this device. Forward and backward must ask for the same."""
@@ -237,22 +280,23 @@ def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
     return k.is_cuda and (layout is None or token * max(layout.lengths) >= SPLIT_FROM)
 
 
-def _head_parts(k: Tensor, v: Tensor, call: _Call) -> list[slice]:
+def _head_parts(k: Tensor, v: Tensor, shard: _Shard, rates: tuple[float, ...] | None) -> list[slice]:
     """The heads in the order in which they are worked on: two parts, or all at once.
 
-    Of two parts the first has the heads that go through the chain, where they lie together at an end.
+    Where the heads that go through the chain lie together at an end, they are the second part. The first needs its
+    neighbour only, and few tokens make its states; its outputs then hide the chain.
     """
-    H, layout = k.shape[2], call.shard.layout
-    if call.shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
+    H, layout = k.shape[2], shard.layout
+    if shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
         return [slice(0, H)]
-    cut, last_first = H // 2, False
+    cut, far = H // 2, ()
     if layout is not None and len(layout.lengths) > 2:
-        far = far_heads(call.rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
-        if len(far) == 1 and far[0] != (0, H) and (far[0][0] == 0 or far[0][1] == H):
-            last_first = far[0][1] == H
-            cut = far[0][0] if last_first else far[0][1]
-    parts = [slice(0, cut), slice(cut, H)]
-    return parts[::-1] if last_first else parts
+        far = far_heads(rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
+    if len(far) == 1 and far[0][0] == 0 < far[0][1] < H:
+        return [slice(far[0][1], H), slice(0, far[0][1])]
+    if len(far) == 1 and 0 < far[0][0] < far[0][1] == H:
+        cut = far[0][0]
+    return [slice(0, cut), slice(cut, H)]
 
 
 def _take_heads(inputs: _Inputs, heads: slice) -> _Inputs:
@@ -276,16 +320,19 @@ class _Part:
         call: _Call,
         steps: kernels.Steps,
         *,
+        settle: Callable[[], None],
         goes_on: bool,
     ):
         self.inputs, self.call, self.steps = inputs, call, steps
         self.segments = steps.segment_states(*inputs[1:])
+        settle()
         own = None if initial_state is None else initial_state[:, heads]
         self.wait = _start_exchange(steps, self.segments, own, call, heads=heads, goes_on=goes_on)
 
     def finish(self, **out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """o, which `outputs` may be told to write somewhere, the states, and the final state."""
         states, final = self.steps.scan(self.segments, self.wait())
+        finite.note(self.call.shard.sequence, final)
         return self.steps.outputs(*self.inputs, states, self.call.scale, **out), states, final
 
 
@@ -300,20 +347,27 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
     shard, inputs = call.shard, (q, k, v, log_decay)
+
+    def settle() -> None:
+        """With the other ranks, before anything is exchanged; once a call."""
+        call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
+
     with torch.autocast(q.device.type, enabled=False):
         steps = call.plan(*inputs, needs_grad[1])
         if shard.sequence is not None:
             shard.sequence.traffic.kernels = kernels.path(*inputs)
-        slices = _head_parts(k, v, call)
+        slices = _head_parts(k, v, shard, call.rates)
         if len(slices) == 1:
-            o, states, final = _Part(slices[0], inputs, initial_state, call, steps, goes_on=False).finish()
+            part = _Part(slices[0], inputs, initial_state, call, steps, settle=settle, goes_on=False)
+            o, states, final = part.finish()
             o = o.to(v.dtype)
         else:
-            o, states, final = _forward_in_parts(slices, inputs, initial_state, call, steps)
+            o, states, final = _forward_in_parts(slices, inputs, initial_state, call, steps, settle)
         final_state = None
         if call.output_final_state:
             assert final is not None
-            final_state = _sum_over_ranks(shard.all_states(final, first=False), shard)
+            own, key = shard.all_states(final, first=False), "" if shard.sequence is None else shard.sequence.key
+            final_state = recompute.once(key, lambda: _sum_over_ranks(own, shard))
     return o, final_state, states
 
 
@@ -323,13 +377,14 @@ def _forward_in_parts(
     initial_state: Tensor | None,
     call: _Call,
     steps: kernels.Steps,
+    settle: Callable[[], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, states and final state; every exchange starts before the first is awaited. Segments are those of the whole."""
     parts = []
     for heads in slices:
         taken = _take_heads(inputs, heads)
         of_part = steps.of_heads(heads.stop - heads.start)
-        parts.append(_Part(heads, taken, initial_state, call, of_part, goes_on=len(parts) > 0))
+        parts.append(_Part(heads, taken, initial_state, call, of_part, settle=settle, goes_on=len(parts) > 0))
     q, _, v, _ = inputs
     o = v.new_empty(*q.shape[:3], v.shape[3])
     whole = (o, *inputs[1:])  # o has the heads of q
@@ -356,12 +411,13 @@ def _backward(
     with torch.autocast(q.device.type, enabled=False):
         steps = call.plan(q, k, v, log_decay, needs_grad[1])
         if d_final_state is not None:
-            d_final_state = _sum_over_ranks(d_final_state.clone(), shard)
+            d_final_state = _sum_over_ranks(d_final_state.clone(), shard, reverse=True)
         segments = steps.segment_gradients(q, do, log_decay, scale)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
         wait = _start_exchange(steps, segments, d_final_state, call, reverse=True)
         dq = steps.query_gradient(q, k, v, do, log_decay, states, scale)
         d_states, d_first = steps.scan(segments, wait(), reverse=True)
+        finite.note(shard.sequence, d_first, reverse=True)
         del segments
         dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
         if needs_grad[0]:
@@ -492,11 +548,23 @@ def _border_maps(
     return StateMap(state, torch.cat([border, log_decay[1:]]))
 
 
-def _sum_over_ranks(states: Tensor, shard: _Shard) -> Tensor:
+def _sum_over_ranks(states: Tensor, shard: _Shard, *, reverse: bool = False) -> Tensor:
     """In place. Of the ranks only the one on which a sequence ends has a state other than zero."""
     if shard.sequence is not None:
-        dist.all_reduce(states, group=shard.sequence.group)
+        with waiting(shard.sequence, None, reverse=reverse):
+            dist.all_reduce(states, group=shard.sequence.group)
     return states
+
+
+def _in_short(layout: ShardLayout) -> str:
+    """A checksum stands for the offsets, of which there may be thousands."""
+    count = "a batch" if layout.cu_seqlens is None else f"{len(layout.cu_seqlens) - 1} packed sequences"
+    return f"{count} over {len(layout.lengths)} ranks, checksum {zlib.crc32(repr(layout).encode()):08x}"
+
+
+def _shape_but_for_tokens(x: Tensor) -> list[int | str]:
+    """The shape of a tensor whose second dimension, if it has two or more, is that of tokens."""
+    return ["T" if dim == 1 else size for dim, size in enumerate(x.shape)]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

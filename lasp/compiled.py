@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import attention, decay
+from lasp import agreement, attention, decay
 from lasp.data import ShardLayout
 from lasp.mesh import sequence_of_key
 
+_NOT_ASKED = agreement.Agreement(None, due=False)
 Ints = Optional[list[int]]  # noqa: UP045  # the schema is read from these annotations
 
 
 def _call(
-    k: Tensor, scale, final, ends, lengths, cu_seqlens, sequence, segment_length, log_decay: Tensor | None = None
+    k: Tensor, scale, final, ends, lengths, cu_seqlens, sequence, segment_length, log_decay=None, ranks_agree=_NOT_ASKED
 ) -> attention._Call:
     """`log_decay` where it may be read; the compiler's stand-ins have no values."""
     layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
     shard = attention._Shard.of(k, layout, sequence_of_key(sequence))
-    return attention._Call(shard, scale, final, ends, segment_length, decay.host_values(log_decay))
+    return attention._Call(shard, scale, final, ends, segment_length, decay.host_values(log_decay), ranks_agree)
 
 
 @torch.library.custom_op("lasp::linear_attention", mutates_args=())
@@ -44,11 +45,13 @@ def linear_attention(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state (empty unless asked for), and the states that backward needs."""
-    kernels.check_inputs(q, k, v, log_decay, segment_length)
-    call = _call(k, scale, output_final_state, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
-    attention._check_initial_state(initial_state, k, v, call.shard)
-    needs_grad = (initial_grad, decay_grad)
-    o, final_state, states = attention._forward(q, k, v, log_decay, initial_state, call, needs_grad)
+    with agreement.of_call(sequence_of_key(sequence)) as ranks_agree:
+        kernels.check_inputs(q, k, v, log_decay, segment_length)
+        layout = (lengths, cu_seqlens, sequence, segment_length)
+        call = _call(k, scale, output_final_state, ends, *layout, log_decay, ranks_agree)
+        attention._check_initial_state(initial_state, k, v, call.shard)
+        needs_grad = (initial_grad, decay_grad)
+        o, final_state, states = attention._forward(q, k, v, log_decay, initial_state, call, needs_grad)
     return o.contiguous(), states.new_empty(0) if final_state is None else final_state, states
 
 

@@ -26,6 +26,10 @@ class RankMismatchError(RuntimeError):
     """Ranks disagree about what they compute. Raised on every rank, naming the rank that differs."""
 
 
+class PeerError(RuntimeError):
+    """A rank that this one waits for has ended, or was silent for the timeout of the group."""
+
+
 @dataclass(frozen=True)
 class Env:
     """This process among all: what `init` found."""
@@ -231,6 +235,7 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
 class Traffic:
     """What one layer has exchanged so far, counted where it is sent, and how it did so last."""
 
+    calls: int = 0  # of the operator in forward; a checkpoint's recompute is none
     forward_exchanges: int = 0
     reverse_exchanges: int = 0
     messages: int = 0  # to a neighbour; an all-gather counts as one
@@ -250,11 +255,17 @@ class SequenceParallel:
         exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", or "auto", the fastest of
             them by a cost model.
         name: the layer, for messages.
+        validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th
+            (see `lasp.agreement`), so that a difference is a `RankMismatchError` on every rank; "off" does not.
+        check_finite: raise `FloatingPointError` before the optimizer steps if a state was NaN or Inf
+            (see `lasp.assert_finite`).
     """
 
     mesh: DeviceMesh | ProcessGroup | None
     exchange: str = field(default="auto", kw_only=True)
     name: str = field(default="", kw_only=True)
+    validate: str = field(default="first", kw_only=True)
+    check_finite: bool = field(default=False, kw_only=True)
     group: ProcessGroup | None = field(init=False, repr=False)
     ranks: tuple[int, ...] = field(init=False)  # global ranks
     rank: int = field(init=False)
@@ -264,6 +275,8 @@ class SequenceParallel:
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {EXCHANGES}, got {self.exchange!r}")
+        if self.validate not in ("first", "off"):
+            raise ValueError(f'validate must be "first" or "off", got {self.validate!r}')
         group, ranks = _group_and_ranks(self.mesh)
         me = dist.get_rank() if group is not None else 0
         for name, value in (("group", group), ("ranks", ranks), ("rank", ranks.index(me))):
@@ -285,6 +298,14 @@ class SequenceParallel:
         """The rank, as the group counts it, at a place of the sequence. The two orders may differ."""
         assert self.group is not None
         return dist.get_group_rank(self.group, self.ranks[place])
+
+    def name_of(self, group_rank: int) -> str:
+        """For messages: what `neighbour` returns, as a place in the sequence and, where that differs, globally."""
+        if self.group is None:
+            return "rank 0"
+        global_rank = dist.get_global_rank(self.group, group_rank)
+        place = self.ranks.index(global_rank)
+        return f"rank {place}" + ("" if place == global_rank else f" (global rank {global_rank})")
 
     def __deepcopy__(self, memo) -> SequenceParallel:
         return self  # a copied model is split over the same ranks; process groups cannot be copied

@@ -31,8 +31,8 @@ class LightningAttention(nn.Module):
 
     def log_decay(self, device: torch.device) -> Tensor | None:
         """The fixed decay on a device; copied there once."""
-        if self._fixed is None:
-            return None
+        if self._fixed is None or self._fixed.device == device:
+            return self._fixed
         if self._on_device is None or self._on_device.device != device:
             self._on_device = fixed(self._fixed, device)
         return self._on_device

@@ -42,6 +42,15 @@ def run_ranks(world, fn, *args, timeout=TIMEOUT):
         raise
 
 
+def workers():
+    """How processes are started: a server that has imported what takes long forks them at once."""
+    if sys.platform != "linux":  # forking is not safe there
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch._dynamo", "lasp"])
+    return context
+
+
 def shutdown():
     """End all workers."""
     while _pools:
@@ -66,10 +75,7 @@ def mesh_of(**axes):
 
 class _Pool:
     def __init__(self, world):
-        # A server that has imported torch forks the workers at once; elsewhere than on Linux forking is not safe.
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        if sys.platform == "linux":
-            context.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
+        context = workers()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.workers, self.pipes = [], []
         for rank in range(world):

@@ -90,19 +90,27 @@ def test_linear_attention(changed, error, message):
         call(**changed)
 
 
-def _before_communication():
+def _before_communication(validate):
     """One rank alone raises; the exchange that follows finds nothing of it in its way."""
-    sequence = lasp.SequenceParallel(dist.group.WORLD)
-    if dist.get_rank() == 1:
+    sequence = lasp.SequenceParallel(dist.group.WORLD, validate=validate)
+    odd = dist.get_rank() == 1
+    q = torch.zeros(B, T, 3 if odd else 2 * H, K)
+    if validate == "first":  # the others hear of it
+        message = "rank 1 failed before its exchange: ValueError: q must have a multiple of the heads of k, got 3 and 2"
+        with pytest.raises(lasp.RankMismatchError, match=message) as caught:
+            call(q=q, sequence=sequence)
+        assert isinstance(caught.value.__cause__, ValueError) == odd
+    elif odd:
         with pytest.raises(ValueError, match="heads of k"):
-            call(q=torch.zeros(B, T, 3, K), sequence=sequence)
+            call(q=q, sequence=sequence)
     o, _ = call(sequence=sequence)
     assert torch.equal(o, torch.zeros(B, T, 2 * H, V))
     assert sequence.traffic.forward_exchanges == 1
 
 
-def test_a_bad_argument_on_one_rank_leaves_the_group_usable():
-    run_ranks(2, _before_communication)
+@pytest.mark.parametrize("validate", ["first", "off"])
+def test_a_bad_argument_on_one_rank_leaves_the_group_usable(validate):
+    run_ranks(2, _before_communication, validate)
 
 
 @pytest.mark.parametrize(

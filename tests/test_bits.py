@@ -99,7 +99,7 @@ def test_so_with_packed_sequences(packed, form, state):
     one_rank(lengths, form, state=state, packed=packed)
 
 
-def _every_schedule(form, lengths, packed):
+def _every_schedule(form, lengths, packed, rates):
     """Without a segment length, with the horizon and without, heads at once and in parts."""
     rank = dist.get_rank()
     first, sent = None, {}
@@ -113,7 +113,7 @@ def _every_schedule(form, lengths, packed):
                     form, sum(lengths), B=1 if packed else 2, H=5, groups=2, sequences=sequences, dtype=torch.float32
                 ).shard(lengths, rank)
                 if form == "head":
-                    x.log_decay.copy_(torch.tensor([-0.01, -0.1, -50.0, -0.2, -40.0]))
+                    x.log_decay.copy_(torch.tensor(rates))
                 sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
                 attention.SPLIT_HEADS = split
                 try:
@@ -141,7 +141,10 @@ def _every_schedule(form, lengths, packed):
     ids=str,
 )
 def test_all_schedules_and_parts_give_the_same_bits(lengths, packed, form):
-    run_ranks(len(lengths), _every_schedule, form, lengths, packed)
+    slow_at = [(0, 1, 3), (0, 1, 2), (2, 3, 4)] if form == "head" else [()]
+    for slow in slow_at:
+        rates = [-0.1 if head in slow else -50.0 for head in range(5)]
+        run_ranks(len(lengths), _every_schedule, form, lengths, packed, rates)
 
 
 def _nothing_gets_past(lengths):
@@ -161,3 +164,23 @@ def _nothing_gets_past(lengths):
 @pytest.mark.parametrize("lengths", [(3, 90, 100, 5), (0, 85, 2)], ids=str)
 def test_fast_heads_exchange_with_their_neighbour_only(lengths):
     run_ranks(len(lengths), _nothing_gets_past, lengths)
+
+
+def test_the_parts_of_the_heads(monkeypatch):
+    """Halves; or first the heads that need their neighbour only, where the others lie at an end."""
+    monkeypatch.setattr(attention, "SPLIT_HEADS", True)
+    k = torch.zeros(1, 200, 5, 16)
+
+    layout = lasp.ShardLayout((200,) * 4)
+
+    def parts(*rates, sequence="any", layout=layout):
+        shard = attention._Shard(layout.local(1), sequence, 1, layout)
+        return [(part.start, part.stop) for part in attention._head_parts(k, k, shard, rates or None)]
+
+    slow, fast = -0.1, -1.0
+    assert parts(sequence=None) == [(0, 5)]
+    assert parts() == parts(slow, slow, slow, slow, slow) == parts(fast, fast, fast, fast, fast) == [(0, 2), (2, 5)]
+    assert parts(fast, fast, fast, slow, slow) == [(0, 3), (3, 5)]
+    assert parts(slow, fast, fast, fast, fast) == [(1, 5), (0, 1)]
+    assert parts(fast, slow, fast, fast, fast) == parts(slow, fast, slow, fast, fast) == [(0, 2), (2, 5)]
+    assert parts(slow, fast, fast, fast, fast, layout=lasp.ShardLayout((200, 200))) == [(0, 2), (2, 5)]

@@ -11,8 +11,8 @@ LASP, KERNELS = ROOT / "lasp", ROOT / "kernels" / "lasp_kernels"
 
 # From the bottom to the top; a layer may import what stands on the lines before its own, and its own folder.
 LAYERS = [
-    {"lasp.mesh", "lasp.decay"},
-    {"lasp.exchange", "lasp.data", "lasp_kernels"},
+    {"lasp.mesh", "lasp.decay", "lasp.recompute"},
+    {"lasp.exchange", "lasp.data", "lasp.agreement", "lasp.finite", "lasp_kernels"},
     {"lasp.attention", "lasp.loss"},
     {"lasp.modules", "lasp.compiled"},
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},

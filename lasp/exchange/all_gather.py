@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.exchange.base import Fold, Schedule, StateMap
+from lasp.exchange.base import Fold, Schedule, StateMap, waiting
 from lasp.exchange.collectives import start_all_gather
 from lasp.mesh import SequenceParallel
 
@@ -19,11 +19,13 @@ def all_gather(local: StateMap, sequence: SequenceParallel, reverse: bool, fold:
     """`units` maps a rank, the most that any rank has; those that have less add maps that change nothing."""
     message = _pack(local, units)
     gathered = message.new_empty(sequence.size, *message.shape)
-    work = start_all_gather(gathered, message, sequence.group)
+    with waiting(sequence, None, reverse=reverse):
+        work = start_all_gather(gathered, message, sequence.group)
     sequence.traffic.messages += 1
     sequence.traffic.bytes_sent += (sequence.size - 1) * message.numel() * message.element_size()
     yield
-    work.wait()  # on NCCL the stream waits, not the host
+    with waiting(sequence, None, reverse=reverse):
+        work.wait()  # on NCCL the stream waits, not the host
     places = range(sequence.size - 1, sequence.rank, -1) if reverse else range(sequence.rank)
     if not places:
         return local.zeros()

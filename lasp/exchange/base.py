@@ -7,7 +7,9 @@ and only that stream waits; on a CPU what follows the yield runs in `wait`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.mesh import SequenceParallel
+from lasp.mesh import PeerError, SequenceParallel
 
 Fold = Callable[[Tensor, Tensor, Tensor], Tensor]  # (entering, state, log_decay) -> the state behind the maps
 Schedule = Generator[None, None, Tensor]
@@ -69,7 +71,7 @@ class Link:
     """
 
     def __init__(self, sequence: SequenceParallel, reverse: bool, tag: int = 0):
-        self.sequence, self.tag = sequence, tag
+        self.sequence, self.reverse, self.tag = sequence, reverse, tag
         step = -1 if reverse else 1
         self.source, self.target = sequence.neighbour(-step), sequence.neighbour(step)
         self._sent: list[tuple[dist.Work, Tensor]] = []
@@ -77,10 +79,12 @@ class Link:
     def receive(self, shape: torch.Size | tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
         """Post the receipt of a tensor; the result waits for it."""
         message = like.new_empty(shape)
-        work = dist.irecv(message, group=self.sequence.group, group_src=self.source, tag=self.tag)
+        with waiting(self.sequence, self.source, reverse=self.reverse):
+            work = dist.irecv(message, group=self.sequence.group, group_src=self.source, tag=self.tag)
 
         def wait() -> Tensor:
-            work.wait()  # type: ignore[union-attr]  # on NCCL the stream waits, not the host
+            with waiting(self.sequence, self.source, reverse=self.reverse):
+                work.wait()  # type: ignore[union-attr]  # on NCCL the stream waits, not the host
             return message
 
         return wait
@@ -90,14 +94,35 @@ class Link:
         message = message.contiguous()
         self.sequence.traffic.messages += 1
         self.sequence.traffic.bytes_sent += message.numel() * message.element_size()
-        work = dist.isend(message, group=self.sequence.group, group_dst=self.target, tag=self.tag)
+        with waiting(self.sequence, self.target, reverse=self.reverse):
+            work = dist.isend(message, group=self.sequence.group, group_dst=self.target, tag=self.tag)
         self._sent.append((work, message))  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Wait until all is sent."""
-        for work, _ in self._sent:
-            work.wait()
+        with waiting(self.sequence, self.target, reverse=self.reverse):
+            for work, _ in self._sent:
+                work.wait()
         self._sent.clear()
+
+
+@contextmanager
+def waiting(sequence: SequenceParallel, peer: int | None, *, reverse: bool) -> Iterator[None]:
+    """Around what a backend does with a peer: its error becomes a `PeerError` with the layer and the peer.
+
+    `peer` is a rank as the group counts it, None where all take part.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PeerError(
+            f"layer {sequence.name!r}, {'backward' if reverse else 'forward'}: the exchange of the state with "
+            f"{'the other ranks' if peer is None else sequence.name_of(peer)} failed after "
+            f"{time.monotonic() - started:.1f} s; a rank has ended, hangs, or left out a call: {error}"
+        ) from error
 
 
 class Pending(Protocol):

@@ -1,0 +1,131 @@
+"""Activation checkpointing without a second exchange: what the original forward received is kept for its recompute.
+
+`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)` runs a forward again in backward. A state that travelled
+once need not travel again, and a rank that recomputes needs no peer that does. The received states are small beside
+what a checkpoint saves: one [N, H, K, V] a layer.
+
+Which original call a recompute repeats is known exactly, whatever the order of backwards: PyTorch gives each
+checkpointed call a frame, and its hooks for saved tensors, in force while the original runs and while it is repeated,
+refer to it. The frame is the key under which a call's states are kept, in the order in which they came, and they are
+freed with it: with the graph. That reference is no public interface of PyTorch; tests/test_recompute.py fails if it
+goes.
+
+Where there is no frame (`use_reentrant=True`, or a recompute inside a `torch.compile` graph) every rank repeats the
+exchange: the same result, in more time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _autograd
+from torch.utils import checkpoint
+
+Frame = checkpoint._CheckpointFrame
+PackHook = Callable[[Tensor], Any]
+
+
+class Reception:
+    """One communication of a forward: it takes place, or its result is known from the original."""
+
+    def __init__(self, key: str, result: Tensor | None, kept_by: list[list[_Kept]]):
+        self.result = result
+        self._places = []
+        for kept in kept_by:
+            kept.append(_Kept(key))
+            self._places.append(kept[-1])
+        if result is not None:
+            self.keep(result)
+
+    def keep(self, result: Tensor) -> Tensor:
+        """Remember what came, for recomputes; returns it."""
+        for place in self._places:
+            place.result = result
+        return result
+
+
+def under_way() -> bool:
+    """Whether what runs now repeats an earlier forward."""
+    if torch._C._current_graph_task_id() != -1:  # in backward, as a rule; also where there is no frame
+        return True
+    return any(_frame_of(pack)[1] for pack in _pack_hooks())
+
+
+def once(key: str, communicate: Callable[[], Tensor]) -> Tensor:
+    """What `communicate` gives, or in a recompute what it gave; a copy, which the caller may change or return."""
+    here = reception(key)
+    return (here.keep(communicate()) if here.result is None else here.result).clone()
+
+
+class _Kept:
+    def __init__(self, key: str):
+        self.key = key
+        self.result: Tensor | None = None
+
+
+# What each frame's original forward has received; and how much of it each recompute has used, by its hook, since a
+# graph that is retained may be recomputed more than once.
+_received: weakref.WeakKeyDictionary[Frame, list[_Kept]] = weakref.WeakKeyDictionary()
+_used: weakref.WeakKeyDictionary[PackHook, int] = weakref.WeakKeyDictionary()
+
+
+def reception(key: str) -> Reception:
+    """To be called once for each communication of a forward, in order; `key` says which layer's it is.
+
+    Raises:
+        RuntimeError: a recompute does not do what its original did.
+    """
+    result, kept_by = None, []
+    for pack in _pack_hooks():
+        frame, repeats = _frame_of(pack)
+        if frame is None:
+            continue
+        if repeats:  # hooks further down belong to what runs around this recompute
+            result = _next_result(frame, pack, key)
+            break
+        kept_by.append(_received.setdefault(frame, []))
+    return Reception(key, result, kept_by)
+
+
+def _next_result(frame: Frame, pack: PackHook, key: str) -> Tensor:
+    kept = _received.get(frame, [])
+    place = _used.get(pack, 0)
+    _used[pack] = place + 1
+    if place >= len(kept) or kept[place].key != key or kept[place].result is None:
+        raise RuntimeError(
+            f"the recompute of a checkpoint exchanges a state for {key} as its number {place}, but in the original "
+            f"forward these were exchanged: {[x.key for x in kept]}. A checkpointed function must do the same each time"
+        )
+    return kept[place].result  # type: ignore[return-value]
+
+
+def _pack_hooks() -> list[PackHook]:
+    """Of the saved-tensor hooks in force, from the innermost."""
+    taken = []
+    try:
+        while (hooks := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+            _autograd._pop_saved_tensors_default_hooks()  # the only way to see those below
+            taken.append(hooks)
+    finally:
+        for hooks in reversed(taken):
+            _autograd._push_saved_tensors_default_hooks(*hooks)
+    return [pack for pack, _ in taken]
+
+
+def _frame_of(pack: PackHook) -> tuple[Frame | None, bool]:
+    """The checkpoint frame to which a hook belongs, and whether that is being recomputed.
+
+    The hook of an original forward holds its frame, that of a recompute a weak reference to it.
+    """
+    pack = getattr(pack, "__wrapped__", pack)
+    for cell in getattr(pack, "__closure__", None) or ():
+        held = cell.cell_contents
+        if isinstance(held, Frame):
+            return held, False
+        if isinstance(held, weakref.ref) and isinstance(held(), Frame):
+            return held(), True
+    return None, False

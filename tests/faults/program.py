@@ -1,0 +1,169 @@
+"""A small training run over ranks, in which one rank does something bad at a chosen place. `inject.py` starts it.
+
+Three linear-attention layers, a real loss, averaged gradients, AdamW, some steps. What happens on each rank goes line
+by line into a file, with times of the clock that all processes of the host share.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from small_model import VOCABULARY, Block, SmallModel
+
+import lasp
+
+LAYERS, STEPS, TOKENS = 3, 4, 11
+COMPARED_EVERY = 2  # calls of a layer, instead of `lasp.agreement.EVERY`
+
+# What a rank can do. A wrong shape or dtype is that of a call which ranks compare, and a call is a forward.
+KINDS = ("kill", "stop", "exit", "skip", "delay", "shape", "dtype")
+COMPARED = ("shape", "dtype")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What one rank does, and where."""
+
+    kind: str  # one of KINDS, or "none"
+    rank: int = 0
+    layer: int = 0
+    step: int = 0
+    direction: str = "forward"
+    exchange: str = "ring"
+    store: str = "launcher"  # who holds the key-value store: the launcher, as with torchrun, or "rank 0"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the ranks meet, and where they write."""
+
+    ranks: int
+    port: int
+    folder: Path
+    backend: str
+    timeout: float
+
+
+def run_rank(rank: int, run: Run, fault: Fault) -> None:
+    """The whole life of one rank."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    output = os.open(run.folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(run.ranks),
+        "LOCAL_WORLD_SIZE": str(run.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(run.port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(fault.store == "launcher"),
+    }
+    journal = Journal(run.folder / f"{rank}.jsonl")
+    try:
+        train(run, fault, journal)
+        journal.write("done")
+    except Exception as error:
+        journal.write("error", type=type(error).__name__, text=str(error))
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing would leave that out
+
+
+def train(run: Run, fault: Fault, journal: Journal) -> None:
+    """Write the loss of every step that ends."""
+    env = lasp.init(run.backend, timeout=run.timeout)
+    lasp.agreement.EVERY = COMPARED_EVERY
+    mesh = lasp.init_mesh(sp=-1, dp_shard=1)
+    model = SmallModel()
+    model.blocks.append(Block(torch.tensor([-0.5, -0.05, -2.0])))
+    assert len(model.blocks) == LAYERS
+    lasp.parallelize(model.to(env.device), mesh["sp"], exchange=fault.exchange)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step = 0
+    if env.rank == fault.rank:
+        misbehave(model.blocks[fault.layer].mixer.inner, fault, journal, lambda: step)
+    for step in range(STEPS):  # `misbehave` reads it
+        draw = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, VOCABULARY, (2, TOKENS), generator=draw)
+        local = lasp.shard_batch({"input_ids": ids.to(env.device)}, mesh)
+        logits = model(local["input_ids"], local["position_ids"])
+        loss, _ = lasp.token_loss(logits, local["labels"], mesh=mesh)
+        optimizer.zero_grad()
+        loss.backward()
+        lasp.sync_grads(model, mesh)
+        optimizer.step()
+        journal.write("loss", step=step, value=loss.item())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def misbehave(layer, fault: Fault, journal: Journal, step) -> None:
+    """Change the layer's forward so that the fault happens when its step comes, once."""
+    sound = layer.forward
+
+    def forward(q, k, v, **options):
+        if step() != fault.step or fault.kind == "none":
+            return sound(q, k, v, **options)
+        if fault.direction == "forward":
+            q, k, v = act(fault.kind, journal, q, k, v)
+            return v.clone() if fault.kind == "skip" else sound(q, k, v, **options)
+        o = sound(q, k, v, **options)
+        if fault.kind == "skip":
+            journal.write("fault")
+            return o.detach()
+        o.register_hook(lambda gradient: act(fault.kind, journal, gradient)[0])
+        return o
+
+    layer.forward = forward
+
+
+def act(kind: str, journal: Journal, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Do it; returns what the rank goes on with, if it does."""
+    journal.write("fault")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "exit":
+        sys.exit(0)
+    elif kind == "delay":
+        time.sleep(DELAY)
+    elif kind == "shape":
+        return tuple(x[..., :-1, :] for x in tensors)  # a head is missing
+    elif kind == "dtype":
+        return tuple(x.double() for x in tensors)
+    return tensors
+
+
+DELAY = 1.0  # seconds
+
+
+class Journal:
+    """Lines of JSON, each with the time; written at once, since the process may not live long."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, event: str, **facts) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, "time": time.monotonic(), **facts}) + "\n")
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,366 @@
+"""Ranks that are about to compute different things: every rank raises at once, and the group works afterwards."""
+
+import time
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from inputs import random_inputs
+from ranks import mesh_of, run_ranks
+from small_model import SmallModel
+from test_attention import check_against_oracle
+
+import lasp
+from lasp import agreement
+from lasp.agreement import judge
+from lasp_kernels.reference import ChunkedSteps
+
+B, T, H, K, V = 2, 5, 2, 3, 4
+SOON = 5.0  # seconds within which a difference is known on every rank
+
+
+def arguments(dtype=torch.float32, **changed):
+    shapes = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V)}
+    return {**{name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}, **changed}
+
+
+def packed(world):
+    layout = lasp.ShardLayout((T,) * world, (0, 1, T * world))
+    return {name: x[:1] for name, x in arguments().items()} | {"layout": layout}
+
+
+def odd_calls(world):
+    """What one rank might call instead of the others' `linear_attention(**arguments())`, and what is said about it."""
+    zeros = torch.zeros
+    return [
+        (arguments(v=zeros(B, T, H, V + 1)), r'has v \[2, "T", 2, 5\], the others \[2, "T", 2, 4\]'),
+        (arguments(q=zeros(B, T, 2 * H, K)), r'has q \[2, "T", 4, 3\], the others \[2, "T", 2, 3\]'),
+        ({name: x[:1] for name, x in arguments().items()}, r'has k \[1, "T", 2, 3\], the others \[2, "T", 2, 3\]'),
+        (arguments(torch.float64), 'has dtype "torch.float64", the others "torch.float32"'),
+        (arguments(log_decay=zeros(H)), r'has log_decay \[2, "torch.float32"\], the others null'),
+        (arguments(log_decay=zeros(B, T, H)), r'has log_decay \[2, "T", 2, "torch.float32"\], the others null'),
+        (arguments(initial_state=zeros(B, H, K, V)), r"has initial_state \[2, 2, 3, 4, .*, the others null"),
+        (arguments(scale=0.5), "has scale 0.5, the others 1.0"),
+        (arguments(segment_length=64), "has segment_length 64, the others null"),
+        (arguments(output_final_state=True), "has output_final_state true, the others false"),
+        (packed(world), '.*has layout "2 packed sequences over 3 ranks, checksum [0-9a-f]{8}", the others null'),
+        (arguments(k=zeros(B, T, H, K + 1)), "failed before its exchange: ValueError: "),
+        (arguments(v=None), "failed before its exchange: TypeError: v must be a tensor, got NoneType"),
+    ]
+
+
+def _differ(number, odd):
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="blocks.1")
+    other, message = odd_calls(world)[number]
+    started = time.monotonic()
+    with pytest.raises(lasp.RankMismatchError, match=rf"blocks\.1.*rank {odd} {message}|rank {odd} .*blocks\.1") as e:
+        lasp.linear_attention(**(other if rank == odd else arguments()), sequence=sequence)
+    assert time.monotonic() - started < SOON
+    failed = "failed" in message and rank == odd
+    assert (e.value.__cause__ is not None) == failed
+    assert (sequence.traffic.forward_exchanges, sequence.traffic.messages) == (0, 0)
+    works(sequence)
+
+
+def works(sequence):
+    """The group, compared with the recurrence: nothing of the failed call is in the way."""
+    world = sequence.size
+    check_against_oracle(random_inputs("head", 7 * world), (7,) * world, sequence)
+
+
+@pytest.mark.parametrize("number", range(13))
+def test_a_call_that_differs_on_one_rank_raises_on_all(number):
+    run_ranks(3, _differ, number, number % 3)
+
+
+def _differ_in_settings(name, values, shown):
+    rank = dist.get_rank()
+    options = {"name": "a", name: values[rank]}
+    sequence = lasp.SequenceParallel(dist.group.WORLD, **options)
+    with pytest.raises(lasp.RankMismatchError, match=shown):
+        lasp.linear_attention(**arguments(), sequence=sequence)
+    works(lasp.SequenceParallel(dist.group.WORLD))
+
+
+def test_a_rank_that_skips_a_layer_arrives_with_the_name_of_another():
+    shown = r'rank 0 has layer "blocks.2", the others "blocks.1"'
+    run_ranks(3, _differ_in_settings, "name", ("blocks.2", "blocks.1", "blocks.1"), shown)
+
+
+def _differ_in_grad_mode():
+    x = arguments()
+    x["q"].requires_grad_()
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    with (
+        torch.set_grad_enabled(dist.get_rank() != 1),
+        pytest.raises(lasp.RankMismatchError, match="rank 1 has grad_mode false, the others true"),
+    ):
+        lasp.linear_attention(**x, sequence=sequence)
+    works(sequence)
+
+
+def test_a_rank_that_evaluates_while_the_others_train():
+    run_ranks(3, _differ_in_grad_mode)
+
+
+def _all_fail():
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    heads = 3 + 2 * dist.get_rank()
+    with pytest.raises(ValueError, match=f"got {heads} and 2"):
+        lasp.linear_attention(**arguments(q=torch.zeros(B, T, heads, K)), sequence=sequence)
+    works(sequence)
+
+
+def test_ranks_that_all_fail_keep_their_own_errors():
+    run_ranks(3, _all_fail)
+
+
+def _out_of_memory():
+    """An error that comes after the checks, in the middle of the computation."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="deep")
+    working = ChunkedSteps.segment_states
+    broken = torch.OutOfMemoryError("16 TiB") if dist.get_rank() == 2 else None
+    message = "layer 'deep': OutOfMemoryError: 16 TiB"
+    with (
+        mock.patch.object(ChunkedSteps, "segment_states", working if broken is None else mock.Mock(side_effect=broken)),
+        pytest.raises(lasp.RankMismatchError, match=f"rank 2 failed before its exchange: {message}") as caught,
+    ):
+        lasp.linear_attention(**arguments(), sequence=sequence)
+    assert caught.value.__cause__ is broken
+    works(sequence)
+
+
+def test_an_error_in_the_computation_before_the_exchange():
+    run_ranks(3, _out_of_memory)
+
+
+def _compiled(differ):
+    rank = dist.get_rank()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="c")
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def f(q, k, v, scale):
+        return lasp.linear_attention(q, k, v, scale=scale, sequence=sequence)[0]
+
+    x = random_inputs("none", 5, state=False, dtype=torch.float32)
+    q = x.q.requires_grad_()
+    if differ:
+        with pytest.raises(lasp.RankMismatchError, match=r"layer \"c\": rank 1 has scale 2.0, the others 1.0"):
+            f(q, x.k, x.v, 2.0 if rank == 1 else 1.0)
+        assert sequence.traffic.forward_exchanges == 0
+    eager, _ = lasp.linear_attention(q, x.k, x.v, sequence=sequence)
+    assert torch.equal(f(q, x.k, x.v, 1.0), eager)
+    assert sequence.traffic.calls == 2 + differ
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_compiled_calls_are_compared_too(differ):
+    run_ranks(3, _compiled, differ)
+
+
+def _mixed_compiled():
+    """A rank may have fallen back to eager code: it computes the same."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+
+    def f(q, k, v):
+        return lasp.linear_attention(q, k, v, sequence=sequence)[0]
+
+    x = random_inputs("none", 5, state=False, dtype=torch.float32)
+    x.q.requires_grad_()
+    if dist.get_rank() == 1:
+        f = torch.compile(f, backend="aot_eager", fullgraph=True)
+    f(x.q, x.k, x.v).sum().backward()
+    assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (1, 1)
+
+
+def test_compiled_and_eager_ranks_agree():
+    run_ranks(2, _mixed_compiled)
+
+
+# When
+
+
+def _schedule(every):
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    compared = []
+    compare = agreement._Round.compare
+
+    def spy(self, record):
+        compared.append(sequence.traffic.calls)
+        return compare(self, record)
+
+    with mock.patch.object(agreement, "EVERY", every), mock.patch.object(agreement._Round, "compare", spy):
+        for tokens in (5, 5, 7, 5, 0, 9, 5):  # new shapes are no reason
+            q = torch.zeros(B, tokens, H, K)
+            lasp.linear_attention(q, q, q, sequence=sequence)
+    assert compared == [1, 4, 7]
+    off = lasp.SequenceParallel(dist.group.WORLD, validate="off")
+    with mock.patch.object(agreement._Round, "compare", spy):
+        lasp.linear_attention(**arguments(), sequence=off)
+    assert compared == [1, 4, 7]
+
+
+def test_the_first_call_and_then_every_nth_is_compared():
+    run_ranks(2, _schedule, 3)
+
+
+def _later_call():
+    rank = dist.get_rank()
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    with mock.patch.object(agreement, "EVERY", 2):
+        for _ in range(2):
+            lasp.linear_attention(**arguments(), sequence=sequence)
+        with pytest.raises(lasp.RankMismatchError, match=r"rank 0 has scale 3\.0, the others 1.0"):
+            lasp.linear_attention(**arguments(), scale=1.0 if rank else 3.0, sequence=sequence)
+    works(sequence)
+
+
+def test_a_difference_at_a_later_comparison():
+    run_ranks(3, _later_call)
+
+
+def _keys():
+    store = dist.group.WORLD.get_group_store()
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    lasp.linear_attention(**arguments(), sequence=sequence)
+    dist.barrier()
+    before = store.num_keys()
+    dist.barrier()
+    for n in range(6):
+        sequence = lasp.SequenceParallel(dist.group.WORLD)
+        if n % 2:
+            lasp.linear_attention(**arguments(), sequence=sequence)
+        else:
+            with pytest.raises(lasp.RankMismatchError):
+                lasp.linear_attention(**arguments(), scale=float(dist.get_rank()), sequence=sequence)
+    dist.barrier()
+    return before, store.num_keys()
+
+
+def test_comparisons_leave_nothing_in_the_store():
+    for before, after in run_ranks(3, _keys):
+        assert after <= before
+
+
+# Groups
+
+
+def _two_sequences():
+    """Of a 2 x 2 mesh only one sequence has an odd rank; the other goes on, and both work afterwards."""
+    mesh = mesh_of(sp=2)
+    sequence = lasp.SequenceParallel(mesh["sp"], name="x")
+    mine = mesh.get_local_rank("dp_shard")
+    for n in range(3):
+        scale = 2.0 if (mine, sequence.rank, n) == (1, 1, 1) else 1.0
+        fresh = lasp.SequenceParallel(mesh["sp"], name="x")
+        if (mine, n) == (1, 1):
+            with pytest.raises(lasp.RankMismatchError, match=r"rank 1 \(global rank 3\) has scale 2.0, the others 1.0"):
+                lasp.linear_attention(**arguments(), scale=scale, sequence=fresh)
+        else:
+            lasp.linear_attention(**arguments(), scale=scale, sequence=fresh)
+    works(sequence)
+
+
+def test_groups_do_not_hear_each_other():
+    run_ranks(4, _two_sequences)
+
+
+def _late():
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    if dist.get_rank() == 1:
+        time.sleep(1.0)
+    works(sequence)
+
+
+def test_a_rank_that_is_late_is_waited_for():
+    run_ranks(3, _late)
+
+
+def _absent(absent):
+    """One rank does not come; all others say so, and when it does come it hears that they have gone."""
+    rank = dist.get_rank()
+    short = mock.patch("lasp.agreement.group_timeout", return_value=timedelta(seconds=1.0))
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="far")
+    if rank == absent:
+        time.sleep(2.0)
+    expected, message = lasp.PeerError, rf"'far': waited 1\.\d s for rank {absent} before the exchange"
+    if rank == absent == 0:  # it is the one that compares
+        expected, message = lasp.RankMismatchError, f"rank 1 failed before its exchange: PeerError: .*{message}"
+    started = time.monotonic()
+    with short, pytest.raises(expected, match=message):
+        lasp.linear_attention(**arguments(), sequence=sequence)
+    assert time.monotonic() - started < 3.0
+    dist.barrier()
+    works(sequence)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_rank_that_does_not_come_in_time_is_named(absent):
+    run_ranks(3, _absent, absent)
+
+
+# parallelize
+
+
+def _parallelize(broken):
+    rank = dist.get_rank()
+    model = SmallModel()
+    plan = {"nothing.*": lasp.adapters.linear} if rank in broken else None
+    error = lasp.RankMismatchError if len(broken) < dist.get_world_size() else ValueError
+    with pytest.raises(error, match=r"no layer matches the plan's \['nothing"):
+        lasp.parallelize(model, dist.group.WORLD, plan=plan)
+    lasp.parallelize(model, dist.group.WORLD)
+    assert lasp.explain(model)
+
+
+@pytest.mark.parametrize("broken", [(1,), (0, 2), (0, 1, 2)])
+def test_a_parallelize_that_fails_on_some_ranks(broken):
+    run_ranks(3, _parallelize, broken)
+
+
+def _model_differs():
+    """The layer is named, and parameters and group are as before."""
+    rank = dist.get_rank()
+    model = lasp.parallelize(SmallModel(), dist.group.WORLD)
+    if rank == 2:
+        model.blocks[1].mixer.inner.scale = 0.25
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(
+        lasp.RankMismatchError, match=r'layer "blocks.1.mixer.inner": rank 2 has scale 0.25, the others 0.5'
+    ):
+        model(ids, torch.arange(4) + 4 * rank)
+    model.blocks[1].mixer.inner.scale = 0.5
+    model(ids, torch.arange(4) + 4 * rank).sum().backward()
+
+
+def test_the_message_names_the_layer():
+    run_ranks(3, _model_differs)
+
+
+# Who is the odd one
+
+
+def record(**fields):
+    return {"fields": {name: str(value) for name, value in fields.items()}}
+
+
+def test_most_ranks_are_right():
+    verdict = judge({"rank 0": record(a=1, b=1), "rank 1": record(a=2, b=1), "rank 2": record(a=2, b=1)})
+    assert verdict == {"found": "mismatch", "text": "rank 0 has a 1, the others 2"}
+
+
+def test_of_two_ranks_the_first():
+    verdict = judge({"rank 0": record(a=1), "rank 1": record(a=2)})
+    assert verdict == {"found": "mismatch", "text": "rank 1 has a 2, the others 1"}
+
+
+def test_many_differences_are_counted():
+    records = {f"rank {r}": record(a=r) for r in range(1000)}
+    assert judge(records)["text"].endswith("rank 4 has a 4, the others 0; and 995 more")
+
+
+def test_a_field_that_a_rank_leaves_out_is_not_compared():
+    assert judge({"rank 0": record(a=1, b=3), "rank 1": record(a=1)})["found"] == "agreement"

@@ -1,0 +1,312 @@
+"""Activation checkpointing: the same bits as without it, no second exchange, and nothing kept longer than the graph."""
+
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from small_model import SmallModel
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+import lasp
+from lasp import recompute
+
+LENGTHS = (5, 4, 7)
+
+
+def plain(function, *args):
+    return function(*args)
+
+
+def checkpointed(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def nested(function, *args):
+    return checkpointed(lambda *inner: checkpointed(function, *inner), *args)
+
+
+def offloaded(function, *args):
+    """With hooks of the user's own between the checkpoint and the operator."""
+
+    def inside(*inner):
+        with torch.autograd.graph.save_on_cpu():
+            return function(*inner)
+
+    return checkpointed(inside, *args)
+
+
+def no_early_stop(function, *args):
+    with set_checkpoint_early_stop(False):
+        return checkpointed(function, *args)
+
+
+class Model(SmallModel):
+    """Each block runs in `wrap`; the state after the whole sequence is used as well."""
+
+    wrap = staticmethod(plain)
+
+    def forward(self, input_ids, position_ids, layout=None):
+        x = self.tokens(input_ids) + self.positions(position_ids)
+        for block in self.blocks:
+            x = self.wrap(block, x, layout)
+        return self.head(x)
+
+
+def slice_of(seed, rank):
+    ids = torch.randint(0, 17, (2, sum(LENGTHS)), generator=torch.Generator().manual_seed(seed))
+    start = sum(LENGTHS[:rank])
+    here = slice(start, start + LENGTHS[rank])
+    return ids[:, here], torch.arange(sum(LENGTHS))[here]
+
+
+def model_with(wrap):
+    model = lasp.parallelize(Model(), dist.group.WORLD)
+    model.wrap = wrap
+    return model, [block.mixer.inner.sequence.traffic for block in model.blocks]
+
+
+def train(wrap, batches=(0,), order=None, retain=False):
+    """Losses, and the gradients of backwards in the given order; then the exchanges of each layer."""
+    model, traffic = model_with(wrap)
+    losses = [model(*slice_of(seed, dist.get_rank())).square().mean() for seed in batches]
+    for i in order or range(len(losses)):
+        if retain:
+            losses[i].backward(retain_graph=True)
+        losses[i].backward()
+    counts = [(t.calls, t.forward_exchanges, t.reverse_exchanges) for t in traffic]
+    return [x.detach() for x in losses], [p.grad for p in model.parameters()], counts
+
+
+def assert_same_bits(found, expected):
+    for x, y in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        assert torch.equal(x, y)
+
+
+def _one_step(wrap):
+    expected = train(plain)
+    found = train(wrap)
+    assert_same_bits(found, expected)
+    assert found[2] == expected[2] == [(1, 1, 1)] * 2
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, nested, offloaded, no_early_stop])
+def test_the_same_bits_with_one_exchange_each_way(wrap):
+    run_ranks(3, _one_step, wrap)
+
+
+def _micro_batches(order):
+    """Several forwards before the first backward, and backwards in any order."""
+    expected = train(plain, batches=(1, 2, 3), order=order)
+    found = train(checkpointed, batches=(1, 2, 3), order=order)
+    assert_same_bits(found, expected)
+    assert found[2] == [(3, 3, 3)] * 2
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_micro_batches_outstanding(order):
+    run_ranks(3, _micro_batches, order)
+
+
+def _twice():
+    """A graph that is kept is recomputed for each backward."""
+    expected = train(plain, retain=True)
+    found = train(checkpointed, retain=True)
+    assert_same_bits(found, expected)
+    assert found[2] == [(1, 1, 2)] * 2
+
+
+def test_a_graph_that_is_kept():
+    run_ranks(3, _twice)
+
+
+def _whole_model():
+    """One checkpoint around several layers: they are told apart by their order."""
+    model, traffic = model_with(plain)
+    expected = train(plain)
+    loss = checkpointed(model, *slice_of(0, dist.get_rank())).square().mean()
+    loss.backward()
+    assert_same_bits(([loss.detach()], [p.grad for p in model.parameters()]), expected)
+    assert [(t.forward_exchanges, t.reverse_exchanges) for t in traffic] == [(1, 1)] * 2
+
+
+def test_one_checkpoint_around_all_layers():
+    run_ranks(3, _whole_model)
+
+
+def _final_state(form):
+    """The sum that gives every rank the final state is a communication as well."""
+    rank = dist.get_rank()
+    draw = torch.Generator().manual_seed(rank)
+    inputs = [torch.randn((2, LENGTHS[rank], 2, 3), generator=draw) for _ in range(3)]
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+
+    def function(q, k, v):
+        o, state = lasp.linear_attention(q, k, v, output_final_state=True, sequence=sequence)
+        return (o @ state.mul_(2).sin()[:, :1]).sin()  # in place: what is kept must not change with it
+
+    def run(wrap):
+        x = [t.clone().requires_grad_() for t in inputs]
+        y = wrap(function, *[t.movedim(1, 1) for t in x])
+        y.sum().backward()
+        return [y.detach(), *[t.grad for t in x]]
+
+    for found, expected in zip(run(form), run(plain)):
+        assert torch.equal(found, expected)
+    assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (2, 2)
+
+
+@pytest.mark.parametrize("form", [checkpointed, nested])
+def test_the_final_state_is_kept_too(form):
+    run_ranks(1, _single_rank, form)
+    run_ranks(3, _final_state, form)
+
+
+def _single_rank(form):
+    x = torch.randn(1, 6, 1, 2, requires_grad=True)
+    form(lambda q: lasp.linear_attention(q, q, q, output_final_state=True)[1].clone(), x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def _no_peer():
+    """What the recompute needs is here: it runs while the other ranks do something else."""
+    rank = dist.get_rank()
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn((1, 4, 1, 3), generator=draw, requires_grad=True)
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    y = checkpointed(lambda q: lasp.linear_attention(q, q, q, sequence=sequence)[0].sin(), x)
+    if rank == 1:
+        saved = y.grad_fn._saved_self  # of the sine: the output of the operator, which only a recompute gives
+        assert torch.equal(saved.sin(), y)
+    assert sequence.traffic.calls == 1
+    dist.barrier()
+    y.sum().backward()
+
+
+def test_a_recompute_needs_no_other_rank():
+    run_ranks(2, _no_peer)
+
+
+def _freed(how):
+    """The states are there while the graph is, and no longer."""
+    gc.disable()  # what needs it would be a cycle, which keeps memory for long
+    try:
+        kept = Counter()
+
+        class Watched(recompute.Reception):
+            def keep(self, result):
+                if self._places:
+                    kept["all"] += 1
+                    weakref.finalize(result, kept.update, ["freed"])
+                return super().keep(result)
+
+        original, recompute.Reception = recompute.Reception, Watched
+        try:
+            model, _ = model_with(checkpointed)
+            loss = model(*slice_of(0, dist.get_rank())).square().mean()
+            assert (kept["all"], kept["freed"]) == (2, 0)
+            if how == "backward":
+                loss.backward()
+            del loss
+        finally:
+            recompute.Reception = original
+        assert kept["freed"] == kept["all"] == 2
+        assert not recompute._received
+        assert not recompute._used
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["backward", "dropped"])
+def test_what_is_kept_goes_with_the_graph(how):
+    run_ranks(2, _freed, how)
+
+
+def _reentrant():
+    """There is no frame; all ranks exchange again, and the result is the same."""
+    wrap = lambda function, *args: checkpoint(function, *args, use_reentrant=True)  # noqa: E731
+    expected, found = train(plain), train(wrap)
+    assert_same_bits(found, expected)
+    assert found[2] == [(1, 2, 1)] * 2
+
+
+def test_the_reentrant_form_repeats_the_exchange():
+    run_ranks(3, _reentrant)
+
+
+def _compiled_block():
+    def compiled(function, *args):
+        return checkpointed(torch.compile(function, backend="aot_eager"), *args)
+
+    expected, found = train(plain), train(compiled)
+    for x, y in zip((*found[0], *found[1]), (*expected[0], *expected[1])):
+        torch.testing.assert_close(x, y)
+    assert found[2] == [(1, 1, 1)] * 2
+
+
+def test_a_checkpoint_around_a_compiled_block():
+    run_ranks(2, _compiled_block)
+
+
+def _different_each_time():
+    """A function that does more in the recompute than in the original is refused, not given a wrong state."""
+    sequences = [lasp.SequenceParallel(dist.group.WORLD, name=str(i)) for i in range(2)]
+    runs = []
+
+    def function(x):
+        runs.append(None)
+        sequence = sequences[len(runs) - 1]
+        return lasp.linear_attention(x, x, x, sequence=sequence)[0].sin()
+
+    y = checkpointed(function, torch.ones(1, 2, 1, 2, requires_grad=True))
+    with pytest.raises(RuntimeError, match="A checkpointed function must do the same each time"):
+        y.sum().backward()
+
+
+def test_a_recompute_that_differs_is_an_error():
+    run_ranks(2, _different_each_time)
+
+
+# What PyTorch must have for all this. Should one of these fail with a new version, lasp/recompute.py needs new eyes.
+
+
+def test_hooks_of_a_checkpoint_refer_to_its_frame():
+    seen = []
+
+    def function(x):
+        seen.append([recompute._frame_of(pack) for pack in recompute._pack_hooks()])
+        return x.sin().exp()
+
+    checkpointed(function, torch.ones(2, requires_grad=True)).sum().backward()
+    [(original, repeats)], [(again, repeats_again)] = seen
+    assert isinstance(original, torch_checkpoint._CheckpointFrame)
+    assert original is again
+    assert (repeats, repeats_again) == (False, True)
+
+
+def test_the_hooks_are_left_as_they_were():
+    def function(x):
+        before = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        with torch.autograd.graph.save_on_cpu():
+            inner = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            assert len(recompute._pack_hooks()) == 2
+            assert torch._C._autograd._top_saved_tensors_default_hooks(True) == inner
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) == before
+        return x.sin().exp()
+
+    checkpointed(function, torch.ones(2, requires_grad=True)).sum().backward()
+    assert recompute._pack_hooks() == []
+
+
+def test_backward_is_recognised():
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 1
+    y.register_hook(lambda gradient: seen.append(torch._C._current_graph_task_id()))
+    seen.append(torch._C._current_graph_task_id())
+    y.backward()
+    assert seen[0] == -1 != seen[1]
