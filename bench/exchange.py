@@ -25,6 +25,7 @@ from torch import Tensor
 import lasp
 from lasp import exchange
 from lasp.exchange import StateMap, cost
+from lasp.exchange.collectives import start_all_gather
 from lasp.mesh import EXCHANGES
 from lasp_kernels import chunked_linear_attention, fold
 
@@ -128,8 +129,8 @@ def exchange_error(bench: Bench, name: str) -> float:
 
 
 def plain_gather(message: Tensor) -> Callable[[], object]:
-    gathered = [torch.empty_like(message) for _ in range(dist.get_world_size())]
-    return lambda: dist.all_gather(gathered, message)
+    gathered = message.new_empty(dist.get_world_size(), 1, message.numel())
+    return lambda: start_all_gather(gathered, message.unsqueeze(0), dist.group.WORLD).wait()
 
 
 def plain_send(message: Tensor) -> Callable[[], object]:

@@ -117,18 +117,20 @@ def scaling(result: dict) -> Figure:
         axes.set_ylim(bottom=0)
         axes.set_title(title)
         if axes.lines:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="lower left" if axes is speed else "upper left")
     key = "sequence" if strong else "tokens a rank"
     for (tokens,), of in groups((row for row in rows if row.get("% of ideal")), key).items():
         of = sorted(of, key=lambda row: row["ranks"])
         what = f"one sequence of {count(tokens)} tokens" if strong else f"{count(tokens)} tokens on each GPU"
         ideal.plot([row["ranks"] for row in of], [row["% of ideal"] for row in of], marker="o", label=what)
     double_steps(ideal, [row["ranks"] for row in rows], "GPUs")
-    ideal.axhline(100, color="black", linestyle="--", label="ideal: no GPU is slower than the fewest are")
+    ideal.axhline(100, color="black", linestyle="--", label="ideal")
     ideal.set_ylim(0, 110)
     ideal.set_title("speed of a GPU, % of " + ("the fewest that hold the sequence" if strong else "one GPU alone"))
     ideal.legend(fontsize=8)
-    figure.suptitle(f"Training TNL-{result['facts']['model']}: " + ("strong scaling" if strong else "weak scaling"))
+    kind = result["benchmark"].split("_")[1]
+    title = {"strong": "strong scaling", "weak": "weak scaling", "longest": "the longest sequences that fit"}[kind]
+    figure.suptitle(f"Training TNL-{result['facts']['model']}: {title}")
     return figure
 
 
