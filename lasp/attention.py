@@ -173,13 +173,14 @@ class _Shard:
         """Of [runs, ...] the run that the next rank (`reverse`: the previous) goes on with; dense, all of them."""
         return x[slice(0, 1) if reverse else slice(-1, None)] if self.packed else x
 
-    def enter(self, own: Tensor, received: Tensor, *, reverse: bool) -> Tensor:
+    def enter(self, own: Tensor | None, received: Tensor, *, reverse: bool) -> Tensor | None:
         """The state that enters every run: what was received, where a run began elsewhere; else its own."""
         elsewhere = self.runs.continued if reverse else self.runs.continues
         if not elsewhere:
             return own
         if not self.packed:
             return received
+        assert own is not None
         return torch.cat([own[:-1], received] if reverse else [received, own[1:]])
 
 
@@ -269,7 +270,9 @@ _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
 # Whether forward takes the heads in two parts; None: on a GPU, where it gains more than its launches cost. Results are
 # the same bits.
 SPLIT_HEADS: bool | None = None
-SPLIT_FROM = 2**25  # bytes of k and v: below, the states of half of the heads take about as long as the launches
+SPLIT_FROM = (
+    2**28
+)  # bytes of k and v: below, the host needs longer for the launches than the card for half of the heads
 
 
 def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
@@ -329,11 +332,11 @@ class _Part:
         own = None if initial_state is None else initial_state[:, heads]
         self.wait = _start_exchange(steps, self.segments, own, call, heads=heads, goes_on=goes_on)
 
-    def finish(self, **out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """o, which `outputs` may be told to write somewhere, the states, and the final state."""
-        states, final = self.steps.scan(self.segments, self.wait())
+    def finish(self, o: Tensor | None = None, states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """o, the states, which may be written to given tensors, and the final state."""
+        states, final = self.steps.scan(self.segments, self.wait(), out=states)
         finite.note(self.call.shard.sequence, final)
-        return self.steps.outputs(*self.inputs, states, self.call.scale, **out), states, final
+        return self.steps.outputs(*self.inputs, states, self.call.scale, out=o), states, final
 
 
 def _forward(
@@ -387,11 +390,12 @@ def _forward_in_parts(
         parts.append(_Part(heads, taken, initial_state, call, of_part, settle=settle, goes_on=len(parts) > 0))
     q, _, v, _ = inputs
     o = v.new_empty(*q.shape[:3], v.shape[3])
+    states = o.new_empty(steps.states_shape, dtype=steps.dtype)
     whole = (o, *inputs[1:])  # o has the heads of q
-    results = [part.finish(out=_take_heads(whole, heads)[0]) for heads, part in zip(slices, parts)]
+    finals = [part.finish(_take_heads(whole, heads)[0], states[:, heads])[2] for heads, part in zip(slices, parts)]
     if slices[0].start > 0:
-        results.reverse()
-    return o, torch.cat([states for _, states, _ in results], 1), torch.cat([final for _, _, final in results], 1)
+        finals.reverse()
+    return o, states, torch.cat(finals, 1) if call.output_final_state else finals[0]
 
 
 def _backward(
@@ -503,10 +507,12 @@ def _start_exchange(
     shard = call.shard
     if shard.sequence is None and ends is None:
         return lambda: None
-    own = shard.own_states(ends, steps.zero_state(), first=not reverse)
+    given = ends is not None
+    own = None  # zeros, where nobody reads them
+    if given or shard.packed or call.segment_length is not None:
+        own = shard.own_states(ends, steps.zero_state(), first=not reverse)
     if shard.sequence is None:
         return lambda: own
-    given = ends is not None
     pending = exchange.start(
         _border_maps(steps, segments, own, given, call, reverse=reverse),
         shard.sequence,
@@ -521,7 +527,7 @@ def _start_exchange(
 
 
 def _border_maps(
-    steps: kernels.Steps, segments: kernels.Segments, own: Tensor, given: bool, call: _Call, *, reverse: bool
+    steps: kernels.Steps, segments: kernels.Segments, own: Tensor | None, given: bool, call: _Call, *, reverse: bool
 ) -> StateMap:
     """What this rank's tokens do to the state that the next rank (`reverse`: the previous) will receive.
 
@@ -530,15 +536,17 @@ def _border_maps(
     past it (-inf), and its own state, if one was `given`, stands in front.
     """
     shard = call.shard
-    own = shard.at_border(own, reverse=reverse)
     passes = shard.lets_pass(reverse=reverse)
+    if own is not None:
+        own = shard.at_border(own, reverse=reverse)
     if call.segment_length is None:
         state, log_decay = (shard.at_border(x, reverse=reverse) for x in steps.fold(segments, reverse=reverse))
         state, log_decay = state.unsqueeze(0), log_decay.unsqueeze(0)
-        if passes:
+        if passes or own is None:  # None: the first rank, before which there is nothing
             return StateMap(state, log_decay)
         state = kernels.fold(own, state, log_decay) if given else state[0]
         return StateMap(state.unsqueeze(0), torch.full_like(log_decay, -torch.inf))
+    assert own is not None
     state, log_decay = steps.maps(segments, reverse=reverse)
     if passes and len(state):
         return StateMap(state, log_decay)

@@ -83,11 +83,17 @@ def plan(
     )
 
 
-def fold(entering: Tensor, state: Tensor, log_decay: Tensor) -> Tensor:
+def fold(entering: Tensor | None, state: Tensor, log_decay: Tensor) -> Tensor:
     """Pass a state [N, H, K, V] through the maps that `Steps.maps` gives, with the arithmetic of `Steps.scan`.
+
+    None is a state of zeros, of which the first map leaves its own state.
 
     state [U, N, H, K, V] and log_decay [U, N, H, K | 1] may come from several ranks, and be slices along H or K.
     """
+    if entering is None:
+        if len(state) == 1:
+            return state[0]
+        entering, state, log_decay = state[0], state[1:], log_decay[1:]
     if _path(state, per_channel=log_decay.shape[-1] > 1) == "triton":
         from lasp_kernels import triton_steps
 

@@ -379,10 +379,13 @@ class ChunkedSteps:
             state, log_decay = state.flip(2), log_decay.flip(2)
         return state.movedim(2, 0), log_decay.movedim(2, 0)
 
-    def scan(self, segments: Segments, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
 
-        Left fold in segment order; with `reverse` from the last segment to the first, for gradients.
+        Left fold in segment order; with `reverse` from the last segment to the first, for gradients. The first are
+        written to `out` where that is given.
         """
         factor = segments.log_total.exp()
         runs = [(0, self.segments)] if self.runs is None else self.runs
@@ -397,7 +400,7 @@ class ChunkedSteps:
                 state = factor[:, :, s] * state + segments.state[:, :, s]
             ends.append(state)
         stacked = torch.stack(states, 2) if states else torch.zeros_like(segments.state)
-        return stacked, torch.cat(ends).squeeze(2)
+        return stacked if out is None else out.copy_(stacked), torch.cat(ends).squeeze(2)
 
     def outputs(
         self,

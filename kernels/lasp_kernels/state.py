@@ -179,15 +179,15 @@ def segment_state_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def scan_kernel(
-    G, ENTERING, PIECES, TOTAL, STATE, END, TABLE, RUNS,
+    G, ENTERING, PIECES, TOTAL, STATE, END, LOG_END, TABLE, RUNS,
     T, segment_length, segments, slots, H, piece_length, pieces, skipped, SIZE,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Fold the segments of one run into ENTERING [N, H, SIZE] -> END; with WRITE also keep each border in STATE.
+    """Fold the segments of one run into ENTERING [N, H, SIZE] -> END, and keep each border in STATE.
 
-    RUNS [N + 1] int32, packed only: the first segment of each run. One program per run, head and BLOCK elements.
-    ENTERING None is a state of zeros. With `skipped` the last segment (reversed: the first) is not folded; END None is
-    not wanted.
+    LOG_END [N, H] is the summed log-decay of the run. RUNS [N + 1] int32, packed only: the first segment of each run.
+    One program per run, head and BLOCK elements. ENTERING None is a state of zeros; STATE, END, LOG_END None are not
+    wanted. With `skipped` the last segment (reversed: the first) is not folded.
     """
     row = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -205,10 +205,11 @@ def scan_kernel(
     s = tl.zeros([BLOCK], tl.float32)
     if ENTERING is not None:
         s = tl.load(ENTERING + tl.program_id(0).to(tl.int64) * SIZE + j, mask=mask, other=0.0)
+    log_end = 0.0
     folded = high - low - skipped
     for i in range(folded):
         segment = high - 1 - i if REVERSE else low + i
-        if WRITE:
+        if STATE is not None:
             border = segment + 1 if REVERSE else segment
             tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)
         first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
@@ -217,7 +218,8 @@ def scan_kernel(
         if DECAY == HEAD_DECAY:
             far = reach_of_decay(g, n)
         used = tl.cdiv(far, piece_length)
-        if DECAY == HEAD_DECAY:  # tokens of pieces that no one computed
+        if DECAY == HEAD_DECAY:  # first the tokens of pieces that no one computed
+            log_end += g * n
             s = s * tl.exp(g * (n - tl.minimum(n, used * piece_length)))
         for m in tl.range(0, used, num_stages=3):
             piece = used - 1 - m  # the nearest to the border last
@@ -226,14 +228,18 @@ def scan_kernel(
             if DECAY == HEAD_DECAY:
                 s = advance(s, g * (tl.minimum(n, (piece + 1) * piece_length) - piece * piece_length), local)
             elif DECAY == TOKEN_DECAY:
-                s = advance(s, tl.load(TOTAL + at), local)
+                log_total = tl.load(TOTAL + at)
+                log_end += log_total
+                s = advance(s, log_total, local)
             else:
                 s = s + local
-    if WRITE:
+    if STATE is not None:
         border = high - folded if REVERSE else low + folded
         tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)
     if END is not None:
         tl.store(END + tl.program_id(0).to(tl.int64) * SIZE + j, s, mask=mask)
+    if LOG_END is not None:
+        tl.store(LOG_END + tl.program_id(0), log_end, mask=tl.program_id(1) == 0)
 
 
 @triton.jit(do_not_specialize=["units"])

@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from lasp_kernels.gradient import backward_walk_kernel, head_decay_kernel, token_decay_kernel
 from lasp_kernels.output import forward_walk_kernel
@@ -117,7 +116,7 @@ _thread = threading.local()
 
 @lru_cache(maxsize=64)
 def _segment_table(bounds: tuple[int, ...], segment_length: int, device: torch.device) -> tuple[Tensor, ...]:
-    """For packed sequences: first token, end and run of each segment; the first segment and length of each run.
+    """For packed sequences: first token, end and run of each segment; the first segment of each run.
 
     Kept, since all layers of a model ask for the same.
     """
@@ -126,12 +125,11 @@ def _segment_table(bounds: tuple[int, ...], segment_length: int, device: torch.d
         for t in range(first, end, segment_length):
             table += [t, min(t + segment_length, end), run]
         run_starts.append(len(table) // 3)
-    lengths = [end - first for first, end in zip(bounds, bounds[1:])]
     # One copy to the device, from pinned memory, so that the host need not wait for it.
-    host = torch.tensor(table + run_starts + lengths, dtype=torch.int32)
+    host = torch.tensor(table + run_starts, dtype=torch.int32)
     if device.type == "cuda":
         host = host.pin_memory()
-    return host.to(device, non_blocking=True).split([len(table), len(run_starts), len(lengths)])
+    return host.to(device, non_blocking=True).split([len(table), len(run_starts)])
 
 
 class _Launch:
@@ -237,7 +235,7 @@ class TritonSteps:
         # Kernels address the tokens of a segment with 32 bits.
         longest = 2**31 // max(inputs.token_stride, inputs.q[2] * MAX_DIM) // 64 * 64
         self._segment_length = min(inputs.segment_length or self._choose_segment_length(), longest)
-        self._table = self._run_starts = self._run_lengths = None  # packed only, on the device
+        self._table = self._run_starts = None  # packed only, on the device
         self.runs = self.batch
         if inputs.bounds is not None:
             self._pack(inputs.bounds)
@@ -278,7 +276,7 @@ class TritonSteps:
 
     def _pack(self, bounds: tuple[int, ...]) -> None:
         """Cut each run for itself."""
-        self._table, self._run_starts, self._run_lengths = _segment_table(bounds, self._segment_length, self.device)
+        self._table, self._run_starts = _segment_table(bounds, self._segment_length, self.device)
         ends = list(accumulate(-(-(b - a) // self._segment_length) for a, b in zip(bounds, bounds[1:])))
         self._run_segments = list(zip([0, *ends], ends))
         self.runs, self.segments = len(bounds) - 1, ends[-1]
@@ -382,19 +380,10 @@ class TritonSteps:
 
     def fold(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """All segments of each run as one map: its local state [N, H, K, V] and log-decay [N, H, 1]."""
-        local_state = self._scan(segments, self.zero_state(), None, reverse)
+        log_decay = torch.empty(self.runs, self.heads, 1, dtype=self.dtype, device=self.device)
+        local_state = self._scan(segments, None, None, reverse, log_decay)
         assert local_state is not None
-        if segments.log_decay is None:
-            return local_state, local_state.new_zeros(self.runs, self.heads, 1)
-        if segments.log_total is None:
-            lengths = self._run_lengths
-            if lengths is None:
-                lengths = torch.full((self.runs,), self.tokens, device=self.device)
-            return local_state, lengths.view(-1, 1, 1) * segments.log_decay.float().view(1, -1, 1)
-        if self._run_starts is None:
-            return local_state, segments.log_total.sum((2, 3)).unsqueeze(-1)
-        sums = F.pad(segments.log_total[0].sum(2).double().cumsum(1), (1, 0))  # up to each segment: [H, segments + 1]
-        return local_state, sums[:, self._run_starts.long()].diff(dim=1).T.float().unsqueeze(-1)
+        return local_state, log_decay
 
     def maps(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """The segments of the run at the border to the next rank (reversed: the previous), each as one map.
@@ -415,13 +404,25 @@ class TritonSteps:
         return (states.flip(0), log_decay.flip(0)) if reverse else (states.contiguous(), log_decay.contiguous())
 
     def scan(
-        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False
+        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """From the state that enters each run [N, H, K, V]: those at all borders, and the one behind all."""
-        states = torch.empty(self.states_shape, dtype=self.dtype, device=self.device)
-        return states, self._scan(segments, entering, states, reverse)
+        """From the state that enters each run [N, H, K, V]: those at all borders, and the one behind all.
 
-    def _scan(self, segments: Segments, entering: Tensor | None, states: Tensor | None, reverse: bool) -> Tensor | None:
+        The borders' states are written to `out` where that is given.
+        """
+        in_place = out is not None and out.is_contiguous()
+        states = out if in_place else torch.empty(self.states_shape, dtype=self.dtype, device=self.device)
+        end = self._scan(segments, entering, states, reverse)
+        return states if out is None or in_place else out.copy_(states), end
+
+    def _scan(
+        self,
+        segments: Segments,
+        entering: Tensor | None,
+        states: Tensor | None,
+        reverse: bool,
+        log_end: Tensor | None = None,
+    ) -> Tensor | None:
         if self._skipped and entering is not None:
             raise ValueError("a state that enters must be announced by `ends`")
         if self._skipped and self.segments == 1:
@@ -437,11 +438,10 @@ class TritonSteps:
             return _Launch(
                 scan_kernel, (self.runs * self.heads, -(-size // block)),
                 (*self._sizes(), self._piece_length, self._pieces, self._skipped, size),
-                DECAY=self._decay, REVERSE=reverse, PACKED=self._table is not None, WRITE=states is not None,
-                BLOCK=block, num_warps=4,
+                DECAY=self._decay, REVERSE=reverse, PACKED=self._table is not None, BLOCK=block, num_warps=4,
             )  # fmt: skip
 
-        buffers = (segments.pieces, segments.log_total, states, end, self._table, self._run_starts)
+        buffers = (segments.pieces, segments.log_total, states, end, log_end, self._table, self._run_starts)
         self._start("reverse scan" if reverse else "scan", (log_decay, entering), buffers, prepare)
         return end
 
@@ -668,16 +668,23 @@ def _shared_steps(inputs: _Inputs) -> TritonSteps:
     return TritonSteps(inputs)
 
 
+_folds: dict[tuple, _Launch] = {}
+
+
 def fold(entering: Tensor, states: Tensor, log_decay: Tensor) -> Tensor:
     """`entering` [N, H, K, V] through the maps `states` [U, N, H, K, V], `log_decay` [U, N, H, 1], in order; fp32.
 
     Rounds as the scan does, so that ranks that fold one after another come to the bits of one rank.
     """
-    entering, states, log_decay = entering.contiguous(), states.contiguous(), log_decay.contiguous()
+    states, log_decay = states.contiguous(), log_decay.contiguous()
+    entering = entering.contiguous()
     out = torch.empty_like(entering)
-    rows, size, block = entering.shape[0] * entering.shape[1], entering[0, 0].numel() if entering.numel() else 0, 512
-    if out.numel():
-        fold_kernel[(rows, -(-size // block))](entering, states, log_decay, out, len(states), size, BLOCK=block)
+    rows, size, block = out.shape[0] * out.shape[1], out.shape[2] * out.shape[3], 512
+    tensors = (entering, states, log_decay, out)
+    key = (len(states), rows, size, out.device, *[x.data_ptr() % 16 == 0 for x in tensors])
+    if key not in _folds:
+        _folds[key] = _Launch(fold_kernel, (rows, -(-size // block)), (len(states), size), BLOCK=block)
+    _folds[key](tensors)
     return out
 
 

@@ -34,10 +34,10 @@ def all_gather(local: StateMap, sequence: SequenceParallel, reverse: bool, fold:
     size = local.state[0].numel()
     state = before[:, :size].view(-1, *local.state.shape[1:])
     log_decay = before[:, size:].view(-1, *local.log_decay.shape[1:])
-    return fold(local.zeros(), state, log_decay)
+    return fold(None, state, log_decay)
 
 
 def _pack(local: StateMap, units: int) -> Tensor:
     """[units, numbers of a state and of its decay]. Zeros are a map that changes nothing: a decay of exp(0)."""
     message = torch.cat([local.state.flatten(1), local.log_decay.flatten(1)], 1)
-    return F.pad(message, (0, 0, 0, units - len(message)))
+    return message if len(message) == units else F.pad(message, (0, 0, 0, units - len(message)))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lasp.mesh import PeerError, SequenceParallel
 
-Fold = Callable[[Tensor, Tensor, Tensor], Tensor]  # (entering, state, log_decay) -> the state behind the maps
+Fold = Callable[[Tensor | None, Tensor, Tensor], Tensor]  # (entering, state, log_decay) -> the state behind the maps
 Schedule = Generator[None, None, Tensor]
 
 
@@ -43,8 +43,8 @@ class StateMap:
         """The state before the first rank's tokens: [N, H, K, V]."""
         return torch.zeros_like(self.state[0])
 
-    def fold(self, fold: Fold, entering: Tensor) -> Tensor:
-        """The state behind these tokens."""
+    def fold(self, fold: Fold, entering: Tensor | None) -> Tensor:
+        """The state behind these tokens; None enters where nothing came before."""
         return fold(entering, self.state, self.log_decay)
 
 

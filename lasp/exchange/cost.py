@@ -38,6 +38,10 @@ class Network:
 # its All-Scan and 30% of its all-gather.
 PUBLISHED = Network(5.5e-6, 24e9, 5.5e-6, 64e9, "published")
 
+# A hop of a chain waits for a multiprocessor of a card that computes meanwhile, and a collective does so once. On four
+# H100s, alone as fast, the ring cost the operator 0.2 ms more (bench/results/2026-11-22_exchange_4xcuda.md).
+UNDER_LOAD = 2.0
+
 SCHEDULES = ("ring", "all_gather", "pipeline")
 
 
@@ -96,7 +100,8 @@ def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ra
     ]
     if map_bytes is not None:
         choices.append(Choice("all_gather", 1, predict("all_gather", map_bytes, ranks, network)))
-    return min((c for c in choices if exchange in ("auto", c.schedule)), key=lambda choice: choice.seconds)
+    allowed = (c for c in choices if exchange in ("auto", c.schedule))
+    return min(allowed, key=lambda c: c.seconds if c.schedule == "all_gather" else UNDER_LOAD * c.seconds)
 
 
 _measured: weakref.WeakKeyDictionary[ProcessGroup, Network] = weakref.WeakKeyDictionary()

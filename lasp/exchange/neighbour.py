@@ -14,13 +14,13 @@ def neighbour(local: StateMap, link: Link, fold: Fold) -> Schedule:
 
     Otherwise the first hop would have to end before the second can begin, and so on.
     """
-    zeros, incoming = local.zeros(), None
+    incoming = None
     sends_first = link.sequence.rank % 2 == 0
     if sends_first and link.target is not None:
-        link.send(local.fold(fold, zeros))
+        link.send(local.fold(fold, None))
     if link.source is not None:
-        incoming = link.receive(zeros.shape, zeros)
+        incoming = link.receive(local.state.shape[1:], local.state)
     if not sends_first and link.target is not None:
-        link.send(local.fold(fold, zeros))
+        link.send(local.fold(fold, None))
     yield
-    return zeros if incoming is None else incoming()
+    return local.zeros() if incoming is None else incoming()

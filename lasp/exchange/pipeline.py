@@ -23,7 +23,7 @@ def pipeline(local: StateMap, link: Link, fold: Fold, blocks: int) -> Schedule:
     if link.source is None:
         if link.target is not None:
             for part in parts:
-                link.send(part.fold(fold, part.zeros()))
+                link.send(part.fold(fold, None))
         yield
         return local.zeros()
     incoming = link.receive(parts[0].state.shape[1:], local.state)

@@ -12,11 +12,10 @@ from lasp.exchange.base import Fold, Link, Schedule, StateMap
 def ring(local: StateMap, link: Link, fold: Fold) -> Schedule:
     """The first rank waits for no one and sends before the yield."""
     if link.source is None:
-        entering = local.zeros()
         if link.target is not None:
-            link.send(local.fold(fold, entering))
+            link.send(local.fold(fold, None))
         yield
-        return entering
+        return local.zeros()
     incoming = link.receive(local.state.shape[1:], local.state)
     yield
     entering = incoming()
