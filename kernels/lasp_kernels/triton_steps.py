@@ -410,10 +410,11 @@ class TritonSteps:
 
         The borders' states are written to `out` where that is given.
         """
-        in_place = out is not None and out.is_contiguous()
-        states = out if in_place else torch.empty(self.states_shape, dtype=self.dtype, device=self.device)
+        if out is not None and out.is_contiguous():
+            return out, self._scan(segments, entering, out, reverse)
+        states = torch.empty(self.states_shape, dtype=self.dtype, device=self.device)
         end = self._scan(segments, entering, states, reverse)
-        return states if out is None or in_place else out.copy_(states), end
+        return states if out is None else out.copy_(states), end
 
     def _scan(
         self,
