@@ -100,7 +100,7 @@ def simulation(result: dict) -> Figure:
     right.set_ylim(0, 102)
     right.set_ylabel("speed of a rank, % of one rank alone")
     right.set_title(f"Simulated: {title}", fontsize=9)
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return figure
 
 
