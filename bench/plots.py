@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 NAMES = {"serial": "receive, then compute (LASP-1)", "ring": "ring", "pipeline": "pipeline", "all_gather": "all-gather"}
+DECAY_NAMES = {"alibi": "ALiBi slopes", "tnl": "the TNL paper's decay"}
 COLORS = {"serial": "tab:gray", "ring": "tab:blue", "pipeline": "tab:green", "all_gather": "tab:orange"}
 
 
@@ -82,19 +83,24 @@ def simulation(result: dict) -> Figure:
     left.set_ylabel("one exchange, ms")
     left.set_title("Exchange of one layer's state: published and simulated")
     left.legend(fontsize=7)
-    title, rows = next(iter(result["tables"].items()))
+    (title, rows), (_, horizon) = result["tables"].items()
     for (network, schedule), of in groups(rows, "network", "schedule").items():
         first = network == rows[0]["network"]
         style = {"color": COLORS[schedule], "linestyle": "-" if first else ":"}
         label = NAMES[schedule] if first else None
         right.plot([r["ranks"] for r in of], [r["% of one rank"] for r in of], label=label, **style)
+    alone = rows[0]["op fwd+bwd ms"] * rows[0]["% of one rank"] / 100
+    for (decay,), of in groups(horizon, "decay").items():
+        label = f"ring with the horizon, {DECAY_NAMES[decay]}"
+        style = {"color": "tab:purple", "marker": "v" if decay == "alibi" else "^", "markersize": 4}
+        right.plot([row["ranks"] for row in of], [100 * alone / row["op ms"] for row in of], label=label, **style)
     for network, line in zip(dict.fromkeys(row["network"] for row in rows), "-:"):
         right.plot([], [], color="black", linestyle=line, label=network)
     double_steps(right, [row["ranks"] for row in rows], "ranks (GPUs)")
     right.set_ylim(0, 102)
     right.set_ylabel("speed of a rank, % of one rank alone")
     right.set_title(f"Simulated: {title}", fontsize=9)
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return figure
 
 

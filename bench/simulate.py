@@ -261,7 +261,7 @@ def facts(tokens: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-ranks", type=int, default=4096, help="the last of 8, 16, 32, ... (4096: two minutes)")
+    parser.add_argument("--max-ranks", type=int, default=4096, help="the last of 8, 16, 32, ... (4096: six minutes)")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of a rank, as the kernels were measured")
     add_report_arguments(parser)
     options = parser.parse_args(argv)

@@ -12,15 +12,15 @@ import pytest
 from ranks import run_ranks
 
 BENCH = Path(__file__).parent.parent / "bench"
-sys.path.insert(0, str(BENCH))  # the scripts' own place, as when they are started
+sys.path.append(str(BENCH))  # where the scripts find each other when they are started
 
 from simulator import Clock, Link, Machine, Pass, exchange_seconds, operator_seconds  # noqa: E402
 
 
 def _script(name, *arguments):
     """Run a script's main in this process; its JSON, and whatever it printed before."""
-    if str(BENCH) not in sys.path:
-        sys.path.insert(0, str(BENCH))
+    if str(BENCH) not in sys.path:  # in a worker
+        sys.path.append(str(BENCH))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         importlib.import_module(name).main([str(a) for a in arguments])
@@ -191,18 +191,14 @@ def _with_a_broken_schedule():
         exchange.main(["--suite", "alone", "--bytes", "65536", "--repetitions", "1"])
 
 
-def test_nothing_is_timed_that_is_wrong():
-    _on_path_and_run(2, _with_a_broken_schedule)
-
-
-def _prepare_and_call(function):
+def _in_a_worker(function):
     if str(BENCH) not in sys.path:
-        sys.path.insert(0, str(BENCH))
+        sys.path.append(str(BENCH))
     return function()
 
 
-def _on_path_and_run(world, function):
-    return run_ranks(world, _prepare_and_call, function)
+def test_nothing_is_timed_that_is_wrong():
+    run_ranks(2, _in_a_worker, _with_a_broken_schedule)
 
 
 # ---- training steps
