@@ -1,0 +1,133 @@
+"""What runs beside the exchange: one forward and backward of the operator on every rank, kernel by kernel.
+
+    torchrun --nproc-per-node 2 bench/overlap.py --tokens 65536 [--save]
+
+A trace by torch.profiler. With `--save` it is kept as docs/overlap_DECAY.json and drawn as docs/overlap_DECAY.png, one
+row for the kernels and one for NCCL's of every rank. Needs GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from common import environment
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch.profiler import ProfilerActivity, profile
+
+import lasp
+
+DOCS = Path(__file__).parents[1] / "docs"
+COLORS = {
+    "segment_state_kernel": "tab:green",
+    "scan_kernel": "tab:olive",
+    "fold_kernel": "tab:olive",
+    "forward_walk_kernel": "tab:blue",
+    "backward_walk_kernel": "tab:purple",
+    "nccl": "tab:red",
+    "other": "lightgray",
+}
+LABELS = {
+    "states of segments": "tab:green",
+    "scan, fold": "tab:olive",
+    "outputs; dq": "tab:blue",
+    "dk, dv": "tab:purple",
+    "NCCL": "tab:red",
+    "others": "lightgray",
+}
+
+
+def kind_of(name: str) -> str:
+    """The key of COLORS for a kernel's name."""
+    return next((kind for kind in COLORS if kind in name.lower()), "other")
+
+
+def traced(run: Callable[[], object], device: torch.device) -> list[dict]:
+    """Kernels of one call on this rank after several others, with times in us."""
+    for _ in range(5):
+        run()
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(3):
+            dist.all_reduce(torch.zeros(1, device=device))
+            torch.cuda._sleep(4_000_000)  # so that the host is ahead
+            run()
+            torch.cuda.synchronize(device)
+    kernels = [e for e in recorded.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = sorted((e for e in kernels if not e.is_user_annotation), key=lambda e: e.time_range.start)
+    begin = [n for n, e in enumerate(kernels) if "segment_state" in e.name]
+    per_call = len(begin) // 3
+    start = kernels[begin[2 * per_call]].time_range.start
+    return [
+        {"kernel": kind_of(e.name), "start": e.time_range.start - start, "us": e.time_range.elapsed_us()}
+        for e in kernels[begin[2 * per_call] :]
+    ]
+
+
+def draw(result: dict, target: Path) -> None:
+    """Two rows a rank."""
+    ranks = result["ranks"]
+    figure = Figure(figsize=(11, 1.2 + 1.1 * len(ranks)), layout="constrained")
+    axes: Axes = figure.subplots()
+    for rank, kernels in enumerate(ranks):
+        for k in kernels:
+            row = 2 * (len(ranks) - 1 - rank) + (k["kernel"] != "nccl")
+            axes.barh(row, k["us"], left=k["start"], height=0.8, color=COLORS[k["kernel"]])
+    names = [f"rank {r}, {what}" for r in reversed(range(len(ranks))) for what in ("NCCL", "kernels")]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("microseconds since the first kernel of the rank")
+    axes.set_title(f"{result['what']}: forward, then backward")
+    axes.legend(handles=[Patch(color=c, label=n) for n, c in LABELS.items()], ncols=6, loc="upper center", fontsize=7)
+    axes.set_ylim(-0.6, 2 * len(ranks) + 0.2)
+    about = result["environment"]
+    figure.text(0.005, 0.002, f"{about['device']}; {about['date']}; {about['commit']}; {target.name}", fontsize=5)
+    figure.savefig(target, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=65536, help="of a rank")
+    parser.add_argument("--exchange", default="auto")
+    parser.add_argument("--save", action="store_true", help="keep the traces and pictures under docs")
+    parser.add_argument("--out", type=Path, default=DOCS, help="in this folder instead")
+    parser.add_argument("--commit", default=None, help="recorded where there is no git to ask")
+    options = parser.parse_args()
+    env = lasp.init()
+    if env.device.type != "cuda":
+        raise SystemExit("bench/overlap.py needs GPUs")
+    layout = lasp.ShardLayout((options.tokens,) * env.world_size)
+    q, k, v, do = (torch.randn(1, options.tokens, 16, 128, device=env.device, dtype=torch.bfloat16) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for name, values in (("fixed", lasp.decay.alibi(16, 0, 24)), ("none", None)):
+        sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=options.exchange)
+        log_decay = None if values is None else lasp.decay.fixed(values, env.device)
+
+        def run(log_decay=log_decay, sequence=sequence) -> None:
+            o, _ = lasp.linear_attention(*leaves, log_decay=log_decay, sequence=sequence, layout=layout)
+            torch.autograd.grad(o, leaves, do)
+
+        ranks: list = [None] * env.world_size
+        dist.all_gather_object(ranks, traced(run, env.device))
+        if env.rank == 0:
+            what = f"B1 H16 D128 bf16, {options.tokens} tokens a rank, decay {name}, {sequence.traffic.schedule}"
+            result = {"what": what, "environment": environment(), "ranks": ranks}
+            if options.commit:
+                result["environment"]["commit"] = options.commit
+            for rank, kernels in enumerate(ranks):
+                end = max(x["start"] + x["us"] for x in kernels)
+                print(f"{name}, rank {rank}: {len(kernels)} kernels, {end:.0f} us")
+            if options.save:
+                path = options.out / f"overlap_{name}.json"
+                path.write_text(json.dumps(result) + "\n")
+                draw(result, path.with_suffix(".png"))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
