@@ -104,7 +104,7 @@ def _init_process_group(
     atexit.register(_leave)
     options = {"timeout": timedelta(seconds=timeout)}
     if device.type == "cuda":
-        # A small message must not queue behind the blocks of a kernel that fills the card. NCCL reads this as it starts.
+        # A small message must not queue behind the blocks of a kernel that fills the card. NCCL reads it as it starts.
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         options["device_id"] = device  # type: ignore[assignment]  # eager communicator, no guessing of devices
     if world == 1:
