@@ -107,12 +107,12 @@ class _Round:
         self.sequence, self.group = sequence, sequence.group
         self.rank, self.size = dist.get_rank(self.group), sequence.size
         self.number = next(_numbers.setdefault(self.group, itertools.count()))
-        self.timeout = group_timeout(self.group)
 
     def compare(self, record: dict[str, object]) -> dict[str, str]:
         """The verdict on all ranks' records."""
         if dist.get_backend(self.group) == "fake":  # nobody else is there
             return {"found": "agreement", "text": ""}
+        self.timeout = group_timeout(self.group)
         verdicts: list[dict[str, str] | Exception] = []
         # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
         thread = threading.Thread(target=self._talk, args=(record, verdicts), daemon=True)

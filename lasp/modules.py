@@ -37,6 +37,14 @@ class LightningAttention(nn.Module):
             self._on_device = fixed(self._fixed, device)
         return self._on_device
 
+    def _apply(self, fn, recurse: bool = True):
+        """When the module moves: also the decay, which else would first be copied inside a compiled graph."""
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        if device.type not in ("cpu", "meta"):
+            self.log_decay(device)
+        return self
+
     def forward(
         self,
         q: Tensor,

@@ -70,10 +70,8 @@ def backward_walk_kernel(
     part, b, h, segment = place_of_program(B, H, roles * blocks)
     role, block = part % roles, part // roles  # programs that read the same tiles side by side
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
-    n = end - first
-    start = first.to(tl.int64)
-    c = tl.arange(0, C)
-    d = tl.arange(0, BY)
+    n, start = end - first, first.to(tl.int64)
+    c, d = tl.arange(0, C), tl.arange(0, BY)
     e = block * BZ + tl.arange(0, BZ)
     x_base = X + b * x_b + start * x_t + h * x_h
     y_base = Y + b * y_b + start * y_t + (h * GROUP) * y_h
