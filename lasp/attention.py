@@ -15,7 +15,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -24,10 +23,11 @@ from torch import Tensor
 import lasp_kernels as kernels
 from lasp import agreement, decay, exchange, finite, recompute
 from lasp.agreement import Agreement
-from lasp.data import LocalRuns, ShardLayout
+from lasp.data import ShardLayout
 from lasp.exchange import StateMap, waiting
 from lasp.exchange.horizon import far_heads
 from lasp.mesh import SequenceParallel
+from lasp.shard import Shard, crossed_tokens
 
 
 def linear_attention(
@@ -83,7 +83,7 @@ def linear_attention(
     with agreement.of_call(sequence) as ranks_agree:
         q, k, v = _prepare(q, k, v, log_decay, initial_state)
         kernels.check_inputs(q, k, v, log_decay, segment_length)
-        shard = _Shard.of(k, layout, sequence)
+        shard = Shard.of(k, layout, sequence)
         _check_initial_state(initial_state, k, v, shard)
         ends = initial_state is not None or output_final_state
         rates, grad_mode = decay.host_values(log_decay), torch.is_grad_enabled()
@@ -107,100 +107,10 @@ def _prepare(
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """This rank's tokens among those of all ranks."""
-
-    runs: LocalRuns
-    sequence: SequenceParallel | None  # None: nothing to exchange
-    num_sequences: int  # N, of all ranks
-    layout: ShardLayout | None = None
-
-    @classmethod
-    def of(cls, k: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None) -> _Shard:
-        """From the arguments of `linear_attention`; raises where they do not fit each other."""
-        if sequence is not None and not isinstance(sequence, SequenceParallel):
-            raise TypeError(f"sequence must be a lasp.SequenceParallel or None, got {type(sequence).__name__}")
-        rank, size = (0, 1) if sequence is None else (sequence.rank, sequence.size)
-        sequence = None if size == 1 else sequence
-        if layout is None:
-            return cls(LocalRuns(None, range(0), rank > 0, rank < size - 1), sequence, k.shape[0])
-        if len(layout.lengths) != size:
-            raise ValueError(f"layout is for {len(layout.lengths)} ranks, but the sequence has {size}")
-        if layout.lengths[rank] != k.shape[1]:
-            raise ValueError(f"layout gives rank {rank} {layout.lengths[rank]} tokens, but k has {k.shape[1]}")
-        if layout.cu_seqlens is not None and k.shape[0] != 1:
-            raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {k.shape[0]}")
-        count = k.shape[0] if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
-        return cls(layout.local(rank), sequence, count, layout)
-
-    @property
-    def packed(self) -> bool:
-        return self.runs.cu_seqlens is not None
-
-    def own_states(self, states: Tensor | None, zeros: Tensor, *, first: bool) -> Tensor:
-        """Of the states before (`first`) or after all sequences, those of the runs that begin or end here.
-
-        [runs, H, K, V]; the zeros stay where that end of a run lies on another rank.
-        """
-        if states is not None:
-            here, there = self._ends(first)
-            zeros[here] = states[there].to(zeros.dtype)
-        return zeros
-
-    def all_states(self, own: Tensor, *, first: bool) -> Tensor:
-        """The inverse: states of local runs at the place of their sequence, zero for those of other ranks."""
-        states = own.new_zeros(self.num_sequences, *own.shape[1:])
-        here, there = self._ends(first)
-        states[there] = own[here]
-        return states
-
-    def _ends(self, first: bool) -> tuple[slice, slice]:
-        """Which local runs begin (`first`) or end on this rank, and which global sequences they are."""
-        elsewhere = self.runs.continues if first else self.runs.continued
-        if not self.packed:
-            rows = slice(0, 0 if elsewhere else None)
-            return rows, rows
-        count = len(self.runs.sequences)
-        low, high = (int(elsewhere), count) if first else (0, count - int(elsewhere))
-        start = self.runs.sequences.start
-        return slice(low, max(low, high)), slice(start + low, start + max(low, high))
-
-    def lets_pass(self, *, reverse: bool) -> bool:
-        """Whether a state that comes from before this rank goes on behind it: no sequence begins here."""
-        return _lets_pass(self.runs, reverse)
-
-    def at_border(self, x: Tensor, *, reverse: bool) -> Tensor:
-        """Of [runs, ...] the run that the next rank (`reverse`: the previous) goes on with; dense, all of them."""
-        return x[slice(0, 1) if reverse else slice(-1, None)] if self.packed else x
-
-    def enter(self, own: Tensor | None, received: Tensor, *, reverse: bool) -> Tensor | None:
-        """The state that enters every run: what was received, where a run began elsewhere; else its own."""
-        elsewhere = self.runs.continued if reverse else self.runs.continues
-        if not elsewhere:
-            return own
-        if not self.packed:
-            return received
-        assert own is not None
-        return torch.cat([own[:-1], received] if reverse else [received, own[1:]])
-
-
-def _lets_pass(runs: LocalRuns, reverse: bool) -> bool:
-    one_run = runs.cu_seqlens is None or len(runs.cu_seqlens) == 2
-    return one_run and (runs.continued if reverse else runs.continues)
-
-
-@lru_cache(maxsize=64)
-def _crossed(layout: ShardLayout, reverse: bool) -> tuple[int, ...]:
-    """Tokens of the ranks that lie between two others and let a state pass."""
-    inner = range(1, len(layout.lengths) - 1)
-    return tuple(layout.lengths[r] for r in inner if _lets_pass(layout.local(r), reverse))
-
-
-@dataclass(frozen=True)
 class _Call:
     """What a call is besides its tensors."""
 
-    shard: _Shard
+    shard: Shard
     scale: float
     output_final_state: bool
     ends: bool  # whether there is an initial or final state
@@ -252,7 +162,7 @@ class _Call:
         layout, rates = self.shard.layout, None if self.rates is None else self.rates[heads]
         crossed = None
         if layout is not None and len(layout.lengths) > 2:
-            crossed = _crossed(layout, reverse)
+            crossed = crossed_tokens(layout, reverse)
             if self.segment_length is not None:  # then a state crosses a segment at a time
                 crossed = tuple(min(tokens, steps.segment_length) for tokens in crossed)
         return far_heads(rates, steps.heads, crossed, steps.dtype)
@@ -283,7 +193,7 @@ def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
     return k.is_cuda and (layout is None or token * max(layout.lengths) >= SPLIT_FROM)
 
 
-def _head_parts(k: Tensor, v: Tensor, shard: _Shard, rates: tuple[float, ...] | None) -> list[slice]:
+def _head_parts(k: Tensor, v: Tensor, shard: Shard, rates: tuple[float, ...] | None) -> list[slice]:
     """The heads in the order in which they are worked on: two parts, or all at once.
 
     Where the heads that go through the chain lie together at an end, they are the second part. The first needs its
@@ -294,7 +204,7 @@ def _head_parts(k: Tensor, v: Tensor, shard: _Shard, rates: tuple[float, ...] | 
         return [slice(0, H)]
     cut, far = H // 2, ()
     if layout is not None and len(layout.lengths) > 2:
-        far = far_heads(rates, H, _crossed(layout, False), kernels.state_dtype(k.dtype))
+        far = far_heads(rates, H, crossed_tokens(layout, False), kernels.state_dtype(k.dtype))
     if len(far) == 1 and far[0][0] == 0 < far[0][1] < H:
         return [slice(far[0][1], H), slice(0, far[0][1])]
     if len(far) == 1 and 0 < far[0][0] < far[0][1] == H:
@@ -556,7 +466,7 @@ def _border_maps(
     return StateMap(state, torch.cat([border, log_decay[1:]]))
 
 
-def _sum_over_ranks(states: Tensor, shard: _Shard, *, reverse: bool = False) -> Tensor:
+def _sum_over_ranks(states: Tensor, shard: Shard, *, reverse: bool = False) -> Tensor:
     """In place. Of the ranks only the one on which a sequence ends has a state other than zero."""
     if shard.sequence is not None:
         with waiting(shard.sequence, None, reverse=reverse):
@@ -584,7 +494,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _check_initial_state(initial_state: Tensor | None, k: Tensor, v: Tensor, shard: _Shard) -> None:
+def _check_initial_state(initial_state: Tensor | None, k: Tensor, v: Tensor, shard: Shard) -> None:
     if initial_state is None:
         return
     expected = (shard.num_sequences, k.shape[2], k.shape[3], v.shape[3])

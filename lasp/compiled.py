@@ -13,6 +13,7 @@ import lasp_kernels as kernels
 from lasp import agreement, attention, decay
 from lasp.data import ShardLayout
 from lasp.mesh import sequence_of_key
+from lasp.shard import Shard
 
 Ints = Optional[list[int]]  # noqa: UP045  # the schema is read from these annotations
 
@@ -31,7 +32,7 @@ def _call(
 ) -> attention._Call:
     """`log_decay` where it may be read; the compiler's stand-ins have no values."""
     layout = None if lengths is None else ShardLayout(tuple(lengths), None if cu_seqlens is None else tuple(cu_seqlens))
-    shard = attention._Shard.of(k, layout, sequence_of_key(sequence))
+    shard = Shard.of(k, layout, sequence_of_key(sequence))
     return attention._Call(shard, scale, final, ends, segment_length, decay.host_values(log_decay), ranks_agree)
 
 

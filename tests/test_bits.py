@@ -9,6 +9,7 @@ from ranks import run_ranks
 import lasp
 from lasp import attention
 from lasp.mesh import EXCHANGES
+from lasp.shard import Shard
 
 SCHEDULES = EXCHANGES[1:]
 SEGMENT = 64
@@ -174,7 +175,7 @@ def test_the_parts_of_the_heads(monkeypatch):
     layout = lasp.ShardLayout((200,) * 4)
 
     def parts(*rates, sequence="any", layout=layout):
-        shard = attention._Shard(layout.local(1), sequence, 1, layout)
+        shard = Shard(layout.local(1), sequence, 1, layout)
         return [(part.start, part.stop) for part in attention._head_parts(k, k, shard, rates or None)]
 
     slow, fast = -0.1, -1.0

@@ -13,7 +13,8 @@ LASP, KERNELS = ROOT / "lasp", ROOT / "kernels" / "lasp_kernels"
 LAYERS = [
     {"lasp.mesh", "lasp.decay", "lasp.recompute"},
     {"lasp.exchange", "lasp.data", "lasp.agreement", "lasp.finite", "lasp_kernels"},
-    {"lasp.attention", "lasp.loss"},
+    {"lasp.shard", "lasp.loss"},
+    {"lasp.attention"},
     {"lasp.modules", "lasp.compiled"},
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
     {"lasp.api"},
