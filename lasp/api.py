@@ -80,10 +80,11 @@ def parallelize(
         RankMismatchError: ranks found different layers, or some of them failed with one of the above; on every rank.
         PeerError: a rank did not come to its `parallelize` within the timeout of the group.
     """
-    if softmax != "all_gather":
-        raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
-    sequence = replace(sequence_axis(mesh), exchange=exchange, validate=validate, check_finite=check_finite)
-    with Agreement(sequence, due=validate == "first" and sequence.size > 1) as ranks_agree:
+    axis = sequence_axis(mesh)
+    with Agreement(axis, due=validate != "off" and axis.size > 1) as ranks_agree:
+        if softmax != "all_gather":
+            raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
+        sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
         layers = _find_layers(model, plan or {}, strict)
         split = [module for module, _ in layers.values() if getattr(module, "sequence", None) is not None]
         if model in _parallelized or split:
@@ -142,7 +143,8 @@ def _mixes_tokens(path: str, module: nn.Module, layers: Mapping[str, tuple[nn.Mo
 def _fingerprint(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> dict[str, object]:
     """What must be the same on all ranks: the layers, in order, and how their states travel."""
     kinds = [f"{path}: {type(module).__name__}" for path, (module, _) in layers.items()]
-    return {"ranks": sequence.ranks, "exchange": sequence.exchange, "layers": kinds}
+    options = {"exchange": sequence.exchange, "check_finite": sequence.check_finite}
+    return {"ranks": sequence.ranks, **options, "layers": kinds}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Forward                                        Backward
   4. states of all segments, outputs             4. wait; dk, dv, d log_decay
 
 The states of step 4 are kept for backward, so there is one exchange in forward and one in backward, and no more. On a
-GPU forward takes the heads in two parts, so that the exchange of each hides behind the work of the other.
+GPU forward takes many tokens' heads in two parts, so that the exchange of each hides behind the work of the other.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _prepare(
     q, k, v = _autocast(q, k, v)
     if log_decay is not None and k.ndim == 4 and q.ndim == 4 and log_decay.ndim in (1, 3, 4):
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
-        if heads == q.shape[2] != k.shape[2] and heads % k.shape[2] == 0:
+        if heads == q.shape[2] != k.shape[2] and k.shape[2] and heads % k.shape[2] == 0:
             k, v = (x.repeat_interleave(heads // k.shape[2], 2) for x in (k, v))
     return q, k, v
 
@@ -141,8 +141,16 @@ class _Call:
             "scale": self.scale,
             "output_final_state": self.output_final_state,
             "segment_length": self.segment_length,
+            "tokens": k.shape[1] if self.needs_equal_tokens else None,
+            "check_finite": sequence.check_finite,
             **({} if self.grad_mode is None else {"grad_mode": self.grad_mode}),
         }
+
+    @property
+    def needs_equal_tokens(self) -> bool:
+        """Whether ranks must hold as many tokens: their messages are equally long, and no layout tells how long."""
+        gathers = self.shard.sequence is not None and self.shard.sequence.exchange == "all_gather"
+        return gathers and self.segment_length is not None and self.shard.layout is None
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
         """The steps on this device. Forward and backward must ask for the same."""
@@ -177,20 +185,20 @@ class _Call:
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
 
-# Whether forward takes the heads in two parts; None: on a GPU, where it gains more than its launches cost. Results are
-# the same bits.
+# Whether forward takes the heads in two parts; None: where it gains more than its launches cost, on a GPU from so many
+# bytes of k and v on the rank that has most. Results are the same bits.
 SPLIT_HEADS: bool | None = None
-SPLIT_FROM = (
-    2**28
-)  # bytes of k and v: below, the host needs longer for the launches than the card for half of the heads
+SPLIT_FROM = 2**28
 
 
 def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
-    """All ranks must come to the same answer; so without a layout, when their lengths may differ, it is yes."""
+    """All ranks must come to the same answer; so without a layout, when their lengths may differ, it is no."""
     if SPLIT_HEADS is not None:
         return SPLIT_HEADS
+    if not k.is_cuda or layout is None:
+        return False
     token = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
-    return k.is_cuda and (layout is None or token * max(layout.lengths) >= SPLIT_FROM)
+    return token * max(layout.lengths) >= SPLIT_FROM
 
 
 def _head_parts(k: Tensor, v: Tensor, shard: Shard, rates: tuple[float, ...] | None) -> list[slice]:
@@ -237,14 +245,16 @@ class _Part:
         goes_on: bool,
     ):
         self.inputs, self.call, self.steps = inputs, call, steps
-        self.segments = steps.segment_states(*inputs[1:])
+        self.segments: kernels.Segments | None = steps.segment_states(*inputs[1:])
         settle()
         own = None if initial_state is None else initial_state[:, heads]
         self.wait = _start_exchange(steps, self.segments, own, call, heads=heads, goes_on=goes_on)
 
     def finish(self, o: Tensor | None = None, states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """o, the states, which may be written to given tensors, and the final state."""
+        assert self.segments is not None
         states, final = self.steps.scan(self.segments, self.wait(), out=states)
+        self.segments = None  # large, and no longer needed
         finite.note(self.call.shard.sequence, final)
         return self.steps.outputs(*self.inputs, states, self.call.scale, out=o), states, final
 
@@ -325,7 +335,9 @@ def _backward(
     with torch.autocast(q.device.type, enabled=False):
         steps = call.plan(q, k, v, log_decay, needs_grad[1])
         if d_final_state is not None:
-            d_final_state = _sum_over_ranks(d_final_state.clone(), shard, reverse=True)
+            # Ranks add memory to memory, so it must lie in the same way on all of them.
+            d_final_state = d_final_state.clone(memory_format=torch.contiguous_format)
+            d_final_state = _sum_over_ranks(d_final_state, shard, reverse=True)
         segments = steps.segment_gradients(q, do, log_decay, scale)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
         wait = _start_exchange(steps, segments, d_final_state, call, reverse=True)

@@ -28,6 +28,7 @@ class LightningAttention(nn.Module):
         self._fixed = None if log_decay is None else log_decay.detach().to("cpu", torch.float32)
         self._on_device: Tensor | None = None
         self.scale = scale
+        self._copy_to(torch.get_default_device())
 
     def log_decay(self, device: torch.device) -> Tensor | None:
         """The fixed decay on a device; copied there once."""
@@ -40,10 +41,12 @@ class LightningAttention(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """When the module moves: also the decay, which else would first be copied inside a compiled graph."""
         super()._apply(fn, recurse)
-        device = fn(torch.empty(0)).device
-        if device.type not in ("cpu", "meta"):
-            self.log_decay(device)
+        self._copy_to(fn(torch.empty(0, device="cpu")).device)
         return self
+
+    def _copy_to(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self.log_decay(device)
 
     def forward(
         self,

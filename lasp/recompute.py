@@ -123,7 +123,10 @@ def _frame_of(pack: PackHook) -> tuple[Frame | None, bool]:
     """
     pack = getattr(pack, "__wrapped__", pack)
     for cell in getattr(pack, "__closure__", None) or ():
-        held = cell.cell_contents
+        try:
+            held = cell.cell_contents
+        except ValueError:  # a variable that has no value yet
+            continue
         if isinstance(held, Frame):
             return held, False
         if isinstance(held, weakref.ref) and isinstance(held(), Frame):

@@ -90,6 +90,27 @@ def test_a_rank_that_skips_a_layer_arrives_with_the_name_of_another():
     run_ranks(3, _differ_in_settings, "name", ("blocks.2", "blocks.1", "blocks.1"), shown)
 
 
+def test_a_rank_that_looks_for_nan_while_the_others_do_not():
+    shown = "rank 1 has check_finite true, the others false"
+    run_ranks(3, _differ_in_settings, "check_finite", (False, True, False), shown)
+
+
+def _differ_in_tokens():
+    rank = dist.get_rank()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange="all_gather")
+    x = {name: torch.zeros(1, 64 if rank == 1 else 576, H, 4) for name in "qkv"}
+    with pytest.raises(lasp.RankMismatchError, match="rank 1 has tokens 64, the others 576"):
+        lasp.linear_attention(**x, sequence=sequence, segment_length=64)
+    works(sequence)
+    lengths = (64, 576, 576)
+    x = random_inputs("head", sum(lengths))
+    check_against_oracle(x, lengths, sequence, segment_length=64, layout=lasp.ShardLayout(lengths))
+
+
+def test_gathered_segments_need_equal_tokens_or_a_layout():
+    run_ranks(3, _differ_in_tokens)
+
+
 def _differ_in_grad_mode():
     x = arguments()
     x["q"].requires_grad_()

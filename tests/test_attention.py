@@ -274,7 +274,9 @@ def _final_state_only():
     local = x.shard(lengths, rank)
     local.require_grad()
     _, final_state = run(lasp.linear_attention, local, output_final_state=True, sequence=sequence_of_all())
-    ((final_state * x.d_final_state).sum() * (rank == 2)).backward()
+    # The gradient of the last rank lies in memory in another way than those of the others.
+    weight = x.d_final_state.mT.contiguous() if rank == 2 else torch.zeros_like(x.d_final_state)
+    ((final_state.mT if rank == 2 else final_state) * weight).sum().backward()
     for name in ("k", "v", "log_decay"):
         assert_close(getattr(local, name).grad, cut(expected[name], lengths, rank), f"d{name}")
 

@@ -12,6 +12,7 @@ if not CUDA:
 
 from inputs import gradients, oracle, random_inputs, run  # noqa: E402
 
+import lasp  # noqa: E402
 from lasp_kernels import chunked_linear_attention, triton_steps  # noqa: E402
 from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
 from lasp_kernels.reference import reference_norm_gate  # noqa: E402
@@ -283,3 +284,25 @@ def test_full_size(form, dtype, K, V):
     for name, gradient in found.items():
         bound = 8 * TOLERANCE[dtype] if name == "log_decay" else TOLERANCE[dtype]
         assert_near(gradient, expected[name].cpu(), f"d{name}", bound)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 30, 100)])
+def test_compiled_for_one_length_after_another(monkeypatch, cu_seqlens):
+    """The compiler's stand-ins have sizes without value; nothing of theirs may be kept for the real call."""
+    monkeypatch.setenv("LASP_KERNELS", "triton")
+
+    def f(q, k, v, log_decay, layout):
+        return lasp.linear_attention(q, k, v, log_decay=log_decay, layout=layout)[0]
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for T in (100, 130, 201):
+        bounds = None if cu_seqlens is None else (*cu_seqlens, T) if T > 100 else cu_seqlens
+        x = on_device(random_inputs("head", T, B=1, H=2, K=16, V=16, state=False), torch.float32)
+        layout = None if bounds is None else lasp.ShardLayout((T,), bounds)
+        found = []
+        for function in (f, compiled):
+            leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+            o = function(*leaves, x.log_decay, layout)
+            found.append([o.detach(), *torch.autograd.grad(o, leaves, x.do)])
+        for eager, other in zip(*found):
+            assert torch.equal(eager, other), T

@@ -94,12 +94,9 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _fits_tma(x: Tensor) -> bool:
-    """A descriptor needs addresses and strides that are multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.contiguous()
+    """A descriptor needs addresses and strides that are multiples of 16 bytes, and rows that do not coincide."""
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    return aligned and x.stride(1) > 0
 
 
 @dataclass(frozen=True)
@@ -114,12 +111,8 @@ class Segments:
 _thread = threading.local()
 
 
-@lru_cache(maxsize=64)
 def _segment_table(bounds: tuple[int, ...], segment_length: int, device: torch.device) -> tuple[Tensor, ...]:
-    """For packed sequences: first token, end and run of each segment; the first segment of each run.
-
-    Kept, since all layers of a model ask for the same.
-    """
+    """For packed sequences: first token, end and run of each segment; the first segment of each run."""
     table, run_starts = [], [0]
     for run, (first, end) in enumerate(zip(bounds, bounds[1:])):
         for t in range(first, end, segment_length):
@@ -147,7 +140,11 @@ class _Launch:
         self._kernel, self._grid, self._options = kernel, (*programs, 1), settings
         self._compiled: Callable | None = None
 
-    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
+    def __call__(self, tensors: tuple[Tensor | None, ...], device: torch.device) -> None:
+        """Start it on the device of the tensors; Triton would take the current one."""
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                return self(tensors, device)
         if self._compiled is not None:
             self._compiled(*tensors, *self._arguments)
         elif 0 not in self._grid:
@@ -208,10 +205,11 @@ class TritonSteps:
         stride = max(x.shape[2] * MAX_DIM if x.stride(-1) != 1 else x.stride(1) for x in (q, k, v))
         tf32 = k.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         decay = None if log_decay is None else (log_decay.ndim, log_decay.dtype)
+        # Sizes as plain numbers: under torch.compile they may be symbols, which would not find what was kept.
+        shapes = [torch.Size(map(int, x.shape)) for x in (q, k, v)]
         steps = _shared_steps(
-            _Inputs(q.shape, k.shape, v.shape, stride, k.dtype, k.device, decay, bounds, segment_length,
-                    decay_gradient, ends, tf32)
-        )  # fmt: skip
+            _Inputs(*shapes, int(stride), k.dtype, k.device, decay, bounds, segment_length, decay_gradient, ends, tf32)
+        )
         if steps._keep_rows:  # these belong to one call
             steps = copy.copy(steps)
             steps._rows = {}
@@ -235,8 +233,8 @@ class TritonSteps:
         # Kernels address the tokens of a segment with 32 bits.
         longest = 2**31 // max(inputs.token_stride, inputs.q[2] * MAX_DIM) // 64 * 64
         self._segment_length = min(inputs.segment_length or self._choose_segment_length(), longest)
-        self._table = self._run_starts = None  # packed only, on the device
         self.runs = self.batch
+        self._bounds = inputs.bounds
         if inputs.bounds is not None:
             self._pack(inputs.bounds)
         else:
@@ -276,7 +274,6 @@ class TritonSteps:
 
     def _pack(self, bounds: tuple[int, ...]) -> None:
         """Cut each run for itself."""
-        self._table, self._run_starts = _segment_table(bounds, self._segment_length, self.device)
         ends = list(accumulate(-(-(b - a) // self._segment_length) for a, b in zip(bounds, bounds[1:])))
         self._run_segments = list(zip([0, *ends], ends))
         self.runs, self.segments = len(bounds) - 1, ends[-1]
@@ -312,20 +309,25 @@ class TritonSteps:
         launch = self._launches.get(key)
         if launch is None:
             launch = self._launches[key] = prepare()
-        if self._tma and not hasattr(
-            _thread, "has_allocator"
-        ):  # Triton keeps it by thread; backward has one of its own
+        # Triton keeps the allocator by thread; backward has one of its own.
+        if self._tma and not hasattr(_thread, "has_allocator"):
             triton.set_allocator(_scratch)
             _thread.has_allocator = True
-        if self._other_device():
-            with torch.cuda.device(self.device):
-                launch((*inputs, *buffers))
-        else:
-            launch((*inputs, *buffers))
+        launch((*inputs, *buffers), self.device)
 
-    def _other_device(self) -> bool:
-        """Whether the current GPU, on which Triton starts kernels, is not that of the inputs."""
-        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+    @cached_property
+    def _tables(self) -> tuple[Tensor, ...]:
+        """`_segment_table` of packed sequences. Not made with the steps, which the compiler's stand-ins make, too."""
+        assert self._bounds is not None
+        return _segment_table(self._bounds, self._segment_length, self.device)
+
+    @property
+    def _table(self) -> Tensor | None:
+        return None if self._bounds is None else self._tables[0]
+
+    @property
+    def _run_starts(self) -> Tensor | None:
+        return None if self._bounds is None else self._tables[1]
 
     @cached_property
     def _segment_tokens(self) -> Tensor:
@@ -432,14 +434,14 @@ class TritonSteps:
         end = None if self._skipped else torch.empty(shape, dtype=self.dtype, device=self.device)
         if entering is not None:
             entering = entering.to(self.dtype).contiguous()
-        log_decay = _contiguous(segments.log_decay)
+        log_decay = segments.log_decay.contiguous() if self._decay == 1 else None  # else the kernel does not read it
 
         def prepare() -> _Launch:
             size, block = self.key_dim * self.value_dim, 512
             return _Launch(
                 scan_kernel, (self.runs * self.heads, -(-size // block)),
                 (*self._sizes(), self._piece_length, self._pieces, self._skipped, size),
-                DECAY=self._decay, REVERSE=reverse, PACKED=self._table is not None, BLOCK=block, num_warps=4,
+                DECAY=self._decay, REVERSE=reverse, PACKED=self._bounds is not None, BLOCK=block, num_warps=4,
             )  # fmt: skip
 
         buffers = (segments.pieces, segments.log_total, states, end, log_end, self._table, self._run_starts)
@@ -597,7 +599,7 @@ class TritonSteps:
                 token_decay_kernel, (self.batch * self.heads * self.segments, 1),
                 (self.batch, *self._sizes(), *self._decay_strides(log_decay)),
                 SIZE=self.key_dim * self.value_dim, GROUP=self.groups, Q_BLOCKS=query_rows.shape[1],
-                K_BLOCKS=key_rows.shape[1], PACKED=self._table is not None,
+                K_BLOCKS=key_rows.shape[1], PACKED=self._bounds is not None,
                 C=_config("walk", self.value_dim, k.element_size()).tile, BLOCK=1024, num_warps=4,
             )  # fmt: skip
 
@@ -654,7 +656,7 @@ class TritonSteps:
     def _flags(self, config: Config) -> dict[str, object]:
         return {
             "DECAY": self._decay,
-            "PACKED": self._table is not None,
+            "PACKED": self._bounds is not None,
             "LOW": self._low,
             "PRECISION": self._precision,
             "STAGES": config.stages,
@@ -669,9 +671,6 @@ def _shared_steps(inputs: _Inputs) -> TritonSteps:
     return TritonSteps(inputs)
 
 
-_folds: dict[tuple, _Launch] = {}
-
-
 def fold(entering: Tensor, states: Tensor, log_decay: Tensor) -> Tensor:
     """`entering` [N, H, K, V] through the maps `states` [U, N, H, K, V], `log_decay` [U, N, H, 1], in order; fp32.
 
@@ -680,13 +679,17 @@ def fold(entering: Tensor, states: Tensor, log_decay: Tensor) -> Tensor:
     states, log_decay = states.contiguous(), log_decay.contiguous()
     entering = entering.contiguous()
     out = torch.empty_like(entering)
-    rows, size, block = out.shape[0] * out.shape[1], out.shape[2] * out.shape[3], 512
     tensors = (entering, states, log_decay, out)
-    key = (len(states), rows, size, out.device, *[x.data_ptr() % 16 == 0 for x in tensors])
-    if key not in _folds:
-        _folds[key] = _Launch(fold_kernel, (rows, -(-size // block)), (len(states), size), BLOCK=block)
-    _folds[key](tensors)
+    _fold_launch(states.shape, out.device, tuple(x.data_ptr() % 16 == 0 for x in tensors))(tensors, out.device)
     return out
+
+
+@lru_cache(maxsize=256)
+def _fold_launch(shape: torch.Size, device: torch.device, aligned: tuple[bool, ...]) -> _Launch:
+    """For states of a shape; one launch for each device and alignment, which Triton compiles for."""
+    units, runs, heads, rows, columns = shape
+    size, block = rows * columns, 512
+    return _Launch(fold_kernel, (runs * heads, -(-size // block)), (units, size), BLOCK=block)
 
 
 def _check_supported(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:

@@ -121,7 +121,7 @@ def waiting(sequence: SequenceParallel, peer: int | None, *, reverse: bool) -> I
         raise PeerError(
             f"layer {sequence.name!r}, {'backward' if reverse else 'forward'}: the exchange of the state with "
             f"{'the other ranks' if peer is None else sequence.name_of(peer)} failed after "
-            f"{time.monotonic() - started:.1f} s; a rank has ended, hangs, or left out a call: {error}"
+            f"{time.monotonic() - started:.1f} s; mostly a rank has ended, hangs, or left out a call: {error}"
         ) from error
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lasp.exchange.collectives import start_all_gather
-from lasp.mesh import SequenceParallel
+from lasp.mesh import EXCHANGES, SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,6 @@ PUBLISHED = Network(5.5e-6, 24e9, 5.5e-6, 64e9, "published")
 # A hop of a chain waits for a multiprocessor of a card that computes meanwhile, and a collective does so once. On four
 # H100s, alone as fast, the ring cost the operator 0.2 ms more (bench/results/2026-11-22_exchange_4xcuda.md).
 UNDER_LOAD = 2.0
-
-SCHEDULES = ("ring", "all_gather", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def predict(schedule: str, bytes_per_rank: int, ranks: int, network: Network, *,
         blocks = blocks or best_blocks(bytes_per_rank, ranks, network)
         steps, size = ranks - 2 + blocks, bytes_per_rank / blocks
     if steps == 0:
-        raise ValueError(f"schedule must be one of {('neighbour', *SCHEDULES)}, got {schedule!r}")
+        raise ValueError(f"schedule must be one of {('neighbour', *EXCHANGES[1:])}, got {schedule!r}")
     return steps * (network.latency + size / network.bandwidth)
 
 
@@ -112,7 +110,8 @@ def network_of(sequence: SequenceParallel) -> Network:
     return PUBLISHED if sequence.group is None else _measured.get(sequence.group, PUBLISHED)
 
 
-SMALL, LARGE, REPEATS = 2**16, 2**22, 4  # bytes, bytes, times; the first time is not counted
+# Bytes and times; the first time is not counted. NVLink needs more for its bandwidth to show than its latency does.
+SMALL, LARGE, LARGE_ON_GPUS, REPEATS = 2**16, 2**22, 2**26, 4
 GATHERED = 2**28  # bytes that a gather of the large message may need
 
 
@@ -122,7 +121,7 @@ def measure(sequence: SequenceParallel) -> Network:
     if sequence.group not in _measured:
         nccl = dist.get_backend(sequence.group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        sizes = (SMALL, max(2 * SMALL, min(LARGE, GATHERED // sequence.size)))
+        sizes = (SMALL, max(2 * SMALL, min(LARGE_ON_GPUS if nccl else LARGE, GATHERED // sequence.size)))
         times = [_time(op, size, sequence, device) for op in (_pass_along, _gather) for size in sizes]
         agreed = torch.tensor(times, dtype=torch.float64, device=device)
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=sequence.group)
@@ -142,18 +141,29 @@ def _line(sizes: tuple[int, int], small: float, large: float) -> tuple[float, fl
 def _time(
     op: Callable[[Tensor, SequenceParallel], None], size: int, sequence: SequenceParallel, device: torch.device
 ) -> float:
-    message = torch.zeros(size // 4, device=device)
-    ready = torch.zeros(1, device=device)
-    times = []
-    for _ in range(1 + REPEATS):
-        dist.all_reduce(ready, group=sequence.group)
-        ready.item()  # all ranks begin at once
-        start = time.perf_counter()
-        op(message, sequence)
-        if device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    """Seconds, from when all ranks are ready until this one is done."""
+    message, ready = torch.zeros(size // 4, device=device), torch.zeros(1, device=device)
+    once = _seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu
+    return min([once(lambda: op(message, sequence), ready, sequence) for _ in range(1 + REPEATS)][1:])
+
+
+def _seconds_on_cpu(run: Callable[[], None], ready: Tensor, sequence: SequenceParallel) -> float:
+    dist.all_reduce(ready, group=sequence.group)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(run: Callable[[], None], ready: Tensor, sequence: SequenceParallel) -> float:
+    """Of the stream, not of the host: the card sleeps while the host queues everything."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(4_000_000)  # cycles, some 2 ms
+    dist.all_reduce(ready, group=sequence.group)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _pass_along(message: Tensor, sequence: SequenceParallel) -> None:

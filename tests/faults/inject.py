@@ -36,7 +36,7 @@ from faults.program import COMPARED, COMPARED_EVERY, KINDS, LAYERS, STEPS, Fault
 from processes import free_port  # noqa: E402
 from ranks import workers  # noqa: E402
 
-from lasp.exchange.cost import SCHEDULES  # noqa: E402
+from lasp.mesh import EXCHANGES  # noqa: E402
 
 MISMATCH = 5.0  # seconds after which ranks that differ must know it
 MARGIN = 3.0  # seconds that a rank may need beside what it waits for: several runs share the cores
@@ -68,7 +68,7 @@ def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
             layer=draw.randrange(LAYERS),
             step=draw.randrange(0, STEPS, COMPARED_EVERY if compared else 1),
             direction="forward" if compared else draw.choice(("forward", "backward")),
-            exchange=draw.choice(SCHEDULES),
+            exchange=draw.choice(EXCHANGES[1:]),
             store=draw.choice(("launcher", "rank 0")),
         )
         faults.append(fault)
