@@ -265,8 +265,8 @@ def test_loss_of_one_rank_only(chosen, how):
     run_ranks(3, _loss_of_one_rank, chosen, how)
 
 
-def _final_state_only():
-    """The outputs are unused, and only the last rank's final state is in the loss."""
+def _final_state_only(chosen):
+    """The outputs are unused, and only one rank's final state is in the loss."""
     lengths, rank = (4, 6, 3), dist.get_rank()
     x = random_inputs("channel", 13)
     x = replace(x, do=torch.zeros_like(x.do))
@@ -274,15 +274,16 @@ def _final_state_only():
     local = x.shard(lengths, rank)
     local.require_grad()
     _, final_state = run(lasp.linear_attention, local, output_final_state=True, sequence=sequence_of_all())
-    # The gradient of the last rank lies in memory in another way than those of the others.
-    weight = x.d_final_state.mT.contiguous() if rank == 2 else torch.zeros_like(x.d_final_state)
-    ((final_state.mT if rank == 2 else final_state) * weight).sum().backward()
+    # Its gradient lies in memory in another way than those of the others.
+    weight = x.d_final_state.mT.contiguous() if rank == chosen else torch.zeros_like(x.d_final_state)
+    ((final_state.mT if rank == chosen else final_state) * weight).sum().backward()
     for name in ("k", "v", "log_decay"):
         assert_close(getattr(local, name).grad, cut(expected[name], lengths, rank), f"d{name}")
 
 
-def test_loss_on_the_final_state_of_one_rank():
-    run_ranks(3, _final_state_only)
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_loss_on_the_final_state_of_one_rank(chosen):
+    run_ranks(3, _final_state_only, chosen)
 
 
 # Modes of PyTorch
