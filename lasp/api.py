@@ -60,7 +60,7 @@ def parallelize(
         mesh: `mesh["sp"]`, the whole mesh (its "sp" axis is used), a ProcessGroup, or None.
         plan: adapters for layers by the pattern of their path, e.g. `{"blocks.*.conv": lasp.adapters.token_local}`;
             it goes before what is registered.
-        exchange: how a state travels: "ring", "all_gather", "pipeline", or "auto", the fastest of them by a cost
+        exchange: how a state travels: "ring", "all_gather", "pipeline", or "auto", one of them by a cost
             model, for which the network between the ranks is measured here, once.
         softmax: how softmax attention is split: "all_gather". No adapter for softmax layers exists yet, so `strict`
             refuses them.

@@ -254,7 +254,7 @@ class SequenceParallel:
 
     Args:
         mesh: a 1-D `DeviceMesh` such as `mesh["sp"]`, a `ProcessGroup`, or None for one rank.
-        exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", or "auto", the fastest of
+        exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", or "auto", one of
             them by a cost model.
         name: the layer, for messages.
         validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th

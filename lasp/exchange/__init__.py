@@ -126,7 +126,7 @@ def _schedule(
 
 
 def _through_all(local: StateMap, link: Link, fold: Fold, reverse: bool, units: int, ragged: bool) -> Schedule:
-    """The schedule that the sequence asks for; "auto" is the fastest by the cost model."""
+    """The schedule that the sequence asks for; "auto" leaves it to the cost model."""
     sequence, itemsize = link.sequence, local.state.element_size()
     state_bytes = local.state[0].numel() * itemsize
     map_bytes = units * (state_bytes + local.log_decay[0].numel() * itemsize)

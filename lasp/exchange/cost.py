@@ -85,7 +85,7 @@ def best_blocks(bytes_per_rank: int, ranks: int, network: Network, *, most: int 
 
 @lru_cache(maxsize=256)
 def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ranks: int, network: Network) -> Choice:
-    """The schedule that is asked for, or for "auto" the fastest.
+    """The schedule that is asked for, or for "auto" the fastest, where a chain counts `UNDER_LOAD` times.
 
     `state_bytes` is what a rank sends in a chain, `map_bytes` what it gives to the all-gather, which is not considered
     if that is None. `rows` are those of a state, which the pipeline cuts.
