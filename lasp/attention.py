@@ -51,7 +51,8 @@ def linear_attention(
     Args:
         q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v (G = 1 is the usual case).
         k: [B, T, H, K].
-        v: [B, T, H, V]. q, k and v have one float dtype. T may differ between ranks, down to zero.
+        v: [B, T, H, V]. q, k and v have one float dtype (fp32 may use TF32 as PyTorch's own products do, by
+            `torch.set_float32_matmul_precision`). T may differ between ranks, down to zero.
         log_decay: fp32, <= 0 and finite: None, [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per token
             and channel). With a decay for each of H*G query heads, k and v are repeated to as many.
         scale: multiplies the output.

@@ -162,6 +162,20 @@ def test_views_of_a_fused_projection(dtype):
         assert_near(found[name], expected[name], f"d{name}", 4 * TOLERANCE[dtype])
 
 
+def test_fp32_uses_tf32_only_where_pytorch_may():
+    x = on_device(random_inputs("none", 64, B=1, K=16, V=16), torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        exact = steps_of(x)
+        torch.set_float32_matmul_precision("high")
+        fast = steps_of(x)
+        assert (exact._precision, fast._precision) == ("ieee", "tf32")
+        assert steps_of(on_device(x, torch.float16))._precision == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_same_bits_twice():
     x = on_device(random_inputs("token", 130, B=1, K=16, V=32), torch.float16)
     first, second = (all_steps(x, 1.0, segment_length=64) for _ in range(2))

@@ -10,6 +10,8 @@
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
 LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it.
+
+Products of fp32 inputs are true fp32, or TF32 on a GPU after `torch.set_float32_matmul_precision("high")`.
 """
 
 from __future__ import annotations
