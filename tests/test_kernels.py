@@ -162,6 +162,15 @@ def test_views_of_a_fused_projection(dtype):
         assert_near(found[name], expected[name], f"d{name}", 4 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_that_is_the_same_for_all_tokens(form):
+    """do with stride 0 along T, as after o.sum(1): no tile of a copy engine."""
+    x = on_device(random_inputs(form, 130, H=2, K=16, V=16), torch.float32)
+    x = replace(x, do=x.do[:, :1].expand_as(x.do))
+    assert x.do.stride(1) == 0
+    check(x, segment_length=64)
+
+
 def test_fp32_uses_tf32_only_where_pytorch_may():
     x = on_device(random_inputs("none", 64, B=1, K=16, V=16), torch.float32)
     before = torch.get_float32_matmul_precision()
