@@ -48,8 +48,8 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
 
     Looks, in this order, for torchrun's variables, an MPI launcher (through mpi4py), Slurm's variables; with none
     of them it is one process, and everything works on a group of one. `backend` is "nccl" or "gloo", by default
-    nccl where there is a GPU. A peer that is silent for `timeout` seconds is an error. NCCL's streams get a high priority
-    (the environment variable TORCH_NCCL_HIGH_PRIORITY, unless it is set).
+    nccl where there is a GPU. A peer that is silent for `timeout` seconds is an error. NCCL's streams get a high
+    priority (the environment variable TORCH_NCCL_HIGH_PRIORITY, unless it is set).
 
     Raises:
         ValueError: an unknown backend, or nccl without a GPU.
