@@ -1,10 +1,13 @@
 """Python processes of their own, as a user starts them."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -13,6 +16,22 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# Of the processes that start others, those that tests must not take for their own.
+LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "MPI_", "OMPI_", "GLOO_")
+
+
+def mpirun(ranks):
+    """The command that starts so many ranks. On Linux the extra "dev" installs it, so there it must not be missing."""
+    beside_python = str(Path(sys.executable).parent)
+    found = shutil.which("mpirun", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
+    if sys.platform != "linux":
+        pytest.importorskip("mpi4py")
+        if found is None:
+            pytest.skip("no mpirun, and no wheel of one for this platform")
+    assert found is not None, "mpirun is missing: pip install -e '.[dev]'"
+    return (found, "-n", str(ranks))
 
 
 def start(code, variables, launcher=()):

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish, free_port, start
+from processes import LAUNCHER_PREFIXES, finish, free_port, mpirun, start
 
 import lasp
 from lasp.mesh import _discover, _first_host
-
-LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "MPI_", "OMPI_", "GLOO_")
 
 # Each rank writes a file: the lines that two ranks print at once, mpirun may mix.
 MEET = """
@@ -101,12 +99,7 @@ def test_slurm_variables():
 
 
 def test_mpirun():
-    pytest.importorskip("mpi4py")
-    beside_python = str(Path(sys.executable).parent)
-    mpirun = shutil.which("mpirun", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
-    if mpirun is None:
-        pytest.skip("no mpirun")
-    assert results([start(MEET, {}, launcher=(mpirun, "-n", "2"))]) == expected(2, "mpi")
+    assert results([start(MEET, {}, launcher=mpirun(2))]) == expected(2, "mpi")
 
 
 # What fails

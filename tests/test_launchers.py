@@ -2,15 +2,12 @@
 
 import json
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from processes import finish, free_port, start
+from processes import LAUNCHER_PREFIXES, finish, free_port, mpirun, start
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_tnl.py"
-LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "MPI_", "OMPI_", "GLOO_")
 RANKS = 2
 
 
@@ -42,13 +39,8 @@ def torchrun(code):
     return [start(code, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(RANKS)]
 
 
-def mpirun(code):
-    pytest.importorskip("mpi4py")
-    beside_python = str(Path(sys.executable).parent)
-    launcher = shutil.which("mpirun", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
-    if launcher is None:
-        pytest.skip("no mpirun")
-    return [start(code, {}, launcher=(launcher, "-n", str(RANKS)))]
+def mpi(code):
+    return [start(code, {}, launcher=mpirun(RANKS))]
 
 
 def slurm(code):
@@ -62,4 +54,4 @@ def test_every_launcher_trains_to_the_same_losses(tmp_path):
     assert launcher == "torchrun"
     assert len(set(expected)) == 3
     assert losses(tmp_path / "slurm", slurm) == ("slurm", expected)
-    assert losses(tmp_path / "mpi", mpirun) == ("mpi", expected)
+    assert losses(tmp_path / "mpi", mpi) == ("mpi", expected)
