@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup
 
 from lasp import recompute
-from lasp.mesh import PeerError, RankMismatchError, SequenceParallel
+from lasp.mesh import PeerError, RankMismatchError, SequenceParallel, group_timeout
 
 EVERY = 1000  # calls of a layer from one comparison to the next
 _ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank
@@ -231,8 +231,3 @@ def _connection(group: ProcessGroup) -> Store:
         store = group.get_group_store().clone()  # type: ignore[attr-defined]
         _connections[group] = PrefixStore("lasp/agreement", store)
     return _connections[group]
-
-
-def group_timeout(group: ProcessGroup) -> timedelta:
-    """After which a rank of the group that does not come is an error."""
-    return group._get_backend(group._device_types[0]).options._timeout

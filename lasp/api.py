@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 import weakref
 from collections.abc import Mapping
@@ -60,8 +61,8 @@ def parallelize(
         mesh: `mesh["sp"]`, the whole mesh (its "sp" axis is used), a ProcessGroup, or None.
         plan: adapters for layers by the pattern of their path, e.g. `{"blocks.*.conv": lasp.adapters.token_local}`;
             it goes before what is registered.
-        exchange: how a state travels: "ring", "all_gather", "pipeline", or "auto", one of them by a cost
-            model, for which the network between the ranks is measured here, once.
+        exchange: how a state travels: "ring", "all_gather", "pipeline", "direct" (ranks of one host read each other's
+            memory), or "auto", one of them by a cost model, for which the network is measured here, once.
         softmax: how softmax attention is split: "all_gather". No adapter for softmax layers exists yet, so `strict`
             refuses them.
         strict: refuse a model with a layer that mixes tokens and has no adapter (attention, convolution, recurrence),
@@ -91,8 +92,10 @@ def parallelize(
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         ranks_agree.settle(lambda: _fingerprint(sequence, layers))
     if sequence.size > 1:
-        if exchange == "auto":
+        if exchange in ("auto", "direct"):
             cost.measure(sequence)
+        if exchange == "direct":
+            cost.require_direct(sequence)
         for path, (module, adapter) in layers.items():
             adapter(module, replace(sequence, name=path))
     _parallelized.add(model)
@@ -179,7 +182,8 @@ class Explanation(list[LayerReport]):
             sent = layer.bytes_per_step
             asked = layer.exchange if layer.schedule in ("", layer.exchange) else f"{layer.exchange}: {layer.schedule}"
             blocks = f" in {layer.blocks} blocks" if layer.blocks > 1 else ""
-            predicted = "" if sent is None else f"{layer.predicted_seconds * 1e6:,.0f} us"
+            known = sent is not None and math.isfinite(layer.predicted_seconds)
+            predicted = f"{layer.predicted_seconds * 1e6:,.0f} us" if known else ""
             sent = "run a step" if sent is None else f"{sent:,.0f}"
             asked += blocks
             rows.append((layer.path, layer.module, asked, str(layer.ranks), predicted, sent, layer.kernels))

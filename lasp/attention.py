@@ -65,7 +65,7 @@ def linear_attention(
         sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
         segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
             the number of ranks: where the borders of ranks are borders of segments, they are the bits of one rank.
-            With exchange "all_gather" and no layout, all ranks must then hold equally many tokens.
+            With exchange "all_gather" or "direct" and no layout, all ranks must then hold equally many tokens.
 
     Returns:
         o [B, T, H*G, V] in the dtype of v, and the final state [N, H, K, V] (fp32; fp64 for fp64 inputs; the same
@@ -150,7 +150,7 @@ class _Call:
     @property
     def needs_equal_tokens(self) -> bool:
         """Whether ranks must hold as many tokens: their messages are equally long, and no layout tells how long."""
-        gathers = self.shard.sequence is not None and self.shard.sequence.exchange == "all_gather"
+        gathers = self.shard.sequence is not None and self.shard.sequence.exchange in ("all_gather", "direct")
         return gathers and self.segment_length is not None and self.shard.layout is None
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
@@ -244,12 +244,13 @@ class _Part:
         *,
         settle: Callable[[], None],
         goes_on: bool,
+        at_once: bool,
     ):
         self.inputs, self.call, self.steps = inputs, call, steps
         self.segments: kernels.Segments | None = steps.segment_states(*inputs[1:])
         settle()
         own = None if initial_state is None else initial_state[:, heads]
-        self.wait = _start_exchange(steps, self.segments, own, call, heads=heads, goes_on=goes_on)
+        self.wait = _start_exchange(steps, self.segments, own, call, heads=heads, goes_on=goes_on, at_once=at_once)
 
     def finish(self, o: Tensor | None = None, states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """o, the states, which may be written to given tensors, and the final state."""
@@ -282,7 +283,7 @@ def _forward(
             shard.sequence.traffic.kernels = kernels.path(*inputs)
         slices = _head_parts(k, v, shard, call.rates)
         if len(slices) == 1:
-            part = _Part(slices[0], inputs, initial_state, call, steps, settle=settle, goes_on=False)
+            part = _Part(slices[0], inputs, initial_state, call, steps, settle=settle, goes_on=False, at_once=True)
             o, states, final = part.finish()
             o = o.to(v.dtype)
         else:
@@ -308,7 +309,9 @@ def _forward_in_parts(
     for heads in slices:
         taken = _take_heads(inputs, heads)
         of_part = steps.of_heads(heads.stop - heads.start)
-        parts.append(_Part(heads, taken, initial_state, call, of_part, settle=settle, goes_on=len(parts) > 0))
+        parts.append(
+            _Part(heads, taken, initial_state, call, of_part, settle=settle, goes_on=len(parts) > 0, at_once=False)
+        )
     q, _, v, _ = inputs
     o = v.new_empty(*q.shape[:3], v.shape[3])
     states = o.new_empty(steps.states_shape, dtype=steps.dtype)
@@ -421,6 +424,7 @@ def _start_exchange(
     reverse: bool = False,
     heads: slice = slice(None),
     goes_on: bool = False,
+    at_once: bool = False,
 ) -> Callable[[], Tensor | None]:
     """Send what this rank's tokens do to a state; the result waits for the state that enters each of its runs.
 
@@ -445,6 +449,7 @@ def _start_exchange(
         units=call.most_units(steps, given),
         ragged=call.segment_length is not None and shard.layout is None,
         goes_on=goes_on,
+        at_once=at_once,
     )
     return lambda: shard.enter(own, pending.wait(), reverse=reverse)
 

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
-EXCHANGES = ("auto", "ring", "all_gather", "pipeline")
+EXCHANGES = ("auto", "ring", "all_gather", "pipeline", "direct")
 
 
 class RankMismatchError(RuntimeError):
@@ -263,8 +263,8 @@ class SequenceParallel:
 
     Args:
         mesh: a 1-D `DeviceMesh` such as `mesh["sp"]`, a `ProcessGroup`, or None for one rank.
-        exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", or "auto", one of
-            them by a cost model.
+        exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", "direct" (ranks of one
+            host), or "auto", one of them by a cost model.
         name: the layer, for messages.
         validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th
             (see `lasp.agreement`), so that a difference is a `RankMismatchError` on every rank; "off" does not.
@@ -382,3 +382,8 @@ def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | N
     axis = grad_mesh(mesh)
     group = axis.get_group() if isinstance(axis, DeviceMesh) else axis
     return group, dist.get_world_size(group) if group is not None else 1
+
+
+def group_timeout(group: ProcessGroup) -> timedelta:
+    """After which a rank of the group that does not come is an error."""
+    return group._get_backend(group._device_types[0]).options._timeout

@@ -41,6 +41,11 @@ class Reception:
         if result is not None:
             self.keep(result)
 
+    @property
+    def kept(self) -> bool:
+        """Whether a recompute may need the result."""
+        return bool(self._places)
+
     def keep(self, result: Tensor) -> Tensor:
         """Remember what came, for recomputes; returns it."""
         for place in self._places:

@@ -150,6 +150,7 @@ def main():
     operator(env)
     if env.device.type == "cuda":
         graph(env, "all_gather")
+        graph(env, "direct")
     network = cost.measure(lasp.SequenceParallel(dist.group.WORLD))
     report(env, f"{env.world_size} x {env.device.type}: {network}")
     dist.destroy_process_group()

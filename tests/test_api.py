@@ -364,3 +364,16 @@ def test_lightning_attention_takes_a_decay_from_the_data_or_a_fixed_one():
     assert torch.equal(LightningAttention(scale=0.5)(q, q, q, decay), expected)
     with pytest.raises(ValueError, match="log_decay is fixed for this layer"):
         LightningAttention(torch.zeros(2))(q, q, q, decay)
+
+
+def _explain_direct():
+    group = dist.new_group([0, 1])
+    model = lasp.parallelize(SmallModel(), group, exchange="direct")
+    logits_of(model, tokens(), mesh_of(sp=2)).sum().backward()
+    return [(layer.exchange, layer.schedule, 0 < layer.predicted_seconds < 1) for layer in lasp.explain(model)]
+
+
+def test_direct_is_measured_and_explained():
+    for found in run_ranks(2, _explain_direct):
+        assert found
+        assert found == [("direct", "direct", True)] * len(found)

@@ -61,7 +61,7 @@ def _as_one_rank(form, lengths, *, groups, state, dtype, packed):
     whole = results_of(inputs(), segment_length=SEGMENT, layout=alone)
     for schedule in SCHEDULES:
         for layout in (None, lasp.ShardLayout(lengths, packed)):
-            if layout is None and (packed or (schedule == "all_gather" and len(set(lengths)) > 1)):
+            if layout is None and (packed or (schedule in ("all_gather", "direct") and len(set(lengths)) > 1)):
                 continue
             sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
             found = results_of(inputs().shard(lengths, rank), sequence=sequence, layout=layout, segment_length=SEGMENT)

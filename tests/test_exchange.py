@@ -1,5 +1,10 @@
 """What each schedule brings, how many messages and bytes it takes, the horizon, and the cost model."""
 
+import time
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +12,7 @@ from inputs import assert_close
 from ranks import run_ranks
 
 import lasp
-from lasp.exchange import StateMap, cost, horizon, savings, start
+from lasp.exchange import StateMap, board, cost, horizon, savings, start
 from lasp.mesh import EXCHANGES
 from lasp_kernels import fold
 
@@ -47,9 +52,10 @@ def _brings_the_fold(schedule, reverse, channels, restarting):
     state = 4 * N * H * K * V
     if world == 1:
         assert (traffic.messages, traffic.bytes_sent) == (0, 0)
-    elif schedule == "all_gather":
-        assert traffic.messages == 1
-        assert traffic.bytes_sent == (world - 1) * max(units) * (state + 4 * N * H * channels)
+    elif schedule in ("all_gather", "direct"):
+        readers = world - 1 if schedule == "all_gather" else rank if reverse else world - 1 - rank
+        assert traffic.messages == (readers > 0)
+        assert traffic.bytes_sent == readers * max(units) * (state + 4 * N * H * channels)
     else:
         assert traffic.messages == (0 if last else traffic.blocks)
         assert traffic.bytes_sent == (0 if last else state)
@@ -131,6 +137,11 @@ def _near_and_far(schedule, far, reverse):
     entering = start(maps[rank], short, fold=fold, reverse=reverse, far=far).wait()
     assert torch.equal(entering, through_chain)
     last = rank == (0 if reverse else world - 1)
+    if schedule == "direct":  # if some heads go further, all are read by all
+        readers, units = (1 - last, 1) if not far else (rank if reverse else world - 1 - rank, U)
+        assert short.traffic.bytes_sent == readers * units * 4 * N * H * (K * V + (1 if far else 0))
+        assert short.traffic.schedule == "direct"
+        return
     sent = 0 if last else horizon.size_of(near)
     if schedule == "all_gather":
         decays = 4 * N * horizon.size_of(far) * U * (world - 1)
@@ -201,6 +212,9 @@ def test_predictions_are_the_formulas():
     assert cost.predict("all_gather", n, 9, FAST) == pytest.approx(8 * 7e-5)
     assert cost.predict("pipeline", n, 9, FAST, blocks=4) == pytest.approx(11 * 3.5e-5)
     assert cost.predict("pipeline", n, 2, FAST) == cost.predict("ring", n, 2, FAST)
+    assert cost.predict("direct", n, 9, FAST) == float("inf")
+    near = replace(FAST, direct_latency=1e-5, direct_bandwidth=1e11)
+    assert cost.predict("direct", n, 9, near) == pytest.approx(9e-5)
     for schedule in SCHEDULES:
         assert cost.predict(schedule, n, 1, FAST) == 0
     with pytest.raises(ValueError, match="'chain'"):
@@ -220,11 +234,22 @@ def test_auto_takes_the_fastest_and_a_name_is_obeyed():
         return cost.choose(exchange, size, size, 128, ranks, network)
 
     even = cost.Network(1e-5, 1e10, 1e-5, 1e10, "made up")
-    assert choose("auto", 2**20, 2, even).schedule == "all_gather"  # which a busy card delays once, not at every hop
+    assert choose("auto", 2**20, 3, even).schedule == "all_gather"  # which a busy card delays once, not at every hop
+    assert choose("auto", 2**20, 2, even).schedule == "ring"  # the first of two need not wait for the second
     fast_hops = cost.Network(1e-6, 1e10, 1e-4, 1e10, "made up")
     assert choose("auto", 2**16, 2, fast_hops).schedule == "ring"
     assert choose("auto", 2**20, 64).schedule == "pipeline"
     slow_start = cost.Network(1e-3, 1e10, 1e-6, 1e10, "made up")
+    beside = replace(even, direct_latency=5e-6, direct_bandwidth=1e11)
+    assert choose("auto", 2**20, 8, beside).schedule == "direct"
+    assert cost.choose_near("auto", 2**20, beside).schedule == "direct"
+    assert (
+        cost.choose_near("auto", 2**20, even).schedule
+        == cost.choose_near("ring", 2**20, beside).schedule
+        == "neighbour"
+    )
+    assert cost.choose_near("direct", 2**20, even).schedule == "direct"
+    assert choose("auto", 2**26, 8, replace(beside, direct_bandwidth=1e9)).schedule == "pipeline"
     assert choose("auto", 2**20, 8, slow_start).schedule == "all_gather"
     assert cost.choose("auto", 2**20, None, 128, 8, slow_start).schedule != "all_gather"
     for exchange in SCHEDULES:
@@ -266,3 +291,47 @@ def test_all_ranks_measure_the_same_numbers_once(world):
 def test_names():
     with pytest.raises(ValueError, match="'chain'"):
         lasp.SequenceParallel(None, exchange="chain")
+
+
+# Boards
+
+
+def _read_late(late):
+    """A rank that lags behind still reads what the others wrote for it, though they have gone on."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange="direct")
+    for turn in range(6):
+        maps = [random_map(10 * turn + r, units=1 + turn) for r in range(world)]  # which also outgrow the board
+        if rank == late:
+            time.sleep(0.05)
+        pending = [start(maps[rank], sequence, fold=fold, reverse=reverse) for reverse in (False, True, False)]
+        for exchange, reverse in zip(pending, (False, True, False)):
+            assert torch.equal(exchange.wait(), expected_at(rank, maps, reverse))
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_board_is_not_written_before_it_was_read(late, monkeypatch):
+    monkeypatch.setattr(board, "SMALLEST", 64)
+    run_ranks(3, _read_late, late)
+    assert not list(Path("/dev/shm").glob("lasp_board_*"))
+
+
+def _refused(what):
+    rank = dist.get_rank()
+    sequence = lasp.SequenceParallel(dist.new_group([0, 1]), exchange="direct")
+    problems = {
+        "hosts": ("_host", lambda: f"host of rank {rank}", "they are on 2 hosts"),
+        "file": ("_new_file", lambda size: ("", "no space") if rank else real_file(size), "rank 1: OSError: no space"),
+    }
+    real_file = board._new_file
+    name, instead, message = problems[what]
+    with mock.patch.object(board, name, instead), pytest.raises(ValueError, match=f'exchange "direct".*{message}'):
+        start(random_map(rank), sequence, fold=fold)
+    plain = lasp.SequenceParallel(sequence.group, exchange="ring")  # the group is as good as before
+    maps = [random_map(r) for r in range(2)]
+    assert torch.equal(start(maps[rank], plain, fold=fold).wait(), expected_at(rank, maps, False))
+
+
+@pytest.mark.parametrize("what", ["hosts", "file"])
+def test_ranks_that_cannot_read_each_others_memory_are_refused_on_every_rank(what):
+    run_ranks(2, _refused, what)

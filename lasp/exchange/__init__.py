@@ -14,7 +14,7 @@ from lasp.exchange.base import (
     HeadRuns,
     Link,
     Pending,
-    RunningBeside,
+    Running,
     RunningInWait,
     Schedule,
     StateMap,
@@ -22,6 +22,8 @@ from lasp.exchange.base import (
     result,
     waiting,
 )
+from lasp.exchange.board import board_of
+from lasp.exchange.direct import Turn, direct
 from lasp.exchange.neighbour import neighbour
 from lasp.exchange.pipeline import pipeline
 from lasp.exchange.ring import ring
@@ -42,6 +44,7 @@ def start(
     units: int | None = None,
     ragged: bool = False,
     goes_on: bool = False,
+    at_once: bool = False,
 ) -> Pending:
     """Begin to send what this rank's tokens do to a state; `wait()` gives the state that enters them.
 
@@ -58,6 +61,8 @@ def start(
             as many as this one.
         ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no all-gather.
         goes_on: this is another part of the exchange that the call before began, for the count of exchanges.
+        at_once: the caller computes nothing before it waits, and uses what enters before it starts another exchange: it
+            may lie in the memory of another rank.
     """
     reception = None if reverse else recompute.reception(sequence.key)
     if reception is not None and reception.result is not None:
@@ -67,10 +72,24 @@ def start(
     traffic.reverse_exchanges += reverse and not goes_on
     if not goes_on:
         traffic.schedule, traffic.blocks, traffic.predicted_seconds = "", 1, 0.0
-    links: list[Link] = []
-    schedule = _schedule(local, sequence, fold, reverse, far, units or len(local.state), ragged, links)
-    pending = RunningBeside(schedule, links, local) if local.state.is_cuda else RunningInWait(schedule, links)
-    return pending if reception is None else _Receiving(pending, reception)
+    far = ((0, local.state.shape[2]),) if far is None else far
+    units, kept = units or len(local.state), reception is not None and reception.kept
+    choice = _choose(local, sequence, far, units, ragged)
+    _tell(sequence, choice)
+    if choice.schedule == "direct" and sequence.size > 1:
+        nbytes = _map_bytes(local, units) if far else _state_bytes(local, local.all_heads)
+        turn = Turn(board_of(sequence, nbytes, local.state.device), sequence, reverse)
+        closing, first = [turn], sequence.neighbour(1 if reverse else -1) is None
+        schedule = direct(local, turn, fold, units, near=not far, borrow=at_once and not kept)
+        beside = first or not at_once
+    else:
+        hop, chain = (Link(sequence, reverse, tag) for tag in (NEIGHBOUR, CHAIN))
+        closing, beside = [hop, chain], True
+        schedule = _messages(local, hop, chain, fold, far, units, choice)
+    running = (
+        Running(schedule, closing, local, beside=beside) if local.state.is_cuda else RunningInWait(schedule, closing)
+    )
+    return running if reception is None else _Receiving(running, reception)
 
 
 @dataclass(frozen=True)
@@ -94,49 +113,54 @@ class _Received:
         return self.state
 
 
-def _schedule(
+def _messages(
     local: StateMap,
-    sequence: SequenceParallel,
+    hop: Link,
+    chain: Link,
     fold: Fold,
-    reverse: bool,
-    far: HeadRuns | None,
+    far: HeadRuns,
     units: int,
-    ragged: bool,
-    links: list[Link],
+    choice: cost.Choice,
 ) -> Schedule:
-    """Of the far heads as chosen, of the others the neighbour's; of both at once, if there are both.
+    """The far heads as chosen, the others to the neighbour; both at the same time.
 
     Itself a schedule, so that what is made here is made on the stream that uses it.
     """
-    heads = local.state.shape[2]
-    far = ((0, heads),) if far is None else far
-    near = horizon.others(far, heads)
-    chain, hop = (Link(sequence, reverse, tag) for tag in (CHAIN, NEIGHBOUR))
-    links += [hop, chain]
-    if not near:
-        return (yield from _through_all(local, chain, fold, reverse, units, ragged))
-    size = horizon.size_of(near) * local.state[0, :, 0].numel() * local.state.element_size()
-    seconds = cost.predict("neighbour", size, sequence.size, cost.network_of(sequence))
-    _tell(sequence, cost.Choice("neighbour", 1, seconds))
-    to_neighbour = neighbour(local.heads(near), hop, fold)
+    near, sequence = horizon.others(far, local.state.shape[2]), hop.sequence
     if not far:
-        return (yield from to_neighbour)
-    through_all = _through_all(local.heads(far), chain, fold, reverse, units, ragged)
+        return (yield from neighbour(local, hop, fold))
+    if not near:
+        return (yield from _through_all(local, chain, fold, units, choice))
+    seconds = cost.predict("neighbour", _state_bytes(local, near), sequence.size, cost.network_of(sequence))
+    sequence.traffic.predicted_seconds += seconds
+    to_neighbour = neighbour(local.heads(near), hop, fold)
+    through_all = _through_all(local.heads(far), chain, fold, units, choice)
     return (yield from _both(local, (near, to_neighbour), (far, through_all)))
 
 
-def _through_all(local: StateMap, link: Link, fold: Fold, reverse: bool, units: int, ragged: bool) -> Schedule:
+def _choose(local: StateMap, sequence: SequenceParallel, far: HeadRuns, units: int, ragged: bool) -> cost.Choice:
     """The schedule that the sequence asks for; "auto" leaves it to the cost model."""
-    sequence, itemsize = link.sequence, local.state.element_size()
-    state_bytes = local.state[0].numel() * itemsize
-    map_bytes = units * (state_bytes + local.log_decay[0].numel() * itemsize)
+    network = cost.network_of(sequence)
+    if not far:
+        return cost.choose_near(sequence.exchange, _state_bytes(local, local.all_heads), network)
+    state_bytes, heads = _state_bytes(local, far), local.state.shape[2]
+    map_bytes = _map_bytes(local, units) * horizon.size_of(far) // heads
     if ragged and sequence.exchange == "auto":
         map_bytes = None
-    network = cost.network_of(sequence)
-    choice = cost.choose(sequence.exchange, state_bytes, map_bytes, local.state.shape[3], sequence.size, network)
-    _tell(sequence, choice)
-    if choice.schedule == "all_gather" and sequence.size > 1:
-        return all_gather(local, sequence, reverse, fold, units)
+    return cost.choose(sequence.exchange, state_bytes, map_bytes, local.state.shape[3], sequence.size, network)
+
+
+def _state_bytes(local: StateMap, heads: HeadRuns) -> int:
+    return horizon.size_of(heads) * local.state[0, :, 0].numel() * local.state.element_size()
+
+
+def _map_bytes(local: StateMap, units: int) -> int:
+    return units * (local.state[0].numel() + local.log_decay[0].numel()) * local.state.element_size()
+
+
+def _through_all(local: StateMap, link: Link, fold: Fold, units: int, choice: cost.Choice) -> Schedule:
+    if choice.schedule == "all_gather" and link.sequence.size > 1:
+        return all_gather(local, link.sequence, link.reverse, fold, units)
     if choice.schedule == "pipeline":
         return pipeline(local, link, fold, choice.blocks)
     return ring(local, link, fold)

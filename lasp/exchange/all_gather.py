@@ -7,8 +7,6 @@ ranks, and CUDA graphs, which can capture it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from lasp.exchange.base import Fold, Schedule, StateMap, waiting
 from lasp.exchange.collectives import start_all_gather
@@ -17,7 +15,7 @@ from lasp.mesh import SequenceParallel
 
 def all_gather(local: StateMap, sequence: SequenceParallel, reverse: bool, fold: Fold, units: int) -> Schedule:
     """`units` maps a rank, the most that any rank has; those that have less add maps that change nothing."""
-    message = _pack(local, units)
+    message = local.packed(units)
     gathered = message.new_empty(sequence.size, *message.shape)
     with waiting(sequence, None, reverse=reverse):
         work = start_all_gather(gathered, message, sequence.group)
@@ -31,13 +29,4 @@ def all_gather(local: StateMap, sequence: SequenceParallel, reverse: bool, fold:
         return local.zeros()
     # In the order of the sequence, which need not be that in which the group counts its ranks.
     before = torch.cat([gathered[sequence.rank_in_group(place)] for place in places])
-    size = local.state[0].numel()
-    state = before[:, :size].view(-1, *local.state.shape[1:])
-    log_decay = before[:, size:].view(-1, *local.log_decay.shape[1:])
-    return fold(None, state, log_decay)
-
-
-def _pack(local: StateMap, units: int) -> Tensor:
-    """[units, numbers of a state and of its decay]. Zeros are a map that changes nothing: a decay of exp(0)."""
-    message = torch.cat([local.state.flatten(1), local.log_decay.flatten(1)], 1)
-    return message if len(message) == units else F.pad(message, (0, 0, 0, units - len(message)))
+    return local.unpack(before).fold(fold, None)

@@ -1,14 +1,14 @@
 """What travels between ranks, the link to the neighbours, and how an exchange runs beside the computation.
 
 A schedule is a generator: it posts what it can, yields once before the first thing that it would have to wait for, and
-returns the state that enters this rank's tokens. On a GPU it runs to its end at once, on a stream of its own,
+returns the state that enters this rank's tokens. On a GPU it runs to its end at once, mostly on a stream of its own,
 and only that stream waits; on a CPU what follows the yield runs in `wait`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.mesh import PeerError, SequenceParallel
@@ -39,6 +40,11 @@ class StateMap:
         """The same for some of the heads."""
         return StateMap(take_heads(self.state, heads), take_heads(self.log_decay, heads))
 
+    @property
+    def all_heads(self) -> HeadRuns:
+        """As one run."""
+        return ((0, self.state.shape[2]),)
+
     def zeros(self) -> Tensor:
         """The state before the first rank's tokens: [N, H, K, V]."""
         return torch.zeros_like(self.state[0])
@@ -46,6 +52,20 @@ class StateMap:
     def fold(self, fold: Fold, entering: Tensor | None) -> Tensor:
         """The state behind these tokens; None enters where nothing came before."""
         return fold(entering, self.state, self.log_decay)
+
+    def packed(self, units: int) -> Tensor:
+        """As one tensor [units, numbers of a state and of its decay].
+
+        What is added are zeros, maps that change nothing: their decay is exp(0).
+        """
+        message = torch.cat([self.state.flatten(1), self.log_decay.flatten(1)], 1)
+        return message if len(message) == units else F.pad(message, (0, 0, 0, units - len(message)))
+
+    def unpack(self, message: Tensor) -> StateMap:
+        """The inverse, for maps of as many heads, rows and columns as these."""
+        size = self.state[0].numel()
+        state = message[:, :size].view(-1, *self.state.shape[1:])
+        return StateMap(state, message[:, size:].view(-1, *self.log_decay.shape[1:]))
 
 
 HeadRuns = tuple[tuple[int, int], ...]  # runs of neighbouring heads: first, last + 1
@@ -133,26 +153,40 @@ class Pending(Protocol):
         ...
 
 
+class Closing(Protocol):
+    """What is to be done once the state has arrived; others need not wait for it."""
+
+    def finish(self) -> None:
+        """Once, on the stream of the exchange."""
+        ...
+
+
 class RunningInWait:
     """An exchange on a CPU: what must wait for other ranks happens in `wait`."""
 
-    def __init__(self, schedule: Schedule, links: list[Link]):
-        self._schedule, self._links = schedule, links
+    def __init__(self, schedule: Schedule, closing: Sequence[Closing]):
+        self._schedule, self._closing = schedule, closing
         next(schedule)
 
     def wait(self) -> Tensor:
         """Receive, fold, send on; see `Pending`."""
         entering = result(self._schedule)
-        for link in self._links:
-            link.finish()
+        for each in self._closing:
+            each.finish()
         return entering
 
 
-class RunningBeside:
-    """An exchange on a GPU: queued as a whole on a stream of its own, so that the caller's stream goes on."""
+class Running:
+    """An exchange on a GPU, queued as a whole: `beside`, on a stream of its own, so that the caller's goes on."""
 
-    def __init__(self, schedule: Schedule, links: list[Link], local: StateMap):
+    def __init__(self, schedule: Schedule, closing: Sequence[Closing], local: StateMap, *, beside: bool):
         caller = torch.cuda.current_stream(local.state.device)
+        if not beside:
+            next(schedule)
+            self._entering, self._arrived = result(schedule), None
+            for each in closing:
+                each.finish()
+            return
         side = _side_stream(local.state.device)
         side.wait_stream(caller)
         with torch.cuda.stream(side):
@@ -160,8 +194,8 @@ class RunningBeside:
             self._entering = result(schedule)
             # What is captured in a CUDA graph must end on the stream on which it began; else sends need not be awaited.
             arrived = None if torch.cuda.is_current_stream_capturing() else side.record_event()
-            for link in links:
-                link.finish()
+            for each in closing:
+                each.finish()
             self._arrived = side.record_event() if arrived is None else arrived
         # Each stream uses memory of the other: it must not be given away before both have passed.
         for x in (local.state, local.log_decay):
@@ -170,7 +204,8 @@ class RunningBeside:
 
     def wait(self) -> Tensor:
         """Let the current stream wait, not the host; see `Pending`."""
-        torch.cuda.current_stream(self._entering.device).wait_event(self._arrived)
+        if self._arrived is not None:
+            torch.cuda.current_stream(self._entering.device).wait_event(self._arrived)
         return self._entering
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lasp.exchange.board import board_of, obstacle
 from lasp.exchange.collectives import start_all_gather
 from lasp.mesh import EXCHANGES, SequenceParallel
 
@@ -32,6 +33,8 @@ class Network:
     collective_latency: float
     collective_bandwidth: float
     source: str  # "measured" or "published"
+    direct_latency: float = math.inf  # of a meeting and a read; infinite where ranks cannot read each other's memory
+    direct_bandwidth: float = math.inf
 
 
 # Fitted to the collectives that ZeCO reports (arXiv 2507.01004) for 8 to 256 H100s and a state of 2 MiB: within 11% of
@@ -41,6 +44,7 @@ PUBLISHED = Network(5.5e-6, 24e9, 5.5e-6, 64e9, "published")
 # A hop of a chain waits for a multiprocessor of a card that computes meanwhile, and a collective does so once. On four
 # H100s, alone as fast, the ring cost the operator 0.2 ms more (bench/results/2026-11-22_exchange_4xcuda.md).
 UNDER_LOAD = 2.0
+CHAINS = ("ring", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ class Choice:
 def predict(schedule: str, bytes_per_rank: int, ranks: int, network: Network, *, blocks: int | None = None) -> float:
     """Seconds from the start of an exchange until the last of P `ranks` has its state.
 
-    With n bytes a rank, alpha and beta of messages to a neighbour, alpha' and beta' of a step of the collective::
+    With n bytes a rank, alpha and beta of messages to a neighbour, alpha' and beta' of a step of the collective,
+    alpha" and beta" of memory that is read directly::
 
         neighbour   alpha + n / beta
         ring        (P - 1) (alpha + n / beta)
         pipeline    (P - 2 + B) (alpha + n / (B beta))            B blocks; None takes the best number
         all_gather  (P - 1) (alpha' + n / beta')
+        direct      alpha" + (P - 1) n / beta"
 
     The fold, some microseconds, is left out.
     """
@@ -68,6 +74,8 @@ def predict(schedule: str, bytes_per_rank: int, ranks: int, network: Network, *,
         return 0.0
     if schedule == "all_gather":
         return (ranks - 1) * (network.collective_latency + bytes_per_rank / network.collective_bandwidth)
+    if schedule == "direct":
+        return network.direct_latency + (ranks - 1) * bytes_per_rank / network.direct_bandwidth
     steps, size = {"neighbour": (1, bytes_per_rank), "ring": (ranks - 1, bytes_per_rank)}.get(schedule, (0, 0.0))
     if schedule == "pipeline":
         blocks = blocks or best_blocks(bytes_per_rank, ranks, network)
@@ -97,9 +105,17 @@ def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ra
         Choice("pipeline", blocks, predict("pipeline", state_bytes, ranks, network, blocks=blocks)),
     ]
     if map_bytes is not None:
-        choices.append(Choice("all_gather", 1, predict("all_gather", map_bytes, ranks, network)))
+        choices += [Choice(name, 1, predict(name, map_bytes, ranks, network)) for name in ("all_gather", "direct")]
     allowed = (c for c in choices if exchange in ("auto", c.schedule))
-    return min(allowed, key=lambda c: c.seconds if c.schedule == "all_gather" else UNDER_LOAD * c.seconds)
+    return min(allowed, key=lambda c: c.seconds * (UNDER_LOAD if c.schedule in CHAINS and ranks > 2 else 1))
+
+
+def choose_near(exchange: str, state_bytes: int, network: Network) -> Choice:
+    """Where every rank needs the state of its neighbour only: a message, or for "direct" or if it is faster, a read."""
+    choices = [Choice(name, 1, predict(name, state_bytes, 2, network)) for name in ("neighbour", "direct")]
+    if exchange == "auto":
+        return min(choices, key=lambda c: c.seconds)
+    return choices[exchange == "direct"]
 
 
 _measured: weakref.WeakKeyDictionary[ProcessGroup, Network] = weakref.WeakKeyDictionary()
@@ -112,6 +128,7 @@ def network_of(sequence: SequenceParallel) -> Network:
 
 # Bytes and times; the first time is not counted. NVLink needs more for its bandwidth to show than its latency does.
 SMALL, LARGE, LARGE_ON_GPUS, REPEATS = 2**16, 2**22, 2**26, 4
+ON_BOARD = 2**22  # the large message where memory is read directly, which must be kept as large as that
 GATHERED = 2**28  # bytes that a gather of the large message may need
 
 
@@ -119,21 +136,42 @@ def measure(sequence: SequenceParallel) -> Network:
     """Measure the group, once; a collective call. The slowest rank counts, and all get the same numbers."""
     assert sequence.group is not None
     if sequence.group not in _measured:
-        nccl = dist.get_backend(sequence.group) == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        sizes = (SMALL, max(2 * SMALL, min(LARGE_ON_GPUS if nccl else LARGE, GATHERED // sequence.size)))
-        times = [_time(op, size, sequence, device) for op in (_pass_along, _gather) for size in sizes]
+        device = _device_of(sequence)
+        nccl = device.type == "cuda"
+        large = max(2 * SMALL, min(LARGE_ON_GPUS if nccl else LARGE, GATHERED // sequence.size))
+        cases = [(op, size) for op in (_pass_along, _gather) for size in (SMALL, large)]
+        # On CPUs a meeting is as slow as a message, and nothing is hidden: "auto" does not take it there.
+        if (nccl or sequence.exchange == "direct") and not obstacle(sequence, device):
+            cases += [(_read, size) for size in (SMALL, ON_BOARD)]
+        times = [_time(op, size, sequence, device) for op, size in cases]
         agreed = torch.tensor(times, dtype=torch.float64, device=device)
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=sequence.group)
-        steps = sequence.size - 1
-        chain_small, chain_large, small, large = (seconds / steps for seconds in agreed.tolist())
-        chain, gather = _line(sizes, chain_small, chain_large), _line(sizes, small, large)
-        _measured[sequence.group] = Network(*chain, *gather, "measured")
+        steps, seconds = sequence.size - 1, agreed.tolist()
+        chain = _line((SMALL, large), seconds[:2], steps)
+        gather = _line((SMALL, large), seconds[2:4], steps)
+        direct = _line((SMALL, ON_BOARD), seconds[4:], steps) if seconds[4:] else (math.inf, math.inf)
+        direct_latency = direct[0] * steps  # there is one meeting, whatever the number of ranks
+        _measured[sequence.group] = Network(*chain, *gather, "measured", direct_latency, direct[1])
     return _measured[sequence.group]
 
 
-def _line(sizes: tuple[int, int], small: float, large: float) -> tuple[float, float]:
-    """Latency and bandwidth from the times of two sizes. Noise must not make either of them negative."""
+def require_direct(sequence: SequenceParallel) -> None:
+    """Raise `ValueError` on every rank if they cannot read each other's memory; a collective call, the first time."""
+    board_of(sequence, SMALL, _device_of(sequence))
+
+
+def _device_of(sequence: SequenceParallel) -> torch.device:
+    """On which the group's messages lie."""
+    nccl = dist.get_backend(sequence.group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _line(sizes: tuple[int, int], seconds: list[float], steps: int) -> tuple[float, float]:
+    """Latency and bandwidth of a step, from the times of so many with messages of two sizes.
+
+    Noise must not make either of them negative.
+    """
+    small, large = (x / steps for x in seconds)
     per_byte = max(large - small, 0.01 * large) / (sizes[1] - sizes[0])
     return max(small - sizes[0] * per_byte, 0.01 * small), 1 / per_byte
 
@@ -172,6 +210,18 @@ def _pass_along(message: Tensor, sequence: SequenceParallel) -> None:
         dist.irecv(message, group=sequence.group, group_src=source).wait()  # type: ignore[union-attr]
     if target is not None:
         dist.isend(message, group=sequence.group, group_dst=target).wait()  # type: ignore[union-attr]
+
+
+def _read(message: Tensor, sequence: SequenceParallel) -> None:
+    """What `direct` does; the last rank reads most."""
+    board = board_of(sequence, ON_BOARD, message.device)
+    board.begin()
+    board.write(message)
+    board.meet()
+    before = [sequence.rank_in_group(place) for place in range(sequence.rank)]
+    if before:
+        torch.cat([board.view(rank, message.shape, message.dtype) for rank in before])
+    board.end()
 
 
 def _gather(message: Tensor, sequence: SequenceParallel) -> None:
