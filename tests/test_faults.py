@@ -26,7 +26,7 @@ OTHERS = [
 def outcomes():
     """All at once: most of their time is waiting."""
     faults = [*PEERS, *OTHERS]
-    return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, jobs=4)))
+    return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, parallel=4)))
 
 
 @pytest.mark.parametrize("fault", [*PEERS, *OTHERS], ids=lambda f: f"{f.kind}-{f.direction}-{f.store}")
