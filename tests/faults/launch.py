@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -59,25 +58,24 @@ class Finished:
 
 def run_with(context, fault: Fault, ranks: int, backend: str, timeout: float, devices: str = "") -> Finished:
     """Start a run in which this happens, and wait until all its processes have ended."""
-    folder = Path(tempfile.mkdtemp(prefix="fault-"))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, if it is to hold it
     port = store.port if fault.store == "launcher" else free_port()
-    run = Run(ranks, port, folder, backend, timeout, devices)
-    processes = [context.Process(target=run_rank, args=(rank, run, fault), daemon=True) for rank in range(ranks)]
-    try:
-        for process in processes:
-            process.start()
+    with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+        run = Run(ranks, port, Path(folder), backend, timeout, devices)
+        processes = [context.Process(target=run_rank, args=(rank, run, fault), daemon=True) for rank in range(ranks)]
         finished = Finished(fault, run)
         waited_for = [rank for rank in range(ranks) if (fault.kind, fault.rank) != ("stop", rank)]
-        finished.ends = _watch({processes[rank].sentinel: rank for rank in waited_for}, run, fault)
+        try:
+            for process in processes:
+                process.start()
+            finished.ends = _watch({processes[rank].sentinel: rank for rank in waited_for}, run, fault)
+        finally:
+            for process in processes:
+                _end(process)
         finished.left = len(waited_for) - len(finished.ends)
-    finally:
-        for process in processes:
-            _end(process)
-    finished.exits = [process.exitcode for process in processes]
-    finished.events = [_events(folder, rank) for rank in range(ranks)]
-    finished.logs = [_text(folder / f"{rank}.log") for rank in range(ranks)]
-    shutil.rmtree(folder)
+        finished.exits = [process.exitcode for process in processes]
+        finished.events = [_events(run.folder, rank) for rank in range(ranks)]
+        finished.logs = [_text(run.folder / f"{rank}.log") for rank in range(ranks)]
     return finished
 
 
@@ -107,6 +105,8 @@ def _watch(running: dict[int, int], run: Run, fault: Fault) -> dict[int, float]:
 
 def _end(process) -> None:
     """Kill it, and whatever it has started; also if it is stopped."""
+    if process.pid is None:  # it was not started: another one could not be
+        return
     process.kill()
     with suppress(ProcessLookupError, PermissionError):  # no such group: it has ended, or has not yet made its own
         os.killpg(process.pid, signal.SIGKILL)
