@@ -5,10 +5,14 @@
 
 import functools
 import re
+from pathlib import Path
 
 import pytest
-from faults.inject import inject, random_faults
-from faults.program import KINDS, Fault
+import torch
+from faults.inject import gpu_sets, inject, random_faults
+from faults.judge import judge
+from faults.launch import Finished
+from faults.program import KINDS, Fault, Run
 
 ODD = 1  # the rank in the middle, whom both others wait for
 PLACE = {"rank": ODD, "layer": 1, "step": 1}  # of the exchange itself: the calls of this step are not compared
@@ -26,7 +30,7 @@ OTHERS = [
 def outcomes():
     """All at once: most of their time is waiting."""
     faults = [*PEERS, *OTHERS]
-    return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, jobs=4)))
+    return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, parallel=4)))
 
 
 @pytest.mark.parametrize("fault", [*PEERS, *OTHERS], ids=lambda f: f"{f.kind}-{f.direction}-{f.store}")
@@ -53,3 +57,75 @@ def test_random_faults_are_of_all_kinds_and_reproducible():
     assert {kind: sum(f.kind == kind for f in faults) for kind in KINDS} == dict.fromkeys(KINDS, 10)
     for name in ("rank", "layer", "direction", "store"):
         assert len({getattr(f, name) for f in faults}) > 1
+
+
+@pytest.fixture(scope="module")
+def outcomes_on_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, this machine has {torch.cuda.device_count()}")
+    return dict(zip(PEERS, inject(PEERS, ranks=2, backend="nccl", timeout=8.0, parallel=3)))
+
+
+@pytest.mark.timeout(300)  # of the first: it waits for all
+@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.direction}")
+def test_over_nccl_every_fault_ends_the_other_ranks_and_nothing_stays_behind(fault, outcomes_on_gpus):
+    outcome = outcomes_on_gpus[fault]
+    assert outcome.detected, f"{outcome.problem}\n{outcome.errors}"
+    assert outcome.left == 0
+
+
+# What processes print that were ended from outside Python.
+WATCHDOG = (
+    "[PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread terminated with exception: [Rank 0] "
+    "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=RECV, NumelIn=48, NumelOut=48, "
+    "Timeout(ms)=10000) ran for 10045 milliseconds before timing out.\nException raised from checkTimeout"
+)
+BARRIER = (
+    "[FATAL] CUDASymmetricMemory::barrier: rank 0 failed to receive signal from rank 1 in channel 0 after 10000 ms"
+)
+LAUNCH = (
+    "terminate called after throwing an instance of 'c10::AcceleratorError'\n  what():  CUDA error: unspecified launch"
+)
+
+
+def ended_by(log, code=-6, *, backend="nccl", after=10.5, losses=(), **more):
+    """What is left of a run of two ranks of which the second was killed at 100 s and the first ended as told."""
+    run = Run(2, 0, Path(), backend, 10.0)
+    events = [
+        [{"event": "loss", "step": n, "value": x} for n, x in enumerate(losses)],
+        [{"event": "fault", "time": 100.0}],
+    ]
+    return judge(
+        Finished(Fault("kill", rank=1), run, events, [log, ""], [code, -9], {0: 100.0 + after, 1: 100.0}, **more),
+        {0: 2.5, 1: 2.25},
+    )
+
+
+def test_an_abort_over_nccl_with_a_message_is_a_detection():
+    found = ended_by(WATCHDOG)
+    assert (found.detected, found.how, found.seconds) == (True, "1 x watchdog timeout", 10.5)
+    assert found.errors[0].startswith(
+        "watchdog timeout: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7"
+    )
+    assert ended_by(BARRIER + "\n" + LAUNCH, 1).how == "1 x symmetric memory"
+    assert ended_by(LAUNCH).how == "1 x CUDA error"
+    assert ended_by(WATCHDOG, losses=(2.5, 2.25 + 1e-7)).detected
+
+
+def test_what_over_nccl_is_no_detection():
+    assert "raised nothing" in ended_by("").problem
+    assert "raised nothing" in ended_by(WATCHDOG, 0).problem
+    assert "raised nothing" in ended_by(WATCHDOG, backend="gloo").problem
+    assert "more than 18.0 s" in ended_by(WATCHDOG, after=18.5).problem
+    assert "wrong losses on ranks [0]" in ended_by(WATCHDOG, losses=(2.5, 2.26)).problem
+    assert "1 processes did not end" in ended_by(WATCHDOG, left=1).problem
+
+
+def test_injections_share_gpus_only_in_whole_sets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_sets(2) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3")
+    assert gpu_sets(4) == ["7,6,5,4"]
+    with pytest.raises(RuntimeError, match="8 ranks need 8 GPUs, this machine shows 5"):
+        gpu_sets(8)

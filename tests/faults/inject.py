@@ -1,13 +1,16 @@
 """Does every fault of a rank end in an error on all others, in time, or in the right result? Injects many and counts.
 
     python tests/faults/inject.py --count 200 --seed 0
+    python tests/faults/inject.py --count 200 --seed 0 --backend nccl --ranks 2  # on GPUs, each rank on one of its own
 
 Each injection is a training run of its own (program.py): at a random layer, step and direction a random rank is killed
-or stopped, ends early, leaves a layer out, is late, or comes with another shape or dtype. What must follow:
+or stopped, ends early, leaves a layer out, is late, or comes with another shape or dtype. What must follow (judge.py):
 
-- late, by less than the timeout: the run ends on every rank with the losses of a run without fault, bit for bit;
+- late, by less than the timeout: the run ends on every rank with the losses of a run without fault, bit for bit (over
+  NCCL but for rounding);
 - anything else: every rank that can (also one with a wrong call, or that left something out) raises, within the time of
-  `limit`, and no step that was finished has another loss than it has without fault;
+  `launch.limit`, and no step that was finished has another loss than it has without fault. Over NCCL a rank may be
+  ended from outside Python instead, with a message: by PyTorch's watchdog, or by an error of CUDA;
 - every process ends by itself, but for one that was stopped.
 """
 
@@ -15,47 +18,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import queue
 import random
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import torch.distributed as dist
+import torch
 
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "bench")]
 
-from faults.program import COMPARED, COMPARED_EVERY, KINDS, LAYERS, STEPS, Fault, Run, run_rank  # noqa: E402
-from processes import free_port  # noqa: E402
+from common import add_report_arguments, report  # noqa: E402
+from faults.judge import Outcome, judge  # noqa: E402
+from faults.launch import run_with  # noqa: E402
+from faults.program import COMPARED, COMPARED_EVERY, KINDS, LAYERS, STEPS, Fault  # noqa: E402
 from ranks import workers  # noqa: E402
 
 from lasp.mesh import EXCHANGES  # noqa: E402
 
-MISMATCH = 5.0  # seconds after which ranks that differ must know it
-MARGIN = 3.0  # seconds that a rank may need beside what it waits for: several runs share the cores
+SCHEDULES = tuple(name for name in EXCHANGES if name != "auto")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one injection."""
-
-    fault: Fault
-    detected: bool
-    how: str  # errors by rank, or "the right losses"
-    seconds: float | None  # from the fault to the last rank's error
-    left: int  # processes that did not end by themselves, but for the stopped one
-    problem: str  # why it does not count as detected
-    errors: dict[int, str]  # texts by rank
-
-
-def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
+def random_faults(count: int, ranks: int, seed: int, exchanges: Sequence[str] = SCHEDULES) -> list[Fault]:
     """Each kind as often as the others, everything else at random."""
     draw = random.Random(seed)
     faults = []
@@ -68,7 +60,7 @@ def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
             layer=draw.randrange(LAYERS),
             step=draw.randrange(0, STEPS, COMPARED_EVERY if compared else 1),
             direction="forward" if compared else draw.choice(("forward", "backward")),
-            exchange=draw.choice(EXCHANGES[1:]),
+            exchange=draw.choice(exchanges),
             store=draw.choice(("launcher", "rank 0")),
         )
         faults.append(fault)
@@ -76,108 +68,67 @@ def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
     return faults
 
 
-def inject(faults: Iterable[Fault], *, ranks: int, backend: str, timeout: float, jobs: int) -> list[Outcome]:
-    """Run each; `jobs` of them at once."""
-    context = workers()
-    with ThreadPoolExecutor(jobs) as pool:
-        reference = _run(context, Fault("none"), ranks, backend, timeout)
-        if reference.problem:
-            raise RuntimeError(f"the run without fault failed: {reference.problem}")
-        losses = reference.losses[0]  # all schedules give the same bits
-        runs = pool.map(lambda fault: _run(context, fault, ranks, backend, timeout), faults)
-        return [judge(run, losses, timeout) for run in runs]
+def inject(
+    faults: Sequence[Fault],
+    *,
+    ranks: int,
+    backend: str,
+    timeout: float,
+    parallel: int,
+    within: float = float("inf"),
+    spawn: bool = False,
+    tell: Callable[[Outcome], None] = lambda _: None,
+) -> list[Outcome]:
+    """Run each, and call `tell` with what came of it.
 
-
-@dataclass
-class _Finished:
-    """What the ranks of one run left."""
-
-    fault: Fault
-    events: list[list[dict]]  # by rank
-    exits: list[int | None]
-    left: int
-    log: str
-
-    @property
-    def losses(self) -> list[dict[int, float]]:
-        return [{e["step"]: e["value"] for e in events if e["event"] == "loss"} for events in self.events]
-
-    def find(self, rank: int, name: str) -> dict | None:
-        return next((e for e in self.events[rank] if e["event"] == name), None)
-
-    @property
-    def problem(self) -> str:
-        """Of a run that should end well."""
-        for rank, code in enumerate(self.exits):
-            if self.find(rank, "done") is None or code != 0:
-                return f"rank {rank} did not end well (exit code {code}): {self.find(rank, 'error') or self.log}"
-        return ""
-
-
-def _run(context, fault: Fault, ranks: int, backend: str, timeout: float) -> _Finished:
-    folder = Path(tempfile.mkdtemp(prefix="fault-"))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, if it is to hold it
-    port = store.port if fault.store == "launcher" else free_port()
-    run = Run(ranks, port, folder, backend, timeout)
-    processes = [context.Process(target=run_rank, args=(rank, run, fault), daemon=True) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 5 * timeout + 30
-    stopped = processes[fault.rank] if fault.kind == "stop" else None
-    for process in processes:
-        if process is not stopped:
-            process.join(max(0.0, deadline - time.monotonic()))
-    left = sum(process.is_alive() for process in processes if process is not stopped)
-    for process in processes:
-        process.kill()
-        process.join()
-    lines = [folder / f"{rank}.jsonl" for rank in range(ranks)]
-    events = [[json.loads(x) for x in path.read_text().splitlines()] if path.exists() else [] for path in lines]
-    log = "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
-    shutil.rmtree(folder)
-    return _Finished(fault, events, [process.exitcode for process in processes], left, log)
-
-
-def judge(run: _Finished, losses: dict[int, float], timeout: float) -> Outcome:
-    """Whether what happened is what must."""
-    fault = run.fault
-    happened = run.find(fault.rank, "fault")
-    errors = {rank: found for rank in range(len(run.events)) if (found := run.find(rank, "error"))}
-    how = ", ".join(f"{n} x {name}" for name, n in Counter(e["type"] for e in errors.values()).most_common())
-    seconds = max(e["time"] for e in errors.values()) - happened["time"] if errors and happened else None
-    problem = ""
-    if happened is None:
-        problem = f"the fault did not happen: {run.log}"
-    elif wrong := [rank for rank, found in enumerate(run.losses) if any(losses[s] != x for s, x in found.items())]:
-        problem = f"wrong losses on ranks {wrong}"
-    elif fault.kind == "delay":
-        how = how or "the right losses"
-        problem = run.problem
-    else:
-        gone = {fault.rank} if fault.kind in ("kill", "stop", "exit") else set()
-        silent = [rank for rank in range(len(run.events)) if rank not in errors and rank not in gone]
-        if silent:
-            problem = f"ranks {silent} raised nothing (exit codes {run.exits}): {run.log}"
-        elif seconds is None or seconds > limit(fault, timeout):
-            problem = f"{seconds} s are more than {limit(fault, timeout)} s"
-        elif bad := [rank for rank in errors if run.exits[rank] != 1]:
-            problem = f"ranks {bad} ended with {[run.exits[r] for r in bad]}: {run.log}"
-    if run.left:
-        problem += f" {run.left} processes did not end"
-    texts = {rank: f"{e['type']}: {e['text']}" for rank, e in errors.items()}
-    return Outcome(fault, not problem, how, seconds, run.left, problem, texts)
-
-
-def limit(fault: Fault, timeout: float) -> float:
-    """Seconds from a fault to the last rank's error.
-
-    A rank that is silent is noticed after the timeout by those that wait for it, and these by others, since they end.
-    But if it is stopped and holds the store, that is asked once more.
+    Args:
+        faults: one a run.
+        ranks: of each run.
+        backend: "gloo" or "nccl".
+        timeout: of the group, in seconds.
+        parallel: so many runs at once. On GPUs they take turns with the sets of `ranks` GPUs, and may share them.
+        within: seconds after which no further run is started.
+        spawn: start every rank as a fresh Python, instead of from a server that has imported everything.
+        tell: called by several threads.
     """
-    if fault.kind in COMPARED:
-        return MISMATCH
-    asked_again = fault.kind == "stop" and fault.store == "rank 0" and fault.rank == 0
-    return timeout * (2 if asked_again else 1) + MARGIN
+    context = multiprocessing.get_context("spawn") if spawn else workers()
+    sets = gpu_sets(ranks) if backend == "nccl" else [""]
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for number in range(parallel):
+        free.put(sets[number % len(sets)])
+    until = time.monotonic() + within
+
+    def run(fault: Fault):
+        devices = free.get()
+        try:
+            return run_with(context, fault, ranks, backend, timeout, devices)
+        finally:
+            free.put(devices)
+
+    reference = run(Fault("none"))
+    if reference.problem:
+        raise RuntimeError(f"the run without fault failed: {reference.problem}")
+    losses = reference.losses[0]  # all schedules give the same bits
+
+    def injected(fault: Fault) -> Outcome | None:
+        if time.monotonic() > until:
+            return None
+        outcome = judge(run(fault), losses)
+        tell(outcome)
+        return outcome
+
+    with ThreadPoolExecutor(parallel) as pool:
+        return [outcome for outcome in pool.map(injected, faults) if outcome is not None]
+
+
+def gpu_sets(ranks: int) -> list[str]:
+    """Disjoint sets of so many of the GPUs that are visible, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    if count < ranks:
+        raise RuntimeError(f"{ranks} ranks need {ranks} GPUs, this machine shows {count}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    return [",".join(names[first : first + ranks]) for first in range(0, count - ranks + 1, ranks)]
 
 
 def summary(outcomes: list[Outcome]) -> list[dict]:
@@ -204,39 +155,72 @@ def summary(outcomes: list[Outcome]) -> list[dict]:
     return rows
 
 
+def line(outcome: Outcome) -> str:
+    """One injection, for those who wait."""
+    fault, seconds = outcome.fault, "-" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
+    place = f"rank {fault.rank}, step {fault.step}, layer {fault.layer}, store of {fault.store}"
+    verdict = "ok" if outcome.detected else "NOT DETECTED"
+    return f"{verdict}: {fault.kind} {fault.direction}, {fault.exchange}, {place}: {seconds}, {outcome.how}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--ranks", type=int, help="of each injection; by default 3, over NCCL 2")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
-    parser.add_argument("--timeout", type=float, default=5.0, help="of the group, in seconds")
-    parser.add_argument("--jobs", type=int, default=4, help="injections at once")
-    parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
+    parser.add_argument("--exchange", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="draw from these schedules")
+    parser.add_argument("--timeout", type=float, help="of the group, in seconds; by default 5, over NCCL 10")
+    parser.add_argument("--parallel", type=int, help="injections at once; by default 4, over NCCL 2 for a set of GPUs")
+    parser.add_argument("--within", type=float, default=float("inf"), help="begin no injection after so many seconds")
+    parser.add_argument("--spawn", action="store_true", help="start every rank as a fresh Python; slower")
+    add_report_arguments(parser)
     options = parser.parse_args()
+    nccl = options.backend == "nccl"
+    ranks = options.ranks or (2 if nccl else 3)
+    given = {
+        "ranks": ranks,
+        "backend": options.backend,
+        "timeout": options.timeout or (10.0 if nccl else 5.0),
+        "parallel": options.parallel or (2 * len(gpu_sets(ranks)) if nccl else 4),
+    }
+    faults = random_faults(options.count, ranks, options.seed, options.exchange)
     started = time.monotonic()
-    faults = random_faults(options.count, options.ranks, options.seed)
-    given = {name: getattr(options, name) for name in ("ranks", "backend", "timeout", "jobs")}
-    outcomes = inject(faults, **given)
-    from common import report
-
+    outcomes = inject(
+        faults,
+        **given,
+        within=options.within,
+        spawn=options.spawn,
+        tell=lambda outcome: print(line(outcome), flush=True),
+    )
+    detected, left = sum(o.detected for o in outcomes), sum(o.left for o in outcomes)
+    took = time.monotonic() - started
     report(
         f"faults_{options.backend}",
         " ".join(["python tests/faults/inject.py", *sys.argv[1:]]),
         summary(outcomes),
         save=options.save,
+        out=options.out,
+        commit=options.commit,
         markdown=True,
         facts={
             **given,
-            "detected": f"{sum(o.detected for o in outcomes)} of {len(outcomes)}",
-            "processes left": sum(o.left for o in outcomes),
-            "the whole took, seconds": time.monotonic() - started,
+            "exchange": list(options.exchange),
+            "detected": f"{detected} of {len(outcomes)}",
+            "processes left": left,
+            "largest difference of a loss": max((o.difference for o in outcomes), default=0.0),
+            "the whole took, seconds": took,
+            "not detected": [json.dumps(asdict(o.fault)) for o in outcomes if not o.detected],
         },
     )
     for outcome in outcomes:
         if not outcome.detected:
             print(f"NOT detected: {asdict(outcome.fault)}: {outcome.problem}\n  {outcome.errors}")
-    return int(not all(o.detected for o in outcomes))
+    print(
+        f"faults_{options.backend}: {detected} of {len(outcomes)} detected ({options.count} asked for), "
+        f"{left} processes left, {took:.0f} s"
+    )
+    return int(detected < len(outcomes))
 
 
 if __name__ == "__main__":

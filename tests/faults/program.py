@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -53,6 +54,22 @@ class Run:
     folder: Path
     backend: str
     timeout: float
+    devices: str = ""  # CUDA_VISIBLE_DEVICES, on GPUs
+
+
+# How a rank ends that waits in vain for another over NCCL: PyTorch's watchdog aborts the process after the group's
+# timeout. By default it sleeps a minute before, four times the time that a dump of its records may take.
+NCCL = {
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "100",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",  # no records: to look up the stack of a call may take 8 s
+    # For a watchdog that hangs itself, in a call of CUDA; the process ends after two to three times that.
+    "TORCH_NCCL_ENABLE_MONITORING": "1",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "10",
+    "TORCH_NCCL_LOG_CPP_STACK_ON_UNCLEAN_SHUTDOWN": "0",
+    # The heads of the small model are narrower than the Triton kernels take, and nothing has to be compiled.
+    "LASP_KERNELS": "reference",
+}
 
 
 def run_rank(rank: int, run: Run, fault: Fault) -> None:
@@ -62,16 +79,9 @@ def run_rank(rank: int, run: Run, fault: Fault) -> None:
     output = os.open(run.folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of a process with a GPU takes long to write
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(run.ranks),
-        "LOCAL_WORLD_SIZE": str(run.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(run.port),
-        "TORCHELASTIC_USE_AGENT_STORE": str(fault.store == "launcher"),
-    }
+    os.environ |= _environment(rank, run, fault)
     journal = Journal(run.folder / f"{rank}.jsonl")
     try:
         train(run, fault, journal)
@@ -81,6 +91,20 @@ def run_rank(rank: int, run: Run, fault: Fault) -> None:
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # multiprocessing would leave that out
+
+
+def _environment(rank: int, run: Run, fault: Fault) -> dict[str, str]:
+    """What a launcher would set, and how NCCL's watchdog ends a process. CUDA and NCCL read it when they start."""
+    launcher = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(run.ranks),
+        "LOCAL_WORLD_SIZE": str(run.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(run.port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(fault.store == "launcher"),
+    }
+    return launcher | ({"CUDA_VISIBLE_DEVICES": run.devices} | NCCL if run.backend == "nccl" else {})
 
 
 def train(run: Run, fault: Fault, journal: Journal) -> None:
