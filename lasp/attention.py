@@ -12,6 +12,7 @@ GPU forward takes many tokens' heads in two parts, so that the exchange of each 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -24,8 +25,7 @@ import lasp_kernels as kernels
 from lasp import agreement, decay, exchange, finite, recompute
 from lasp.agreement import Agreement
 from lasp.data import ShardLayout
-from lasp.exchange import StateMap, waiting
-from lasp.exchange.horizon import far_heads
+from lasp.exchange import StateMap, horizon, waiting
 from lasp.mesh import SequenceParallel
 from lasp.shard import Shard, crossed_tokens
 
@@ -166,15 +166,20 @@ class _Call:
             ends=self.ends or self.shard.sequence is not None,
         )
 
-    def far(self, steps: kernels.Steps, heads: slice, *, reverse: bool) -> exchange.HeadRuns:
-        """Of the heads of a part, those that need more than the neighbour; the same on every rank."""
-        layout, rates = self.shard.layout, None if self.rates is None else self.rates[heads]
-        crossed = None
+    def far(self, steps: kernels.Steps, *, reverse: bool) -> exchange.HeadRuns:
+        """The heads that need more than the neighbour; the same on every rank."""
+        layout, crossed = self.shard.layout, None
         if layout is not None and len(layout.lengths) > 2:
             crossed = crossed_tokens(layout, reverse)
             if self.segment_length is not None:  # then a state crosses a segment at a time
                 crossed = tuple(min(tokens, steps.segment_length) for tokens in crossed)
-        return far_heads(rates, steps.heads, crossed, steps.dtype)
+        return horizon.far_heads(self.rates, steps.heads, crossed, steps.dtype)
+
+    def remembered_tokens(self, steps: kernels.Steps) -> float:
+        """Tokens after which nothing is left of a state; infinite if the host cannot know, or bits are promised."""
+        if self.segment_length is not None or self.shard.packed:
+            return math.inf
+        return horizon.memory(self.rates, steps.dtype)
 
     def most_units(self, steps: kernels.Steps, with_own: bool) -> int:
         """The most maps that any rank sends; without a layout, if all hold as many tokens."""
@@ -185,80 +190,6 @@ class _Call:
 
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
-
-# Whether forward takes the heads in two parts; None: where it gains more than its launches cost, on a GPU from so many
-# bytes of k and v on the rank that has most. Results are the same bits.
-SPLIT_HEADS: bool | None = None
-SPLIT_FROM = 2**28
-
-
-def _worth_splitting(k: Tensor, v: Tensor, layout: ShardLayout | None) -> bool:
-    """All ranks must come to the same answer; so without a layout, when their lengths may differ, it is no."""
-    if SPLIT_HEADS is not None:
-        return SPLIT_HEADS
-    if not k.is_cuda or layout is None:
-        return False
-    token = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
-    return token * max(layout.lengths) >= SPLIT_FROM
-
-
-def _head_parts(k: Tensor, v: Tensor, shard: Shard, rates: tuple[float, ...] | None) -> list[slice]:
-    """The heads in the order in which they are worked on: two parts, or all at once.
-
-    Where the heads that go through the chain lie together at an end, they are the second part. The first needs its
-    neighbour only, and few tokens make its states; its outputs then hide the chain.
-    """
-    H, layout = k.shape[2], shard.layout
-    if shard.sequence is None or H < 2 or not _worth_splitting(k, v, layout):
-        return [slice(0, H)]
-    cut, far = H // 2, ()
-    if layout is not None and len(layout.lengths) > 2:
-        far = far_heads(rates, H, crossed_tokens(layout, False), kernels.state_dtype(k.dtype))
-    if len(far) == 1 and far[0][0] == 0 < far[0][1] < H:
-        return [slice(far[0][1], H), slice(0, far[0][1])]
-    if len(far) == 1 and 0 < far[0][0] < far[0][1] == H:
-        cut = far[0][0]
-    return [slice(0, cut), slice(cut, H)]
-
-
-def _take_heads(inputs: _Inputs, heads: slice) -> _Inputs:
-    q, k, v, log_decay = inputs
-    if heads == slice(0, k.shape[2]):
-        return inputs
-    groups = q.shape[2] // k.shape[2]
-    if log_decay is not None:
-        log_decay = log_decay[heads] if log_decay.ndim == 1 else log_decay[:, :, heads]
-    return q[:, :, heads.start * groups : heads.stop * groups], k[:, :, heads], v[:, :, heads], log_decay
-
-
-class _Part:
-    """Some of the heads in forward: their states and their exchange, which starts here; then their outputs."""
-
-    def __init__(
-        self,
-        heads: slice,
-        inputs: _Inputs,
-        initial_state: Tensor | None,
-        call: _Call,
-        steps: kernels.Steps,
-        *,
-        settle: Callable[[], None],
-        goes_on: bool,
-        at_once: bool,
-    ):
-        self.inputs, self.call, self.steps = inputs, call, steps
-        self.segments: kernels.Segments | None = steps.segment_states(*inputs[1:])
-        settle()
-        own = None if initial_state is None else initial_state[:, heads]
-        self.wait = _start_exchange(steps, self.segments, own, call, heads=heads, goes_on=goes_on, at_once=at_once)
-
-    def finish(self, o: Tensor | None = None, states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """o, the states, which may be written to given tensors, and the final state."""
-        assert self.segments is not None
-        states, final = self.steps.scan(self.segments, self.wait(), out=states)
-        self.segments = None  # large, and no longer needed
-        finite.note(self.call.shard.sequence, final)
-        return self.steps.outputs(*self.inputs, states, self.call.scale, out=o), states, final
 
 
 def _forward(
@@ -272,22 +203,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
     shard, inputs = call.shard, (q, k, v, log_decay)
-
-    def settle() -> None:
-        """With the other ranks, before anything is exchanged; once a call."""
-        call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
-
     with torch.autocast(q.device.type, enabled=False):
         steps = call.plan(*inputs, needs_grad[1])
         if shard.sequence is not None:
             shard.sequence.traffic.kernels = kernels.path(*inputs)
-        slices = _head_parts(k, v, shard, call.rates)
-        if len(slices) == 1:
-            part = _Part(slices[0], inputs, initial_state, call, steps, settle=settle, goes_on=False, at_once=True)
-            o, states, final = part.finish()
-            o = o.to(v.dtype)
-        else:
-            o, states, final = _forward_in_parts(slices, inputs, initial_state, call, steps, settle)
+        segments, wait = _segments_and_exchange(steps, inputs, initial_state, call)
+        states, final = steps.scan(segments, wait())
+        if final is not None:
+            finite.note(shard.sequence, final)
+        del segments  # large, and no longer needed
+        o = steps.outputs(*inputs, states, call.scale).to(v.dtype)
         final_state = None
         if call.output_final_state:
             assert final is not None
@@ -296,30 +221,28 @@ def _forward(
     return o, final_state, states
 
 
-def _forward_in_parts(
-    slices: list[slice],
-    inputs: _Inputs,
-    initial_state: Tensor | None,
-    call: _Call,
-    steps: kernels.Steps,
-    settle: Callable[[], None],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, states and final state; every exchange starts before the first is awaited. Segments are those of the whole."""
-    parts = []
-    for heads in slices:
-        taken = _take_heads(inputs, heads)
-        of_part = steps.of_heads(heads.stop - heads.start)
-        parts.append(
-            _Part(heads, taken, initial_state, call, of_part, settle=settle, goes_on=len(parts) > 0, at_once=False)
-        )
-    q, _, v, _ = inputs
-    o = v.new_empty(*q.shape[:3], v.shape[3])
-    states = o.new_empty(steps.states_shape, dtype=steps.dtype)
-    whole = (o, *inputs[1:])  # o has the heads of q
-    finals = [part.finish(_take_heads(whole, heads)[0], states[:, heads])[2] for heads, part in zip(slices, parts)]
-    if slices[0].start > 0:
-        finals.reverse()
-    return o, states, torch.cat(finals, 1) if call.output_final_state else finals[0]
+def _segments_and_exchange(
+    steps: kernels.Steps, inputs: _Inputs, initial_state: Tensor | None, call: _Call
+) -> tuple[kernels.Segments, Callable[[], Tensor | None]]:
+    """Steps 1 and 2 of forward. Where a state forgets within these tokens, first what its last ones leave, for others.
+
+    That then travels beside the states of the segments. It does not depend on layout and exchange, so that all of them
+    give the same bits.
+    """
+    _, k, v, log_decay = inputs
+    sequence, remembered = call.shard.sequence, call.remembered_tokens(steps)
+    if sequence is None or log_decay is None or initial_state is not None or remembered > steps.tokens:
+        segments = steps.segment_states(k, v, log_decay)
+        call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
+        return segments, _start_exchange(steps, segments, initial_state, call, at_once=True)
+    with exchange.beside(k, v, log_decay):
+        state, left = steps.end_map(k, v, log_decay, int(remembered))
+        call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
+        pending = _start(StateMap(state.unsqueeze(0), left.unsqueeze(0)), steps, call)
+    needs_end = call.output_final_state or sequence.check_finite
+    return steps.segment_states(k, v, log_decay, needs_end=needs_end), lambda: call.shard.enter(
+        None, pending.wait(), reverse=False
+    )
 
 
 def _backward(
@@ -422,14 +345,12 @@ def _start_exchange(
     call: _Call,
     *,
     reverse: bool = False,
-    heads: slice = slice(None),
-    goes_on: bool = False,
     at_once: bool = False,
 ) -> Callable[[], Tensor | None]:
     """Send what this rank's tokens do to a state; the result waits for the state that enters each of its runs.
 
-    `ends` are the states before all sequences (`reverse`: the gradients of those after them), of these heads only.
-    None is zeros.
+    `ends` are the states before all sequences (`reverse`: the gradients of those after them); None is zeros.
+    `at_once`: nothing is computed before the result waits.
     """
     shard = call.shard
     if shard.sequence is None and ends is None:
@@ -440,18 +361,32 @@ def _start_exchange(
         own = shard.own_states(ends, steps.zero_state(), first=not reverse)
     if shard.sequence is None:
         return lambda: own
-    pending = exchange.start(
-        _border_maps(steps, segments, own, given, call, reverse=reverse),
+    maps = _border_maps(steps, segments, own, given, call, reverse=reverse)
+    pending = _start(maps, steps, call, reverse=reverse, at_once=at_once, units=call.most_units(steps, given))
+    return lambda: shard.enter(own, pending.wait(), reverse=reverse)
+
+
+def _start(
+    maps: StateMap,
+    steps: kernels.Steps,
+    call: _Call,
+    *,
+    reverse: bool = False,
+    at_once: bool = False,
+    units: int = 1,
+) -> exchange.Pending:
+    shard = call.shard
+    assert shard.sequence is not None
+    return exchange.start(
+        maps,
         shard.sequence,
         fold=kernels.fold,
         reverse=reverse,
-        far=call.far(steps, heads, reverse=reverse),
-        units=call.most_units(steps, given),
+        far=call.far(steps, reverse=reverse),
+        units=units,
         ragged=call.segment_length is not None and shard.layout is None,
-        goes_on=goes_on,
         at_once=at_once,
     )
-    return lambda: shard.enter(own, pending.wait(), reverse=reverse)
 
 
 def _border_maps(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp import attention, decay
+from lasp import decay
 from lasp.exchange import StateMap, cost, start
 from lasp.mesh import EXCHANGES
 from lasp_kernels import fold
@@ -81,7 +81,7 @@ def results(tensors, g, **options):
 
 
 def operator(env):
-    """The bits of one rank for every schedule, decay and number of parts."""
+    """The bits of one rank for every schedule and decay."""
     mine = slice(T * env.rank, T * (env.rank + 1))
     layout = lasp.ShardLayout((T,) * env.world_size)
     for form in ("none", "head", "token"):
@@ -90,21 +90,18 @@ def operator(env):
         local, local_g = [x[:, mine] for x in tensors], g if form != "token" else g[:, mine]
         by_default = None
         for schedule in SCHEDULES:
-            for split in (False, True):
-                attention.SPLIT_HEADS = split
-                sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
-                for known in (None, layout):
-                    options = {"sequence": sequence, "layout": known}
-                    found = results(local, local_g, segment_length=SEGMENT, **options)
-                    for n, (x, y) in enumerate(zip(found, whole)):
-                        expected = y if n == len(found) - 1 else y[:, mine]
-                        assert torch.equal(x, expected), f"result {n} of {form}, {schedule}, split {split}, {known}"
-                    found = results(local, local_g, **options)
-                    by_default = by_default or found
-                    for n, (x, y) in enumerate(zip(found, by_default)):
-                        assert torch.equal(x, y), f"by default, result {n} of {form}, {schedule}, split {split}"
+            sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+            for known in (None, layout):
+                options = {"sequence": sequence, "layout": known}
+                found = results(local, local_g, segment_length=SEGMENT, **options)
+                for n, (x, y) in enumerate(zip(found, whole)):
+                    expected = y if n == len(found) - 1 else y[:, mine]
+                    assert torch.equal(x, expected), f"result {n} of {form}, {schedule}, {known}"
+                found = results(local, local_g, **options)
+                by_default = by_default or found
+                for n, (x, y) in enumerate(zip(found, by_default)):
+                    assert torch.equal(x, y), f"by default, result {n} of {form}, {schedule}"
         report(env, f"operator {form}: ok")
-    attention.SPLIT_HEADS = None
 
 
 def graph(env, schedule):

@@ -7,9 +7,7 @@ from inputs import FORMS, NAMES, gradients, random_inputs, run
 from ranks import run_ranks
 
 import lasp
-from lasp import attention
 from lasp.mesh import EXCHANGES
-from lasp.shard import Shard
 
 SCHEDULES = EXCHANGES[1:]
 SEGMENT = 64
@@ -101,7 +99,7 @@ def test_so_with_packed_sequences(packed, form, state):
 
 
 def _every_schedule(form, lengths, packed, rates):
-    """Without a segment length, with the horizon and without, heads at once and in parts."""
+    """Without a segment length, with the horizon and without."""
     rank = dist.get_rank()
     first, sent = None, {}
     trained = [name for name in NAMES if form != "head" or name != "log_decay"]  # one that is trained has no horizon
@@ -109,23 +107,18 @@ def _every_schedule(form, lengths, packed, rates):
     sequences = None if packed is None else len(packed) - 1
     for schedule in SCHEDULES:
         for layout in layouts:
-            for split in (False, True):
-                x = random_inputs(
-                    form, sum(lengths), B=1 if packed else 2, H=5, groups=2, sequences=sequences, dtype=torch.float32
-                ).shard(lengths, rank)
-                if form == "head":
-                    x.log_decay.copy_(torch.tensor(rates))
-                sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
-                attention.SPLIT_HEADS = split
-                try:
-                    found = results_of(x, sequence=sequence, layout=layout, trained=trained)
-                finally:
-                    attention.SPLIT_HEADS = None
-                assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (1, 1)
-                sent[schedule, layout is None] = sequence.traffic.bytes_sent
-                first = found if first is None else first
-                for name, y in found.items():
-                    assert torch.equal(y, first[name]), f"{name}: {schedule}, layout {layout}, split {split}"
+            x = random_inputs(
+                form, sum(lengths), B=1 if packed else 2, H=5, groups=2, sequences=sequences, dtype=torch.float32
+            ).shard(lengths, rank)
+            if form == "head":
+                x.log_decay.copy_(torch.tensor(rates))
+            sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+            found = results_of(x, sequence=sequence, layout=layout, trained=trained)
+            assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (1, 1)
+            sent[schedule, layout is None] = sequence.traffic.bytes_sent
+            first = found if first is None else first
+            for name, y in found.items():
+                assert torch.equal(y, first[name]), f"{name}: {schedule}, layout {layout}"
     if form == "head" and len(lengths) > 2 and not packed:  # two of five heads go to the neighbour only
         per_state = 4 * 2 * 5 * 4  # B, K, V
         both_ways = (rank > 0) + (rank < len(lengths) - 1)
@@ -141,7 +134,7 @@ def _every_schedule(form, lengths, packed, rates):
     [((70, 33), None), ((40, 50, 3, 60), None), ((40, 50, 3, 60), (0, 60, 60, 80, 153))],
     ids=str,
 )
-def test_all_schedules_and_parts_give_the_same_bits(lengths, packed, form):
+def test_all_schedules_give_the_same_bits(lengths, packed, form):
     slow_at = [(0, 1, 3), (0, 1, 2), (2, 3, 4)] if form == "head" else [()]
     for slow in slow_at:
         rates = [-0.1 if head in slow else -50.0 for head in range(5)]
@@ -165,23 +158,3 @@ def _nothing_gets_past(lengths):
 @pytest.mark.parametrize("lengths", [(3, 90, 100, 5), (0, 85, 2)], ids=str)
 def test_fast_heads_exchange_with_their_neighbour_only(lengths):
     run_ranks(len(lengths), _nothing_gets_past, lengths)
-
-
-def test_the_parts_of_the_heads(monkeypatch):
-    """Halves; or first the heads that need their neighbour only, where the others lie at an end."""
-    monkeypatch.setattr(attention, "SPLIT_HEADS", True)
-    k = torch.zeros(1, 200, 5, 16)
-
-    layout = lasp.ShardLayout((200,) * 4)
-
-    def parts(*rates, sequence="any", layout=layout):
-        shard = Shard(layout.local(1), sequence, 1, layout)
-        return [(part.start, part.stop) for part in attention._head_parts(k, k, shard, rates or None)]
-
-    slow, fast = -0.1, -1.0
-    assert parts(sequence=None) == [(0, 5)]
-    assert parts() == parts(slow, slow, slow, slow, slow) == parts(fast, fast, fast, fast, fast) == [(0, 2), (2, 5)]
-    assert parts(fast, fast, fast, slow, slow) == [(0, 3), (3, 5)]
-    assert parts(slow, fast, fast, fast, fast) == [(1, 5), (0, 1)]
-    assert parts(fast, slow, fast, fast, fast) == parts(slow, fast, slow, fast, fast) == [(0, 2), (2, 5)]
-    assert parts(slow, fast, fast, fast, fast, layout=lasp.ShardLayout((200, 200))) == [(0, 2), (2, 5)]

@@ -5,7 +5,6 @@ import gc
 import time
 import weakref
 from collections import Counter
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import lasp
-from lasp import attention, recompute
+from lasp import recompute
+from lasp.mesh import EXCHANGES
 
 LENGTHS = (5, 4, 7)
 
@@ -110,14 +110,13 @@ def test_the_same_bits_with_one_exchange_each_way(wrap):
 
 
 def _schedule(exchange):
-    with mock.patch.object(attention, "SPLIT_HEADS", True):  # then a forward has two exchanges that count as one
-        expected = train(plain, exchange=exchange)
-        found = train(checkpointed, exchange=exchange)
+    expected = train(plain, exchange=exchange)
+    found = train(checkpointed, exchange=exchange)
     assert_same_bits(found, expected)
     assert found[2] == expected[2] == [(1, 1, 1)] * 2
 
 
-@pytest.mark.parametrize("exchange", ["ring", "all_gather", "pipeline"])
+@pytest.mark.parametrize("exchange", EXCHANGES[1:])
 def test_every_schedule(exchange):
     run_ranks(3, _schedule, exchange)
 

@@ -26,7 +26,6 @@ fp32, or fp64 when the inputs are.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -315,12 +314,6 @@ class ChunkedSteps:
         matrix = shared.causal()
         return [_TileDecay(shared.cumulative, rate * n.view(-1, 1, 1, 1), matrix) for n in self._lengths]
 
-    def of_heads(self, heads: int) -> ChunkedSteps:
-        """For so many of the heads, with the segments that are for all of them."""
-        part = copy.copy(self)
-        part.heads = heads
-        return part
-
     def zero_state(self) -> Tensor:
         """A state of zeros for every run: [N, H, K, V]."""
         rows = self.batch if self.runs is None else len(self.runs)
@@ -337,8 +330,14 @@ class ChunkedSteps:
         """The most tokens that a segment may have, whatever the number of tokens here."""
         return self._tiles_per_segment * TILE
 
-    def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments:
-        """The state at the end of every segment, from zero."""
+    def end_map(self, k: Tensor, v: Tensor, log_decay: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """What `fold` gives for all tokens, from the last `tokens` alone, which must be all that a state remembers."""
+        k, v = k[:, -tokens:], v[:, -tokens:]
+        steps = ChunkedSteps(k, k, v, log_decay)
+        return steps.fold(steps.segment_states(k, v, log_decay))
+
+    def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, needs_end: bool = True) -> Segments:
+        """The state at the end of every segment, from zero. (`needs_end` is for a path that may leave the last out.)"""
         decays = self._tile_decays(log_decay)
         state = k.new_zeros(self.states_shape, dtype=self.dtype)
         for k_n, v_n, decay in zip(self._tile(k), self._tile(v), decays):
@@ -379,13 +378,10 @@ class ChunkedSteps:
             state, log_decay = state.flip(2), log_decay.flip(2)
         return state.movedim(2, 0), log_decay.movedim(2, 0)
 
-    def scan(
-        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, segments: Segments, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
 
-        Left fold in segment order; with `reverse` from the last segment to the first, for gradients. The first are
-        written to `out` where that is given.
+        Left fold in segment order; with `reverse` from the last segment to the first, for gradients.
         """
         factor = segments.log_total.exp()
         runs = [(0, self.segments)] if self.runs is None else self.runs
@@ -399,8 +395,7 @@ class ChunkedSteps:
                 states[s] = state
                 state = factor[:, :, s] * state + segments.state[:, :, s]
             ends.append(state)
-        stacked = torch.stack(states, 2) if states else torch.zeros_like(segments.state)
-        return stacked if out is None else out.copy_(stacked), torch.cat(ends).squeeze(2)
+        return torch.stack(states, 2) if states else torch.zeros_like(segments.state), torch.cat(ends).squeeze(2)
 
     def outputs(
         self,
@@ -410,17 +405,14 @@ class ChunkedSteps:
         log_decay: Tensor | None,
         states: Tensor,
         scale: float,
-        *,
-        out: Tensor | None = None,
     ) -> Tensor:
-        """o [B, T, H*G, V] from the state that enters every segment; written to `out` where that is given."""
+        """o [B, T, H*G, V] from the state that enters every segment."""
         tiles = []
         decays = self._tile_decays(log_decay)
         for q_n, k_n, v_n, decay in zip(self._tile(q) * scale, self._tile(k), self._tile(v), decays):
             tiles.append(_scores(q_n, k_n, decay) @ v_n + (q_n * decay.entering) @ states)
             states = decay.total * states + (k_n * decay.leaving).mT @ v_n
-        o = self._untile(tiles)
-        return o if out is None else out.copy_(o)
+        return self._untile(tiles)
 
     def query_gradient(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float

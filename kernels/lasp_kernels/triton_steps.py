@@ -32,6 +32,7 @@ MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than th
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
 PIECE = 4096  # tokens of a segment that one program of the state kernel reads
+END_PIECE = 1024  # fewer where other ranks wait for it (`end_map`)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Segments:
     pieces: Tensor  # [B, H, segments, pieces, K, V] fp32, see state.py
     log_decay: Tensor | None  # as given
     log_total: Tensor | None  # [B, H, segments, pieces] fp32, for a decay per token
+    skipped: int  # segments at the end (reversed: the start) that are left out: 0 or 1
 
 
 _thread = threading.local()
@@ -168,6 +170,7 @@ class _Inputs(NamedTuple):
     decay_gradient: bool
     ends: bool
     allow_tf32: bool
+    piece_length: int | None = None
 
 
 class TritonSteps:
@@ -224,7 +227,6 @@ class TritonSteps:
         self._keep_rows = inputs.decay_gradient and self._decay == 2
         self._rows: dict[str, Tensor] = {}
         self._launches: dict[tuple, _Launch] = {}
-        self._parts: dict[int, TritonSteps] = {}
         low = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[inputs.dtype]
         # The interpreter's product of bf16 operands is wrong: upcast there.
         upcast = triton.knobs.runtime.interpret and inputs.dtype == torch.bfloat16
@@ -233,6 +235,7 @@ class TritonSteps:
         # Kernels address the tokens of a segment with 32 bits.
         longest = 2**31 // max(inputs.token_stride, inputs.q[2] * MAX_DIM) // 64 * 64
         self._segment_length = min(inputs.segment_length or self._choose_segment_length(), longest)
+        self._inputs = inputs
         self.runs = self.batch
         self._bounds = inputs.bounds
         if inputs.bounds is not None:
@@ -241,11 +244,11 @@ class TritonSteps:
             self.segments = -(-self.tokens // self._segment_length)
             self.slots = self.segments + 1
             self._run_segments = [(0, self.segments)]
-        self._piece_length = self._segment_length if inputs.segment_length else min(self._segment_length, PIECE)
+        piece_length = inputs.piece_length or (self._segment_length if inputs.segment_length else PIECE)
+        self._piece_length = min(self._segment_length, piece_length)
         self._pieces = -(-self._segment_length // self._piece_length)
-        self._skipped = int(
-            not inputs.ends and not inputs.decay_gradient and inputs.bounds is None and self.segments > 0
-        )
+        self._skippable = int(not inputs.decay_gradient and inputs.bounds is None and self.segments > 0)
+        self._skipped = 0 if inputs.ends else self._skippable
         if self._skipped and self.segments == 1:  # nothing enters it, nothing leaves it
             self.slots = 0
         self._tma = _has_tma(self.device)
@@ -283,13 +286,6 @@ class TritonSteps:
     def segment_length(self) -> int:
         """The most tokens that a segment may have, whatever the number of tokens here."""
         return self._segment_length
-
-    def of_heads(self, heads: int) -> TritonSteps:
-        """For so many of the heads, with the segments and pieces that are for all of them."""
-        if heads not in self._parts:
-            part = self._parts[heads] = copy.copy(self)
-            part.heads, part._launches, part._parts = heads, {}, {}
-        return self._parts[heads]
 
     def _start(
         self,
@@ -347,28 +343,52 @@ class TritonSteps:
         """Of the states that `scan` returns."""
         return (self.batch, self.heads, self.slots, self.key_dim, self.value_dim)
 
-    def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Segments:
-        """The state at the end of every segment, from zero."""
-        return self._segments(k, v, log_decay, 1.0, reverse=False)
+    def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, needs_end: bool = True) -> Segments:
+        """The state at the end of every segment, from zero; of the last only if the state behind it is needed."""
+        return self._segments(k, v, log_decay, 1.0, reverse=False, needs_end=needs_end)
+
+    def end_map(self, k: Tensor, v: Tensor, log_decay: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """What `fold` gives for all tokens, from the last `tokens` alone, which must be all that a state remembers.
+
+        For a fixed decay [H]. More programs with less work each: this is to be known early, beside the segments.
+        """
+        runs = (
+            torch.Size((self.batch, tokens, *self._inputs.k[2:])),
+            torch.Size((self.batch, tokens, *self._inputs.v[2:])),
+        )
+        length = -(-tokens // 64) * 64
+        inputs = self._inputs._replace(k=runs[0], v=runs[1], segment_length=length, piece_length=END_PIECE, ends=True)
+        steps = _shared_steps(inputs)
+        return steps.fold(steps.segment_states(k[:, -tokens:], v[:, -tokens:], log_decay))
 
     def segment_gradients(self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float) -> Segments:
         """The gradient of the state before every segment, from zero behind it."""
         return self._segments(q, do, log_decay, scale, reverse=True)
 
-    def _segments(self, y: Tensor, z: Tensor, log_decay: Tensor | None, scale: float, *, reverse: bool) -> Segments:
+    def _segments(
+        self,
+        y: Tensor,
+        z: Tensor,
+        log_decay: Tensor | None,
+        scale: float,
+        *,
+        reverse: bool,
+        needs_end: bool = True,
+    ) -> Segments:
         y, z = self._addressable(y), self._addressable(z)
         shape = (self.batch, self.heads, self.segments, self._pieces, self.key_dim, self.value_dim)
         pieces = torch.empty(shape if self.slots else (0,), dtype=self.dtype, device=self.device)
         log_total = pieces.new_empty(shape[:4]) if self._decay == 2 else None
+        skipped = self._skipped if needs_end else self._skippable
 
         def prepare() -> _Launch:
             config = _config("state", 0, y.element_size())
             rows = min(config.rows, _power_of_two(self.key_dim))
             columns = min(config.columns, _power_of_two(self.value_dim))
             blocks = -(-self.key_dim // rows) * -(-self.value_dim // columns)
-            programs = blocks * self.batch * self.heads * (self.segments - self._skipped) * self._pieces
+            programs = blocks * self.batch * self.heads * (self.segments - skipped) * self._pieces
             numbers = (
-                float(scale), self.batch, *self._sizes(), self._piece_length, self._pieces, self._skipped,
+                float(scale), self.batch, *self._sizes(), self._piece_length, self._pieces, skipped,
                 *y.stride()[:3], *z.stride()[:3], *self._decay_strides(log_decay),
             )  # fmt: skip
             return _Launch(
@@ -376,12 +396,14 @@ class TritonSteps:
                 C=config.tile, GROUP=self.groups if reverse else 1, REVERSE=reverse, **self._flags(config),
             )  # fmt: skip
 
-        name = "gradients" if reverse else "states"
+        name = ("gradients" if reverse else "states") + (" but one" if skipped else "")
         self._start(name, (y, z, log_decay), (pieces, log_total, self._table), prepare, scale)
-        return Segments(pieces, log_decay, log_total)
+        return Segments(pieces, log_decay, log_total, skipped)
 
     def fold(self, segments: Segments, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """All segments of each run as one map: its local state [N, H, K, V] and log-decay [N, H, 1]."""
+        if segments.skipped:
+            raise ValueError("a fold needs all segments")
         log_decay = torch.empty(self.runs, self.heads, 1, dtype=self.dtype, device=self.device)
         local_state = self._scan(segments, None, None, reverse, log_decay)
         assert local_state is not None
@@ -406,17 +428,14 @@ class TritonSteps:
         return (states.flip(0), log_decay.flip(0)) if reverse else (states.contiguous(), log_decay.contiguous())
 
     def scan(
-        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False, out: Tensor | None = None
+        self, segments: Segments, entering: Tensor | None, *, reverse: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """From the state that enters each run [N, H, K, V]: those at all borders, and the one behind all.
 
-        The borders' states are written to `out` where that is given.
+        None instead of the last where the segments leave one out.
         """
-        if out is not None and out.is_contiguous():
-            return out, self._scan(segments, entering, out, reverse)
         states = torch.empty(self.states_shape, dtype=self.dtype, device=self.device)
-        end = self._scan(segments, entering, states, reverse)
-        return states if out is None else out.copy_(states), end
+        return states, self._scan(segments, entering, states, reverse)
 
     def _scan(
         self,
@@ -430,8 +449,9 @@ class TritonSteps:
             raise ValueError("a state that enters must be announced by `ends`")
         if self._skipped and self.segments == 1:
             return None
+        skipped = segments.skipped
         shape = (self.runs, self.heads, self.key_dim, self.value_dim)
-        end = None if self._skipped else torch.empty(shape, dtype=self.dtype, device=self.device)
+        end = None if skipped else torch.empty(shape, dtype=self.dtype, device=self.device)
         if entering is not None:
             entering = entering.to(self.dtype).contiguous()
         log_decay = segments.log_decay.contiguous() if self._decay == 1 else None  # else the kernel does not read it
@@ -440,12 +460,13 @@ class TritonSteps:
             size, block = self.key_dim * self.value_dim, 512
             return _Launch(
                 scan_kernel, (self.runs * self.heads, -(-size // block)),
-                (*self._sizes(), self._piece_length, self._pieces, self._skipped, size),
+                (*self._sizes(), self._piece_length, self._pieces, skipped, size),
                 DECAY=self._decay, REVERSE=reverse, PACKED=self._bounds is not None, BLOCK=block, num_warps=4,
             )  # fmt: skip
 
         buffers = (segments.pieces, segments.log_total, states, end, log_end, self._table, self._run_starts)
-        self._start("reverse scan" if reverse else "scan", (log_decay, entering), buffers, prepare)
+        name = ("reverse scan" if reverse else "scan") + (" but one" if skipped else "")
+        self._start(name, (log_decay, entering), buffers, prepare)
         return end
 
     def outputs(
@@ -456,10 +477,9 @@ class TritonSteps:
         log_decay: Tensor | None,
         states: Tensor,
         scale: float,
-        out: Tensor | None = None,
     ) -> Tensor:
-        """o [B, T, H*G, V] from the states at the borders of the segments; written to `out` if that is given."""
-        return self._forward_walk(q, k, v, None, log_decay, states, scale, out=out)
+        """o [B, T, H*G, V] from the states at the borders of the segments."""
+        return self._forward_walk(q, k, v, None, log_decay, states, scale)
 
     def query_gradient(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
@@ -498,12 +518,10 @@ class TritonSteps:
         scale: float,
         *,
         transposed: bool = False,
-        out: Tensor | None = None,
     ) -> Tensor:
         """The outputs, or dq, by the walk of output.py: [B, T, heads of x, columns of z]."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
-        if out is None:
-            out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
+        out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
         config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size())
         sums = None
         if self._keep_rows and transposed:
@@ -525,8 +543,8 @@ class TritonSteps:
                 TMA=self._tma and all(map(_fits_tma, (x, y, z, out))), **self._flags(config),
             )  # fmt: skip
 
-        inputs = (x, y, z, w, log_decay, states if self.slots else None, out)
-        self._start("dq" if transposed else "o", inputs, (sums, self._table), prepare, scale)
+        inputs = (x, y, z, w, log_decay, states if self.slots else None)
+        self._start("dq" if transposed else "o", inputs, (out, sums, self._table), prepare, scale)
         return out
 
     def _backward_walk(

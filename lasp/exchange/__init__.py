@@ -18,6 +18,7 @@ from lasp.exchange.base import (
     RunningInWait,
     Schedule,
     StateMap,
+    beside,
     put_heads,
     result,
     waiting,
@@ -29,7 +30,7 @@ from lasp.exchange.pipeline import pipeline
 from lasp.exchange.ring import ring
 from lasp.mesh import SequenceParallel
 
-__all__ = ["Fold", "HeadRuns", "Pending", "StateMap", "cost", "horizon", "start", "waiting"]
+__all__ = ["Fold", "HeadRuns", "Pending", "StateMap", "beside", "cost", "horizon", "start", "waiting"]
 
 CHAIN, NEIGHBOUR = 0, 1  # tags: a message to the neighbour may overtake those of the chain
 
@@ -43,7 +44,6 @@ def start(
     far: HeadRuns | None = None,
     units: int | None = None,
     ragged: bool = False,
-    goes_on: bool = False,
     at_once: bool = False,
 ) -> Pending:
     """Begin to send what this rank's tokens do to a state; `wait()` gives the state that enters them.
@@ -60,7 +60,6 @@ def start(
         units: the most maps that any rank has, for the all-gather, whose messages are equally long; None if all have
             as many as this one.
         ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no all-gather.
-        goes_on: this is another part of the exchange that the call before began, for the count of exchanges.
         at_once: the caller computes nothing before it waits, and uses what enters before it starts another exchange: it
             may lie in the memory of another rank.
     """
@@ -68,26 +67,26 @@ def start(
     if reception is not None and reception.result is not None:
         return _Received(reception.result)
     traffic = sequence.traffic
-    traffic.forward_exchanges += not (reverse or goes_on)
-    traffic.reverse_exchanges += reverse and not goes_on
-    if not goes_on:
-        traffic.schedule, traffic.blocks, traffic.predicted_seconds = "", 1, 0.0
+    traffic.forward_exchanges += not reverse
+    traffic.reverse_exchanges += reverse
     far = ((0, local.state.shape[2]),) if far is None else far
     units, kept = units or len(local.state), reception is not None and reception.kept
     choice = _choose(local, sequence, far, units, ragged)
-    _tell(sequence, choice)
+    traffic.schedule, traffic.blocks, traffic.predicted_seconds = choice.schedule, choice.blocks, choice.seconds
     if choice.schedule == "direct" and sequence.size > 1:
         nbytes = _map_bytes(local, units) if far else _state_bytes(local, local.all_heads)
         turn = Turn(board_of(sequence, nbytes, local.state.device), sequence, reverse)
         closing, first = [turn], sequence.neighbour(1 if reverse else -1) is None
         schedule = direct(local, turn, fold, units, near=not far, borrow=at_once and not kept)
-        beside = first or not at_once
+        inline = at_once and not first
     else:
         hop, chain = (Link(sequence, reverse, tag) for tag in (NEIGHBOUR, CHAIN))
-        closing, beside = [hop, chain], True
+        closing, inline = [hop, chain], False
         schedule = _messages(local, hop, chain, fold, far, units, choice)
     running = (
-        Running(schedule, closing, local, beside=beside) if local.state.is_cuda else RunningInWait(schedule, closing)
+        Running(schedule, closing, local, beside=not inline)
+        if local.state.is_cuda
+        else RunningInWait(schedule, closing)
     )
     return running if reception is None else _Receiving(running, reception)
 
@@ -174,11 +173,3 @@ def _both(local: StateMap, *parts: tuple[HeadRuns, Schedule]) -> Schedule:
     for heads, schedule in parts:
         put_heads(entering, result(schedule), heads)
     return entering
-
-
-def _tell(sequence: SequenceParallel, choice: cost.Choice) -> None:
-    """For `lasp.explain`. Of several parts of an exchange the one that goes further than to the neighbour counts."""
-    traffic = sequence.traffic
-    traffic.predicted_seconds += choice.seconds
-    if traffic.schedule in ("", "neighbour"):
-        traffic.schedule, traffic.blocks = choice.schedule, choice.blocks

@@ -200,13 +200,28 @@ class Running:
         # Each stream uses memory of the other: it must not be given away before both have passed.
         for x in (local.state, local.log_decay):
             x.record_stream(side)
-        self._entering.record_stream(caller)
 
     def wait(self) -> Tensor:
         """Let the current stream wait, not the host; see `Pending`."""
         if self._arrived is not None:
-            torch.cuda.current_stream(self._entering.device).wait_event(self._arrived)
+            caller = torch.cuda.current_stream(self._entering.device)
+            caller.wait_event(self._arrived)
+            self._entering.record_stream(caller)
         return self._entering
+
+
+@contextmanager
+def beside(*inputs: Tensor) -> Iterator[None]:
+    """What is queued inside runs on the stream of the exchanges, as soon as the inputs are there; on a CPU at once."""
+    if not inputs[0].is_cuda:
+        yield
+        return
+    side = _side_stream(inputs[0].device)
+    side.wait_stream(torch.cuda.current_stream(inputs[0].device))
+    for x in inputs:
+        x.record_stream(side)
+    with torch.cuda.stream(side):
+        yield
 
 
 @lru_cache

@@ -10,6 +10,7 @@ neighbour only (neighbour.py), never the chain. Nothing is approximated: the bit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,12 @@ def far_heads(rates: Sequence[float] | None, heads: int, crossed: Sequence[int] 
     tokens = min(crossed)
     far = [h for h in range(heads) if rates is None or -rates[h] * tokens <= EXPONENT[dtype]]
     return runs_of(far)
+
+
+def memory(rates: Sequence[float] | None, dtype: torch.dtype) -> float:
+    """Tokens after which nothing is left of a state, in any head: infinite unless all decay at a known rate."""
+    slowest = max(rates, default=0.0) if rates is not None else 0.0
+    return math.ceil(EXPONENT[dtype] / -slowest) if slowest < 0 else math.inf
 
 
 def runs_of(heads: Sequence[int]) -> HeadRuns:
