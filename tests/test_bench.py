@@ -6,9 +6,11 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 from ranks import run_ranks
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -240,3 +242,21 @@ def test_time_that_computation_covers_is_not_exposed():
     assert union([(3, 4), (0, 2), (1, 3)]) == [(0, 4)]
     rows = [{"tokens a rank": 100, "peak GiB": 3.0}, {"tokens a rank": 200, "peak GiB": 5.0}]
     assert fitting_tokens(rows, 9.0) == pytest.approx(400)
+
+
+def test_a_step_is_timed_from_the_end_of_the_one_before_and_nothing_waits_between():
+    import scaling
+
+    now, lasts = [0.0], iter((9.0, 9.0, 3.0, 1.0, 2.0))  # two of warm-up
+    training = SimpleNamespace(device=torch.device("cpu"))
+    training.step = mock.Mock(side_effect=lambda batch: now.append(now[-1] + next(lasts)))
+    with (
+        mock.patch.object(scaling, "dist") as dist,  # one rank
+        mock.patch.object(scaling, "mark", side_effect=lambda device: now[-1]),
+    ):
+        dist.barrier.side_effect = lambda: now.append(now[-1] + 100.0)
+        seconds, peak = scaling.steps(training, {}, SimpleNamespace(warmup=2, steps=3))
+    assert training.step.call_count == 5
+    assert dist.barrier.call_count == 2
+    assert seconds == 2.0
+    assert peak is None
