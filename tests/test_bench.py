@@ -11,7 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
+
+import lasp
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.append(str(BENCH))  # where the scripts find each other when they are started
@@ -203,6 +206,66 @@ def test_nothing_is_timed_that_is_wrong():
     run_ranks(2, _in_a_worker, _with_a_broken_schedule)
 
 
+def test_scaling_of_the_operator_and_of_its_peers(tmp_path):
+    small = ("--heads", 4, "--dim", 16, "--repetitions", 2, "--weak", 64, "--strong", 256, "--peer-tokens", 64)
+    result = _on_ranks(2, "operator_scaling", *small, "--peers", "--save", "--out", tmp_path)
+    assert all(row["relative error"] <= row["limit"] for row in result["rows"])
+    assert {row["what"] for row in result["rows"]} >= {"operator, 1 of 2 ranks, none", "peer, ulysses, 2 ranks"}
+    weak, strong, peers = result["tables"].values()
+    for rows in (weak, strong):
+        assert len(rows) == 2 * 2 * 3  # decays, numbers of ranks, directions
+        for row in rows:
+            work = row["ranks"] if rows is weak else 1  # of what one rank does
+            assert row["speed-up"] == pytest.approx(work * row["one rank ms"] / row["ms"], rel=2e-3)
+            assert row["% of ideal"] == pytest.approx(100 * row["speed-up"] / row["ranks"], rel=2e-3)
+            assert (row["% of ideal"] == 100) or row["ranks"] == 2
+        for forward, backward, both in zip(rows[::3], rows[1::3], rows[2::3]):
+            assert both["ms"] == pytest.approx(forward["ms"] + backward["ms"], rel=2e-3)
+    assert {(row["ranks"], row["tokens a rank"]) for row in weak} == {(1, 64), (2, 64)}
+    assert {(row["ranks"], row["tokens a rank"]) for row in strong} == {(1, 256), (2, 128)}
+    assert {row["met"] for row in weak} == {None}  # the target is for GPUs
+    assert {(row["ranks"], row["tokens a rank"]) for row in peers} == {(2, 64)}
+    assert result["facts"]["inputs"] == "B1 H4 D16 float32"
+    [plot] = tmp_path.glob("*_operator_scaling_2xcpu.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_that_are_left_out_wait():
+    small = ("--heads", 2, "--dim", 16, "--repetitions", 1, "--weak", 64, "--strong", 0, "--decay", "fixed")
+    result = _on_ranks(3, "operator_scaling", *small)
+    weak, strong = result["tables"].values()
+    assert [row["ranks"] for row in weak] == [1, 1, 1, 2, 2, 2]
+    assert strong == []
+
+
+def test_the_target_of_weak_scaling():
+    from operator_scaling import judged
+
+    assert judged({"% of ideal": 95.0}, 95.0)["met"] is True
+    assert judged({"% of ideal": 94.9}, 95.0)["met"] is False
+    assert judged({"% of ideal": 94.9}, None)["met"] is None
+
+
+def _with_a_wrong_operator():
+    import exchange
+    import operator_scaling
+
+    def wrong(*arguments, **options):
+        o, state = lasp.linear_attention(*arguments, **options)
+        return 1.01 * o, state
+
+    wrong_here = mock.Mock(wraps=lasp, linear_attention=wrong)
+    with (
+        mock.patch.object(exchange, "lasp", wrong_here if dist.get_rank() == 1 else lasp),
+        pytest.raises(SystemExit, match=r"2 of 3 ranks, fixed: .* nothing was timed"),
+    ):
+        operator_scaling.main(["--heads", "2", "--dim", "16"])
+
+
+def test_an_operator_that_is_wrong_on_one_rank_ends_the_run_on_all():
+    run_ranks(3, _in_a_worker, _with_a_wrong_operator)
+
+
 # ---- training steps
 
 
@@ -251,12 +314,12 @@ def test_a_step_is_timed_from_the_end_of_the_one_before_and_nothing_waits_betwee
     training = SimpleNamespace(device=torch.device("cpu"))
     training.step = mock.Mock(side_effect=lambda batch: now.append(now[-1] + next(lasts)))
     with (
-        mock.patch.object(scaling, "dist") as dist,  # one rank
+        mock.patch.object(scaling, "dist") as ranks,  # one
         mock.patch.object(scaling, "mark", side_effect=lambda device: now[-1]),
     ):
-        dist.barrier.side_effect = lambda: now.append(now[-1] + 100.0)
+        ranks.barrier.side_effect = lambda: now.append(now[-1] + 100.0)
         seconds, peak = scaling.steps(training, {}, SimpleNamespace(warmup=2, steps=3))
     assert training.step.call_count == 5
-    assert dist.barrier.call_count == 2
+    assert ranks.barrier.call_count == 2
     assert seconds == 2.0
     assert peak is None
