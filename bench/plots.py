@@ -83,7 +83,7 @@ def simulation(result: dict) -> Figure:
     left.set_ylabel("one exchange, ms")
     left.set_title("Exchange of one layer's state: published and simulated")
     left.legend(fontsize=7)
-    (title, rows), (_, horizon) = result["tables"].items()
+    (title, rows), (_, horizon), *_ = result["tables"].items()
     for (network, schedule), of in groups(rows, "network", "schedule").items():
         first = network == rows[0]["network"]
         style = {"color": COLORS[schedule], "linestyle": "-" if first else ":"}

@@ -137,6 +137,62 @@ def test_the_script_reproduces_what_it_is_fitted_to_and_says_what_it_predicts(tm
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+# A plain message of n bytes: 10 us and n / (100 GB/s). Three ranks: two steps of the all-gather.
+SIZES = {64: 65536 / 100e9, 1024: 2**20 / 100e9}
+
+
+def _measured_file(folder):
+    def row(schedule, kib, microseconds, blocks=None):
+        return {"schedule": schedule, "KiB": kib, "ms": microseconds / 1e3, "blocks": blocks}
+
+    rows = []
+    for kib, seconds in SIZES.items():
+        hop = 10 + 1e6 * seconds
+        rows += [row("plain send and receive", kib, hop), row("plain all-gather", kib, 2 * hop)]
+        rows += [row("ring", kib, 4 * hop, 1), row("by_pigeon", kib, hop, 1)]
+    operator = {"tokens a rank": 8192, "decay": "none", "direction": "backward", "ms": 2.0, "one rank ms": 1.0}
+    network = (
+        "Network(latency=2e-05, bandwidth=5e+10, collective_latency=2e-05, collective_bandwidth=5e+10, source='x')"
+    )
+    result = {
+        "command": "torchrun bench/exchange.py",
+        "tables": {
+            "the exchange alone": rows,
+            "the operator": [operator | {"schedule": s, "chosen": s} for s in ("ring", "by_pigeon")],
+        },
+        "facts": {"ranks": 3, "network as lasp measured it": network},
+    }
+    path = folder / "2000-01-01_exchange_3xcuda.json"
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_measured_times_beside_simulated_ones(tmp_path):
+    from simulate import FOLD
+
+    path = _measured_file(tmp_path)
+    result, text = _script("simulate", "--max-ranks", 8, "--measured", path, "--save", "--out", tmp_path)
+    *_, alone, operator = result["tables"].values()
+    assert [(row["schedule"], row["KiB"]) for row in alone] == [("ring", 64), ("ring", 1024)]
+    for row, seconds in zip(alone, SIZES.values()):
+        hop, fold = 1e-5 + seconds, FOLD * row["KiB"] * 1024
+        assert row["simulated ms"] == pytest.approx(1e3 * (2 * hop + fold), abs=1e-4)
+        assert row["error %"] == pytest.approx(100 * ((2 * hop + fold) / (4 * hop) - 1), abs=0.1)
+        assert row["with lasp's network ms"] == pytest.approx(1e3 * (4 * hop + fold), abs=1e-4)  # both parts are double
+    [row] = operator
+    assert (row["simulated ms"], row["error %"]) == (1.0, -50)  # dq hides the exchange
+    assert "unknown to the simulator, 2000-01-01_exchange_3xcuda: by_pigeon" in text
+    [kept] = tmp_path.glob("*_simulation.md")
+    assert "the exchange alone, measured and simulated: 2000-01-01_exchange_3xcuda" in kept.read_text()
+
+
+def test_a_file_without_messages_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match=r"other\.json has no times of suite `alone`"):
+        _script("simulate", "--measured", path)
+
+
 # ---- what needs ranks
 
 
