@@ -58,13 +58,18 @@ class Bench:
         """bf16 on a GPU; CPUs are slow at it."""
         return torch.bfloat16 if self.env.device.type == "cuda" else torch.float32
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that take part."""
+        return self.sequences["auto"].group
+
     def time(self, cases: Mapping[Key, Callable[[], object]]) -> dict[Key, Time]:
-        return interleaved(cases, self.env.device, repetitions=self.options.repetitions)
+        return interleaved(cases, self.env.device, repetitions=self.options.repetitions, group=self.group)
 
     def worst(self, errors: list[Tensor]) -> float:
         """The largest error of all ranks; not a number counts as infinite."""
         found = torch.stack(errors).double().nan_to_num(nan=torch.inf).max()
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return found.item()
 
     def require(self, what: str, error: float, limit: float) -> dict:
@@ -256,7 +261,7 @@ def refusal(bench: Bench, peer: peers.Peer, shape: peers.Shape, gates: list[dict
     except Exception as problem:  # of a library that is not ours: the row says it
         reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:150]}"
     reasons: list[str | None] = [None] * bench.env.world_size
-    dist.all_gather_object(reasons, reason)
+    dist.all_gather_object(reasons, reason, group=bench.group)
     gates.append({"what": f"peer, {peer.name}", "relative error": float(f"{error:.3g}"), "limit": limit})
     wrong = None if error <= limit else f"relative error {error:.1e} against one process is over {limit:g}"
     return next((reason for reason in reasons if reason), wrong)

@@ -83,7 +83,7 @@ def simulation(result: dict) -> Figure:
     left.set_ylabel("one exchange, ms")
     left.set_title("Exchange of one layer's state: published and simulated")
     left.legend(fontsize=7)
-    (title, rows), (_, horizon) = result["tables"].items()
+    (title, rows), (_, horizon), *_ = result["tables"].items()
     for (network, schedule), of in groups(rows, "network", "schedule").items():
         first = network == rows[0]["network"]
         style = {"color": COLORS[schedule], "linestyle": "-" if first else ":"}
@@ -140,7 +140,54 @@ def scaling(result: dict) -> Figure:
     return figure
 
 
-DRAWINGS: dict[str, Callable[[dict], Figure]] = {"simulation": simulation, "scaling": scaling}
+def operator_scaling(result: dict) -> Figure:
+    """Weak scaling of forward and of backward, % of ideal; strong scaling, speed-up."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    forward, backward, strong = figure.subplots(1, 3)
+    tables = result["tables"]
+    rows, total = tables["weak scaling"], tables["strong scaling"]
+    for axes, direction in ((forward, "forward"), (backward, "backward")):
+        percent = [row for row in rows if row["direction"] == direction]
+        decay_lines(axes, percent, "tokens a rank", "% of ideal", lambda tokens: f"{count(tokens)} tokens on each rank")
+        axes.axhline(100, color="black", label="ideal: one rank alone with as many tokens")
+        for tokens, target in sorted({(r["tokens a rank"], r["target %"]) for r in percent if r["target %"]}):
+            axes.axhline(target, color="gray", linestyle=":", label=f"target: {target:g}% at {count(tokens)} tokens")
+        axes.set_ylim(0, 110)
+        axes.set_ylabel("speed of a rank, % of one rank alone")
+        axes.set_title(f"Weak scaling, {direction}")
+    decay_lines(strong, total, "direction", "speed-up", lambda name: {"both": "forward and backward"}.get(name, name))
+    if total:
+        ranks = sorted({row["ranks"] for row in total})
+        strong.plot(ranks, ranks, color="black", label="ideal: W times as fast on W ranks")
+        strong.set_yscale("log", base=2)
+        strong.yaxis.set_major_formatter(FuncFormatter(count))
+        sequence = count(total[0]["ranks"] * total[0]["tokens a rank"])
+        strong.set_title(f"Strong scaling, one sequence of {sequence} tokens")
+    strong.set_ylabel("times as fast as one rank with the whole sequence")
+    for axes in (forward, backward, strong):
+        if axes.lines:
+            double_steps(axes, [row["ranks"] for row in [*rows, *total]], "ranks (GPUs)")
+            axes.legend(fontsize=7, loc="lower left" if axes is not strong else "upper left")
+    about = f"{result['facts']['inputs']}, {result['facts']['backend']}"
+    figure.suptitle(f"Linear attention over ranks of one machine, {about}")
+    return figure
+
+
+def decay_lines(axes: Axes, rows: list[dict], key: str, value: str, name: Callable) -> None:
+    """A column against ranks: a colour for each value of `key`; with a decay the line is solid, without one dashed."""
+    colors: dict = {}
+    for (decay, of_key), of in groups(rows, "decay", key).items():
+        style = {"color": colors.get(of_key), "linestyle": "-" if decay == "fixed" else "--", "marker": "o"}
+        label = f"{name(of_key)}, {'ALiBi slopes' if decay == 'fixed' else 'no decay'}"
+        [line] = axes.plot([row["ranks"] for row in of], [row[value] for row in of], label=label, **style)
+        colors.setdefault(of_key, line.get_color())
+
+
+DRAWINGS: dict[str, Callable[[dict], Figure]] = {
+    "simulation": simulation,
+    "scaling": scaling,
+    "operator_scaling": operator_scaling,
+}
 
 
 if __name__ == "__main__":

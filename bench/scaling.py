@@ -168,23 +168,46 @@ def measure(options: argparse.Namespace, layout: Layout, tokens: int, device: to
 
 
 def steps(training: Training, batch: dict[str, Tensor], options: argparse.Namespace) -> tuple[float, float | None]:
-    """Median seconds of a step on the slowest rank, and peak memory in GiB on the fullest."""
-    device, times = training.device, []
+    """Median seconds of a step on the slowest rank, and peak memory in GiB on the fullest.
+
+    Steps follow one another as in training: nothing waits between them, neither for the device nor for other ranks. A
+    wait would add to each step the time in which the host queues its first kernels; in training that time passes while
+    the device still works on the step before. A step lasts from the end of the one before it to its own end, on the
+    stream; the first that counts follows on the last of the warm-up.
+    """
+    device = training.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for number in range(options.warmup + options.steps):
-        synchronize(device)
-        dist.barrier()
-        begin = time.perf_counter()
+    synchronize(device)
+    dist.barrier()
+    marks = [mark(device)]
+    for _ in range(options.warmup + options.steps):
         training.step(batch)
-        synchronize(device)
-        if number >= options.warmup:
-            times.append(time.perf_counter() - begin)
+        marks.append(mark(device))
+    synchronize(device)
+    dist.barrier()
+    times = [elapsed(*two) for two in zip(marks[options.warmup :], marks[options.warmup + 1 :])]
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     mine = torch.tensor([*times, peak], dtype=torch.float64, device=device)
     dist.all_reduce(mine, dist.ReduceOp.MAX)
     *times, peak = mine.tolist()
     return statistics.median(times), peak if device.type == "cuda" else None
+
+
+def mark(device: torch.device) -> torch.cuda.Event | float:
+    """This point in time: on a GPU when its stream comes here, which the host does not wait for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Seconds between two marks; on a GPU both must be past."""
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3
+    return float(end) - float(begin)  # type: ignore[arg-type]
 
 
 def exposed_milliseconds(training: Training, batch: dict[str, Tensor]) -> dict[str, float]:

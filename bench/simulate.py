@@ -1,24 +1,31 @@
 """Simulate the exchange of states on 8 to 4,096 ranks, and check the simulation against published times.
 
     python bench/simulate.py [--max-ranks 4096] [--tokens 65536] [--save]
+    python bench/simulate.py --measured bench/results/DATE_exchange_4xcuda.json ... [--save]
 
 Published are the times of ZeCO on 8 to 256 H100s (as a digest of the paper gives them: collectives at 8K tokens a GPU,
 width 4096, 32 heads; the operator at 16K tokens a GPU, 16 heads). What no source tells is fitted to some of these
 figures, and every row says "fitted" or "predicted". The tables for this project's operator then use the same network,
 and its kernel times as measured on one H100. Needs no GPU.
+
+`--measured` takes results of exchange.py and simulates the same exchanges and operators on as many ranks, with the
+latency and bandwidth of that file. Nothing is fitted to what is compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import plots
+import torch
 from common import RESULTS, add_report_arguments, command_line, report
-from simulator import Link, Machine, Pass, exchange_seconds, operator_seconds
+from simulator import SCHEDULES, Link, Machine, Pass, exchange_seconds, operator_seconds
 
 import lasp
 from lasp.exchange import horizon
@@ -42,6 +49,7 @@ GATHER_SETUP = 46e-6 - 2**20 / GATHER_BANDWIDTH
 FOLD = 20e-6 / (16 * 2**20)  # seconds a byte: the scan of 16 segments of 1 MiB takes 20 us
 RANKS_TABLE = "this project's operator, B1 H16 D128, one fp32 state of 1 MiB"
 HORIZON_TABLE = "the same with the horizon: ring, mean over 24 layers"
+ALONE, OPERATOR_TABLE = "the exchange alone", "the operator"  # titles in the results of exchange.py
 LAYERS = 24
 BLOCKS = (1, 2, 4, 8, 16, 32)
 # Shares of one operator call, from the kernel times of one H100: the state, then what waits for it, in forward; the
@@ -241,6 +249,105 @@ def horizon_table(tokens: int, max_ranks: int) -> list[dict]:
     return rows
 
 
+# ---- beside measurements
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The links of some measurement, one for messages and one for a step of the all-gather."""
+
+    messages: Link
+    gather: Link
+
+    def machine(self, schedule: str) -> Machine:
+        link = self.gather if schedule == "all_gather" else self.messages
+        return Machine(link, link, fold=FOLD)
+
+    def __str__(self) -> str:
+        links = (("messages", self.messages), ("a step of the all-gather", self.gather))
+        return "; ".join(f"{n} {1e6 * x.overhead:.1f} us, {x.bandwidth / 1e9:.0f} GB/s" for n, x in links)
+
+
+def by_plain_messages(result: dict) -> Measured:
+    """The links whose times are nearest to those of a plain send and of a plain all-gather in the same run."""
+    links = []
+    for name, steps in (("send and receive", 1), ("all-gather", result["facts"]["ranks"] - 1)):
+        rows = [row for row in result["tables"][ALONE] if row["schedule"] == f"plain {name}"]
+        links.append(nearest_link((1024 * row["KiB"], row["ms"] * MS / steps) for row in rows))
+    return Measured(*links)
+
+
+def by_lasp(result: dict) -> Measured:
+    """What `lasp` measured when the ranks met, from which "auto" chooses."""
+    told = dict(re.findall(r"(\w+)=([\d.e+-]+)", result["facts"]["network as lasp measured it"]))
+    prefixes = ("", "collective_")
+    return Measured(*(Link(float(told[f"{of}latency"]), float(told[f"{of}bandwidth"])) for of in prefixes))
+
+
+def nearest_link(times: Iterable[tuple[float, float]]) -> Link:
+    """The line through (bytes, seconds) with the smallest sum of squared errors in %."""
+    nbytes, seconds = torch.tensor(list(times), dtype=torch.float64).T
+    parts = torch.stack([1 / seconds, nbytes / seconds], 1)
+    latency, per_byte = torch.linalg.lstsq(parts, torch.ones_like(parts[:, :1])).solution.flatten().tolist()
+    return Link(max(latency, 0.0), 1 / per_byte)
+
+
+def compare(path: Path) -> tuple[dict[str, list[dict]], dict]:
+    """Tables of measured and simulated times of one results file of exchange.py, and facts about them."""
+    result = json.loads(path.read_text())
+    if ALONE not in result.get("tables", {}):
+        raise SystemExit(f"{path.name} has no times of suite `alone` of exchange.py, from which the network is known")
+    networks = (by_plain_messages(result), by_lasp(result))
+    compared = {ALONE: compare_alone(result, networks), OPERATOR_TABLE: compare_operator(result, networks)}
+    names = {row["schedule"] for row in result["tables"][ALONE] if not row["schedule"].startswith("plain")}
+    names |= {row["chosen"] for row in result["tables"].get(OPERATOR_TABLE, [])}
+    about: dict = {f"plain messages, {path.stem}": str(networks[0]), f"lasp's network, {path.stem}": str(networks[1])}
+    about[f"unknown to the simulator, {path.stem}"] = sorted(names - {*SCHEDULES})
+    return {f"{title}, measured and simulated: {path.stem}": rows for title, rows in compared.items() if rows}, about
+
+
+def compare_alone(result: dict, networks: Sequence[Measured]) -> list[dict]:
+    """Every schedule and size of state that the simulator knows."""
+    rows = []
+    for row in result["tables"][ALONE]:
+        name = row["schedule"]
+        if name in SCHEDULES:
+            size, blocks = 1024 * row["KiB"], row["blocks"] or 1
+            seconds = [
+                exchange_seconds(name, result["facts"]["ranks"], size, network.machine(name), blocks=blocks)
+                for network in networks
+            ]
+            rows.append(beside({"schedule": name, "KiB": row["KiB"]}, row["ms"], seconds))
+    return rows
+
+
+def compare_operator(result: dict, networks: Sequence[Measured]) -> list[dict]:
+    """Forward and backward with the schedule that was chosen; what one rank takes is the same row's measurement."""
+    rows: list[dict] = []
+    if re.search("--(heads|dim) ", result["command"]):
+        return rows  # the state is not OPERATOR_BYTES
+    for row in result["tables"].get(OPERATOR_TABLE, []):
+        name, one = row["chosen"], row["one rank ms"] * MS
+        if name in SCHEDULES:
+            work = passes(one, one)[("forward", "backward").index(row["direction"])]
+            seconds = [
+                operator_seconds(name, result["facts"]["ranks"], OPERATOR_BYTES, network.machine(name), [work])
+                for network in networks
+            ]
+            head = {key: row[key] for key in ("tokens a rank", "decay", "direction", "schedule", "chosen")}
+            rows.append(beside(head, row["ms"], seconds))
+    return rows
+
+
+def beside(head: dict, measured: float, seconds: Sequence[float]) -> dict:
+    """A row: measured ms, and simulated ones with the links of plain messages and with those that `lasp` measured."""
+    found = head | {"measured ms": measured}
+    columns = (("simulated ms", "error %"), ("with lasp's network ms", "its error %"))
+    for simulated, (name, error) in zip(seconds, columns):
+        found |= {name: round(simulated / MS, 4), error: round(100 * (simulated / MS / measured - 1), 1)}
+    return found
+
+
 def facts(tokens: int) -> dict:
     """What was measured, fitted and assumed, in words."""
     gather, scan = gather_machine(), scan_machine()
@@ -263,10 +370,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-ranks", type=int, default=4096, help="the last of 8, 16, 32, ... (4096: six minutes)")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of a rank, as the kernels were measured")
+    parser.add_argument("--measured", nargs="+", type=Path, default=[], help="results of exchange.py, to compare with")
     add_report_arguments(parser)
     options = parser.parse_args(argv)
     kernel_seconds(options.tokens)  # refuses before the long part
+    compared = [compare(path) for path in options.measured]
     ranks = [r for name in machines() for r in ranks_table(name, options.tokens, options.max_ranks)]
+    tables = {RANKS_TABLE: ranks, HORIZON_TABLE: horizon_table(options.tokens, options.max_ranks)}
+    about = facts(options.tokens)
+    for found, more in compared:
+        tables |= found
+        about |= more
     kept = report(
         "simulation",
         command_line("simulate.py", argv),
@@ -274,8 +388,8 @@ def main(argv: list[str] | None = None) -> None:
         save=options.save,
         out=options.out,
         commit=options.commit,
-        tables={RANKS_TABLE: ranks, HORIZON_TABLE: horizon_table(options.tokens, options.max_ranks)},
-        facts=facts(options.tokens),
+        tables=tables,
+        facts=about,
         markdown=True,
     )
     if kept:

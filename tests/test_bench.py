@@ -6,10 +6,15 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import run_ranks
+
+import lasp
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.append(str(BENCH))  # where the scripts find each other when they are started
@@ -132,6 +137,62 @@ def test_the_script_reproduces_what_it_is_fitted_to_and_says_what_it_predicts(tm
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+# A plain message of n bytes: 10 us and n / (100 GB/s). Three ranks: two steps of the all-gather.
+SIZES = {64: 65536 / 100e9, 1024: 2**20 / 100e9}
+
+
+def _measured_file(folder):
+    def row(schedule, kib, microseconds, blocks=None):
+        return {"schedule": schedule, "KiB": kib, "ms": microseconds / 1e3, "blocks": blocks}
+
+    rows = []
+    for kib, seconds in SIZES.items():
+        hop = 10 + 1e6 * seconds
+        rows += [row("plain send and receive", kib, hop), row("plain all-gather", kib, 2 * hop)]
+        rows += [row("ring", kib, 4 * hop, 1), row("by_pigeon", kib, hop, 1)]
+    operator = {"tokens a rank": 8192, "decay": "none", "direction": "backward", "ms": 2.0, "one rank ms": 1.0}
+    network = (
+        "Network(latency=2e-05, bandwidth=5e+10, collective_latency=2e-05, collective_bandwidth=5e+10, source='x')"
+    )
+    result = {
+        "command": "torchrun bench/exchange.py",
+        "tables": {
+            "the exchange alone": rows,
+            "the operator": [operator | {"schedule": s, "chosen": s} for s in ("ring", "by_pigeon")],
+        },
+        "facts": {"ranks": 3, "network as lasp measured it": network},
+    }
+    path = folder / "2000-01-01_exchange_3xcuda.json"
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_measured_times_beside_simulated_ones(tmp_path):
+    from simulate import FOLD
+
+    path = _measured_file(tmp_path)
+    result, text = _script("simulate", "--max-ranks", 8, "--measured", path, "--save", "--out", tmp_path)
+    *_, alone, operator = result["tables"].values()
+    assert [(row["schedule"], row["KiB"]) for row in alone] == [("ring", 64), ("ring", 1024)]
+    for row, seconds in zip(alone, SIZES.values()):
+        hop, fold = 1e-5 + seconds, FOLD * row["KiB"] * 1024
+        assert row["simulated ms"] == pytest.approx(1e3 * (2 * hop + fold), abs=1e-4)
+        assert row["error %"] == pytest.approx(100 * ((2 * hop + fold) / (4 * hop) - 1), abs=0.1)
+        assert row["with lasp's network ms"] == pytest.approx(1e3 * (4 * hop + fold), abs=1e-4)  # both parts are double
+    [row] = operator
+    assert (row["simulated ms"], row["error %"]) == (1.0, -50)  # dq hides the exchange
+    assert "unknown to the simulator, 2000-01-01_exchange_3xcuda: by_pigeon" in text
+    [kept] = tmp_path.glob("*_simulation.md")
+    assert "the exchange alone, measured and simulated: 2000-01-01_exchange_3xcuda" in kept.read_text()
+
+
+def test_a_file_without_messages_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match=r"other\.json has no times of suite `alone`"):
+        _script("simulate", "--measured", path)
+
+
 # ---- what needs ranks
 
 
@@ -201,6 +262,66 @@ def test_nothing_is_timed_that_is_wrong():
     run_ranks(2, _in_a_worker, _with_a_broken_schedule)
 
 
+def test_scaling_of_the_operator_and_of_its_peers(tmp_path):
+    small = ("--heads", 4, "--dim", 16, "--repetitions", 2, "--weak", 64, "--strong", 256, "--peer-tokens", 64)
+    result = _on_ranks(2, "operator_scaling", *small, "--peers", "--save", "--out", tmp_path)
+    assert all(row["relative error"] <= row["limit"] for row in result["rows"])
+    assert {row["what"] for row in result["rows"]} >= {"operator, 1 of 2 ranks, none", "peer, ulysses, 2 ranks"}
+    weak, strong, peers = result["tables"].values()
+    for rows in (weak, strong):
+        assert len(rows) == 2 * 2 * 3  # decays, numbers of ranks, directions
+        for row in rows:
+            work = row["ranks"] if rows is weak else 1  # of what one rank does
+            assert row["speed-up"] == pytest.approx(work * row["one rank ms"] / row["ms"], rel=2e-3)
+            assert row["% of ideal"] == pytest.approx(100 * row["speed-up"] / row["ranks"], rel=2e-3)
+            assert (row["% of ideal"] == 100) or row["ranks"] == 2
+        for forward, backward, both in zip(rows[::3], rows[1::3], rows[2::3]):
+            assert both["ms"] == pytest.approx(forward["ms"] + backward["ms"], rel=2e-3)
+    assert {(row["ranks"], row["tokens a rank"]) for row in weak} == {(1, 64), (2, 64)}
+    assert {(row["ranks"], row["tokens a rank"]) for row in strong} == {(1, 256), (2, 128)}
+    assert {row["met"] for row in weak} == {None}  # the target is for GPUs
+    assert {(row["ranks"], row["tokens a rank"]) for row in peers} == {(2, 64)}
+    assert result["facts"]["inputs"] == "B1 H4 D16 float32"
+    [plot] = tmp_path.glob("*_operator_scaling_2xcpu.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_that_are_left_out_wait():
+    small = ("--heads", 2, "--dim", 16, "--repetitions", 1, "--weak", 64, "--strong", 0, "--decay", "fixed")
+    result = _on_ranks(3, "operator_scaling", *small)
+    weak, strong = result["tables"].values()
+    assert [row["ranks"] for row in weak] == [1, 1, 1, 2, 2, 2]
+    assert strong == []
+
+
+def test_the_target_of_weak_scaling():
+    from operator_scaling import judged
+
+    assert judged({"% of ideal": 95.0}, 95.0)["met"] is True
+    assert judged({"% of ideal": 94.9}, 95.0)["met"] is False
+    assert judged({"% of ideal": 94.9}, None)["met"] is None
+
+
+def _with_a_wrong_operator():
+    import exchange
+    import operator_scaling
+
+    def wrong(*arguments, **options):
+        o, state = lasp.linear_attention(*arguments, **options)
+        return 1.01 * o, state
+
+    wrong_here = mock.Mock(wraps=lasp, linear_attention=wrong)
+    with (
+        mock.patch.object(exchange, "lasp", wrong_here if dist.get_rank() == 1 else lasp),
+        pytest.raises(SystemExit, match=r"2 of 3 ranks, fixed: .* nothing was timed"),
+    ):
+        operator_scaling.main(["--heads", "2", "--dim", "16"])
+
+
+def test_an_operator_that_is_wrong_on_one_rank_ends_the_run_on_all():
+    run_ranks(3, _in_a_worker, _with_a_wrong_operator)
+
+
 # ---- training steps
 
 
@@ -240,3 +361,21 @@ def test_time_that_computation_covers_is_not_exposed():
     assert union([(3, 4), (0, 2), (1, 3)]) == [(0, 4)]
     rows = [{"tokens a rank": 100, "peak GiB": 3.0}, {"tokens a rank": 200, "peak GiB": 5.0}]
     assert fitting_tokens(rows, 9.0) == pytest.approx(400)
+
+
+def test_a_step_is_timed_from_the_end_of_the_one_before_and_nothing_waits_between():
+    import scaling
+
+    now, lasts = [0.0], iter((9.0, 9.0, 3.0, 1.0, 2.0))  # two of warm-up
+    training = SimpleNamespace(device=torch.device("cpu"))
+    training.step = mock.Mock(side_effect=lambda batch: now.append(now[-1] + next(lasts)))
+    with (
+        mock.patch.object(scaling, "dist") as ranks,  # one
+        mock.patch.object(scaling, "mark", side_effect=lambda device: now[-1]),
+    ):
+        ranks.barrier.side_effect = lambda: now.append(now[-1] + 100.0)
+        seconds, peak = scaling.steps(training, {}, SimpleNamespace(warmup=2, steps=3))
+    assert training.step.call_count == 5
+    assert ranks.barrier.call_count == 2
+    assert seconds == 2.0
+    assert peak is None
