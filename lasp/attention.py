@@ -164,6 +164,7 @@ class _Call:
             segment_length=self.segment_length,
             decay_gradient=decay_grad,
             ends=self.ends or self.shard.sequence is not None,
+            others_wait=self.shard.sequence is not None and self.remembered_tokens(q.dtype) > k.shape[1],
         )
 
     def far(self, steps: kernels.Steps, *, reverse: bool) -> exchange.HeadRuns:
@@ -175,11 +176,14 @@ class _Call:
                 crossed = tuple(min(tokens, steps.segment_length) for tokens in crossed)
         return horizon.far_heads(self.rates, steps.heads, crossed, steps.dtype)
 
-    def remembered_tokens(self, steps: kernels.Steps) -> float:
-        """Tokens after which nothing is left of a state; infinite if the host cannot know, or bits are promised."""
-        if self.segment_length is not None or self.shard.packed:
+    def remembered_tokens(self, dtype: torch.dtype) -> float:
+        """Tokens after which nothing is left of a state; infinite if the host cannot know, or bits are promised.
+
+        Not in a custom op: the stand-in for it, which has no values, must come to the same segments.
+        """
+        if self.segment_length is not None or self.shard.packed or self.grad_mode is None:
             return math.inf
-        return horizon.memory(self.rates, steps.dtype)
+        return horizon.memory(self.rates, kernels.state_dtype(dtype))
 
     def most_units(self, steps: kernels.Steps, with_own: bool) -> int:
         """The most maps that any rank sends; without a layout, if all hold as many tokens."""
@@ -230,7 +234,7 @@ def _segments_and_exchange(
     give the same bits.
     """
     _, k, v, log_decay = inputs
-    sequence, remembered = call.shard.sequence, call.remembered_tokens(steps)
+    sequence, remembered = call.shard.sequence, call.remembered_tokens(k.dtype)
     if sequence is None or log_decay is None or initial_state is not None or remembered > steps.tokens:
         segments = steps.segment_states(k, v, log_decay)
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))

@@ -329,3 +329,35 @@ def test_compiled_for_one_length_after_another(monkeypatch, cu_seqlens):
             found.append([o.detach(), *torch.autograd.grad(o, leaves, x.do)])
         for eager, other in zip(*found):
             assert torch.equal(eager, other), T
+
+
+@pytest.mark.parametrize("T", [100, 200, 333])
+@pytest.mark.parametrize("tokens", [88, 100])
+def test_the_last_tokens_give_the_map_of_all_that_forget(monkeypatch, T, tokens):
+    """A decay of 1.2 a token leaves exp(-104) = 0 after 87 tokens, one of 5 after 21."""
+    monkeypatch.setattr(triton_steps, "END_PIECE", 64)
+    x = on_device(random_inputs("head", T, K=16, V=32), torch.float32)
+    x.log_decay.copy_(torch.tensor([-1.2, -5.0]))
+    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay)
+    state, log_decay = steps.end_map(x.k, x.v, x.log_decay, tokens)
+    expected, _ = steps.fold(steps.segment_states(x.k, x.v, x.log_decay))
+    assert_near(state, expected, "state", 1e-6)
+    assert torch.all(log_decay.exp() == 0)
+    assert log_decay.shape == (*state.shape[:2], 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("T", [64, 200])
+def test_the_last_segment_is_left_out_where_nobody_needs_the_end(form, T):
+    x = on_device(random_inputs(form, T, K=16, V=32), torch.float32)
+    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, segment_length=64)
+    whole, end = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), x.initial_state)
+    segments = steps.segment_states(x.k, x.v, x.log_decay, needs_end=False)
+    states, no_end = steps.scan(segments, x.initial_state)
+    assert end is not None
+    assert no_end is None
+    assert torch.equal(states[:, :, : steps.segments], whole[:, :, : steps.segments])
+    o = steps.outputs(x.q, x.k, x.v, x.log_decay, states, 1.0)
+    assert torch.equal(o, steps.outputs(x.q, x.k, x.v, x.log_decay, whole, 1.0))
+    with pytest.raises(ValueError, match="all segments"):
+        steps.fold(segments)

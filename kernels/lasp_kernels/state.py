@@ -207,32 +207,33 @@ def scan_kernel(
         s = tl.load(ENTERING + tl.program_id(0).to(tl.int64) * SIZE + j, mask=mask, other=0.0)
     log_end = 0.0
     folded = high - low - skipped
-    for i in range(folded):
-        segment = high - 1 - i if REVERSE else low + i
+    # One loop over the pieces of all segments, so that their loads run ahead of the chain of products.
+    for i in tl.range(0, folded * pieces, num_stages=4):
+        segment = high - 1 - i // pieces if REVERSE else low + i // pieces
+        piece = pieces - 1 - i % pieces  # the nearest to the border last
         if STATE is not None:
             border = segment + 1 if REVERSE else segment
-            tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)
+            tl.store(STATE + (base + border) * SIZE + j, s, mask=j < tl.where(piece == pieces - 1, SIZE, 0))
         first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
         n = end - first
         far = n
         if DECAY == HEAD_DECAY:
             far = reach_of_decay(g, n)
         used = tl.cdiv(far, piece_length)
-        if DECAY == HEAD_DECAY:  # first the tokens of pieces that no one computed
-            log_end += g * n
-            s = s * tl.exp(g * (n - tl.minimum(n, used * piece_length)))
-        for m in tl.range(0, used, num_stages=3):
-            piece = used - 1 - m  # the nearest to the border last
-            at = (head * segments + segment) * pieces + piece
-            local = tl.load(PIECES + at * SIZE + j, mask=mask, other=0.0)
-            if DECAY == HEAD_DECAY:
-                s = advance(s, g * (tl.minimum(n, (piece + 1) * piece_length) - piece * piece_length), local)
-            elif DECAY == TOKEN_DECAY:
-                log_total = tl.load(TOTAL + at)
-                log_end += log_total
-                s = advance(s, log_total, local)
-            else:
-                s = s + local
+        at = (head * segments + segment) * pieces + piece
+        local = tl.load(PIECES + at * SIZE + j, mask=j < tl.where(piece < used, SIZE, 0), other=0.0)
+        if DECAY == HEAD_DECAY:
+            # The tokens of pieces that no one computed come with the farthest that was.
+            border_of_piece = tl.where(piece == used - 1, n, tl.minimum(n, (piece + 1) * piece_length))
+            passed = tl.where(piece < used, border_of_piece - piece * piece_length, 0)
+            log_end += g * passed
+            s = advance(s, g * passed, local)
+        elif DECAY == TOKEN_DECAY:
+            log_total = tl.load(TOTAL + at, mask=piece < used, other=0.0)
+            log_end += log_total
+            s = advance(s, log_total, local)
+        else:
+            s = s + local
     if STATE is not None:
         border = high - folded if REVERSE else low + folded
         tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)

@@ -169,6 +169,7 @@ class _Inputs(NamedTuple):
     segment_length: int | None
     decay_gradient: bool
     ends: bool
+    others_wait: bool
     allow_tf32: bool
     piece_length: int | None = None
 
@@ -196,6 +197,7 @@ class TritonSteps:
         segment_length: int | None = None,
         decay_gradient: bool = False,
         ends: bool = True,
+        others_wait: bool = False,
     ) -> TritonSteps:
         """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not.
 
@@ -211,8 +213,11 @@ class TritonSteps:
         # Sizes as plain numbers: under torch.compile they may be symbols, which would not find what was kept.
         shapes = [torch.Size(map(int, x.shape)) for x in (q, k, v)]
         steps = _shared_steps(
-            _Inputs(*shapes, int(stride), k.dtype, k.device, decay, bounds, segment_length, decay_gradient, ends, tf32)
-        )
+            _Inputs(
+                *shapes, int(stride), k.dtype, k.device, decay, bounds, segment_length, decay_gradient, ends,
+                others_wait, tf32,
+            )
+        )  # fmt: skip
         if steps._keep_rows:  # these belong to one call
             steps = copy.copy(steps)
             steps._rows = {}
@@ -234,8 +239,8 @@ class TritonSteps:
         self._precision = "tf32" if inputs.allow_tf32 else "ieee"
         # Kernels address the tokens of a segment with 32 bits.
         longest = 2**31 // max(inputs.token_stride, inputs.q[2] * MAX_DIM) // 64 * 64
-        self._segment_length = min(inputs.segment_length or self._choose_segment_length(), longest)
         self._inputs = inputs
+        self._segment_length = min(inputs.segment_length or self._choose_segment_length(), longest)
         self.runs = self.batch
         self._bounds = inputs.bounds
         if inputs.bounds is not None:
@@ -263,6 +268,11 @@ class TritonSteps:
         programs = max(1, self.batch * self.heads * self.groups * -(-self.value_dim // columns))
         slots = 2 * _processors(self.device)
         fewest = max(1, slots // programs)
+        if self._inputs.others_wait:
+            # Then the last segment is read twice, too: shorter ones, until their states are as many bytes as it is.
+            token_bytes = (self.key_dim + self.value_dim) * self.input_dtype.itemsize
+            balanced = math.isqrt(self.tokens * token_bytes // (8 * self.key_dim * self.value_dim))
+            fewest = balanced if balanced >= 1.5 * fewest else fewest
 
         def busy(segments: int) -> float:
             return programs * segments / (-(-programs * segments // slots) * slots)
