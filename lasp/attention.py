@@ -129,6 +129,7 @@ class _Call:
         return {
             "layer": sequence.name,
             "call": sequence.traffic.calls,
+            "exchanges": [sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges],
             "ranks": sequence.ranks,
             "exchange": [sequence.exchange, *astuple(exchange.cost.network_of(sequence))],
             "q": _shape_but_for_tokens(q),
@@ -164,7 +165,6 @@ class _Call:
             segment_length=self.segment_length,
             decay_gradient=decay_grad,
             ends=self.ends or self.shard.sequence is not None,
-            others_wait=self.shard.sequence is not None and self.remembered_tokens(q.dtype) > k.shape[1],
         )
 
     def far(self, steps: kernels.Steps, *, reverse: bool) -> exchange.HeadRuns:
@@ -177,11 +177,8 @@ class _Call:
         return horizon.far_heads(self.rates, steps.heads, crossed, steps.dtype)
 
     def remembered_tokens(self, dtype: torch.dtype) -> float:
-        """Tokens after which nothing is left of a state; infinite if the host cannot know, or bits are promised.
-
-        Not in a custom op: the stand-in for it, which has no values, must come to the same segments.
-        """
-        if self.segment_length is not None or self.shard.packed or self.grad_mode is None:
+        """Tokens after which nothing is left of a state; infinite if the host cannot know, or bits are promised."""
+        if self.segment_length is not None or self.shard.packed:
             return math.inf
         return horizon.memory(self.rates, kernels.state_dtype(dtype))
 
@@ -239,8 +236,12 @@ def _segments_and_exchange(
         segments = steps.segment_states(k, v, log_decay)
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
         return segments, _start_exchange(steps, segments, initial_state, call, at_once=True)
-    with exchange.beside(k, v, log_decay):
-        state, left = steps.end_map(k, v, log_decay, int(remembered))
+    last = int(remembered)
+    ending = steps.of_end(last)
+    with exchange.beside(k, v, log_decay) as hold_back:
+        segments = ending.segment_states(k[:, -last:], v[:, -last:], log_decay)
+        hold_back()
+        state, left = ending.fold(segments)
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
         pending = _start(StateMap(state.unsqueeze(0), left.unsqueeze(0)), steps, call)
     needs_end = call.output_final_state or sequence.check_finite

@@ -55,7 +55,10 @@ def _brings_the_fold(schedule, reverse, channels, restarting):
     elif schedule in ("all_gather", "direct"):
         readers = world - 1 if schedule == "all_gather" else rank if reverse else world - 1 - rank
         assert traffic.messages == (readers > 0)
-        assert traffic.bytes_sent == readers * max(units) * (state + 4 * N * H * channels)
+        message = max(units) * (state + 4 * N * H * channels)
+        if schedule == "direct" and world == 2:  # what enters one rank need not get past another
+            message = state
+        assert traffic.bytes_sent == readers * message
     else:
         assert traffic.messages == (0 if last else traffic.blocks)
         assert traffic.bytes_sent == (0 if last else state)

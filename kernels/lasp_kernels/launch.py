@@ -53,7 +53,6 @@ def plan(
     segment_length: int | None = None,
     decay_gradient: bool = False,
     ends: bool = True,
-    others_wait: bool = False,
 ) -> Steps:
     """The steps of the path for these inputs.
 
@@ -63,7 +62,6 @@ def plan(
         segment_length: tokens of a segment, a multiple of 64; None chooses.
         decay_gradient: whether `decay_gradient` will be called.
         ends: whether a state enters or the one behind the last token is wanted, or such a gradient in backward.
-        others_wait: whether other ranks wait for what all tokens here do to a state; segments may then be shorter.
     """
     chosen = path(q, k, v, log_decay)
     if os.environ.get("LASP_DEBUG", "") not in ("", "0"):
@@ -84,7 +82,6 @@ def plan(
         segment_length=segment_length,
         decay_gradient=decay_gradient,
         ends=ends,
-        others_wait=others_wait,
     )
 
 

@@ -330,11 +330,15 @@ class ChunkedSteps:
         """The most tokens that a segment may have, whatever the number of tokens here."""
         return self._tiles_per_segment * TILE
 
-    def end_map(self, k: Tensor, v: Tensor, log_decay: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """What `fold` gives for all tokens, from the last `tokens` alone, which must be all that a state remembers."""
-        k, v = k[:, -tokens:], v[:, -tokens:]
-        steps = ChunkedSteps(k, k, v, log_decay)
-        return steps.fold(steps.segment_states(k, v, log_decay))
+    def of_end(self, tokens: int) -> ChunkedSteps:
+        """For the last `tokens` of the inputs alone, to fold them.
+
+        Where these are all that a state remembers, their map is that of all tokens, and known earlier.
+        """
+        number = torch.empty((), dtype=self.dtype, device=self._lengths.device)
+        q = number.expand(self.batch, tokens, self.heads * self.groups, self.key_dim)
+        k = number.expand(self.batch, tokens, self.heads, self.key_dim)
+        return ChunkedSteps(q, k, number.expand(*k.shape[:3], self.value_dim), None)
 
     def segment_states(self, k: Tensor, v: Tensor, log_decay: Tensor | None, *, needs_end: bool = True) -> Segments:
         """The state at the end of every segment, from zero. (`needs_end` is for a path that may leave the last out.)"""

@@ -32,7 +32,7 @@ MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than th
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
 PIECE = 4096  # tokens of a segment that one program of the state kernel reads
-END_PIECE = 1024  # fewer where other ranks wait for it (`end_map`)
+END_PIECE = 1024  # fewer where other ranks wait for it (`of_end`)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,6 @@ class _Inputs(NamedTuple):
     segment_length: int | None
     decay_gradient: bool
     ends: bool
-    others_wait: bool
     allow_tf32: bool
     piece_length: int | None = None
 
@@ -197,7 +196,6 @@ class TritonSteps:
         segment_length: int | None = None,
         decay_gradient: bool = False,
         ends: bool = True,
-        others_wait: bool = False,
     ) -> TritonSteps:
         """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not.
 
@@ -213,11 +211,8 @@ class TritonSteps:
         # Sizes as plain numbers: under torch.compile they may be symbols, which would not find what was kept.
         shapes = [torch.Size(map(int, x.shape)) for x in (q, k, v)]
         steps = _shared_steps(
-            _Inputs(
-                *shapes, int(stride), k.dtype, k.device, decay, bounds, segment_length, decay_gradient, ends,
-                others_wait, tf32,
-            )
-        )  # fmt: skip
+            _Inputs(*shapes, int(stride), k.dtype, k.device, decay, bounds, segment_length, decay_gradient, ends, tf32)
+        )
         if steps._keep_rows:  # these belong to one call
             steps = copy.copy(steps)
             steps._rows = {}
@@ -268,11 +263,6 @@ class TritonSteps:
         programs = max(1, self.batch * self.heads * self.groups * -(-self.value_dim // columns))
         slots = 2 * _processors(self.device)
         fewest = max(1, slots // programs)
-        if self._inputs.others_wait:
-            # Then the last segment is read twice, too: shorter ones, until their states are as many bytes as it is.
-            token_bytes = (self.key_dim + self.value_dim) * self.input_dtype.itemsize
-            balanced = math.isqrt(self.tokens * token_bytes // (8 * self.key_dim * self.value_dim))
-            fewest = balanced if balanced >= 1.5 * fewest else fewest
 
         def busy(segments: int) -> float:
             return programs * segments / (-(-programs * segments // slots) * slots)
@@ -357,19 +347,15 @@ class TritonSteps:
         """The state at the end of every segment, from zero; of the last only if the state behind it is needed."""
         return self._segments(k, v, log_decay, 1.0, reverse=False, needs_end=needs_end)
 
-    def end_map(self, k: Tensor, v: Tensor, log_decay: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """What `fold` gives for all tokens, from the last `tokens` alone, which must be all that a state remembers.
+    def of_end(self, tokens: int) -> TritonSteps:
+        """For the last `tokens` of the inputs alone, to fold them: in more programs, each with less work.
 
-        For a fixed decay [H]. More programs with less work each: this is to be known early, beside the segments.
+        Where these are all that a state remembers, their map is that of all tokens, and known earlier.
         """
-        runs = (
-            torch.Size((self.batch, tokens, *self._inputs.k[2:])),
-            torch.Size((self.batch, tokens, *self._inputs.v[2:])),
-        )
+        q, k, v = (torch.Size((self.batch, tokens, *shape[2:])) for shape in self._inputs[:3])
         length = -(-tokens // 64) * 64
-        inputs = self._inputs._replace(k=runs[0], v=runs[1], segment_length=length, piece_length=END_PIECE, ends=True)
-        steps = _shared_steps(inputs)
-        return steps.fold(steps.segment_states(k[:, -tokens:], v[:, -tokens:], log_decay))
+        inputs = self._inputs._replace(q=q, k=k, v=v, segment_length=length, piece_length=END_PIECE, ends=True)
+        return _shared_steps(inputs)
 
     def segment_gradients(self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float) -> Segments:
         """The gradient of the state before every segment, from zero behind it."""

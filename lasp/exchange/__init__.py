@@ -72,12 +72,13 @@ def start(
     far = ((0, local.state.shape[2]),) if far is None else far
     units, kept = units or len(local.state), reception is not None and reception.kept
     choice = _choose(local, sequence, far, units, ragged)
+    near = not far or sequence.size == 2
     traffic.schedule, traffic.blocks, traffic.predicted_seconds = choice.schedule, choice.blocks, choice.seconds
     if choice.schedule == "direct" and sequence.size > 1:
-        nbytes = _map_bytes(local, units) if far else _state_bytes(local, local.all_heads)
+        nbytes = _state_bytes(local, local.all_heads) if near else _map_bytes(local, units)
         turn = Turn(board_of(sequence, nbytes, local.state.device), sequence, reverse)
         closing, first = [turn], sequence.neighbour(1 if reverse else -1) is None
-        schedule = direct(local, turn, fold, units, near=not far, borrow=at_once and not kept)
+        schedule = direct(local, turn, fold, units, near=near, borrow=at_once and not kept)
         inline = at_once and not first
     else:
         hop, chain = (Link(sequence, reverse, tag) for tag in (NEIGHBOUR, CHAIN))

@@ -16,7 +16,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.mesh import PeerError, SequenceParallel
@@ -53,13 +52,17 @@ class StateMap:
         """The state behind these tokens; None enters where nothing came before."""
         return fold(entering, self.state, self.log_decay)
 
-    def packed(self, units: int) -> Tensor:
-        """As one tensor [units, numbers of a state and of its decay].
+    def packed(self, units: int, out: Tensor | None = None) -> Tensor:
+        """As one tensor [units, numbers of a state and of its decay]; written to `out` if that is given.
 
         What is added are zeros, maps that change nothing: their decay is exp(0).
         """
-        message = torch.cat([self.state.flatten(1), self.log_decay.flatten(1)], 1)
-        return message if len(message) == units else F.pad(message, (0, 0, 0, units - len(message)))
+        own, size = self.state.shape[0], self.state[0].numel() + self.log_decay[0].numel()
+        if out is None:
+            out = self.state.new_empty(units, size)
+        out[own:] = 0.0
+        torch.cat([self.state.flatten(1), self.log_decay.flatten(1)], 1, out=out[:own])
+        return out
 
     def unpack(self, message: Tensor) -> StateMap:
         """The inverse, for maps of as many heads, rows and columns as these."""
@@ -211,17 +214,22 @@ class Running:
 
 
 @contextmanager
-def beside(*inputs: Tensor) -> Iterator[None]:
-    """What is queued inside runs on the stream of the exchanges, as soon as the inputs are there; on a CPU at once."""
+def beside(*inputs: Tensor) -> Iterator[Callable[[], None]]:
+    """What is queued inside runs on the stream of the exchanges, as soon as the inputs are there; on a CPU at once.
+
+    Gives a function that holds the caller's stream back until what was queued so far is done: others wait for it, so
+    it should not have to share the card's memory with what they do not wait for.
+    """
     if not inputs[0].is_cuda:
-        yield
+        yield lambda: None
         return
+    caller = torch.cuda.current_stream(inputs[0].device)
     side = _side_stream(inputs[0].device)
-    side.wait_stream(torch.cuda.current_stream(inputs[0].device))
+    side.wait_stream(caller)
     for x in inputs:
         x.record_stream(side)
     with torch.cuda.stream(side):
-        yield
+        yield lambda: caller.wait_event(side.record_event())
 
 
 @lru_cache

@@ -59,9 +59,9 @@ class Board:
             if self._repeats:  # a replay does not know whose turn it is
                 self._meet()
 
-    def write(self, message: Tensor) -> None:
-        """What the others shall read: any shape and dtype."""
-        self.view(self._rank, message.shape, message.dtype).copy_(message)
+    def mine(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Where this rank writes what the others shall read."""
+        return self.view(self._rank, shape, dtype)
 
     def meet(self) -> None:
         """Wait, on the current stream or a CPU, until every rank has written."""

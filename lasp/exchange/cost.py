@@ -216,7 +216,7 @@ def _read(message: Tensor, sequence: SequenceParallel) -> None:
     """What `direct` does; the last rank reads most."""
     board = board_of(sequence, ON_BOARD, message.device)
     board.begin()
-    board.write(message)
+    board.mine(message.shape, message.dtype).copy_(message)
     board.meet()
     before = [sequence.rank_in_group(place) for place in range(sequence.rank)]
     if before:

@@ -18,26 +18,30 @@ def direct(local: StateMap, turn: Turn, fold: Fold, units: int, *, near: bool, b
 
     `borrow`: a state that another rank alone has made may stay where it is, for the caller to read from there.
     """
-    sequence = turn.sequence
+    sequence, state = turn.sequence, local.state
     before, behind = range(sequence.rank), range(sequence.rank + 1, sequence.size)
     if turn.reverse:
         before, behind = behind[::-1], before[::-1]
     if near:
         before, behind = before[-1:], behind[:1]
-    message = local.fold(fold, None).unsqueeze(0) if near else local.packed(units)
-    turn.begin(message)
+    shape = state.shape[1:] if near else (units, state[0].numel() + local.log_decay[0].numel())
+    mine = turn.begin(shape, state.dtype)
+    if near:
+        mine.copy_(local.fold(fold, None))
+    else:
+        local.packed(units, out=mine)
     sequence.traffic.messages += bool(behind)
-    sequence.traffic.bytes_sent += len(behind) * message.numel() * message.element_size()
+    sequence.traffic.bytes_sent += len(behind) * mine.numel() * mine.element_size()
     # The first rank reads nothing, and its stream need not wait. On a CPU ranks must meet before they write again.
-    if before or not message.is_cuda:
+    if before or not mine.is_cuda:
         turn.meet()
     if not before:
         yield
         return local.zeros()
-    read = [turn.board.view(sequence.rank_in_group(place), message.shape, message.dtype) for place in before]
+    read = [turn.board.view(sequence.rank_in_group(place), mine.shape, mine.dtype) for place in before]
     maps = read[0] if borrow and len(read) == 1 else torch.cat(read)
     yield
-    return maps[0] if near else local.unpack(maps).fold(fold, None)
+    return maps if near else local.unpack(maps).fold(fold, None)
 
 
 class Turn:
@@ -46,11 +50,11 @@ class Turn:
     def __init__(self, board: Board, sequence: SequenceParallel, reverse: bool):
         self.board, self.sequence, self.reverse, self._met = board, sequence, reverse, False
 
-    def begin(self, message: torch.Tensor) -> None:
-        """Write the message for the others."""
+    def begin(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Where to write what the others shall read."""
         with waiting(self.sequence, None, reverse=self.reverse):
             self.board.begin()
-        self.board.write(message)
+        return self.board.mine(shape, dtype)
 
     def meet(self) -> None:
         """Wait until all have written."""
