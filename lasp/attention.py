@@ -238,10 +238,8 @@ def _segments_and_exchange(
         return segments, _start_exchange(steps, segments, initial_state, call, at_once=True)
     last = int(remembered)
     ending = steps.of_end(last)
-    with exchange.beside(k, v, log_decay) as hold_back:
-        segments = ending.segment_states(k[:, -last:], v[:, -last:], log_decay)
-        hold_back()
-        state, left = ending.fold(segments)
+    with exchange.beside(k, v, log_decay):
+        state, left = ending.fold(ending.segment_states(k[:, -last:], v[:, -last:], log_decay))
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
         pending = _start(StateMap(state.unsqueeze(0), left.unsqueeze(0)), steps, call)
     needs_end = call.output_final_state or sequence.check_finite

@@ -208,7 +208,7 @@ def scan_kernel(
     log_end = 0.0
     folded = high - low - skipped
     # One loop over the pieces of all segments, so that their loads run ahead of the chain of products.
-    for i in tl.range(0, folded * pieces, num_stages=4):
+    for i in tl.range(0, folded * pieces, num_stages=8):
         segment = high - 1 - i // pieces if REVERSE else low + i // pieces
         piece = pieces - 1 - i % pieces  # the nearest to the border last
         if STATE is not None:

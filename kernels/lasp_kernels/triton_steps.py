@@ -53,6 +53,7 @@ NARROW, WIDE, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 64, 8, 2
                                  Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
     "state": (Config(64, 128, 128, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
+    "end": (Config(64, 64, 64, 4, 4),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,  # more programs, for `of_end`
     "walk": (NARROW, WIDE, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
 }
@@ -378,7 +379,7 @@ class TritonSteps:
         skipped = self._skipped if needs_end else self._skippable
 
         def prepare() -> _Launch:
-            config = _config("state", 0, y.element_size())
+            config = _config("end" if self._inputs.piece_length else "state", 0, y.element_size())
             rows = min(config.rows, _power_of_two(self.key_dim))
             columns = min(config.columns, _power_of_two(self.value_dim))
             blocks = -(-self.key_dim // rows) * -(-self.value_dim // columns)

@@ -214,22 +214,17 @@ class Running:
 
 
 @contextmanager
-def beside(*inputs: Tensor) -> Iterator[Callable[[], None]]:
-    """What is queued inside runs on the stream of the exchanges, as soon as the inputs are there; on a CPU at once.
-
-    Gives a function that holds the caller's stream back until what was queued so far is done: others wait for it, so
-    it should not have to share the card's memory with what they do not wait for.
-    """
+def beside(*inputs: Tensor) -> Iterator[None]:
+    """What is queued inside runs on the stream of the exchanges, as soon as the inputs are there; on a CPU at once."""
     if not inputs[0].is_cuda:
-        yield lambda: None
+        yield
         return
-    caller = torch.cuda.current_stream(inputs[0].device)
     side = _side_stream(inputs[0].device)
-    side.wait_stream(caller)
+    side.wait_stream(torch.cuda.current_stream(inputs[0].device))
     for x in inputs:
         x.record_stream(side)
     with torch.cuda.stream(side):
-        yield lambda: caller.wait_event(side.record_event())
+        yield
 
 
 @lru_cache

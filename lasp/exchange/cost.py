@@ -41,10 +41,10 @@ class Network:
 # its All-Scan and 30% of its all-gather.
 PUBLISHED = Network(5.5e-6, 24e9, 5.5e-6, 64e9, "published")
 
-# A hop of a chain waits for a multiprocessor of a card that computes meanwhile, and a collective does so once. On four
-# H100s, alone as fast, the ring cost the operator 0.2 ms more (bench/results/2026-11-22_exchange_4xcuda.md).
+# A message of NCCL's waits for room on a card that computes meanwhile, in a chain at every hop. The kernel by which
+# ranks meet that read each other's memory finds it: beside an operator that takes 0.55 ms, an all-gather of 1 MiB was
+# there after 0.17 ms instead of 0.02, a meeting and a read after 0.05 (two H100s).
 UNDER_LOAD = 2.0
-CHAINS = ("ring", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def best_blocks(bytes_per_rank: int, ranks: int, network: Network, *, most: int 
 
 @lru_cache(maxsize=256)
 def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ranks: int, network: Network) -> Choice:
-    """The schedule that is asked for, or for "auto" the fastest, where a chain counts `UNDER_LOAD` times.
+    """The schedule that is asked for, or for "auto" the fastest beside kernels that fill the card.
 
     `state_bytes` is what a rank sends in a chain, `map_bytes` what it gives to the all-gather, which is not considered
     if that is None. `rows` are those of a state, which the pipeline cuts.
@@ -107,15 +107,22 @@ def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ra
     if map_bytes is not None:
         choices += [Choice(name, 1, predict(name, map_bytes, ranks, network)) for name in ("all_gather", "direct")]
     allowed = (c for c in choices if exchange in ("auto", c.schedule))
-    return min(allowed, key=lambda c: c.seconds * (UNDER_LOAD if c.schedule in CHAINS and ranks > 2 else 1))
+    return min(allowed, key=lambda choice: _beside_kernels(choice, ranks - 1))
 
 
 def choose_near(exchange: str, state_bytes: int, network: Network) -> Choice:
     """Where every rank needs the state of its neighbour only: a message, or for "direct" or if it is faster, a read."""
     choices = [Choice(name, 1, predict(name, state_bytes, 2, network)) for name in ("neighbour", "direct")]
     if exchange == "auto":
-        return min(choices, key=lambda c: c.seconds)
+        return min(choices, key=lambda choice: _beside_kernels(choice, 1))
     return choices[exchange == "direct"]
+
+
+def _beside_kernels(choice: Choice, hops: int) -> float:
+    """By how long it delays a busy card, roughly."""
+    if choice.schedule == "direct":
+        return choice.seconds
+    return choice.seconds * UNDER_LOAD * (UNDER_LOAD if choice.schedule in ("ring", "pipeline") and hops > 1 else 1)
 
 
 _measured: weakref.WeakKeyDictionary[ProcessGroup, Network] = weakref.WeakKeyDictionary()
