@@ -32,7 +32,7 @@ MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than th
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
 PIECE = 4096  # tokens of a segment that one program of the state kernel reads
-END_PIECE = 1024  # fewer where other ranks wait for it (`of_end`)
+END_PIECE = 2048  # fewer where other ranks wait for it (`of_end`)
 
 
 @dataclass(frozen=True)
