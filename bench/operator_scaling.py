@@ -34,7 +34,8 @@ Groups = dict[int, "Bench | None"]
 def groups_of(world: Bench) -> Groups:
     """By number of ranks: ranks 0 to W - 1 as a Bench of their own, None on the others. A collective call."""
     found: Groups = {}
-    for ranks in world.options.ranks:
+    # The largest first: PyTorch wants ranks that set up symmetric memory to have done so equally often.
+    for ranks in sorted(world.options.ranks, reverse=True):
         group = dist.new_group(list(range(ranks)))
         found[ranks] = None
         if world.env.rank < ranks:
@@ -43,7 +44,7 @@ def groups_of(world: Bench) -> Groups:
                 cost.measure(sequence)
             found[ranks] = Bench(replace(world.env, world_size=ranks), {"auto": sequence}, world.options)
         dist.barrier()
-    return found
+    return dict(sorted(found.items()))
 
 
 def gate(world: Bench, groups: Groups) -> list[dict]:
@@ -112,6 +113,10 @@ def rows_of(bench: Bench, decay: str, whole: int, share: int) -> list[dict]:
         row = {"ranks": ranks, "tokens a rank": share, "decay": decay, "direction": direction, "ms": ms}
         row |= {"spread %": max(every[i].spread for i in parts), "one rank ms": alone, "speed-up": speed_up}
         row |= {"% of ideal": 100 * speed_up / ranks, "chosen": ", ".join(dict.fromkeys(chosen[i] for i in parts))}
+        tell(
+            ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items()),
+            bench,
+        )
         rows.append(row)
     return rows
 

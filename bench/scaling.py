@@ -143,8 +143,10 @@ class Training:
 # ---- one row
 
 
-def measure(options: argparse.Namespace, layout: Layout, tokens: int, device: torch.device) -> dict:
-    """Steps with the exchange and, in turn, without it: the difference is what it costs, whatever hides it."""
+def measure(
+    options: argparse.Namespace, layout: Layout, tokens: int, device: torch.device, *, compare: bool = True
+) -> dict:
+    """Steps with the exchange and, to `compare`, without it: the difference is what it costs, whatever hides it."""
     training = Training(options, layout, device, options.exchange)
     batch = training.batch(tokens)
     seconds, peak = steps(training, batch, options)
@@ -155,7 +157,7 @@ def measure(options: argparse.Namespace, layout: Layout, tokens: int, device: to
     found |= {"sequence": tokens * layout.sp, "step ms": seconds * 1e3, "tokens/s/GPU": tokens / seconds}
     found |= {"peak GiB": peak}
     without = None
-    if layout.sp > 1:
+    if compare and layout.sp > 1:
         apart = Training(options, layout, device, None)
         without, _ = steps(apart, batch, options)
         del apart
@@ -164,6 +166,10 @@ def measure(options: argparse.Namespace, layout: Layout, tokens: int, device: to
     found["exchange costs ms"] = without and (seconds - without) * 1e3
     found["exposed NCCL ms"] = None if profiled is None else sum(profiled.values())
     found["by kernel"] = None if profiled is None else ", ".join(f"{k} {v:.3g}" for k, v in profiled.items()) or "none"
+    if dist.get_rank() == 0:  # now: a later row may end the run
+        print(
+            ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), file=sys.stderr
+        )
     return found
 
 
@@ -319,11 +325,11 @@ def longest(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
         raise SystemExit("--longest needs GPUs: a CPU tells no peak memory")
     rows = []
     for layout in layouts:
-        tried = [measure(options, layout, tokens, device) for tokens in sorted(options.tokens)[:2]]
+        tried = [measure(options, layout, tokens, device, compare=False) for tokens in sorted(options.tokens)[:2]]
         if len(tried) < 2:
             raise SystemExit("--longest needs two lengths in --tokens")
-        tokens = int(fitting_tokens(tried, 0.95 * capacity(device)) // 1024 * 1024)
-        rows.append(measure(options, layout, tokens, device) | {"% of ideal": None})
+        tokens = int(fitting_tokens(tried, 0.8 * capacity(device)) // 1024 * 1024)
+        rows.append(measure(options, layout, tokens, device, compare=False) | {"% of ideal": None})
     return rows
 
 

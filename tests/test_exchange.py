@@ -325,6 +325,7 @@ def _refused(what):
     problems = {
         "hosts": ("_host", lambda: f"host of rank {rank}", "they are on 2 hosts"),
         "file": ("_new_file", lambda size: ("", "no space") if rank else real_file(size), "rank 1: OSError: no space"),
+        "meetings": ("_meetings", rank, "not as often"),
     }
     real_file = board._new_file
     name, instead, message = problems[what]
@@ -335,6 +336,6 @@ def _refused(what):
     assert torch.equal(start(maps[rank], plain, fold=fold).wait(), expected_at(rank, maps, False))
 
 
-@pytest.mark.parametrize("what", ["hosts", "file"])
+@pytest.mark.parametrize("what", ["hosts", "file", "meetings"])
 def test_ranks_that_cannot_read_each_others_memory_are_refused_on_every_rank(what):
     run_ranks(2, _refused, what)

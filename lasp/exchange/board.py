@@ -81,6 +81,7 @@ class Board:
 
 _boards: weakref.WeakKeyDictionary[ProcessGroup, Board] = weakref.WeakKeyDictionary()
 _obstacles: weakref.WeakKeyDictionary[ProcessGroup, str] = weakref.WeakKeyDictionary()
+_meetings = 0  # to set up symmetric memory, of this process in all groups
 
 
 def board_of(sequence: SequenceParallel, size: int, device: torch.device) -> Board:
@@ -127,6 +128,9 @@ def _make(group: ProcessGroup, size: int, device: torch.device) -> tuple[str, Me
     hosts = _of_all(_host(), group)
     if len(set(hosts)) > 1:
         return f"they are on {len(set(hosts))} hosts", None
+    if len(set(_of_all(str(_meetings), group))) > 1:
+        # PyTorch (2.11) numbers the meetings of a process over all groups: they would wait for each other without end.
+        return "some of them have set up symmetric memory in other groups, and others not as often", None
     problem, memory = "", None
     try:
         memory = _of_gpus(group, size, device) if device.type == "cuda" else _of_processes(group, size)
@@ -139,6 +143,8 @@ def _make(group: ProcessGroup, size: int, device: torch.device) -> tuple[str, Me
 def _of_gpus(group: ProcessGroup, size: int, device: torch.device) -> Memory:
     import torch.distributed._symmetric_memory as symmetric_memory
 
+    global _meetings
+    _meetings += 1
     torch.cuda.synchronize(device)  # nobody reads a smaller one, which this replaces, any longer
     mine = symmetric_memory.empty(2 * size, dtype=torch.uint8, device=device)
     handle = symmetric_memory.rendezvous(mine, group)
