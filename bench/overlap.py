@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 bench/overlap.py --tokens 65536 [--save]
 
 A trace by torch.profiler. With `--save` it is kept as docs/overlap_DECAY.json and drawn as docs/overlap_DECAY.png, one
-row for the kernels and one for NCCL's of every rank. Needs GPUs.
+row for the kernels and one for the exchange of every rank. Needs GPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 from torch.profiler import ProfilerActivity, profile
 
 import lasp
+from lasp.exchange import cost
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLORS = {
@@ -31,6 +32,7 @@ COLORS = {
     "forward_walk_kernel": "tab:blue",
     "backward_walk_kernel": "tab:purple",
     "nccl": "tab:red",
+    "barrier_kernel": "tab:red",  # by which ranks meet that read each other's memory
     "other": "lightgray",
 }
 LABELS = {
@@ -38,7 +40,7 @@ LABELS = {
     "scan, fold": "tab:olive",
     "outputs; dq": "tab:blue",
     "dk, dv": "tab:purple",
-    "NCCL": "tab:red",
+    "NCCL, meeting": "tab:red",
     "others": "lightgray",
 }
 
@@ -77,9 +79,9 @@ def draw(result: dict, target: Path) -> None:
     axes: Axes = figure.subplots()
     for rank, kernels in enumerate(ranks):
         for k in kernels:
-            row = 2 * (len(ranks) - 1 - rank) + (k["kernel"] != "nccl")
+            row = 2 * (len(ranks) - 1 - rank) + (k["kernel"] not in ("nccl", "barrier_kernel"))
             axes.barh(row, k["us"], left=k["start"], height=0.8, color=COLORS[k["kernel"]])
-    names = [f"rank {r}, {what}" for r in reversed(range(len(ranks))) for what in ("NCCL", "kernels")]
+    names = [f"rank {r}, {what}" for r in reversed(range(len(ranks))) for what in ("exchange", "kernels")]
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("microseconds since the first kernel of the rank")
     axes.set_title(f"{result['what']}: forward, then backward")
@@ -101,6 +103,7 @@ def main() -> None:
     env = lasp.init()
     if env.device.type != "cuda":
         raise SystemExit("bench/overlap.py needs GPUs")
+    cost.measure(lasp.SequenceParallel(dist.group.WORLD))  # from which "auto" chooses
     layout = lasp.ShardLayout((options.tokens,) * env.world_size)
     q, k, v, do = (torch.randn(1, options.tokens, 16, 128, device=env.device, dtype=torch.bfloat16) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lasp import recompute
 from lasp.exchange import cost, horizon
@@ -81,6 +83,7 @@ def start(
         schedule = direct(local, turn, fold, units, near=near, borrow=at_once and not kept)
         inline = at_once and not first
     else:
+        connect(sequence, local.state)
         hop, chain = (Link(sequence, reverse, tag) for tag in (NEIGHBOUR, CHAIN))
         closing, inline = [hop, chain], False
         schedule = _messages(local, hop, chain, fold, far, units, choice)
@@ -90,6 +93,28 @@ def start(
         else RunningInWait(schedule, closing)
     )
     return running if reception is None else _Receiving(running, reception)
+
+
+def connect(sequence: SequenceParallel, like: Tensor) -> None:
+    """Send a number to both neighbours, once for each group; a collective call.
+
+    At the first message each way NCCL connects the two ranks. The host waits for that, and neither a timeout nor a
+    watchdog ends it: a rank that died before its first reverse exchange would keep its neighbour waiting.
+    """
+    if sequence.group in _connected or sequence.size == 1:
+        return
+    assert sequence.group is not None
+    number = StateMap(like.new_zeros(1, 1, 1, 1, 1), like.new_zeros(1, 1, 1, 1))
+    for reverse in (False, True):
+        link = Link(replace(sequence, validate="off"), reverse)  # whose traffic is not the layer's
+        schedule = neighbour(number, link, lambda entering, state, log_decay: state[0])
+        next(schedule)
+        result(schedule)
+        link.finish()
+    _connected.add(sequence.group)
+
+
+_connected: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,8 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
         lasp.sync_grads(model, mesh)
         optimizer.step()
         journal.write("loss", step=step, value=loss.item())
+    if env.device.type == "cuda":
+        torch.cuda.synchronize()  # also the stream of the exchanges, on which one may still wait for a rank
     dist.barrier()
     dist.destroy_process_group()
 
