@@ -9,6 +9,7 @@ fold, the operator against an fp64 computation, every peer against itself in one
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -103,9 +104,14 @@ def alone(bench: Bench) -> tuple[list[dict], list[dict]]:
             predicted = None
             if name in SCHEDULES:
                 traffic = bench.sequences[name].traffic
-                predicted = traffic.predicted_seconds * 1e3
+                predicted = predicted_ms(traffic)
             rows.append(row | {"predicted ms": predicted, "blocks": traffic.blocks if predicted is not None else None})
     return rows, gates
+
+
+def predicted_ms(traffic: lasp.mesh.Traffic) -> float | None:
+    """By the cost model; None for what was not measured: memory read directly on a CPU, unless it is asked for."""
+    return traffic.predicted_seconds * 1e3 if math.isfinite(traffic.predicted_seconds) else None
 
 
 def random_map(heads: int, seed: int, device: torch.device) -> StateMap:
@@ -205,7 +211,7 @@ def operator_row(bench: Bench, tokens: int, decay: str, direction: str, name: st
     # On a CPU the targets, which are for GPUs, say nothing.
     target = target if bench.env.device.type == "cuda" else None
     row |= {"target %": target, "met": None if target is None else percent >= target}
-    return row | {"chosen": traffic.schedule, "predicted exchange ms": traffic.predicted_seconds * 1e3}
+    return row | {"chosen": traffic.schedule, "predicted exchange ms": predicted_ms(traffic)}
 
 
 def operator_error(bench: Bench, name: str, decay: str) -> float:

@@ -325,7 +325,7 @@ def longest(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
         raise SystemExit("--longest needs GPUs: a CPU tells no peak memory")
     rows = []
     for layout in layouts:
-        tried = [measure(options, layout, tokens, device, compare=False) for tokens in sorted(options.tokens)[:2]]
+        tried = [measure(options, layout, tokens, device, compare=False) for tokens in sorted(options.tokens)[-2:]]
         if len(tried) < 2:
             raise SystemExit("--longest needs two lengths in --tokens")
         tokens = int(fitting_tokens(tried, 0.8 * capacity(device)) // 1024 * 1024)

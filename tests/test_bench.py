@@ -212,7 +212,7 @@ def test_exchange_alone_and_operator(tmp_path):
     alone, operator = result["tables"].values()
     assert {row["schedule"] for row in alone if row["predicted ms"]} == {"ring", "all_gather", "pipeline"}
     assert all(row["ms"] > 0 for row in alone)
-    assert len(operator) == 2 * 2 * 4  # decays, directions, schedules
+    assert len(operator) == 2 * 2 * 5  # decays, directions, schedules
     for row in operator:
         assert row["% of one rank"] == pytest.approx(100 * row["one rank ms"] / row["ms"], rel=1e-3)
         assert row["met"] is None  # the targets are for GPUs
