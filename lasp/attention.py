@@ -6,8 +6,8 @@ Forward                                        Backward
   3. wait for the state that enters              3. dq, from the states that forward kept
   4. states of all segments, outputs             4. wait; dk, dv, d log_decay
 
-The states of step 4 are kept for backward, so there is one exchange in forward and one in backward, and no more. On a
-GPU forward takes many tokens' heads in two parts, so that the exchange of each hides behind the work of the other.
+The states of step 4 are kept for backward, so there is one exchange in forward and one in backward, and no more. Where
+a state forgets fast, 2 comes before 1 in forward: the last tokens alone make what the next rank waits for.
 """
 
 from __future__ import annotations

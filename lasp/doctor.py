@@ -15,6 +15,7 @@ from torch.cuda import nccl
 from lasp import exchange
 from lasp.attention import linear_attention
 from lasp.exchange import StateMap
+from lasp.exchange.board import obstacle
 from lasp.mesh import Env, SequenceParallel, init
 from lasp_kernels import fold, recurrent_linear_attention
 
@@ -42,9 +43,13 @@ def run_doctor(*, backend: str | None = None, timeout: float = 60.0) -> int:
                 f"{'ok' if passed else f'FAILED: more than {tolerance:.0e}'}"
             )
     if env.world_size > 1:
-        say("\nexchange of one state, all ranks in a row, median of 20")
-        for label, seconds, size in _latencies(env, sequence):
-            say(f"  {label:<9} {size / 2**20:6.2f} MiB  {seconds * 1e6:8.0f} us")
+        say("\nexchange of one state, until the last rank has it, median of 20")
+        for name in ("ring", "direct"):
+            if name == "direct" and (reason := obstacle(sequence, env.device)):
+                say(f"  {name:<9} not here: {reason}")
+                continue
+            for label, seconds, size in _latencies(env, SequenceParallel(dist.group.WORLD, exchange=name)):
+                say(f"  {name:<9} {label:<9} {size / 2**20:6.2f} MiB  {seconds * 1e6:8.0f} us")
     say(f"\n{'all is well' if healthy else 'something is wrong: see FAILED above'}")
     dist.barrier()
     dist.destroy_process_group()
@@ -110,7 +115,7 @@ def _worst_over_ranks(values: tuple[float, float], env: Env) -> tuple[float, flo
 
 
 def _latencies(env: Env, sequence: SequenceParallel) -> Iterator[tuple[str, float, int]]:
-    """Seconds for a state to go down the whole chain, for a small state and one of a usual layer."""
+    """Seconds until the last rank has what all before it did, for a small state and one of a usual layer."""
     for label, shape in (("small", (1, 1, 16, 16)), ("layer", (1, 16, 128, 128))):
         state = torch.zeros(1, *shape, device=env.device)
         local = StateMap(state, state.new_zeros(1, *shape[:2], 1))
