@@ -92,10 +92,10 @@ def parallelize(
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         ranks_agree.settle(lambda: _fingerprint(sequence, layers))
     if sequence.size > 1:
-        if exchange in ("auto", "direct"):
-            cost.measure(sequence)
         if exchange == "direct":
             cost.require_direct(sequence)
+        if exchange in ("auto", "direct"):
+            cost.measure(sequence)
         for path, (module, adapter) in layers.items():
             adapter(module, replace(sequence, name=path))
     _parallelized.add(model)

@@ -65,7 +65,8 @@ def linear_attention(
         sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
         segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
             the number of ranks: where the borders of ranks are borders of segments, they are the bits of one rank.
-            With exchange "all_gather" or "direct" and no layout, all ranks must then hold equally many tokens.
+            With exchange "all_gather" (or "direct" on more than two ranks) and no layout, all ranks must then
+            hold equally many tokens.
 
     Returns:
         o [B, T, H*G, V] in the dtype of v, and the final state [N, H, K, V] (fp32; fp64 for fp64 inputs; the same
@@ -151,7 +152,10 @@ class _Call:
     @property
     def needs_equal_tokens(self) -> bool:
         """Whether ranks must hold as many tokens: their messages are equally long, and no layout tells how long."""
-        gathers = self.shard.sequence is not None and self.shard.sequence.exchange in ("all_gather", "direct")
+        sequence = self.shard.sequence
+        gathers = sequence is not None and (
+            sequence.exchange == "all_gather" or (sequence.exchange == "direct" and sequence.size > 2)
+        )
         return gathers and self.segment_length is not None and self.shard.layout is None
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
@@ -237,15 +241,18 @@ def _segments_and_exchange(
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
         return segments, _start_exchange(steps, segments, initial_state, call, at_once=True)
     last = int(remembered)
-    ending = steps.of_end(last)
-    with exchange.beside(k, v, log_decay):
+
+    def what_others_wait_for() -> StateMap:
+        ending = steps.of_end(last)
         state, left = ending.fold(ending.segment_states(k[:, -last:], v[:, -last:], log_decay))
-        call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
-        pending = _start(StateMap(state.unsqueeze(0), left.unsqueeze(0)), steps, call)
+        call.ranks_agree.settle(lambda: call.fingerprint(*inputs, None))
+        return StateMap(state.unsqueeze(0), left.unsqueeze(0))
+
+    with exchange.beside(k):
+        pending = _start(what_others_wait_for, steps, call)
     needs_end = call.output_final_state or sequence.check_finite
-    return steps.segment_states(k, v, log_decay, needs_end=needs_end), lambda: call.shard.enter(
-        None, pending.wait(), reverse=False
-    )
+    segments = steps.segment_states(k, v, log_decay, needs_end=needs_end)
+    return segments, lambda: call.shard.enter(None, pending.wait(), reverse=False)
 
 
 def _backward(
@@ -364,13 +371,19 @@ def _start_exchange(
         own = shard.own_states(ends, steps.zero_state(), first=not reverse)
     if shard.sequence is None:
         return lambda: own
-    maps = _border_maps(steps, segments, own, given, call, reverse=reverse)
-    pending = _start(maps, steps, call, reverse=reverse, at_once=at_once, units=call.most_units(steps, given))
+    pending = _start(
+        lambda: _border_maps(steps, segments, own, given, call, reverse=reverse),
+        steps,
+        call,
+        reverse=reverse,
+        at_once=at_once,
+        units=call.most_units(steps, given),
+    )
     return lambda: shard.enter(own, pending.wait(), reverse=reverse)
 
 
 def _start(
-    maps: StateMap,
+    maps: Callable[[], StateMap],
     steps: kernels.Steps,
     call: _Call,
     *,

@@ -1,7 +1,11 @@
 """What each schedule brings, how many messages and bytes it takes, the horizon, and the cost model."""
 
+import gc
+import os
 import time
+import weakref
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -234,7 +238,7 @@ def test_the_best_number_of_blocks_is_the_best():
 
 def test_auto_takes_the_fastest_and_a_name_is_obeyed():
     def choose(exchange, size, ranks, network=FAST):
-        return cost.choose(exchange, size, size, 128, ranks, network)
+        return cost.choose(exchange, size, size, size, 128, ranks, network)
 
     even = cost.Network(1e-5, 1e10, 1e-5, 1e10, "made up")
     assert choose("auto", 2**20, 3, even).schedule == "all_gather"  # which a busy card delays once, not at every hop
@@ -254,7 +258,7 @@ def test_auto_takes_the_fastest_and_a_name_is_obeyed():
     assert cost.choose_near("direct", 2**20, even).schedule == "direct"
     assert choose("auto", 2**26, 8, replace(beside, direct_bandwidth=1e9)).schedule == "pipeline"
     assert choose("auto", 2**20, 8, slow_start).schedule == "all_gather"
-    assert cost.choose("auto", 2**20, None, 128, 8, slow_start).schedule != "all_gather"
+    assert cost.choose("auto", 2**20, None, None, 128, 8, slow_start).schedule != "all_gather"
     for exchange in SCHEDULES:
         assert choose(exchange, 2**20, 8, slow_start).schedule == exchange
     assert 128 % choose("pipeline", 2**30, 64).blocks == 0  # never more than rows
@@ -316,26 +320,89 @@ def _read_late(late):
 def test_a_board_is_not_written_before_it_was_read(late, monkeypatch):
     monkeypatch.setattr(board, "SMALLEST", 64)
     run_ranks(3, _read_late, late)
-    assert not list(Path("/dev/shm").glob("lasp_board_*"))
 
 
 def _refused(what):
     rank = dist.get_rank()
     sequence = lasp.SequenceParallel(dist.new_group([0, 1]), exchange="direct")
-    problems = {
-        "hosts": ("_host", lambda: f"host of rank {rank}", "they are on 2 hosts"),
-        "file": ("_new_file", lambda size: ("", "no space") if rank else real_file(size), "rank 1: OSError: no space"),
-        "meetings": ("_meetings", rank, "not as often"),
-    }
-    real_file = board._new_file
-    name, instead, message = problems[what]
-    with mock.patch.object(board, name, instead), pytest.raises(ValueError, match=f'exchange "direct".*{message}'):
+    before = _boards_of_this_process()
+    real, message = {
+        "hosts": (mock.patch.object(board, "_host", return_value=f"host {rank}"), "they are on 2 hosts"),
+        "meetings": (mock.patch.object(board, "_meetings", rank), "not as often"),
+        "no space": (mock.patch("os.posix_fallocate", _fails if rank else os.posix_fallocate), "rank 1: OSError: full"),
+        "cannot map": (mock.patch("torch.from_file", _fails if rank else torch.from_file), "rank 1: OSError: full"),
+        "another's file": (mock.patch("os.write", return_value=0), "rank 0: OSError: .* is not the file"),
+    }[what]
+    started = time.monotonic()
+    with real, pytest.raises(ValueError, match=f'exchange "direct".*{message}'):
         start(random_map(rank), sequence, fold=fold)
-    plain = lasp.SequenceParallel(sequence.group, exchange="ring")  # the group is as good as before
-    maps = [random_map(r) for r in range(2)]
-    assert torch.equal(start(maps[rank], plain, fold=fold).wait(), expected_at(rank, maps, False))
+    assert time.monotonic() - started < 5
+    assert _boards_of_this_process() == before
+    for exchange in ("ring", "direct") if what not in ("hosts", "meetings") else ("ring",):  # these are for good
+        again = lasp.SequenceParallel(sequence.group, exchange=exchange)
+        maps = [random_map(r) for r in range(2)]
+        assert torch.equal(start(maps[rank], again, fold=fold).wait(), expected_at(rank, maps, False))
 
 
-@pytest.mark.parametrize("what", ["hosts", "file", "meetings"])
+def _fails(*args, **options):
+    raise OSError("full")
+
+
+def _boards_of_this_process():
+    return list(Path("/dev/shm").glob(f"lasp_board_{os.getpid()}_*"))
+
+
+@pytest.mark.parametrize("what", ["hosts", "meetings", "no space", "cannot map", "another's file"])
 def test_ranks_that_cannot_read_each_others_memory_are_refused_on_every_rank(what):
     run_ranks(2, _refused, what)
+
+
+def _auto_without_memory():
+    rank, group = dist.get_rank(), dist.new_group([0, 1, 2])
+    cost._measured[group] = replace(FAST, direct_latency=1e-9, direct_bandwidth=1e15)
+    sequence, maps = lasp.SequenceParallel(group), [random_map(r) for r in range(3)]
+    with mock.patch("os.posix_fallocate", _fails if rank == 1 else os.posix_fallocate), pytest.warns(match="full"):
+        entering = start(maps[rank], sequence, fold=fold).wait()
+    assert torch.equal(entering, expected_at(rank, maps, False))
+    assert sequence.traffic.schedule != "direct"
+    assert cost.network_of(sequence).direct_latency == float("inf")
+
+
+def test_auto_takes_messages_where_memory_does_not_suffice():
+    run_ranks(3, _auto_without_memory)
+
+
+def _let_go():
+    before = _mapped_boards()
+    group = dist.new_group([0, 1])
+    maps = [random_map(r) for r in range(2)]
+    start(maps[dist.get_rank()], lasp.SequenceParallel(group, exchange="direct"), fold=fold).wait()
+    assert _mapped_boards() > before
+    alive = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert alive() is None
+    assert _mapped_boards() == before
+
+
+def _mapped_boards():
+    return Path("/proc/self/maps").read_text().count("lasp_board_")
+
+
+def test_a_board_goes_with_its_group():
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("this system does not tell what is mapped")
+    run_ranks(2, _let_go)
+
+
+def _alone_at_the_board():
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    sequence = lasp.SequenceParallel(group, exchange="direct", name="layer")
+    if dist.get_rank() == 0:
+        with pytest.raises(lasp.PeerError, match="layer 'layer', forward"):
+            start(random_map(0), sequence, fold=fold)
+
+
+def test_a_rank_that_does_not_come_is_a_peer_error():
+    run_ranks(2, _alone_at_the_board)

@@ -58,10 +58,9 @@ print("compared")
 """
 
 
-# With a segment length: the bits of one rank, for every schedule, and with the heads in two parts.
+# With a segment length: the bits of one rank, for every schedule, and .
 SAME_BITS = """
 import torch, torch.distributed as dist, lasp
-from lasp import attention
 from torch.autograd import grad
 
 env = lasp.init("gloo", timeout=60)
@@ -69,7 +68,7 @@ H, K, V, lengths, B = 2, 16, 16, (64, 64, 40), 1
 T, options = sum(lengths), {"output_final_state": True, "segment_length": 64}
 start = sum(lengths[: env.rank])
 mine = slice(start, start + lengths[env.rank])
-for form, schedules in (("head", ("ring",)), ("token", ("ring", "all_gather", "pipeline"))):
+for form, schedules in (("head", ("ring", "direct")), ("token", ("ring", "all_gather", "pipeline", "direct"))):
     torch.manual_seed(T)
     shape = {"head": (H,), "token": (B, T, H)}[form]
     q, k, v, do = (torch.randn(B, T, H, n, requires_grad=True) for n in (K, K, V, V))
@@ -79,7 +78,6 @@ for form, schedules in (("head", ("ring",)), ("token", ("ring", "all_gather", "p
     o, final = lasp.linear_attention(q, k, v, log_decay=g, initial_state=h, **options)
     expected = [o, *grad((o, final), inputs, (do, dh))]
     for schedule in schedules:
-        attention.SPLIT_HEADS = schedule == "ring"
         sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
         cut = [x if x is h else x[:, mine] for x in inputs]
         local = dict(zip("qkvg", cut[:-1]), h=h)

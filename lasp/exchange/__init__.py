@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -12,11 +15,13 @@ from lasp import recompute
 from lasp.exchange import cost, horizon
 from lasp.exchange.all_gather import all_gather
 from lasp.exchange.base import (
+    Arrived,
+    Closing,
     Fold,
     HeadRuns,
     Link,
     Pending,
-    Running,
+    RunningBeside,
     RunningInWait,
     Schedule,
     StateMap,
@@ -25,7 +30,7 @@ from lasp.exchange.base import (
     result,
     waiting,
 )
-from lasp.exchange.board import board_of
+from lasp.exchange.board import Board, board_of, has_room
 from lasp.exchange.direct import Turn, direct
 from lasp.exchange.neighbour import neighbour
 from lasp.exchange.pipeline import pipeline
@@ -38,7 +43,7 @@ CHAIN, NEIGHBOUR = 0, 1  # tags: a message to the neighbour may overtake those o
 
 
 def start(
-    local: StateMap,
+    local: StateMap | Callable[[], StateMap],
     sequence: SequenceParallel,
     *,
     fold: Fold,
@@ -54,45 +59,62 @@ def start(
     checkpoint nothing is sent: what the original forward received is there.
 
     Args:
-        local: the maps of this rank's tokens.
+        local: the maps of this rank's tokens, or what makes them, which is called if they are sent.
         sequence: the ranks.
         fold: passes a state through maps; the arithmetic is the caller's.
         reverse: from the last rank to the first.
         far: the heads that must go through the chain (see `horizon`); None is all. The others go to the neighbour.
-        units: the most maps that any rank has, for the all-gather, whose messages are equally long; None if all have
-            as many as this one.
-        ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no all-gather.
+        units: the most maps that any rank has, for messages that are equally long; None if all have as many as this.
+        ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no such messages.
         at_once: the caller computes nothing before it waits, and uses what enters before it starts another exchange: it
             may lie in the memory of another rank.
     """
     reception = None if reverse else recompute.reception(sequence.key)
     if reception is not None and reception.result is not None:
         return _Received(reception.result)
-    traffic = sequence.traffic
-    traffic.forward_exchanges += not reverse
-    traffic.reverse_exchanges += reverse
-    far = ((0, local.state.shape[2]),) if far is None else far
-    units, kept = units or len(local.state), reception is not None and reception.kept
+    sequence.traffic.forward_exchanges += not reverse
+    sequence.traffic.reverse_exchanges += reverse
+    local = local() if callable(local) else local
+    far = local.all_heads if far is None else far
+    units, near = units or len(local.state), not far or sequence.size == 2
     choice = _choose(local, sequence, far, units, ragged)
-    near = not far or sequence.size == 2
-    traffic.schedule, traffic.blocks, traffic.predicted_seconds = choice.schedule, choice.blocks, choice.seconds
+    board = None
     if choice.schedule == "direct" and sequence.size > 1:
-        nbytes = _state_bytes(local, local.all_heads) if near else _map_bytes(local, units)
-        turn = Turn(board_of(sequence, nbytes, local.state.device), sequence, reverse)
-        closing, first = [turn], sequence.neighbour(1 if reverse else -1) is None
-        schedule = direct(local, turn, fold, units, near=near, borrow=at_once and not kept)
-        inline = at_once and not first
+        board = _board(local, sequence, _direct_bytes(local, units, near), reverse)
+        choice = choice if board is not None else _choose(local, sequence, far, units, ragged)
+    traffic = sequence.traffic
+    traffic.schedule, traffic.blocks, traffic.predicted_seconds = choice.schedule, choice.blocks, choice.seconds
+    if board is not None:
+        turn, first = Turn(board, sequence, reverse), sequence.neighbour(1 if reverse else -1) is None
+        borrow = at_once and not (reception is not None and reception.kept)
+        schedule = direct(local, turn, fold, units, near=near, borrow=borrow)
+        # The first rank waits for nobody, so its own stream should not wait for the others to meet.
+        pending = _queue(schedule, [turn], local, beside=first or not at_once)
     else:
         connect(sequence, local.state)
         hop, chain = (Link(sequence, reverse, tag) for tag in (NEIGHBOUR, CHAIN))
-        closing, inline = [hop, chain], False
-        schedule = _messages(local, hop, chain, fold, far, units, choice)
-    running = (
-        Running(schedule, closing, local, beside=not inline)
-        if local.state.is_cuda
-        else RunningInWait(schedule, closing)
-    )
-    return running if reception is None else _Receiving(running, reception)
+        pending = _queue(_messages(local, hop, chain, fold, far, units, choice), [hop, chain], local, beside=True)
+    return pending if reception is None else _Receiving(pending, reception)
+
+
+def _queue(schedule: Schedule, closing: Sequence[Closing], local: StateMap, *, beside: bool) -> Pending:
+    if not local.state.is_cuda:
+        return RunningInWait(schedule, closing)
+    return RunningBeside(schedule, closing, local) if beside else Arrived(schedule, closing)
+
+
+def _board(local: StateMap, sequence: SequenceParallel, size: int, reverse: bool) -> Board | None:
+    """None where "auto" finds that ranks lack the memory after all; from then on it does not take "direct"."""
+    _not_in_capture(local.state, has_room(sequence, size), "makes its memory")
+    try:
+        with waiting(sequence, None, reverse=reverse):
+            return board_of(sequence, size, local.state.device)
+    except ValueError as error:
+        if sequence.exchange != "auto":
+            raise
+        warnings.warn(f'{error}. exchange="auto" takes messages from now on', stacklevel=2)
+        cost.forget_direct(sequence)
+        return None
 
 
 def connect(sequence: SequenceParallel, like: Tensor) -> None:
@@ -104,6 +126,7 @@ def connect(sequence: SequenceParallel, like: Tensor) -> None:
     if sequence.group in _connected or sequence.size == 1:
         return
     assert sequence.group is not None
+    _not_in_capture(like, False, "connects the ranks")
     number = StateMap(like.new_zeros(1, 1, 1, 1, 1), like.new_zeros(1, 1, 1, 1))
     for reverse in (False, True):
         link = Link(replace(sequence, validate="off"), reverse)  # whose traffic is not the layer's
@@ -115,6 +138,11 @@ def connect(sequence: SequenceParallel, like: Tensor) -> None:
 
 
 _connected: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+
+
+def _not_in_capture(x: Tensor, done: bool, what: str) -> None:
+    if not done and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"the first exchange {what}: make one before a CUDA graph is captured")
 
 
 @dataclass(frozen=True)
@@ -165,22 +193,32 @@ def _messages(
 
 def _choose(local: StateMap, sequence: SequenceParallel, far: HeadRuns, units: int, ragged: bool) -> cost.Choice:
     """The schedule that the sequence asks for; "auto" leaves it to the cost model."""
-    network = cost.network_of(sequence)
+    network, heads = cost.network_of(sequence), local.state.shape[2]
     if not far:
         return cost.choose_near(sequence.exchange, _state_bytes(local, local.all_heads), network)
-    state_bytes, heads = _state_bytes(local, far), local.state.shape[2]
-    map_bytes = _map_bytes(local, units) * horizon.size_of(far) // heads
+    map_bytes = _direct_bytes(local, units, near=False) * horizon.size_of(far) // heads
+    direct_bytes = _direct_bytes(local, units, near=sequence.size == 2)
     if ragged and sequence.exchange == "auto":
-        map_bytes = None
-    return cost.choose(sequence.exchange, state_bytes, map_bytes, local.state.shape[3], sequence.size, network)
+        map_bytes, direct_bytes = None, direct_bytes if sequence.size == 2 else None
+    return cost.choose(
+        sequence.exchange,
+        _state_bytes(local, far),
+        map_bytes,
+        direct_bytes,
+        local.state.shape[3],
+        sequence.size,
+        network,
+    )
 
 
 def _state_bytes(local: StateMap, heads: HeadRuns) -> int:
     return horizon.size_of(heads) * local.state[0, :, 0].numel() * local.state.element_size()
 
 
-def _map_bytes(local: StateMap, units: int) -> int:
-    return units * (local.state[0].numel() + local.log_decay[0].numel()) * local.state.element_size()
+def _direct_bytes(local: StateMap, units: int, near: bool) -> int:
+    """What a rank writes: a state for its neighbour, or all maps of all heads."""
+    size = local.state[0].numel()
+    return (size if near else units * (size + local.log_decay[0].numel())) * local.state.element_size()
 
 
 def _through_all(local: StateMap, link: Link, fold: Fold, units: int, choice: cost.Choice) -> Schedule:

@@ -1,7 +1,7 @@
 """LASP-2's schedule: every rank gets the maps of all, by one collective, and folds those before it. (arXiv 2502.07563)
 
 One step for the host and for the network's software, but each rank receives a state of every other one. It suits few
-ranks, and CUDA graphs, which can capture it.
+ranks; and a CUDA graph can capture it.
 """
 
 from __future__ import annotations

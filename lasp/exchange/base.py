@@ -98,6 +98,7 @@ class Link:
         step = -1 if reverse else 1
         self.source, self.target = sequence.neighbour(-step), sequence.neighbour(step)
         self._sent: list[tuple[dist.Work, Tensor]] = []
+        self.joins = False
 
     def receive(self, shape: torch.Size | tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
         """Post the receipt of a tensor; the result waits for it."""
@@ -157,7 +158,12 @@ class Pending(Protocol):
 
 
 class Closing(Protocol):
-    """What is to be done once the state has arrived; others need not wait for it."""
+    """What is to be done once the state has arrived."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether the caller must wait for it, too."""
+        ...
 
     def finish(self) -> None:
         """Once, on the stream of the exchange."""
@@ -179,24 +185,32 @@ class RunningInWait:
         return entering
 
 
-class Running:
-    """An exchange on a GPU, queued as a whole: `beside`, on a stream of its own, so that the caller's goes on."""
+class Arrived:
+    """An exchange that was queued on the caller's own stream, before all that follows."""
 
-    def __init__(self, schedule: Schedule, closing: Sequence[Closing], local: StateMap, *, beside: bool):
-        caller = current_stream(local.state)
-        if not beside:
-            next(schedule)
-            self._entering, self._arrived = result(schedule), None
-            for each in closing:
-                each.finish()
-            return
+    def __init__(self, schedule: Schedule, closing: Sequence[Closing]):
+        next(schedule)
+        self._entering = result(schedule)
+        for each in closing:
+            each.finish()
+
+    def wait(self) -> Tensor:
+        """See `Pending`."""
+        return self._entering
+
+
+class RunningBeside:
+    """An exchange on a GPU, queued as a whole on a stream of its own, so that the caller's goes on."""
+
+    def __init__(self, schedule: Schedule, closing: Sequence[Closing], local: StateMap):
         side = _side_stream(local.state.device.index)
-        side.wait_stream(caller)
+        side.wait_stream(current_stream(local.state))
         with torch.cuda.stream(side):
             next(schedule)
             self._entering = result(schedule)
             # What is captured in a CUDA graph must end on the stream on which it began; else sends need not be awaited.
-            arrived = None if torch.cuda.is_current_stream_capturing() else side.record_event()
+            at_end = torch.cuda.is_current_stream_capturing() or any(each.joins for each in closing)
+            arrived = None if at_end else side.record_event()
             for each in closing:
                 each.finish()
             self._arrived = side.record_event() if arrived is None else arrived
@@ -206,23 +220,23 @@ class Running:
 
     def wait(self) -> Tensor:
         """Let the current stream wait, not the host; see `Pending`."""
-        if self._arrived is not None:
-            caller = current_stream(self._entering)
-            caller.wait_event(self._arrived)
-            self._entering.record_stream(caller)
+        caller = current_stream(self._entering)
+        caller.wait_event(self._arrived)
+        self._entering.record_stream(caller)
         return self._entering
 
 
 @contextmanager
-def beside(*inputs: Tensor) -> Iterator[None]:
-    """What is queued inside runs on the stream of the exchanges, as soon as the inputs are there; on a CPU at once."""
-    if not inputs[0].is_cuda:
+def beside(like: Tensor) -> Iterator[None]:
+    """What is queued inside runs on the stream of the exchanges, as soon as the inputs are there; on a CPU at once.
+
+    The caller must wait for it, by an exchange that begins inside, before it gives the inputs away.
+    """
+    if not like.is_cuda:
         yield
         return
-    side = _side_stream(inputs[0].device.index)
-    side.wait_stream(current_stream(inputs[0]))
-    for x in inputs:
-        x.record_stream(side)
+    side = _side_stream(like.device.index)
+    side.wait_stream(current_stream(like))
     with torch.cuda.stream(side):
         yield
 

@@ -36,12 +36,14 @@ class Board:
     Every rank must use it for the same exchanges, in the same order.
     """
 
-    def __init__(self, memory: Memory, rank: int):
+    def __init__(self, memory: Memory, rank: int, replaced: Board | None = None):
+        """`replaced` is the smaller one that was used before."""
         self._memory, self._meet = memory
         self._rank = rank
         self._half = 0
-        self._repeats = False  # whether a CUDA graph may have used a half twice in a row
-        self._last: tuple[torch.Event, bool] | None = None  # the end of the last turn, and whether in a capture
+        self._last: torch.Event | None = None  # the end of the last turn outside of a capture
+        self.repeats = replaced is not None and replaced.repeats
+        self._in_graphs = replaced if self.repeats else None  # graphs that were captured go on to use it
 
     @property
     def capacity(self) -> int:
@@ -52,11 +54,12 @@ class Board:
         """Take the next half. What is queued on the current stream from here on comes after the last turn."""
         self._half = 1 - self._half
         if self._memory[0].is_cuda:
-            capturing = torch.cuda.is_current_stream_capturing()
-            if self._last is not None and self._last[1] == capturing:
-                torch.cuda.current_stream().wait_event(self._last[0])
-            self._repeats |= capturing
-            if self._repeats:  # a replay does not know whose turn it is
+            # A graph repeats the halves of its capture, in which case two turns in a row may have the same. (Turns of
+            # one capture are in order without an event: all are on the stream of the exchanges, or on one that waited.)
+            self.repeats |= torch.cuda.is_current_stream_capturing()
+            if self._last is not None and not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().wait_event(self._last)
+            if self.repeats:
                 self._meet()
 
     def mine(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -74,14 +77,19 @@ class Board:
 
     def end(self) -> None:
         """No more is written or read in this turn."""
-        if self._memory[0].is_cuda:
-            stream = torch.cuda.current_stream()
-            self._last = (stream.record_event(), torch.cuda.is_current_stream_capturing())
+        if self._memory[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._last = torch.cuda.current_stream().record_event()
 
 
 _boards: weakref.WeakKeyDictionary[ProcessGroup, Board] = weakref.WeakKeyDictionary()
-_obstacles: weakref.WeakKeyDictionary[ProcessGroup, str] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakKeyDictionary[ProcessGroup, str] = weakref.WeakKeyDictionary()  # for good
 _meetings = 0  # to set up symmetric memory, of this process in all groups
+
+
+def has_room(sequence: SequenceParallel, size: int) -> bool:
+    """Whether `board_of` need not make one."""
+    board = None if sequence.group is None else _boards.get(sequence.group)
+    return board is not None and board.capacity >= size
 
 
 def board_of(sequence: SequenceParallel, size: int, device: torch.device) -> Board:
@@ -90,99 +98,126 @@ def board_of(sequence: SequenceParallel, size: int, device: torch.device) -> Boa
     Where there is none, or it is too small, a collective call.
 
     Raises:
-        ValueError: on every rank, if they cannot read each other's memory.
-        RuntimeError: it would have to be made while a CUDA graph is captured.
+        ValueError: on every rank, if they cannot read each other's memory, or there is not enough.
     """
     group = sequence.group
     assert group is not None
-    board = _boards.get(group)
-    if board is not None and board.capacity >= size:
-        return board
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError('exchange "direct" makes its memory at the first call: make one before the capture')
-    obstacle = _obstacles.get(group)
-    if obstacle is None:
-        capacity = max(SMALLEST, 1 << (size - 1).bit_length())
-        obstacle, memory = _make(group, capacity, device)
-        if memory is not None:
-            _boards[group] = Board(memory, dist.get_rank(group))
-            return _boards[group]
-        _obstacles[group] = obstacle
-    raise ValueError(f'exchange "direct" needs ranks that read each other\'s memory: {obstacle}')
+    if has_room(sequence, size):
+        return _boards[group]
+    if group not in _refused:
+        _refused[group] = _refusal(group)
+    obstacle, memory = _refused[group], None
+    if not obstacle:
+        obstacle, memory = _make(group, max(SMALLEST, 1 << (size - 1).bit_length()), device)
+    if memory is None:
+        raise ValueError(f'exchange "direct" needs ranks that read each other\'s memory: {obstacle}')
+    _boards[group] = Board(memory, dist.get_rank(group), _boards.get(group))
+    return _boards[group]
 
 
-def obstacle(sequence: SequenceParallel, device: torch.device) -> str:
-    """Why the ranks cannot read each other's memory; empty if they can. A collective call, the first time."""
+def obstacle(sequence: SequenceParallel, device: torch.device, size: int = SMALLEST) -> str:
+    """Why the ranks have no board of this size; empty if they have. A collective call, the first time."""
     try:
-        board_of(sequence, SMALLEST, device)
-    except ValueError:
-        assert sequence.group is not None
-        return _obstacles[sequence.group]
+        board_of(sequence, size, device)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _refusal(group: ProcessGroup) -> str:
+    """Why these ranks can never have a board, in which all agree; empty if they may."""
+    if dist.get_backend(group) == "fake":
+        return "the backend is a fake"
+    hosts = set(_of_all(_host(), group))
+    if len(hosts) > 1:
+        return f"they are on {len(hosts)} hosts"
+    # PyTorch (2.11) numbers such meetings of a process over all groups: unequal ones would wait for each other without
+    # end. (What others than lasp have set up is not counted here.)
+    if len(set(_of_all(str(_meetings), group))) > 1:
+        return "some of them have set up symmetric memory in other groups, and others not as often"
     return ""
 
 
 def _make(group: ProcessGroup, size: int, device: torch.device) -> tuple[str, Memory | None]:
-    """The memory, or why there is none, in which all ranks agree."""
-    if dist.get_backend(group) == "fake":
-        return "the backend is a fake", None
-    hosts = _of_all(_host(), group)
-    if len(set(hosts)) > 1:
-        return f"they are on {len(set(hosts))} hosts", None
-    if len(set(_of_all(str(_meetings), group))) > 1:
-        # PyTorch (2.11) numbers the meetings of a process over all groups: they would wait for each other without end.
-        return "some of them have set up symmetric memory in other groups, and others not as often", None
-    problem, memory = "", None
+    """The memory, or why there is none, in which all ranks agree. No rank joins before all have memory to give."""
+    own: _OnGpu | _InFile | None = None
+    memory, problem = None, ""
     try:
-        memory = _of_gpus(group, size, device) if device.type == "cuda" else _of_processes(group, size)
+        own = _OnGpu(size, device) if device.type == "cuda" else _InFile(size)
     except (RuntimeError, OSError) as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = [f"rank {rank}: {text}" for rank, text in enumerate(_of_all(problem, group)) if text]
-    return ("; ".join(problems), None) if problems else ("", memory)
+    problems = _problems(problem, group)
+    if own is None:
+        return problems, None
+    if not problems:
+        try:
+            memory = own.join(group)
+        except (RuntimeError, OSError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        problems = _problems(problem, group)
+    own.close()
+    return problems, None if problems else memory
 
 
-def _of_gpus(group: ProcessGroup, size: int, device: torch.device) -> Memory:
-    import torch.distributed._symmetric_memory as symmetric_memory
+class _OnGpu:
+    """PyTorch's symmetric memory."""
 
-    global _meetings
-    _meetings += 1
-    torch.cuda.synchronize(device)  # nobody reads a smaller one, which this replaces, any longer
-    mine = symmetric_memory.empty(2 * size, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(mine, group)
-    ranks = range(dist.get_world_size(group))
-    memory = [mine if r == handle.rank else handle.get_remote_tensor(r, (2 * size,), torch.uint8) for r in ranks]
-    milliseconds = int(group_timeout(group) / timedelta(milliseconds=1))
-    return [x.view(2, size) for x in memory], lambda: handle.barrier(channel=0, timeout_ms=milliseconds)
+    def __init__(self, size: int, device: torch.device):
+        from torch.distributed import _symmetric_memory
 
+        torch.cuda.synchronize(device)  # nobody reads a smaller one, which this replaces, any longer
+        self._memory = _symmetric_memory.empty(2 * size, dtype=torch.uint8, device=device)
 
-def _of_processes(group: ProcessGroup, size: int) -> Memory:
-    """Files that live in memory, and lose their names as soon as all have opened them."""
-    path, problem = _new_file(2 * size)
-    try:
-        paths = _of_all(path, group)
-        if "" in paths:
-            raise OSError(problem or "another rank has none")
-        memory = [torch.from_file(x, shared=True, size=2 * size, dtype=torch.uint8).view(2, size) for x in paths]
-        dist.barrier(group=group)
-    finally:
-        if path:
-            os.unlink(path)
-    return memory, lambda: dist.barrier(group=group)  # type: ignore[return-value]
+    def join(self, group: ProcessGroup) -> Memory:
+        """With the memory of the others; a collective call."""
+        from torch.distributed import _symmetric_memory
+
+        global _meetings
+        _meetings += 1
+        handle = _symmetric_memory.rendezvous(self._memory, group)
+        shape, ranks = self._memory.shape, range(dist.get_world_size(group))
+        found = [self._memory if r == handle.rank else handle.get_remote_tensor(r, shape, torch.uint8) for r in ranks]
+        milliseconds = int(group_timeout(group) / timedelta(milliseconds=1))
+        return [x.view(2, -1) for x in found], lambda: handle.barrier(channel=0, timeout_ms=milliseconds)
+
+    def close(self) -> None:
+        """Nothing is left over."""
 
 
-def _new_file(size: int) -> tuple[str, str]:
-    """Its path, or why there is none. Its memory is taken now, since none might be left when it is written."""
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="lasp_board_", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    except OSError as error:
-        return "", str(error)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        os.unlink(path)
-        return "", f"{path}: {error}"
-    finally:
-        os.close(descriptor)
-    return path, ""
+class _InFile:
+    """A file that lives in memory, and loses its name as soon as all have opened it."""
+
+    def __init__(self, size: int):
+        self._size, self._token = 2 * size, os.urandom(16).hex()
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        descriptor, self._path = tempfile.mkstemp(prefix=f"lasp_board_{os.getpid()}_", dir=folder)
+        try:
+            os.posix_fallocate(descriptor, 0, self._size)  # now, since none might be left when it is written
+            os.write(descriptor, self._token.encode())
+        except OSError:
+            os.unlink(self._path)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def join(self, group: ProcessGroup) -> Memory:
+        """With the files of the others; a collective call. In another container the same name may be another file."""
+        found = []
+        for path, token in (x.split("\n") for x in _of_all(f"{self._path}\n{self._token}", group)):
+            with open(path, "rb") as file:  # which must exist: torch would make one
+                if file.read(len(token)) != token.encode():
+                    raise OSError(f"{path} is not the file of the rank that made it")
+            found.append(torch.from_file(path, shared=True, size=self._size, dtype=torch.uint8).view(2, -1))
+        alive = weakref.ref(group)  # what a board refers to must not keep the group alive, by which it is found
+        return found, lambda: dist.barrier(group=alive())  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """After this the memory goes with the last process that has it."""
+        os.unlink(self._path)
+
+
+def _problems(mine: str, group: ProcessGroup) -> str:
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(_of_all(mine, group)) if text)
 
 
 def _host() -> str:

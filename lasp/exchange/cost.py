@@ -11,7 +11,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -92,11 +92,19 @@ def best_blocks(bytes_per_rank: int, ranks: int, network: Network, *, most: int 
 
 
 @lru_cache(maxsize=256)
-def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ranks: int, network: Network) -> Choice:
+def choose(
+    exchange: str,
+    state_bytes: int,
+    map_bytes: int | None,
+    direct_bytes: int | None,
+    rows: int,
+    ranks: int,
+    network: Network,
+) -> Choice:
     """The schedule that is asked for, or for "auto" the fastest beside kernels that fill the card.
 
-    `state_bytes` is what a rank sends in a chain, `map_bytes` what it gives to the all-gather, which is not considered
-    if that is None. `rows` are those of a state, which the pipeline cuts.
+    `state_bytes` is what a rank sends in a chain, `map_bytes` what it gives to the all-gather, `direct_bytes` what it
+    lets the others read; None: that is not considered. `rows` are those of a state, which the pipeline cuts.
     """
     blocks = best_blocks(state_bytes, ranks, network, most=rows)
     blocks = -(-rows // -(-rows // blocks))  # blocks of whole rows
@@ -104,8 +112,9 @@ def choose(exchange: str, state_bytes: int, map_bytes: int | None, rows: int, ra
         Choice("ring", 1, predict("ring", state_bytes, ranks, network)),
         Choice("pipeline", blocks, predict("pipeline", state_bytes, ranks, network, blocks=blocks)),
     ]
-    if map_bytes is not None:
-        choices += [Choice(name, 1, predict(name, map_bytes, ranks, network)) for name in ("all_gather", "direct")]
+    for name, size in (("all_gather", map_bytes), ("direct", direct_bytes)):
+        if size is not None:
+            choices.append(Choice(name, 1, predict(name, size, ranks, network)))
     allowed = (c for c in choices if exchange in ("auto", c.schedule))
     return min(allowed, key=lambda choice: _beside_kernels(choice, ranks - 1))
 
@@ -148,7 +157,7 @@ def measure(sequence: SequenceParallel) -> Network:
         large = max(2 * SMALL, min(LARGE_ON_GPUS if nccl else LARGE, GATHERED // sequence.size))
         cases = [(op, size) for op in (_pass_along, _gather) for size in (SMALL, large)]
         # On CPUs a meeting is as slow as a message, and nothing is hidden: "auto" does not take it there.
-        if (nccl or sequence.exchange == "direct") and not obstacle(sequence, device):
+        if (nccl or sequence.exchange == "direct") and not obstacle(sequence, device, ON_BOARD):
             cases += [(_read, size) for size in (SMALL, ON_BOARD)]
         times = [_time(op, size, sequence, device) for op, size in cases]
         agreed = torch.tensor(times, dtype=torch.float64, device=device)
@@ -160,6 +169,12 @@ def measure(sequence: SequenceParallel) -> Network:
         direct_latency = direct[0] * steps  # there is one meeting, whatever the number of ranks
         _measured[sequence.group] = Network(*chain, *gather, "measured", direct_latency, direct[1])
     return _measured[sequence.group]
+
+
+def forget_direct(sequence: SequenceParallel) -> None:
+    """Ranks cannot read each other's memory after all; to be called on all of them."""
+    assert sequence.group is not None
+    _measured[sequence.group] = replace(network_of(sequence), direct_latency=math.inf, direct_bandwidth=math.inf)
 
 
 def require_direct(sequence: SequenceParallel) -> None:

@@ -50,6 +50,11 @@ class Turn:
     def __init__(self, board: Board, sequence: SequenceParallel, reverse: bool):
         self.board, self.sequence, self.reverse, self._met = board, sequence, reverse, False
 
+    @property
+    def joins(self) -> bool:
+        """A graph might be replayed next, whose meetings must not mix with that of a rank that reads nothing."""
+        return self.board.repeats
+
     def begin(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Where to write what the others shall read."""
         with waiting(self.sequence, None, reverse=self.reverse):
