@@ -158,3 +158,26 @@ def _nothing_gets_past(lengths):
 @pytest.mark.parametrize("lengths", [(3, 90, 100, 5), (0, 85, 2)], ids=str)
 def test_fast_heads_exchange_with_their_neighbour_only(lengths):
     run_ranks(len(lengths), _nothing_gets_past, lengths)
+
+
+def _early_end(lengths):
+    """Ranks with enough tokens send what their last ones leave before all else; the others cannot."""
+    rank, T = dist.get_rank(), sum(lengths)
+    first = None
+    for schedule in SCHEDULES:
+        for layout in (lasp.ShardLayout(lengths), None):
+            x = random_inputs("head", T, dtype=torch.float64, state=False, groups=2)
+            x.log_decay.copy_(torch.tensor([-9.0, -30.0]))  # in fp64 nothing is left after 83 and 25 tokens
+            whole, x = x, x.shard(lengths, rank)
+            sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+            o, _ = lasp.linear_attention(x.q, x.k, x.v, log_decay=x.log_decay, sequence=sequence, layout=layout)
+            expected, _ = lasp.linear_attention(whole.q, whole.k, whole.v, log_decay=whole.log_decay)
+            start = sum(lengths[:rank])
+            torch.testing.assert_close(o, expected[:, start : start + lengths[rank]], rtol=1e-12, atol=1e-12)
+            first = o if first is None else first
+            assert torch.equal(o, first), f"{schedule}, layout {layout}"
+
+
+@pytest.mark.parametrize("lengths", [(100, 90), (5, 90), (90, 83, 3, 100), (82, 84, 0, 200)], ids=str)
+def test_what_the_last_tokens_leave_is_sent_first(lengths):
+    run_ranks(len(lengths), _early_end, lengths)

@@ -72,9 +72,9 @@ def start(
     reception = None if reverse else recompute.reception(sequence.key)
     if reception is not None and reception.result is not None:
         return _Received(reception.result)
+    local = local() if callable(local) else local
     sequence.traffic.forward_exchanges += not reverse
     sequence.traffic.reverse_exchanges += reverse
-    local = local() if callable(local) else local
     far = local.all_heads if far is None else far
     units, near = units or len(local.state), not far or sequence.size == 2
     choice = _choose(local, sequence, far, units, ragged)
