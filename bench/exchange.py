@@ -268,9 +268,10 @@ def refusal(bench: Bench, peer: peers.Peer, shape: peers.Shape, gates: list[dict
         reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:150]}"
     reasons: list[str | None] = [None] * bench.env.world_size
     dist.all_gather_object(reasons, reason, group=bench.group)
+    if failed := next((reason for reason in reasons if reason), None):
+        return failed
     gates.append({"what": f"peer, {peer.name}", "relative error": float(f"{error:.3g}"), "limit": limit})
-    wrong = None if error <= limit else f"relative error {error:.1e} against one process is over {limit:g}"
-    return next((reason for reason in reasons if reason), wrong)
+    return None if error <= limit else f"relative error {error:.1e} against one process is over {limit:g}"
 
 
 def peer_row(peer: peers.Peer, reason: str | None, forward: dict, backward: dict) -> dict:
