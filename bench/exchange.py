@@ -27,7 +27,7 @@ import lasp
 from lasp import exchange
 from lasp.exchange import StateMap, cost
 from lasp.exchange.collectives import start_all_gather
-from lasp.mesh import EXCHANGES
+from lasp.mesh import EXCHANGES, Traffic
 from lasp_kernels import chunked_linear_attention, fold
 
 SCHEDULES = tuple(name for name in EXCHANGES if name != "auto")
@@ -109,7 +109,7 @@ def alone(bench: Bench) -> tuple[list[dict], list[dict]]:
     return rows, gates
 
 
-def predicted_ms(traffic: lasp.mesh.Traffic) -> float | None:
+def predicted_ms(traffic: Traffic) -> float | None:
     """By the cost model; None for what was not measured: memory read directly on a CPU, unless it is asked for."""
     return traffic.predicted_seconds * 1e3 if math.isfinite(traffic.predicted_seconds) else None
 
