@@ -329,9 +329,9 @@ def _refused(what):
     real, message = {
         "hosts": (mock.patch.object(board, "_host", return_value=f"host {rank}"), "they are on 2 hosts"),
         "meetings": (mock.patch.object(board, "_meetings", rank), "not as often"),
-        "no space": (mock.patch("os.posix_fallocate", _fails if rank else os.posix_fallocate), "rank 1: OSError: full"),
+        "no space": (mock.patch("os.fdopen", _fails if rank else os.fdopen), "rank 1: OSError: full"),
         "cannot map": (mock.patch("torch.from_file", _fails if rank else torch.from_file), "rank 1: OSError: full"),
-        "another's file": (mock.patch("os.write", return_value=0), "rank 0: OSError: .* is not the file"),
+        "another's file": (mock.patch.object(board, "_of_all", _other_tokens), "rank 0: OSError: .* is not the file"),
     }[what]
     started = time.monotonic()
     with real, pytest.raises(ValueError, match=f'exchange "direct".*{message}'):
@@ -348,6 +348,11 @@ def _fails(*args, **options):
     raise OSError("full")
 
 
+def _other_tokens(mine, group, told=board._of_all):
+    """As if the names of the other ranks' files were those of other files here."""
+    return [text + "?" if "lasp_board_" in text and "\n" in text else text for text in told(mine, group)]
+
+
 def _boards_of_this_process():
     return list(Path("/dev/shm").glob(f"lasp_board_{os.getpid()}_*"))
 
@@ -361,7 +366,7 @@ def _auto_without_memory():
     rank, group = dist.get_rank(), dist.new_group([0, 1, 2])
     cost._measured[group] = replace(FAST, direct_latency=1e-9, direct_bandwidth=1e15)
     sequence, maps = lasp.SequenceParallel(group), [random_map(r) for r in range(3)]
-    with mock.patch("os.posix_fallocate", _fails if rank == 1 else os.posix_fallocate), pytest.warns(match="full"):
+    with mock.patch("os.fdopen", _fails if rank == 1 else os.fdopen), pytest.warns(match="full"):
         entering = start(maps[rank], sequence, fold=fold).wait()
     assert torch.equal(entering, expected_at(rank, maps, False))
     assert sequence.traffic.schedule != "direct"

@@ -192,13 +192,11 @@ class _InFile:
         folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
         descriptor, self._path = tempfile.mkstemp(prefix=f"lasp_board_{os.getpid()}_", dir=folder)
         try:
-            os.posix_fallocate(descriptor, 0, self._size)  # now, since none might be left when it is written
-            os.write(descriptor, self._token.encode())
+            with os.fdopen(descriptor, "wb") as file:  # all of it: later, when a rank writes, none might be left
+                file.write(self._token.encode().ljust(self._size, b"\0"))
         except OSError:
             os.unlink(self._path)
             raise
-        finally:
-            os.close(descriptor)
 
     def join(self, group: ProcessGroup) -> Memory:
         """With the files of the others; a collective call. In another container the same name may be another file."""
