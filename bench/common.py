@@ -127,9 +127,10 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", help="the commit, on a machine that has the files but not their history")
 
 
-def command_line(script: str, argv: list[str] | None) -> str:
-    """How a script was called, for its results."""
-    return shlex.join(["python", f"bench/{script}", *(sys.argv[1:] if argv is None else argv)])
+def command_line(script: str, argv: list[str] | None, ranks: int | None = None) -> str:
+    """How a script was called, for its results; by torchrun, if it runs on several ranks."""
+    launcher = ["python"] if ranks is None else ["torchrun", "--nproc-per-node", str(ranks)]
+    return shlex.join([*launcher, f"bench/{script}", *(sys.argv[1:] if argv is None else argv)])
 
 
 def _fact(value) -> str:

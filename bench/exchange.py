@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     facts |= {"load of the host (1 minute)": load, "network as lasp measured it": str(network)}
     report(
         "_".join(["exchange", options.name or f"{bench.env.world_size}x{bench.env.device.type}"]),
-        command_line("exchange.py", argv).replace("python", f"torchrun --nproc-per-node {bench.env.world_size}", 1),
+        command_line("exchange.py", argv, bench.env.world_size),
         gates,
         save=options.save,
         out=options.out,

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     size = world.env.world_size
     kept = report(
         "_".join(["operator_scaling", options.name or f"{size}x{world.env.device.type}"]),
-        command_line("operator_scaling.py", argv).replace("python", f"torchrun --nproc-per-node {size}", 1),
+        command_line("operator_scaling.py", argv, size),
         gates,
         save=options.save,
         out=options.out,

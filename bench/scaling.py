@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     facts |= {"load of the host (1 minute)": os.getloadavg()[0]}
     kept = report(
         f"scaling_{name}_{options.model}_{env.world_size}x{env.device.type}",
-        command_line("scaling.py", argv).replace("python", f"torchrun --nproc-per-node {env.world_size}", 1),
+        command_line("scaling.py", argv, env.world_size),
         [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows],
         save=options.save,
         out=options.out,
