@@ -104,8 +104,8 @@ def operator(env):
         report(env, f"operator {form}: ok")
 
 
-def graph(env, schedule):
-    """Forward and backward captured once and replayed on other inputs."""
+def graphs(env, schedule):
+    """Two captures of forward and backward, replayed in turn on other inputs; between them exchanges of other sizes."""
     tensors, g = inputs_of("head", env, torch.bfloat16)
     mine = slice(T * env.rank, T * (env.rank + 1))
     q, k, v, do = (x[:, mine].clone() for x in tensors)
@@ -117,6 +117,26 @@ def graph(env, schedule):
         o, _ = lasp.linear_attention(q, k, v, log_decay=g, sequence=sequence)
         return [o, *torch.autograd.grad(o, (q, k, v), do)]
 
+    captures = []
+    for heads in (H, 4 * H):  # the second needs more memory to exchange in than the first graph knows of
+        captures.append(capture(step))
+        for _ in range(2):
+            for n, (replay, outputs) in enumerate(captures):
+                with torch.no_grad():
+                    for x in (q, k, v, do):
+                        x.copy_(torch.randn_like(x))
+                replay()
+                torch.cuda.synchronize()
+                for m, (x, y) in enumerate(zip(outputs, step())):
+                    assert torch.equal(x, y), f"result {m} of graph {n} with {schedule}, {heads} heads"
+        wide = [torch.randn(1, T, heads, D, device=env.device, requires_grad=True) for _ in range(3)]
+        o, _ = lasp.linear_attention(*wide, sequence=sequence)
+        o.sum().backward()
+    report(env, f"graphs with {schedule}: ok")
+
+
+def capture(step):
+    """The replay of a graph of `step`, and what it writes to."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -126,15 +146,7 @@ def graph(env, schedule):
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured, capture_error_mode="thread_local"):
         outputs = step()
-    for _ in range(3):
-        with torch.no_grad():
-            for x in (q, k, v, do):
-                x.copy_(torch.randn_like(x))
-        captured.replay()
-        torch.cuda.synchronize()
-        for n, (x, y) in enumerate(zip(outputs, step())):
-            assert torch.equal(x, y), f"result {n} of the graph with {schedule}"
-    report(env, f"graph with {schedule}: ok")
+    return captured.replay, outputs
 
 
 # Comparing what ranks compute is for the host, which a graph leaves out; an option of later versions.
@@ -146,8 +158,8 @@ def main():
     exchanges(env)
     operator(env)
     if env.device.type == "cuda":
-        graph(env, "all_gather")
-        graph(env, "direct")
+        graphs(env, "all_gather")
+        graphs(env, "direct")
     network = cost.measure(lasp.SequenceParallel(dist.group.WORLD))
     report(env, f"{env.world_size} x {env.device.type}: {network}")
     dist.destroy_process_group()
