@@ -275,14 +275,15 @@ def _backward(
             # Ranks add memory to memory, so it must lie in the same way on all of them.
             d_final_state = d_final_state.clone(memory_format=torch.contiguous_format)
             d_final_state = _sum_over_ranks(d_final_state, shard, reverse=True)
-        segments = steps.segment_gradients(q, do, log_decay, scale)
+        of_keys = steps.of_keys()
+        segments = of_keys.segment_gradients(q, do, log_decay, scale)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
-        wait = _start_exchange(steps, segments, d_final_state, call, reverse=True)
+        wait = _start_exchange(of_keys, segments, d_final_state, call, reverse=True)
         dq = steps.query_gradient(q, k, v, do, log_decay, states, scale)
-        d_states, d_first = steps.scan(segments, wait(), reverse=True)
+        d_states, d_first = of_keys.scan(segments, wait(), reverse=True)
         finite.note(shard.sequence, d_first, reverse=True)
         del segments
-        dk, dv = steps.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
+        dk, dv = of_keys.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
         if needs_grad[0]:
             assert d_first is not None
             d_initial = shard.all_states(d_first, first=True)

@@ -39,12 +39,13 @@ def all_steps(x, scale, **options):
     return o, final_state, backward_steps(steps, x, states, scale)
 
 
-def backward_steps(steps, x, states, scale):
-    segments = steps.segment_gradients(x.q, x.do, x.log_decay, scale)
+def backward_steps(steps, x, states, scale, decay_gradient=True):
+    of_keys = steps.of_keys()
+    segments = of_keys.segment_gradients(x.q, x.do, x.log_decay, scale)
     found = {"q": steps.query_gradient(x.q, x.k, x.v, x.do, x.log_decay, states, scale)}
-    d_states, found["initial_state"] = steps.scan(segments, x.d_final_state, reverse=True)
-    found["k"], found["v"] = steps.key_value_gradient(x.q, x.k, x.v, x.do, x.log_decay, d_states, scale)
-    if x.log_decay is not None:
+    d_states, found["initial_state"] = of_keys.scan(segments, x.d_final_state, reverse=True)
+    found["k"], found["v"] = of_keys.key_value_gradient(x.q, x.k, x.v, x.do, x.log_decay, d_states, scale)
+    if decay_gradient and x.log_decay is not None:
         arguments = (x.q, x.k, x.v, x.do, found["q"], found["k"], x.log_decay, states, d_states, scale)
         found["log_decay"] = steps.decay_gradient(*arguments)
     return found
@@ -228,6 +229,25 @@ def test_chosen_segments():
         expected_o, expected_state = run(chunked_linear_attention, rounded)
         assert_near(o, expected_o.cpu(), "o", 1e-5)
         assert_near(final_state, expected_state.cpu(), "final_state", 1e-5)
+
+
+@pytest.mark.parametrize("form", ["none", "head"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_gradients_of_keys_have_segments_of_their_own(form, ends):
+    """Longer ones than outputs; where the decay has a gradient, and with a given length, the same."""
+    x = on_device(random_inputs(form, 1100, B=1, H=1, K=16, V=16, state=False), torch.float32)
+    x = replace(x, d_final_state=torch.zeros_like(x.d_final_state))
+    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, ends=ends)
+    assert steps.of_keys().segments < steps.segments
+    states, _ = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), None)
+    found = backward_steps(steps, x if ends else replace(x, d_final_state=None), states, 1.0, decay_gradient=False)
+    rounded = replace(x, **{name: t.double().cpu() for name, t in vars(x).items() if t is not None})
+    _, _, expected = oracle(rounded)
+    for name in "qkv":
+        assert_near(found[name], expected[name], f"d{name}", 1e-5)
+    for options in ({"decay_gradient": True}, {"segment_length": 256}):
+        steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, **options)
+        assert steps.of_keys() is steps
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def backward_walk_kernel(
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
     SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; None is a state of zeros.
+    """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; without slots it is zeros.
 
     PAIRED (DY = DZ, not TRANSPOSED): every other program computes OUT2 from x = X2, y = Z, z = Y, STATE transposed.
     SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out, before out is rounded.
@@ -97,10 +97,8 @@ def backward_walk_kernel(
         causal = causal_decays(g * c.to(tl.float32), C, True)
     if DECAY == TOKEN_DECAY:
         g_base = G + b * g_b + start * g_t + h * g_h
-    inside = (d < DY)[:, None] & (e < DZ)[None, :]
-    ds = tl.zeros([BY, BZ], tl.float32)
-    if STATE is not None:
-        ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
+    inside = (d < tl.where(slots > 0, DY, 0))[:, None] & (e < DZ)[None, :]
+    ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
     last = (n - 1) // C * C  # where the last tile begins
     for i in tl.range(0, n, C, num_stages=STAGES):
         at = last - i

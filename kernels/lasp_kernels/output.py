@@ -44,7 +44,7 @@ def forward_walk_kernel(
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B, T, H*GROUP, DZ]. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; None is a state of zeros.
+    """OUT [B, T, H*GROUP, DZ]. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; without slots it is zeros.
 
     SUM_ROWS: also ROWS [2, blocks, B, H*GROUP, T] = sum over the block's columns of W * out, before out is rounded,
     and of that part of it which comes from the state before the tile.
@@ -74,10 +74,8 @@ def forward_walk_kernel(
     if DECAY == TOKEN_DECAY:
         g_base = G + b * g_b + start * g_t + h * g_h
     at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
-    inside = (d < DY)[:, None] & (e < DZ)[None, :]
-    s = tl.zeros([BY, BZ], tl.float32)
-    if STATE is not None:
-        s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
+    inside = (d < tl.where(slots > 0, DY, 0))[:, None] & (e < DZ)[None, :]
+    s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
     for i in tl.range(0, n, C, num_stages=STAGES):
         row = i + c
         rows = tl.minimum(row, n - 1)

@@ -348,6 +348,10 @@ class ChunkedSteps:
             state = decay.total * state + (k_n * decay.leaving).mT @ v_n
         return Segments(state, self._log_total(decays))
 
+    def of_keys(self) -> ChunkedSteps:
+        """For the gradients of k and v: these."""
+        return self
+
     def segment_gradients(self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float) -> Segments:
         """The gradient of the state before every segment, from zero behind it."""
         decays = self._tile_decays(log_decay)

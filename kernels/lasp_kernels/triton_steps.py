@@ -31,8 +31,9 @@ MAX_DIM = 256
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
-PIECE = 4096  # tokens of a segment that one program of the state kernel reads
-END_PIECE = 2048  # fewer where other ranks wait for it (`of_end`)
+PIECE = 2048  # tokens of a segment that one program of the state kernel reads, or more:
+PIECES, HEAD_PIECES = 2, 8  # the most of a segment; with a decay per head, where a few heads have all the work
+END_PIECE = 2048  # where other ranks wait for it (`of_end`), however many
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Config:
 NARROW, WIDE, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 64, 8, 2), Config(16, 0, 32, 8, 2),
                                  Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
-    "state": (Config(64, 128, 128, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
+    "state": (Config(64, 128, 64, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
     "end": (Config(64, 64, 64, 4, 4),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,  # more programs, for `of_end`
     "walk": (NARROW, WIDE, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
@@ -80,8 +81,8 @@ def _blocks(contracted: int, width: int, itemsize: int) -> tuple[Config, int, in
 
 @lru_cache
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of the card; on a CPU (interpreter) as if there were 4."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Multiprocessors of the card; on a CPU (interpreter) as if there were 8."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @lru_cache
@@ -172,6 +173,7 @@ class _Inputs(NamedTuple):
     ends: bool
     allow_tf32: bool
     piece_length: int | None = None
+    for_keys: bool = False
 
 
 class TritonSteps:
@@ -245,8 +247,7 @@ class TritonSteps:
             self.segments = -(-self.tokens // self._segment_length)
             self.slots = self.segments + 1
             self._run_segments = [(0, self.segments)]
-        piece_length = inputs.piece_length or (self._segment_length if inputs.segment_length else PIECE)
-        self._piece_length = min(self._segment_length, piece_length)
+        self._piece_length = min(self._segment_length, self._choose_piece_length())
         self._pieces = -(-self._segment_length // self._piece_length)
         self._skippable = int(not inputs.decay_gradient and inputs.bounds is None and self.segments > 0)
         self._skipped = 0 if inputs.ends else self._skippable
@@ -255,18 +256,19 @@ class TritonSteps:
         self._tma = _has_tma(self.device)
 
     def _choose_segment_length(self) -> int:
-        """As long as it may be, for a state kernel that reads little, with programs for two on every processor.
+        """As long as it may be, for a state kernel that reads little, with a program of a walk on every processor.
 
         Where their number is a little more than a multiple of the processors, the last ones would run almost alone:
         then rather more and shorter segments.
         """
         columns = _config("walk", max(self.key_dim, self.value_dim), self.input_dtype.itemsize).columns
         programs = max(1, self.batch * self.heads * self.groups * -(-self.value_dim // columns))
-        slots = 2 * _processors(self.device)
-        fewest = max(1, slots // programs)
+        programs *= 2 if self._inputs.for_keys else 1
+        processors = _processors(self.device)
+        fewest = max(1, processors // programs)
 
         def busy(segments: int) -> float:
-            return programs * segments / (-(-programs * segments // slots) * slots)
+            return programs * segments / (-(-programs * segments // processors) * processors)
 
         wanted = next((n for n in range(fewest, 4 * fewest + 1) if busy(n) > 0.9), fewest)
         length = max(MIN_SEGMENT, -(-self.tokens // wanted))
@@ -275,6 +277,15 @@ class TritonSteps:
             state_bytes = 4 * self.key_dim * self.value_dim
             length = min(length, max(DECAY_SEGMENT, math.ceil(state_bytes / (STATE_SHARE * token_bytes))))
         return -(-length // 64) * 64
+
+    def _choose_piece_length(self) -> int:
+        """Enough pieces to have programs for every processor, and few, since the scan reads a state for each."""
+        given = self._inputs.piece_length or self._inputs.segment_length
+        if given:
+            return given
+        most = HEAD_PIECES if self._decay == 1 else PIECES
+        pieces = min(most, max(PIECES, self._segment_length // PIECE))
+        return -(-self._segment_length // (64 * pieces)) * 64
 
     def _pack(self, bounds: tuple[int, ...]) -> None:
         """Cut each run for itself."""
@@ -357,6 +368,16 @@ class TritonSteps:
         length = -(-tokens // 64) * 64
         inputs = self._inputs._replace(q=q, k=k, v=v, segment_length=length, piece_length=END_PIECE, ends=True)
         return _shared_steps(inputs)
+
+    def of_keys(self) -> TritonSteps:
+        """For the gradients of k and v, whose grid has two programs where the others have one: longer segments.
+
+        Not where the gradient of the decay needs a state and its gradient at the same borders.
+        """
+        inputs = self._inputs
+        if inputs.segment_length or inputs.decay_gradient or not self._paired:
+            return self
+        return _shared_steps(inputs._replace(for_keys=True))
 
     def segment_gradients(self, q: Tensor, do: Tensor, log_decay: Tensor | None, scale: float) -> Segments:
         """The gradient of the state before every segment, from zero behind it."""
@@ -497,12 +518,17 @@ class TritonSteps:
         """dk and dv, from the gradients of the states at the borders of the segments."""
         dk = torch.empty(k.shape, dtype=self.input_dtype, device=self.device)
         dv = torch.empty(v.shape, dtype=self.input_dtype, device=self.device)
-        if self.key_dim == self.value_dim and self.groups == 1 and not self._keep_rows:
+        if self._paired:
             self._backward_walk(k, q, do, dv, None, log_decay, d_states, scale, pair=(v, dk))
         else:
             self._backward_walk(k, q, do, dv, None, log_decay, d_states, scale)
             self._backward_walk(v, do, q, dk, k, log_decay, d_states, scale, transposed=True)
         return dk, dv
+
+    @property
+    def _paired(self) -> bool:
+        """Whether dk and dv are made in one grid."""
+        return self.key_dim == self.value_dim and self.groups == 1 and not self._keep_rows
 
     def _forward_walk(
         self,
@@ -540,7 +566,7 @@ class TritonSteps:
                 TMA=self._tma and all(map(_fits_tma, (x, y, z, out))), **self._flags(config),
             )  # fmt: skip
 
-        inputs = (x, y, z, w, log_decay, states if self.slots else None)
+        inputs = (x, y, z, w, log_decay, states)
         self._start("dq" if transposed else "o", inputs, (out, sums, self._table), prepare, scale)
         return out
 
@@ -584,7 +610,7 @@ class TritonSteps:
                 **self._flags(config),
             )  # fmt: skip
 
-        inputs = (x, x2, y, z, w, log_decay, d_states if self.slots else None)
+        inputs = (x, x2, y, z, w, log_decay, d_states)
         name = "dk" if transposed else "dv" if pair is None else "dk, dv"
         self._start(name, inputs, (out, out2, sums, self._table), prepare, scale)
 
