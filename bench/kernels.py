@@ -5,7 +5,7 @@
 Before a decay form and head dim are timed, the bf16 output and gradients must be as near to an fp64 computation as
 fla's (at most 1.2 times its error). Times are medians of `triton.testing.do_bench`, which empties the L2 cache before
 every call. Short calls wait for the host, whose time varies by a factor of two within seconds on some machines: they
-are timed in three rounds that take turns with fla's, and the least median counts. "% floor" is the time that reading
+are timed in six rounds that take turns with fla's, and the least median counts. "% floor" is the time that reading
 every input and writing every output once takes at the speed of a device-to-device copy, over the measured time:
 forward q, k, v, o; backward q, k, v, do, dq, dk, dv.
 """
@@ -45,7 +45,7 @@ GATE_RATIO = 1.2  # of fla's error
 GATE_LIMIT, GATE_LIMIT_DECAY = 1e-2, 5e-2  # relative error, whatever fla's is
 GRID_BYTES = 8 * 2**30
 SOFTMAX_FLOPS = 1e14
-SHORT, ROUNDS = 2**21, 3  # rows with at most so many (token, head) pairs wait for the host: timed in so many rounds
+SHORT, ROUNDS = 2**20, 6  # rows with at most so many (token, head) pairs wait for the host: timed in so many rounds
 LAYERS = 24  # of the model whose first layer's ALiBi slopes are the fixed decay
 Attention = Callable[["Inputs"], Tensor]
 
@@ -184,7 +184,7 @@ def rounded(x: float | None) -> float | None:
 def milliseconds(run: Callable[[], object], rep: int) -> float:
     from triton.testing import do_bench
 
-    return float(do_bench(run, warmup=max(10, rep // 4), rep=rep, return_mode="median"))  # type: ignore[arg-type]
+    return float(do_bench(run, warmup=max(5, rep // 4), rep=rep, return_mode="median"))  # type: ignore[arg-type]
 
 
 def loop_milliseconds(run: Callable[[], object], count: int = 50) -> float:
@@ -219,42 +219,67 @@ def backward_memory(o: Tensor, x: Inputs, leaves: list[Tensor]) -> int:
     return torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads)
 
 
-def measure(
-    attention: Attention, x: Inputs, copy: float, rep: int, forward_only: bool = False
-) -> dict[str, float | None]:
-    """Times in ms, % of the floor at `copy` GB/s, memory in MiB."""
-    leaves = [x.q, x.k, x.v] if attention is softmax else x.leaves
-    floor = x.q.nbytes / copy / 1e6  # ms for one tensor
-    with torch.no_grad():
-        attention(x)  # compiles
-        forward = milliseconds(lambda: attention(x), rep)
-    row: dict[str, float | None] = {"fwd ms": forward, "fwd % floor": 400 * floor / forward}
-    if forward_only:
-        return {name: rounded(value) for name, value in row.items()}
-    step(attention, replace(x, log_decay=None) if attention is softmax else x)  # compiles
+@dataclass
+class Timing:
+    """One attention on one input, in any number of rounds, of which the least times count."""
+
+    attention: Attention
+    x: Inputs
+    forward_only: bool = False
+    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    row: dict[str, float | None] = field(default_factory=dict)
+
+    def round(self, copy: float, rep: int) -> None:
+        """Times in ms, % of the floor at `copy` GB/s, memory in MiB."""
+        if not self.calls:
+            self.calls = self.prepared()
+        floor = self.x.q.nbytes / copy / 1e6  # ms for one tensor
+        for part, call in self.calls.items():
+            time = milliseconds(call, rep)
+            self.row[f"{part} ms"] = time = min(time, self.row.get(f"{part} ms") or math.inf)
+            if part != "both":
+                self.row[f"{part} % floor"] = 100 * (4 if part == "fwd" else 7) * floor / time
+        if self.forward_only:
+            return
+        batch, tokens = self.x.q.shape[:2]
+        self.row["both ns/tok"] = self.row["both ms"] / (batch * tokens) * 1e6  # type: ignore[operator]
+        loop = loop_milliseconds(self.calls["both"]) if tokens <= 2048 else None
+        self.row["loop ms"] = min(loop, self.row.get("loop ms") or math.inf) if loop else None
+        if "kept MiB" not in self.row:
+            self.row |= memory(self.attention, self.x, self.leaves)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x.q, self.x.k, self.x.v] if self.attention is softmax else self.x.leaves
+
+    def prepared(self) -> dict[str, Callable[[], object]]:
+        """What is timed: forward without a graph, backward through a graph that stays, both; all compiled."""
+        attention, x, leaves = self.attention, self.x, self.leaves
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return attention(x)
+
+        forward()
+        if self.forward_only:
+            return {"fwd": forward}
+        o = attention(x)
+        torch.autograd.grad(o, leaves, x.do, retain_graph=True)
+        return {
+            "fwd": forward,
+            "bwd": lambda: torch.autograd.grad(o, leaves, x.do, retain_graph=True),
+            "both": lambda: torch.autograd.grad(attention(x), leaves, x.do),
+        }
+
+
+def memory(attention: Attention, x: Inputs, leaves: list[Tensor]) -> dict[str, float]:
+    """MiB that forward keeps besides its output, and that backward needs besides the gradients."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     o = attention(x)
     kept = torch.cuda.memory_allocated() - before - o.nbytes
     extra = backward_memory(o, x, leaves)
-    backward = milliseconds(lambda: torch.autograd.grad(o, leaves, x.do, retain_graph=True), rep)
-
-    def both_ways() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attention(x), leaves, x.do)
-
-    both = milliseconds(both_ways, rep)
-    B, T = x.q.shape[:2]
-    row |= {
-        "bwd ms": backward,
-        "bwd % floor": 700 * floor / backward,
-        "both ms": both,
-        "both ns/tok": both / (B * T) * 1e6,
-        "loop ms": loop_milliseconds(both_ways) if T <= 2048 else None,
-        "kept MiB": kept / 2**20,
-        "bwd extra MiB": extra / 2**20,
-        "extra %": 100 * extra / (3 * x.q.nbytes),
-    }
-    return {name: rounded(value) for name, value in row.items()}
+    return {"kept MiB": kept / 2**20, "bwd extra MiB": extra / 2**20, "extra %": 100 * extra / (3 * x.q.nbytes)}
 
 
 # ---- bounds
@@ -372,29 +397,37 @@ class Session:
         """A row for each attention; ours has the speedups over fla."""
         say(f"{suite}: {case}")
         x = Inputs.random(case)
-        found: dict[str, dict[str, float | None]] = {}
-        for name in names * (ROUNDS if case.batch * case.tokens * case.heads <= SHORT else 1):
-            if not self.usable(name, case):
-                continue
-            try:
-                with within(600 if name == "lasp" else self.peer_limit):
-                    only = (name, case.decay, case.dim) in self.forward_only
-                    row = measure(ATTENTIONS[name], x, self.limits["copy GB/s"], self.rep, only)
-                    found[name] = best(row, found.get(name, row))
-            except Exception as problem:
-                if name == "lasp":
-                    self.failed.append(f"{suite} {case}: {brief(problem)}")
-                elif isinstance(problem, torch.OutOfMemoryError):
-                    self.left_out.append(f"{name} at {case}: out of memory")
-                else:
-                    self.drop(name, case, problem)
-            free()
-            if name == "sdpa":
-                self.softmax.add(replace(case, decay="none"))
-        for name, row in found.items():
+        short = case.batch * case.tokens * case.heads <= SHORT
+        timings = {name: Timing(ATTENTIONS[name], x) for name in names if self.usable(name, case)}
+        for _ in range(ROUNDS if short else 1):
+            for name, timing in list(timings.items()):
+                timing.forward_only = (name, case.decay, case.dim) in self.forward_only
+                try:
+                    with within(600 if name == "lasp" else self.peer_limit):
+                        timing.round(self.limits["copy GB/s"], self.rep // ROUNDS if short else self.rep)
+                except Exception as problem:
+                    del timings[name]
+                    self.failed_to_time(suite, name, case, problem)
+                if not short:
+                    timing.calls.clear()  # with the graph that they keep
+                    free()
+        if "sdpa" in timings:
+            self.softmax.add(replace(case, decay="none"))
+        rows = {name: {n: rounded(value) for n, value in timing.row.items()} for name, timing in timings.items()}
+        for name, row in rows.items():
             head = {"suite": suite, "B": case.batch, "T": case.tokens, "H": case.heads, "D": case.dim}
             head |= {"decay": "softmax" if name == "sdpa" else case.decay, "what": name}
-            self.rows.append({**head, **row, **self.speedups(row, found.get("fla") if name == "lasp" else None)})
+            self.rows.append({**head, **row, **self.speedups(row, rows.get("fla") if name == "lasp" else None)})
+        del timings, timing
+        free()
+
+    def failed_to_time(self, suite: str, name: str, case: Case, problem: Exception) -> None:
+        if name == "lasp":
+            self.failed.append(f"{suite} {case}: {brief(problem)}")
+        elif isinstance(problem, torch.OutOfMemoryError):
+            self.left_out.append(f"{name} at {case}: out of memory")
+        else:
+            self.drop(name, case, problem)
 
     @staticmethod
     def speedups(ours: dict, theirs: dict | None) -> dict[str, float | None]:
@@ -403,12 +436,6 @@ class Session:
             f"{p} x fla": rounded(theirs[f"{p} ms"] / ours[f"{p} ms"]) if theirs and f"{p} ms" in theirs else None
             for p in parts
         }
-
-
-def best(a: dict[str, float | None], b: dict[str, float | None]) -> dict[str, float | None]:
-    """Of two rows for the same: the least of each time, and the most of each speed."""
-    pairs = ((name, x, b[name]) for name, x in a.items())
-    return {n: x if x is None or y is None else max(x, y) if "% floor" in n else min(x, y) for n, x, y in pairs}
 
 
 def brief(problem: Exception) -> str:
