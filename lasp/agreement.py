@@ -6,7 +6,9 @@ key-value store of the process group and not through the group itself: when a co
 in flight, and it can be used again.
 
 A layer's first call is compared, then every `EVERY`-th. The count of calls decides, which is the same on every rank;
-what a rank happens to have seen before is not.
+what a rank happens to have seen before is not. Before an optimizer steps, ranks also compare how many exchanges each
+layer has made: over NCCL a small message waits for whoever asks next, so that a rank that left one out, in backward
+say, would take those of other layers for its own, and nobody would ever wait.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -27,6 +30,7 @@ from torch.distributed import ProcessGroup
 
 from lasp import recompute
 from lasp.mesh import PeerError, RankMismatchError, SequenceParallel, group_timeout
+from lasp.optimizers import before_step
 
 EVERY = 1000  # calls of a layer from one comparison to the next
 _ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank
@@ -88,6 +92,44 @@ def of_call(sequence: SequenceParallel | None) -> Agreement:
     return Agreement(sequence, due=due)
 
 
+def note_exchange(sequence: SequenceParallel) -> None:
+    """To be called before each exchange of a layer: `compare_exchanges` will count it."""
+    if sequence.validate == "first" and sequence.size > 1 and sequence not in _counted:
+        _counted[sequence] = _exchanges(sequence)
+        before_step(compare_exchanges)
+
+
+def compare_exchanges() -> None:
+    """Raise on every rank if a layer has made more exchanges on one than on another since the last call.
+
+    Optimizers call it before they step (all of `torch.optim`, and what derives from it). Only hosts meet here, through
+    the key-value store; no device is waited for.
+
+    Raises:
+        RankMismatchError: naming rank and layer.
+        PeerError: a rank did not come within the timeout of its group.
+    """
+    made: dict[ProcessGroup, dict[SequenceParallel, tuple[int, ...]]] = {}
+    for sequence, before in _counted.items():
+        assert sequence.group is not None
+        counts = tuple(now - then for now, then in zip(_exchanges(sequence), before))
+        made.setdefault(sequence.group, {})[sequence] = counts
+    _counted.clear()
+    for layers in made.values():
+        usual = _most(list(layers.values()))
+        found = {"forward, backward": usual, "layers": len(layers)}
+        found |= {layer.name: counts for layer, counts in layers.items() if counts != usual}
+        comparison = _Round(replace(next(iter(layers)), name=""), "the step of the optimizer")
+        _raise(comparison.compare({"fields": {"exchanges since the last step": json.dumps(found)}}))
+
+
+_counted: weakref.WeakKeyDictionary[SequenceParallel, tuple[int, int]] = weakref.WeakKeyDictionary()  # as of the last step
+
+
+def _exchanges(sequence: SequenceParallel) -> tuple[int, int]:
+    return sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges
+
+
 def _raise(verdict: dict[str, str], cause: Exception | None = None) -> None:
     """What the verdict asks for; nothing if ranks agree, or if each has an error of its own."""
     if verdict["found"] == "mismatch":
@@ -102,9 +144,9 @@ class _Round:
     Keys are deleted by those who read them last, so that nothing piles up in the store.
     """
 
-    def __init__(self, sequence: SequenceParallel):
+    def __init__(self, sequence: SequenceParallel, before: str = "the exchange"):
         assert sequence.group is not None
-        self.sequence, self.group = sequence, sequence.group
+        self.sequence, self.group, self.before = sequence, sequence.group, before
         self.rank, self.size = dist.get_rank(self.group), sequence.size
         self.number = next(_numbers.setdefault(self.group, itertools.count()))
 
@@ -170,7 +212,7 @@ class _Round:
     def _absent(self, started: float) -> dict[str, str]:
         missing = [self._name(rank) for rank in range(self.size) if not self.store.check([self._key(rank)])]
         who = ", ".join(missing) or f"the verdict of {self._name(0)}"
-        text = f"{self._layer()}waited {time.monotonic() - started:.1f} s for {who} before the exchange; not come yet"
+        text = f"{self._layer()}waited {time.monotonic() - started:.1f} s for {who} before {self.before}; not come yet"
         return {"found": "absent", "text": text}
 
     def _clean(self) -> None:

@@ -394,6 +394,7 @@ def _start(
 ) -> exchange.Pending:
     shard = call.shard
     assert shard.sequence is not None
+    agreement.note_exchange(shard.sequence)
     return exchange.start(
         maps,
         shard.sequence,

@@ -14,14 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lasp.mesh import SequenceParallel
+from lasp.optimizers import before_step
 
 _DIRECTIONS = ("forward", "backward")
 _flags: weakref.WeakKeyDictionary[SequenceParallel, Tensor] = weakref.WeakKeyDictionary()  # bool [2]: _DIRECTIONS
 _noted: dict[SequenceParallel, None] = {}  # since the last `assert_finite`, in order; the same on all ranks
-_hooked = False
 
 
 def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = False) -> None:
@@ -33,7 +32,7 @@ def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = Fa
         return
     if sequence not in _flags:
         _flags[sequence] = torch.zeros(2, dtype=torch.bool, device=state.device)
-        _hook_optimizers()
+        before_step(assert_finite)
     _noted[sequence] = None
     _flags[sequence][int(reverse)].logical_or_(state.isfinite().all().logical_not())
 
@@ -86,10 +85,3 @@ def _axes(layer: SequenceParallel) -> list[ProcessGroup]:
         root = layer.mesh._get_root_mesh()
         return [root.get_group(axis) for axis in range(root.ndim) if root.size(axis) > 1]
     return [] if layer.group is None else [layer.group]
-
-
-def _hook_optimizers() -> None:
-    global _hooked
-    if not _hooked:
-        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: assert_finite())
-        _hooked = True

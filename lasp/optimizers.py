@@ -1,0 +1,25 @@
+"""What is checked before an optimizer steps, so that no wrong step is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_checks: list[Callable[[], None]] = []
+
+
+def before_step(check: Callable[[], None]) -> None:
+    """Call `check` before every step of an optimizer of `torch.optim`, or of one that derives from them; once each."""
+    if not _checks:
+        register_optimizer_step_pre_hook(_call_checks)
+    if check not in _checks:
+        _checks.append(check)
+
+
+def _call_checks(*_: object) -> None:
+    if torch.compiler.is_compiling():  # what asks other ranks cannot be part of a graph
+        return
+    for check in _checks:
+        check()
