@@ -47,6 +47,11 @@ class Agreement:
     def __init__(self, sequence: SequenceParallel | None, *, due: bool):
         self._open = sequence if due else None
 
+    @property
+    def due(self) -> bool:
+        """Whether ranks will compare, and have not yet."""
+        return self._open is not None
+
     def settle(self, fingerprint: Callable[[], Mapping[str, object]]) -> None:
         """Compare; to be called once, at the last moment before the exchange.
 
@@ -123,7 +128,9 @@ def compare_exchanges() -> None:
         _raise(comparison.compare({"fields": {"exchanges since the last step": json.dumps(found)}}))
 
 
-_counted: weakref.WeakKeyDictionary[SequenceParallel, tuple[int, int]] = weakref.WeakKeyDictionary()  # as of the last step
+_counted: weakref.WeakKeyDictionary[SequenceParallel, tuple[int, int]] = (
+    weakref.WeakKeyDictionary()
+)  # as of the last step
 
 
 def _exchanges(sequence: SequenceParallel) -> tuple[int, int]:

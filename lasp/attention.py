@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from lasp.shard import Shard, crossed_tokens
 
 
 def linear_attention(
-    q: Tensor,
+    q: Tensor | Callable[[], Tensor],
     k: Tensor,
     v: Tensor,
     *,
@@ -49,7 +50,8 @@ def linear_attention(
     (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882).
 
     Args:
-        q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v (G = 1 is the usual case).
+        q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v (G = 1 is the usual case). Or a
+            function that makes it, with G = 1: it is called while the state travels, for which k and v are enough.
         k: [B, T, H, K].
         v: [B, T, H, V]. q, k and v have one float dtype (fp32 may use TF32 as PyTorch's own products do, by
             `torch.set_float32_matmul_precision`). T may differ between ranks, down to zero.
@@ -80,9 +82,13 @@ def linear_attention(
         RuntimeError: a second derivative is asked for.
     """
     if torch.compiler.is_compiling():
+        q = q() if callable(q) else q
         q, k, v = _prepare(q, k, v, log_decay, initial_state)
         return _compiled(q, k, v, log_decay, initial_state, scale, output_final_state, layout, sequence, segment_length)
     with agreement.of_call(sequence) as ranks_agree:
+        if callable(q) and ranks_agree.due:  # what ranks compare must be there before they exchange
+            q = q()
+        later, q = (q, k) if callable(q) else (None, q)  # until then the shape of k says it all
         q, k, v = _prepare(q, k, v, log_decay, initial_state)
         kernels.check_inputs(q, k, v, log_decay, segment_length)
         shard = Shard.of(k, layout, sequence)
@@ -90,7 +96,26 @@ def linear_attention(
         ends = initial_state is not None or output_final_state
         rates, grad_mode = decay.host_values(log_decay), torch.is_grad_enabled()
         call = _Call(shard, scale, output_final_state, ends, segment_length, rates, ranks_agree, grad_mode)
-        return _LinearAttention.apply(q, k, v, log_decay, initial_state, call)  # type: ignore[return-value]
+        started = None
+        if later is not None:
+            decay_grad = log_decay is not None and log_decay.requires_grad and grad_mode
+            started = _start_forward(k, k, v, log_decay, initial_state, call, decay_grad, at_once=False)
+            q = _made_later(later, k)
+        return _LinearAttention.apply(q, k, v, log_decay, initial_state, call, started)  # type: ignore[return-value]
+
+
+def _made_later(make: Callable[[], Tensor], k: Tensor) -> Tensor:
+    q = make()
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must make a tensor, got {type(q).__name__}")
+    (q,) = _autocast(q)
+    if (q.shape, q.dtype, q.device) != (k.shape, k.dtype, k.device):
+        raise ValueError(
+            f"q must make a tensor like k, {tuple(k.shape)} {k.dtype} on {k.device}, got {tuple(q.shape)} {q.dtype} "
+            f"on {q.device}"
+        )
+    # Backward asks for the steps with this q, and they must cut the tokens as those that k alone gave.
+    return q if q.stride(-1) == 1 and q.stride(1) <= k.stride(1) else q.contiguous()
 
 
 def _prepare(
@@ -197,6 +222,34 @@ class _Call:
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
 
 
+class _Started(NamedTuple):
+    """A forward whose state travels."""
+
+    steps: kernels.Steps
+    segments: kernels.Segments
+    wait: Callable[[], Tensor | None]  # for the state that enters each run
+
+
+def _start_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    call: _Call,
+    decay_grad: bool,
+    *,
+    at_once: bool,
+) -> _Started:
+    """What forward does before it must wait. Of q only shape and dtype count. `at_once`: it waits next."""
+    inputs, sequence = (q, k, v, log_decay), call.shard.sequence
+    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+        steps = call.plan(*inputs, decay_grad)
+        if sequence is not None:
+            sequence.traffic.kernels = kernels.path(*inputs)
+        return _Started(steps, *_segments_and_exchange(steps, inputs, initial_state, call, at_once))
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -205,19 +258,19 @@ def _forward(
     initial_state: Tensor | None,
     call: _Call,
     needs_grad: tuple[bool, bool],
+    started: _Started | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
-    shard, inputs = call.shard, (q, k, v, log_decay)
+    if started is None:
+        started = _start_forward(q, k, v, log_decay, initial_state, call, needs_grad[1], at_once=True)
+    shard, (steps, segments, wait) = call.shard, started
+    del started
     with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(*inputs, needs_grad[1])
-        if shard.sequence is not None:
-            shard.sequence.traffic.kernels = kernels.path(*inputs)
-        segments, wait = _segments_and_exchange(steps, inputs, initial_state, call)
         states, final = steps.scan(segments, wait())
         if final is not None:
             finite.note(shard.sequence, final)
         del segments  # large, and no longer needed
-        o = steps.outputs(*inputs, states, call.scale).to(v.dtype)
+        o = steps.outputs(q, k, v, log_decay, states, call.scale).to(v.dtype)
         final_state = None
         if call.output_final_state:
             assert final is not None
@@ -227,7 +280,7 @@ def _forward(
 
 
 def _segments_and_exchange(
-    steps: kernels.Steps, inputs: _Inputs, initial_state: Tensor | None, call: _Call
+    steps: kernels.Steps, inputs: _Inputs, initial_state: Tensor | None, call: _Call, at_once: bool
 ) -> tuple[kernels.Segments, Callable[[], Tensor | None]]:
     """Steps 1 and 2 of forward. Where a state forgets within these tokens, first what its last ones leave, for others.
 
@@ -239,7 +292,7 @@ def _segments_and_exchange(
     if sequence is None or log_decay is None or initial_state is not None or remembered > steps.tokens:
         segments = steps.segment_states(k, v, log_decay)
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
-        return segments, _start_exchange(steps, segments, initial_state, call, at_once=True)
+        return segments, _start_exchange(steps, segments, initial_state, call, at_once=at_once)
     last = int(remembered)
 
     def what_others_wait_for() -> StateMap:
@@ -295,10 +348,10 @@ def _backward(
 
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, initial_state, call):
+    def forward(ctx, q, k, v, log_decay, initial_state, call, started):
         ctx.call, ctx.needs_grad = call, (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        o, final_state, states = _forward(q, k, v, log_decay, initial_state, call, ctx.needs_grad)
+        o, final_state, states = _forward(q, k, v, log_decay, initial_state, call, ctx.needs_grad, started)
         ctx.save_for_backward(q, k, v, log_decay, states)
         return o, final_state
 
@@ -312,7 +365,7 @@ class _LinearAttention(torch.autograd.Function):
         )
         d_initial = None if d_initial is None else d_initial.to(ctx.initial_dtype)
         d_decay = None if d_decay is None else d_decay.to(log_decay.dtype)
-        return dq, dk, dv, d_decay, d_initial, None
+        return dq, dk, dv, d_decay, d_initial, None, None
 
 
 def _compiled(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -50,16 +52,19 @@ class LightningAttention(nn.Module):
 
     def forward(
         self,
-        q: Tensor,
+        q: Tensor | Callable[[], Tensor],
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None = None,
         *,
         layout: ShardLayout | None = None,
     ) -> Tensor:
-        """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.linear_attention`."""
+        """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.linear_attention`.
+
+        q may be a function that makes it: it is called while the state travels to the next rank.
+        """
         if log_decay is None:
-            log_decay = self.log_decay(q.device)
+            log_decay = self.log_decay(k.device)
         elif self._fixed is not None:
             raise ValueError("log_decay is fixed for this layer; it cannot also be given to forward")
         o, _ = linear_attention(q, k, v, log_decay=log_decay, scale=self.scale, layout=layout, sequence=self.sequence)

@@ -441,3 +441,50 @@ def test_without_ranks_it_is_the_recurrence(form):
 def test_final_state_is_returned_only_when_asked_for():
     x = random_inputs("none", 3)
     assert run(lasp.linear_attention, x)[1] is None
+
+
+def _queries_made_later(lengths, form):
+    """Output and gradients of a call that has q at once, bit for bit; and when q is asked for."""
+    rank, sequence = dist.get_rank(), lasp.SequenceParallel(dist.group.WORLD, exchange="ring")
+    x = random_inputs(form, sum(lengths), state=False).shard(lengths, rank)
+    expected = None
+    for turn in range(3):  # the first call is compared, and has q before it exchanges
+        x.require_grad(NAMES)
+        exchanged = []
+
+        def make(q=x.q, exchanged=exchanged):
+            exchanged.append(sequence.traffic.forward_exchanges)
+            return q.square()
+
+        q = x.q.square() if turn == 1 else make
+        o, _ = lasp.linear_attention(q, x.k, x.v, log_decay=x.log_decay, scale=SCALE, sequence=sequence)
+        leaves = [leaf for leaf in (x.q, x.k, x.v, x.log_decay) if leaf is not None]
+        found = [o.detach(), *torch.autograd.grad(o, leaves, x.do)]
+        expected = expected or found
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        assert exchanged == [[0], [], [3]][turn]
+    assert sequence.traffic.reverse_exchanges == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_queries_may_be_made_while_the_state_travels(form):
+    run_ranks(3, _queries_made_later, (70, 0, 3), form)
+
+
+def _wrong_queries_made_later():
+    sequence = lasp.SequenceParallel(dist.group.WORLD, validate="off")
+    k, v = torch.zeros(1, 5, 2, 3), torch.zeros(1, 5, 2, 4)
+    for q, kind, message in (
+        (k[:, 1:], ValueError, r"q must make a tensor like k, \(1, 5, 2, 3\).*, got \(1, 4, 2, 3\)"),
+        (k.double(), ValueError, "got .*float64"),
+        (None, TypeError, "q must make a tensor, got NoneType"),
+    ):
+        with pytest.raises(kind, match=message):
+            lasp.linear_attention(lambda q=q: q, k, v, sequence=sequence)
+    o, _ = lasp.linear_attention(lambda: k, k, v, sequence=sequence)
+    assert not o.any()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_makes_queries_must_make_the_right_ones(world):
+    run_ranks(world, _wrong_queries_made_later)

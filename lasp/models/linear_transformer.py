@@ -149,8 +149,8 @@ class MultiHeadLinearAttention(nn.Module):
     def forward(self, x: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the layout as in `LinearTransformer.forward`."""
         split = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
-        q = F.elu(self.query(x)).add(1).view(split)
         k = F.elu(self.key(x)).add(1).view(split)
         v = self.value(x).view(split)
-        o = self.attention(q, k, v, layout=layout)
+        # As a function q is made while the state of k and v travels, where the sequence is split.
+        o = self.attention(lambda: F.elu(self.query(x)).add(1).view(split), k, v, layout=layout)
         return self.out(F.rms_norm(o, o.shape[-1:], eps=1e-6).flatten(2))

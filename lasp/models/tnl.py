@@ -171,13 +171,21 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
         split = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
-        q = F.silu(self.query(x)).view(split)
         k = F.silu(self.key(x)).view(split)
         v = self.value(x).view(split)
         if self.lrpe is not None:
-            q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
-        o = self.attention(q, k, v, layout=layout)
-        return self.out(norm_gate(o, self.gate(x)))
+            q, k = self.lrpe(F.silu(self.query(x)).view(split), k, position_ids)  # [B, T, H, 2K]
+            return self.out(norm_gate(self.attention(q, k, v, layout=layout), self.gate(x)))
+        gate = x
+
+        def query() -> Tensor:
+            """And the gate: where the sequence is split, while the state of k and v travels."""
+            nonlocal gate
+            gate = self.gate(x)
+            return F.silu(self.query(x)).view(split)
+
+        o = self.attention(query, k, v, layout=layout)
+        return self.out(norm_gate(o, gate))
 
 
 class LRPE(nn.Module):
