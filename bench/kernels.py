@@ -5,9 +5,9 @@
 Before a decay form and head dim are timed, the bf16 output and gradients must be as near to an fp64 computation as
 fla's (at most 1.2 times its error). Times are medians of `triton.testing.do_bench`, which empties the L2 cache before
 every call. Short calls wait for the host, whose time varies by a factor of two within seconds on some machines: they
-are timed in six rounds that take turns with fla's, and the least median counts. "% floor" is the time that reading
-every input and writing every output once takes at the speed of a device-to-device copy, over the measured time:
-forward q, k, v, o; backward q, k, v, do, dq, dk, dv.
+are timed in six rounds that take turns with fla's, and the least median counts. "card" is the time of the card alone,
+from a CUDA graph of the call. "% floor" is the time that reading every input and writing every output once takes at
+the speed of a device-to-device copy, over the measured time: forward q, k, v, o; backward q, k, v, do, dq, dk, dv.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ GATE_LIMIT, GATE_LIMIT_DECAY = 1e-2, 5e-2  # relative error, whatever fla's is
 GRID_BYTES = 8 * 2**30
 SOFTMAX_FLOPS = 1e14
 SHORT, ROUNDS = 2**20, 6  # rows with at most so many (token, head) pairs wait for the host: timed in so many rounds
+PARTS = ("fwd", "bwd", "both", "fwd card", "both card")  # that are compared with fla
 LAYERS = 24  # of the model whose first layer's ALiBi slopes are the fixed decay
 Attention = Callable[["Inputs"], Tensor]
 
@@ -199,6 +200,21 @@ def loop_milliseconds(run: Callable[[], object], count: int = 50) -> float:
     return (time.perf_counter() - begin) / count * 1000
 
 
+def card_milliseconds(run: Callable[[], object], rep: int) -> float:
+    """Of the card alone, by replays of a CUDA graph of the call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        kept = run()
+    found = milliseconds(graph.replay, rep)
+    del kept
+    return found
+
+
 def ceilings(rep: int) -> dict[str, float]:
     """What the card gives to a copy (bytes read and written) and to a matrix product."""
     source = torch.randn(2**29, device=DEVICE, dtype=torch.bfloat16)
@@ -228,6 +244,7 @@ class Timing:
     forward_only: bool = False
     calls: dict[str, Callable[[], object]] = field(default_factory=dict)
     row: dict[str, float | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def round(self, copy: float, rep: int) -> None:
         """Times in ms, % of the floor at `copy` GB/s, memory in MiB."""
@@ -241,12 +258,23 @@ class Timing:
                 self.row[f"{part} % floor"] = 100 * (4 if part == "fwd" else 7) * floor / time
         if self.forward_only:
             return
+        if "fwd card ms" not in self.row:
+            for part in ("fwd", "both"):
+                self.row[f"{part} card ms"] = self.captured(part, rep)
         batch, tokens = self.x.q.shape[:2]
         self.row["both ns/tok"] = self.row["both ms"] / (batch * tokens) * 1e6  # type: ignore[operator]
         loop = loop_milliseconds(self.calls["both"]) if tokens <= 2048 else None
         self.row["loop ms"] = min(loop, self.row.get("loop ms") or math.inf) if loop else None
         if "kept MiB" not in self.row:
             self.row |= memory(self.attention, self.x, self.leaves)
+
+    def captured(self, part: str, rep: int) -> float | None:
+        """None, and a note, if the call cannot be captured."""
+        try:
+            return card_milliseconds(self.calls[part], rep)
+        except RuntimeError as problem:
+            self.notes.append(f"no graph of {part}: {brief(problem)}")
+            return None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -411,6 +439,7 @@ class Session:
                 if not short:
                     timing.calls.clear()  # with the graph that they keep
                     free()
+        self.left_out += [f"{name} at {case}: {note}" for name, timing in timings.items() for note in timing.notes]
         if "sdpa" in timings:
             self.softmax.add(replace(case, decay="none"))
         rows = {name: {n: rounded(value) for n, value in timing.row.items()} for name, timing in timings.items()}
@@ -431,11 +460,8 @@ class Session:
 
     @staticmethod
     def speedups(ours: dict, theirs: dict | None) -> dict[str, float | None]:
-        parts = ("fwd", "bwd", "both")
-        return {
-            f"{p} x fla": rounded(theirs[f"{p} ms"] / ours[f"{p} ms"]) if theirs and f"{p} ms" in theirs else None
-            for p in parts
-        }
+        both = {part: (ours.get(f"{part} ms"), (theirs or {}).get(f"{part} ms")) for part in PARTS}
+        return {f"{part} x fla": rounded(fla / mine) if mine and fla else None for part, (mine, fla) in both.items()}
 
 
 def brief(problem: Exception) -> str:
@@ -573,7 +599,7 @@ def verdicts(rows: list[dict]) -> dict[str, object]:
     """What the rows say together."""
     found: dict[str, object] = {}
     ours = [row for row in rows if row["what"] == "lasp" and row["fwd x fla"] is not None]
-    for part in ("fwd", "bwd", "both"):
+    for part in PARTS:
         ratios = [row[f"{part} x fla"] for row in ours if row[f"{part} x fla"] is not None]
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -582,11 +608,12 @@ def verdicts(rows: list[dict]) -> dict[str, object]:
         slower = [
             f"{part} {row[f'{part} x fla']} at B{row['B']} T{row['T']} H{row['H']} D{row['D']} {row['decay']}"
             for row in ours
-            for part in ("fwd", "bwd", "both")
+            for part in PARTS
             if row[f"{part} x fla"] is not None and row[f"{part} x fla"] < 1
         ]
         found["slower than fla"] = slower
-    flat = [row["both ns/tok"] for row in rows if row["suite"] == "lengths"]
+    lengths = [row for row in rows if row["suite"] == "lengths"]
+    flat = [(row["both card ms"] or row["both ms"]) / (row["B"] * row["T"]) for row in lengths]
     if flat:
         found["time per token, longest over shortest"] = rounded(max(flat) / min(flat))
     return found

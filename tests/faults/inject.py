@@ -196,7 +196,7 @@ def main() -> int:
     detected, left = sum(o.detected for o in outcomes), sum(o.left for o in outcomes)
     took = time.monotonic() - started
     report(
-        f"faults_{options.backend}",
+        f"faults_{given['ranks']}x{options.backend}",
         " ".join(["python tests/faults/inject.py", *sys.argv[1:]]),
         summary(outcomes),
         save=options.save,
