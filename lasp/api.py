@@ -68,7 +68,8 @@ def parallelize(
         strict: refuse a model with a layer that mixes tokens and has no adapter (attention, convolution, recurrence),
             whose result on a slice would be silently wrong.
         validate: "first" compares on all ranks which layers were found, and what each layer is about to compute at its
-            first call and at every 1000th; "off" does not.
+            first call and at every 1000th, and before an optimizer steps how often each layer has exchanged; "off"
+            does not.
         check_finite: every rank raises `FloatingPointError` with the layer's name before an optimizer steps, if the
             state of a split layer, or its gradient, was NaN or Inf on any rank (see `lasp.assert_finite`).
 

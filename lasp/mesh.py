@@ -266,8 +266,9 @@ class SequenceParallel:
         exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", "direct" (ranks of one
             host), or "auto", one of them by a cost model.
         name: the layer, for messages.
-        validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th
-            (see `lasp.agreement`), so that a difference is a `RankMismatchError` on every rank; "off" does not.
+        validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th,
+            and before an optimizer steps how many exchanges they made (see `lasp.agreement`), so that a difference is
+            a `RankMismatchError` on every rank; "off" does not.
         check_finite: raise `FloatingPointError` before the optimizer steps if a state was NaN or Inf
             (see `lasp.assert_finite`).
     """
