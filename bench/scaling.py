@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import plots
@@ -97,6 +97,11 @@ class Trainee(nn.Module):
         return F.cross_entropy(self.head(x).float(), labels, ignore_index=-100, reduction="sum")
 
 
+def in_chunks(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Tensor:
+    """A layer that works token by token, on so many of x [B, T, D] at once, whose inner activations are not kept."""
+    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in x.split(tokens, 1)], 1)  # type: ignore[misc]
+
+
 class Training:
     """A model on this rank's copy of a layout, and its steps. `exchange` None cuts the ranks' sequences apart."""
 
@@ -110,8 +115,10 @@ class Training:
             model = TNL(self.config)
         if exchange is not None:
             lasp.parallelize(model, self.mesh["sp"], exchange=exchange)
-        if options.checkpoint:
-            for block in model.blocks:
+        for block in model.blocks:
+            if options.chunk:
+                block.glu.forward = functools.partial(in_chunks, block.glu.forward, options.chunk)
+            if options.checkpoint:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         trainee = Trainee(model)
         bf16 = torch.bfloat16 if device.type == "cuda" else None
@@ -376,12 +383,13 @@ def main(argv: list[str] | None = None) -> None:
     kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
     parser.add_argument("--exchange", choices=EXCHANGES, default="auto")
     parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="keep all activations")
+    parser.add_argument("--chunk", type=int, help="tokens that a gated linear unit has in memory at once; default: all")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     add_report_arguments(parser)
     options = parser.parse_args(argv)
     env = lasp.init()
-    layouts = choose_layouts(options.mesh, env.world_size, strong=options.strong is not None)
+    layouts = choose_layouts(options.mesh, env.world_size, alone=not (options.strong or options.longest))
     if env.world_size > 1:
         cost.measure(lasp.SequenceParallel(dist.group.WORLD))
     gates = gate(options, layouts, env.device)
@@ -390,7 +398,8 @@ def main(argv: list[str] | None = None) -> None:
     if env.rank:
         return
     facts = {"ranks": env.world_size, "backend": env.backend, "model": options.model, "decay": options.decay}
-    facts |= {"activation checkpointing": options.checkpoint, "steps timed": options.steps}
+    facts |= {"activation checkpointing": options.checkpoint, "chunk of the linear units": options.chunk}
+    facts |= {"steps timed": options.steps}
     facts |= {"load of the host (1 minute)": os.getloadavg()[0]}
     kept = report(
         f"scaling_{name}_{options.model}_{env.world_size}x{env.device.type}",
@@ -407,13 +416,13 @@ def main(argv: list[str] | None = None) -> None:
         plots.draw(kept)
 
 
-def choose_layouts(wanted: Sequence[Layout] | None, world: int, *, strong: bool) -> list[Layout]:
-    """Those asked for, and one rank to compare with (but for a length that one rank need not hold)."""
+def choose_layouts(wanted: Sequence[Layout] | None, world: int, *, alone: bool) -> list[Layout]:
+    """Those asked for; and `alone`, one rank to compare with."""
     layouts = list(wanted or (Layout(1, sp) for sp in range(1, world + 1) if sp & (sp - 1) == 0 and world % sp == 0))
     for layout in layouts:
         if layout.ranks < 1 or world % layout.ranks:
             raise SystemExit(f"--mesh {layout}: {layout.ranks} ranks do not divide {world}")
-    return layouts if strong or Layout(1, 1) in layouts else [Layout(1, 1), *layouts]
+    return [Layout(1, 1), *layouts] if alone and Layout(1, 1) not in layouts else layouts
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup
 
 from lasp import recompute
-from lasp.mesh import PeerError, RankMismatchError, SequenceParallel, group_timeout
+from lasp.mesh import PeerError, RankMismatchError, SequenceParallel, exchanges, group_timeout
 from lasp.optimizers import before_step
 
 EVERY = 1000  # calls of a layer from one comparison to the next
@@ -91,50 +91,59 @@ def of_call(sequence: SequenceParallel | None) -> Agreement:
         return NOT_ASKED
     count = sequence.traffic.calls
     sequence.traffic.calls += 1
-    due = sequence.validate == "first" and count % EVERY == 0
-    if due and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        due = False  # a host that waits would end the capture; the calls that warm up are compared
+    if sequence.validate == "off":
+        return NOT_ASKED
+    before_step(compare_exchanges)
+    due = count % EVERY == 0 and not _capturing()  # the calls that warm up a graph are compared
     return Agreement(sequence, due=due)
-
-
-def note_exchange(sequence: SequenceParallel) -> None:
-    """To be called before each exchange of a layer: `compare_exchanges` will count it."""
-    if sequence.validate == "first" and sequence.size > 1 and sequence not in _counted:
-        _counted[sequence] = _exchanges(sequence)
-        before_step(compare_exchanges)
 
 
 def compare_exchanges() -> None:
     """Raise on every rank if a layer has made more exchanges on one than on another since the last call.
 
     Optimizers call it before they step (all of `torch.optim`, and what derives from it). Only hosts meet here, through
-    the key-value store; no device is waited for.
+    the key-value store; no device is waited for. An optimizer that only some of the ranks step must not do so between
+    an exchange and the next step of all: it would wait for them.
 
     Raises:
         RankMismatchError: naming rank and layer.
         PeerError: a rank did not come within the timeout of its group.
     """
-    made: dict[ProcessGroup, dict[SequenceParallel, tuple[int, ...]]] = {}
-    for sequence, before in _counted.items():
-        assert sequence.group is not None
-        counts = tuple(now - then for now, then in zip(_exchanges(sequence), before))
-        made.setdefault(sequence.group, {})[sequence] = counts
-    _counted.clear()
-    for layers in made.values():
-        usual = _most(list(layers.values()))
-        found = {"forward, backward": usual, "layers": len(layers)}
-        found |= {layer.name: counts for layer, counts in layers.items() if counts != usual}
-        comparison = _Round(replace(next(iter(layers)), name=""), "the step of the optimizer")
-        _raise(comparison.compare({"fields": {"exchanges since the last step": json.dumps(found)}}))
+    if _capturing():
+        return
+    rounds, records = [], []
+    for group, made in list(exchanges.items()):
+        if made and _exists(group):
+            rounds.append(_Round(SequenceParallel(group), "the step of the optimizer"))
+            records.append({"fields": {"exchanges since the last step": json.dumps(_in_short(made))}})
+        made.clear()
+    if not rounds:
+        return
+    with ThreadPoolExecutor(len(rounds)) as pool:  # ranks may know their groups in different orders
+        verdicts = list(pool.map(_Round.compare, rounds, records))
+    for verdict in verdicts:
+        _raise(verdict)
 
 
-_counted: weakref.WeakKeyDictionary[SequenceParallel, tuple[int, int]] = (
-    weakref.WeakKeyDictionary()
-)  # as of the last step
+def _in_short(made: Counter[tuple[str, bool]]) -> dict[str, object]:
+    """What most layers have done, and the layers that have done something else."""
+    layers = {name: (made[name, False], made[name, True]) for name, _ in made}
+    usual = _most(list(layers.values()))
+    odd = {name: counts for name, counts in layers.items() if counts != usual}
+    return {"forward, backward": usual, "layers": len(layers), **odd}
 
 
-def _exchanges(sequence: SequenceParallel) -> tuple[int, int]:
-    return sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges
+def _exists(group: ProcessGroup) -> bool:
+    try:
+        dist.get_rank(group)
+    except ValueError:  # destroyed
+        return False
+    return True
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is captured: a host that waits would end that."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _raise(verdict: dict[str, str], cause: Exception | None = None) -> None:

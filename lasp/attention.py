@@ -13,6 +13,7 @@ a state forgets fast, 2 comes before 1 in forward: the last tokens alone make wh
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import lasp_kernels as kernels
 from lasp import agreement, decay, exchange, finite, recompute
@@ -51,7 +53,9 @@ def linear_attention(
 
     Args:
         q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v (G = 1 is the usual case). Or a
-            function that makes it, with G = 1: it is called while the state travels, for which k and v are enough.
+            function that makes it, with G = 1: it is called while the state travels, for which k and v are enough. It
+            must leave these as they are, and must not exchange anything among the same ranks itself. What it uses
+            gets its gradients as elsewhere, but not through a reentrant checkpoint around this call alone.
         k: [B, T, H, K].
         v: [B, T, H, V]. q, k and v have one float dtype (fp32 may use TF32 as PyTorch's own products do, by
             `torch.set_float32_matmul_precision`). T may differ between ranks, down to zero.
@@ -75,20 +79,25 @@ def linear_attention(
         on every rank) or None. A gradient that ranks give to the final state is summed over them.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, before any communication.
+        ValueError, TypeError: an argument that does not fit, before any communication; a q that a function made, after
+            it, and then the group is usable afterwards.
         RankMismatchError: ranks differ in what they are about to compute, or one of them failed before its exchange;
             on every rank. Compared at the first call of `sequence` and at every 1000th (see `lasp.agreement`).
         PeerError: another rank ended, or was silent for the timeout of the group.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for; an exchange inside the function that makes q.
     """
     if torch.compiler.is_compiling():
-        q = q() if callable(q) else q
+        q = _made(q, k) if callable(q) else q
         q, k, v = _prepare(q, k, v, log_decay, initial_state)
         return _compiled(q, k, v, log_decay, initial_state, scale, output_final_state, layout, sequence, segment_length)
+    alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
+    if not alone and sequence.group in _under_way:  # type: ignore[union-attr]
+        raise RuntimeError("the function that makes q must not exchange anything among the same ranks")
     with agreement.of_call(sequence) as ranks_agree:
-        if callable(q) and ranks_agree.due:  # what ranks compare must be there before they exchange
-            q = q()
-        later, q = (q, k) if callable(q) else (None, q)  # until then the shape of k says it all
+        # What ranks compare must be there before they exchange, and without ranks nothing travels meanwhile.
+        if callable(q) and (ranks_agree.due or alone):
+            q = _made(q, k)
+        later, q = (q, k) if callable(q) else (None, q)  # until it is made the shape of k says it all
         q, k, v = _prepare(q, k, v, log_decay, initial_state)
         kernels.check_inputs(q, k, v, log_decay, segment_length)
         shard = Shard.of(k, layout, sequence)
@@ -96,33 +105,19 @@ def linear_attention(
         ends = initial_state is not None or output_final_state
         rates, grad_mode = decay.host_values(log_decay), torch.is_grad_enabled()
         call = _Call(shard, scale, output_final_state, ends, segment_length, rates, ranks_agree, grad_mode)
-        started = None
+        started: list[_Started] = []  # `_forward` takes it out, and lets go of it when it is done with it
         if later is not None:
             decay_grad = log_decay is not None and log_decay.requires_grad and grad_mode
-            started = _start_forward(k, k, v, log_decay, initial_state, call, decay_grad, at_once=False)
-            q = _made_later(later, k)
+            started.append(_start_forward(k, k, v, log_decay, initial_state, call, decay_grad, at_once=False))
+            q = _made_meanwhile(later, k, started)
         return _LinearAttention.apply(q, k, v, log_decay, initial_state, call, started)  # type: ignore[return-value]
-
-
-def _made_later(make: Callable[[], Tensor], k: Tensor) -> Tensor:
-    q = make()
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q must make a tensor, got {type(q).__name__}")
-    (q,) = _autocast(q)
-    if (q.shape, q.dtype, q.device) != (k.shape, k.dtype, k.device):
-        raise ValueError(
-            f"q must make a tensor like k, {tuple(k.shape)} {k.dtype} on {k.device}, got {tuple(q.shape)} {q.dtype} "
-            f"on {q.device}"
-        )
-    # Backward asks for the steps with this q, and they must cut the tokens as those that k alone gave.
-    return q if q.stride(-1) == 1 and q.stride(1) <= k.stride(1) else q.contiguous()
 
 
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in one dtype, and with a head of k and v for each head of the decay."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state)):
+    for name, x in (("k", k), ("v", v), ("q", q), ("log_decay", log_decay), ("initial_state", initial_state)):
         if not isinstance(x, Tensor) and (name in "qkv" or x is not None):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     q, k, v = _autocast(q, k, v)
@@ -131,6 +126,40 @@ def _prepare(
         if heads == q.shape[2] != k.shape[2] and k.shape[2] and heads % k.shape[2] == 0:
             k, v = (x.repeat_interleave(heads // k.shape[2], 2) for x in (k, v))
     return q, k, v
+
+
+def _made(make: Callable[[], Tensor], k: Tensor) -> Tensor:
+    """The q that a function makes, which must be like k."""
+    q = make()
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must make a tensor, got {type(q).__name__}")
+    if isinstance(k, Tensor):
+        like, (q,) = _autocast(k)[0], _autocast(q)
+        if (q.shape, q.dtype, q.device) != (like.shape, like.dtype, like.device):
+            raise ValueError(
+                f"q must make a tensor like k, {tuple(like.shape)} {like.dtype} on {like.device}, got {tuple(q.shape)} "
+                f"{q.dtype} on {q.device}"
+            )
+    return q
+
+
+def _made_meanwhile(make: Callable[[], Tensor], k: Tensor, started: list[_Started]) -> Tensor:
+    """The same while an exchange is under way, which must come to its end whatever happens here."""
+    group = started[0].group
+    assert group is not None
+    _under_way.add(group)
+    try:
+        q = _made(make, k)
+    except BaseException:
+        started.pop().wait()  # other ranks count on what this one passes on, and its memory is still read
+        raise
+    finally:
+        _under_way.discard(group)
+    # Backward asks for the steps with this q, and they must cut the tokens as those that k alone gave.
+    return q if k.stride(-1) == q.stride(-1) == 1 and q.stride(1) <= k.stride(1) else q.contiguous()
+
+
+_under_way: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()  # whose state travels while q is made
 
 
 @dataclass(frozen=True)
@@ -225,6 +254,7 @@ _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
 class _Started(NamedTuple):
     """A forward whose state travels."""
 
+    group: ProcessGroup | None
     steps: kernels.Steps
     segments: kernels.Segments
     wait: Callable[[], Tensor | None]  # for the state that enters each run
@@ -247,7 +277,8 @@ def _start_forward(
         steps = call.plan(*inputs, decay_grad)
         if sequence is not None:
             sequence.traffic.kernels = kernels.path(*inputs)
-        return _Started(steps, *_segments_and_exchange(steps, inputs, initial_state, call, at_once))
+        group = None if sequence is None else sequence.group
+        return _Started(group, steps, *_segments_and_exchange(steps, inputs, initial_state, call, at_once))
 
 
 def _forward(
@@ -258,13 +289,14 @@ def _forward(
     initial_state: Tensor | None,
     call: _Call,
     needs_grad: tuple[bool, bool],
-    started: _Started | None = None,
+    started: list[_Started] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
-    if started is None:
-        started = _start_forward(q, k, v, log_decay, initial_state, call, needs_grad[1], at_once=True)
-    shard, (steps, segments, wait) = call.shard, started
-    del started
+    begun = started.pop() if started else None
+    if begun is None:
+        begun = _start_forward(q, k, v, log_decay, initial_state, call, needs_grad[1], at_once=True)
+    shard, (_, steps, segments, wait) = call.shard, begun
+    del begun
     with torch.autocast(q.device.type, enabled=False):
         states, final = steps.scan(segments, wait())
         if final is not None:
@@ -447,7 +479,6 @@ def _start(
 ) -> exchange.Pending:
     shard = call.shard
     assert shard.sequence is not None
-    agreement.note_exchange(shard.sequence)
     return exchange.start(
         maps,
         shard.sequence,

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -301,6 +302,13 @@ class SequenceParallel:
         """The number of ranks."""
         return len(self.ranks)
 
+    def count_exchange(self, *, reverse: bool) -> None:
+        """In the layer's traffic, and unless `validate` is "off" among those that ranks compare (`lasp.agreement`)."""
+        self.traffic.forward_exchanges += not reverse
+        self.traffic.reverse_exchanges += reverse
+        if self.group is not None and self.size > 1 and self.validate == "first":
+            exchanges.setdefault(self.group, Counter())[self.name, reverse] += 1
+
     def neighbour(self, offset: int) -> int | None:
         """The rank, as the group counts it, `offset` places further in the sequence; None past an end."""
         place = self.rank + offset
@@ -323,6 +331,8 @@ class SequenceParallel:
         return self  # a copied model is split over the same ranks; process groups cannot be copied
 
 
+# By group, of the layers of a name and in a direction: since an optimizer last stepped.
+exchanges: weakref.WeakKeyDictionary[ProcessGroup, Counter[tuple[str, bool]]] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
 _by_key: weakref.WeakValueDictionary[str, SequenceParallel] = weakref.WeakValueDictionary()
 

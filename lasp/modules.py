@@ -61,7 +61,7 @@ class LightningAttention(nn.Module):
     ) -> Tensor:
         """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.linear_attention`.
 
-        q may be a function that makes it: it is called while the state travels to the next rank.
+        q may be a function that makes it, which is called while the state travels to the next rank.
         """
         if log_decay is None:
             log_decay = self.log_decay(k.device)

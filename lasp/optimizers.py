@@ -13,13 +13,12 @@ _checks: list[Callable[[], None]] = []
 def before_step(check: Callable[[], None]) -> None:
     """Call `check` before every step of an optimizer of `torch.optim`, or of one that derives from them; once each."""
     if not _checks:
-        register_optimizer_step_pre_hook(_call_checks)
+        register_optimizer_step_pre_hook(_call_checks)  # type: ignore[arg-type]
     if check not in _checks:
         _checks.append(check)
 
 
+@torch.compiler.disable  # what asks other ranks cannot be part of a graph
 def _call_checks(*_: object) -> None:
-    if torch.compiler.is_compiling():  # what asks other ranks cannot be part of a graph
-        return
     for check in _checks:
         check()

@@ -1,6 +1,7 @@
 """Ranks that are about to compute different things: every rank raises at once, and the group works afterwards."""
 
 import time
+from collections import Counter
 from datetime import timedelta
 from unittest import mock
 
@@ -15,6 +16,7 @@ from test_attention import check_against_oracle
 import lasp
 from lasp import agreement
 from lasp.agreement import judge
+from lasp.mesh import exchanges
 from lasp_kernels.reference import ChunkedSteps
 
 B, T, H, K, V = 2, 5, 2, 3, 4
@@ -133,13 +135,13 @@ def _leave_out_in_backward(odd):
     model = SmallModel()
     lasp.parallelize(model, mesh_of(sp=3)["sp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    traffic = model.blocks[1].mixer.inner.sequence.traffic
+    sequence = model.blocks[1].mixer.inner.sequence
     places = torch.arange(5) + 5 * rank
 
     def step(left_out):
         optimizer.zero_grad()
         model(torch.full((1, 5), 3), places).square().mean().backward()
-        traffic.reverse_exchanges -= left_out
+        exchanges[sequence.group][sequence.name, True] -= left_out
         optimizer.step()
 
     step(0)
@@ -159,6 +161,27 @@ def _leave_out_in_backward(odd):
 @pytest.mark.parametrize("odd", range(3))
 def test_an_exchange_that_a_rank_left_out_is_noticed_before_the_optimizer_steps(odd):
     run_ranks(3, _leave_out_in_backward, odd)
+
+
+def _two_groups(odd):
+    """Ranks 0, 1 and ranks 1, 2 are groups of their own, and rank 1 compares with both at once."""
+    rank = dist.get_rank()
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [1, 2])]  # collective
+    mine = [lasp.SequenceParallel(group) for n, group in enumerate(groups) if rank in (n, n + 1)]
+    for group in [sequence.group for sequence in (mine if rank else mine[::-1])]:
+        exchanges[group] = Counter({("a", False): 1 + (rank == odd)})
+    with pytest.raises(lasp.RankMismatchError, match="exchanges since the last step"):
+        agreement.compare_exchanges()
+    agreement.compare_exchanges()  # nothing since
+    for group in groups:
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            exchanges[group] = Counter({("a", True): rank})
+            dist.destroy_process_group(group)
+    agreement.compare_exchanges()  # with nobody: these groups are no more
+
+
+def test_exchanges_of_several_groups_are_compared_at_once():
+    run_ranks(3, _two_groups, 1)
 
 
 def _all_fail():

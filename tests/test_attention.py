@@ -1,7 +1,9 @@
 """`lasp.linear_attention` over 1 to 4 ranks against the single-process recurrence in fp64, values and gradients."""
 
 import itertools
+import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from ranks import mesh_of, run_ranks, sequence_of_all
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
+from lasp_kernels.reference import ChunkedSteps
 
 LENGTHS = [
     (70,),
@@ -472,19 +475,64 @@ def test_queries_may_be_made_while_the_state_travels(form):
 
 
 def _wrong_queries_made_later():
-    sequence = lasp.SequenceParallel(dist.group.WORLD, validate="off")
+    """The same error at a compared call and later; the group works afterwards, on every rank."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange="ring", validate="off")
+    x = random_inputs("none", 9 * sequence.size)
     k, v = torch.zeros(1, 5, 2, 3), torch.zeros(1, 5, 2, 4)
-    for q, kind, message in (
-        (k[:, 1:], ValueError, r"q must make a tensor like k, \(1, 5, 2, 3\).*, got \(1, 4, 2, 3\)"),
-        (k.double(), ValueError, "got .*float64"),
-        (None, TypeError, "q must make a tensor, got NoneType"),
-    ):
+
+    def exchanges():
+        return lasp.linear_attention(k, k, v, sequence=sequence)[0]
+
+    def fails():
+        raise KeyError("of the user")
+
+    cases = [
+        (lambda: k[:, 1:], ValueError, r"q must make a tensor like k, \(1, 5, 2, 3\).*, got \(1, 4, 2, 3\)"),
+        (lambda: k.repeat(1, 1, 2, 1), ValueError, r"got \(1, 5, 4, 3\)"),
+        (lambda: k.double(), ValueError, "got .*float64"),
+        (lambda: None, TypeError, "q must make a tensor, got NoneType"),
+        (fails, KeyError, "of the user"),
+    ]
+    if sequence.size > 1:
+        cases.append((exchanges, RuntimeError, "must not exchange"))
+    for make, kind, message in cases:
         with pytest.raises(kind, match=message):
-            lasp.linear_attention(lambda q=q: q, k, v, sequence=sequence)
-    o, _ = lasp.linear_attention(lambda: k, k, v, sequence=sequence)
-    assert not o.any()
+            lasp.linear_attention(make, k, v, sequence=sequence)
+        check_against_oracle(x, (9,) * sequence.size, sequence)
+    compared = lasp.SequenceParallel(dist.group.WORLD)
+    with pytest.raises(lasp.RankMismatchError if sequence.size > 1 else ValueError, match=r"got \(1, 5, 4, 3\)|failed"):
+        lasp.linear_attention(cases[1][0] if sequence.rank == 0 else k, k, v, sequence=compared)
+    with pytest.raises(TypeError, match="k must be a tensor, got int"):
+        lasp.linear_attention(lambda: k, 3, v, sequence=sequence)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 3])
 def test_what_makes_queries_must_make_the_right_ones(world):
     run_ranks(world, _wrong_queries_made_later)
+
+
+def _states_of_segments_live_no_longer():
+    """With a function as with a tensor: they are large."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD, validate="off")
+    x = random_inputs("head", 70)
+    living = []
+
+    def outputs(self, *arguments):
+        living.append(segments() is not None)
+        return original(self, *arguments)
+
+    def states(self, *arguments, **options):
+        nonlocal segments
+        found = make(self, *arguments, **options)
+        segments = weakref.ref(found)
+        return found
+
+    segments, original, make = lambda: None, ChunkedSteps.outputs, ChunkedSteps.segment_states
+    with mock.patch.multiple(ChunkedSteps, outputs=outputs, segment_states=states):
+        for q in (x.q, lambda: x.q):
+            lasp.linear_attention(q, x.k, x.v, log_decay=x.log_decay, sequence=sequence)
+    assert living == [False, False]
+
+
+def test_states_of_segments_are_freed_before_outputs():
+    run_ranks(2, _states_of_segments_live_no_longer)

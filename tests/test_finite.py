@@ -122,6 +122,25 @@ def test_without_an_optimizer():
     run_ranks(2, _bare_operator)
 
 
+def _compiled_step(odd):
+    """The check is no part of the graph, and is not left out either."""
+    rank = dist.get_rank()
+    model = lasp.parallelize(SmallModel(), dist.group.WORLD, check_finite=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    take_step = torch.compile(optimizer.step, backend="eager")
+    before = values(model)
+    if rank == odd:
+        spoil(model.blocks[1].norm, torch.nan, False)
+    model(torch.full((1, T), 3), torch.arange(T) + T * rank).square().mean().backward()
+    with pytest.raises(FloatingPointError, match=r"blocks\.1\.mixer\.inner"):
+        take_step()
+    assert all(torch.equal(x, y) for x, y in zip(values(model), before))
+
+
+def test_a_compiled_step_of_the_optimizer():
+    run_ranks(2, _compiled_step, 0)
+
+
 def _off_and_unrelated():
     rank = dist.get_rank()
     model = lasp.parallelize(SmallModel(), dist.group.WORLD)

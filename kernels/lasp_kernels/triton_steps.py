@@ -31,8 +31,8 @@ MAX_DIM = 256
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
-PIECE = 2048  # tokens of a segment that one program of the state kernel reads, or more:
-PIECES, HEAD_PIECES = 2, 8  # the most of a segment; with a decay per head, where a few heads have all the work
+PIECES = 2  # of a segment, one for each program of the state kernel; with a decay per head, where a few heads have all
+HEAD_PIECES, PIECE = 8, 2048  # the work, up to so many of so many tokens
 END_PIECE = 2048  # where other ranks wait for it (`of_end`), however many
 
 

@@ -73,8 +73,7 @@ def start(
     if reception is not None and reception.result is not None:
         return _Received(reception.result)
     local = local() if callable(local) else local
-    sequence.traffic.forward_exchanges += not reverse
-    sequence.traffic.reverse_exchanges += reverse
+    sequence.count_exchange(reverse=reverse)
     far = local.all_heads if far is None else far
     units, near = units or len(local.state), not far or sequence.size == 2
     choice = _choose(local, sequence, far, units, ragged)
