@@ -18,7 +18,9 @@ def before_step(check: Callable[[], None]) -> None:
         _checks.append(check)
 
 
-@torch.compiler.disable  # what asks other ranks cannot be part of a graph
+# What asks other ranks cannot be part of a graph. (The decorator that torch.optim uses: the public one would import the
+# compiler, and Triton, with this module.)
+@torch._disable_dynamo  # type: ignore[attr-defined,reportPrivateImportUsage]
 def _call_checks(*_: object) -> None:
     for check in _checks:
         check()
