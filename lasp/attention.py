@@ -7,7 +7,8 @@ Forward                                        Backward
   4. states of all segments, outputs             4. wait; dk, dv, d log_decay
 
 The states of step 4 are kept for backward, so there is one exchange in forward and one in backward, and no more. Where
-a state forgets fast, 2 comes before 1 in forward: the last tokens alone make what the next rank waits for.
+a state forgets fast, 2 comes before 1 in forward: the last tokens alone make what the next rank waits for. A q that is
+a function is made between 2 and 3.
 """
 
 from __future__ import annotations
