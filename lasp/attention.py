@@ -17,6 +17,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -106,10 +107,10 @@ def linear_attention(
         ends = initial_state is not None or output_final_state
         rates, grad_mode = decay.host_values(log_decay), torch.is_grad_enabled()
         call = _Call(shard, scale, output_final_state, ends, segment_length, rates, ranks_agree, grad_mode)
-        started: list[_Started] = []  # `_forward` takes it out, and lets go of it when it is done with it
+        decay_grad = log_decay is not None and log_decay.requires_grad and grad_mode
+        # In a list, from which `_forward` takes it, so that it lives no longer than it is needed.
+        started = [_start_forward(q, k, v, log_decay, initial_state, call, decay_grad, at_once=later is None)]
         if later is not None:
-            decay_grad = log_decay is not None and log_decay.requires_grad and grad_mode
-            started.append(_start_forward(k, k, v, log_decay, initial_state, call, decay_grad, at_once=False))
             q = _made_meanwhile(later, k, started)
         return _LinearAttention.apply(q, k, v, log_decay, initial_state, call, started)  # type: ignore[return-value]
 
@@ -150,14 +151,12 @@ def _made_meanwhile(make: Callable[[], Tensor], k: Tensor, started: list[_Starte
     assert group is not None
     _under_way.add(group)
     try:
-        q = _made(make, k)
+        return _made(make, k)
     except BaseException:
         started.pop().wait()  # other ranks count on what this one passes on, and its memory is still read
         raise
     finally:
         _under_way.discard(group)
-    # Backward asks for the steps with this q, and they must cut the tokens as those that k alone gave.
-    return q if k.stride(-1) == q.stride(-1) == 1 and q.stride(1) <= k.stride(1) else q.contiguous()
 
 
 _under_way: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()  # whose state travels while q is made
@@ -214,7 +213,7 @@ class _Call:
         return gathers and self.segment_length is not None and self.shard.layout is None
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
-        """The steps on this device. Forward and backward must ask for the same."""
+        """The steps on this device; the same for the same inputs."""
         return kernels.plan(
             q,
             k,
@@ -274,7 +273,7 @@ def _start_forward(
 ) -> _Started:
     """What forward does before it must wait. Of q only shape and dtype count. `at_once`: it waits next."""
     inputs, sequence = (q, k, v, log_decay), call.shard.sequence
-    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(k.device.type):
         steps = call.plan(*inputs, decay_grad)
         if sequence is not None:
             sequence.traffic.kernels = kernels.path(*inputs)
@@ -283,22 +282,11 @@ def _start_forward(
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    call: _Call,
-    needs_grad: tuple[bool, bool],
-    started: list[_Started] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, call: _Call, started: list[_Started]
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """o, the final state if asked for, and the states that backward needs. `needs_grad`: initial state, decay."""
-    begun = started.pop() if started else None
-    if begun is None:
-        begun = _start_forward(q, k, v, log_decay, initial_state, call, needs_grad[1], at_once=True)
-    shard, (_, steps, segments, wait) = call.shard, begun
-    del begun
-    with torch.autocast(q.device.type, enabled=False):
+    """o, the final state if asked for, and the states that backward needs."""
+    shard, (_, steps, segments, wait) = call.shard, started.pop()
+    with _no_autocast(q.device.type):
         states, final = steps.scan(segments, wait())
         if final is not None:
             finite.note(shard.sequence, final)
@@ -350,13 +338,13 @@ def _backward(
     do: Tensor,
     d_final_state: Tensor | None,
     call: _Call,
+    steps: kernels.Steps,
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and as `needs_grad` says d_initial_state [N, H, K, V] and d_log_decay, both in the state's dtype."""
     shard, scale = call.shard, call.scale
     d_initial = d_decay = None
-    with torch.autocast(q.device.type, enabled=False):
-        steps = call.plan(q, k, v, log_decay, needs_grad[1])
+    with _no_autocast(q.device.type):
         if d_final_state is not None:
             # Ranks add memory to memory, so it must lie in the same way on all of them.
             d_final_state = d_final_state.clone(memory_format=torch.contiguous_format)
@@ -384,7 +372,8 @@ class _LinearAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, initial_state, call, started):
         ctx.call, ctx.needs_grad = call, (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        o, final_state, states = _forward(q, k, v, log_decay, initial_state, call, ctx.needs_grad, started)
+        ctx.steps = started[0].steps
+        o, final_state, states = _forward(q, k, v, log_decay, call, started)
         ctx.save_for_backward(q, k, v, log_decay, states)
         return o, final_state
 
@@ -394,7 +383,7 @@ class _LinearAttention(torch.autograd.Function):
             raise RuntimeError("lasp.linear_attention has no second derivative: call backward without create_graph")
         q, k, v, log_decay, states = ctx.saved_tensors
         dq, dk, dv, d_initial, d_decay = _backward(
-            q, k, v, log_decay, states, do, d_final_state, ctx.call, ctx.needs_grad
+            q, k, v, log_decay, states, do, d_final_state, ctx.call, ctx.steps, ctx.needs_grad
         )
         d_initial = None if d_initial is None else d_initial.to(ctx.initial_dtype)
         d_decay = None if d_decay is None else d_decay.to(log_decay.dtype)
@@ -548,6 +537,11 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    """Inside, everything is computed in its own dtype. (PyTorch's context takes long where there is nothing to do.)"""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _check_initial_state(initial_state: Tensor | None, k: Tensor, v: Tensor, shard: Shard) -> None:

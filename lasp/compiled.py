@@ -59,8 +59,8 @@ def linear_attention(
         layout = (lengths, cu_seqlens, sequence, segment_length)
         call = _call(k, scale, output_final_state, ends, *layout, log_decay, ranks_agree)
         attention._check_initial_state(initial_state, k, v, call.shard)
-        needs_grad = (initial_grad, decay_grad)
-        o, final_state, states = attention._forward(q, k, v, log_decay, initial_state, call, needs_grad)
+        started = [attention._start_forward(q, k, v, log_decay, initial_state, call, decay_grad, at_once=True)]
+        o, final_state, states = attention._forward(q, k, v, log_decay, call, started)
     return o.contiguous(), states.new_empty(0) if final_state is None else final_state, states
 
 
@@ -107,9 +107,9 @@ def linear_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gradients of the initial state and of log_decay, empty where not asked for."""
     call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
-    needs_grad = (initial_grad, decay_grad)
+    steps, needs_grad = call.plan(q, k, v, log_decay, decay_grad), (initial_grad, decay_grad)
     *gradients, d_initial, d_decay = attention._backward(
-        q, k, v, log_decay, states, do, d_final_state, call, needs_grad
+        q, k, v, log_decay, states, do, d_final_state, call, steps, needs_grad
     )
     dq, dk, dv = (x.contiguous() for x in gradients)  # as the compiler was told
     d_initial, d_decay = (states.new_empty(0) if x is None else x.contiguous() for x in (d_initial, d_decay))
