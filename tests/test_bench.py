@@ -379,3 +379,64 @@ def test_a_step_is_timed_from_the_end_of_the_one_before_and_nothing_waits_betwee
     assert ranks.barrier.call_count == 2
     assert seconds == 2.0
     assert peak is None
+
+
+# ---- kernels.py, without a card
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    """The script, with a session whose peer is our own reference, and times that are made up."""
+    import kernels
+
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(kernels, "loop_milliseconds", lambda run: run() and 1.0)
+    monkeypatch.setitem(kernels.ATTENTIONS, "fla", kernels.oracle)
+    session = kernels.Session(budget=1e9, rep=6, peer_limit=60.0, peers={"fla"}, limits={"copy GB/s": 1e-3})
+    return kernels, session
+
+
+def test_the_least_of_several_rounds_counts(kernels_on_cpu, monkeypatch):
+    kernels, session = kernels_on_cpu
+    times = iter([1.0 + (n * 7) % 5 for n in range(1000)])  # 1, 3, 5, 2, 4, 1, ...
+    monkeypatch.setattr(kernels, "milliseconds", lambda run, rep: (run(), next(times))[1])
+    monkeypatch.setattr(kernels, "card_milliseconds", lambda run, rep: (run(), 0.5)[1])
+    session.time("grid", kernels.Case(1, 64, 2, 16, "fixed"), ("lasp", "fla"))
+    assert (session.failed, session.left_out) == ([], [])
+    assert [row["what"] for row in session.rows] == ["lasp", "fla"]
+    for row in session.rows:  # 6 rounds of 3 measurements see every time
+        assert (row["fwd ms"], row["bwd ms"], row["both ms"], row["fwd card ms"]) == (1.0, 1.0, 1.0, 0.5)
+        assert row["fwd % floor"] == pytest.approx(4 * 100 * 64 * 2 * 16 * 2 / 1e-3 / 1e6, rel=1e-3)
+    ours = session.rows[0]
+    assert (ours["fwd x fla"], ours["both card x fla"], session.rows[1]["fwd x fla"]) == (1.0, 1.0, None)
+    assert kernels.verdicts(session.rows)["slower than fla"] == []
+
+
+@pytest.mark.parametrize("broken", ["lasp", "fla"])
+def test_a_row_that_fails_is_told_and_leaves_the_others(kernels_on_cpu, monkeypatch, broken):
+    kernels, session = kernels_on_cpu
+    rounds = []
+
+    def milliseconds(run, rep):
+        rounds.append(run())
+        if len(rounds) == (7 if broken == "lasp" else 10):  # in the second round
+            raise RuntimeError("out of order")
+        return 1.0
+
+    def no_graph(run, rep):
+        raise RuntimeError("cannot be captured")
+
+    monkeypatch.setattr(kernels, "milliseconds", milliseconds)
+    monkeypatch.setattr(kernels, "card_milliseconds", no_graph)
+    session.time("grid", kernels.Case(1, 64, 2, 16, "none"), ("lasp", "fla"))
+    [row] = session.rows
+    assert row["what"] == ("fla" if broken == "lasp" else "lasp")
+    assert row["fwd card ms"] is None
+    told = session.failed if broken == "lasp" else session.left_out
+    assert any("out of order" in text for text in told)
+    assert any("cannot be captured" in text for text in session.left_out)
+    assert (("fla", "none", 16) in session.dropped) == (broken == "fla")
