@@ -335,7 +335,7 @@ def longest(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
         tried = [measure(options, layout, tokens, device, compare=False) for tokens in sorted(options.tokens)[-2:]]
         if len(tried) < 2:
             raise SystemExit("--longest needs two lengths in --tokens")
-        tokens = int(fitting_tokens(tried, 0.8 * capacity(device)) // 1024 * 1024)
+        tokens = int(fitting_tokens(tried, options.fill * capacity(device)) // 1024 * 1024)
         rows.append(measure(options, layout, tokens, device, compare=False) | {"% of ideal": None})
     return rows
 
@@ -381,6 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--strong", type=int, metavar="TOKENS", help="one length of sequence over more and more ranks")
     kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
+    parser.add_argument("--fill", type=float, default=0.8, help="--longest: the share of the memory to be used")
     parser.add_argument("--exchange", choices=EXCHANGES, default="auto")
     parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="keep all activations")
     parser.add_argument("--chunk", type=int, help="tokens that a gated linear unit has in memory at once; default: all")
