@@ -111,7 +111,7 @@ def linear_attention(
         # In a list, from which `_forward` takes it, so that it lives no longer than it is needed.
         started = [_start_forward(q, k, v, log_decay, initial_state, call, decay_grad, at_once=later is None)]
         if later is not None:
-            q = _made_meanwhile(later, k, started)
+            q = _made_meanwhile(later, k, started, shard.sequence)
         return _LinearAttention.apply(q, k, v, log_decay, initial_state, call, started)  # type: ignore[return-value]
 
 
@@ -145,18 +145,20 @@ def _made(make: Callable[[], Tensor], k: Tensor) -> Tensor:
     return q
 
 
-def _made_meanwhile(make: Callable[[], Tensor], k: Tensor, started: list[_Started]) -> Tensor:
+def _made_meanwhile(
+    make: Callable[[], Tensor], k: Tensor, started: list[_Started], sequence: SequenceParallel | None
+) -> Tensor:
     """The same while an exchange is under way, which must come to its end whatever happens here."""
-    group = started[0].group
-    assert group is not None
-    _under_way.add(group)
+    assert sequence is not None
+    assert sequence.group is not None
+    _under_way.add(sequence.group)
     try:
         return _made(make, k)
     except BaseException:
         started.pop().wait()  # other ranks count on what this one passes on, and its memory is still read
         raise
     finally:
-        _under_way.discard(group)
+        _under_way.discard(sequence.group)
 
 
 _under_way: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()  # whose state travels while q is made
@@ -254,7 +256,6 @@ _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
 class _Started(NamedTuple):
     """A forward whose state travels."""
 
-    group: ProcessGroup | None
     steps: kernels.Steps
     segments: kernels.Segments
     wait: Callable[[], Tensor | None]  # for the state that enters each run
@@ -277,15 +278,14 @@ def _start_forward(
         steps = call.plan(*inputs, decay_grad)
         if sequence is not None:
             sequence.traffic.kernels = kernels.path(*inputs)
-        group = None if sequence is None else sequence.group
-        return _Started(group, steps, *_segments_and_exchange(steps, inputs, initial_state, call, at_once))
+        return _Started(steps, *_segments_and_exchange(steps, inputs, initial_state, call, at_once))
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, call: _Call, started: list[_Started]
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """o, the final state if asked for, and the states that backward needs."""
-    shard, (_, steps, segments, wait) = call.shard, started.pop()
+    shard, (steps, segments, wait) = call.shard, started.pop()
     with _no_autocast(q.device.type):
         states, final = steps.scan(segments, wait())
         if final is not None:
