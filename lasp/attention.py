@@ -478,6 +478,7 @@ def _start(
         units=units,
         ragged=call.segment_length is not None and shard.layout is None,
         at_once=at_once,
+        borrow=True,
     )
 
 

@@ -52,6 +52,7 @@ def start(
     units: int | None = None,
     ragged: bool = False,
     at_once: bool = False,
+    borrow: bool = False,
 ) -> Pending:
     """Begin to send what this rank's tokens do to a state; `wait()` gives the state that enters them.
 
@@ -66,8 +67,8 @@ def start(
         far: the heads that must go through the chain (see `horizon`); None is all. The others go to the neighbour.
         units: the most maps that any rank has, for messages that are equally long; None if all have as many as this.
         ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no such messages.
-        at_once: the caller computes nothing before it waits, and uses what enters before it starts another exchange: it
-            may lie in the memory of another rank.
+        at_once: the caller computes nothing before it waits.
+        borrow: the caller uses what enters before it starts another exchange: it may lie in the memory of another rank.
     """
     reception = None if reverse else recompute.reception(sequence.key)
     if reception is not None and reception.result is not None:
@@ -85,7 +86,7 @@ def start(
     traffic.schedule, traffic.blocks, traffic.predicted_seconds = choice.schedule, choice.blocks, choice.seconds
     if board is not None:
         turn, first = Turn(board, sequence, reverse), sequence.neighbour(1 if reverse else -1) is None
-        borrow = at_once and not (reception is not None and reception.kept)
+        borrow = borrow and not (reception is not None and reception.kept)
         schedule = direct(local, turn, fold, units, near=near, borrow=borrow)
         # The first rank waits for nobody, so its own stream should not wait for the others to meet.
         pending = _queue(schedule, [turn], local, beside=first or not at_once)
