@@ -167,6 +167,19 @@ def test_head_dims(K, V):
     assert_near(actual, expected, TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("aligned", [True, False])  # whether the copy engine can move its tiles
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("form", ["none", "fixed", "token"])
+def test_wide_heads_fit_shared_memory(form, groups, aligned):
+    """With the gradient of the decay, whose row sums take more of it."""
+    q, do = (random(1, 1500, 2 * groups, 256, seed=seed) for seed in (0, 3))
+    k, v = (random(1, 1500, 2, 256 + 8 * aligned + (not aligned), seed=seed)[..., :256] for seed in (1, 2))
+    decay = {"none": None, "fixed": fixed_decay(2), "token": token_decay(1, 1500, 2)}[form]
+    actual, _ = step(lasp.linear_attention, [q, k, v, decay], do)
+    expected, _ = exact_step([q, k, v, decay], do)
+    assert_near(actual, expected, TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("form", ["fixed", "token"])
 def test_packed(form):
     bounds = (0, 1, 1, 700, 2048, 5000)

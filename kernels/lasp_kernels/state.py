@@ -181,7 +181,7 @@ def segment_state_kernel(
 def scan_kernel(
     G, ENTERING, PIECES, TOTAL, STATE, END, LOG_END, TABLE, RUNS,
     T, segment_length, segments, slots, H, piece_length, pieces, skipped, SIZE,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Fold the segments of one run into ENTERING [N, H, SIZE] -> END, and keep each border in STATE.
 
@@ -207,33 +207,41 @@ def scan_kernel(
         s = tl.load(ENTERING + tl.program_id(0).to(tl.int64) * SIZE + j, mask=mask, other=0.0)
     log_end = 0.0
     folded = high - low - skipped
-    # One loop over the pieces of all segments, so that their loads run ahead of the chain of products.
-    for i in tl.range(0, folded * pieces, num_stages=8):
-        segment = high - 1 - i // pieces if REVERSE else low + i // pieces
-        piece = pieces - 1 - i % pieces  # the nearest to the border last
+    chunks = tl.cdiv(pieces, CHUNK)
+    # One loop over the pieces of all segments, so that their loads run ahead of the chain of products; and a chunk of
+    # pieces at once, since the chain is what takes long.
+    for i in tl.range(0, folded * chunks, num_stages=4):
+        segment = high - 1 - i // chunks if REVERSE else low + i // chunks
+        nearest = (chunks - 1 - i % chunks) * CHUNK  # the chunk nearest to the border last
         if STATE is not None:
             border = segment + 1 if REVERSE else segment
-            tl.store(STATE + (base + border) * SIZE + j, s, mask=j < tl.where(piece == pieces - 1, SIZE, 0))
+            tl.store(STATE + (base + border) * SIZE + j, s, mask=j < tl.where(i % chunks == 0, SIZE, 0))
         first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
         n = end - first
         far = n
         if DECAY == HEAD_DECAY:
             far = reach_of_decay(g, n)
         used = tl.cdiv(far, piece_length)
+        piece = nearest + tl.arange(0, CHUNK)
         at = (head * segments + segment) * pieces + piece
-        local = tl.load(PIECES + at * SIZE + j, mask=j < tl.where(piece < used, SIZE, 0), other=0.0)
+        valid = (piece < used)[:, None] & mask[None, :]
+        local = tl.load(PIECES + at[:, None] * SIZE + j[None, :], mask=valid, other=0.0)
         if DECAY == HEAD_DECAY:
-            # The tokens of pieces that no one computed come with the farthest that was.
-            border_of_piece = tl.where(piece == used - 1, n, tl.minimum(n, (piece + 1) * piece_length))
-            passed = tl.where(piece < used, border_of_piece - piece * piece_length, 0)
-            log_end += g * passed
-            s = advance(s, g * passed, local)
+            # The tokens of pieces that no one computed come with the farthest chunk that has one.
+            behind = tl.where(nearest + CHUNK >= used, n, tl.minimum(n, (nearest + CHUNK) * piece_length))
+            log_total = g * tl.where(nearest < used, behind - nearest * piece_length, 0)
+            local = local * tl.exp(g * ((piece - nearest) * piece_length))[:, None]
         elif DECAY == TOKEN_DECAY:
-            log_total = tl.load(TOTAL + at, mask=piece < used, other=0.0)
+            log_total = tl.sum(tl.load(TOTAL + at, mask=piece < used, other=0.0), 0)
+            # Of all nearer ones: not a difference of sums, which would lose digits to strong decays.
+            nearer = tl.load(TOTAL + at - 1, mask=(piece > nearest) & (piece < used), other=0.0)
+            local = local * tl.exp(tl.cumsum(nearer, 0))[:, None]
+        local = tl.sum(local, 0)
+        if DECAY == NO_DECAY:
+            s = s + local
+        else:
             log_end += log_total
             s = advance(s, log_total, local)
-        else:
-            s = s + local
     if STATE is not None:
         border = high - folded if REVERSE else low + folded
         tl.store(STATE + (base + border) * SIZE + j, s, mask=mask)

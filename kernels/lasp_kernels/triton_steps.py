@@ -13,7 +13,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -50,12 +50,13 @@ class Config:
 # By kernel: for 2-byte inputs whose contracted dim is <= 128, or more; then the same for 4-byte inputs.
 # A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
-NARROW, WIDE, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 64, 8, 2), Config(16, 0, 32, 8, 2),
+NARROW, WIDE, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(16, 0, 32, 8, 2),
                                  Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
     "state": (Config(64, 128, 64, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
     "end": (Config(64, 64, 64, 4, 4),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,  # more programs, for `of_end`
     "walk": (NARROW, WIDE, FP32, FP32_WIDE),
+    "summing walk": (NARROW, Config(64, 0, 64, 4, 2), FP32, FP32_WIDE),  # whose row sums need another tile in memory
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
 }
 
@@ -69,13 +70,10 @@ def _config(name: str, dim: int, itemsize: int) -> Config:
 
 
 @lru_cache
-def _blocks(contracted: int, width: int, itemsize: int) -> tuple[Config, int, int]:
+def _blocks(contracted: int, width: int, itemsize: int, sums: bool) -> tuple[Config, int, int]:
     """How a walk runs, the columns of z (of `width`) that one program takes, and the number of such blocks."""
-    config = _config("walk", contracted, itemsize)
+    config = _config("summing walk" if sums else "walk", contracted, itemsize)
     columns = min(config.columns, _power_of_two(width))
-    if itemsize == 2 and _power_of_two(contracted) * columns <= 128 * 64:
-        # A small state needs no more warps; and Triton 3.6 addresses shared memory wrongly for 8 with 16 columns.
-        config = replace(config, warps=4)
     return config, columns, -(-width // columns)
 
 
@@ -227,6 +225,7 @@ class TritonSteps:
         self.groups = inputs.q[2] // self.heads
         self.device, self.input_dtype, self.dtype = inputs.device, inputs.dtype, torch.float32
         self._decay = 0 if inputs.decay is None else {1: 1, 3: 2}[inputs.decay[0]]
+        self._most_pieces = HEAD_PIECES if self._decay == 1 else PIECES  # of a segment
         self._keep_rows = inputs.decay_gradient and self._decay == 2
         self._rows: dict[str, Tensor] = {}
         self._launches: dict[tuple, _Launch] = {}
@@ -283,8 +282,7 @@ class TritonSteps:
         given = self._inputs.piece_length or self._inputs.segment_length
         if given:
             return given
-        most = HEAD_PIECES if self._decay == 1 else PIECES
-        pieces = min(most, max(PIECES, self._segment_length // PIECE))
+        pieces = min(self._most_pieces, max(PIECES, self._segment_length // PIECE))
         return -(-self._segment_length // (64 * pieces)) * 64
 
     def _pack(self, bounds: tuple[int, ...]) -> None:
@@ -479,7 +477,8 @@ class TritonSteps:
             return _Launch(
                 scan_kernel, (self.runs * self.heads, -(-size // block)),
                 (*self._sizes(), self._piece_length, self._pieces, skipped, size),
-                DECAY=self._decay, REVERSE=reverse, PACKED=self._bounds is not None, BLOCK=block, num_warps=4,
+                DECAY=self._decay, REVERSE=reverse, PACKED=self._bounds is not None, CHUNK=self._most_pieces,
+                BLOCK=block, num_warps=4,
             )  # fmt: skip
 
         buffers = (segments.pieces, segments.log_total, states, end, log_end, self._table, self._run_starts)
@@ -545,9 +544,9 @@ class TritonSteps:
         """The outputs, or dq, by the walk of output.py: [B, T, heads of x, columns of z]."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
-        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size())
-        sums = None
-        if self._keep_rows and transposed:
+        sums, summing = None, self._keep_rows and transposed
+        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size(), summing)
+        if summing:
             assert w is not None
             w = self._addressable(w)
             self._rows["dq"] = sums = self._row_sums(2, blocks, x.shape[2])
@@ -587,9 +586,9 @@ class TritonSteps:
         """dv or dk into `out` by the walk of gradient.py, or with `pair`, the other's x and out, both."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         x2, out2 = (x, out) if pair is None else (self._addressable(pair[0]), pair[1])
-        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size())
-        sums = None
-        if self._keep_rows and transposed:
+        sums, summing = None, self._keep_rows and transposed
+        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size(), summing)
+        if summing:
             assert w is not None
             w = self._addressable(w)
             self._rows["dk"] = sums = self._row_sums(1, blocks, self.heads)
