@@ -126,6 +126,7 @@ def main() -> None:
                 end = max(x["start"] + x["us"] for x in kernels)
                 print(f"{name}, rank {rank}: {len(kernels)} kernels, {end:.0f} us")
             if options.save:
+                options.out.mkdir(parents=True, exist_ok=True)
                 path = options.out / f"overlap_{name}.json"
                 path.write_text(json.dumps(result) + "\n")
                 draw(result, path.with_suffix(".png"))

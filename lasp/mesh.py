@@ -240,7 +240,12 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
         raise ValueError(f"{sizes} does not divide {world} ranks")
     shape = tuple(world // known if size == -1 else size for size in sizes.values())
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
+    if device_type == "cuda":
+        # To make a communicator, and for its first message, NCCL waits on the host and without a timeout. Later a rank
+        # might come alone, since the others have failed, and would never end.
+        dist.all_reduce(torch.zeros(1, device=device_type), group=grad_group(mesh)[0])
+    return mesh
 
 
 @dataclass

@@ -29,6 +29,7 @@ from lasp_kernels.state import fold_kernel, scan_kernel, segment_state_kernel
 
 MAX_DIM = 256
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
+MIN_PAIR = 2048  # tokens that are cut in two
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
 PIECES = 2  # of a segment, one for each program of the state kernel; with a decay per head, where a few heads have all
@@ -50,13 +51,15 @@ class Config:
 # By kernel: for 2-byte inputs whose contracted dim is <= 128, or more; then the same for 4-byte inputs.
 # A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
-NARROW, WIDE, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(16, 0, 32, 8, 2),
-                                 Config(16, 0, 16, 8, 2))  # fmt: skip
+# Two stages of wide heads are for cards with less of it, and for row sums, which need another tile; and with a decay
+# per token fewer blocks of columns work out the decays between a tile's tokens, which takes as long as the rest.
+NARROW, WIDE, WIDE_SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
+                                             Config(16, 0, 32, 8, 2), Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
     "state": (Config(64, 128, 64, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
     "end": (Config(64, 64, 64, 4, 4),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,  # more programs, for `of_end`
     "walk": (NARROW, WIDE, FP32, FP32_WIDE),
-    "summing walk": (NARROW, Config(64, 0, 64, 4, 2), FP32, FP32_WIDE),  # whose row sums need another tile in memory
+    "short walk": (NARROW, WIDE_SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
 }
 
@@ -70,9 +73,9 @@ def _config(name: str, dim: int, itemsize: int) -> Config:
 
 
 @lru_cache
-def _blocks(contracted: int, width: int, itemsize: int, sums: bool) -> tuple[Config, int, int]:
+def _blocks(name: str, contracted: int, width: int, itemsize: int) -> tuple[Config, int, int]:
     """How a walk runs, the columns of z (of `width`) that one program takes, and the number of such blocks."""
-    config = _config("summing walk" if sums else "walk", contracted, itemsize)
+    config = _config(name, contracted, itemsize)
     columns = min(config.columns, _power_of_two(width))
     return config, columns, -(-width // columns)
 
@@ -225,6 +228,7 @@ class TritonSteps:
         self.groups = inputs.q[2] // self.heads
         self.device, self.input_dtype, self.dtype = inputs.device, inputs.dtype, torch.float32
         self._decay = 0 if inputs.decay is None else {1: 1, 3: 2}[inputs.decay[0]]
+        self._tma = _has_tma(self.device)
         self._most_pieces = HEAD_PIECES if self._decay == 1 else PIECES  # of a segment
         self._keep_rows = inputs.decay_gradient and self._decay == 2
         self._rows: dict[str, Tensor] = {}
@@ -252,15 +256,15 @@ class TritonSteps:
         self._skipped = 0 if inputs.ends else self._skippable
         if self._skipped and self.segments == 1:  # nothing enters it, nothing leaves it
             self.slots = 0
-        self._tma = _has_tma(self.device)
 
     def _choose_segment_length(self) -> int:
         """As long as it may be, for a state kernel that reads little, with a program of a walk on every processor.
 
         Where their number is a little more than a multiple of the processors, the last ones would run almost alone:
-        then rather more and shorter segments.
+        then rather more and shorter segments. Two short ones are slower than one, which needs neither states nor scan.
         """
-        columns = _config("walk", max(self.key_dim, self.value_dim), self.input_dtype.itemsize).columns
+        name = "short walk" if self._decay == 2 or not self._tma else "walk"
+        columns = _config(name, max(self.key_dim, self.value_dim), self.input_dtype.itemsize).columns
         programs = max(1, self.batch * self.heads * self.groups * -(-self.value_dim // columns))
         programs *= 2 if self._inputs.for_keys else 1
         processors = _processors(self.device)
@@ -275,6 +279,9 @@ class TritonSteps:
             token_bytes = (2 * self.key_dim + self.value_dim) * self.input_dtype.itemsize
             state_bytes = 4 * self.key_dim * self.value_dim
             length = min(length, max(DECAY_SEGMENT, math.ceil(state_bytes / (STATE_SHARE * token_bytes))))
+        alone = not (self._inputs.ends or self._inputs.decay_gradient or self._inputs.bounds)
+        if alone and length < self.tokens < MIN_PAIR and self.tokens <= 2 * length:
+            length = self.tokens
         return -(-length // 64) * 64
 
     def _choose_piece_length(self) -> int:
@@ -544,9 +551,10 @@ class TritonSteps:
         """The outputs, or dq, by the walk of output.py: [B, T, heads of x, columns of z]."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
-        sums, summing = None, self._keep_rows and transposed
-        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size(), summing)
-        if summing:
+        tiles = (x, y, z, out)
+        config, columns, blocks = _blocks(self._walk(tiles), y.shape[-1], z.shape[-1], y.element_size())
+        sums = None
+        if self._keep_rows and transposed:
             assert w is not None
             w = self._addressable(w)
             self._rows["dq"] = sums = self._row_sums(2, blocks, x.shape[2])
@@ -562,7 +570,7 @@ class TritonSteps:
                 forward_walk_kernel, (blocks * self.batch * x.shape[2] * self.segments, 1), numbers,
                 DY=y.shape[-1], DZ=z.shape[-1], BY=_power_of_two(y.shape[-1]), BZ=columns, C=config.tile,
                 GROUP=self.groups, TRANSPOSED=transposed, SUM_ROWS=w is not None,
-                TMA=self._tma and all(map(_fits_tma, (x, y, z, out))), **self._flags(config),
+                TMA=self._moves(tiles), **self._flags(config),
             )  # fmt: skip
 
         inputs = (x, y, z, w, log_decay, states)
@@ -586,9 +594,11 @@ class TritonSteps:
         """dv or dk into `out` by the walk of gradient.py, or with `pair`, the other's x and out, both."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         x2, out2 = (x, out) if pair is None else (self._addressable(pair[0]), pair[1])
-        sums, summing = None, self._keep_rows and transposed
-        config, columns, blocks = _blocks(y.shape[-1], z.shape[-1], y.element_size(), summing)
-        if summing:
+        tiles = (x, x2, y, z, out, out2)
+        name = self._walk(tiles, groups=self.groups)
+        config, columns, blocks = _blocks(name, y.shape[-1], z.shape[-1], y.element_size())
+        sums = None
+        if self._keep_rows and transposed:
             assert w is not None
             w = self._addressable(w)
             self._rows["dk"] = sums = self._row_sums(1, blocks, self.heads)
@@ -605,8 +615,7 @@ class TritonSteps:
                 backward_walk_kernel, (programs, 1), numbers,
                 DY=y.shape[-1], DZ=z.shape[-1], BY=_power_of_two(y.shape[-1]), BZ=columns, C=config.tile,
                 GROUP=self.groups, TRANSPOSED=transposed, PAIRED=pair is not None, SUM_ROWS=w is not None,
-                TMA=self._tma and self.groups == 1 and all(map(_fits_tma, (x, x2, y, z, out, out2))),
-                **self._flags(config),
+                TMA=self.groups == 1 and self._moves(tiles), **self._flags(config),
             )  # fmt: skip
 
         inputs = (x, x2, y, z, w, log_decay, d_states)
@@ -676,6 +685,15 @@ class TritonSteps:
 
         self._start("head decay", (q, k, v, do, log_decay, states, d_states), (parts, self._table), prepare, scale)
         return parts.sum((0, 1, 2, 4))
+
+    def _moves(self, tiles: tuple[Tensor, ...]) -> bool:
+        """Whether TMA can move them."""
+        return self._tma and all(map(_fits_tma, tiles))
+
+    def _walk(self, tiles: tuple[Tensor, ...], *, groups: int = 1) -> str:
+        """The name of the settings of a walk; in the one backwards TMA moves no `groups`."""
+        wide = max(self.key_dim, self.value_dim) > 128  # else it is all one, and the host has less to do
+        return "short walk" if self._decay == 2 or (wide and (groups > 1 or not self._moves(tiles))) else "walk"
 
     def _addressable(self, x: Tensor) -> Tensor:
         """As it is, unless its last dim has gaps or its segments are too far apart for 32 bits."""
