@@ -402,18 +402,28 @@ def kernels_on_cpu(monkeypatch):
 
 def test_the_least_of_several_rounds_counts(kernels_on_cpu, monkeypatch):
     kernels, session = kernels_on_cpu
-    times = iter([1.0 + (n * 7) % 5 for n in range(1000)])  # 1, 3, 5, 2, 4, 1, ...
+    times = iter([0.25 * (1 + (n * 7) % 5) for n in range(1000)])  # 0.25, 0.75, 1.25, 0.5, 1, 0.25, ...
     monkeypatch.setattr(kernels, "milliseconds", lambda run, rep: (run(), next(times))[1])
     monkeypatch.setattr(kernels, "card_milliseconds", lambda run, rep: (run(), 0.5)[1])
     session.time("grid", kernels.Case(1, 64, 2, 16, "fixed"), ("lasp", "fla"))
     assert (session.failed, session.left_out) == ([], [])
     assert [row["what"] for row in session.rows] == ["lasp", "fla"]
     for row in session.rows:  # 6 rounds of 3 measurements see every time
-        assert (row["fwd ms"], row["bwd ms"], row["both ms"], row["fwd card ms"]) == (1.0, 1.0, 1.0, 0.5)
-        assert row["fwd % floor"] == pytest.approx(4 * 100 * 64 * 2 * 16 * 2 / 1e-3 / 1e6, rel=1e-3)
+        assert (row["fwd ms"], row["bwd ms"], row["both ms"], row["fwd card ms"]) == (0.25, 0.25, 0.25, 0.5)
+        assert row["fwd % floor"] == pytest.approx(4 * 100 * 64 * 2 * 16 * 2 / 1e-3 / 1e6 / 0.25, rel=1e-3)
     ours = session.rows[0]
     assert (ours["fwd x fla"], ours["both card x fla"], session.rows[1]["fwd x fla"]) == (1.0, 1.0, None)
     assert kernels.verdicts(session.rows)["slower than fla"] == []
+
+
+def test_only_short_calls_are_captured(kernels_on_cpu, monkeypatch):
+    kernels, session = kernels_on_cpu
+    times = iter([1.0, 3.0, 4.0] * kernels.ROUNDS)  # ms of forward, backward and both
+    monkeypatch.setattr(kernels, "milliseconds", lambda run, rep: (run(), next(times))[1])
+    monkeypatch.setattr(kernels, "card_milliseconds", lambda run, rep: 0.5)
+    session.time("grid", kernels.Case(1, 64, 2, 16, "none"), ("lasp",))
+    [row] = session.rows
+    assert (row["fwd card ms"], row["both card ms"]) == (0.5, None)
 
 
 @pytest.mark.parametrize("broken", ["lasp", "fla"])

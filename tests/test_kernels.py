@@ -250,6 +250,18 @@ def test_gradients_of_keys_have_segments_of_their_own(form, ends):
         assert steps.of_keys() is steps
 
 
+@pytest.mark.parametrize(("T", "H", "alone", "among_ranks"), [(500, 1, 1, 2), (500, 4, 1, 2), (1000, 1, 4, 4)])
+def test_two_short_segments_are_one_where_that_needs_no_state(monkeypatch, T, H, alone, among_ranks):
+    monkeypatch.setattr(triton_steps, "_processors", lambda device: 8)
+    triton_steps._shared_steps.cache_clear()
+    x = on_device(random_inputs("none", T, B=1, H=H, K=16, V=16, state=False), torch.float32)
+    found = [TritonSteps.of(x.q, x.k, x.v, None, ends=ends) for ends in (False, True)]
+    assert [steps.segments for steps in found] == [alone, among_ranks]
+    assert [steps.slots for steps in found] == [alone + 1 if alone > 1 else 0, among_ranks + 1]
+    assert TritonSteps.of(x.q, x.k, x.v, None, ends=False, decay_gradient=True).segments == among_ranks
+    triton_steps._shared_steps.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("form", "dtype", "K", "match"),
     [
