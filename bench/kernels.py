@@ -427,7 +427,11 @@ class Session:
     def time(self, suite: str, case: Case, names: tuple[str, ...]) -> None:
         """A row for each attention; ours has the speedups over fla."""
         say(f"{suite}: {case}")
-        x = Inputs.random(case)
+        try:
+            x = Inputs.random(case)
+        except torch.OutOfMemoryError as problem:  # the rows before it are not lost
+            self.failed_to_time(suite, "lasp", case, problem)
+            return free()
         short = case.batch * case.tokens * case.heads <= SHORT
         timings = {name: Timing(ATTENTIONS[name], x) for name in names if self.usable(name, case)}
         for _ in range(ROUNDS if short else 1):

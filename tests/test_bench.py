@@ -416,6 +416,20 @@ def test_the_least_of_several_rounds_counts(kernels_on_cpu, monkeypatch):
     assert kernels.verdicts(session.rows)["slower than fla"] == []
 
 
+def test_inputs_that_do_not_fit_are_a_row_that_failed(kernels_on_cpu, monkeypatch):
+    kernels, session = kernels_on_cpu
+
+    def full(case):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels.Inputs, "random", full)
+    session.time("grid", kernels.Case(1, 64, 2, 16, "none"), ("lasp",))
+    assert session.rows == []
+    assert len(session.failed) == 1
+    assert "T64" in session.failed[0]
+    assert "out of memory" in session.failed[0]
+
+
 def test_only_short_calls_are_captured(kernels_on_cpu, monkeypatch):
     kernels, session = kernels_on_cpu
     times = iter([1.0, 3.0, 4.0] * kernels.ROUNDS)  # ms of forward, backward and both
