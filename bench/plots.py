@@ -104,12 +104,25 @@ def simulation(result: dict) -> Figure:
     return figure
 
 
+def speed_of_ideal(axes: Axes, rows: list[dict], *, strong: bool) -> None:
+    """A line for each length of sequence (strong scaling) or shard."""
+    for (tokens,), of in groups(rows, "sequence" if strong else "tokens a rank").items():
+        of = sorted(of, key=lambda row: row["ranks"])
+        what = f"one sequence of {count(tokens)} tokens" if strong else f"{count(tokens)} tokens on each GPU"
+        axes.plot([row["ranks"] for row in of], [row["% of ideal"] for row in of], marker="o", label=what)
+    double_steps(axes, [row["ranks"] for row in rows], "GPUs")
+    axes.axhline(100, color="black", linestyle="--", label="ideal")
+    axes.set_ylim(0, 110)
+    axes.set_title("speed of a GPU, % of " + ("the fewest that hold the sequence" if strong else "one GPU alone"))
+    axes.legend(fontsize=8)
+
+
 def scaling(result: dict) -> Figure:
-    """Throughput of a GPU, its memory, and % of ideal; one line for each number of ranks."""
-    strong = result["benchmark"].startswith("scaling_strong")
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    speed, memory, ideal = figure.subplots(1, 3)
+    """Throughput of a GPU, its memory, and, where it was compared, % of ideal; one line for each number of ranks."""
     rows = [row for row in result["rows"] if row["tokens/s/GPU"]]
+    compared = [row for row in rows if row.get("% of ideal")]
+    figure = Figure(figsize=(15 if compared else 10, 5), layout="constrained")
+    speed, memory, *last = figure.subplots(1, 3 if compared else 2)
     for (layout,), of in groups(rows, "layout").items():
         dp, sp = layout.split("x")
         label = f"{of[0]['ranks']} GPU" + ("s" if of[0]["ranks"] > 1 else "")
@@ -120,20 +133,12 @@ def scaling(result: dict) -> Figure:
             memory.plot(length, [row["peak GiB"] for row in of], marker="o", label=label)
     for axes, title in ((speed, "tokens a second, of one GPU"), (memory, "peak memory of a GPU, GiB")):
         double_steps(axes, [row["sequence"] for row in rows], "tokens of a sequence")
-        axes.set_ylim(bottom=0)
         axes.set_title(title)
         if axes.lines:
+            axes.set_ylim(0, 1.15 * max(max(line.get_ydata()) for line in axes.lines))  # type: ignore[arg-type]
             axes.legend(fontsize=8, loc="lower left" if axes is speed else "upper left")
-    key = "sequence" if strong else "tokens a rank"
-    for (tokens,), of in groups((row for row in rows if row.get("% of ideal")), key).items():
-        of = sorted(of, key=lambda row: row["ranks"])
-        what = f"one sequence of {count(tokens)} tokens" if strong else f"{count(tokens)} tokens on each GPU"
-        ideal.plot([row["ranks"] for row in of], [row["% of ideal"] for row in of], marker="o", label=what)
-    double_steps(ideal, [row["ranks"] for row in rows], "GPUs")
-    ideal.axhline(100, color="black", linestyle="--", label="ideal")
-    ideal.set_ylim(0, 110)
-    ideal.set_title("speed of a GPU, % of " + ("the fewest that hold the sequence" if strong else "one GPU alone"))
-    ideal.legend(fontsize=8)
+    for axes in last:
+        speed_of_ideal(axes, compared, strong=result["benchmark"].startswith("scaling_strong"))
     kind = result["benchmark"].split("_")[1]
     title = {"strong": "strong scaling", "weak": "weak scaling", "longest": "the longest sequences that fit"}[kind]
     figure.suptitle(f"Training TNL-{result['facts']['model']}: {title}")

@@ -336,7 +336,8 @@ def longest(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
         if len(tried) < 2:
             raise SystemExit("--longest needs two lengths in --tokens")
         tokens = int(fitting_tokens(tried, options.fill * capacity(device)) // 1024 * 1024)
-        rows.append(measure(options, layout, tokens, device, compare=False) | {"% of ideal": None})
+        tried.append(measure(options, layout, tokens, device, compare=False))
+        rows += [row | {"% of ideal": None} for row in tried]
     return rows
 
 

@@ -52,10 +52,12 @@ HORIZON_TABLE = "the same with the horizon: ring, mean over 24 layers"
 ALONE, OPERATOR_TABLE = "the exchange alone", "the operator"  # titles in the results of exchange.py
 LAYERS = 24
 BLOCKS = (1, 2, 4, 8, 16, 32)
-# Shares of one operator call, from the kernel times of one H100: the state, then what waits for it, in forward; the
-# state's gradient, dq, then dk and dv in backward. For the published operators they are an assumption.
-FORWARD_SHARE = 1.204 / (1.204 + 2.829)
-STATE_SHARE, D_STATE_SHARE, DQ_SHARE = 0.361 / 1.204, 0.358 / 2.829, 0.862 / 2.829
+# Shares of one operator call, from the kernel times of one H100, in us (65,536 tokens, 16 heads of 128, no decay): the
+# state, then what waits for it, in forward; the state's gradient, dq, then dk and dv in backward. For the published
+# operators they are an assumption.
+FORWARD, BACKWARD = 141 + 4 + 357, 131 + 4 + 354 + 751
+FORWARD_SHARE = FORWARD / (FORWARD + BACKWARD)
+STATE_SHARE, D_STATE_SHARE, DQ_SHARE = (141 + 4) / FORWARD, (131 + 4) / BACKWARD, 354 / BACKWARD
 
 
 def passes(forward: float, backward: float) -> list[Pass]:
@@ -254,18 +256,20 @@ def horizon_table(tokens: int, max_ranks: int) -> list[dict]:
 
 @dataclass(frozen=True)
 class Measured:
-    """The links of some measurement, one for messages and one for a step of the all-gather."""
+    """The links of some measurement: for messages, for a step of the all-gather, for memory that others read."""
 
     messages: Link
     gather: Link
+    direct: Link | None = None
 
-    def machine(self, schedule: str) -> Machine:
-        link = self.gather if schedule == "all_gather" else self.messages
-        return Machine(link, link, fold=FOLD)
+    def machine(self, schedule: str) -> Machine | None:
+        """None where the measurement has no link for the schedule."""
+        link = {"all_gather": self.gather, "direct": self.direct}.get(schedule, self.messages)
+        return link and Machine(link, link, fold=FOLD)
 
     def __str__(self) -> str:
-        links = (("messages", self.messages), ("a step of the all-gather", self.gather))
-        return "; ".join(f"{n} {1e6 * x.overhead:.1f} us, {x.bandwidth / 1e9:.0f} GB/s" for n, x in links)
+        links = (("messages", self.messages), ("a step of the all-gather", self.gather), ("direct", self.direct))
+        return "; ".join(f"{n} {1e6 * x.overhead:.1f} us, {x.bandwidth / 1e9:.0f} GB/s" for n, x in links if x)
 
 
 def by_plain_messages(result: dict) -> Measured:
@@ -280,7 +284,7 @@ def by_plain_messages(result: dict) -> Measured:
 def by_lasp(result: dict) -> Measured:
     """What `lasp` measured when the ranks met, from which "auto" chooses."""
     told = dict(re.findall(r"(\w+)=([\d.e+-]+)", result["facts"]["network as lasp measured it"]))
-    prefixes = ("", "collective_")
+    prefixes = [of for of in ("", "collective_", "direct_") if f"{of}latency" in told]  # "inf" is no number there
     return Measured(*(Link(float(told[f"{of}latency"]), float(told[f"{of}bandwidth"])) for of in prefixes))
 
 
@@ -314,8 +318,8 @@ def compare_alone(result: dict, networks: Sequence[Measured]) -> list[dict]:
         if name in SCHEDULES:
             size, blocks = 1024 * row["KiB"], row["blocks"] or 1
             seconds = [
-                exchange_seconds(name, result["facts"]["ranks"], size, network.machine(name), blocks=blocks)
-                for network in networks
+                machine and exchange_seconds(name, result["facts"]["ranks"], size, machine, blocks=blocks)
+                for machine in (network.machine(name) for network in networks)
             ]
             rows.append(beside({"schedule": name, "KiB": row["KiB"]}, row["ms"], seconds))
     return rows
@@ -331,20 +335,22 @@ def compare_operator(result: dict, networks: Sequence[Measured]) -> list[dict]:
         if name in SCHEDULES:
             work = passes(one, one)[("forward", "backward").index(row["direction"])]
             seconds = [
-                operator_seconds(name, result["facts"]["ranks"], OPERATOR_BYTES, network.machine(name), [work])
-                for network in networks
+                machine and operator_seconds(name, result["facts"]["ranks"], OPERATOR_BYTES, machine, [work])
+                for machine in (network.machine(name) for network in networks)
             ]
             head = {key: row[key] for key in ("tokens a rank", "decay", "direction", "schedule", "chosen")}
             rows.append(beside(head, row["ms"], seconds))
     return rows
 
 
-def beside(head: dict, measured: float, seconds: Sequence[float]) -> dict:
+def beside(head: dict, measured: float, seconds: Sequence[float | None]) -> dict:
     """A row: measured ms, and simulated ones with the links of plain messages and with those that `lasp` measured."""
     found = head | {"measured ms": measured}
     columns = (("simulated ms", "error %"), ("with lasp's network ms", "its error %"))
     for simulated, (name, error) in zip(seconds, columns):
-        found |= {name: round(simulated / MS, 4), error: round(100 * (simulated / MS / measured - 1), 1)}
+        found |= {name: None, error: None}
+        if simulated is not None:
+            found |= {name: round(simulated / MS, 4), error: round(100 * (simulated / MS / measured - 1), 1)}
     return found
 
 

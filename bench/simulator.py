@@ -1,8 +1,9 @@
 """A discrete-event simulation of ranks that compute and exchange a state. It holds no formula for a schedule.
 
 Events are calls at a time (`Clock`). A message takes its sender's port for a while, then flies (`Network`). A schedule
-only says who sends to whom when something arrives (`Chain`, `AllGather`, `Neighbour`, `Serial`). In `operator_seconds`
-every rank computes, exchanges and computes again, forward and then in reverse. Times are in seconds, sizes in bytes.
+only says who sends to whom when something arrives (`Chain`, `AllGather`, `Direct`, `Neighbour`, `Serial`). In
+`operator_seconds` every rank computes, exchanges and computes again, forward and then in reverse. Times are in seconds,
+sizes in bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SCHEDULES = ("ring", "pipeline", "all_gather", "neighbour", "serial")
+SCHEDULES = ("ring", "pipeline", "all_gather", "direct", "neighbour", "serial")
 
 
 class Clock:
@@ -170,6 +171,27 @@ class AllGather:
             clock.at(clock.now + self.network.machine.fold * self.nbytes * place, self.arrived, place)
 
 
+class Direct:
+    """All write where the others can read, and meet; then each reads the states of those before it, and folds them.
+
+    A link's overhead is here that of the meeting and the first byte. The first place waits for nobody.
+    """
+
+    def __init__(self, network: Network, order: Sequence[int], nbytes: float, arrived: Callable[[int], None]):
+        self.network, self.nbytes, self.arrived = network, nbytes, arrived
+        self.places, self.missing = len(order), len(order)
+
+    def ready(self, place: int) -> None:
+        """This place has written; the last one to come opens the meeting."""
+        clock, machine = self.network.clock, self.network.machine
+        if place == 0:
+            self.arrived(0)
+        self.missing -= 1
+        for reader in range(1, self.places) if not self.missing else ():
+            link, read = machine.inside, reader * self.nbytes
+            clock.at(clock.now + link.overhead + read / link.bandwidth + machine.fold * read, self.arrived, reader)
+
+
 class Serial:
     """LASP-1's order: a place sends when all its computation is done, so `ready` comes last and not first."""
 
@@ -229,7 +251,7 @@ class _PassOfAll:
         if schedule in ("ring", "pipeline"):
             self.exchange = Chain(network, order, nbytes, self._part, blocks if schedule == "pipeline" else 1)
         else:
-            kinds = {"all_gather": AllGather, "neighbour": Neighbour, "serial": Serial}
+            kinds = {"all_gather": AllGather, "direct": Direct, "neighbour": Neighbour, "serial": Serial}
             self.exchange = kinds[schedule](network, order, nbytes, self._part)
 
     def begin(self, rank: int) -> None:

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -149,10 +150,11 @@ def _measured_file(folder):
     for kib, seconds in SIZES.items():
         hop = 10 + 1e6 * seconds
         rows += [row("plain send and receive", kib, hop), row("plain all-gather", kib, 2 * hop)]
-        rows += [row("ring", kib, 4 * hop, 1), row("by_pigeon", kib, hop, 1)]
+        rows += [row("ring", kib, 4 * hop, 1), row("by_pigeon", kib, hop, 1), row("direct", kib, hop, 1)]
     operator = {"tokens a rank": 8192, "decay": "none", "direction": "backward", "ms": 2.0, "one rank ms": 1.0}
     network = (
-        "Network(latency=2e-05, bandwidth=5e+10, collective_latency=2e-05, collective_bandwidth=5e+10, source='x')"
+        "Network(latency=2e-05, bandwidth=5e+10, collective_latency=2e-05, collective_bandwidth=5e+10, source='x', "
+        "direct_latency=1e-05, direct_bandwidth=1e+11)"
     )
     result = {
         "command": "torchrun bench/exchange.py",
@@ -167,14 +169,29 @@ def _measured_file(folder):
     return path
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_direct_is_a_meeting_and_one_read_of_all_before(ranks):
+    machine = replace(MACHINE, fold=5e-9)
+    alone = exchange_seconds("direct", ranks, 1000, machine)
+    link = machine.inside
+    expected = link.overhead + (ranks - 1) * (1000 / link.bandwidth + 5e-6) if ranks > 1 else 0.0
+    assert alone == pytest.approx(expected)
+    late = operator_seconds("direct", ranks, 1000, machine, [Pass(1e-4, 1e-3, 1e-4)])
+    assert late == pytest.approx(1.2e-3)  # hidden, but for what comes before and after
+
+
 def test_measured_times_beside_simulated_ones(tmp_path):
     from simulate import FOLD
 
     path = _measured_file(tmp_path)
     result, text = _script("simulate", "--max-ranks", 8, "--measured", path, "--save", "--out", tmp_path)
     *_, alone, operator = result["tables"].values()
-    assert [(row["schedule"], row["KiB"]) for row in alone] == [("ring", 64), ("ring", 1024)]
-    for row, seconds in zip(alone, SIZES.values()):
+    assert [(row["schedule"], row["KiB"]) for row in alone] == [(s, n) for n in SIZES for s in ("ring", "direct")]
+    for row, seconds in zip(alone[1::2], SIZES.values()):
+        expected = 1e-5 + 2 * (seconds + FOLD * row["KiB"] * 1024)
+        assert row["with lasp's network ms"] == pytest.approx(1e3 * expected, abs=1e-4)
+        assert (row["simulated ms"], row["error %"]) == (None, None)  # no plain message does what it does
+    for row, seconds in zip(alone[::2], SIZES.values()):
         hop, fold = 1e-5 + seconds, FOLD * row["KiB"] * 1024
         assert row["simulated ms"] == pytest.approx(1e3 * (2 * hop + fold), abs=1e-4)
         assert row["error %"] == pytest.approx(100 * ((2 * hop + fold) / (4 * hop) - 1), abs=0.1)
