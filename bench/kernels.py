@@ -6,8 +6,9 @@ Before a decay form and head dim are timed, the bf16 output and gradients must b
 fla's (at most 1.2 times its error). Times are medians of `triton.testing.do_bench`, which empties the L2 cache before
 every call. Short calls wait for the host, whose time varies by a factor of two within seconds on some machines: they
 are timed in six rounds that take turns with fla's, and the least median counts. "card" is the time of the card alone,
-from a CUDA graph of the call. "% floor" is the time that reading every input and writing every output once takes at
-the speed of a device-to-device copy, over the measured time: forward q, k, v, o; backward q, k, v, do, dq, dk, dv.
+from a CUDA graph of calls below 2 ms. "% floor" is the time that reading every input and writing every output once
+takes at the speed of a device-to-device copy, over the measured time: forward q, k, v, o; backward q, k, v, do, dq, dk,
+dv.
 """
 
 from __future__ import annotations

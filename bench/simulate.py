@@ -41,11 +41,11 @@ OPERATOR = {  # LASP-1, LASP-2, ZeCO, and data parallelism, which exchanges noth
 }
 COLLECTIVE_BYTES = 32 * 128 * 128 * 4  # one fp32 state: 32 heads of 128 x 128; the source does not tell the dtype
 OPERATOR_BYTES = 16 * 128 * 128 * 4
-# Measured on two H100s (NVLink, NCCL): 1 MiB and 16 MiB in an all-gather take 46 and 120 us, in a send 47 and 99 us.
+# Measured on two H100s (NVLink, NCCL): 1 MiB and 16 MiB in an all-gather take 22 and 96 us, in a send 20 and 75 us.
 GATHER_BANDWIDTH = 15 * 2**20 / 74e-6
-SEND_BANDWIDTH = 15 * 2**20 / 52e-6
-MESSAGE_OVERHEAD = 47e-6 - 2**20 / SEND_BANDWIDTH  # of a message that is the only one
-GATHER_SETUP = 46e-6 - 2**20 / GATHER_BANDWIDTH
+SEND_BANDWIDTH = 15 * 2**20 / 55e-6
+MESSAGE_OVERHEAD = 20e-6 - 2**20 / SEND_BANDWIDTH  # of a message that is the only one
+GATHER_SETUP = 22e-6 - 2**20 / GATHER_BANDWIDTH
 FOLD = 20e-6 / (16 * 2**20)  # seconds a byte: the scan of 16 segments of 1 MiB takes 20 us
 RANKS_TABLE = "this project's operator, B1 H16 D128, one fp32 state of 1 MiB"
 HORIZON_TABLE = "the same with the horizon: ring, mean over 24 layers"

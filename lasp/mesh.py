@@ -221,7 +221,8 @@ def _bind_to_loopback() -> None:
 def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int = 1) -> DeviceMesh:
     """A `DeviceMesh` over all ranks with the axes dp_replicate, dp_shard, sp, tp; one of them may be -1 (the rest).
 
-    Neighbours on the sequence axis are neighbours in rank, so with 8 GPUs a node they share a node.
+    Neighbours on the sequence axis are neighbours in rank, so with 8 GPUs a node they share a node. All ranks must call
+    it, and over NCCL they meet here.
     """
     if not dist.is_initialized():
         raise RuntimeError("call lasp.init() before lasp.init_mesh()")

@@ -38,7 +38,7 @@ def _script(name, *arguments):
 
 # A message of 1,000 bytes: 3 + 1 us of the port, 2 us in flight.
 LINK = Link(overhead=3e-6, bandwidth=1e9, latency=2e-6)
-HOP, PORT = 6e-6, 4e-6
+HOP = 6e-6
 MACHINE = Machine(LINK, LINK)
 
 

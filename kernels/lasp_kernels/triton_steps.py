@@ -13,7 +13,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -29,11 +29,11 @@ from lasp_kernels.state import fold_kernel, scan_kernel, segment_state_kernel
 
 MAX_DIM = 256
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
-MIN_PAIR = 2048  # tokens that are cut in two
+MIN_PAIR = 2048  # the fewest tokens that are cut in two, where no state is needed for one
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
-PIECES = 2  # of a segment, one for each program of the state kernel; with a decay per head, where a few heads have all
-HEAD_PIECES, PIECE = 8, 2048  # the work, up to so many of so many tokens
+PIECES = 2  # of a segment, one for each program of the state kernel
+HEAD_PIECES, PIECE = 8, 2048  # with a decay per head, where a few heads have all the work: up to 8, of so many tokens
 END_PIECE = 2048  # where other ranks wait for it (`of_end`), however many
 
 
@@ -51,15 +51,16 @@ class Config:
 # By kernel: for 2-byte inputs whose contracted dim is <= 128, or more; then the same for 4-byte inputs.
 # A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
-# Two stages of wide heads are for cards with less of it, and for row sums, which need another tile; and with a decay
-# per token fewer blocks of columns work out the decays between a tile's tokens, which takes as long as the rest.
+# Two stages of wide heads are for cards with less shared memory, and for row sums, which need another tile; and with a
+# decay per token fewer blocks of columns work out the decays between a tile's tokens, which takes as long as the rest.
+# Triton 3.6 addresses shared memory wrongly for 8 warps with 16 columns of 2-byte numbers.
 NARROW, WIDE, WIDE_SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
                                              Config(16, 0, 32, 8, 2), Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
     "state": (Config(64, 128, 64, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
     "end": (Config(64, 64, 64, 4, 4),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,  # more programs, for `of_end`
     "walk": (NARROW, WIDE, FP32, FP32_WIDE),
-    "short walk": (NARROW, WIDE_SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
+    "two-stage walk": (NARROW, WIDE_SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
 }
 
@@ -263,7 +264,7 @@ class TritonSteps:
         Where their number is a little more than a multiple of the processors, the last ones would run almost alone:
         then rather more and shorter segments. Two short ones are slower than one, which needs neither states nor scan.
         """
-        name = "short walk" if self._decay == 2 or not self._tma else "walk"
+        name = "two-stage walk" if self._decay == 2 or not self._tma else "walk"
         columns = _config(name, max(self.key_dim, self.value_dim), self.input_dtype.itemsize).columns
         programs = max(1, self.batch * self.heads * self.groups * -(-self.value_dim // columns))
         programs *= 2 if self._inputs.for_keys else 1
@@ -670,6 +671,8 @@ class TritonSteps:
         q, k, v, do = (self._addressable(x) for x in (q, k, v, do))
         config = _config("head_decay", self.key_dim, k.element_size())
         columns = min(config.columns, _power_of_two(self.value_dim))
+        if columns < 32:  # see CONFIGS
+            config = replace(config, warps=4)
         blocks = -(-self.value_dim // columns)
         parts = states.new_empty(self.segments, blocks, self.batch, self.heads, self.groups)
 
@@ -693,7 +696,7 @@ class TritonSteps:
     def _walk(self, tiles: tuple[Tensor, ...], *, groups: int = 1) -> str:
         """The name of the settings of a walk; in the one backwards TMA moves no `groups`."""
         wide = max(self.key_dim, self.value_dim) > 128  # else it is all one, and the host has less to do
-        return "short walk" if self._decay == 2 or (wide and (groups > 1 or not self._moves(tiles))) else "walk"
+        return "two-stage walk" if self._decay == 2 or (wide and (groups > 1 or not self._moves(tiles))) else "walk"
 
     def _addressable(self, x: Tensor) -> Tensor:
         """As it is, unless its last dim has gaps or its segments are too far apart for 32 bits."""

@@ -1,8 +1,8 @@
 """How long an exchange takes by the alpha-beta model, and which schedule is therefore the best.
 
 A message of n bytes takes alpha + n / beta: latency and bandwidth. Both are measured once for each group of ranks, for
-messages to a neighbour and for the collective, and the ranks agree on the numbers; so all of them choose alike, call by
-call, without a word and without waiting for a device.
+messages to a neighbour, for the collective and for memory that is read directly, and the ranks agree on the numbers; so
+all of them choose alike, call by call, without a word and without waiting for a device.
 """
 
 from __future__ import annotations
