@@ -250,6 +250,27 @@ def test_gradients_of_keys_have_segments_of_their_own(form, ends):
         assert steps.of_keys() is steps
 
 
+@pytest.mark.parametrize("form", ["none", "head", "token"])
+@pytest.mark.parametrize(("K", "V"), [(128, 32), (32, 128), (144, 17)])
+def test_blocks_may_have_more_columns_than_there_are(form, K, V):
+    """Of 2-byte tiles that TMA does not move: there no block has fewer than 64."""
+    assert triton_steps._blocks(K, V, 2, True, False)[1] == triton_steps._blocks(V, K, 2, True, False)[1] == 64
+    x = random_inputs(form, 130, B=1, K=K, V=V, state=False)
+    x = on_device(x, torch.bfloat16)
+    odd = {n: torch.cat([t, t[..., :1]], -1)[..., :-1] for n, t in (("q", x.q), ("k", x.k), ("v", x.v), ("do", x.do))}
+    assert not any(map(triton_steps._fits_tma, odd.values()))
+    x = replace(x, **odd)
+    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, decay_gradient=form == "token")
+    states, _ = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), None)
+    o = steps.outputs(x.q, x.k, x.v, x.log_decay, states, 1.0)
+    found = backward_steps(steps, x, states, 1.0, decay_gradient=form == "token")
+    rounded = replace(x, **{name: t.double().cpu() for name, t in vars(x).items() if t is not None})
+    expected_o, _, expected = oracle(rounded)
+    assert_near(o, expected_o, "o", 1e-2)
+    for name in ("q", "k", "v", *(["log_decay"] if form == "token" else [])):
+        assert_near(found[name], expected[name], f"d{name}", 2e-2)
+
+
 @pytest.mark.parametrize(("T", "H", "alone", "among_ranks"), [(500, 1, 1, 2), (500, 4, 1, 2), (1000, 1, 4, 4)])
 def test_two_short_segments_are_one_where_that_needs_no_state(monkeypatch, T, H, alone, among_ranks):
     monkeypatch.setattr(triton_steps, "_processors", lambda device: 8)

@@ -53,7 +53,8 @@ class Config:
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
 # Two stages of wide heads are for cards with less shared memory, and for row sums, which need another tile; and with a
 # decay per token fewer blocks of columns work out the decays between a tile's tokens, which takes as long as the rest.
-# Triton 3.6 addresses shared memory wrongly for 8 warps with 16 columns of 2-byte numbers.
+# ptxas 12.8, which comes with Triton 3.6, reads shared memory at wrong places for some blocks of 16 or 32 columns of
+# 2-byte numbers: without TMA, and with 8 warps (docs/kernels.md).
 NARROW, WIDE, WIDE_SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
                                              Config(16, 0, 32, 8, 2), Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
@@ -74,10 +75,15 @@ def _config(name: str, dim: int, itemsize: int) -> Config:
 
 
 @lru_cache
-def _blocks(name: str, contracted: int, width: int, itemsize: int) -> tuple[Config, int, int]:
-    """How a walk runs, the columns of z (of `width`) that one program takes, and the number of such blocks."""
-    config = _config(name, contracted, itemsize)
-    columns = min(config.columns, _power_of_two(width))
+def _blocks(contracted: int, width: int, itemsize: int, short: bool, moves: bool) -> tuple[Config, int, int]:
+    """How a walk runs, the columns of z (of `width`) that one program takes, and the number of such blocks.
+
+    With two stages if `short`; `moves` is whether TMA brings the tiles.
+    """
+    config = _config("two-stage walk" if short else "walk", contracted, itemsize)
+    columns = config.columns
+    if moves or itemsize == 4:  # else no fewer, see CONFIGS
+        columns = min(columns, _power_of_two(width))
     return config, columns, -(-width // columns)
 
 
@@ -553,7 +559,7 @@ class TritonSteps:
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
         tiles = (x, y, z, out)
-        config, columns, blocks = _blocks(self._walk(tiles), y.shape[-1], z.shape[-1], y.element_size())
+        config, columns, blocks = self._walk(y, z, tiles)
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
@@ -596,8 +602,7 @@ class TritonSteps:
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         x2, out2 = (x, out) if pair is None else (self._addressable(pair[0]), pair[1])
         tiles = (x, x2, y, z, out, out2)
-        name = self._walk(tiles, groups=self.groups)
-        config, columns, blocks = _blocks(name, y.shape[-1], z.shape[-1], y.element_size())
+        config, columns, blocks = self._walk(y, z, tiles, groups=self.groups)
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
@@ -693,10 +698,13 @@ class TritonSteps:
         """Whether TMA can move them."""
         return self._tma and all(map(_fits_tma, tiles))
 
-    def _walk(self, tiles: tuple[Tensor, ...], *, groups: int = 1) -> str:
-        """The name of the settings of a walk; in the one backwards TMA moves no `groups`."""
-        wide = max(self.key_dim, self.value_dim) > 128  # else it is all one, and the host has less to do
-        return "two-stage walk" if self._decay == 2 or (wide and (groups > 1 or not self._moves(tiles))) else "walk"
+    def _walk(self, y: Tensor, z: Tensor, tiles: tuple[Tensor, ...], *, groups: int = 1) -> tuple[Config, int, int]:
+        """`_blocks` of a walk over these tiles; in the one backwards TMA moves no `groups`."""
+        low, high = sorted((self.key_dim, self.value_dim))
+        # For the dims between it is all one, and the host has less to do.
+        moves = (low > 32 and high <= 128) or (groups == 1 and self._moves(tiles))
+        short = self._decay == 2 or not moves
+        return _blocks(y.shape[-1], z.shape[-1], y.element_size(), short, moves)
 
     def _addressable(self, x: Tensor) -> Tensor:
         """As it is, unless its last dim has gaps or its segments are too far apart for 32 bits."""

@@ -68,7 +68,8 @@ def start(
         units: the most maps that any rank has, for messages that are equally long; None if all have as many as this.
         ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no such messages.
         at_once: the caller computes nothing before it waits.
-        borrow: the caller uses what enters before it starts another exchange: it may lie in the memory of another rank.
+        borrow: the caller uses what enters before it starts another exchange, on the same stream: it may lie in the
+            memory of another rank.
     """
     reception = None if reverse else recompute.reception(sequence.key)
     if reception is not None and reception.result is not None:
