@@ -52,7 +52,7 @@ class Config:
 # A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
 # Two stages of wide heads are for cards with less shared memory, and for row sums, which need another tile; and with a
-# decay per token fewer blocks of columns work out the decays between a tile's tokens, which takes as long as the rest.
+# decay per token fewer blocks of columns work out the decays between a tile's tokens.
 # ptxas 12.8, which comes with Triton 3.6, reads shared memory at wrong places for some blocks of 16 or 32 columns of
 # 2-byte numbers: without TMA, and with 8 warps (docs/kernels.md).
 NARROW, WIDE, WIDE_SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
