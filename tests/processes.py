@@ -34,6 +34,19 @@ def mpirun(ranks):
     return (found, "-n", str(ranks))
 
 
+def place(rank, ranks, gpus):
+    """The variables of a rank over NCCL that has the GPU `rank % gpus`.
+
+    NCCL refuses two ranks of one host on a GPU. So where there are fewer GPUs than ranks, it takes each `gpus` ranks
+    for those of another host, and sends over sockets what goes from one to another.
+    """
+    here = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % gpus), "LOCAL_WORLD_SIZE": str(gpus)}
+    if ranks <= gpus:
+        return here | {"LOCAL_WORLD_SIZE": str(ranks)}
+    hosts = {"NCCL_HOSTID": f"host {rank // gpus}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+    return here | hosts | {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+
+
 def start(code, variables, launcher=()):
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **variables}

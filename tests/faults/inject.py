@@ -2,6 +2,7 @@
 
     python tests/faults/inject.py --count 200 --seed 0
     python tests/faults/inject.py --count 200 --seed 0 --backend nccl --ranks 2  # on GPUs, each rank on one of its own
+    python tests/faults/inject.py --backend nccl --ranks 8 --gpus 2  # or as four hosts that have the same two GPUs
 
 Each injection is a training run of its own (program.py): at a random layer, step and direction a random rank is killed
 or stopped, ends early, leaves a layer out, is late, or comes with another shape or dtype. What must follow (judge.py):
@@ -75,6 +76,7 @@ def inject(
     backend: str,
     timeout: float,
     parallel: int,
+    gpus: int | None = None,
     within: float = float("inf"),
     spawn: bool = False,
     tell: Callable[[Outcome], None] = lambda _: None,
@@ -86,13 +88,14 @@ def inject(
         ranks: of each run.
         backend: "gloo" or "nccl".
         timeout: of the group, in seconds.
-        parallel: so many runs at once. On GPUs they take turns with the sets of `ranks` GPUs, and may share them.
+        parallel: so many runs at once. On GPUs they take turns with the sets of `gpus` GPUs, and may share them.
+        gpus: of each run over NCCL, by default one a rank; fewer are shared (`processes.place`).
         within: seconds after which no further run is started.
         spawn: start every rank as a fresh Python, instead of from a server that has imported everything.
         tell: called by several threads.
     """
     context = multiprocessing.get_context("spawn") if spawn else workers()
-    sets = gpu_sets(ranks) if backend == "nccl" else [""]
+    sets = gpu_sets(gpus or ranks) if backend == "nccl" else [""]
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for number in range(parallel):
         free.put(sets[number % len(sets)])
@@ -121,14 +124,14 @@ def inject(
         return [outcome for outcome in pool.map(injected, faults) if outcome is not None]
 
 
-def gpu_sets(ranks: int) -> list[str]:
+def gpu_sets(size: int) -> list[str]:
     """Disjoint sets of so many of the GPUs that are visible, as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
-    if count < ranks:
-        raise RuntimeError(f"{ranks} ranks need {ranks} GPUs, this machine shows {count}")
+    if count < size:
+        raise RuntimeError(f"a run needs {size} GPUs, this machine shows {count}; --gpus {count} lets ranks share them")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
-    return [",".join(names[first : first + ranks]) for first in range(0, count - ranks + 1, ranks)]
+    return [",".join(names[first : first + size]) for first in range(0, count - size + 1, size)]
 
 
 def summary(outcomes: list[Outcome]) -> list[dict]:
@@ -169,6 +172,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, help="of each injection; by default 3, over NCCL 2")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--gpus", type=int, help="of each injection over NCCL; by default one a rank, fewer are shared")
     parser.add_argument("--exchange", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="draw from these schedules")
     parser.add_argument("--timeout", type=float, help="of the group, in seconds; by default 5, over NCCL 10")
     parser.add_argument("--parallel", type=int, help="injections at once; by default 4, over NCCL 2 for a set of GPUs")
@@ -177,12 +181,16 @@ def main() -> int:
     add_report_arguments(parser)
     options = parser.parse_args()
     nccl = options.backend == "nccl"
+    if options.gpus and not nccl:
+        parser.error(f"--gpus {options.gpus} is for --backend nccl")
     ranks = options.ranks or (2 if nccl else 3)
+    gpus = min(options.gpus or ranks, ranks) if nccl else None
     given = {
         "ranks": ranks,
         "backend": options.backend,
+        "gpus": gpus,
         "timeout": options.timeout or (10.0 if nccl else 5.0),
-        "parallel": options.parallel or (2 * len(gpu_sets(ranks)) if nccl else 4),
+        "parallel": options.parallel or (2 * len(gpu_sets(gpus or ranks)) if nccl else 4),
     }
     faults = random_faults(options.count, ranks, options.seed, options.exchange)
     started = time.monotonic()
@@ -196,7 +204,7 @@ def main() -> int:
     detected, left = sum(o.detected for o in outcomes), sum(o.left for o in outcomes)
     took = time.monotonic() - started
     report(
-        f"faults_{given['ranks']}x{options.backend}",
+        f"faults_{ranks}x{options.backend}" + (f"_on_{gpus}_gpus" if nccl and gpus != ranks else ""),
         " ".join(["python tests/faults/inject.py", *sys.argv[1:]]),
         summary(outcomes),
         save=options.save,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import place
 from small_model import VOCABULARY, Block, SmallModel
 
 import lasp
@@ -95,11 +96,8 @@ def run_rank(rank: int, run: Run, fault: Fault) -> None:
 
 def _environment(rank: int, run: Run, fault: Fault) -> dict[str, str]:
     """What a launcher would set, and how NCCL's watchdog ends a process. CUDA and NCCL read it when they start."""
-    launcher = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(run.ranks),
-        "LOCAL_WORLD_SIZE": str(run.ranks),
+    gpus = run.devices.count(",") + 1 if run.devices else run.ranks
+    launcher = place(rank, run.ranks, gpus) | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(run.port),
         "TORCHELASTIC_USE_AGENT_STORE": str(fault.store == "launcher"),
