@@ -127,5 +127,5 @@ def test_injections_share_gpus_only_in_whole_sets(monkeypatch):
     assert gpu_sets(2) == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3")
     assert gpu_sets(4) == ["7,6,5,4"]
-    with pytest.raises(RuntimeError, match="8 ranks need 8 GPUs, this machine shows 5"):
+    with pytest.raises(RuntimeError, match="a run needs 8 GPUs, this machine shows 5; --gpus 5 lets ranks share them"):
         gpu_sets(8)

@@ -39,6 +39,7 @@ import triton.language as tl
 
 from lasp_kernels.state import (
     HEAD_DECAY,
+    LOG2E,
     NO_DECAY,
     TOKEN_DECAY,
     VARYING,
@@ -47,7 +48,7 @@ from lasp_kernels.state import (
     load_columns,
     place_of_program,
     segment_bounds,
-    token_decays,
+    tile_decays,
 )
 
 
@@ -55,12 +56,13 @@ from lasp_kernels.state import (
 def backward_walk_kernel(
     X, X2, Y, Z, W, G, STATE, OUT, OUT2, ROWS, TABLE,
     scale, B, T, segment_length, segments, slots, H,
-    x_b, x_t, x_h, x2_b, x2_t, x2_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_b, g_t, g_h,
+    x_b, x_t, x_h, x2_b, x2_t, x2_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
     SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; without slots it is zeros.
+    G is [H], or per token what `tile_decay_kernel` makes.
 
     PAIRED (DY = DZ, not TRANSPOSED): every other program computes OUT2 from x = X2, y = Z, z = Y, STATE transposed.
     SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out, before out is rounded.
@@ -94,9 +96,9 @@ def backward_walk_kernel(
     if DECAY == HEAD_DECAY:
         g = tl.load(G + h * g_h).to(tl.float32)
         enter, _, _ = head_decays(g, C)
-        causal = causal_decays(g * c.to(tl.float32), C, True)
+        causal = causal_decays(g * LOG2E * c.to(tl.float32), C, True)
     if DECAY == TOKEN_DECAY:
-        g_base = G + b * g_b + start * g_t + h * g_h
+        g_base = G + (b * H + h) * T + start
     inside = (d < tl.where(slots > 0, DY, 0))[:, None] & (e < DZ)[None, :]
     ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
     last = (n - 1) // C * C  # where the last tile begins
@@ -113,8 +115,7 @@ def backward_walk_kernel(
             length = tl.minimum(n - at, C)
             leave, tile_decay = tl.exp(g * tl.maximum(length - 1 - c, 0).to(tl.float32)), tl.exp(g * length)
         if DECAY == TOKEN_DECAY:
-            cumulative, enter, leave, total = token_decays(g_base, rows, valid, g_t)
-            tile_decay = tl.exp(total)
+            cumulative, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(at + C, n) - 1)
             causal = causal_decays(cumulative, C, True)
         if DECAY != NO_DECAY:
             out = out * leave[:, None]
@@ -188,7 +189,7 @@ def token_decay_kernel(
 def head_decay_kernel(
     Q, K, V, DO, G, STATE, GRADIENT, OUT, TABLE,
     scale, B, T, segment_length, segments, slots, H,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_h,
     DK_: tl.constexpr, DV_: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -211,7 +212,7 @@ def head_decay_kernel(
     g = tl.load(G + h * g_h).to(tl.float32)
     enter, _, _ = head_decays(g, C)
     distance = tl.maximum(c[:, None] - c[None, :], 0).to(tl.float32)
-    by_distance = distance * causal_decays(g * c.to(tl.float32), C, False)
+    by_distance = distance * causal_decays(g * LOG2E * c.to(tl.float32), C, False)
     inside = (d < DK_)[:, None] & (e < DV_)[None, :]
     at = ((b * H + h) * slots + slot) * (DK_ * DV_) + d[:, None] * DV_ + e[None, :]
     s = tl.load(STATE + at, mask=inside, other=0.0)

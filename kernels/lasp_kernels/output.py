@@ -23,6 +23,7 @@ import triton.language as tl
 
 from lasp_kernels.state import (
     HEAD_DECAY,
+    LOG2E,
     NO_DECAY,
     TOKEN_DECAY,
     VARYING,
@@ -31,7 +32,7 @@ from lasp_kernels.state import (
     load_columns,
     place_of_program,
     segment_bounds,
-    token_decays,
+    tile_decays,
 )
 
 
@@ -39,12 +40,13 @@ from lasp_kernels.state import (
 def forward_walk_kernel(
     X, Y, Z, W, G, STATE, OUT, ROWS, TABLE,
     scale, B, T, segment_length, segments, slots, H,
-    x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h, out_b, out_t, out_h, w_b, w_t, w_h, g_b, g_t, g_h,
+    x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h, out_b, out_t, out_h, w_b, w_t, w_h, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, T, H*GROUP, DZ]. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; without slots it is zeros.
+    G is [H], or per token what `tile_decay_kernel` makes.
 
     SUM_ROWS: also ROWS [2, blocks, B, H*GROUP, T] = sum over the block's columns of W * out, before out is rounded,
     and of that part of it which comes from the state before the tile.
@@ -70,9 +72,9 @@ def forward_walk_kernel(
     if DECAY == HEAD_DECAY:
         g = tl.load(G + h * g_h).to(tl.float32)
         enter, leave, tile_decay = head_decays(g, C)
-        causal = causal_decays(g * c.to(tl.float32), C, False)
+        causal = causal_decays(g * LOG2E * c.to(tl.float32), C, False)
     if DECAY == TOKEN_DECAY:
-        g_base = G + b * g_b + start * g_t + h * g_h
+        g_base = G + (b * H + h) * T + start
     at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
     inside = (d < tl.where(slots > 0, DY, 0))[:, None] & (e < DZ)[None, :]
     s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
@@ -90,8 +92,7 @@ def forward_walk_kernel(
         p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
         if DECAY == TOKEN_DECAY:
-            cumulative, enter, leave, total = token_decays(g_base, rows, row < n, g_t)
-            tile_decay = tl.exp(total)
+            cumulative, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(i + C, n) - 1)
             causal = causal_decays(cumulative, C, False)
         if DECAY == NO_DECAY:
             p = tl.where(past, p, 0.0)

@@ -30,6 +30,8 @@ NO_DECAY = tl.constexpr(0)
 HEAD_DECAY = tl.constexpr(1)  # [H]
 TOKEN_DECAY = tl.constexpr(2)  # [B, T, H]
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 # Arguments that change from call to call: a kernel must not be compiled anew when they become 1 or divisible by 16.
 VARYING = ["scale", "B", "T", "segment_length", "segments", "slots", "piece_length", "pieces", "skipped"]
 
@@ -83,15 +85,49 @@ def token_decays(G, rows, valid, stride):
 
 @triton.jit
 def causal_decays(cumulative, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """[query, key] (TRANSPOSED: [key, query]): exp(cumulative_query - cumulative_key), and 0 for later keys."""
+    """[query, key] (TRANSPOSED: [key, query]): 2^(cumulative_query - cumulative_key), and 0 for later keys."""
     c = tl.arange(0, C)
     difference = cumulative[:, None] - cumulative[None, :]
     past = c[:, None] >= c[None, :]
     if TRANSPOSED:
-        difference = -difference
+        difference = cumulative[None, :] - cumulative[:, None]
         past = c[:, None] <= c[None, :]
-    # Above the diagonal the difference is positive: bounded before exp, so that no decay > 1 is ever formed.
-    return tl.where(past, tl.exp(tl.minimum(difference, 0.0)), 0.0)
+    # Above the diagonal the difference is positive: left out before the power, so that no decay > 1 is ever formed.
+    return tl.exp2(tl.where(past, difference, -float("inf")))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def tile_decay_kernel(
+    G, OUT, TABLE, B, T, segment_length, segments, H, g_b, g_t, g_h,
+    C: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """OUT [2, B, H, T]: log-decays from the start of each token's tile, the token's included, and behind it to the end.
+
+    For the walks, whose programs of a tile would each sum them up; in units of log 2. A tile has C tokens, the last one
+    of a segment perhaps fewer. One program per tile and HEADS heads.
+    """
+    parts = tl.cdiv(H, HEADS)
+    tiles = tl.cdiv(segment_length, C)
+    h = (tl.program_id(0) % parts) * HEADS + tl.arange(0, HEADS)
+    b = ((tl.program_id(0) // parts) % B).to(tl.int64)
+    tile = (tl.program_id(0) // (parts * B)) % tiles
+    first, end, _ = segment_bounds(TABLE, tl.program_id(0) // (parts * B * tiles), segment_length, T, PACKED)
+    token = first.to(tl.int64) + tile * C + tl.arange(0, C)
+    mask = (token < end)[:, None] & (h < H)[None, :]
+    g = tl.load(G + b * g_b + token[:, None] * g_t + h[None, :] * g_h, mask=mask, other=0.0).to(tl.float32)
+    g *= LOG2E
+    at = OUT + (b * H + h[None, :]) * T + token[:, None]
+    tl.store(at, tl.cumsum(g, 0), mask=mask)
+    # From the end: as a difference of sums it would lose digits to strong decays.
+    tl.store(at + B.to(tl.int64) * H * T, tl.minimum(tl.cumsum(g, 0, reverse=True) - g, 0.0), mask=mask)
+
+
+@triton.jit
+def tile_decays(DECAYS, B, H, T, rows, last):
+    """Of the tile with these rows: the summed log-decays [C], and as `head_decays`. `last` is its last row."""
+    cumulative = tl.load(DECAYS + rows)
+    leave = tl.load(DECAYS + B.to(tl.int64) * H * T + rows)
+    return cumulative, tl.exp2(cumulative), tl.exp2(leave), tl.exp2(tl.load(DECAYS + last))
 
 
 @triton.jit

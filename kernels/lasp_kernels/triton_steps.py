@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lasp_kernels.gradient import backward_walk_kernel, head_decay_kernel, token_decay_kernel
 from lasp_kernels.output import forward_walk_kernel
-from lasp_kernels.state import fold_kernel, scan_kernel, segment_state_kernel
+from lasp_kernels.state import fold_kernel, scan_kernel, segment_state_kernel, tile_decay_kernel
 
 MAX_DIM = 256
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
@@ -543,6 +543,26 @@ class TritonSteps:
         """Whether dk and dv are made in one grid."""
         return self.key_dim == self.value_dim and self.groups == 1 and not self._keep_rows
 
+    def _tile_decays(self, log_decay: Tensor | None) -> Tensor | None:
+        """What a walk reads of the decays: those per token summed up within tiles, [2, B, H, T] fp32."""
+        if log_decay is None or self._decay != 2:
+            return log_decay
+        if "decays" in self._rows:
+            return self._rows["decays"]
+        decays = torch.empty(2, self.batch, self.heads, self.tokens, dtype=self.dtype, device=self.device)
+
+        def prepare() -> _Launch:
+            tile, heads = _config("walk", 0, self.input_dtype.itemsize).tile, min(16, _power_of_two(self.heads))
+            programs = -(-self.heads // heads) * self.batch * -(-self._segment_length // tile) * self.segments
+            return _Launch(
+                tile_decay_kernel, (programs, 1),
+                (self.batch, self.tokens, self._segment_length, self.segments, self.heads, *log_decay.stride()),
+                C=tile, HEADS=heads, PACKED=self._bounds is not None, num_warps=4,
+            )  # fmt: skip
+
+        self._start("tile decays", (log_decay,), (decays, self._table), prepare)
+        return decays
+
     def _forward_walk(
         self,
         x: Tensor,
@@ -560,18 +580,21 @@ class TritonSteps:
         out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
         tiles = (x, y, z, out)
         config, columns, blocks = self._walk(y, z, tiles)
+        decays = self._tile_decays(log_decay)
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
             w = self._addressable(w)
             self._rows["dq"] = sums = self._row_sums(2, blocks, x.shape[2])
+            assert decays is not None
+            self._rows["decays"] = decays  # the walks for dk and dv follow
         else:
             w = None
 
         def prepare() -> _Launch:
             numbers = (
                 float(scale), self.batch, *self._sizes(), *x.stride()[:3], *y.stride()[:3], *z.stride()[:3],
-                *out.stride()[:3], *((0, 0, 0) if w is None else w.stride()[:3]), *self._decay_strides(log_decay),
+                *out.stride()[:3], *((0, 0, 0) if w is None else w.stride()[:3]), self._head_stride(log_decay),
             )  # fmt: skip
             return _Launch(
                 forward_walk_kernel, (blocks * self.batch * x.shape[2] * self.segments, 1), numbers,
@@ -580,7 +603,7 @@ class TritonSteps:
                 TMA=self._moves(tiles), **self._flags(config),
             )  # fmt: skip
 
-        inputs = (x, y, z, w, log_decay, states)
+        inputs = (x, y, z, w, decays, states)
         self._start("dq" if transposed else "o", inputs, (out, sums, self._table), prepare, scale)
         return out
 
@@ -603,6 +626,7 @@ class TritonSteps:
         x2, out2 = (x, out) if pair is None else (self._addressable(pair[0]), pair[1])
         tiles = (x, x2, y, z, out, out2)
         config, columns, blocks = self._walk(y, z, tiles, groups=self.groups)
+        decays = self._tile_decays(log_decay)
         sums = None
         if self._keep_rows and transposed:
             assert w is not None
@@ -614,7 +638,7 @@ class TritonSteps:
         def prepare() -> _Launch:
             numbers = (
                 float(scale), self.batch, *self._sizes(), *x.stride()[:3], *x2.stride()[:3], *y.stride()[:3],
-                *z.stride()[:3], *((0, 0, 0) if w is None else w.stride()[:3]), *self._decay_strides(log_decay),
+                *z.stride()[:3], *((0, 0, 0) if w is None else w.stride()[:3]), self._head_stride(log_decay),
             )  # fmt: skip
             programs = (1 if pair is None else 2) * blocks * self.batch * self.heads * self.segments
             return _Launch(
@@ -624,7 +648,7 @@ class TritonSteps:
                 TMA=self.groups == 1 and self._moves(tiles), **self._flags(config),
             )  # fmt: skip
 
-        inputs = (x, x2, y, z, w, log_decay, d_states)
+        inputs = (x, x2, y, z, w, decays, d_states)
         name = "dk" if transposed else "dv" if pair is None else "dk, dv"
         self._start(name, inputs, (out, out2, sums, self._table), prepare, scale)
 
@@ -646,7 +670,7 @@ class TritonSteps:
             return self._head_decay_gradient(q, k, v, do, log_decay, states, d_states, scale)
         if not self._keep_rows:
             raise ValueError("a gradient of log_decay must be asked for when TritonSteps is made")
-        query_rows, key_rows = self._rows.pop("dq"), self._rows.pop("dk")
+        query_rows, key_rows, _ = (self._rows.pop(name) for name in ("dq", "dk", "decays"))
         out = torch.empty(log_decay.shape, dtype=self.dtype, device=self.device)
 
         def prepare() -> _Launch:
@@ -684,7 +708,7 @@ class TritonSteps:
         def prepare() -> _Launch:
             numbers = (
                 float(scale), self.batch, *self._sizes(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                *do.stride()[:3], *self._decay_strides(log_decay),
+                *do.stride()[:3], self._head_stride(log_decay),
             )  # fmt: skip
             return _Launch(
                 head_decay_kernel, (parts.numel(), 1), numbers, DK_=self.key_dim, DV_=self.value_dim,
@@ -721,6 +745,10 @@ class TritonSteps:
         if log_decay is None:
             return 0, 0, 0
         return (0, 0, log_decay.stride(0)) if log_decay.ndim == 1 else log_decay.stride()  # type: ignore[return-value]
+
+    def _head_stride(self, log_decay: Tensor | None) -> int:
+        """Of [H]; a walk reads those per token as `_tile_decays` leaves them."""
+        return log_decay.stride(0) if log_decay is not None and self._decay == 1 else 0
 
     def _flags(self, config: Config) -> dict[str, object]:
         return {
