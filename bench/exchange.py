@@ -25,8 +25,8 @@ from torch import Tensor
 
 import lasp
 from lasp import exchange
+from lasp.collectives import start_all_gather
 from lasp.exchange import StateMap, cost
-from lasp.exchange.collectives import start_all_gather
 from lasp.mesh import EXCHANGES, Traffic
 from lasp_kernels import chunked_linear_attention, fold
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lasp import collectives
+
 MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
 EXCHANGES = ("auto", "ring", "all_gather", "pipeline", "direct")
 
@@ -222,7 +224,7 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     """A `DeviceMesh` over all ranks with the axes dp_replicate, dp_shard, sp, tp; one of them may be -1 (the rest).
 
     Neighbours on the sequence axis are neighbours in rank, so with 8 GPUs a node they share a node. All ranks must call
-    it, and over NCCL they meet here.
+    it, and over NCCL they meet here, so that later a step of training connects no ranks (`collectives.connect`).
     """
     if not dist.is_initialized():
         raise RuntimeError("call lasp.init() before lasp.init_mesh()")
@@ -243,9 +245,7 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
     if device_type == "cuda":
-        # To make a communicator, and for its first message, NCCL waits on the host and without a timeout. Later a rank
-        # might come alone, since the others have failed, and would never end.
-        dist.all_reduce(torch.zeros(1, device=device_type), group=grad_group(mesh)[0])
+        collectives.connect(grad_group(mesh)[0], device_type)
     return mesh
 
 

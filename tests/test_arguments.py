@@ -7,6 +7,7 @@ from ranks import run_ranks
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
+from lasp import collectives
 
 B, T, H, K, V = 2, 5, 2, 3, 4
 
@@ -166,6 +167,30 @@ def _init_mesh():
 
 def test_init_mesh():
     run_ranks(4, _init_mesh)
+
+
+def _connect(names):
+    sizes = {name: [] for name in names}
+
+    def recorded(name, call):
+        return lambda first, *rest, **options: (sizes[name].append(first.nbytes), call(first, *rest, **options))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            place = dist if name == "all_reduce" else collectives
+            patch.setattr(place, name, recorded(name, getattr(place, name)))
+        collectives.connect(dist.group.WORLD, "cpu", megabytes=1)
+    return sizes
+
+
+def test_connecting_runs_every_collective_from_small_to_large():
+    sizes, *others = run_ranks(3, _connect, ("all_reduce", "_all_gather", "_reduce_scatter"))
+    assert all(x == sizes for x in others)
+    for name, parts in (("all_reduce", 1), ("_all_gather", 1), ("_reduce_scatter", 3)):
+        whole = [parts * n for n in sizes[name]]
+        assert whole[0] == 3 * 4
+        assert 2**20 <= whole[-1] < 2**20 + 12
+        assert all(a < b < 4.1 * a or b <= 24 for a, b in zip(whole, whole[1:]))
 
 
 def test_init_mesh_before_init():

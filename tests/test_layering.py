@@ -11,6 +11,7 @@ LASP, KERNELS = ROOT / "lasp", ROOT / "kernels" / "lasp_kernels"
 
 # From the bottom to the top; a layer may import what stands on the lines before its own, and its own folder.
 LAYERS = [
+    {"lasp.collectives"},
     {"lasp.mesh", "lasp.decay", "lasp.recompute", "lasp.optimizers"},
     {"lasp.exchange", "lasp.data", "lasp.agreement", "lasp.finite", "lasp_kernels"},
     {"lasp.shard", "lasp.loss"},

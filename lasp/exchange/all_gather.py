@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from lasp.collectives import start_all_gather
 from lasp.exchange.base import Fold, Schedule, StateMap, waiting
-from lasp.exchange.collectives import start_all_gather
 from lasp.mesh import SequenceParallel
 
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lasp.collectives import start_all_gather
 from lasp.exchange.board import board_of, obstacle
-from lasp.exchange.collectives import start_all_gather
 from lasp.mesh import EXCHANGES, SequenceParallel
 
 

@@ -4,6 +4,8 @@
     python tests/faults/inject.py --count 200 --seed 0 --backend nccl --ranks 2  # on GPUs, each rank on one of its own
     python tests/faults/inject.py --backend nccl --ranks 8 --gpus 2  # or as four hosts that have the same two GPUs
 
+Hosts have no exchange "direct". (Where a meeting of it gives up, by a trap, a process that shares its GPU may not end.)
+
 Each injection is a training run of its own (program.py): at a random layer, step and direction a random rank is killed
 or stopped, ends early, leaves a layer out, is late, or comes with another shape or dtype. What must follow (judge.py):
 
@@ -173,7 +175,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="of each injection; by default 3, over NCCL 2")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument("--gpus", type=int, help="of each injection over NCCL; by default one a rank, fewer are shared")
-    parser.add_argument("--exchange", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="draw from these schedules")
+    parser.add_argument("--exchange", nargs="+", choices=SCHEDULES, help="draw from these schedules; by default all")
     parser.add_argument("--timeout", type=float, help="of the group, in seconds; by default 5, over NCCL 10")
     parser.add_argument("--parallel", type=int, help="injections at once; by default 4, over NCCL 2 for a set of GPUs")
     parser.add_argument("--within", type=float, default=float("inf"), help="begin no injection after so many seconds")
@@ -185,6 +187,8 @@ def main() -> int:
         parser.error(f"--gpus {options.gpus} is for --backend nccl")
     ranks = options.ranks or (2 if nccl else 3)
     gpus = min(options.gpus or ranks, ranks) if nccl else None
+    shared = nccl and gpus != ranks
+    exchanges = options.exchange or [name for name in SCHEDULES if name != "direct" or not shared]
     given = {
         "ranks": ranks,
         "backend": options.backend,
@@ -192,7 +196,7 @@ def main() -> int:
         "timeout": options.timeout or (10.0 if nccl else 5.0),
         "parallel": options.parallel or (2 * len(gpu_sets(gpus or ranks)) if nccl else 4),
     }
-    faults = random_faults(options.count, ranks, options.seed, options.exchange)
+    faults = random_faults(options.count, ranks, options.seed, exchanges)
     started = time.monotonic()
     outcomes = inject(
         faults,
@@ -204,7 +208,7 @@ def main() -> int:
     detected, left = sum(o.detected for o in outcomes), sum(o.left for o in outcomes)
     took = time.monotonic() - started
     report(
-        f"faults_{ranks}x{options.backend}" + (f"_on_{gpus}_gpus" if nccl and gpus != ranks else ""),
+        f"faults_{ranks}x{options.backend}" + (f"_on_{gpus}_gpus" if shared else ""),
         " ".join(["python tests/faults/inject.py", *sys.argv[1:]]),
         summary(outcomes),
         save=options.save,
@@ -212,8 +216,8 @@ def main() -> int:
         commit=options.commit,
         markdown=True,
         facts={
-            **given,
-            "exchange": list(options.exchange),
+            **{name: value for name, value in given.items() if value is not None},
+            "exchange": exchanges,
             "detected": f"{detected} of {len(outcomes)}",
             "processes left": left,
             "largest difference of a loss": max((o.difference for o in outcomes), default=0.0),
