@@ -58,7 +58,7 @@ def traced(run: Callable[[], object], device: torch.device) -> list[dict]:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(3):
             dist.all_reduce(torch.zeros(1, device=device))
-            torch.cuda._sleep(4_000_000)  # so that the host is ahead
+            torch.cuda._sleep(40_000_000)  # 20 ms, so that the host is ahead, which tracing slows
             run()
             torch.cuda.synchronize(device)
     kernels = [e for e in recorded.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
