@@ -181,7 +181,7 @@ def fit_operator(model: Callable[[int, float, float], float], at_8: float, at_12
 
 def kernel_seconds(tokens: int) -> tuple[float, float]:
     """Forward and backward of the kernels on one H100, from the newest kept result of suite `lengths` with this one."""
-    for path in sorted(RESULTS.glob("*_kernels_headline_lengths_*.json"), reverse=True):
+    for path in sorted(RESULTS.glob("*_kernels_*lengths*.json"), reverse=True):
         for found in json.loads(path.read_text())["rows"]:
             shape = {"T": tokens, "B": 1, "H": 16, "D": 128, "decay": "fixed", "what": "lasp"}
             if all(found.get(key) == value for key, value in shape.items()):

@@ -18,18 +18,20 @@ def start_all_gather(gathered: Tensor, mine: Tensor, group: ProcessGroup | None)
 
 
 def connect(group: ProcessGroup | None, device_type: str, *, megabytes: int = 64) -> None:
-    """Run each collective of a training step, from some bytes to so many MiB; itself a collective call.
+    """Run each collective that averages gradients or gathers weights, from some bytes to so many MiB; collective, too.
 
     NCCL connects the ranks of a group anew for every way to run a collective (ring, tree, ...), when it first takes
     that way, which depends on the size. The host waits for it, and neither a timeout nor a watchdog ends that: a rank
     that comes alone, since the others have failed in the step before, would never end.
     """
     ranks = dist.get_world_size(group)
+    averages = [dist.ReduceOp.SUM] + ([dist.ReduceOp.AVG] if device_type == "cuda" else [])  # gloo has no AVG
     numbers = 1
-    while numbers <= megabytes * 2**18:
+    while ranks > 1 and numbers <= megabytes * 2**18:
         part = torch.zeros(-(-numbers // ranks), device=device_type)
         whole = part.new_zeros(len(part) * ranks)
-        dist.all_reduce(whole, group=group)
         _all_gather(whole, part, group=group)
-        _reduce_scatter(part, whole, group=group)
+        for op in averages:
+            dist.all_reduce(whole, op, group=group)
+            _reduce_scatter(part, whole, op, group=group)
         numbers *= 4

@@ -224,7 +224,7 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     """A `DeviceMesh` over all ranks with the axes dp_replicate, dp_shard, sp, tp; one of them may be -1 (the rest).
 
     Neighbours on the sequence axis are neighbours in rank, so with 8 GPUs a node they share a node. All ranks must call
-    it, and over NCCL they meet here, so that later a step of training connects no ranks (`collectives.connect`).
+    it, and over NCCL those of `grad_mesh` meet here, so that no step of training connects them (`collectives.connect`).
     """
     if not dist.is_initialized():
         raise RuntimeError("call lasp.init() before lasp.init_mesh()")

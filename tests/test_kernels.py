@@ -139,6 +139,33 @@ def test_weak_and_strong_decays(form, strength):
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("reset", [-60.0, -1e4, LOWEST])
+def test_a_reset_among_weak_decays(reset):
+    """What came before it is forgotten, and the decays around it keep their digits, however strong it is."""
+    x = random_inputs("token", 300, B=1, K=16, V=16, strength=0.1)
+    x.log_decay[:, [3, 64, 70, 71, 190, 255, 256]] = reset
+    found = check(x, segment_length=256, decay_tolerance=1e-4)
+    assert found["log_decay"].isfinite().all()
+
+
+def test_a_head_that_forgets_everything():
+    x = random_inputs("head", 200, B=1, H=3, K=16, V=16)
+    check(replace(x, log_decay=torch.tensor([-0.1, -1e4, LOWEST], dtype=torch.float64)), decay_tolerance=1e-4)
+
+
+def test_more_heads_than_a_program_sums_up():
+    check(random_inputs("token", 70, B=2, H=19, K=16, V=16), decay_tolerance=1e-4)
+
+
+def test_short_sequences_in_long_segments():
+    """The tiles of decays are counted by the longest sequence, not by the segments."""
+    x = random_inputs("token", 300, B=1, K=16, V=16, sequences=4)
+    check(x, cu_seqlens=(0, 100, 101, 165, 300), segment_length=256, decay_tolerance=1e-4)
+
+
 def test_horizon_within_a_segment():
     """Decays whose horizon ends in the first, in a later, and in no tile of a segment."""
     x = random_inputs("head", 500, B=1, H=4, K=16, V=16)

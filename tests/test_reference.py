@@ -159,6 +159,20 @@ def test_no_decay_overflows(form, per_token, T):
         assert_close(gradient.double(), expected[name], f"d{name}", rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("reset", [-60.0, -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("form", ["head", "token", "channel"])
+def test_a_reset_among_weak_decays(form, reset):
+    """In fp32: what came before it is forgotten, and the decays around it keep their digits."""
+    x = random_inputs(form, 150, strength=0.1)
+    if form == "head":
+        x.log_decay[1] = reset
+    else:
+        x.log_decay[:, [3, 64, 70, 71, 149]] = reset
+    low = replace(x, **{name: t.float() for name, t in x.given.items()})
+    for actual, expected in zip(run(chunked_linear_attention, low), run(recurrent_linear_attention, x)):
+        assert (actual - expected).norm() / expected.norm() < 2e-5
+
+
 @pytest.mark.parametrize("form", FORMS[2:])
 def test_strong_and_weak_decays_mixed(form):
     x = random_inputs(form, 200)

@@ -43,6 +43,7 @@ from lasp_kernels.state import (
     NO_DECAY,
     TOKEN_DECAY,
     VARYING,
+    bounded,
     causal_decays,
     head_decays,
     load_columns,
@@ -94,7 +95,7 @@ def backward_walk_kernel(
         out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [H * DZ, 1], [C, BZ])
     past = c[:, None] <= c[None, :]  # [key, query]
     if DECAY == HEAD_DECAY:
-        g = tl.load(G + h * g_h).to(tl.float32)
+        g = bounded(tl.load(G + h * g_h))
         enter, _, _ = head_decays(g, C)
         causal = causal_decays(g * LOG2E * c.to(tl.float32), C, True)
     if DECAY == TOKEN_DECAY:
@@ -180,7 +181,7 @@ def token_decay_kernel(
         for m in tl.static_range(K_BLOCKS):
             x -= tl.load(KEY_ROWS + ((m * B + b) * H + h) * T + token, mask=valid, other=0.0)
         tl.store(OUT + (b * T + token) * H + h, tl.cumsum(x, 0, reverse=True) + later, mask=valid)
-        g = tl.load(G + b * g_b + token * g_t + h * g_h, mask=valid, other=0.0).to(tl.float32)
+        g = bounded(tl.load(G + b * g_b + token * g_t + h * g_h, mask=valid, other=0.0))
         # exp(-16) is 1e-7, the rounding of fp32
         later = tl.where(tl.sum(g, 0) < -16.0, tl.sum(from_state, 0), later + tl.sum(x, 0))
 
@@ -209,7 +210,7 @@ def head_decay_kernel(
     k_base = K + b * k_b + start * k_t + h * k_h
     v_base = V + b * v_b + start * v_t + h * v_h
     do_base = DO + b * do_b + start * do_t + hq * do_h
-    g = tl.load(G + h * g_h).to(tl.float32)
+    g = bounded(tl.load(G + h * g_h))
     enter, _, _ = head_decays(g, C)
     distance = tl.maximum(c[:, None] - c[None, :], 0).to(tl.float32)
     by_distance = distance * causal_decays(g * LOG2E * c.to(tl.float32), C, False)

@@ -27,6 +27,7 @@ from lasp_kernels.state import (
     NO_DECAY,
     TOKEN_DECAY,
     VARYING,
+    bounded,
     causal_decays,
     head_decays,
     load_columns,
@@ -70,7 +71,7 @@ def forward_walk_kernel(
         z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
         out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [out_t, 1], [C, BZ])
     if DECAY == HEAD_DECAY:
-        g = tl.load(G + h * g_h).to(tl.float32)
+        g = bounded(tl.load(G + h * g_h))
         enter, leave, tile_decay = head_decays(g, C)
         causal = causal_decays(g * LOG2E * c.to(tl.float32), C, False)
     if DECAY == TOKEN_DECAY:

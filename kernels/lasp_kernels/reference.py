@@ -129,6 +129,12 @@ def fold_maps(entering: Tensor, state: Tensor, log_decay: Tensor) -> Tensor:
     return entering
 
 
+def _bounded(log_decay: Tensor) -> Tensor:
+    """No stronger than a decay to 0, subnormal numbers included, so that sums keep digits and are finite."""
+    numbers = torch.finfo(log_decay.dtype)
+    return log_decay.clamp(min=math.log(numbers.tiny) + math.log(numbers.eps) - 1)
+
+
 @dataclass(frozen=True)
 class Segments:
     """What each segment does to a state that passes through it: S -> exp(log_total) * S + state."""
@@ -303,13 +309,15 @@ class ChunkedSteps:
 
     def _tile_decays(self, log_decay: Tensor | None) -> list[_TileDecay]:
         device = self._lengths.device
+        if log_decay is not None:
+            log_decay = _bounded(log_decay.to(self.dtype))
         if log_decay is not None and log_decay.ndim > 1:
             if log_decay.ndim == 3:
                 log_decay = log_decay.unsqueeze(-1)
             cumulative = self._tile(log_decay).cumsum(-2)
             return [_TileDecay(x, x[..., -1:, :]) for x in cumulative]
-        rate = torch.zeros(1, device=device) if log_decay is None else log_decay
-        rate = rate.to(self.dtype).view(1, -1, 1, 1, 1, 1)
+        rate = torch.zeros(1, dtype=self.dtype, device=device) if log_decay is None else log_decay
+        rate = rate.view(1, -1, 1, 1, 1, 1)
         shared = _TileDecay(rate * torch.arange(1, TILE + 1, device=device).view(-1, 1), rate)
         matrix = shared.causal()
         return [_TileDecay(shared.cumulative, rate * n.view(-1, 1, 1, 1), matrix) for n in self._lengths]

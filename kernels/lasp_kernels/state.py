@@ -34,6 +34,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that change from call to call: a kernel must not be compiled anew when they become 1 or divisible by 16.
 VARYING = ["scale", "B", "T", "segment_length", "segments", "slots", "piece_length", "pieces", "skipped"]
+VARYING += ["tiles", "g_b"]
 
 
 @triton.jit
@@ -74,13 +75,20 @@ def head_decays(g, C: tl.constexpr):
 
 
 @triton.jit
-def token_decays(G, rows, valid, stride):
-    """As `head_decays`, and first the summed log-decays [C]; tokens that are not valid do not decay."""
-    g = tl.load(G + rows * stride, mask=valid, other=0.0).to(tl.float32)
-    # What comes after a token is summed from the end: as a difference of sums it would lose digits to strong decays.
-    after = tl.minimum(tl.cumsum(g, 0, reverse=True) - g, 0.0)
-    cumulative = tl.cumsum(g, 0)
-    return cumulative, tl.exp(cumulative), tl.exp(after), tl.sum(g, 0)
+def bounded(log_decay):
+    """In fp32, and no stronger than a decay to 0 (2^-150, without subnormal numbers too), so that sums keep digits."""
+    log_decay = log_decay.to(tl.float32)
+    return tl.where(log_decay < -104.0, -104.0, log_decay)
+
+
+@triton.jit
+def token_decays(G, rows, valid, n, stride, C: tl.constexpr):
+    """As `head_decays`, for C rows of n, in order; tokens that are not valid do not decay."""
+    g = bounded(tl.load(G + rows * stride, mask=valid, other=0.0))
+    # Of the token behind each: what comes after it as a difference of sums would lose digits to strong decays.
+    behind = valid & (tl.arange(0, C) < C - 1) & (rows < n - 1)
+    g_behind = bounded(tl.load(G + (rows + 1) * stride, mask=behind, other=0.0))
+    return tl.exp(tl.cumsum(g, 0)), tl.exp(tl.cumsum(g_behind, 0, reverse=True)), tl.sum(g, 0)
 
 
 @triton.jit
@@ -98,28 +106,32 @@ def causal_decays(cumulative, C: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def tile_decay_kernel(
-    G, OUT, TABLE, B, T, segment_length, segments, H, g_b, g_t, g_h,
+    G, OUT, TABLE, B, T, segment_length, tiles, H, g_b, g_t, g_h,
     C: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """OUT [2, B, H, T]: log-decays from the start of each token's tile, the token's included, and behind it to the end.
 
     For the walks, whose programs of a tile would each sum them up; in units of log 2. A tile has C tokens, the last one
-    of a segment perhaps fewer. One program per tile and HEADS heads.
+    of a segment perhaps fewer. One program per HEADS heads and each of the `tiles` that a segment may have.
     """
     parts = tl.cdiv(H, HEADS)
-    tiles = tl.cdiv(segment_length, C)
-    h = (tl.program_id(0) % parts) * HEADS + tl.arange(0, HEADS)
+    h = ((tl.program_id(0) % parts) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     b = ((tl.program_id(0) // parts) % B).to(tl.int64)
     tile = (tl.program_id(0) // (parts * B)) % tiles
     first, end, _ = segment_bounds(TABLE, tl.program_id(0) // (parts * B * tiles), segment_length, T, PACKED)
-    token = first.to(tl.int64) + tile * C + tl.arange(0, C)
+    if tile * C >= end - first:
+        return
+    c = tl.arange(0, C)
+    token = first.to(tl.int64) + tile * C + c
     mask = (token < end)[:, None] & (h < H)[None, :]
-    g = tl.load(G + b * g_b + token[:, None] * g_t + h[None, :] * g_h, mask=mask, other=0.0).to(tl.float32)
-    g *= LOG2E
+    behind = mask & ((c < C - 1) & (token < end - 1))[:, None]
+    g_at = G + b * g_b + token[:, None] * g_t + h[None, :] * g_h
+    g = bounded(tl.load(g_at, mask=mask, other=0.0)) * LOG2E
+    # As a difference of sums, what comes after a token would lose digits to strong decays.
+    g_behind = bounded(tl.load(g_at + g_t, mask=behind, other=0.0)) * LOG2E
     at = OUT + (b * H + h[None, :]) * T + token[:, None]
     tl.store(at, tl.cumsum(g, 0), mask=mask)
-    # From the end: as a difference of sums it would lose digits to strong decays.
-    tl.store(at + B.to(tl.int64) * H * T, tl.minimum(tl.cumsum(g, 0, reverse=True) - g, 0.0), mask=mask)
+    tl.store(at + B.to(tl.int64) * H * T, tl.cumsum(g_behind, 0, reverse=True), mask=mask)
 
 
 @triton.jit
@@ -178,7 +190,7 @@ def segment_state_kernel(
     far = tl.minimum(n, near + piece_length)
     total = 0.0
     if DECAY == HEAD_DECAY:
-        g = tl.load(G + h * g_h).to(tl.float32)
+        g = bounded(tl.load(G + h * g_h))
         enter, leave, tile_decay = head_decays(g, C)
         weight = enter if REVERSE else leave
         far = tl.minimum(far, reach_of_decay(g, n))
@@ -198,7 +210,7 @@ def segment_state_kernel(
         z_mask = valid[:, None] if DZ % BZ == 0 else valid[:, None] & (e < DZ)[None, :]
         z = tl.load(z_base + (i % GROUP) * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
         if DECAY == TOKEN_DECAY:
-            _sums, enter, leave, tile_total = token_decays(g_base, rows, valid, g_t)
+            enter, leave, tile_total = token_decays(g_base, rows, valid, n, g_t, C)
             weight = enter if REVERSE else leave
             tile_decay = tl.exp(tile_total)
             total += tl.where(i % GROUP == 0, tile_total, 0.0)
@@ -237,7 +249,7 @@ def scan_kernel(
         head = h.to(tl.int64)
         base = head * slots + row
     if DECAY == HEAD_DECAY:
-        g = tl.load(G + h).to(tl.float32)
+        g = bounded(tl.load(G + h))
     s = tl.zeros([BLOCK], tl.float32)
     if ENTERING is not None:
         s = tl.load(ENTERING + tl.program_id(0).to(tl.int64) * SIZE + j, mask=mask, other=0.0)

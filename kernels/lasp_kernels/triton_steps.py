@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -552,11 +553,13 @@ class TritonSteps:
         decays = torch.empty(2, self.batch, self.heads, self.tokens, dtype=self.dtype, device=self.device)
 
         def prepare() -> _Launch:
-            tile, heads = _config("walk", 0, self.input_dtype.itemsize).tile, min(16, _power_of_two(self.heads))
-            programs = -(-self.heads // heads) * self.batch * -(-self._segment_length // tile) * self.segments
+            tile, heads = _config("walk", 0, self.input_dtype.itemsize).tile, 16
+            runs = [self.tokens] if self._bounds is None else map(operator.sub, self._bounds[1:], self._bounds)
+            tiles = -(-min(self._segment_length, max(runs)) // tile)
+            programs = -(-self.heads // heads) * self.batch * tiles * self.segments
             return _Launch(
                 tile_decay_kernel, (programs, 1),
-                (self.batch, self.tokens, self._segment_length, self.segments, self.heads, *log_decay.stride()),
+                (self.batch, self.tokens, self._segment_length, tiles, self.heads, *log_decay.stride()),
                 C=tile, HEADS=heads, PACKED=self._bounds is not None, num_warps=4,
             )  # fmt: skip
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lasp import collectives
 from lasp.mesh import grad_mesh
 
 
@@ -24,6 +25,9 @@ def wrap_fsdp2(model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module
     if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
         shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])
+        if mesh.device_type == "cuda":  # `init_mesh` has connected only the ranks of `grad_mesh`
+            for part in (mesh["dp_replicate"], shard):
+                collectives.connect(part.get_group(), mesh.device_type)
     for block in blocks:
         fully_shard(block, mesh=axis, **options)
     fully_shard(model, mesh=axis, **options)
