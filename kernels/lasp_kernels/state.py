@@ -85,7 +85,7 @@ def bounded(log_decay):
 def token_decays(G, rows, valid, n, stride, C: tl.constexpr):
     """As `head_decays`, for C rows of n, in order; tokens that are not valid do not decay."""
     g = bounded(tl.load(G + rows * stride, mask=valid, other=0.0))
-    # Of the token behind each: what comes after it as a difference of sums would lose digits to strong decays.
+    # What comes after a token is summed from there: a difference of sums would lose digits to strong decays.
     behind = valid & (tl.arange(0, C) < C - 1) & (rows < n - 1)
     g_behind = bounded(tl.load(G + (rows + 1) * stride, mask=behind, other=0.0))
     return tl.exp(tl.cumsum(g, 0)), tl.exp(tl.cumsum(g_behind, 0, reverse=True)), tl.sum(g, 0)
@@ -127,7 +127,7 @@ def tile_decay_kernel(
     behind = mask & ((c < C - 1) & (token < end - 1))[:, None]
     g_at = G + b * g_b + token[:, None] * g_t + h[None, :] * g_h
     g = bounded(tl.load(g_at, mask=mask, other=0.0)) * LOG2E
-    # As a difference of sums, what comes after a token would lose digits to strong decays.
+    # What comes after a token is summed from there: a difference of sums would lose digits to strong decays.
     g_behind = bounded(tl.load(g_at + g_t, mask=behind, other=0.0)) * LOG2E
     at = OUT + (b * H + h[None, :]) * T + token[:, None]
     tl.store(at, tl.cumsum(g, 0), mask=mask)

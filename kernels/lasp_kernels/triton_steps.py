@@ -553,7 +553,7 @@ class TritonSteps:
         decays = torch.empty(2, self.batch, self.heads, self.tokens, dtype=self.dtype, device=self.device)
 
         def prepare() -> _Launch:
-            tile, heads = _config("walk", 0, self.input_dtype.itemsize).tile, 16
+            tile, heads = _config("walk", 0, self.input_dtype.itemsize).tile, 16  # heads that lie side by side
             runs = [self.tokens] if self._bounds is None else map(operator.sub, self._bounds[1:], self._bounds)
             tiles = -(-min(self._segment_length, max(runs)) // tile)
             programs = -(-self.heads // heads) * self.batch * tiles * self.segments
