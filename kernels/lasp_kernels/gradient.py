@@ -66,7 +66,7 @@ def backward_walk_kernel(
     G is [H], or per token what `tile_decay_kernel` makes.
 
     PAIRED (DY = DZ, not TRANSPOSED): every other program computes OUT2 from x = X2, y = Z, z = Y, STATE transposed.
-    SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out, before out is rounded.
+    SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out (PAIRED: of OUT2), unrounded.
     """
     blocks: tl.constexpr = (DZ + BZ - 1) // BZ
     roles: tl.constexpr = 2 if PAIRED else 1
@@ -140,6 +140,8 @@ def backward_walk_kernel(
         else:
             tl.store(out_base + (rows[:, None] * (H * DZ) + e[None, :]), out.to(OUT.dtype.element_ty), mask=mask)
         if SUM_ROWS:
+            valid = at + c < tl.where(role == roles - 1, n, 0)  # of a pair only dk
+            mask = valid[:, None] & (e < DZ)[None, :]
             w = tl.load(W + b * w_b + (start + rows[:, None]) * w_t + h * w_h + e[None, :], mask=mask, other=0.0)
             tl.store(ROWS + ((block * B + b) * H + h) * T + start + rows, tl.sum(w * out, 1), mask=valid)
 

@@ -52,17 +52,19 @@ class Config:
 # By kernel: for 2-byte inputs whose contracted dim is <= 128, or more; then the same for 4-byte inputs.
 # A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
-# Two stages of wide heads are for cards with less shared memory, and for row sums, which need another tile; and with a
-# decay per token fewer blocks of columns work out the decays between a tile's tokens.
+# Two stages of wide heads are for cards with less shared memory; and with a decay per token fewer blocks of columns
+# work out the decays between a tile's tokens. Row sums need another tile, and with them two stages are faster for all
+# heads: two programs then share a multiprocessor, and one sums while the other's products run.
 # ptxas 12.8, which comes with Triton 3.6, reads shared memory at wrong places for some blocks of 16 or 32 columns of
 # 2-byte numbers: without TMA, and with 8 warps (docs/kernels.md).
-NARROW, WIDE, WIDE_SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
+NARROW, WIDE, SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
                                              Config(16, 0, 32, 8, 2), Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
     "state": (Config(64, 128, 64, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
     "end": (Config(64, 64, 64, 4, 4),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,  # more programs, for `of_end`
     "walk": (NARROW, WIDE, FP32, FP32_WIDE),
-    "two-stage walk": (NARROW, WIDE_SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
+    "short walk": (NARROW, SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
+    "row-sum walk": (SHORT, SHORT, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
 }
 
@@ -76,12 +78,12 @@ def _config(name: str, dim: int, itemsize: int) -> Config:
 
 
 @lru_cache
-def _blocks(contracted: int, width: int, itemsize: int, short: bool, moves: bool) -> tuple[Config, int, int]:
+def _blocks(name: str, contracted: int, width: int, itemsize: int, moves: bool) -> tuple[Config, int, int]:
     """How a walk runs, the columns of z (of `width`) that one program takes, and the number of such blocks.
 
-    With two stages if `short`; `moves` is whether TMA brings the tiles.
+    `moves` is whether TMA brings the tiles.
     """
-    config = _config("two-stage walk" if short else "walk", contracted, itemsize)
+    config = _config(name, contracted, itemsize)
     columns = config.columns
     if moves or itemsize == 4:  # else no fewer, see CONFIGS
         columns = min(columns, _power_of_two(width))
@@ -271,7 +273,7 @@ class TritonSteps:
         Where their number is a little more than a multiple of the processors, the last ones would run almost alone:
         then rather more and shorter segments. Two short ones are slower than one, which needs neither states nor scan.
         """
-        name = "two-stage walk" if self._decay == 2 or not self._tma else "walk"
+        name = "short walk" if self._decay == 2 or not self._tma else "walk"
         columns = _config(name, max(self.key_dim, self.value_dim), self.input_dtype.itemsize).columns
         programs = max(1, self.batch * self.heads * self.groups * -(-self.value_dim // columns))
         programs *= 2 if self._inputs.for_keys else 1
@@ -517,7 +519,8 @@ class TritonSteps:
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
     ) -> Tensor:
         """dq, from the states that `scan` gave in forward."""
-        return self._forward_walk(do, v, k, q, log_decay, states, scale, transposed=True)
+        w = q if self._keep_rows else None
+        return self._forward_walk(do, v, k, w, log_decay, states, scale, transposed=True)
 
     def key_value_gradient(
         self,
@@ -532,17 +535,18 @@ class TritonSteps:
         """dk and dv, from the gradients of the states at the borders of the segments."""
         dk = torch.empty(k.shape, dtype=self.input_dtype, device=self.device)
         dv = torch.empty(v.shape, dtype=self.input_dtype, device=self.device)
+        w = k if self._keep_rows else None
         if self._paired:
-            self._backward_walk(k, q, do, dv, None, log_decay, d_states, scale, pair=(v, dk))
+            self._backward_walk(k, q, do, dv, w, log_decay, d_states, scale, pair=(v, dk))
         else:
             self._backward_walk(k, q, do, dv, None, log_decay, d_states, scale)
-            self._backward_walk(v, do, q, dk, k, log_decay, d_states, scale, transposed=True)
+            self._backward_walk(v, do, q, dk, w, log_decay, d_states, scale, transposed=True)
         return dk, dv
 
     @property
     def _paired(self) -> bool:
         """Whether dk and dv are made in one grid."""
-        return self.key_dim == self.value_dim and self.groups == 1 and not self._keep_rows
+        return self.key_dim == self.value_dim and self.groups == 1
 
     def _tile_decays(self, log_decay: Tensor | None) -> Tensor | None:
         """What a walk reads of the decays: those per token summed up within tiles, [2, B, H, T] fp32."""
@@ -578,21 +582,18 @@ class TritonSteps:
         *,
         transposed: bool = False,
     ) -> Tensor:
-        """The outputs, or dq, by the walk of output.py: [B, T, heads of x, columns of z]."""
+        """The outputs, or dq, by the walk of output.py: [B, T, heads of x, columns of z]; with `w` also row sums."""
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         out = torch.empty(*x.shape[:3], z.shape[-1], dtype=self.input_dtype, device=self.device)
         tiles = (x, y, z, out)
-        config, columns, blocks = self._walk(y, z, tiles)
+        config, columns, blocks = self._walk(y, z, tiles, rows=w is not None)
         decays = self._tile_decays(log_decay)
         sums = None
-        if self._keep_rows and transposed:
-            assert w is not None
+        if w is not None:
             w = self._addressable(w)
             self._rows["dq"] = sums = self._row_sums(2, blocks, x.shape[2])
             assert decays is not None
             self._rows["decays"] = decays  # the walks for dk and dv follow
-        else:
-            w = None
 
         def prepare() -> _Launch:
             numbers = (
@@ -624,19 +625,19 @@ class TritonSteps:
         transposed: bool = False,
         pair: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """dv or dk into `out` by the walk of gradient.py, or with `pair`, the other's x and out, both."""
+        """dv or dk into `out` by the walk of gradient.py, or with `pair`, the other's x and out, both.
+
+        With `w`, which is k, also the row sums of dk.
+        """
         x, y, z = self._addressable(x), self._addressable(y), self._addressable(z)
         x2, out2 = (x, out) if pair is None else (self._addressable(pair[0]), pair[1])
         tiles = (x, x2, y, z, out, out2)
-        config, columns, blocks = self._walk(y, z, tiles, groups=self.groups)
+        config, columns, blocks = self._walk(y, z, tiles, rows=w is not None, groups=self.groups)
         decays = self._tile_decays(log_decay)
         sums = None
-        if self._keep_rows and transposed:
-            assert w is not None
+        if w is not None:
             w = self._addressable(w)
             self._rows["dk"] = sums = self._row_sums(1, blocks, self.heads)
-        else:
-            w = None
 
         def prepare() -> _Launch:
             numbers = (
@@ -725,13 +726,15 @@ class TritonSteps:
         """Whether TMA can move them."""
         return self._tma and all(map(_fits_tma, tiles))
 
-    def _walk(self, y: Tensor, z: Tensor, tiles: tuple[Tensor, ...], *, groups: int = 1) -> tuple[Config, int, int]:
-        """`_blocks` of a walk over these tiles; in the one backwards TMA moves no `groups`."""
+    def _walk(
+        self, y: Tensor, z: Tensor, tiles: tuple[Tensor, ...], *, rows: bool, groups: int = 1
+    ) -> tuple[Config, int, int]:
+        """`_blocks` of a walk over these tiles, with row sums or not; in the one backwards TMA moves no `groups`."""
         low, high = sorted((self.key_dim, self.value_dim))
         # For the dims between it is all one, and the host has less to do.
         moves = (low > 32 and high <= 128) or (groups == 1 and self._moves(tiles))
-        short = self._decay == 2 or not moves
-        return _blocks(y.shape[-1], z.shape[-1], y.element_size(), short, moves)
+        name = "row-sum walk" if rows else "short walk" if self._decay == 2 or not moves else "walk"
+        return _blocks(name, y.shape[-1], z.shape[-1], y.element_size(), moves)
 
     def _addressable(self, x: Tensor) -> Tensor:
         """As it is, unless its last dim has gaps or its segments are too far apart for 32 bits."""
