@@ -299,6 +299,8 @@ class TritonSteps:
         given = self._inputs.piece_length or self._inputs.segment_length
         if given:
             return given
+        if self._decay != 1 and self.batch * self.heads * self.segments >= 2 * _processors(self.device):
+            return self._segment_length
         pieces = min(self._most_pieces, max(PIECES, self._segment_length // PIECE))
         return -(-self._segment_length // (64 * pieces)) * 64
 
