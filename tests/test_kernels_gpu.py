@@ -259,7 +259,10 @@ def test_gradient_of_the_decay(form, T):
 @pytest.mark.timeout(400)  # fla tries many configurations at its first call
 @pytest.mark.parametrize("form", ["none", "fixed", "token"])
 def test_error_next_to_fla(form):
-    """In bf16 at most 1.2 times that of fla-core on the same inputs."""
+    """In bf16 at most 1.2 times that of fla-core on the same inputs.
+
+    With a decay per token only of o: fla refuses its backward on Hopper GPUs with Triton before 3.7.1.
+    """
     pytest.importorskip("fla", reason="fla-core is not installed")
     pytest.importorskip("einops")
     from fla.ops.simple_gla import chunk_simple_gla
@@ -275,9 +278,13 @@ def test_error_next_to_fla(form):
 
     expected, _ = exact_step(tensors, do, **options)
     ours, _ = step(lasp.linear_attention, tensors, do, **options)
-    theirs, _ = step(fla, tensors, do, **options)
-    for name, x in expected.items():
-        error, bound = relative_error(ours[name], x), 1.2 * relative_error(theirs[name], x)
+    if form == "token":
+        theirs = {"o": fla(*tensors)[0]}
+    else:
+        theirs, _ = step(fla, tensors, do, **options)
+    for name in theirs:
+        error, bound = (relative_error(x[name], expected[name]) for x in (ours, theirs))
+        bound *= 1.2
         assert error <= bound, f"{name}: {error:.2e}, fla {bound / 1.2:.2e}"
 
 
