@@ -93,7 +93,9 @@ def test_ragged_lengths(form, T):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("K", "V"), [(16, 16), (32, 80), (80, 17), (96, 128), (128, 48), (256, 16), (16, 200)])
+@pytest.mark.parametrize(
+    ("K", "V"), [(16, 16), (32, 80), (80, 17), (80, 80), (96, 128), (128, 48), (256, 16), (16, 200)]
+)
 def test_head_dims(form, K, V):
     check(random_inputs(form, 70, B=1, H=1, K=K, V=V), segment_length=64)
 
@@ -102,7 +104,7 @@ def test_head_dims(form, K, V):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(form, dtype):
     """In the dims that dk and dv share one kernel for, and in others."""
-    check(random_inputs(form, 150, B=1, K=40, V=128), dtype=dtype, segment_length=128)
+    check(random_inputs(form, 150, B=1, K=72, V=72), dtype=dtype, segment_length=128)
     check(random_inputs(form, 70, B=1, H=1, K=16, V=130), dtype=dtype, segment_length=64)
 
 
@@ -118,6 +120,50 @@ def test_grouped_heads(form):
 def test_packed(form, groups, cu_seqlens):
     x = random_inputs(form, cu_seqlens[-1], B=1, groups=groups, K=16, V=16, sequences=len(cu_seqlens) - 1)
     check(x, cu_seqlens=cu_seqlens, segment_length=64)
+
+
+@pytest.mark.parametrize("form", ["none", "token"])
+def test_far_heads(form):
+    """Of a group, whose heads lie more than 2^31 elements apart, as those of [B, H, T, K] do."""
+    x = on_device(random_inputs(form, 70, B=1, H=1, groups=3, K=16, V=16), torch.float16)
+    far = torch.empty(2 * (2**30 + 8) + 70 * 16, dtype=torch.float16, device=DEVICE)  # 4.3 GB, hardly touched
+
+    def spread(t):
+        return far.as_strided(t.shape, (0, 16, 2**30 + 8, 1)).copy_(t)
+
+    tolerance = TOLERANCE[torch.float16]
+    o, _, near = all_steps(x, 0.7, segment_length=64)
+    for name in ("q", "do"):
+        far_o, _, found = all_steps(replace(x, **{name: spread(getattr(x, name))}), 0.7, segment_length=64)
+        for what, gradient in {"o": far_o, **found}.items():
+            assert_near(gradient, {"o": o, **near}[what].double().cpu(), what, tolerance)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 1, 2, 3, 300, 600)])
+@pytest.mark.parametrize(("processors", "pieces"), [(8, 1), (16, 2)])
+def test_segments_that_fill_the_card_are_not_cut(monkeypatch, processors, pieces, cu_seqlens):
+    for name, value in (("MIN_SEGMENT", 64), ("DECAY_SEGMENT", 128), ("_processors", lambda device: processors)):
+        monkeypatch.setattr(triton_steps, name, value)
+    triton_steps._shared_steps.cache_clear()
+    x = random_inputs("token", 600, B=1, H=4, K=16, V=16, sequences=5 if cu_seqlens else 1)
+    steps = steps_of(on_device(x, torch.float32), cu_seqlens=cu_seqlens)
+    assert (steps.segment_length, steps._pieces) == (128, pieces)
+    check(x, cu_seqlens=cu_seqlens, decay_tolerance=1e-4)
+    triton_steps._shared_steps.cache_clear()
+
+
+def test_almost_empty_sequences_leave_a_long_one_in_pieces():
+    x = on_device(random_inputs("none", 4000, B=1, H=4, K=16, V=16, state=False), torch.float32)
+    processors = triton_steps._processors(x.k.device)
+    bounds = (*range(2 * processors), 4000)
+    assert steps_of(x, cu_seqlens=bounds)._pieces == steps_of(x)._pieces == 2
+
+
+def test_walks_have_one_tile():
+    """One kernel sums decays up for all of them, and their row sums meet in one."""
+    walks = [triton_steps.CONFIGS[name] for name in ("walk", "short walk", "row-sum walk")]
+    for pair in (slice(0, 2), slice(2, 4)):
+        assert len({config.tile for configs in walks for config in configs[pair]}) == 1
 
 
 def test_packed_all_empty():

@@ -126,9 +126,11 @@ def backward_walk_kernel(
                 y = y_tiles.load([at, 0]).to(LOW)
                 z = z_tiles.load([at, block * BZ]).to(LOW)
             else:
-                y = load_columns(y_base + m * y_h + (rows[:, None] * y_t + d[None, :]), d[None, :], DY, BY, LOW)
+                y_at = y_base + tl.cast(m, tl.int64) * y_h + (rows[:, None] * y_t + d[None, :])
+                y = load_columns(y_at, d[None, :], DY, BY, LOW)
                 z_mask = valid[:, None] & (e < DZ)[None, :]
-                z = tl.load(z_base + m * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
+                z_at = z_base + tl.cast(m, tl.int64) * z_h + (rows[:, None] * z_t + e[None, :])
+                z = tl.load(z_at, mask=z_mask, other=0.0).to(LOW)
             p = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
             p = tl.where(past, p, 0.0) if DECAY == NO_DECAY else p * causal
             out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)

@@ -76,14 +76,17 @@ def head_decays(g, C: tl.constexpr):
 
 @triton.jit
 def bounded(log_decay):
-    """In fp32, and no stronger than a decay to 0 (2^-150, without subnormal numbers too), so that sums keep digits."""
+    """In fp32, and no stronger than a decay to 0 (2^-150, without subnormal numbers too), so that sums keep digits.
+
+    Not all of them where many tokens of a tile decay so (docs/kernels.md, "Limits").
+    """
     log_decay = log_decay.to(tl.float32)
     return tl.where(log_decay < -104.0, -104.0, log_decay)
 
 
 @triton.jit
 def token_decays(G, rows, valid, n, stride, C: tl.constexpr):
-    """As `head_decays`, for C rows of n, in order; tokens that are not valid do not decay."""
+    """As `head_decays`, but over all the log, for C rows of n, in order; tokens that are not valid do not decay."""
     g = bounded(tl.load(G + rows * stride, mask=valid, other=0.0))
     # What comes after a token is summed from there: a difference of sums would lose digits to strong decays.
     behind = valid & (tl.arange(0, C) < C - 1) & (rows < n - 1)
@@ -206,9 +209,10 @@ def segment_state_kernel(
         valid = distance < far
         rows = tl.minimum(distance, n - 1)
         rows = rows if REVERSE else n - 1 - rows
-        y = load_columns(y_base + (i % GROUP) * y_h + rows[:, None] * y_t + d[None, :], d[None, :], DY, BY, LOW)
+        m = tl.cast(i % GROUP, tl.int64)
+        y = load_columns(y_base + m * y_h + rows[:, None] * y_t + d[None, :], d[None, :], DY, BY, LOW)
         z_mask = valid[:, None] if DZ % BZ == 0 else valid[:, None] & (e < DZ)[None, :]
-        z = tl.load(z_base + (i % GROUP) * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
+        z = tl.load(z_base + m * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
         if DECAY == TOKEN_DECAY:
             enter, leave, tile_total = token_decays(g_base, rows, valid, n, g_t, C)
             weight = enter if REVERSE else leave

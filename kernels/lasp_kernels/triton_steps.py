@@ -66,7 +66,7 @@ CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
     "short walk": (NARROW, SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
     "row-sum walk": (SHORT, SHORT, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
-}
+}  # all walks on one dtype have the same tile: the decays and row sums of its tokens go from one kernel to another
 
 
 def _power_of_two(n: int) -> int:
@@ -126,6 +126,7 @@ class Segments:
 _thread = threading.local()
 
 
+@lru_cache(maxsize=64)
 def _segment_table(bounds: tuple[int, ...], segment_length: int, device: torch.device) -> tuple[Tensor, ...]:
     """For packed sequences: first token, end and run of each segment; the first segment of each run."""
     table, run_starts = [], [0]
@@ -220,6 +221,8 @@ class TritonSteps:
         if cu_seqlens is not None:
             bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
         stride = max(x.shape[2] * MAX_DIM if x.stride(-1) != 1 else x.stride(1) for x in (q, k, v))
+        if log_decay is not None and log_decay.ndim == 3:
+            stride = max(stride, log_decay.stride(1))
         tf32 = k.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         decay = None if log_decay is None else (log_decay.ndim, log_decay.dtype)
         # Sizes as plain numbers: under torch.compile they may be symbols, which would not find what was kept.
@@ -299,7 +302,9 @@ class TritonSteps:
         given = self._inputs.piece_length or self._inputs.segment_length
         if given:
             return given
-        if self._decay != 1 and self.batch * self.heads * self.segments >= 2 * _processors(self.device):
+        # Segments' worth of tokens: of packed sequences there may be many that are almost empty.
+        segments = self.batch * self.heads * -(-self.tokens // self._segment_length)
+        if self._decay != 1 and segments >= 2 * _processors(self.device):
             return self._segment_length
         pieces = min(self._most_pieces, max(PIECES, self._segment_length // PIECE))
         return -(-self._segment_length // (64 * pieces)) * 64
@@ -340,7 +345,7 @@ class TritonSteps:
             _thread.has_allocator = True
         launch((*inputs, *buffers), self.device)
 
-    @cached_property
+    @property
     def _tables(self) -> tuple[Tensor, ...]:
         """`_segment_table` of packed sequences. Not made with the steps, which the compiler's stand-ins make, too."""
         assert self._bounds is not None

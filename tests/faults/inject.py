@@ -175,7 +175,12 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, help="of each injection; by default 3, over NCCL 2")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument("--gpus", type=int, help="of each injection over NCCL; by default one a rank, fewer are shared")
-    parser.add_argument("--exchange", nargs="+", choices=SCHEDULES, help="draw from these schedules; by default all")
+    parser.add_argument(
+        "--exchange",
+        nargs="+",
+        choices=SCHEDULES,
+        help="draw from these; by default all, without direct on shared GPUs",
+    )
     parser.add_argument("--timeout", type=float, help="of the group, in seconds; by default 5, over NCCL 10")
     parser.add_argument("--parallel", type=int, help="injections at once; by default 4, over NCCL 2 for a set of GPUs")
     parser.add_argument("--within", type=float, default=float("inf"), help="begin no injection after so many seconds")
