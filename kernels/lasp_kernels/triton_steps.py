@@ -53,12 +53,12 @@ class Config:
 # A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
 # Two stages of wide heads are for cards with less shared memory; and with a decay per token fewer blocks of columns
-# work out the decays between a tile's tokens. Row sums need another tile, and with them two stages are faster for all
+# work out the decays between a tile's tokens. Row sums read one more tensor; with them two stages are faster for all
 # heads: two programs then share a multiprocessor, and one sums while the other's products run.
 # ptxas 12.8, which comes with Triton 3.6, reads shared memory at wrong places for some blocks of 16 or 32 columns of
 # 2-byte numbers: without TMA, and with 8 warps (docs/kernels.md).
 NARROW, WIDE, SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
-                                             Config(16, 0, 32, 8, 2), Config(16, 0, 16, 8, 2))  # fmt: skip
+                                        Config(16, 0, 32, 8, 2), Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, Config, Config, Config]] = {
     "state": (Config(64, 128, 64, 4, 3),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,
     "end": (Config(64, 64, 64, 4, 4),) * 2 + (Config(32, 64, 64, 4, 2),) * 2,  # more programs, for `of_end`
