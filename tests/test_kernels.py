@@ -159,6 +159,13 @@ def test_almost_empty_sequences_leave_a_long_one_in_pieces():
     assert steps_of(x, cu_seqlens=bounds)._pieces == steps_of(x)._pieces == 2
 
 
+def test_calls_share_the_table_of_packed_sequences():
+    x = on_device(random_inputs("token", 100, B=1, K=16, V=16, state=False), torch.float32)
+    first, second = (steps_of(x, cu_seqlens=(0, 40, 100)) for _ in range(2))
+    assert first is not second
+    assert first._table is second._table
+
+
 def test_walks_have_one_tile():
     """One kernel sums decays up for all of them, and their row sums meet in one."""
     walks = [triton_steps.CONFIGS[name] for name in ("walk", "short walk", "row-sum walk")]
