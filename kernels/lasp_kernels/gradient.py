@@ -74,8 +74,8 @@ def backward_walk_kernel(
     role, block = part % roles, part // roles  # programs that read the same tiles side by side
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n, start = end - first, first.to(tl.int64)
-    c, d = tl.arange(0, C), tl.arange(0, BY)
-    e = block * BZ + tl.arange(0, BZ)
+    c, d, e = tl.arange(0, C), tl.arange(0, BY), block * BZ + tl.arange(0, BZ)
+    y_h, z_h = tl.cast(y_h, tl.int64), tl.cast(z_h, tl.int64)  # heads of a group may be far apart
     x_base = X + b * x_b + start * x_t + h * x_h
     y_base = Y + b * y_b + start * y_t + (h * GROUP) * y_h
     z_base = Z + b * z_b + start * z_t + (h * GROUP) * z_h
@@ -126,11 +126,9 @@ def backward_walk_kernel(
                 y = y_tiles.load([at, 0]).to(LOW)
                 z = z_tiles.load([at, block * BZ]).to(LOW)
             else:
-                y_at = y_base + tl.cast(m, tl.int64) * y_h + (rows[:, None] * y_t + d[None, :])
-                y = load_columns(y_at, d[None, :], DY, BY, LOW)
+                y = load_columns(y_base + m * y_h + (rows[:, None] * y_t + d[None, :]), d[None, :], DY, BY, LOW)
                 z_mask = valid[:, None] & (e < DZ)[None, :]
-                z_at = z_base + tl.cast(m, tl.int64) * z_h + (rows[:, None] * z_t + e[None, :])
-                z = tl.load(z_at, mask=z_mask, other=0.0).to(LOW)
+                z = tl.load(z_base + m * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
             p = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
             p = tl.where(past, p, 0.0) if DECAY == NO_DECAY else p * causal
             out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
