@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compare it with one process
-	$(BIN)/python examples/train_tnl.py --verify
+	$(BIN)/python examples/train.py --verify
 
 test: lint  ## lint, types, tests
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from processes import LAUNCHER_PREFIXES, finish, free_port, mpirun, start
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_tnl.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train.py"
 RANKS = 2
 
 

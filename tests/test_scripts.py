@@ -68,7 +68,7 @@ def test_the_smallest_example_has_the_same_losses_on_two_ranks():
 
 def _train(folder, *options):
     """Train a few steps of the example on two ranks; the loss of every step that this call made."""
-    script = EXAMPLES / "train_tnl.py"
+    script = EXAMPLES / "train.py"
     arguments = ["--seq-len=130", "--steps=4", "--save-every=2", "--ranks=2", f"--out={folder}", f"--data={__file__}"]
     code = f"import sys, runpy; sys.argv[1:] = {[*arguments, *options]!r}; sys.argv[0] = {str(script)!r}; "
     # The example starts torchrun with its own path, so it is found by that and not by this code.

@@ -1,8 +1,8 @@
 """Train a TransNormerLLM on the bytes of real text, with every sequence split over the ranks.
 
-    python examples/train_tnl.py --verify            # all GPUs, or 2 CPU processes where there are none
-    python examples/train_tnl.py --data my_texts/ --model 385M --seq-len 65536 --parallel fsdp2 --dtype bfloat16
-    torchrun --nproc-per-node 4 examples/train_tnl.py --dp 2 --sp 2
+    python examples/train.py --verify            # all GPUs, or 2 CPU processes where there are none
+    python examples/train.py --data my_texts/ --model 385M --seq-len 65536 --parallel fsdp2 --dtype bfloat16
+    torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
 of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one.
