@@ -1,17 +1,13 @@
 """What a user starts: the doctor, healthy and not, and the smallest example on one rank and on two."""
 
 import json
-import os
-import pickle
 import re
 from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 from processes import finish, free_port, start
 from ranks import run_ranks
-from torch.distributed.checkpoint import metadata
 
 import lasp
 from lasp.doctor import run_doctor
@@ -92,34 +88,3 @@ def test_the_example_resumes_where_it_was_with_the_same_bits(tmp_path):
     metrics.write_text("".join(kept))
     resumed, _ = _train(tmp_path / "run", "--resume")
     assert resumed == whole
-
-
-class _Asks:
-    """Pickled as a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        _Asks(os.system, "true"),
-        _Asks(getattr, torch.Size, "mro"),
-        _Asks(getattr, metadata._MEM_FORMAT_ENCODING, "mro"),
-        os.system,
-    ],
-)
-def test_an_index_of_a_checkpoint_that_asks_for_more_than_data_is_refused(tmp_path, monkeypatch, asked):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    from _checkpoint import _check_metadata
-
-    index = tmp_path / ".metadata"
-    index.write_bytes(pickle.dumps({"layout": _Asks(getattr, metadata._MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")}))
-    _check_metadata(index)  # as Python 3.11.0 to 3.11.3 store it
-    index.write_bytes(pickle.dumps({"size": torch.Size((2,)), "code": asked}))
-    with pytest.raises(pickle.UnpicklingError, match="which is not data"):
-        _check_metadata(index)
