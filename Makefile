@@ -3,12 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench doctor clean
+# The oldest and the newest PyTorch that pyproject.toml allows; each has an environment beside .venv.
+OLDEST := 2.11.0
+NEWEST := 2.14.1
+
+.PHONY: demo test test-fast test-matrix test-newest lint bench doctor clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+.venv-torch-%/.installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -v -E '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch==$*
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[train,dev]' torch==$*
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compare it with one process
@@ -29,4 +40,4 @@ bench: $(VENV)/.installed  ## the CPU benchmarks; the others name their hardware
 	$(BIN)/python bench/reference.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .venv-torch-* build *.egg-info kernels/*.egg-info

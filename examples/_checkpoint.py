@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, state_dict_loader
-from torch.distributed.checkpoint import state_dict_saver as saver
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -39,7 +39,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> Non
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     tensors, values = _state(model, optimizer)
-    saver.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    state_dict_saver.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
     if dist.get_rank() == 0:
         (partial / VALUES).write_text(json.dumps({"step": step, **values}, indent=1) + "\n")
     dist.barrier()  # every part is on disk

@@ -10,7 +10,6 @@ of lasp; `build_model` holds the others. Text, checkpoints and reports have a fi
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -28,10 +27,10 @@ import typer
 from _report import Report
 from _text import batch_of_step, read_text, unigram_entropy
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
 import lasp
@@ -205,8 +204,12 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
     if mesh is not None:
         lasp.parallelize(model, mesh["sp"], exchange=options.exchange)
     if options.checkpoint_activations:
-        for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        # A module around each block, as PyTorch's own trainers use it, since it can be compiled: `block.compile()`
+        # before this line keeps the exchange outside the recompute, after it takes the recompute into the graph.
+        # Names of parameters stay. A `block.forward` replaced by a call of `checkpoint` is a frame that torch.compile
+        # passes over.
+        for layer, block in enumerate(model.blocks):
+            model.blocks[layer] = checkpoint_wrapper(block)
     if mesh is None:
         return model
     if options.parallel == "ddp":

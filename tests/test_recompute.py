@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from small_model import SmallModel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -277,6 +278,31 @@ def _compiled_block():
 
 def test_a_checkpoint_around_a_compiled_block():
     run_ranks(2, _compiled_block)
+
+
+def _wrapped_block(compile_first, exchanges):
+    """The form that examples/train.py has, each block one graph: `fullgraph` makes anything else an error."""
+    expected = train(plain)
+    model, traffic = model_with(plain)
+    names = list(model.state_dict())
+    for i, block in enumerate(model.blocks):
+        if compile_first:
+            block.compile(fullgraph=True, backend="aot_eager")
+        model.blocks[i] = checkpoint_wrapper(block)
+        if not compile_first:
+            model.blocks[i].compile(fullgraph=True, backend="aot_eager")
+    loss = model(*slice_of(0, dist.get_rank())).square().mean()
+    loss.backward()
+    for x, y in zip((loss, *(p.grad for p in model.parameters())), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(x, y)
+    assert list(model.state_dict()) == names
+    assert [(t.calls, t.forward_exchanges, t.reverse_exchanges) for t in traffic] == [exchanges] * 2
+
+
+@pytest.mark.parametrize(("compile_first", "exchanges"), [(True, (1, 1, 1)), (False, (1, 2, 1))])
+def test_a_wrapped_block_is_one_graph(compile_first, exchanges):
+    """A recompute inside the graph exchanges again (README, rules of the road)."""
+    run_ranks(2, _wrapped_block, compile_first, exchanges)
 
 
 def _different_each_time():
