@@ -25,10 +25,10 @@ from pathlib import Path
 import plots
 import torch
 from common import RESULTS, add_report_arguments, command_line, report
+from horizon_savings import count
 from simulator import SCHEDULES, Link, Machine, Pass, exchange_seconds, operator_seconds
 
 import lasp
-from lasp.exchange import horizon
 
 MS = 1e-3
 # Published, milliseconds by number of GPUs.
@@ -48,9 +48,9 @@ MESSAGE_OVERHEAD = 20e-6 - 2**20 / SEND_BANDWIDTH  # of a message that is the on
 GATHER_SETUP = 22e-6 - 2**20 / GATHER_BANDWIDTH
 FOLD = 20e-6 / (16 * 2**20)  # seconds a byte: the scan of 16 segments of 1 MiB takes 20 us
 RANKS_TABLE = "this project's operator, B1 H16 D128, one fp32 state of 1 MiB"
-HORIZON_TABLE = "the same with the horizon: ring, mean over 24 layers"
+HORIZON_TABLE = "the same with the horizon: ring, mean over the 16 layers of TNL-1B"
 ALONE, OPERATOR_TABLE = "the exchange alone", "the operator"  # titles in the results of exchange.py
-LAYERS = 24
+LAYERS = 16  # of TNL-1B, and heads a layer
 BLOCKS = (1, 2, 4, 8, 16, 32)
 # Shares of one operator call, from the kernel times of one H100, in us (65,536 tokens, 16 heads of 128, no decay): the
 # state, then what waits for it, in forward; the state's gradient, dq, then dk and dv in backward. For the published
@@ -229,7 +229,7 @@ def ranks_table(network: str, tokens: int, max_ranks: int) -> list[dict]:
 def horizon_table(tokens: int, max_ranks: int) -> list[dict]:
     """The ring with the horizon: heads whose state fades within a shard go to the neighbour only.
 
-    Which heads those are the runtime's own code says, for 24 layers of 16 heads; times are means over the layers.
+    Which heads those are the runtime's own code says, for TNL-1B, 16 layers of 16 heads; times are means over layers.
     """
     (machine, _), compute = machines()["latencies as published"], passes(*kernel_seconds(tokens))
     rows = []
@@ -237,7 +237,7 @@ def horizon_table(tokens: int, max_ranks: int) -> list[dict]:
         for ranks in [2**n for n in range(3, max_ranks.bit_length())]:
             shape = {"heads": 16, "tokens": tokens, "ranks": ranks, "key_dim": 128, "value_dim": 128}
             rates = [lasp.decay.schedule(name, 16, layer, LAYERS) for layer in range(LAYERS)]
-            far = [horizon.count("ring", rate.tolist(), **shape).far_heads for rate in rates if rate is not None]
+            far = [count("ring", rate.tolist(), **shape).far_heads for rate in rates if rate is not None]
             seconds = {
                 heads: operator_seconds("ring", ranks, OPERATOR_BYTES * heads / 16, machine, compute)
                 if heads

@@ -4,15 +4,12 @@ A fixed decay g per token leaves exp(T g) of a state after T tokens. In fp32 tha
 smallest number is 2^-149, and what is below half of it is rounded to 0), in fp64 once T |g| > 746. If that is so on
 every rank that lies between two others, then what enters a rank comes from the rank before it alone: the head needs its
 neighbour only (neighbour.py), never the chain. Nothing is approximated: the bits are those of the chain.
-
-`python -m lasp.exchange.savings` prints what that saves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -62,33 +59,3 @@ def others(heads: HeadRuns, number: int) -> HeadRuns:
 def size_of(heads: HeadRuns) -> int:
     """How many heads the runs hold."""
     return sum(end - first for first, end in heads)
-
-
-@dataclass(frozen=True)
-class Count:
-    """What one exchange of a layer costs a rank in the middle."""
-
-    far_heads: int
-    hops: int  # messages that follow one another until the last rank has its state
-    bytes_sent: int
-
-
-def count(
-    schedule: str,
-    rates: Sequence[float] | None,
-    *,
-    heads: int,
-    tokens: int,
-    ranks: int,
-    key_dim: int,
-    value_dim: int,
-) -> Count:
-    """Hops and bytes of one exchange with `tokens` on every rank, one sequence, an fp32 state; no ranks are needed.
-
-    `rates` None counts what it would be without the horizon. An all-gather passes every state on ranks - 1 times.
-    """
-    crossed = [tokens] * (ranks - 2) if ranks > 2 and rates is not None else None
-    far = size_of(far_heads(rates, heads, crossed, torch.float32))
-    per_head = 4 * key_dim * value_dim
-    passed_on = far * (per_head + 4) * (ranks - 1) if schedule == "all_gather" else far * per_head
-    return Count(far, ranks - 1 if far else 1, passed_on + (heads - far) * per_head)

@@ -1,14 +1,52 @@
-"""What the horizon saves with TransNormerLLM's two decay schedules: `python -m lasp.exchange.savings`.
+"""What the horizon saves with TransNormerLLM's two decay schedules: hops and bytes, counted, not timed.
 
-Counted by `horizon.count`, with the code by which the exchange decides; no ranks are needed.
+    python bench/horizon_savings.py
+
+Counted with `lasp.exchange.horizon.far_heads`, by which the exchange decides; no ranks are needed. The sizes are those
+of TNL-1B: 16 layers of 16 heads of 128 x 128.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
 from lasp import decay
-from lasp.exchange.horizon import count
+from lasp.exchange.horizon import far_heads, size_of
 
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one exchange of a layer costs a rank in the middle."""
+
+    far_heads: int
+    hops: int  # messages that follow one another until the last rank has its state
+    bytes_sent: int
+
+
+def count(
+    schedule: str,
+    rates: Sequence[float] | None,
+    *,
+    heads: int,
+    tokens: int,
+    ranks: int,
+    key_dim: int,
+    value_dim: int,
+) -> Count:
+    """Hops and bytes of one exchange with `tokens` on every rank, one sequence, an fp32 state.
+
+    `rates` None counts what it would be without the horizon. An all-gather passes every state on ranks - 1 times.
+    """
+    crossed = [tokens] * (ranks - 2) if ranks > 2 and rates is not None else None
+    far = size_of(far_heads(rates, heads, crossed, torch.float32))
+    per_head = 4 * key_dim * value_dim
+    passed_on = far * (per_head + 4) * (ranks - 1) if schedule == "all_gather" else far * per_head
+    return Count(far, ranks - 1 if far else 1, passed_on + (heads - far) * per_head)
 
 
 def row(name: str, ranks: int, *, heads: int, layers: int, tokens: int, dim: int) -> str:
@@ -29,7 +67,7 @@ def row(name: str, ranks: int, *, heads: int, layers: int, tokens: int, dim: int
     return f"| {' | '.join(cells)} |"
 
 
-def table(*, heads: int = 16, layers: int = 24, tokens: int = 16384, dim: int = 128) -> str:
+def table(*, heads: int = 16, layers: int = 16, tokens: int = 16384, dim: int = 128) -> str:
     """For 8, 64 and 1,024 ranks; one forward pass of one sequence, fp32 states."""
     return "\n".join(
         [
