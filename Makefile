@@ -7,6 +7,13 @@ BIN := $(VENV)/bin
 OLDEST := 2.11.0
 NEWEST := 2.14.1
 
+# What leans on parts of PyTorch that change: collectives, launchers, compiled graphs, hooks of autograd, FSDP2,
+# checkpoints.
+LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py attention.py checkpoint.py data_parallel.py exchange.py \
+	finite.py init.py recompute.py)
+FAST := $(addprefix tests/test_,arguments.py data.py)
+
+.PRECIOUS: .venv-torch-%/.installed
 .PHONY: demo test test-fast test-matrix test-newest lint bench doctor clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +34,17 @@ demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compa
 
 test: lint  ## lint, types, tests
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed  ## within a minute what concerns most changes; CONTRIBUTING.md says what it leaves out
+	$(BIN)/python -m pytest $(FAST)
+
+test-matrix: test-torch-$(OLDEST) test-torch-$(NEWEST)  ## all tests on the oldest and the newest PyTorch
+
+test-torch-%: .venv-torch-%/.installed
+	.venv-torch-$*/bin/python -m pytest
+
+test-newest: .venv-torch-$(NEWEST)/.installed  ## on the newest PyTorch what leans on its insides
+	.venv-torch-$(NEWEST)/bin/python -m pytest $(LEANS_ON_PYTORCH)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

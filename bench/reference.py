@@ -2,7 +2,7 @@
 
     python bench/reference.py [--save]
 
-Before anything is timed, output and gradients must equal the fp64 recurrence.
+Before anything is timed, output and gradients of 300 tokens must be within 1e-5 (relative) of the fp64 recurrence.
 """
 
 from __future__ import annotations
