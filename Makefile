@@ -11,7 +11,7 @@ NEWEST := 2.14.1
 # checkpoints.
 LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py attention.py checkpoint.py data_parallel.py exchange.py \
 	finite.py init.py recompute.py)
-FAST := $(addprefix tests/test_,arguments.py data.py)
+FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py layering.py loss.py)
 
 .PRECIOUS: .venv-torch-%/.installed
 .PHONY: demo test test-fast test-matrix test-newest lint bench doctor clean
