@@ -214,18 +214,18 @@ class _Call:
         )
         return gathers and self.segment_length is not None and self.shard.layout is None
 
-    def plan(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, decay_grad: bool) -> kernels.Steps:
+    def plan(self, inputs: _Inputs, decay_grad: bool) -> kernels.Steps:
         """The steps on this device; the same for the same inputs."""
-        return kernels.plan(
-            q,
-            k,
-            v,
-            log_decay,
+        return kernels.steps_of(
+            self.operands(inputs),
             cu_seqlens=self.shard.runs.cu_seqlens,
             segment_length=self.segment_length,
             decay_gradient=decay_grad,
             ends=self.ends or self.shard.sequence is not None,
         )
+
+    def operands(self, inputs: _Inputs) -> kernels.Operands:
+        return kernels.Operands(*inputs, self.scale)
 
     def far(self, steps: kernels.Steps, *, reverse: bool) -> exchange.HeadRuns:
         """The heads that need more than the neighbour; the same on every rank."""
@@ -257,7 +257,7 @@ class _Started(NamedTuple):
     """A forward whose state travels."""
 
     steps: kernels.Steps
-    segments: kernels.Segments
+    segments: kernels.Maps
     wait: Callable[[], Tensor | None]  # for the state that enters each run
 
 
@@ -275,9 +275,9 @@ def _start_forward(
     """What forward does before it must wait. Of q only shape and dtype count. `at_once`: it waits next."""
     inputs, sequence = (q, k, v, log_decay), call.shard.sequence
     with torch.no_grad(), _no_autocast(k.device.type):
-        steps = call.plan(*inputs, decay_grad)
+        steps = call.plan(inputs, decay_grad)
         if sequence is not None:
-            sequence.traffic.kernels = kernels.path(*inputs)
+            sequence.traffic.kernels = kernels.path(call.operands(inputs))
         return _Started(steps, *_segments_and_exchange(steps, inputs, initial_state, call, at_once))
 
 
@@ -291,7 +291,7 @@ def _forward(
         if final is not None:
             finite.note(shard.sequence, final)
         del segments  # large, and no longer needed
-        o = steps.outputs(q, k, v, log_decay, states, call.scale).to(v.dtype)
+        o = steps.outputs(call.operands((q, k, v, log_decay)), states).to(v.dtype)
         final_state = None
         if call.output_final_state:
             assert final is not None
@@ -302,7 +302,7 @@ def _forward(
 
 def _segments_and_exchange(
     steps: kernels.Steps, inputs: _Inputs, initial_state: Tensor | None, call: _Call, at_once: bool
-) -> tuple[kernels.Segments, Callable[[], Tensor | None]]:
+) -> tuple[kernels.Maps, Callable[[], Tensor | None]]:
     """Steps 1 and 2 of forward. Where a state forgets within these tokens, first what its last ones leave, for others.
 
     That then travels beside the states of the segments. It does not depend on layout and exchange, so that all of them
@@ -311,21 +311,23 @@ def _segments_and_exchange(
     _, k, v, log_decay = inputs
     sequence, remembered = call.shard.sequence, call.remembered_tokens(k.dtype)
     if sequence is None or log_decay is None or initial_state is not None or remembered > steps.tokens:
-        segments = steps.segment_states(k, v, log_decay)
+        segments = steps.local_maps(call.operands(inputs))
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, initial_state))
         return segments, _start_exchange(steps, segments, initial_state, call, at_once=at_once)
     last = int(remembered)
 
     def what_others_wait_for() -> StateMap:
         ending = steps.of_end(last)
-        state, left = ending.fold(ending.segment_states(k[:, -last:], v[:, -last:], log_decay))
+        ends = kernels.Operands(k[:, -last:], k[:, -last:], v[:, -last:], log_decay, call.scale)
+        state, left = ending.run_map(ending.local_maps(ends))
+        assert left is not None
         call.ranks_agree.settle(lambda: call.fingerprint(*inputs, None))
         return StateMap(state.unsqueeze(0), left.unsqueeze(0))
 
     with exchange.beside(k):
         pending = _start(what_others_wait_for, steps, call)
     needs_end = call.output_final_state or sequence.check_finite
-    segments = steps.segment_states(k, v, log_decay, needs_end=needs_end)
+    segments = steps.local_maps(call.operands(inputs), needs_end=needs_end)
     return segments, lambda: call.shard.enter(None, pending.wait(), reverse=False)
 
 
@@ -342,7 +344,7 @@ def _backward(
     needs_grad: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and as `needs_grad` says d_initial_state [N, H, K, V] and d_log_decay, both in the state's dtype."""
-    shard, scale = call.shard, call.scale
+    shard, x = call.shard, call.operands((q, k, v, log_decay))
     d_initial = d_decay = None
     with _no_autocast(q.device.type):
         if d_final_state is not None:
@@ -350,20 +352,21 @@ def _backward(
             d_final_state = d_final_state.clone(memory_format=torch.contiguous_format)
             d_final_state = _sum_over_ranks(d_final_state, shard, reverse=True)
         of_keys = steps.of_keys()
-        segments = of_keys.segment_gradients(q, do, log_decay, scale)
+        segments = of_keys.gradient_maps(x, do)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
         wait = _start_exchange(of_keys, segments, d_final_state, call, reverse=True)
-        dq = steps.query_gradient(q, k, v, do, log_decay, states, scale)
+        dq = steps.query_gradient(x, do, states)
         d_states, d_first = of_keys.scan(segments, wait(), reverse=True)
-        finite.note(shard.sequence, d_first, reverse=True)
+        if d_first is not None:
+            finite.note(shard.sequence, d_first, reverse=True)
         del segments
-        dk, dv = of_keys.key_value_gradient(q, k, v, do, log_decay, d_states, scale)
+        dk, dv = of_keys.key_value_gradient(x, do, d_states)
         if needs_grad[0]:
             assert d_first is not None
             d_initial = shard.all_states(d_first, first=True)
         if needs_grad[1]:
             assert log_decay is not None
-            d_decay = steps.decay_gradient(q, k, v, do, dq, dk, log_decay, states, d_states, scale)
+            d_decay = steps.decay_gradient(x, (do, dq, dk), states, d_states)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_initial, d_decay
 
 
@@ -426,7 +429,7 @@ def _compiled(
 
 def _start_exchange(
     steps: kernels.Steps,
-    segments: kernels.Segments,
+    segments: kernels.Maps,
     ends: Tensor | None,
     call: _Call,
     *,
@@ -483,7 +486,7 @@ def _start(
 
 
 def _border_maps(
-    steps: kernels.Steps, segments: kernels.Segments, own: Tensor | None, given: bool, call: _Call, *, reverse: bool
+    steps: kernels.Steps, segments: kernels.Maps, own: Tensor | None, given: bool, call: _Call, *, reverse: bool
 ) -> StateMap:
     """What this rank's tokens do to the state that the next rank (`reverse`: the previous) will receive.
 
@@ -496,20 +499,25 @@ def _border_maps(
     if own is not None:
         own = shard.at_border(own, reverse=reverse)
     if call.segment_length is None:
-        state, log_decay = (shard.at_border(x, reverse=reverse) for x in steps.fold(segments, reverse=reverse))
-        state, log_decay = state.unsqueeze(0), log_decay.unsqueeze(0)
+        maps = _with_decay(*steps.run_map(segments, reverse=reverse))
+        state, log_decay = (shard.at_border(x, reverse=reverse).unsqueeze(0) for x in maps)
         if passes or own is None:  # None: the first rank, before which there is nothing
             return StateMap(state, log_decay)
         state = kernels.fold(own, state, log_decay) if given else state[0]
         return StateMap(state.unsqueeze(0), torch.full_like(log_decay, -torch.inf))
     assert own is not None
-    state, log_decay = steps.maps(segments, reverse=reverse)
+    state, log_decay = _with_decay(*steps.border_maps(segments, reverse=reverse))
     if passes and len(state):
         return StateMap(state, log_decay)
     border = log_decay.new_full((1, *log_decay.shape[1:]), 0.0 if passes else -torch.inf)
     if given or not len(state):
         return StateMap(torch.cat([own.unsqueeze(0), state]), torch.cat([border, log_decay]))
     return StateMap(state, torch.cat([border, log_decay[1:]]))
+
+
+def _with_decay(state: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Maps with a decay; exp(0) where there is none."""
+    return state, state.new_zeros(*state.shape[:-2], 1) if log_decay is None else log_decay
 
 
 def _sum_over_ranks(states: Tensor, shard: Shard, *, reverse: bool = False) -> Tensor:

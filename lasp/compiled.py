@@ -81,7 +81,7 @@ def _(
     *grads,
 ):
     call = _call(k, scale, output_final_state, ends, lengths, cu_seqlens, sequence, segment_length)
-    steps = call.plan(q, k, v, log_decay, grads[1])
+    steps = call.plan((q, k, v, log_decay), grads[1])
     states = q.new_empty(steps.states_shape, dtype=steps.dtype)
     final_shape = (call.shard.num_sequences, *k.shape[2:], v.shape[3]) if output_final_state else (0,)
     return v.new_empty(*q.shape[:3], v.shape[3]), states.new_empty(final_shape), states
@@ -107,7 +107,7 @@ def linear_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gradients of the initial state and of log_decay, empty where not asked for."""
     call = _call(k, scale, d_final_state is not None, ends, lengths, cu_seqlens, sequence, segment_length, log_decay)
-    steps, needs_grad = call.plan(q, k, v, log_decay, decay_grad), (initial_grad, decay_grad)
+    steps, needs_grad = call.plan((q, k, v, log_decay), decay_grad), (initial_grad, decay_grad)
     *gradients, d_initial, d_decay = attention._backward(
         q, k, v, log_decay, states, do, d_final_state, call, steps, needs_grad
     )

@@ -17,7 +17,7 @@ import lasp
 from lasp import agreement
 from lasp.agreement import judge
 from lasp.mesh import exchanges
-from lasp_kernels.reference import ChunkedSteps
+from lasp_kernels.chunked import ChunkedSteps
 
 B, T, H, K, V = 2, 5, 2, 3, 4
 SOON = 5.0  # seconds within which a difference is known on every rank
@@ -199,11 +199,11 @@ def test_ranks_that_all_fail_keep_their_own_errors():
 def _out_of_memory():
     """An error that comes after the checks, in the middle of the computation."""
     sequence = lasp.SequenceParallel(dist.group.WORLD, name="deep")
-    working = ChunkedSteps.segment_states
+    working = ChunkedSteps.local_maps
     broken = torch.OutOfMemoryError("16 TiB") if dist.get_rank() == 2 else None
     message = "layer 'deep': OutOfMemoryError: 16 TiB"
     with (
-        mock.patch.object(ChunkedSteps, "segment_states", working if broken is None else mock.Mock(side_effect=broken)),
+        mock.patch.object(ChunkedSteps, "local_maps", working if broken is None else mock.Mock(side_effect=broken)),
         pytest.raises(lasp.RankMismatchError, match=f"rank 2 failed before its exchange: {message}") as caught,
     ):
         lasp.linear_attention(**arguments(), sequence=sequence)

@@ -13,7 +13,7 @@ from ranks import mesh_of, run_ranks, sequence_of_all
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
-from lasp_kernels.reference import ChunkedSteps
+from lasp_kernels.chunked import ChunkedSteps
 
 LENGTHS = [
     (70,),
@@ -527,8 +527,8 @@ def _states_of_segments_live_no_longer():
         segments = weakref.ref(found)
         return found
 
-    segments, original, make = lambda: None, ChunkedSteps.outputs, ChunkedSteps.segment_states
-    with mock.patch.multiple(ChunkedSteps, outputs=outputs, segment_states=states):
+    segments, original, make = lambda: None, ChunkedSteps.outputs, ChunkedSteps.local_maps
+    with mock.patch.multiple(ChunkedSteps, outputs=outputs, local_maps=states):
         for q in (x.q, lambda: x.q):
             lasp.linear_attention(q, x.k, x.v, log_decay=x.log_decay, sequence=sequence)
     assert living == [False, False]

@@ -11,44 +11,30 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from inputs import gradients, oracle, random_inputs, run  # noqa: E402
+from steps import backward_steps, forward_steps, operands  # noqa: E402
 
 import lasp  # noqa: E402
-from lasp_kernels import chunked_linear_attention, triton_steps  # noqa: E402
+from lasp_kernels import chunked_linear_attention, launch, plan, shared  # noqa: E402
 from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
 from lasp_kernels.reference import reference_norm_gate  # noqa: E402
-from lasp_kernels.triton_steps import TritonSteps  # noqa: E402
+from lasp_kernels.steps import TritonSteps  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA:  # the interpreter's time goes by the number of tiles, so fp32 takes the large ones, too
-    triton_steps.CONFIGS.update({name: (*c[:2], *c[:2]) for name, c in triton_steps.CONFIGS.items()})
+    plan.CONFIGS.update({name: (*c[:2], *c[:2]) for name, c in plan.CONFIGS.items()})
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # relative, of the whole tensor
 FORMS = ("none", "head", "token")
 
 
-def steps_of(x, *, log_decay="given", **options):
-    decay = x.log_decay if isinstance(log_decay, str) else log_decay
-    return TritonSteps.of(x.q, x.k, x.v, decay, decay_gradient=decay is not None, **options)
+def steps_of(x, **options):
+    return TritonSteps.of(operands(x), **{"decay_gradient": x.log_decay is not None, **options})
 
 
 def all_steps(x, scale, **options):
     """What `oracle` returns, by the steps in the order in which `lasp.linear_attention` calls them."""
     steps = steps_of(x, **options)
-    segments = steps.segment_states(x.k, x.v, x.log_decay)
-    states, final_state = steps.scan(segments, x.initial_state)
-    o = steps.outputs(x.q, x.k, x.v, x.log_decay, states, scale)
+    states, final_state, o = forward_steps(steps, x, scale, x.initial_state)
     return o, final_state, backward_steps(steps, x, states, scale)
-
-
-def backward_steps(steps, x, states, scale, decay_gradient=True):
-    of_keys = steps.of_keys()
-    segments = of_keys.segment_gradients(x.q, x.do, x.log_decay, scale)
-    found = {"q": steps.query_gradient(x.q, x.k, x.v, x.do, x.log_decay, states, scale)}
-    d_states, found["initial_state"] = of_keys.scan(segments, x.d_final_state, reverse=True)
-    found["k"], found["v"] = of_keys.key_value_gradient(x.q, x.k, x.v, x.do, x.log_decay, d_states, scale)
-    if decay_gradient and x.log_decay is not None:
-        arguments = (x.q, x.k, x.v, x.do, found["q"], found["k"], x.log_decay, states, d_states, scale)
-        found["log_decay"] = steps.decay_gradient(*arguments)
-    return found
 
 
 def on_device(x, dtype):
@@ -142,33 +128,34 @@ def test_far_heads(form):
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 1, 2, 3, 300, 600)])
 @pytest.mark.parametrize(("processors", "pieces"), [(8, 1), (16, 2)])
 def test_segments_that_fill_the_card_are_not_cut(monkeypatch, processors, pieces, cu_seqlens):
-    for name, value in (("MIN_SEGMENT", 64), ("DECAY_SEGMENT", 128), ("_processors", lambda device: processors)):
-        monkeypatch.setattr(triton_steps, name, value)
-    triton_steps._shared_steps.cache_clear()
+    for name, value in (("MIN_SEGMENT", 64), ("DECAY_SEGMENT", 128)):
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr("lasp_kernels.steps.processors", lambda device: processors)
+    shared.shared_by.cache_clear()
     x = random_inputs("token", 600, B=1, H=4, K=16, V=16, sequences=5 if cu_seqlens else 1)
     steps = steps_of(on_device(x, torch.float32), cu_seqlens=cu_seqlens)
-    assert (steps.segment_length, steps._pieces) == (128, pieces)
+    assert (steps.segment_length, steps.plan.pieces) == (128, pieces)
     check(x, cu_seqlens=cu_seqlens, decay_tolerance=1e-4)
-    triton_steps._shared_steps.cache_clear()
+    shared.shared_by.cache_clear()
 
 
 def test_almost_empty_sequences_leave_a_long_one_in_pieces():
     x = on_device(random_inputs("none", 4000, B=1, H=4, K=16, V=16, state=False), torch.float32)
-    processors = triton_steps._processors(x.k.device)
+    processors = launch.processors(x.k.device)
     bounds = (*range(2 * processors), 4000)
-    assert steps_of(x, cu_seqlens=bounds)._pieces == steps_of(x)._pieces == 2
+    assert steps_of(x, cu_seqlens=bounds).plan.pieces == steps_of(x).plan.pieces == 2
 
 
 def test_calls_share_the_table_of_packed_sequences():
     x = on_device(random_inputs("token", 100, B=1, K=16, V=16, state=False), torch.float32)
     first, second = (steps_of(x, cu_seqlens=(0, 40, 100)) for _ in range(2))
     assert first is not second
-    assert first._table is second._table
+    assert first._shared.table is second._shared.table
 
 
 def test_walks_have_one_tile():
     """One kernel sums decays up for all of them, and their row sums meet in one."""
-    walks = [triton_steps.CONFIGS[name] for name in ("walk", "short walk", "row-sum walk")]
+    walks = [plan.CONFIGS[name] for name in ("walk", "short walk", "row-sum walk")]
     for pair in (slice(0, 2), slice(2, 4)):
         assert len({config.tile for configs in walks for config in configs[pair]}) == 1
 
@@ -177,9 +164,9 @@ def test_packed_all_empty():
     x = random_inputs("head", 0, B=1, K=16, V=16, sequences=2)
     steps = steps_of(on_device(x, torch.float32), cu_seqlens=(0, 0, 0))
     x = on_device(x, torch.float32)
-    states, final_state = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), x.initial_state)
+    states, final_state = steps.scan(steps.local_maps(operands(x)), x.initial_state)
     assert torch.equal(final_state, x.initial_state)
-    assert steps.outputs(x.q, x.k, x.v, x.log_decay, states, 1.0).shape == x.q.shape
+    assert steps.outputs(operands(x), states).shape == x.q.shape
 
 
 @pytest.mark.parametrize("form", ["head", "token"])
@@ -260,8 +247,8 @@ def test_fp32_uses_tf32_only_where_pytorch_may():
         exact = steps_of(x)
         torch.set_float32_matmul_precision("high")
         fast = steps_of(x)
-        assert (exact._precision, fast._precision) == ("ieee", "tf32")
-        assert steps_of(on_device(x, torch.float16))._precision == "ieee"
+        assert (exact._shared.precision, fast._shared.precision) == ("ieee", "tf32")
+        assert steps_of(on_device(x, torch.float16))._shared.precision == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -277,7 +264,7 @@ def test_backward_twice():
     """The states that forward keeps are as they were after a backward (retain_graph)."""
     x = on_device(random_inputs("token", 130, B=1, K=16, V=16), torch.float32)
     steps = steps_of(x, segment_length=64)
-    states, _ = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), x.initial_state)
+    states, _ = steps.scan(steps.local_maps(operands(x)), x.initial_state)
     first, second = (backward_steps(steps, x, states, 1.0) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -291,13 +278,16 @@ def test_fold(form, cu_seqlens, reverse):
     x = on_device(random_inputs(form, 200, B=1, K=16, V=16, sequences=sequences, strength=0.1), torch.float32)
     steps = steps_of(x, cu_seqlens=cu_seqlens, segment_length=64)
     if reverse:
-        segments, entering = steps.segment_gradients(x.q, x.do, x.log_decay, 1.0), x.d_final_state
+        segments, entering = steps.gradient_maps(operands(x), x.do), x.d_final_state
     else:
-        segments, entering = steps.segment_states(x.k, x.v, x.log_decay), x.initial_state
-    local_state, log_total = steps.fold(segments, reverse=reverse)
+        segments, entering = steps.local_maps(operands(x)), x.initial_state
+    local_state, log_total = steps.run_map(segments, reverse=reverse)
     _, end = steps.scan(segments, entering, reverse=reverse)
-    assert log_total.shape == (*entering.shape[:2], 1)
-    torch.testing.assert_close(log_total.exp().unsqueeze(-1) * entering + local_state, end, rtol=1e-5, atol=1e-5)
+    assert (log_total is None) == (form == "none")
+    if log_total is not None:
+        assert log_total.shape == (*entering.shape[:2], 1)
+        entering = log_total.exp().unsqueeze(-1) * entering
+    torch.testing.assert_close(entering + local_state, end, rtol=1e-5, atol=1e-5)
 
 
 def test_chosen_segments():
@@ -317,16 +307,16 @@ def test_gradients_of_keys_have_segments_of_their_own(form, ends):
     """Longer ones than outputs; where the decay has a gradient, and with a given length, the same."""
     x = on_device(random_inputs(form, 1100, B=1, H=1, K=16, V=16, state=False), torch.float32)
     x = replace(x, d_final_state=torch.zeros_like(x.d_final_state))
-    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, ends=ends)
-    assert steps.of_keys().segments < steps.segments
-    states, _ = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), None)
-    found = backward_steps(steps, x if ends else replace(x, d_final_state=None), states, 1.0, decay_gradient=False)
+    steps = TritonSteps.of(operands(x), ends=ends)
+    assert steps.of_keys().plan.segments < steps.plan.segments
+    states, _ = steps.scan(steps.local_maps(operands(x)), None)
+    found = backward_steps(steps, x if ends else replace(x, d_final_state=None), states, decay_gradient=False)
     rounded = replace(x, **{name: t.double().cpu() for name, t in vars(x).items() if t is not None})
     _, _, expected = oracle(rounded)
     for name in "qkv":
         assert_near(found[name], expected[name], f"d{name}", 1e-5)
     for options in ({"decay_gradient": True}, {"segment_length": 256}):
-        steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, **options)
+        steps = TritonSteps.of(operands(x), **options)
         assert steps.of_keys() is steps
 
 
@@ -335,16 +325,16 @@ def test_gradients_of_keys_have_segments_of_their_own(form, ends):
 def test_blocks_may_have_more_columns_than_there_are(form, K, V):
     """Of 2-byte tiles that TMA does not move: there no block has fewer than 64."""
     for dims in ((K, V), (V, K)):
-        assert triton_steps._blocks("short walk", *dims, 2, False)[1] == 64
+        assert plan.walk_blocks("short walk", *dims, 2, False).columns == 64
     x = random_inputs(form, 130, B=1, K=K, V=V, state=False)
     x = on_device(x, torch.bfloat16)
     odd = {n: torch.cat([t, t[..., :1]], -1)[..., :-1] for n, t in (("q", x.q), ("k", x.k), ("v", x.v), ("do", x.do))}
-    assert not any(map(triton_steps._fits_tma, odd.values()))
+    assert not any(launch.fits_tma(launch.layout(t), 2) for t in odd.values())
     x = replace(x, **odd)
-    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, decay_gradient=form == "token")
-    states, _ = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), None)
-    o = steps.outputs(x.q, x.k, x.v, x.log_decay, states, 1.0)
-    found = backward_steps(steps, x, states, 1.0, decay_gradient=form == "token")
+    steps = TritonSteps.of(operands(x), decay_gradient=form == "token")
+    states, _ = steps.scan(steps.local_maps(operands(x)), None)
+    o = steps.outputs(operands(x), states)
+    found = backward_steps(steps, x, states, decay_gradient=form == "token")
     rounded = replace(x, **{name: t.double().cpu() for name, t in vars(x).items() if t is not None})
     expected_o, _, expected = oracle(rounded)
     assert_near(o, expected_o, "o", 1e-2)
@@ -354,14 +344,12 @@ def test_blocks_may_have_more_columns_than_there_are(form, K, V):
 
 @pytest.mark.parametrize(("T", "H", "alone", "among_ranks"), [(500, 1, 1, 2), (500, 4, 1, 2), (1000, 1, 4, 4)])
 def test_two_short_segments_are_one_where_that_needs_no_state(monkeypatch, T, H, alone, among_ranks):
-    monkeypatch.setattr(triton_steps, "_processors", lambda device: 8)
-    triton_steps._shared_steps.cache_clear()
+    monkeypatch.setattr("lasp_kernels.steps.processors", lambda device: 8)
     x = on_device(random_inputs("none", T, B=1, H=H, K=16, V=16, state=False), torch.float32)
-    found = [TritonSteps.of(x.q, x.k, x.v, None, ends=ends) for ends in (False, True)]
-    assert [steps.segments for steps in found] == [alone, among_ranks]
-    assert [steps.slots for steps in found] == [alone + 1 if alone > 1 else 0, among_ranks + 1]
-    assert TritonSteps.of(x.q, x.k, x.v, None, ends=False, decay_gradient=True).segments == among_ranks
-    triton_steps._shared_steps.cache_clear()
+    found = [TritonSteps.of(operands(x), ends=ends) for ends in (False, True)]
+    assert [steps.plan.segments for steps in found] == [alone, among_ranks]
+    assert [steps.plan.slots for steps in found] == [alone + 1 if alone > 1 else 0, among_ranks + 1]
+    assert TritonSteps.of(operands(x), ends=False, decay_gradient=True).plan.segments == among_ranks
 
 
 @pytest.mark.parametrize(
@@ -381,9 +369,9 @@ def test_unsupported_is_an_error(form, dtype, K, match):
 
 def test_decay_gradient_must_be_asked_for():
     x = on_device(random_inputs("token", 4, K=16, V=16), torch.float32)
-    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay)
+    steps = TritonSteps.of(operands(x))
     with pytest.raises(ValueError, match="asked for"):
-        steps.decay_gradient(x.q, x.k, x.v, x.do, x.q, x.k, x.log_decay, x.q, x.q, 1.0)
+        steps.decay_gradient(operands(x), (x.do, x.q, x.k), x.q, x.q)
 
 
 @pytest.mark.parametrize("activation", ["none", "sigmoid", "silu"])
@@ -469,13 +457,14 @@ def test_compiled_for_one_length_after_another(monkeypatch, cu_seqlens):
 @pytest.mark.parametrize("tokens", [88, 100])
 def test_the_last_tokens_give_the_map_of_all_that_forget(monkeypatch, T, tokens):
     """A decay of 1.2 a token leaves exp(-104) = 0 after 87 tokens, one of 5 after 21."""
-    monkeypatch.setattr(triton_steps, "END_PIECE", 64)
+    monkeypatch.setattr("lasp_kernels.steps.END_PIECE", 64)
     x = on_device(random_inputs("head", T, K=16, V=32), torch.float32)
     x.log_decay.copy_(torch.tensor([-1.2, -5.0]))
-    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay)
+    steps = TritonSteps.of(operands(x))
     ending = steps.of_end(tokens)
-    state, log_decay = ending.fold(ending.segment_states(x.k[:, -tokens:], x.v[:, -tokens:], x.log_decay))
-    expected, _ = steps.fold(steps.segment_states(x.k, x.v, x.log_decay))
+    last = replace(x, **{name: getattr(x, name)[:, -tokens:] for name in "qkv"})
+    state, log_decay = ending.run_map(ending.local_maps(operands(last)))
+    expected, _ = steps.run_map(steps.local_maps(operands(x)))
     assert_near(state, expected.cpu(), "state", 1e-6)
     assert torch.all(log_decay.exp() == 0)
     assert log_decay.shape == (*state.shape[:2], 1)
@@ -485,14 +474,14 @@ def test_the_last_tokens_give_the_map_of_all_that_forget(monkeypatch, T, tokens)
 @pytest.mark.parametrize("T", [64, 200])
 def test_the_last_segment_is_left_out_where_nobody_needs_the_end(form, T):
     x = on_device(random_inputs(form, T, K=16, V=32), torch.float32)
-    steps = TritonSteps.of(x.q, x.k, x.v, x.log_decay, segment_length=64)
-    whole, end = steps.scan(steps.segment_states(x.k, x.v, x.log_decay), x.initial_state)
-    segments = steps.segment_states(x.k, x.v, x.log_decay, needs_end=False)
+    steps = TritonSteps.of(operands(x), segment_length=64)
+    whole, end = steps.scan(steps.local_maps(operands(x)), x.initial_state)
+    segments = steps.local_maps(operands(x), needs_end=False)
     states, no_end = steps.scan(segments, x.initial_state)
     assert end is not None
     assert no_end is None
-    assert torch.equal(states[:, :, : steps.segments], whole[:, :, : steps.segments])
-    o = steps.outputs(x.q, x.k, x.v, x.log_decay, states, 1.0)
-    assert torch.equal(o, steps.outputs(x.q, x.k, x.v, x.log_decay, whole, 1.0))
+    assert torch.equal(states[:, :, : steps.plan.segments], whole[:, :, : steps.plan.segments])
+    o = steps.outputs(operands(x), states)
+    assert torch.equal(o, steps.outputs(operands(x), whole))
     with pytest.raises(ValueError, match="all segments"):
-        steps.fold(segments)
+        steps.run_map(segments)

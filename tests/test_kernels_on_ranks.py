@@ -6,7 +6,7 @@ from processes import finish, free_port, start
 # Processes of their own: Triton reads TRITON_INTERPRET when it is imported, and the pool's workers have other uses.
 COMPARE = """
 import torch, torch.distributed as dist, lasp
-from lasp_kernels import path, recurrent_linear_attention
+from lasp_kernels import Operands, path, recurrent_linear_attention
 from torch.testing import assert_close
 
 env = lasp.init("gloo", timeout=60)
@@ -31,7 +31,7 @@ for form in ("none", "head", "token"):
         mine = slice(start, start + lengths[env.rank])
         local = [q[:, mine], k[:, mine], v[:, mine], g[:, mine] if form == "token" else g, h]
         local = [x if x is None else x.clone().requires_grad_() for x in local]
-        assert path(*local[:4]) == "triton"
+        assert path(Operands(*local[:4])) == "triton"
         layout = lasp.ShardLayout(lengths, offsets) if offsets else None
         actual_o, actual_final = lasp.linear_attention(
             *local[:3], log_decay=local[3], initial_state=local[4], output_final_state=True, layout=layout,

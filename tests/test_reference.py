@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from inputs import FORMS, assert_close, gradients, oracle, random_inputs, run
+from steps import backward_steps, operands
 
-from lasp_kernels import chunked_linear_attention, plan, recurrent_linear_attention, state_dtype
+from lasp_kernels import chunked_linear_attention, recurrent_linear_attention, state_dtype, steps_of
 
 BOTH = pytest.mark.parametrize("function", [recurrent_linear_attention, chunked_linear_attention])
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
@@ -224,31 +225,29 @@ def test_gradcheck_of_several_tiles_and_segments(form):
 @pytest.mark.parametrize("T", [0, 1, 65, 300])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_gradient_steps_equal_autograd(form, T, is_packed):
-    """The steps that the operator runs one by one, with `fold` in place of the ranks' exchange."""
+    """The steps that the operator runs one by one, with `run_map` in place of the ranks' exchange."""
     scale = 0.7
     cu_seqlens = packed(T) if is_packed else None
     x = random_inputs(form, T, B=1 if is_packed else 2, groups=2, sequences=6 if is_packed else None)
     o, final_state, expected = oracle(x, scale=scale, cu_seqlens=None if cu_seqlens is None else cu_seqlens.tolist())
 
-    steps = plan(x.q, x.k, x.v, x.log_decay, cu_seqlens=cu_seqlens)
-    segments = steps.segment_states(x.k, x.v, x.log_decay)
-    states, scanned = steps.scan(segments, x.initial_state)
-    local_state, log_total = steps.fold(segments)
-    assert_close(steps.outputs(x.q, x.k, x.v, x.log_decay, states, scale), o, "o")
+    call = operands(x, scale)
+    steps = steps_of(call, cu_seqlens=cu_seqlens)
+    maps = steps.local_maps(call)
+    states, scanned = steps.scan(maps, x.initial_state)
+    assert_close(steps.outputs(call, states), o, "o")
     assert_close(scanned, final_state, "final_state by scan")
-    assert_close(log_total.exp().unsqueeze(-1) * x.initial_state + local_state, final_state, "final_state by fold")
+    assert_close(through(steps.run_map(maps), x.initial_state), final_state, "final_state by one map")
 
-    segments = steps.segment_gradients(x.q, x.do, x.log_decay, scale)
-    d_states, d_initial = steps.scan(segments, x.d_final_state, reverse=True)
-    local_state, log_total = steps.fold(segments, reverse=True)
-    by_fold = log_total.exp().unsqueeze(-1) * x.d_final_state + local_state
-    dq = steps.query_gradient(x.q, x.k, x.v, x.do, x.log_decay, states, scale)
-    dk, dv = steps.key_value_gradient(x.q, x.k, x.v, x.do, x.log_decay, d_states, scale)
-    found = {"q": dq, "k": dk, "v": dv, "initial_state": d_initial}
-    if x.log_decay is not None:
-        arguments = (x.q, x.k, x.v, x.do, dq, dk, x.log_decay, states, d_states, scale)
-        found["log_decay"] = steps.decay_gradient(*arguments)
+    by_map = through(steps.run_map(steps.gradient_maps(call, x.do), reverse=True), x.d_final_state)
+    found = backward_steps(steps, x, states, scale)
     assert set(found) == set(expected)
     for name, gradient in found.items():
         assert_close(gradient, expected[name], f"d{name}")
-    assert_close(by_fold, expected["initial_state"], "dinitial_state by fold")
+    assert_close(by_map, expected["initial_state"], "dinitial_state by one map")
+
+
+def through(run_map, entering):
+    """A state that passes through the map of its run."""
+    state, log_decay = run_map
+    return state + (entering if log_decay is None else log_decay.exp().unsqueeze(-1) * entering)

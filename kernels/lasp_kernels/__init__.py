@@ -1,17 +1,20 @@
 """Arithmetic of linear attention on one device: torch and triton, no ranks and no torch.distributed."""
 
-from lasp_kernels.launch import Steps, check_inputs, fold, norm_gate, path, plan
-from lasp_kernels.reference import Segments, chunked_linear_attention, recurrent_linear_attention, state_dtype
+from lasp_kernels.chunked import chunked_linear_attention
+from lasp_kernels.dispatch import Maps, Steps, fold, norm_gate, path, steps_of
+from lasp_kernels.operands import Operands, check_inputs
+from lasp_kernels.reference import recurrent_linear_attention, state_dtype
 
 __all__ = [
-    "Segments",
+    "Maps",
+    "Operands",
     "Steps",
     "check_inputs",
     "chunked_linear_attention",
     "fold",
     "norm_gate",
     "path",
-    "plan",
     "recurrent_linear_attention",
     "state_dtype",
+    "steps_of",
 ]

@@ -304,13 +304,19 @@ def scan_kernel(
 
 
 @triton.jit(do_not_specialize=["units"])
-def fold_kernel(ENTERING, UNITS, LOG_DECAY, OUT, units, SIZE, BLOCK: tl.constexpr):
-    """OUT [R, SIZE]: ENTERING [R, SIZE] through the maps UNITS [units, R, SIZE] and LOG_DECAY [units, R], in order."""
+def fold_kernel(ENTERING, UNITS, LOG_DECAY, OUT, units, SIZE, DECAY: tl.constexpr, BLOCK: tl.constexpr):
+    """OUT [R, SIZE]: ENTERING [R, SIZE] through the maps UNITS [units, R, SIZE] and LOG_DECAY [units, R], in order.
+
+    Without DECAY nothing fades, and LOG_DECAY is None.
+    """
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = j < SIZE
     s = tl.load(ENTERING + row * SIZE + j, mask=mask, other=0.0)
     for i in range(units):
         at = i * tl.num_programs(0).to(tl.int64) + row
-        s = advance(s, tl.load(LOG_DECAY + at), tl.load(UNITS + at * SIZE + j, mask=mask, other=0.0))
+        if DECAY:
+            s = advance(s, tl.load(LOG_DECAY + at), tl.load(UNITS + at * SIZE + j, mask=mask, other=0.0))
+        else:
+            s = s + tl.load(UNITS + at * SIZE + j, mask=mask, other=0.0)
     tl.store(OUT + row * SIZE + j, s, mask=mask)

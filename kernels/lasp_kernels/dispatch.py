@@ -1,0 +1,226 @@
+"""What computes a call, and the steps in which it is computed.
+
+| device | inputs | path |
+|---|---|---|
+| CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K, V from 16 to 256 | `steps.TritonSteps` |
+| CUDA | fp64, or log_decay [B, T, H, K] | `chunked.ChunkedSteps` |
+| CUDA | other K or V | refused |
+| CPU | any | `chunked.ChunkedSteps` |
+
+The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
+`ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
+LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it: "triton" or "reference".
+
+Products of fp32 inputs are true fp32, or TF32 on a GPU after `torch.set_float32_matmul_precision("high")`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lasp_kernels.chunked import ChunkedSteps
+from lasp_kernels.operands import Operands
+from lasp_kernels.reference import fold_maps, reference_norm_gate
+
+Path = Literal["triton", "reference"]
+Maps: TypeAlias = Any  # chunked.SegmentMaps or steps.PieceMaps; only the steps of the same path can read them
+
+
+class Steps(Protocol):
+    """The steps of forward and backward on one device, for inputs of one shape.
+
+    Forward: `local_maps` -> `scan` -> `outputs`. Backward: `query_gradient` needs the scanned states of
+    forward only; `gradient_maps` -> `scan(reverse=True)` -> `key_value_gradient`; `decay_gradient` last.
+    Between the first and the second, `run_map` or `border_maps` give what these tokens do to a state that passes
+    through, for others that hold the tokens before or behind. x are the inputs, or others that look like them.
+    """
+
+    @property
+    def tokens(self) -> int:
+        """Of the inputs."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """Of k and v."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of states."""
+        ...
+
+    @property
+    def segment_length(self) -> int:
+        """The most tokens that a segment may have, whatever the number of tokens here."""
+        ...
+
+    @property
+    def states_shape(self) -> tuple[int, ...]:
+        """Of the states that `scan` returns."""
+        ...
+
+    def zero_state(self) -> Tensor:
+        """A state of zeros for every run: [N, H, K, V]."""
+        ...
+
+    def of_end(self, tokens: int) -> Steps:
+        """For the last `tokens` of the inputs alone, for their `run_map`.
+
+        Where these are all that a state remembers, that is the map of all tokens, and known earlier.
+        """
+        ...
+
+    def of_keys(self) -> Steps:
+        """For the gradients of k and v; perhaps these."""
+        ...
+
+    def local_maps(self, x: Operands, *, needs_end: bool = True) -> Maps:
+        """What each segment does to a state. Of q only the shape counts.
+
+        `needs_end`: whether the state behind the last token is needed.
+        """
+        ...
+
+    def gradient_maps(self, x: Operands, do: Tensor) -> Maps:
+        """The same for the gradient of a state, which passes from the last segment to the first."""
+        ...
+
+    def run_map(self, maps: Maps, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
+        """All segments of each run as one map: its local state [N, H, K, V] and log-decay [N, H, K | 1] or None."""
+        ...
+
+    def border_maps(self, maps: Maps, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The segments one by one as maps, in the order in which a state passes through them, for `fold`.
+
+        state [U, N, H, K, V] and log_decay [U, N, H, K | 1] or None. Packed, only of the run that reaches the end of
+        the tokens (`reverse`: their beginning), since tokens elsewhere can continue no other: N is 1, and U may be 0.
+        They need a given segment_length.
+        """
+        ...
+
+    def scan(self, maps: Maps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
+        """From the state that enters each run [N, H, K, V]: the states at the segments, and the one behind all.
+
+        The left fold of the maps; with `reverse` from the last segment to the first. None enters: zeros. None instead
+        of the state behind all where the maps leave it out.
+        """
+        ...
+
+    def outputs(self, x: Operands, states: Tensor) -> Tensor:
+        """o [B, T, H*G, V] from the states of `scan`."""
+        ...
+
+    def query_gradient(self, x: Operands, do: Tensor, states: Tensor) -> Tensor:
+        """dq, from the states that `scan` gave in forward."""
+        ...
+
+    def key_value_gradient(self, x: Operands, do: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor]:
+        """dk and dv, from the states of `scan(reverse=True)`."""
+        ...
+
+    def decay_gradient(
+        self, x: Operands, gradients: tuple[Tensor, Tensor, Tensor], states: Tensor, d_states: Tensor
+    ) -> Tensor:
+        """d log_decay in its shape, from do, dq and dk, and the states of both scans."""
+        ...
+
+
+def path(x: Operands) -> Path:
+    """What computes these inputs (see the table above)."""
+    return _path(x.k, per_channel=x.log_decay is not None and x.log_decay.ndim == 4)
+
+
+def _path(x: Tensor, *, per_channel: bool) -> Path:
+    if "LASP_KERNELS" in os.environ and (asked := os.environ["LASP_KERNELS"]):
+        if asked == "triton" or asked == "reference":
+            return asked
+        raise ValueError(f'the environment variable LASP_KERNELS must be "triton" or "reference", got {asked!r}')
+    return "triton" if x.is_cuda and x.dtype != torch.float64 and not per_channel else "reference"
+
+
+def steps_of(
+    x: Operands,
+    *,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    segment_length: int | None = None,
+    decay_gradient: bool = False,
+    ends: bool = True,
+) -> Steps:
+    """The steps of the path for these inputs.
+
+    Args:
+        x: the inputs, checked by `check_inputs`. q may be a stand-in of the right shape until `outputs`.
+        cu_seqlens: offsets of packed sequences; on the host, or the host waits for them.
+        segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, the bits of a sequence
+            do not depend on what is packed beside it, nor on where it is cut, if at the border of a segment.
+        decay_gradient: whether `decay_gradient` will be called.
+        ends: whether a state enters or the one behind the last token is wanted, or such a gradient in backward.
+    """
+    chosen = path(x)
+    if "LASP_DEBUG" in os.environ:
+        _tell(chosen, x)
+    if chosen == "reference":
+        return ChunkedSteps(x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient)
+    from lasp_kernels.steps import TritonSteps  # where Triton is not installed, nothing else needs it
+
+    return TritonSteps.of(
+        x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient, ends=ends
+    )
+
+
+def _tell(chosen: Path, x: Operands) -> None:
+    if os.environ["LASP_DEBUG"] not in ("", "0"):
+        form = "none" if x.log_decay is None else f"{x.log_decay.ndim}-d"
+        _tell_once(
+            f"lasp_kernels: {chosen} for {x.k.dtype} on {x.k.device.type}, K {x.k.shape[-1]}, V {x.v.shape[-1]}, "
+            f"decay {form}"
+        )
+
+
+@lru_cache
+def _tell_once(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def fold(entering: Tensor | None, state: Tensor, transition: Tensor | None) -> Tensor:
+    """Pass a state [N, H, K, V] through maps as `Steps.border_maps` gives them, with the arithmetic of `Steps.scan`.
+
+    None is a state of zeros, of which the first map leaves its own state.
+
+    state [U, N, H, K, V] and transition, which may come from several devices, and be slices along H or K: None,
+    log-decays [U, N, H, K | 1], or matrices [U, N, H, K, K]; see reference.py.
+    """
+    if entering is None:
+        if len(state) == 1:
+            return state[0]
+        entering, state, transition = state[0], state[1:], None if transition is None else transition[1:]
+    per_channel = transition is not None and transition.shape[-1] > 1  # or a matrix
+    if _path(state, per_channel=per_channel) == "triton" and not (transition is not None and transition.ndim == 5):
+        from lasp_kernels import steps
+
+        return steps.fold(entering, state, transition)
+    return fold_maps(entering, state, transition)
+
+
+def norm_gate(
+    x: Tensor, gate: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, activation: str = "none"
+) -> Tensor:
+    """RMS norm of x [..., H, V] over its heads together, times weight [H * V], times activation(gate [..., H * V]).
+
+    What models do after attention, in one pass over memory on a GPU (`norm.py`); in PyTorch on a CPU, in
+    fp64, and under `torch.compile`, which fuses it by itself. Returns [..., H * V] in x's dtype.
+    `activation` is "none", "sigmoid" or "silu".
+    """
+    if x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        from lasp_kernels.norm import fused_norm_gate
+
+        return fused_norm_gate(x, gate, weight, eps=eps, activation=activation)
+    return reference_norm_gate(x, gate, weight, eps=eps, activation=activation)

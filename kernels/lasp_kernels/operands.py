@@ -1,0 +1,69 @@
+"""The tensors of one call, and the checks that they pass before anything is computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 64  # tokens; a segment is a multiple of it
+
+
+class Operands(NamedTuple):
+    """What linear attention computes on, handed as one from step to step.
+
+    q [B, T, H*G, K]; k [B, T, H, K]; v [B, T, H, V], of one float dtype. `log_decay`, natural logarithm and <= 0:
+    None, [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per token and channel). `scale` multiplies o.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    scale: float = 1.0
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segment_length: int | None = None) -> None:
+    """Raise the `ValueError` or `TypeError` that says which argument is wrong, with its value.
+
+    Decays are only looked at on a CPU: on a GPU that would wait for the device.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, T, H, dim], got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must agree in [B, T, H], got k {tuple(k.shape)} and v {tuple(v.shape)}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must agree in B, T and K, got q {tuple(q.shape)} and k {tuple(k.shape)}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q must have a multiple of the heads of k, got {q.shape[2]} and {k.shape[2]}")
+    if segment_length is not None and (segment_length < TILE or segment_length % TILE):
+        raise ValueError(f"segment_length must be a positive multiple of {TILE}, got {segment_length}")
+    if log_decay is not None:
+        _check_log_decay(log_decay, k)
+
+
+def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
+    B, T, H, K = k.shape
+    if not isinstance(log_decay, Tensor) or not log_decay.is_floating_point():
+        raise TypeError(
+            f"log_decay must be a floating-point tensor, got {getattr(log_decay, 'dtype', type(log_decay))}"
+        )
+    if tuple(log_decay.shape) not in {(H,), (B, T, H), (B, T, H, K)}:
+        raise ValueError(
+            f"log_decay must have shape [H] = {(H,)}, [B, T, H] = {(B, T, H)} or [B, T, H, K] = {(B, T, H, K)}, "
+            f"got {tuple(log_decay.shape)}"
+        )
+    if log_decay.device != k.device:
+        raise ValueError(f"log_decay must be on the device of k, {k.device}, got {log_decay.device}")
+    if log_decay.device.type == "cpu" and log_decay.numel():
+        low, high = log_decay.detach().aminmax()
+        if not (high <= 0 and torch.isfinite(low)):
+            raise ValueError(f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}")
