@@ -33,9 +33,10 @@ class Inputs:
         named = dict(zip(NAMES, (*self.x[:5], self.initial_state)))
         return {name: x for name, x in named.items() if x is not None}
 
-    def to(self, dtype) -> "Inputs":
-        x = DeltaOperands(*[None if y is None else y.to(dtype) for y in self.x[:5]], self.x.scale)
-        return Inputs(x, self.initial_state.to(dtype), self.do.to(dtype), self.d_final_state.to(dtype))
+    def to(self, target) -> "Inputs":
+        """In another dtype or on another device."""
+        x = DeltaOperands(*[None if y is None else y.to(target) for y in self.x[:5]], self.x.scale)
+        return Inputs(x, self.initial_state.to(target), self.do.to(target), self.d_final_state.to(target))
 
     def cut(self, tokens: slice, runs: slice) -> "Inputs":
         """Some runs of packed inputs alone."""
@@ -76,6 +77,7 @@ def random_inputs(form, T, *, B=2, H=2, groups=1, K=8, V=6, runs=None, decays=mi
         log_decay=None if shape is None else decays(draw, shape),
         scale=0.7,
     )
+    x.beta[:, 2::7], x.beta[:, 3::7] = 0.0, 2.0  # a token that writes nothing; a reflection
     states = (B if runs is None else runs, H * groups, K, V)
     return Inputs(x, normal(*states), normal(B, T, H * groups, V), normal(*states))
 
@@ -279,6 +281,16 @@ def test_segment_length_is_what_was_given_whatever_the_tokens():
     assert DeltaSteps(x, segment_length=1024).segment_length == 1024
     assert DeltaSteps(x, segment_length=64).states_shape == (2, 1, 2, 8, 6)
     assert DeltaSteps(x, cu_seqlens=[0, 65, 65, 66, 100], segment_length=64).states_shape == (4, 1, 2, 8, 6)
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 1, 1, 150, 200]])
+def test_steps_ask_for_no_value_of_the_device(form, cu_seqlens):
+    """Tensors without values have all shapes and the device; a step that looked at a value would fail."""
+    inputs = random_inputs(form, 200, B=1, groups=2, runs=None if cu_seqlens is None else 4)
+    expected = by_steps(inputs, cu_seqlens=cu_seqlens)
+    for name, x in by_steps(inputs.to("meta"), cu_seqlens=cu_seqlens).items():
+        assert (x.shape, x.dtype, x.device.type) == (expected[name].shape, torch.float64, "meta")
 
 
 def test_scan_without_a_state_starts_from_zero():
