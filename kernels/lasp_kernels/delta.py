@@ -47,7 +47,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp_kernels.reference import TILE, _bounded, state_dtype
+from lasp_kernels.operands import TILE
+from lasp_kernels.reference import state_dtype
+from lasp_kernels.tile_decay import bounded
 
 
 class DeltaOperands(NamedTuple):
@@ -443,7 +445,7 @@ class DeltaSteps:
             log_decay = torch.zeros(self.tiles, 1, 1, 1, TILE, 1, dtype=self.dtype, device=self.device)
         else:
             log_decay = x.log_decay if x.log_decay.ndim == 4 else x.log_decay.unsqueeze(-1)
-            log_decay = self._tile(_bounded(log_decay.to(self.dtype)))
+            log_decay = self._tile(bounded(log_decay.to(self.dtype)))
         q, k, v, beta = (self._tile(y) for y in (x.q, x.k, x.v, x.beta.unsqueeze(-1)))
         return [q * x.scale, k, v, beta, log_decay]
 
