@@ -18,7 +18,7 @@ def causal_conv(
     """y [B, T, C] in x's dtype from x [B, W - 1 + T, C]: W - 1 tokens before, zeros where there are none, and T tokens.
 
     weight [C, W], bias [C]; differentiable by autograd. If weight has another dtype than x, the arithmetic is done in
-    the wider of the two. `cu_seqlens`: offsets among the T tokens, on the host, of packed documents (B = 1), first 0 and
+    the wider of the two. `cu_seqlens`: offsets among the T tokens of packed documents (B = 1), on the host, first 0 and
     last T; no tap reaches into another document, and the tokens before belong to the first document.
     """
     check_convolution(x, weight, bias)

@@ -142,7 +142,7 @@ def _blocks(part: Block, options: Options) -> Iterator[Block]:
 
 
 def _too_long(block: Block, options: Options) -> bool:
-    """Whether a block's mask or scores pass the bound, or it has more queries than the window, of which keys it sees."""
+    """Whether a block's mask or scores pass the bound, or the window is shorter than the block: it then wastes keys."""
     q, k, _, key_mask = block
     rows, keys = q.shape[2], k.shape[2]
     if options.window is not None and rows > options.window:
