@@ -310,6 +310,63 @@ def test_compiles_to_one_graph(call, monkeypatch):
         assert_close(actual, expected, f"d{name}", **CLOSE)
 
 
+# On a GPU, where without a mask one flash kernel does it
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@GPU
+@pytest.mark.parametrize("dtype", GPU_TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (48, 20), (5, 13)])
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"cu_seqlens": (0, 90, 201, 201, 300)}, {"window": 70}, {"softcap": 2.0}, {"key_mask": padding(300)[3:]}],
+)
+def test_on_a_gpu(dtype, groups, K, V, call, monkeypatch):
+    monkeypatch.setattr(softmax, "BOUND", 2**16)
+    x = [t.detach().to(dtype).requires_grad_() for t in draw(211, S=300, B=1, groups=groups, K=K, V=V)]
+    exact = [t.detach().double().requires_grad_() for t in x]
+    expected = direct(*exact, start=80, **call)
+    do = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    there = [t.detach().cuda().requires_grad_() for t in x]
+    call = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    o = softmax_attention(*there, start=80, **call)
+    pairs = [
+        (o, expected),
+        *zip(torch.autograd.grad(o, there, do.cuda()), torch.autograd.grad(expected, exact, do.double())),
+    ]
+    for name, (actual, wanted) in zip(("o", "dq", "dk", "dv"), pairs):
+        error = (actual.cpu().double() - wanted).norm() / wanted.norm()
+        assert error < GPU_TOLERANCE[dtype], f"{name}: {error}"
+
+
+@GPU
+@pytest.mark.parametrize("call", [{}, {"window": 4096}, {"key_mask": torch.ones(1, 131072, dtype=torch.bool)}])
+def test_memory_on_a_gpu(call):
+    """Of 16,384 queries and 131,072 keys: in bf16 the scores of one head, or a mask, would be 4 GiB."""
+    q, k, v = (t.detach().cuda().requires_grad_() for t in draw(16384, S=131072, B=1, K=64, V=64, dtype=torch.bfloat16))
+    call = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    softmax_attention(q, k, v, start=131072 - 16384, **call).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+@GPU
+@pytest.mark.parametrize("call", [{}, {"window": 70}, {"softcap": 2.0}])
+def test_compiles_on_a_gpu(call):
+    torch.compiler.reset()
+    x = [t.detach().cuda().requires_grad_() for t in draw(211, S=300, K=64, V=64, dtype=torch.bfloat16)]
+    o = softmax_attention(*x, start=80, **call)
+    compiled = torch.compile(softmax_attention, fullgraph=True)(*x, start=80, **call)
+    assert_close(compiled, o, "o", rtol=2e-2, atol=2e-2)
+    gradients = zip("qkv", torch.autograd.grad(compiled.sum(), x), torch.autograd.grad(o.sum(), x))
+    for name, actual, expected in gradients:
+        assert (actual - expected).norm() <= 2e-2 * expected.norm(), f"d{name}"
+
+
 # Wrong inputs
 
 Q, K, V = torch.zeros(2, 6, 4, 3), torch.zeros(2, 9, 2, 3), torch.zeros(2, 9, 2, 5)

@@ -4,10 +4,9 @@ The queries stand at the global positions start .. start + T - 1, the keys at 0 
 ends with the key of its last query, so whatever is cut here - a slice, a document, a block - is the same problem
 again: `rows` queries that belong to the last `rows` of `keys` keys. Nothing below needs to know a position.
 
-There are two ways. Without window, key_mask and softcap, and where `torch.nn.functional.scaled_dot_product_attention`
-has a flash kernel for the tensors of a GPU, it is one call a document, which forms neither mask nor scores
-(FlashAttention-2, arXiv 2307.08691). Anything else goes by blocks of queries, each with a mask over the keys that it
-can see. A block is as long as its mask (its scores, where no kernel avoids to form them) has at most `BOUND` elements,
+There are two ways. Without window, key_mask and softcap, and where PyTorch has a flash kernel for the tensors of a GPU,
+it is one call a document, which forms neither mask nor scores (FlashAttention-2, arXiv 2307.08691). Anything else goes
+by blocks of queries through `scaled_dot_product_attention`, each with a mask over the keys that it can see. A block is as long as its mask (its scores, where no kernel avoids to form them) has at most `BOUND` elements,
 but never below `FEWEST` queries: each block reads all keys it sees, which costs as much as the arithmetic on some
 hundred queries, so shorter blocks save memory at the price of time that grows as they shrink.
 
@@ -24,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from lasp_kernels.reference import state_dtype
@@ -165,7 +163,7 @@ def _forms_scores(q: Tensor, options: Options) -> bool:
 
 
 def _flash(part: Block, options: Options) -> bool:
-    """Whether one call of a flash kernel does it; if not, `causal_lower_right` would form the mask of the whole."""
+    """Whether one call of a flash kernel does it: dtype, head dim, device, and the user's `sdpa_kernel` decide."""
     q, k, v, key_mask = part
     if q.device.type == "cpu" or q.shape[2] == 0:
         return False
@@ -175,16 +173,14 @@ def _flash(part: Block, options: Options) -> bool:
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """o [B, Hq, rows, V] of a part."""
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=causal_lower_right(q.shape[2], k.shape[2]),
-        dropout_p=options.dropout_p,
-        scale=options.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    """o [B, Hq, rows, V] of a part.
+
+    The operator that `torch.nn.attention.bias.causal_lower_right` stands for: its `is_causal` lets the last query see
+    the last key. That bias is a subclass of Tensor which cannot be made in a graph of `torch.compile`.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, options.dropout_p, is_causal=True, return_debug_mask=False, scale=options.scale
+    )[0]
 
 
 def _recomputed(block: Block, options: Options) -> Tensor:
