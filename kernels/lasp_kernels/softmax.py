@@ -6,9 +6,10 @@ again: `rows` queries that belong to the last `rows` of `keys` keys. Nothing bel
 
 There are two ways. Without window, key_mask and softcap, and where PyTorch has a flash kernel for the tensors of a GPU,
 it is one call a document, which forms neither mask nor scores (FlashAttention-2, arXiv 2307.08691). Anything else goes
-by blocks of queries through `scaled_dot_product_attention`, each with a mask over the keys that it can see. A block is as long as its mask (its scores, where no kernel avoids to form them) has at most `BOUND` elements,
-but never below `FEWEST` queries: each block reads all keys it sees, which costs as much as the arithmetic on some
-hundred queries, so shorter blocks save memory at the price of time that grows as they shrink.
+by blocks of queries through `scaled_dot_product_attention`, each with a mask over the keys that it can see. A block is
+as long as its mask has at most `BOUND` elements (its scores, where no fused kernel spares them), but is never cut below
+`FEWEST` queries: each block reads all keys that it sees, which takes as long as the arithmetic on some hundred queries,
+so shorter ones would save memory at the price of time.
 
 Several blocks are recomputed in backward (`torch.utils.checkpoint`): autograd would keep the mask or the scores of
 every one, together the whole that was to be avoided. It costs a second forward; one block alone is kept.
