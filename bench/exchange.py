@@ -25,12 +25,11 @@ from torch import Tensor
 
 import lasp
 from lasp import exchange
-from lasp.collectives import start_all_gather
 from lasp.exchange import StateMap, cost
-from lasp.mesh import EXCHANGES, Traffic
+from lasp.ranks import SCHEDULES, Traffic
+from lasp.ranks.collectives import start_all_gather
 from lasp_kernels import chunked_linear_attention, fold
 
-SCHEDULES = tuple(name for name in EXCHANGES if name != "auto")
 DECAYS = ("fixed", "none")
 TARGETS = {32768: 92.0, 65536: 97.0, 131072: 97.0}  # % of one rank, for forward and for backward
 Key = TypeVar("Key")
@@ -49,7 +48,7 @@ class Bench:
     def start(cls, options: argparse.Namespace) -> Bench:
         """Join the ranks and measure the network, from which "auto" chooses and times are predicted."""
         env = lasp.init()
-        sequences = {name: lasp.SequenceParallel(dist.group.WORLD, exchange=name) for name in EXCHANGES}
+        sequences = {name: lasp.SequenceParallel(dist.group.WORLD, exchange=name) for name in ("auto", *SCHEDULES)}
         if env.world_size > 1:
             cost.measure(sequences["auto"])
         return cls(env, sequences, options)
@@ -133,8 +132,8 @@ def exchange_error(bench: Bench, name: str) -> float:
         before = maps[: sequence.rank] if not reverse else maps[: sequence.rank : -1]
         expected = maps[0].zeros().double()
         for one in before:
-            expected = one.log_decay[0].double().exp().unsqueeze(-1) * expected + one.state[0].double()
-        actual = exchange.start(maps[sequence.rank], sequence, fold=fold, reverse=reverse).wait()
+            expected = one.transition[0].double().exp().unsqueeze(-1) * expected + one.state[0].double()
+        actual = exchange.start(maps[sequence.rank], sequence, fold=fold, terms=exchange.Terms(reverse)).wait()
         errors.append(relative(actual, expected))
     return bench.worst(errors)
 

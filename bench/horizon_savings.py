@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from lasp import decay
-from lasp.exchange.horizon import far_heads, size_of
+from lasp.exchange.base import heads_in
+from lasp.exchange.horizon import far_heads
 
 MIB = 2**20
 
@@ -43,7 +44,7 @@ def count(
     `rates` None counts what it would be without the horizon. An all-gather passes every state on ranks - 1 times.
     """
     crossed = [tokens] * (ranks - 2) if ranks > 2 and rates is not None else None
-    far = size_of(far_heads(rates, heads, crossed, torch.float32))
+    far = heads_in(far_heads(rates, heads, crossed, torch.float32))
     per_head = 4 * key_dim * value_dim
     passed_on = far * (per_head + 4) * (ranks - 1) if schedule == "all_gather" else far * per_head
     return Count(far, ranks - 1 if far else 1, passed_on + (heads - far) * per_head)

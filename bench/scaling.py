@@ -36,9 +36,9 @@ from torch.utils.checkpoint import checkpoint
 import lasp
 from lasp.data_parallel import wrap_fsdp2
 from lasp.exchange import cost
-from lasp.mesh import EXCHANGES, MESH_AXES, grad_group
 from lasp.models import TNL, TNLConfig
 from lasp.models.tnl import SIZES
+from lasp.ranks import MESH_AXES, SCHEDULES, grad_group
 
 LOSS_TOKENS = 8192  # whose logits are in memory at once
 GATE_TOKENS, GATE_LIMIT = 128, 1e-2  # relative difference of the losses from those of one rank
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     kind.add_argument("--strong", type=int, metavar="TOKENS", help="one length of sequence over more and more ranks")
     kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
     parser.add_argument("--fill", type=float, default=0.8, help="--longest: the share of the memory to be used")
-    parser.add_argument("--exchange", choices=EXCHANGES, default="auto")
+    parser.add_argument("--exchange", choices=("auto", *SCHEDULES), default="auto")
     parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="keep all activations")
     parser.add_argument("--chunk", type=int, help="tokens that a gated linear unit has in memory at once; default: all")
     parser.add_argument("--steps", type=int, default=8)

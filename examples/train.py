@@ -35,8 +35,8 @@ from tqdm import trange
 
 import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
-from lasp.mesh import EXCHANGES
 from lasp.models import TNL, TNLConfig
+from lasp.ranks import SCHEDULES
 
 # The largest difference between the losses of a step that --verify allows. Sums taken in another order differ in the
 # last bits, and training lets such differences grow: in the demo weights that are 1e-7 off change a loss by up to 5e-6
@@ -128,8 +128,9 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
         refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks")
     if options.lr <= 0:
         refuse("--lr", f"{options.lr} is not positive")
-    if options.exchange not in EXCHANGES:
-        refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(EXCHANGES)}")
+    exchanges = ("auto", *SCHEDULES)
+    if options.exchange not in exchanges:
+        refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
     if options.seq_len > len(text):
         refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text")
     latest = None if options.out is None else options.out / "LATEST"

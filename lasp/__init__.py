@@ -4,15 +4,20 @@
 whose size does not depend on the length.
 """
 
-from lasp import adapters, compiled, decay, modules
+from lasp import adapters, decay, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
-from lasp.attention import linear_attention
-from lasp.data import ShardLayout, shard_batch, shard_sequence, unshard_sequence
+from lasp.batch import shard_batch, shard_sequence, unshard_sequence
+from lasp.checks.finite import assert_finite
 from lasp.data_parallel import sync_grads
-from lasp.finite import assert_finite
+from lasp.layout import ShardLayout
 from lasp.loss import token_loss
-from lasp.mesh import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
+from lasp.ops import compiled
+from lasp.ops.attention import linear_attention
+from lasp.ops.delta import delta_rule
+from lasp.ops.halo import causal_conv, halo
+from lasp.ops.softmax import softmax_attention
+from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
 
 __all__ = [
     "Env",
@@ -22,10 +27,13 @@ __all__ = [
     "ShardLayout",
     "adapters",
     "assert_finite",
+    "causal_conv",
     "compiled",
     "decay",
+    "delta_rule",
     "explain",
     "grad_mesh",
+    "halo",
     "init",
     "init_mesh",
     "linear_attention",
@@ -34,6 +42,7 @@ __all__ = [
     "register",
     "shard_batch",
     "shard_sequence",
+    "softmax_attention",
     "sync_grads",
     "token_loss",
     "unshard_sequence",

@@ -13,9 +13,9 @@ from torch import nn
 
 from lasp import adapters
 from lasp.adapters import Adapter
-from lasp.agreement import Agreement
+from lasp.checks.agreement import Agreement
 from lasp.exchange import cost
-from lasp.mesh import SequenceParallel, sequence_axis
+from lasp.ranks import SequenceParallel, Traffic, sequence_axis
 
 # Modules of PyTorch whose output at one token depends on other tokens.
 _MIXERS = (
@@ -93,9 +93,9 @@ def parallelize(
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         ranks_agree.settle(lambda: _fingerprint(sequence, layers))
     if sequence.size > 1:
-        if exchange == "direct":
+        if sequence.schedule is not None and sequence.schedule.reads:
             cost.require_direct(sequence)
-        if exchange in ("auto", "direct"):
+        if sequence.schedule is None or sequence.schedule.reads:
             cost.measure(sequence)
         for path, (module, adapter) in layers.items():
             adapter(module, replace(sequence, name=path))
@@ -153,10 +153,11 @@ def _fingerprint(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Modul
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row of `explain`."""
+    """One row of `explain`: one operator of one layer."""
 
     path: str
     module: str
+    operator: str  # such as "linear_attention"; empty before the first call
     exchange: str  # as asked for
     ranks: int
     exchanges: int  # so far, forward and reverse
@@ -165,11 +166,42 @@ class LayerReport:
     blocks: int  # that it cut a state into
     predicted_seconds: float  # for it, by the cost model
     kernels: str  # what computed the layer, "triton" or "reference"
+    repeats: str  # why a recompute repeats the exchange; empty if it does not
+
+    @classmethod
+    def of(cls, path: str, module: nn.Module, operator: str, sequence: SequenceParallel) -> LayerReport:
+        """As it is now."""
+        found = sequence.traffic_of(operator) if operator else Traffic()
+        return cls(
+            path,
+            type(module).__name__,
+            operator,
+            sequence.exchange,
+            sequence.size,
+            found.forward_exchanges + found.reverse_exchanges,
+            found.bytes_sent,
+            found.schedule,
+            found.blocks,
+            found.predicted_seconds,
+            found.kernels,
+            found.repeats,
+        )
 
     @property
     def bytes_per_step(self) -> float | None:
         """Sent by this rank for one forward and backward; None before the first."""
         return 2 * self.bytes_sent / self.exchanges if self.exchanges else None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As a row of the table."""
+        sent = self.bytes_per_step
+        how = self.exchange if self.schedule in ("", self.exchange) else f"{self.exchange}: {self.schedule}"
+        how += f" in {self.blocks} blocks" if self.blocks > 1 else ""
+        known = sent is not None and 0 < self.predicted_seconds < math.inf
+        predicted = f"{self.predicted_seconds * 1e6:,.0f} us" if known else ""
+        told = "run a step" if sent is None else f"{sent:,.0f}"
+        return (self.path, self.module, self.operator, how, str(self.ranks), predicted, told, self.kernels)
 
 
 class Explanation(list[LayerReport]):
@@ -178,40 +210,23 @@ class Explanation(list[LayerReport]):
     def __str__(self) -> str:
         if not self:
             return "one rank: nothing is split"
-        rows = [("layer", "module", "exchange", "ranks", "predicted", "bytes sent a step by this rank", "kernels")]
-        for layer in self:
-            sent = layer.bytes_per_step
-            asked = layer.exchange if layer.schedule in ("", layer.exchange) else f"{layer.exchange}: {layer.schedule}"
-            blocks = f" in {layer.blocks} blocks" if layer.blocks > 1 else ""
-            known = sent is not None and math.isfinite(layer.predicted_seconds)
-            predicted = f"{layer.predicted_seconds * 1e6:,.0f} us" if known else ""
-            sent = "run a step" if sent is None else f"{sent:,.0f}"
-            asked += blocks
-            rows.append((layer.path, layer.module, asked, str(layer.ranks), predicted, sent, layer.kernels))
+        sent = "bytes sent a step by this rank"
+        rows = [("layer", "module", "operator", "exchange", "ranks", "predicted", sent, "kernels")]
+        rows += [layer.cells for layer in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        repeats = dict.fromkeys(layer.repeats for layer in self if layer.repeats)
+        return "\n".join([*lines, *(f"a recompute repeats its exchanges: {why}" for why in repeats)])
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Which layers are split, how their states travel, how long that should take, and the bytes that were counted."""
+    """Which layers are split, how their states travel, how long that should take, and the bytes that were counted.
+
+    A row for each operator of a layer; a layer that has not run yet has one row.
+    """
     report = Explanation()
     for path, module in model.named_modules():
         sequence = getattr(module, "sequence", None)
         if isinstance(sequence, SequenceParallel):
-            traffic = sequence.traffic
-            exchanges = traffic.forward_exchanges + traffic.reverse_exchanges
-            report.append(
-                LayerReport(
-                    path,
-                    type(module).__name__,
-                    sequence.exchange,
-                    sequence.size,
-                    exchanges,
-                    traffic.bytes_sent,
-                    traffic.schedule,
-                    traffic.blocks,
-                    traffic.predicted_seconds,
-                    traffic.kernels,
-                )
-            )
+            report += [LayerReport.of(path, module, name, sequence) for name in sequence.by_operator or ("",)]
     return report

@@ -60,6 +60,8 @@ def fixed(values: Tensor | Sequence[float], device: torch.device | str | None = 
     on_host = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
     if on_host.ndim != 1:
         raise ValueError(f"values must be one log-decay a head, got shape {tuple(on_host.shape)}")
+    if not (on_host.isfinite() & (on_host <= 0)).all():
+        raise ValueError(f"values must be finite and <= 0, got {on_host.tolist()}")
     tensor = on_host.to(device)
     if tensor.device.type != "cpu" and not torch.compiler.is_compiling():
         _values_of[tensor] = tuple(on_host.tolist())

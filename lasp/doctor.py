@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.cuda import nccl
 
 from lasp import exchange
-from lasp.attention import linear_attention
 from lasp.exchange import StateMap
 from lasp.exchange.board import obstacle
-from lasp.mesh import Env, SequenceParallel, init
+from lasp.ops.attention import linear_attention
+from lasp.ranks import SCHEDULES, Env, SequenceParallel, init
 from lasp_kernels import fold, recurrent_linear_attention
 
 # Relative Frobenius error allowed against the fp64 recurrence. bf16 has 8 bits, and its products are rounded twice.
@@ -45,7 +45,7 @@ def run_doctor(*, backend: str | None = None, timeout: float = 60.0) -> int:
     if env.world_size > 1:
         say("\nexchange of one state, until the last rank has it, median of 20")
         for name in ("ring", "direct"):
-            if name == "direct" and (reason := obstacle(sequence, env.device)):
+            if SCHEDULES[name].reads and (reason := obstacle(sequence, env.device)):
                 say(f"  {name:<9} not here: {reason}")
                 continue
             for label, seconds, size in _latencies(env, SequenceParallel(dist.group.WORLD, exchange=name)):

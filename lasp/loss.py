@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.mesh import grad_group
+from lasp.ranks import grad_group
 
 
 def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100) -> tuple[Tensor, Tensor]:

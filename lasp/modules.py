@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lasp.attention import linear_attention
-from lasp.data import ShardLayout
 from lasp.decay import fixed
-from lasp.mesh import SequenceParallel
+from lasp.layout import ShardLayout
+from lasp.ops.attention import linear_attention
+from lasp.ranks import SequenceParallel
 
 
 class LightningAttention(nn.Module):

@@ -12,12 +12,11 @@ import torch.distributed as dist
 
 import lasp
 from lasp import decay
-from lasp.exchange import StateMap, cost, start
-from lasp.mesh import EXCHANGES
+from lasp.exchange import StateMap, Terms, cost, start
+from lasp.ranks import SCHEDULES
 from lasp_kernels import fold
 
 H, D, T, SEGMENT = 4, 64, 512, 128
-SCHEDULES = EXCHANGES[1:]
 
 
 def report(env, text):
@@ -49,7 +48,7 @@ def exchanges(env):
             for reverse in (False, True, False, True):
                 local = StateMap(state[rank].clone(), log_decay[rank].clone())
                 pending.append(
-                    (reverse, start(local, sequence, fold=fold, reverse=reverse, far=far if turn % 2 else None))
+                    (reverse, start(local, sequence, fold=fold, terms=Terms(reverse, far if turn % 2 else None)))
                 )
                 del local  # its memory must not be given to another before the exchange has read it
                 torch.randn(3, 1, H, D, D, device=env.device)

@@ -12,8 +12,9 @@ from torch import nn
 
 import lasp
 from lasp.exchange import cost
-from lasp.mesh import EXCHANGES
+from lasp.exchange.base import Sizes
 from lasp.modules import LightningAttention
+from lasp.ranks import SCHEDULES
 
 
 class WithLayer(nn.Module):
@@ -320,7 +321,7 @@ def _explain():
         assert layer.bytes_sent == 2 * hops * message
         assert layer.bytes_per_step == hops * message
         assert (layer.schedule, layer.blocks, layer.kernels) == ("ring", 1, "reference")
-        assert layer.predicted_seconds == cost.predict("ring", message, world, network)
+        assert layer.predicted_seconds == SCHEDULES["ring"].seconds(Sizes(message, None, None, 1), world, network)
     assert f"{hops * message:,}" in str(lasp.explain(model))
 
 
@@ -330,7 +331,7 @@ def _explain_auto():
     network = cost.network_of(model.blocks[0].mixer.inner.sequence)
     assert network.source == "measured"
     found = [(layer.exchange, layer.schedule, layer.predicted_seconds) for layer in lasp.explain(model)]
-    assert all(exchange == "auto" and schedule in EXCHANGES[1:] and 0 < s < 1 for exchange, schedule, s in found)
+    assert all(exchange == "auto" and schedule in SCHEDULES and 0 < s < 1 for exchange, schedule, s in found)
     assert f"auto: {found[0][1]}" in str(lasp.explain(model))
     return found
 
@@ -371,6 +372,54 @@ def _explain_direct():
     model = lasp.parallelize(SmallModel(), group, exchange="direct")
     logits_of(model, tokens(), mesh_of(sp=2)).sum().backward()
     return [(layer.exchange, layer.schedule, 0 < layer.predicted_seconds < 1) for layer in lasp.explain(model)]
+
+
+NAMES = (  # of 0.1; users rely on them
+    "Env PeerError RankMismatchError SequenceParallel ShardLayout adapters assert_finite compiled decay explain "
+    "grad_mesh init init_mesh linear_attention modules parallelize register shard_batch shard_sequence sync_grads "
+    "token_loss unshard_sequence"
+)
+
+
+def test_every_name_stays():
+    for name in NAMES.split():
+        assert name in lasp.__all__
+        assert getattr(lasp, name) is not None
+
+
+class _Mixer(nn.Module):
+    """Of four operators."""
+
+    sequence = None
+
+    def forward(self, x):
+        options = {"sequence": self.sequence, "layout": lasp.ShardLayout((5, 5, 5))}
+        x = lasp.causal_conv(x, torch.ones(x.shape[2], 3), **options)
+        x = x.unsqueeze(2)
+        beta = torch.full(x.shape[:3], 0.5)
+        x = x + lasp.linear_attention(x, x, x, **options)[0] + lasp.delta_rule(x, x, x, beta, **options)[0]
+        return lasp.softmax_attention(x, x, x, **options)
+
+
+def _explain_operators():
+    lasp.register(_Mixer)
+    model = lasp.parallelize(nn.Sequential(_Mixer()), dist.group.WORLD, exchange="ring")
+    x = torch.randn(1, 5, 4, requires_grad=True)
+    model(x).sum().backward()
+    rank, report = dist.get_rank(), lasp.explain(model)
+    found = {layer.operator: (layer.exchanges, layer.schedule, layer.bytes_sent) for layer in report}
+    ways = 2 if rank == 1 else 1
+    assert found == {
+        "halo": (2, "neighbour", ways * 4 * 2 * 4),
+        "linear_attention": (2, "ring", ways * 4 * 16),
+        "delta_rule": (2, "ring", ways * 4 * 16),
+        "softmax_attention": (2, "all_gather", 2 * 2 * 4 * 5 * 8),
+    }
+    assert all(name in str(report) for name in found)
+
+
+def test_explain_tells_every_operator_of_a_layer():
+    run_ranks(3, _explain_operators)
 
 
 def test_direct_is_measured_and_explained():

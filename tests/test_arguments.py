@@ -7,7 +7,7 @@ from ranks import run_ranks
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
-from lasp import collectives
+from lasp.ranks import collectives
 
 B, T, H, K, V = 2, 5, 2, 3, 4
 

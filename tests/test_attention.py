@@ -13,6 +13,7 @@ from ranks import mesh_of, run_ranks, sequence_of_all
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
+from lasp.ranks import SCHEDULES
 from lasp_kernels.chunked import ChunkedSteps
 
 LENGTHS = [
@@ -536,3 +537,87 @@ def _states_of_segments_live_no_longer():
 
 def test_states_of_segments_are_freed_before_outputs():
     run_ranks(2, _states_of_segments_live_no_longer)
+
+
+def _exchange_in_the_maker():
+    """From the first call on, and whatever is exchanged there."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    x, weight = torch.zeros(1, 4, 2, 3), torch.zeros(6, 3)
+    makers = {
+        "conv": lambda: lasp.causal_conv(x.flatten(2), weight, sequence=sequence).view(x.shape),
+        "attention": lambda: lasp.linear_attention(x, x, x, sequence=sequence)[0],
+        "softmax": lambda: lasp.softmax_attention(x, x, x, sequence=sequence),
+        "unshard": lambda: lasp.unshard_sequence(x, sequence)[:, :4],
+    }
+    for _ in range(2):
+        for make in makers.values():
+            with pytest.raises((RuntimeError, lasp.RankMismatchError), match="must not exchange anything"):
+                lasp.linear_attention(make, x, x, sequence=sequence)
+        lasp.linear_attention(lambda: x, x, x, sequence=sequence)
+
+
+def test_what_makes_queries_must_not_exchange():
+    run_ranks(3, _exchange_in_the_maker)
+
+
+def _maker_that_fails():
+    """With a final state, which others wait for as well."""
+    rank, sequence = dist.get_rank(), lasp.SequenceParallel(dist.group.WORLD)
+    x = torch.ones(1, 4, 2, 3)
+    make = lambda: x  # noqa: E731
+    lasp.linear_attention(make, x, x, sequence=sequence, output_final_state=True)
+    if rank == 0:
+        with pytest.raises(ZeroDivisionError):
+            lasp.linear_attention(lambda: 1 / 0, x, x, sequence=sequence, output_final_state=True)
+    else:
+        lasp.linear_attention(make, x, x, sequence=sequence, output_final_state=True)
+    _, state = lasp.linear_attention(make, x, x, sequence=sequence, output_final_state=True)
+    assert state.unique().tolist() == [12.0]
+
+
+def test_a_maker_that_fails_leaves_the_others_no_one_to_wait_for():
+    run_ranks(3, _maker_that_fails)
+
+
+def _not_a_number(schedule, reverse):
+    """It stays in its packed sequence, on whatever ranks that lies."""
+    rank, lengths, cu_seqlens = dist.get_rank(), (8, 8, 8, 8), (0, 8, 32) if not reverse else (0, 24, 32)
+    layout, sequence = lasp.ShardLayout(lengths, cu_seqlens), lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+    x = torch.randn(1, 8, 2, 4, requires_grad=True)
+    beta, weight = torch.full((1, 8, 2), 0.5), torch.ones(8, 3)
+    bad = rank == (3 if reverse else 0)
+    poison = torch.full((), float("nan")) if bad else torch.ones(())
+    for operator in (
+        lambda x: lasp.linear_attention(x, x, x, layout=layout, sequence=sequence)[0],
+        lambda x: lasp.linear_attention(x, x, x, log_decay=-torch.ones(2), layout=layout, sequence=sequence)[0],
+        lambda x: lasp.delta_rule(x, x, x, beta, layout=layout, sequence=sequence)[0],
+        lambda x: lasp.causal_conv(x.flatten(2), weight, layout=layout, sequence=sequence).view(x.shape),
+    ):
+        o = operator(x if reverse else x * poison)
+        assert o.isfinite().all() or bad
+        (dx,) = torch.autograd.grad(o, x, torch.ones_like(o) * (poison if reverse else 1.0))
+        assert dx.isfinite().all() or bad
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_not_a_number_stays_in_its_packed_sequence(schedule, reverse):
+    run_ranks(4, _not_a_number, schedule, reverse)
+
+
+def _no_batch(schedule):
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+    x, beta, weight = torch.zeros(0, 8, 2, 4, requires_grad=True), torch.zeros(0, 8, 2), torch.ones(8, 3)
+    for o in (
+        lasp.linear_attention(x, x, x, sequence=sequence)[0],
+        lasp.delta_rule(x, x, x, beta, sequence=sequence)[0],
+        lasp.softmax_attention(x, x, x, sequence=sequence),
+        lasp.causal_conv(x.flatten(2), weight, sequence=sequence),
+    ):
+        o.sum().backward()
+        assert o.shape[0] == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_an_empty_batch(schedule):
+    run_ranks(2, _no_batch, schedule)

@@ -142,6 +142,31 @@ def _packed_documents():
     assert_same_parameters(found[1][1], found[0][1], lambda p: p.grad)
 
 
+def _layout_through_fsdp2():
+    """FSDP2 makes dataclasses among the arguments anew, from their fields, when it casts inputs."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x, layout):
+            return self.weight * x, layout
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=True)
+    model = wrap_fsdp2(Tokens(), mesh_of(sp=2), mp_policy=policy)
+    layout = lasp.ShardLayout((3, 4), (0, 2, 7))
+    y, found = model(torch.ones(3), layout)
+    assert y.dtype == torch.bfloat16
+    assert found == layout
+    assert [x.tolist() for x in found.facts] == [[3, 4], [0, 2, 7]]
+
+
+def test_a_layout_passes_through_fsdp2():
+    run_ranks(2, _layout_through_fsdp2)
+
+
 def test_packed_documents_over_two_ranks():
     run_ranks(2, _packed_documents)
 

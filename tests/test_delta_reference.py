@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lasp_kernels.delta import (
-    DeltaOperands,
-    DeltaSteps,
-    SegmentMaps,
-    check_delta_inputs,
-    chunked_delta_rule,
-    recurrent_delta_rule,
-    transform,
-)
+from lasp_kernels.delta import DeltaOperands, check_delta_inputs, recurrent_delta_rule
+from lasp_kernels.delta_steps import DeltaMaps, DeltaSteps, chunked_delta_rule
+from lasp_kernels.reference import transform
 
 FORMS = ("none", "token", "channel")  # DeltaNet, Gated DeltaNet, KDA
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
@@ -306,7 +300,7 @@ def test_scan_without_a_state_starts_from_zero():
 def test_maps_hold_one_matrix_a_segment():
     x = random_inputs("channel", 150).x
     maps = DeltaSteps(x, segment_length=64).local_maps(x)
-    assert isinstance(maps, SegmentMaps)
+    assert isinstance(maps, DeltaMaps)
     assert maps.state.shape == (3, 2, 2, 8, 6)
     assert maps.transition.shape == (3, 2, 2, 8, 8)
 

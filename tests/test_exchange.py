@@ -16,12 +16,14 @@ from inputs import assert_close
 from ranks import run_ranks
 
 import lasp
-from lasp.exchange import StateMap, board, cost, horizon, start
-from lasp.mesh import EXCHANGES
+from lasp.exchange import StateMap, Terms, board, cost, forgetting, horizon, identity, start
+from lasp.exchange.base import Sizes, heads_in
+from lasp.exchange.neighbour import NEIGHBOUR
+from lasp.ranks import SCHEDULES
+from lasp.ranks.group import process
 from lasp_kernels import fold
 
-U, N, H, K, V = 2, 2, 3, 8, 5
-SCHEDULES = EXCHANGES[1:]
+U, N, H, K, V = 2, 2, 3, 5, 8
 
 
 def random_map(seed, *, channels=1, restarts=False, units=U):
@@ -36,7 +38,7 @@ def expected_at(rank, maps, reverse):
     """The left fold over the ranks before, unit by unit."""
     state = torch.zeros(N, H, K, V)
     for mapping in maps[:rank:-1] if reverse else maps[:rank]:
-        for log_decay, local in zip(mapping.log_decay, mapping.state):
+        for log_decay, local in zip(mapping.transition, mapping.state):
             state = log_decay.exp().unsqueeze(-1) * state + local
     return state
 
@@ -46,7 +48,7 @@ def _brings_the_fold(schedule, reverse, channels, restarting):
     sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
     units = [1 + r % U for r in range(world)]
     maps = [random_map(r, channels=channels, restarts=r == restarting, units=units[r]) for r in range(world)]
-    entering = start(maps[rank], sequence, fold=fold, reverse=reverse, units=max(units)).wait()
+    entering = start(maps[rank], sequence, fold=fold, terms=Terms(reverse, units=max(units))).wait()
     assert torch.equal(entering, expected_at(rank, maps, reverse))
 
     traffic = sequence.traffic
@@ -82,15 +84,15 @@ def _in_blocks(blocks):
     sequence = lasp.SequenceParallel(dist.group.WORLD, exchange="pipeline")
     tau = blocks**2 / (world - 2)
     network = cost.Network(1.0, 4 * N * H * K * V / tau, 1.0, 1.0, "made up")
-    cost._measured[dist.group.WORLD] = network
+    sequence.peers.network = network
     try:
         for channels in (1, K):
             maps = [random_map(r, channels=channels) for r in range(world)]
-            pending = [start(maps[rank], sequence, fold=fold, reverse=reverse) for reverse in (False, True)]
+            pending = [start(maps[rank], sequence, fold=fold, terms=Terms(reverse)) for reverse in (False, True)]
             for reverse, exchange in zip((False, True), pending):  # two under way at once
                 assert torch.equal(exchange.wait(), expected_at(rank, maps, reverse))
     finally:
-        del cost._measured[dist.group.WORLD]
+        sequence.peers.network = None
     assert sequence.traffic.blocks == blocks
     assert sequence.traffic.bytes_sent == 4 * N * H * K * V * 2 * ((rank > 0) + (rank < world - 1))
 
@@ -105,11 +107,11 @@ def _order_of_mesh(order, schedule):
 
     sequence = lasp.SequenceParallel(DeviceMesh("cpu", order), exchange=schedule)
     place = order.index(dist.get_rank())
-    assert sequence.neighbour(-1) == (order[place - 1] if place else None)
-    assert sequence.neighbour(1) == (order[place + 1] if place < 3 else None)
+    assert sequence.prev_rank == (order[place - 1] if place else None)
+    assert sequence.next_rank == (order[place + 1] if place < 3 else None)
     maps = [random_map(r) for r in range(4)]
     for reverse in (False, True):
-        entering = start(maps[place], sequence, fold=fold, reverse=reverse).wait()
+        entering = start(maps[place], sequence, fold=fold, terms=Terms(reverse)).wait()
         assert torch.equal(entering, expected_at(place, maps, reverse))
 
 
@@ -118,14 +120,72 @@ def test_the_order_is_that_of_the_mesh(schedule):
     run_ranks(4, _order_of_mesh, [2, 0, 3, 1], schedule)
 
 
+def map_of_kind(kind, seed, units):
+    draw = torch.Generator().manual_seed(seed)
+    shape = {"none": None, "number": (N, H, 1), "vector": (N, H, K), "matrix": (N, H, K, K)}[kind]
+    transition = None if shape is None else torch.randn((units, *shape), generator=draw)
+    if kind in ("number", "vector"):
+        transition = -transition.abs()
+    return StateMap(torch.randn((units, N, H, K, V), generator=draw), transition)
+
+
+def _every_kind(schedule, kind, reverse, forgetting_rank):
+    """Against maps applied one by one, written out; to the bit against one rank's fold of them all."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+    units = [1 + (r + 1) % U for r in range(world)]
+    maps = [map_of_kind(kind, r, units[r]) for r in range(world)]
+    if forgetting_rank is not None:
+        transition = maps[forgetting_rank].transition
+        transition[-1] = forgetting(transition[-1:])[0]
+    entering = start(maps[rank], sequence, fold=fold, terms=Terms(reverse, units=max(units))).wait()
+    expected = torch.zeros(N, H, K, V)
+    for one in maps[:rank:-1] if reverse else maps[:rank]:
+        for n, state in enumerate(one.state):
+            if kind == "none":
+                expected = expected + state
+            elif kind == "matrix":
+                expected = one.transition[n] @ expected + state
+            else:
+                expected = one.transition[n].exp().unsqueeze(-1) * expected + state
+    torch.testing.assert_close(entering, expected)
+    before = maps[:rank:-1] if reverse else maps[:rank]
+    if before:
+        transitions = None if kind == "none" else torch.cat([one.transition for one in before])
+        assert torch.equal(entering, fold(None, torch.cat([one.state for one in before]), transitions))
+
+
+@pytest.mark.parametrize("kind", ["none", "number", "vector", "matrix"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_carries_every_kind_of_map(schedule, kind):
+    for reverse in (False, True):
+        for forgetting_rank in (None,) if kind == "none" else (None, 1):
+            run_ranks(4, _every_kind, schedule, kind, reverse, forgetting_rank)
+
+
+@pytest.mark.parametrize("kind", ["none", "number", "vector", "matrix"])
+def test_what_changes_nothing_and_what_lets_nothing_pass(kind):
+    one = map_of_kind(kind, 0, 1)
+    entering = torch.randn(N, H, K, V)
+    nothing = torch.zeros_like(one.state)
+    assert torch.equal(fold(entering, nothing, identity(one.transition)), entering)
+    if kind == "none":
+        with pytest.raises(ValueError, match="lets everything pass"):
+            forgetting(one.transition)
+    else:
+        assert torch.equal(fold(entering, one.state, forgetting(one.transition)), one.state[0])
+    packed = one.packed(3)
+    assert torch.equal(fold(entering, *one.unpack(packed)), fold(entering, *one))  # what was added changes nothing
+
+
 def test_fold_is_the_scan_and_associative():
     a, b = random_map(1), random_map(2)
     state = random_map(3).state[0]
-    together = fold(state, torch.cat([a.state, b.state]), torch.cat([a.log_decay, b.log_decay]))
-    assert torch.equal(together, fold(fold(state, a.state, a.log_decay), b.state, b.log_decay))
-    as_one = fold(torch.zeros_like(state), a.state, a.log_decay)
-    assert_close(fold(state, a.state, a.log_decay), a.log_decay.sum(0).exp().unsqueeze(-1) * state + as_one, "one map",
-                 rtol=1e-5, atol=1e-5)  # fmt: skip
+    together = fold(state, torch.cat([a.state, b.state]), torch.cat([a.transition, b.transition]))
+    assert torch.equal(together, fold(fold(state, a.state, a.transition), b.state, b.transition))
+    as_one = fold(torch.zeros_like(state), a.state, a.transition)
+    total = a.transition.sum(0).exp().unsqueeze(-1)
+    assert_close(fold(state, a.state, a.transition), total * state + as_one, "one map", rtol=1e-5, atol=1e-5)
 
 
 # Horizon
@@ -138,10 +198,10 @@ def _near_and_far(schedule, far, reverse):
     maps = [random_map(r) for r in range(world)]
     for mapping in maps:
         for first, end in near:
-            mapping.log_decay[-1, :, first:end] = -104.5
+            mapping.transition[-1, :, first:end] = -104.5
     plain, short = (lasp.SequenceParallel(dist.group.WORLD, exchange=schedule) for _ in range(2))
-    through_chain = start(maps[rank], plain, fold=fold, reverse=reverse).wait()
-    entering = start(maps[rank], short, fold=fold, reverse=reverse, far=far).wait()
+    through_chain = start(maps[rank], plain, fold=fold, terms=Terms(reverse)).wait()
+    entering = start(maps[rank], short, fold=fold, terms=Terms(reverse, far)).wait()
     assert torch.equal(entering, through_chain)
     last = rank == (0 if reverse else world - 1)
     if schedule == "direct":  # if some heads go further, all are read by all
@@ -149,12 +209,12 @@ def _near_and_far(schedule, far, reverse):
         assert short.traffic.bytes_sent == readers * units * 4 * N * H * (K * V + (1 if far else 0))
         assert short.traffic.schedule == "direct"
         return
-    sent = 0 if last else horizon.size_of(near)
+    sent = 0 if last else heads_in(near)
     if schedule == "all_gather":
-        decays = 4 * N * horizon.size_of(far) * U * (world - 1)
-        sent, extra = sent + horizon.size_of(far) * U * (world - 1), decays
+        decays = 4 * N * heads_in(far) * U * (world - 1)
+        sent, extra = sent + heads_in(far) * U * (world - 1), decays
     else:
-        sent, extra = sent + (0 if last else horizon.size_of(far)), 0
+        sent, extra = sent + (0 if last else heads_in(far)), 0
     assert short.traffic.bytes_sent == 4 * N * K * V * sent + extra
     assert short.traffic.schedule == (schedule if far else "neighbour")
 
@@ -193,56 +253,63 @@ def test_nothing_is_left_of_a_state_beyond_the_horizon(dtype):
 FAST = cost.Network(1e-5, 1e10, 2e-5, 2e10, "made up")
 
 
+def predict(name, size, ranks, network, *, columns=2**31):
+    """Seconds of a schedule by its name, if a rank contributes so many bytes whatever is made of them."""
+    schedule = {"neighbour": NEIGHBOUR, **SCHEDULES}[name]
+    return schedule.seconds(Sizes(size, size, size, columns), ranks, network)
+
+
 def test_predictions_are_the_formulas():
     n = 10**6
-    assert cost.predict("neighbour", n, 9, FAST) == pytest.approx(1.1e-4)
-    assert cost.predict("ring", n, 9, FAST) == pytest.approx(8 * 1.1e-4)
-    assert cost.predict("all_gather", n, 9, FAST) == pytest.approx(8 * 7e-5)
-    assert cost.predict("pipeline", n, 9, FAST, blocks=4) == pytest.approx(11 * 3.5e-5)
-    assert cost.predict("pipeline", n, 2, FAST) == cost.predict("ring", n, 2, FAST)
-    assert cost.predict("direct", n, 9, FAST) == float("inf")
+    assert predict("neighbour", n, 9, FAST) == pytest.approx(1.1e-4)
+    assert predict("ring", n, 9, FAST) == pytest.approx(8 * 1.1e-4)
+    assert predict("all_gather", n, 9, FAST) == pytest.approx(8 * 7e-5)
+    blocks = SCHEDULES["pipeline"].blocks(Sizes(n, n, n, 4), 9, FAST)
+    assert blocks == 4
+    assert predict("pipeline", n, 9, FAST, columns=4) == pytest.approx(11 * 3.5e-5)
+    assert predict("pipeline", n, 2, FAST) == predict("ring", n, 2, FAST)
+    assert predict("direct", n, 9, FAST) == float("inf")
     near = replace(FAST, direct_latency=1e-5, direct_bandwidth=1e11)
-    assert cost.predict("direct", n, 9, near) == pytest.approx(9e-5)
+    assert predict("direct", n, 9, near) == pytest.approx(9e-5)
     for schedule in SCHEDULES:
-        assert cost.predict(schedule, n, 1, FAST) == 0
-    with pytest.raises(ValueError, match="'chain'"):
-        cost.predict("chain", n, 9, FAST)
+        assert predict(schedule, n, 1, FAST) == 0
 
 
 def test_the_best_number_of_blocks_is_the_best():
+    pipeline = SCHEDULES["pipeline"]
     for ranks in (2, 3, 8, 64):
-        best = cost.best_blocks(2**21, ranks, FAST)
-        times = {b: cost.predict("pipeline", 2**21, ranks, FAST, blocks=b) for b in range(1, 200)}
-        assert times[best] <= min(times.values()) * 1.01
-    assert cost.best_blocks(2**21, 64, FAST, most=8) == 8
+        best = pipeline.blocks(Sizes(2**21, None, None, 2**31), ranks, FAST)
+        assert best == max(1, round(((ranks - 2) * 2**21 / (FAST.latency * FAST.bandwidth)) ** 0.5))
+        times = {b: predict("pipeline", 2**21, ranks, FAST, columns=b) for b in range(1, 200)}
+        assert predict("pipeline", 2**21, ranks, FAST) <= min(times.values()) * 1.01
+    assert pipeline.blocks(Sizes(2**21, None, None, 8), 64, FAST) == 8
 
 
 def test_auto_takes_the_fastest_and_a_name_is_obeyed():
-    def choose(exchange, size, ranks, network=FAST):
-        return cost.choose(exchange, size, size, size, 128, ranks, network)
+    def choose(exchange, size, ranks, network=FAST, **options):
+        sizes = Sizes(size, size, size, 128)
+        return cost.choose(SCHEDULES.get(exchange), sizes, ranks, network, **options).schedule.name
 
     even = cost.Network(1e-5, 1e10, 1e-5, 1e10, "made up")
-    assert choose("auto", 2**20, 3, even).schedule == "all_gather"  # which a busy card delays once, not at every hop
-    assert choose("auto", 2**20, 2, even).schedule == "ring"  # the first of two need not wait for the second
+    assert choose("auto", 2**20, 3, even) == "all_gather"  # which a busy card delays once, not at every hop
+    assert choose("auto", 2**20, 2, even) == "ring"  # the first of two need not wait for the second
     fast_hops = cost.Network(1e-6, 1e10, 1e-4, 1e10, "made up")
-    assert choose("auto", 2**16, 2, fast_hops).schedule == "ring"
-    assert choose("auto", 2**20, 64).schedule == "pipeline"
+    assert choose("auto", 2**16, 2, fast_hops) == "ring"
+    assert choose("auto", 2**20, 64) == "pipeline"
     slow_start = cost.Network(1e-3, 1e10, 1e-6, 1e10, "made up")
     beside = replace(even, direct_latency=5e-6, direct_bandwidth=1e11)
-    assert choose("auto", 2**20, 8, beside).schedule == "direct"
-    assert cost.choose_near("auto", 2**20, beside).schedule == "direct"
-    assert (
-        cost.choose_near("auto", 2**20, even).schedule
-        == cost.choose_near("ring", 2**20, beside).schedule
-        == "neighbour"
-    )
-    assert cost.choose_near("direct", 2**20, even).schedule == "direct"
-    assert choose("auto", 2**26, 8, replace(beside, direct_bandwidth=1e9)).schedule == "pipeline"
-    assert choose("auto", 2**20, 8, slow_start).schedule == "all_gather"
-    assert cost.choose("auto", 2**20, None, None, 128, 8, slow_start).schedule != "all_gather"
+    assert choose("auto", 2**20, 8, beside) == "direct"
+    assert choose("auto", 2**20, 8, beside, near=True) == "direct"
+    assert choose("auto", 2**20, 8, even, near=True) == choose("ring", 2**20, 8, beside, near=True) == "neighbour"
+    assert choose("direct", 2**20, 8, even, near=True) == "direct"
+    assert choose("auto", 2**26, 8, replace(beside, direct_bandwidth=1e9)) == "pipeline"
+    assert choose("auto", 2**20, 8, slow_start) == "all_gather"
+    unknown = Sizes(2**20, None, None, 128)  # how much the others have
+    assert cost.choose(None, unknown, 8, slow_start).schedule.name != "all_gather"
     for exchange in SCHEDULES:
-        assert choose(exchange, 2**20, 8, slow_start).schedule == exchange
-    assert 128 % choose("pipeline", 2**30, 64).blocks == 0  # never more than rows
+        assert choose(exchange, 2**20, 8, slow_start) == exchange
+    sizes = Sizes(2**30, None, None, 128)
+    assert 128 % cost.choose(SCHEDULES["pipeline"], sizes, 64, FAST).blocks == 0  # never more than columns
 
 
 def test_published_network_gives_the_published_times():
@@ -255,8 +322,8 @@ def test_published_network_gives_the_published_times():
         (128, 1.272, 4.350),
         (256, 2.165, 8.514),
     ):
-        assert cost.predict("pipeline", 2**21, ranks, cost.PUBLISHED) == pytest.approx(scan * 1e-3, rel=0.11)
-        assert cost.predict("all_gather", 2**21, ranks, cost.PUBLISHED) == pytest.approx(gather * 1e-3, rel=0.3)
+        assert predict("pipeline", 2**21, ranks, cost.PUBLISHED) == pytest.approx(scan * 1e-3, rel=0.11)
+        assert predict("all_gather", 2**21, ranks, cost.PUBLISHED) == pytest.approx(gather * 1e-3, rel=0.3)
 
 
 def _measured():
@@ -276,6 +343,49 @@ def test_all_ranks_measure_the_same_numbers_once(world):
     assert len(set(results)) == 1
 
 
+def _by_itself():
+    """A `SequenceParallel` that nobody measured for, as `parallelize` does."""
+    sequence = lasp.SequenceParallel(dist.new_group(list(range(dist.get_world_size()))))
+    maps = [random_map(r) for r in range(sequence.size)]
+    assert torch.equal(start(maps[sequence.rank], sequence, fold=fold).wait(), expected_at(sequence.rank, maps, False))
+    network = cost.network_of(sequence)
+    assert network.source == "measured"
+    start(maps[sequence.rank], sequence, fold=fold).wait()
+    assert cost.network_of(sequence) is network
+    named = lasp.SequenceParallel(dist.new_group(list(range(dist.get_world_size()))), exchange="ring")
+    start(maps[sequence.rank], named, fold=fold).wait()
+    assert cost.network_of(named) is cost.PUBLISHED  # nothing is to be chosen
+    later = lasp.SequenceParallel(named.group)  # the same ranks, connected already
+    start(maps[sequence.rank], later, fold=fold).wait()
+    assert cost.network_of(later).source == "measured"
+    return sequence.traffic.schedule
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_auto_measures_at_the_first_exchange_however_the_ranks_came(world):
+    assert len(set(run_ranks(world, _by_itself))) == 1
+
+
+def _reset():
+    from lasp.ranks import group
+
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    start(random_map(sequence.rank), sequence, fold=fold).wait()
+    assert sequence.peers.connected
+    assert sequence.peers.network
+    assert sequence.peers.exchanges
+    group.reset()
+    assert not sequence.peers.connected
+    assert sequence.peers.network is None
+    assert not sequence.peers.exchanges
+    start(random_map(sequence.rank), sequence, fold=fold).wait()
+    assert sequence.peers is lasp.SequenceParallel(dist.group.WORLD).peers
+
+
+def test_all_that_is_kept_of_groups_is_forgotten_in_one_place():
+    run_ranks(2, _reset)
+
+
 def test_names():
     with pytest.raises(ValueError, match="'chain'"):
         lasp.SequenceParallel(None, exchange="chain")
@@ -292,7 +402,7 @@ def _read_late(late):
         maps = [random_map(10 * turn + r, units=1 + turn) for r in range(world)]  # which also outgrow the board
         if rank == late:
             time.sleep(0.05)
-        pending = [start(maps[rank], sequence, fold=fold, reverse=reverse) for reverse in (False, True, False)]
+        pending = [start(maps[rank], sequence, fold=fold, terms=Terms(reverse)) for reverse in (False, True, False)]
         for exchange, reverse in zip(pending, (False, True, False)):
             assert torch.equal(exchange.wait(), expected_at(rank, maps, reverse))
 
@@ -309,7 +419,7 @@ def _refused(what):
     before = _boards_of_this_process()
     real, message = {
         "hosts": (mock.patch.object(board, "_host", return_value=f"host {rank}"), "they are on 2 hosts"),
-        "meetings": (mock.patch.object(board, "_meetings", rank), "not as often"),
+        "meetings": (mock.patch.object(process, "meetings", rank), "not as often"),
         "no space": (mock.patch("os.fdopen", _fails if rank else os.fdopen), "rank 1: OSError: full"),
         "cannot map": (mock.patch("torch.from_file", _fails if rank else torch.from_file), "rank 1: OSError: full"),
         "another's file": (mock.patch.object(board, "_of_all", _other_tokens), "rank 0: OSError: .* is not the file"),
@@ -345,8 +455,8 @@ def test_ranks_that_cannot_read_each_others_memory_are_refused_on_every_rank(wha
 
 def _auto_without_memory():
     rank, group = dist.get_rank(), dist.new_group([0, 1, 2])
-    cost._measured[group] = replace(FAST, direct_latency=1e-9, direct_bandwidth=1e15)
     sequence, maps = lasp.SequenceParallel(group), [random_map(r) for r in range(3)]
+    sequence.peers.network = replace(FAST, direct_latency=1e-9, direct_bandwidth=1e15)
     with mock.patch("os.fdopen", _fails if rank == 1 else os.fdopen), pytest.warns(match="full"):
         entering = start(maps[rank], sequence, fold=fold).wait()
     assert torch.equal(entering, expected_at(rank, maps, False))

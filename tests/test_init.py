@@ -11,7 +11,7 @@ import torch
 from processes import LAUNCHER_PREFIXES, finish, free_port, mpirun, start
 
 import lasp
-from lasp.mesh import _discover, _first_host
+from lasp.ranks.launchers import _discover, _first_host
 
 # Each rank writes a file: the lines that two ranks print at once, mpirun may mix.
 MEET = """

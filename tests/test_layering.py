@@ -11,12 +11,11 @@ LASP, KERNELS = ROOT / "lasp", ROOT / "kernels" / "lasp_kernels"
 
 # From the bottom to the top; a layer may import what stands on the lines before its own, and its own folder.
 LAYERS = [
-    {"lasp.collectives"},
-    {"lasp.mesh", "lasp.decay", "lasp.recompute", "lasp.optimizers"},
-    {"lasp.exchange", "lasp.data", "lasp.agreement", "lasp.finite", "lasp_kernels"},
-    {"lasp.shard", "lasp.loss"},
-    {"lasp.attention"},
-    {"lasp.modules", "lasp.compiled"},
+    {"lasp.ranks", "lasp.decay", "lasp_kernels"},
+    {"lasp.exchange", "lasp.layout", "lasp.checks", "lasp.loss"},
+    {"lasp.batch"},
+    {"lasp.ops"},
+    {"lasp.modules"},
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
     {"lasp.api"},
     {"lasp"},
@@ -77,7 +76,7 @@ def test_imports_point_downwards(path):
 def test_an_import_that_points_upwards_is_seen(tmp_path, line):
     bad = tmp_path / "bad.py"
     bad.write_text(f"def f():\n    {line}\n")
-    assert list(upward_imports(bad, "lasp.attention"))
+    assert list(upward_imports(bad, "lasp.ops.attention"))
 
 
 def test_kernels_know_neither_ranks_nor_lasp():
@@ -109,8 +108,33 @@ def test_the_folder_of_the_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_kernels_and_exchange_meet_only_in_the_operator():
+def test_kernels_and_exchange_meet_only_in_the_operators():
     library = [path for path in files(LASP) if layer_of(module_of(path))[0] <= layer_of("lasp")[0]]
     for path in library:
         found = {layer_of(name)[1] for name in imports(path) if layer_of(name)}
-        assert ({"lasp_kernels", "lasp.exchange"} <= found) == (path == LASP / "attention.py"), path
+        if {"lasp_kernels", "lasp.exchange"} <= found:
+            assert path.parent == LASP / "ops", path
+
+
+def test_operators_do_not_know_each_other():
+    """What they share is in call.py; compiled.py alone knows all."""
+    operators = {"attention", "delta", "halo", "softmax"}
+    for name in operators:
+        for imported in imports(LASP / "ops" / f"{name}.py"):
+            others = {f"lasp.ops.{other}" for other in operators - {name}}
+            assert not any(imported.startswith(other) for other in others), f"{name}.py imports {imported}"
+
+
+@pytest.mark.parametrize("names", [{"ring", "pipeline", "all_gather", "direct"}], ids=str)
+def test_schedules_are_told_apart_by_their_class_and_not_by_their_name(names):
+    """Each is written once, where it is registered; what depends on it asks the class."""
+    for path in files(LASP):
+        texts = [
+            node.value
+            for comparison in ast.walk(ast.parse(path.read_text()))
+            if isinstance(comparison, ast.Compare)
+            for node in ast.walk(comparison)
+            if isinstance(node, ast.Constant)
+        ]
+        found = names & {text for text in texts if isinstance(text, str)}
+        assert not found or path == LASP / "api.py", f"{path} compares with {found}"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from lasp.exchange import base, board
+from lasp.ranks.group import process
 
 
 class FakeCard:
@@ -85,18 +86,18 @@ def card():
 @pytest.mark.parametrize("capturing", [False, True])
 def test_beside_the_caller(card, joins, capturing):
     card.capturing = capturing
-    local = SimpleNamespace(state=card.tensor(), log_decay=card.tensor("log_decay"))
-    pending = base.RunningBeside(card.schedule(), [card.closing(joins)], local)
+    inputs = [card.tensor(), card.tensor("transition")]
+    pending = base.RunningBeside(card.schedule(), [card.closing(joins)], inputs)
     event = "event 3 on side" if joins or capturing else "event 2 on side"  # else the caller does not wait for the end
     order = ["finish on side", event] if joins or capturing else [event, "finish on side"]
-    begun = ["side waits for caller", "exchange on side", *order, "state kept for side", "log_decay kept for side"]
+    begun = ["side waits for caller", "exchange on side", *order, "state kept for side", "transition kept for side"]
     assert card.taken() == begun
     pending.wait()
     assert card.taken() == [f"caller waits for {event}", "entering kept for caller"]
 
 
 def test_on_the_callers_own_stream(card):
-    base.Arrived(card.schedule(), [card.closing(False)]).wait()
+    base.Inline(card.schedule(), [card.closing(False)]).wait()
     assert card.taken() == ["exchange on caller", "finish on caller"]
 
 
@@ -133,7 +134,7 @@ def _symmetric_memory(missing):
     handle.get_remote_tensor = lambda r, shape, dtype: torch.full(shape, r, dtype=dtype)
     empty = mock.Mock(side_effect=torch.OutOfMemoryError("none left") if rank == missing else None)
     empty.return_value = torch.full((128,), 77, dtype=torch.uint8)
-    meetings = board._meetings
+    meetings = process.meetings
     with (
         mock.patch("torch.cuda.synchronize"),
         mock.patch("torch.distributed._symmetric_memory.empty", empty),
@@ -148,12 +149,12 @@ def _symmetric_memory(missing):
         meet()
         assert met == [{"channel": 0, "timeout_ms": met[0]["timeout_ms"]}]
         assert met[0]["timeout_ms"] > 1000
-        assert board._meetings == meetings + 1
+        assert process.meetings == meetings + 1
     else:  # the other rank does not wait in a rendezvous
         assert memory is None
         assert problem == f"rank {missing}: OutOfMemoryError: none left"
         rendezvous.assert_not_called()
-    board._meetings = meetings
+    process.meetings = meetings
 
 
 @pytest.mark.parametrize("missing", [None, 0, 1])

@@ -52,10 +52,10 @@ class _Serial(torch.autograd.Function):
 
 
 def _receive(state: Tensor, sequence: lasp.SequenceParallel, offset: int) -> None:
-    if (source := sequence.neighbour(offset)) is not None:
+    if (source := (sequence.next_rank if offset > 0 else sequence.prev_rank)) is not None:
         dist.recv(state, group=sequence.group, group_src=source)
 
 
 def _send(state: Tensor, sequence: lasp.SequenceParallel, offset: int) -> None:
-    if (target := sequence.neighbour(offset)) is not None:
+    if (target := (sequence.next_rank if offset > 0 else sequence.prev_rank)) is not None:
         dist.send(state.contiguous(), group=sequence.group, group_dst=target)

@@ -54,6 +54,13 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: tuple[in
 
 
 def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`check_weight` for an x that begins with the W - 1 tokens before."""
+    check_weight(x, weight, bias)
+    if x.shape[1] < weight.shape[1] - 1:
+        raise ValueError(f"x must begin with the W - 1 = {weight.shape[1] - 1} tokens before, got {tuple(x.shape)}")
+
+
+def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise the `ValueError` or `TypeError` that says which of x, weight and bias is wrong, with its value."""
     for name, value, ndim, shape in (("x", x, 3, "[B, W - 1 + T, C]"), ("weight", weight, 2, "[C, W]")):
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -62,8 +69,6 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
         raise ValueError(f"weight must have shape [C, W] with C = {x.shape[2]} and W >= 1, got {tuple(weight.shape)}")
-    if x.shape[1] < weight.shape[1] - 1:
-        raise ValueError(f"x must begin with the W - 1 = {weight.shape[1] - 1} tokens before, got {tuple(x.shape)}")
     if weight.device != x.device:
         raise ValueError(f"weight must be on the device of x, {x.device}, got {weight.device}")
     if bias is not None:

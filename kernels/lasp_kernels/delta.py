@@ -1,32 +1,11 @@
-"""The delta rule in plain PyTorch, on any device: the specification, and the steps of a runtime that splits sequences.
+"""The delta rule, token by token: the specification, what it is computed from, and the checks of that.
 
 Per head, with a state S [K, V] that starts at the initial state::
 
     S_t = (I - beta_t k_t^T k_t) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t^T v_t          o_t = scale * q_t S_t
 
 without decay DeltaNet (arXiv 2406.06484), with one per token Gated DeltaNet (arXiv 2412.06464), with one per token
-and channel KDA (arXiv 2510.26692). `recurrent_delta_rule` is that loop. `DeltaSteps` computes the same with matrix
-products: *segments* are walked *tile* by tile while all segments advance together, as in `ChunkedSteps`.
-
-In a tile of C tokens let G_i be the log-decay summed from its first token to token i, inclusive, S the state that
-enters it, and::
-
-    K^ = k exp(G)    K_ = k exp(G_C - G)    Q^ = scale q exp(G)    P_ij = scale sum_K q_i exp(G_i - G_j) k_j  (j <= i)
-    B_ij = beta_i sum_K k_i exp(G_i - G_j) k_j  (j < i)            T = (I + B)^-1
-
-    U = T beta (v - K^ S)        o = Q^ S + P U        S' = exp(G_C) S + K_^T U
-
-U is what the tokens write, each after it has read what those before it wrote. S' is affine in S, so a run of tokens
-is a map S -> transition @ S + state, with a matrix [K, K] where linear attention has a factor: ranks exchange those.
-The gradient dS of a state passes a tile the other way, and what it does there is the transposed map::
-
-    Y = T^T (P^T do + K_ dS')    dS = exp(G_C) dS' + Q^^T do - (beta K^)^T Y
-    dv = beta Y                  dP = do U^T                  dB = -strictly_lower(Y U^T)
-
-The gradients of q, k, beta and log_decay follow from these (`_Tile.gradients`).
-
-All exponents are sums of log-decays, hence <= 0: no decay overflows. No sum is a difference of longer ones, which
-after a strong decay would have lost the digits of the weak ones behind it.
+and channel KDA (arXiv 2510.26692). The same with matrix products is in delta_steps.py.
 
 Without decay the state stays bounded only while beta |k|^2 <= 2; keys are normalised by who calls.
 
@@ -37,19 +16,14 @@ log_decay <= 0: None, [B, T, H] or [B, T, H, K]. States [N, H, K, V] where N is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lasp_kernels.operands import TILE
 from lasp_kernels.reference import state_dtype
-from lasp_kernels.tile_decay import bounded
 
 
 class DeltaOperands(NamedTuple):
@@ -61,14 +35,6 @@ class DeltaOperands(NamedTuple):
     beta: Tensor
     log_decay: Tensor | None = None
     scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class SegmentMaps:
-    """What each segment does to a state that passes through it: S -> transition @ S + state."""
-
-    state: Tensor  # [segments, B, H, K, V]
-    transition: Tensor  # [segments, B, H, K, K]
 
 
 def recurrent_delta_rule(
@@ -88,7 +54,7 @@ def recurrent_delta_rule(
     """
     dtype, H = state_dtype(q.dtype), v.shape[2]
     g = torch.zeros_like(beta) if log_decay is None else log_decay
-    x = [y.to(dtype) for y in (_expand_heads(q, H) * scale, _expand_heads(k, H), v, beta.unsqueeze(-1))]
+    x = [y.to(dtype) for y in (expand_heads(q, H) * scale, expand_heads(k, H), v, beta.unsqueeze(-1))]
     x.append((g if g.ndim == 4 else g.unsqueeze(-1)).to(dtype).exp())
     bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     rows = len(bounds) - 1 if cu_seqlens is not None else q.shape[0]
@@ -107,34 +73,6 @@ def _recur(x: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         state = state + (beta * k).unsqueeze(-1) * error.unsqueeze(-2)
         outputs.append((q.unsqueeze(-2) @ state).transpose(1, 2))
     return torch.cat(outputs, 1), state
-
-
-def chunked_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    scale: float = 1.0,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    segment_length: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """With matrix products; the same values and gradients as `recurrent_delta_rule`.
-
-    `segment_length` is a number of tokens, a multiple of 64; by default about the square root of T tiles.
-    Raises `ValueError` or `TypeError` for arguments that do not fit.
-    """
-    check_delta_inputs(q, k, v, beta, log_decay, segment_length)
-    x = DeltaOperands(q, k, v, beta, log_decay, scale)
-    steps = DeltaSteps(x, cu_seqlens=cu_seqlens, segment_length=segment_length)
-    if initial_state is not None and initial_state.shape != (expected := steps.zero_state().shape):
-        raise ValueError(
-            f"initial_state must have shape [N, H, K, V] = {tuple(expected)}, got {tuple(initial_state.shape)}"
-        )
-    states, final_state = steps.scan(steps.local_maps(x), initial_state)
-    return steps.outputs(x, states).to(q.dtype), final_state
 
 
 def check_delta_inputs(
@@ -187,396 +125,13 @@ def _check_log_decay(log_decay: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}")
 
 
-def transform(matrix: Tensor, state: Tensor) -> Tensor:
-    """matrix [..., K, K] @ state [..., K, V], with bits that depend neither on other heads nor on other columns.
-
-    Rank-1 terms are added one after another and each product is rounded by itself: a library's product may order
-    its sums by the sizes it is given, and fused multiply-adds may be used in some lanes of a vector only.
-    """
-    out = torch.zeros_like(state)
-    for n in range(matrix.shape[-1]):
-        out = out + matrix[..., :, n : n + 1] * state[..., n : n + 1, :]
-    return out
-
-
-@dataclass(frozen=True)
-class _TileDecay:
-    """The log-decays of one tile in every segment. Every exponent is a sum of just the tokens that it spans."""
-
-    log_decay: Tensor  # [s | 1, B | 1, H | 1, C, K | 1]
-
-    @property
-    def per_channel(self) -> bool:
-        return self.log_decay.shape[-1] > 1
-
-    @cached_property
-    def entering(self) -> Tensor:
-        """From the tile's start to each token."""
-        return self.log_decay.cumsum(-2).exp()
-
-    @cached_property
-    def leaving(self) -> Tensor:
-        """From after each token to the tile's end."""
-        return _sum_behind(self.log_decay).exp()
-
-    @property
-    def total(self) -> Tensor:
-        """Over the whole tile, shaped to multiply a state [..., K, V]."""
-        return self.entering[..., -1:, :].mT
-
-    @cached_property
-    def causal(self) -> Tensor:
-        """exp(G_i - G_j) where j <= i, else 0, for decays that all channels share: [..., C, C]."""
-        C = self.log_decay.shape[-2]
-        after_j = self.log_decay.expand(*self.log_decay.shape[:-1], C).tril(-1)
-        return after_j.cumsum(-2).exp().tril()
-
-    @cached_property
-    def halves(self) -> list[tuple[Tensor, Tensor]]:
-        """For blocks of 2, 4, ..., C tokens with the middle m: exp(G_i - G_m) of their right halves and
-        exp(G_m - G_j) of their left halves, both [..., blocks, half, K]."""
-        pairs, half = [], 1
-        while half < self.log_decay.shape[-2]:
-            left, right = self.log_decay.unflatten(-2, (-1, 2, half)).unbind(-3)
-            pairs.append((right.cumsum(-2).exp(), _sum_behind(left).exp()))
-            half *= 2
-        return pairs
-
-
-def _sum_behind(x: Tensor) -> Tensor:
-    """At each token the sum over those behind it."""
-    return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def _scores(q: Tensor, k: Tensor, decay: _TileDecay) -> Tensor:
-    """P_ij = sum_K q_i exp(G_i - G_j) k_j for j <= i, else 0: [..., C, C].
-
-    A decay per channel sits inside the sum over K, and exp(G_i) exp(-G_j) would overflow. So blocks are halved:
-    between a left half and a right half, split at token m, exp(G_i - G_m) and exp(G_m - G_j) are both <= 1.
-    """
-    if not decay.per_channel:
-        return (q @ k.mT) * decay.causal
-    scores = (q * k).sum(-1)[..., None, None]  # blocks of one token: [..., C, 1, 1]
-    for to_right, to_left in decay.halves:
-        half = to_right.shape[-2]
-        right, left = q.unflatten(-2, (-1, 2, half))[..., 1, :, :], k.unflatten(-2, (-1, 2, half))[..., 0, :, :]
-        cross = (right * to_right) @ (left * to_left).mT
-        upper, lower = scores.unflatten(-3, (-1, 2)).unbind(-3)
-        scores = torch.cat([F.pad(upper, (0, half)), torch.cat([cross, lower], -1)], -2)
-    return scores.squeeze(-3)
-
-
-def _scores_gradient(
-    d_scores: Tensor, decay: _TileDecay, *, q: Tensor | None = None, k: Tensor | None = None
-) -> Tensor:
-    """The adjoint of `_scores`: with k given, the gradient of q; with q given, the gradient of k."""
-    other = k if k is not None else q
-    assert other is not None
-    if not decay.per_channel:
-        d_scores = d_scores * decay.causal
-        return d_scores @ other if k is not None else d_scores.mT @ other
-    gradient = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * other
-    for to_right, to_left in decay.halves:
-        half = to_right.shape[-2]
-        blocks = d_scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))
-        cross = blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # right rows, left columns
-        left, right = other.unflatten(-2, (-1, 2, half)).unbind(-3)
-        if k is not None:
-            part = to_right * (cross @ (left * to_left))
-            both = torch.stack([torch.zeros_like(part), part], -3)
-        else:
-            part = to_left * (cross.mT @ (right * to_right))
-            both = torch.stack([part, torch.zeros_like(part)], -3)
-        gradient = gradient + both.flatten(-4, -2)
-    return gradient
-
-
-class _Tile:
-    """One tile of every segment, and what in it depends on no state; names and formulas: see the module.
-
-    Tensors [s, B, H, C, ...]; q is scaled, beta [..., 1]. Behind the end of a segment all of them are zeros, so that
-    a state passes unchanged.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor):
-        self.q, self.k, self.v, self.beta = q, k, v, beta
-        self.decay = _TileDecay(log_decay)
-
-    @cached_property
-    def query(self) -> Tensor:
-        """Q^."""
-        return self.q * self.decay.entering
-
-    @cached_property
-    def read(self) -> Tensor:
-        """K^."""
-        return self.k * self.decay.entering
-
-    @cached_property
-    def write(self) -> Tensor:
-        """K_."""
-        return self.k * self.decay.leaving
-
-    @cached_property
-    def scores(self) -> Tensor:
-        """P."""
-        return _scores(self.q, self.k, self.decay)
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """B without its beta."""
-        return _scores(self.k, self.k, self.decay).tril(-1)
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        """T."""
-        eye = torch.eye(self.k.shape[-2], dtype=self.k.dtype, device=self.k.device).expand_as(self.keys)
-        return torch.linalg.solve_triangular(self.beta * self.keys, eye, upper=False, unitriangular=True)
-
-    def walk(self, state: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """U, and the state behind the tile."""
-        written = self.inverse @ (self.beta * (v - self.read @ state))
-        return written, self.decay.total * state + self.write.mT @ written
-
-    def walk_back(self, do: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Y, and the gradient of the state before the tile, from that of the state behind it."""
-        d_values = self.inverse.mT @ (self.scores.mT @ do + self.write @ d_state)
-        before = self.decay.total * d_state + self.query.mT @ do - self.read.mT @ (self.beta * d_values)
-        return d_values, before
-
-    def query_gradient(self, state: Tensor, written: Tensor, do: Tensor) -> Tensor:
-        """Of the scaled q; `state` enters the tile, `written` is U."""
-        return self.decay.entering * (do @ state.mT) + _scores_gradient(do @ written.mT, self.decay, k=self.k)
-
-    def gradients(self, state: Tensor, do: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Of k, v, beta and the log-decay per channel, and of the state before the tile.
-
-        A token's key reads before it writes, and the gradient of a decay tells the two apart: like a query a read
-        comes behind the decays of its own token, a write before those of the next. So within the tile::
-
-            d log_decay_t = sum_{s >= t} (q_s * dq_s + k_s * d_read_s - k_s * d_write_s) + <S', dS'>
-        """
-        written, end = self.walk(state, self.v)
-        d_values, before = self.walk_back(do, d_state)
-        d_keys = -(d_values @ written.mT).tril(-1)  # dB
-        d_read = _scores_gradient(d_keys, self.decay, k=self.k) - self.decay.entering * (d_values @ state.mT)
-        d_read = self.beta * d_read
-        d_write = self.decay.leaving * (written @ d_state.mT)
-        d_write = d_write + _scores_gradient(do @ written.mT, self.decay, q=self.q)
-        d_write = d_write + _scores_gradient(d_keys, self.decay, q=self.beta * self.k)
-        d_beta = (d_values * (self.v - self.read @ state)).sum(-1, keepdim=True)
-        d_beta = d_beta + (d_keys * self.keys).sum(-1, keepdim=True)
-        crossing = self.q * self.query_gradient(state, written, do) + self.k * (d_read - d_write)
-        d_decay = crossing.flip(-2).cumsum(-2).flip(-2) + (end * d_state).sum(-1).unsqueeze(-2)
-        return [d_read + d_write, self.beta * d_values, d_beta, d_decay], before
-
-
-class DeltaSteps:
-    """The steps of forward and backward on one rank, for inputs of one shape.
-
-    Forward: `local_maps` -> `scan` -> `outputs`. Backward: `query_gradient` needs the scanned states of forward only;
-    `gradient_maps` -> `scan(reverse=True)` -> `gradients`. `run_map` and `border_maps` give what ranks exchange.
-    Outputs and gradients are returned in the state's dtype.
-
-    `segment_length`, a multiple of 64, fixes where segments begin in a run, and so the bits of its results, whatever
-    is packed beside it. Raises ValueError where `cu_seqlens` does not go from 0 to T in steps >= 0, with B = 1.
-    """
-
-    def __init__(
-        self,
-        x: DeltaOperands,
-        *,
-        cu_seqlens: Sequence[int] | Tensor | None = None,
-        segment_length: int | None = None,
-    ):
-        self.batch, self.tokens, self.heads, self.value_dim = x.v.shape
-        self.key_dim, self.groups = x.k.shape[-1], x.v.shape[2] // x.k.shape[2]
-        self.dtype, self.device = state_dtype(x.v.dtype), x.v.device
-        self.packed = cu_seqlens is not None
-        bounds = [0, self.tokens] if cu_seqlens is None else _host_bounds(cu_seqlens, self.batch, self.tokens)
-        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
-        tiles = [-(-length // TILE) if self.packed else max(1, -(-length // TILE)) for length in lengths]
-        per_segment = segment_length // TILE if segment_length else _tiles_per_segment(tiles)
-        self.segment_length = per_segment * TILE
-        self.tiles = max(1, min(per_segment, max(tiles, default=0)))  # of each segment; no more than any run fills
-        first = [0]
-        for count in tiles:
-            first.append(first[-1] - (-count // self.tiles))
-        self.runs = list(zip(first, first[1:]))  # first and last + 1 segment of each
-        self.segments = first[-1]
-        self._places = self._token_places(bounds) if self.packed else None
-        self._orders = {reverse: self._order(reverse=reverse) for reverse in (False, True)}
-
-    def _token_places(self, bounds: list[int]) -> Tensor:
-        """Where each packed token lies among the padded segments."""
-        offsets = torch.tensor(bounds)
-        starts = torch.tensor([first * self.tiles * TILE for first, _ in self.runs], dtype=torch.int64)
-        shift = (starts - offsets[:-1]).repeat_interleave(offsets.diff())
-        return (torch.arange(self.tokens) + shift).to(self.device)
-
-    def _order(self, *, reverse: bool) -> list[tuple[Tensor, Tensor]]:
-        """For each step of a scan: the runs that have a segment left, and that segment of each."""
-        order = []
-        for step in range(max((end - first for first, end in self.runs), default=0)):
-            runs = [n for n, (first, end) in enumerate(self.runs) if first + step < end]
-            segments = [self.runs[n][1] - 1 - step if reverse else self.runs[n][0] + step for n in runs]
-            order.append((torch.tensor(runs, device=self.device), torch.tensor(segments, device=self.device)))
-        return order
-
-    def _tile(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] to [n, s, B, H, C, D] in the state's dtype, zeros behind the end of each segment."""
-        x = _expand_heads(x.to(self.dtype), self.heads)
-        padded = self.segments * self.tiles * TILE
-        if self._places is None:
-            x = F.pad(x, (0, 0, 0, 0, 0, padded - self.tokens))
-        else:
-            x = x.new_zeros(self.batch, padded, *x.shape[2:]).index_copy(1, self._places, x)
-        x = x.view(self.batch, self.segments, self.tiles, TILE, self.heads, x.shape[-1])
-        return x.permute(2, 1, 0, 4, 3, 5).contiguous()
-
-    def _untile(self, tiles: Sequence[Tensor]) -> Tensor:
-        """The inverse of `_tile`, from a list over n."""
-        x = torch.stack(list(tiles)).permute(2, 1, 0, 4, 3, 5).flatten(1, 3)
-        return x[:, : self.tokens] if self._places is None else x[:, self._places]
-
-    def _operands(self, x: DeltaOperands) -> list[Tensor]:
-        """What `_Tile` takes, of all tiles: [n, ...]."""
-        if x.log_decay is None:
-            log_decay = torch.zeros(self.tiles, 1, 1, 1, TILE, 1, dtype=self.dtype, device=self.device)
-        else:
-            log_decay = x.log_decay if x.log_decay.ndim == 4 else x.log_decay.unsqueeze(-1)
-            log_decay = self._tile(bounded(log_decay.to(self.dtype)))
-        q, k, v, beta = (self._tile(y) for y in (x.q, x.k, x.v, x.beta.unsqueeze(-1)))
-        return [q * x.scale, k, v, beta, log_decay]
-
-    @property
-    def states_shape(self) -> tuple[int, ...]:
-        """Of the states that `scan` returns."""
-        return (self.segments, self.batch, self.heads, self.key_dim, self.value_dim)
-
-    def zero_state(self) -> Tensor:
-        """A state of zeros for every run: [N, H, K, V]."""
-        rows = len(self.runs) if self.packed else self.batch
-        return self._zeros(rows, *self.states_shape[2:])
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _identity(self, *rows: int) -> Tensor:
-        return torch.eye(self.key_dim, dtype=self.dtype, device=self.device).expand(*rows, self.heads, -1, -1)
-
-    def local_maps(self, x: DeltaOperands) -> SegmentMaps:
-        """What each segment does to a state. Its transition is walked as more columns: from I, with v = 0."""
-        states = torch.cat([self._zeros(*self.states_shape), self._identity(self.segments, self.batch)], -1)
-        for tile in _tiles(self._operands(x)):
-            _, states = tile.walk(states, F.pad(tile.v, (0, self.key_dim)))
-        return SegmentMaps(*states.split([self.value_dim, self.key_dim], -1))
-
-    def gradient_maps(self, x: DeltaOperands, do: Tensor, transition: Tensor) -> SegmentMaps:
-        """What each segment does to the gradient of a state; `transition` is that of `local_maps`."""
-        d_states = self._zeros(*self.states_shape)
-        for tile, do_n in zip(_tiles(self._operands(x), reverse=True), self._tile(do).flip(0)):
-            _, d_states = tile.walk_back(do_n, d_states)
-        return SegmentMaps(d_states, transition.mT)
-
-    def run_map(self, maps: SegmentMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
-        """All segments of each run as one map: its state [N, H, K, V] and transition [N, H, K, K]."""
-        zero = self.zero_state()
-        columns = SegmentMaps(F.pad(maps.state, (0, self.key_dim)), maps.transition)
-        _, end = self.scan(columns, torch.cat([zero, self._identity(len(zero))], -1), reverse=reverse)
-        state, transition = end.split([self.value_dim, self.key_dim], -1)
-        return state, transition
-
-    def border_maps(self, maps: SegmentMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
-        """The segments one by one as maps, in the order in which a state passes through them.
-
-        state [U, N, H, K, V] and transition [U, N, H, K, K]. Packed, only the run that reaches the end of the tokens
-        (`reverse`: their beginning), since another rank can continue no other: N is 1, and U may be 0.
-        """
-        first, end = self.runs[0 if reverse else -1] if self.runs else (0, 0)
-        state, transition = maps.state[first:end], maps.transition[first:end]
-        return (state.flip(0), transition.flip(0)) if reverse else (state, transition)
-
-    def scan(self, maps: SegmentMaps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
-        """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
-
-        Left fold by `transform` in segment order; with `reverse` from the last segment to the first, for gradients.
-        Runs advance together.
-        """
-        entering = self.zero_state() if entering is None else entering.to(self.dtype)
-        state = entering.unflatten(0, (len(self.runs), self.batch))  # [runs, B, H, K, V]
-        states, places = [maps.state[:0]], [torch.empty(0, dtype=torch.int64, device=self.device)]
-        for runs, segments in self._orders[reverse]:
-            states.append(state[runs])
-            places.append(segments)
-            passed = transform(maps.transition[segments], states[-1]) + maps.state[segments]
-            state = state.index_copy(0, runs, passed)
-        return torch.cat(states)[torch.cat(places).argsort()], state.flatten(0, 1)
-
-    def outputs(self, x: DeltaOperands, states: Tensor) -> Tensor:
-        """o [B, T, H, V] from the state that enters every segment."""
-        outputs = []
-        for tile in _tiles(self._operands(x)):
-            written, behind = tile.walk(states, tile.v)
-            outputs.append(tile.query @ states + tile.scores @ written)
-            states = behind
-        return self._untile(outputs)
-
-    def query_gradient(self, x: DeltaOperands, do: Tensor, states: Tensor) -> Tensor:
-        """dq, from the states that `scan` gave in forward."""
-        gradients = []
-        for tile, do_n in zip(_tiles(self._operands(x)), self._tile(do)):
-            written, behind = tile.walk(states, tile.v)
-            gradients.append(tile.query_gradient(states, written, do_n))
-            states = behind
-        return self._group_sum(self._untile(gradients)) * x.scale
-
-    def gradients(
-        self, x: DeltaOperands, do: Tensor, states: Tensor, d_states: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """dk, dv, dbeta and d log_decay, in the shapes of those (None without decay).
-
-        `states` enter the segments, as `scan` gave them in forward; `d_states` are the gradients of those behind them.
-        """
-        operands, before = self._operands(x), []
-        for tile in _tiles(operands):
-            before.append(states)
-            _, states = tile.walk(states, tile.v)
-        found = []
-        for tile, state, do_n in zip(_tiles(operands, reverse=True), reversed(before), self._tile(do).flip(0)):
-            gradients, d_states = tile.gradients(state, do_n, d_states)
-            found.append(gradients)
-        dk, dv, d_beta, d_decay = (self._untile(tiles) for tiles in zip(*reversed(found)))
-        if x.log_decay is None:
-            return self._group_sum(dk), dv, d_beta.squeeze(-1), None
-        return self._group_sum(dk), dv, d_beta.squeeze(-1), d_decay if x.log_decay.ndim == 4 else d_decay.sum(-1)
-
-    def _group_sum(self, x: Tensor) -> Tensor:
-        """Sum over the heads of v that share a head of q and k."""
-        return x if self.groups == 1 else x.unflatten(2, (-1, self.groups)).sum(3)
-
-
-def _tiles(operands: list[Tensor], *, reverse: bool = False) -> Iterator[_Tile]:
-    """Made one by one, so that the intermediate results of one tile live at a time."""
-    numbers = range(len(operands[0]))
-    return (_Tile(*[x[n] for x in operands]) for n in (reversed(numbers) if reverse else numbers))
-
-
-def _expand_heads(x: Tensor, heads: int) -> Tensor:
+def expand_heads(x: Tensor, heads: int) -> Tensor:
     """Each head of q and k as often as there are heads of v that it serves."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
-def _tiles_per_segment(tiles: list[int]) -> int:
-    """About the square root of the tiles of a run: as many steps in a walk as in a scan.
-
-    By the average run, so that the padding of short runs never outgrows the tokens.
-    """
-    average = sum(tiles) // max(1, sum(count > 0 for count in tiles))
-    return max(1, -(-average // max(1, math.isqrt(average))))
-
-
-def _host_bounds(cu_seqlens: Sequence[int] | Tensor, batch: int, tokens: int) -> list[int]:
+def host_bounds(cu_seqlens: Sequence[int] | Tensor, batch: int, tokens: int) -> list[int]:
+    """Offsets of packed sequences on the host; `ValueError` unless they go from 0 to T, with B = 1."""
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     if batch != 1:
         raise ValueError(f"cu_seqlens needs inputs with B = 1, got B = {batch}")

@@ -9,7 +9,8 @@
 
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
-LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it: "triton" or "reference".
+LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it: "triton", or "reference" for
+PyTorch's products in chunked.py (not the loop in reference.py, which is the specification).
 
 Products of fp32 inputs are true fp32, or TF32 on a GPU after `torch.set_float32_matmul_precision("high")`.
 """
@@ -39,7 +40,7 @@ class Steps(Protocol):
     Forward: `local_maps` -> `scan` -> `outputs`. Backward: `query_gradient` needs the scanned states of
     forward only; `gradient_maps` -> `scan(reverse=True)` -> `key_value_gradient`; `decay_gradient` last.
     Between the first and the second, `run_map` or `border_maps` give what these tokens do to a state that passes
-    through, for others that hold the tokens before or behind. x are the inputs, or others that look like them.
+    through, for others that hold the tokens before or behind. x are operands of the shapes and dtypes of the inputs.
     """
 
     @property
@@ -79,7 +80,7 @@ class Steps(Protocol):
         ...
 
     def of_keys(self) -> Steps:
-        """For the gradients of k and v; perhaps these."""
+        """For the gradients of k and v; may return these."""
         ...
 
     def local_maps(self, x: Operands, *, needs_end: bool = True) -> Maps:
@@ -107,7 +108,7 @@ class Steps(Protocol):
         ...
 
     def scan(self, maps: Maps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
-        """From the state that enters each run [N, H, K, V]: the states at the segments, and the one behind all.
+        """From the state that enters each run [N, H, K, V]: states that only these steps can read, and the one behind.
 
         The left fold of the maps; with `reverse` from the last segment to the first. None enters: zeros. None instead
         of the state behind all where the maps leave it out.

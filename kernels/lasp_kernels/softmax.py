@@ -18,12 +18,14 @@ every one, together the whole that was to be avoided. It costs a second forward;
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lasp_kernels.reference import state_dtype
@@ -31,6 +33,9 @@ from lasp_kernels.reference import state_dtype
 BOUND = 2**24  # elements of a block's mask, or scores: 64 MiB in fp32
 FEWEST = 128  # queries that a block is not cut below
 ALIGNMENT = 8  # of head dims, for the kernels of a GPU
+# Of masked blocks. Not cuDNN: its memory grows with queries times keys, and its compiled gradients were wrong (torch
+# 2.11, one H200, bf16, heads of 32, aot_eager).
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Block = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # q, k, v and key_mask
 
@@ -84,10 +89,12 @@ def softmax_attention(
     if _flash(parts[0], options):
         outputs = [_flash_attention(*part[:3], options) for part in parts]
     else:
-        blocks = [block for part in parts for block in _blocks(part, options)]
-        outputs = (
-            [_recomputed(block, options) for block in blocks] if len(blocks) > 1 else [_attend(*blocks[0], options)]
-        )
+        # Cut as they are used: backward runs in reverse, and would else hold the gradients of all blocks' keys at once.
+        outputs = [
+            _attend(*block, options) if block[0].shape[2] == q.shape[2] else _recomputed(block, options)
+            for part in parts
+            for block in _blocks(part, options)
+        ]
     return torch.cat([o.transpose(1, 2) for o in outputs], 1)[..., :value_dim]
 
 
@@ -110,12 +117,15 @@ def _documents(whole: Block, cu_seqlens: tuple[int, ...]) -> Iterator[Block]:
     start = end - q.shape[2]
     if start == end:
         yield q, k[:, :, end:], v[:, :, end:], None if key_mask is None else key_mask[:, end:]
-    for opens, closes in zip(cu_seqlens, cu_seqlens[1:]):
-        first, last = max(opens, start), min(closes, end)
-        if first < last:
-            keys = slice(opens, last)
-            mask = None if key_mask is None else key_mask[:, keys]
-            yield q[:, :, first - start : last - start], k[:, :, keys], v[:, :, keys], mask
+        return
+    # Split and not sliced: backward of each slice would fill a gradient as long as all keys.
+    bounds = [min(offset, end) for offset in cu_seqlens]
+    keys = [closes - opens for opens, closes in zip(bounds, bounds[1:])]
+    rows = [max(0, closes - max(opens, start)) for opens, closes in zip(bounds, bounds[1:])]
+    masks = [None] * len(keys) if key_mask is None else key_mask.split(keys, 1)
+    for block in zip(q.split(rows, 2), k.split(keys, 2), v.split(keys, 2), masks):
+        if block[0].shape[2]:
+            yield block
 
 
 def _blocks(part: Block, options: Options) -> Iterator[Block]:
@@ -170,6 +180,8 @@ def _flash(part: Block, options: Options) -> bool:
         return False
     if key_mask is not None or options.window is not None or options.softcap is not None:
         return False
+    import torch.nn.attention.bias  # noqa: F401  # teaches torch.compile SDPAParams; not above: it brings Triton along
+
     return can_use_flash_attention(SDPAParams(q, k, v, None, options.dropout_p, False, q.shape[1] != k.shape[1]))
 
 
@@ -200,9 +212,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, options: O
     seen = seen.repeat(1, 1, groups, 1)
     folded = q.unflatten(1, (heads, groups)).flatten(2, 3)
     if options.softcap is None and q.shape[2]:
-        o = F.scaled_dot_product_attention(
-            folded, k, v, attn_mask=seen, dropout_p=options.dropout_p, scale=options.scale
-        )
+        with sdpa_kernel(BACKENDS) if q.is_cuda else nullcontext():
+            o = F.scaled_dot_product_attention(
+                folded, k, v, attn_mask=seen, dropout_p=options.dropout_p, scale=options.scale
+            )
     else:
         o = _by_scores(folded, k, v, seen, options)
     return o.unflatten(2, (groups, q.shape[2])).flatten(1, 2)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from lasp.mesh import SequenceParallel
 from lasp.modules import LightningAttention
+from lasp.ranks import SequenceParallel
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])

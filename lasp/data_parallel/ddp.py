@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lasp.mesh import grad_group
+from lasp.ranks import grad_group
 
 
 def wrap_ddp(model: nn.Module, mesh, **options) -> nn.Module:

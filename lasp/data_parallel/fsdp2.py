@@ -8,8 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from lasp import collectives
-from lasp.mesh import grad_mesh
+from lasp.ranks import collectives, grad_mesh
 
 
 def wrap_fsdp2(model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] = (), **options) -> nn.Module:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lasp.mesh import grad_group
+from lasp.ranks import grad_group
 
 
 @torch.no_grad()

@@ -3,115 +3,179 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from lasp import recompute
-from lasp.exchange import cost, horizon
-from lasp.exchange.all_gather import all_gather
+from lasp.exchange import all_gather, direct, horizon, pipeline, ring
+from lasp.exchange import cost as cost
 from lasp.exchange.base import (
-    Arrived,
-    Closing,
-    Fold,
-    HeadRuns,
+    Inline,
+    Job,
     Link,
+    Network,
     Pending,
-    RunningBeside,
-    RunningInWait,
+    Run,
     Schedule,
-    StateMap,
+    Sizes,
+    Terms,
     beside,
-    put_heads,
+    heads_in,
+    queue,
     result,
-    waiting,
 )
-from lasp.exchange.board import Board, board_of, has_room
-from lasp.exchange.direct import Turn, direct
-from lasp.exchange.neighbour import neighbour
-from lasp.exchange.pipeline import pipeline
-from lasp.exchange.ring import ring
-from lasp.mesh import SequenceParallel
+from lasp.exchange.board import board_of, has_room
+from lasp.exchange.cost import PUBLISHED
+from lasp.exchange.direct import Turn
+from lasp.exchange.maps import Fold, HeadRuns, StateMap, forgetting, identity, put_heads
+from lasp.exchange.neighbour import NEIGHBOUR
+from lasp.exchange.ring import Ring
+from lasp.ranks import SequenceParallel, Traffic, waiting
 
-__all__ = ["Fold", "HeadRuns", "Pending", "StateMap", "beside", "cost", "horizon", "start", "waiting"]
+__all__ = [
+    "Fold", "HeadRuns", "Job", "Link", "Pending", "StateMap", "Terms", "all_gather", "beside", "connect", "cost",
+    "count_exchange", "direct", "forgetting", "horizon", "identity", "pipeline", "queue", "ring", "start",
+]  # fmt: skip
 
-CHAIN, NEIGHBOUR = 0, 1  # tags: a message to the neighbour may overtake those of the chain
+FORWARD = Terms()
+CHAIN, HOP = 0, 1  # tags: a message to the neighbour may overtake those of the chain
+_RING = Ring()  # of one rank, where nothing is sent
 
 
 def start(
-    local: StateMap | Callable[[], StateMap],
-    sequence: SequenceParallel,
-    *,
-    fold: Fold,
-    reverse: bool = False,
-    far: HeadRuns | None = None,
-    units: int | None = None,
-    ragged: bool = False,
-    at_once: bool = False,
-    borrow: bool = False,
+    local: StateMap, sequence: SequenceParallel, *, fold: Fold, terms: Terms = FORWARD, operator: str = "state"
 ) -> Pending:
     """Begin to send what this rank's tokens do to a state; `wait()` gives the state that enters them.
 
-    Every rank of the sequence must call it, in the same order and with the same options. In the recompute of a
-    checkpoint nothing is sent: what the original forward received is there.
+    Every rank of the sequence must call it, in the same order and on the same terms; the first time it measures the
+    network, if the schedule is to be chosen.
 
     Args:
-        local: the maps of this rank's tokens, or what makes them, which is called if they are sent.
+        local: the maps of this rank's tokens.
         sequence: the ranks.
         fold: passes a state through maps; the arithmetic is the caller's.
-        reverse: from the last rank to the first.
-        far: the heads that must go through the chain (see `horizon`); None is all. The others go to the neighbour.
-        units: the most maps that any rank has, for messages that are equally long; None if all have as many as this.
-        ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no such messages.
-        at_once: the caller computes nothing before it waits.
-        borrow: the caller uses what enters before it starts another exchange, on the same stream: it may lie in the
-            memory of another rank.
+        terms: see `Terms`.
+        operator: under which name `sequence` counts it.
     """
-    reception = None if reverse else recompute.reception(sequence.key)
-    if reception is not None and reception.result is not None:
-        return _Received(reception.result)
-    local = local() if callable(local) else local
-    sequence.count_exchange(reverse=reverse)
-    far = local.all_heads if far is None else far
-    units, near = units or len(local.state), not far or sequence.size == 2
-    choice = _choose(local, sequence, far, units, ragged)
+    traffic = sequence.by_operator.get(operator) or sequence.traffic_of(operator)
+    count_exchange(sequence, traffic, reverse=terms.reverse)
+    if sequence.size > 1:
+        if not sequence.peers.connected:
+            connect(sequence, local.state)
+        if sequence.schedule is None and sequence.peers.network is None:
+            _measure(sequence, local.state)
+    route = _route(local, sequence, terms)
+    units, near = terms.units or local.state.shape[0], not route.far or sequence.size == 2
+    job = Job(local, sequence, traffic, fold, units, near, terms)
     board = None
-    if choice.schedule == "direct" and sequence.size > 1:
-        board = _board(local, sequence, _direct_bytes(local, units, near), reverse)
-        choice = choice if board is not None else _choose(local, sequence, far, units, ragged)
-    traffic = sequence.traffic
-    traffic.schedule, traffic.blocks, traffic.predicted_seconds = choice.schedule, choice.blocks, choice.seconds
+    if route.schedule.reads and sequence.size > 1:
+        board = _board(job, _map_bytes(local, units, near=near))
+        if board is None:  # no longer, on any rank
+            route = _route(local, sequence, terms)
+    traffic.schedule, traffic.blocks, traffic.predicted_seconds = route.schedule.name, route.blocks, route.seconds
+    inputs = (local.state,) if local.transition is None else (local.state, local.transition)
     if board is not None:
-        turn, first = Turn(board, sequence, reverse), sequence.neighbour(1 if reverse else -1) is None
-        borrow = borrow and not (reception is not None and reception.kept)
-        schedule = direct(local, turn, fold, units, near=near, borrow=borrow)
+        turn = Turn(board, job)
         # The first rank waits for nobody, so its own stream should not wait for the others to meet.
-        pending = _queue(schedule, [turn], local, beside=first or not at_once)
+        waits = (sequence.next_rank if terms.reverse else sequence.prev_rank) is not None
+        return queue(route.schedule.run(job, turn, 1), [turn], inputs, beside=not (terms.at_once and waits))
+    schedule = route.schedule if sequence.size > 1 else _RING
+    if not route.hop:
+        link = Link(job, CHAIN)
+        return queue(schedule.run(job, link, route.blocks), [link], inputs, beside=True)
+    links = [Link(job, CHAIN), Link(job, HOP)]
+    return queue(_both_ways(job, links, schedule, route), links, inputs, beside=True)
+
+
+def count_exchange(sequence: SequenceParallel, traffic: Traffic, *, reverse: bool) -> None:
+    """In the layer's traffic, and unless `validate` is "off" among those that ranks compare (`lasp.checks`)."""
+    if reverse:
+        traffic.reverse_exchanges += 1
     else:
-        connect(sequence, local.state)
-        hop, chain = (Link(sequence, reverse, tag) for tag in (NEIGHBOUR, CHAIN))
-        pending = _queue(_messages(local, hop, chain, fold, far, units, choice), [hop, chain], local, beside=True)
-    return pending if reception is None else _Receiving(pending, reception)
+        traffic.forward_exchanges += 1
+    if sequence.size > 1 and sequence.validate == "first":
+        sequence.peers.exchanges[sequence.name, reverse] += 1
 
 
-def _queue(schedule: Schedule, closing: Sequence[Closing], local: StateMap, *, beside: bool) -> Pending:
-    if not local.state.is_cuda:
-        return RunningInWait(schedule, closing)
-    return RunningBeside(schedule, closing, local) if beside else Arrived(schedule, closing)
+@dataclass(frozen=True)
+class _Route:
+    """How a state goes: by which schedule, and with which heads."""
+
+    schedule: Schedule
+    blocks: int
+    seconds: float
+    far: HeadRuns  # by this schedule
+    hop: HeadRuns  # to the neighbour beside it; none where the schedule takes all
 
 
-def _board(local: StateMap, sequence: SequenceParallel, size: int, reverse: bool) -> Board | None:
+def _route(local: StateMap, sequence: SequenceParallel, terms: Terms) -> _Route:
+    """Kept for calls that are alike, as long as the network is the same."""
+    state, transition = local
+    key = (state.shape, None if transition is None else transition.shape, state.dtype, terms)
+    network = PUBLISHED if sequence.group is None else sequence.peers.network or PUBLISHED
+    known = sequence.kept.get(key)
+    if known is None or known[0] is not network:
+        if len(sequence.kept) > KEPT:
+            sequence.kept.clear()
+        known = sequence.kept[key] = (network, _choose(local, sequence, terms, network))
+    return known[1]
+
+
+KEPT = 256  # of a layer: packed sequences may be others at every step
+
+
+def _choose(local: StateMap, sequence: SequenceParallel, terms: Terms, network: Network) -> _Route:
+    far = local.all_heads if terms.far is None else terms.far
+    heads, ranks, itemsize = local.state.shape[2], sequence.size, local.state.element_size()
+    columns, state = local.state.shape[4], local.state_numbers * itemsize
+    if not far:
+        choice = cost.choose(sequence.schedule, Sizes(state, None, state, columns), ranks, network, near=True)
+        return _Route(choice.schedule, choice.blocks, choice.seconds, far, ())
+    units = terms.units or local.state.shape[0]
+    gathered: int | None = _map_bytes(local, units, near=False) * heads_in(far) // heads
+    read: int | None = _map_bytes(local, units, near=ranks == 2)
+    if terms.ragged and sequence.schedule is None:
+        gathered, read = None, read if ranks == 2 else None
+    sizes = Sizes(state * heads_in(far) // heads, gathered, read, columns)
+    choice = cost.choose(sequence.schedule, sizes, ranks, network)
+    hop, seconds = () if choice.schedule.reads else horizon.others(far, heads), choice.seconds
+    if hop:
+        seconds += NEIGHBOUR.seconds(Sizes(state - sizes.state, None, None, columns), ranks, network)
+    return _Route(choice.schedule, choice.blocks, seconds, far, hop)
+
+
+def _map_bytes(local: StateMap, units: int, *, near: bool) -> int:
+    """What a rank gives: a state for its neighbour, or all maps of all heads."""
+    return (local.state_numbers if near else units * local.map_numbers) * local.state.element_size()
+
+
+def _both_ways(job: Job, links: list[Link], schedule: Schedule, route: _Route) -> Run:
+    """The far heads as chosen, the others to the neighbour; both at the same time.
+
+    Itself a schedule, so that what is made here is made on the stream that uses it.
+    """
+    far = schedule.run(replace(job, local=job.local.heads(route.far)), links[0], route.blocks)
+    hop = NEIGHBOUR.run(replace(job, local=job.local.heads(route.hop)), links[1], 1)
+    for steps in (hop, far):
+        next(steps)
+    yield
+    entering = job.local.zeros()
+    for heads, steps in ((route.hop, hop), (route.far, far)):
+        put_heads(entering, result(steps), heads)
+    return entering
+
+
+def _board(job: Job, size: int) -> Any:
     """None where "auto" finds that ranks lack the memory after all; from then on it does not take "direct"."""
-    _not_in_capture(local.state, has_room(sequence, size), "makes its memory")
+    sequence = job.sequence
+    _not_in_capture(job.local.state, has_room(sequence, size), "makes its memory")
     try:
-        with waiting(sequence, None, reverse=reverse):
-            return board_of(sequence, size, local.state.device)
+        with waiting(job.what):
+            return board_of(sequence, size, job.local.state.device)
     except ValueError as error:
-        if sequence.exchange != "auto":
+        if sequence.schedule is not None:
             raise
         warnings.warn(f'{error}. exchange="auto" takes messages from now on', stacklevel=2)
         cost.forget_direct(sequence)
@@ -119,122 +183,35 @@ def _board(local: StateMap, sequence: SequenceParallel, size: int, reverse: bool
 
 
 def connect(sequence: SequenceParallel, like: Tensor) -> None:
-    """Send a number to both neighbours, once for each group; a collective call.
+    """Send a number to both neighbours; a collective call, once for each group, and never for a schedule that reads.
 
-    At the first message each way NCCL connects the two ranks. The host waits for that, and neither a timeout nor a
-    watchdog ends it: a rank that died before its first reverse exchange would keep its neighbour waiting.
+    At the first message each way NCCL connects the two ranks. The host waits for that, and neither a
+    timeout nor a watchdog ends it: a rank that died before its first reverse exchange would keep its neighbour waiting.
     """
-    if sequence.group in _connected or sequence.size == 1:
+    peers, schedule = sequence.peers, sequence.schedule
+    if schedule is not None and schedule.reads:  # no message will follow
         return
-    assert sequence.group is not None
     _not_in_capture(like, False, "connects the ranks")
-    number = StateMap(like.new_zeros(1, 1, 1, 1, 1), like.new_zeros(1, 1, 1, 1))
-    for reverse in (False, True):
-        link = Link(replace(sequence, validate="off"), reverse)  # whose traffic is not the layer's
-        schedule = neighbour(number, link, lambda entering, state, log_decay: state[0])
-        next(schedule)
-        result(schedule)
-        link.finish()
-    _connected.add(sequence.group)
+    number = StateMap(like.new_zeros(1, 1, 1, 1, 1))
+    for reverse in (False, True):  # counted as nobody's traffic
+        job = Job(number, sequence, Traffic(), _first_state, 1, True, Terms(reverse))
+        link = Link(job)
+        Inline(NEIGHBOUR.run(job, link, 1), [link])
+    peers.connected = True
 
 
-_connected: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+def _measure(sequence: SequenceParallel, like: Tensor) -> None:
+    """For "auto", the first time; a collective call."""
+    if not sequence.peers.fake:
+        _not_in_capture(like, False, "measures the network")
+        with waiting(f"layer {sequence.name!r}: the measurement of the network"):
+            cost.measure(sequence)
+
+
+def _first_state(entering: Tensor | None, state: Tensor, transition: Tensor | None) -> Tensor:
+    return state[0]
 
 
 def _not_in_capture(x: Tensor, done: bool, what: str) -> None:
     if not done and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"the first exchange {what}: make one before a CUDA graph is captured")
-
-
-@dataclass(frozen=True)
-class _Receiving:
-    """An exchange whose result a recompute may need again."""
-
-    pending: Pending
-    reception: recompute.Reception
-
-    def wait(self) -> Tensor:
-        return self.reception.keep(self.pending.wait())
-
-
-@dataclass(frozen=True)
-class _Received:
-    """An exchange that took place in the original forward."""
-
-    state: Tensor
-
-    def wait(self) -> Tensor:
-        return self.state
-
-
-def _messages(
-    local: StateMap,
-    hop: Link,
-    chain: Link,
-    fold: Fold,
-    far: HeadRuns,
-    units: int,
-    choice: cost.Choice,
-) -> Schedule:
-    """The far heads as chosen, the others to the neighbour; both at the same time.
-
-    Itself a schedule, so that what is made here is made on the stream that uses it.
-    """
-    near, sequence = horizon.others(far, local.state.shape[2]), hop.sequence
-    if not far:
-        return (yield from neighbour(local, hop, fold))
-    if not near:
-        return (yield from _through_all(local, chain, fold, units, choice))
-    seconds = cost.predict("neighbour", _state_bytes(local, near), sequence.size, cost.network_of(sequence))
-    sequence.traffic.predicted_seconds += seconds
-    to_neighbour = neighbour(local.heads(near), hop, fold)
-    through_all = _through_all(local.heads(far), chain, fold, units, choice)
-    return (yield from _both(local, (near, to_neighbour), (far, through_all)))
-
-
-def _choose(local: StateMap, sequence: SequenceParallel, far: HeadRuns, units: int, ragged: bool) -> cost.Choice:
-    """The schedule that the sequence asks for; "auto" leaves it to the cost model."""
-    network, heads = cost.network_of(sequence), local.state.shape[2]
-    if not far:
-        return cost.choose_near(sequence.exchange, _state_bytes(local, local.all_heads), network)
-    map_bytes = _direct_bytes(local, units, near=False) * horizon.size_of(far) // heads
-    direct_bytes = _direct_bytes(local, units, near=sequence.size == 2)
-    if ragged and sequence.exchange == "auto":
-        map_bytes, direct_bytes = None, direct_bytes if sequence.size == 2 else None
-    return cost.choose(
-        sequence.exchange,
-        _state_bytes(local, far),
-        map_bytes,
-        direct_bytes,
-        local.state.shape[3],
-        sequence.size,
-        network,
-    )
-
-
-def _state_bytes(local: StateMap, heads: HeadRuns) -> int:
-    return horizon.size_of(heads) * local.state[0, :, 0].numel() * local.state.element_size()
-
-
-def _direct_bytes(local: StateMap, units: int, near: bool) -> int:
-    """What a rank writes: a state for its neighbour, or all maps of all heads."""
-    size = local.state[0].numel()
-    return (size if near else units * (size + local.log_decay[0].numel())) * local.state.element_size()
-
-
-def _through_all(local: StateMap, link: Link, fold: Fold, units: int, choice: cost.Choice) -> Schedule:
-    if choice.schedule == "all_gather" and link.sequence.size > 1:
-        return all_gather(local, link.sequence, link.reverse, fold, units)
-    if choice.schedule == "pipeline":
-        return pipeline(local, link, fold, choice.blocks)
-    return ring(local, link, fold)
-
-
-def _both(local: StateMap, *parts: tuple[HeadRuns, Schedule]) -> Schedule:
-    for _, schedule in parts:
-        next(schedule)
-    yield
-    entering = local.zeros()
-    for heads, schedule in parts:
-        put_heads(entering, result(schedule), heads)
-    return entering

@@ -6,27 +6,45 @@ ranks; and a CUDA graph can capture it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from lasp.collectives import start_all_gather
-from lasp.exchange.base import Fold, Schedule, StateMap, waiting
-from lasp.mesh import SequenceParallel
+from lasp.exchange.base import Job, Link, Network, Run, Schedule, Sizes, schedule
+from lasp.ranks import waiting
+from lasp.ranks.collectives import start_all_gather
 
 
-def all_gather(local: StateMap, sequence: SequenceParallel, reverse: bool, fold: Fold, units: int) -> Schedule:
-    """`units` maps a rank, the most that any rank has; those that have less add maps that change nothing."""
-    message = local.packed(units)
-    gathered = message.new_empty(sequence.size, *message.shape)
-    with waiting(sequence, None, reverse=reverse):
-        work = start_all_gather(gathered, message, sequence.group)
-    sequence.traffic.messages += 1
-    sequence.traffic.bytes_sent += (sequence.size - 1) * message.numel() * message.element_size()
-    yield
-    with waiting(sequence, None, reverse=reverse):
-        work.wait()  # on NCCL the stream waits, not the host
-    places = range(sequence.size - 1, sequence.rank, -1) if reverse else range(sequence.rank)
-    if not places:
-        return local.zeros()
-    # In the order of the sequence, which need not be that in which the group counts its ranks.
-    before = torch.cat([gathered[sequence.rank_in_group(place)] for place in places])
-    return local.unpack(before).fold(fold, None)
+@schedule
+class AllGather(Schedule):
+    """(P - 1) (alpha' + n / beta') seconds, with those of a step of the collective."""
+
+    name = "all_gather"
+    gathers = True
+
+    def seconds(self, sizes: Sizes, ranks: int, network: Network) -> float:
+        """See `Schedule`."""
+        if sizes.gathered is None:
+            return math.inf
+        return (ranks - 1) * (network.collective_latency + sizes.gathered / network.collective_bandwidth)
+
+    def run(self, job: Job, link: Link, blocks: int) -> Run:
+        """`units` maps a rank, the most that any rank has; those that have less add maps that change nothing."""
+        sequence, local = job.sequence, job.local
+        if sequence.size == 1:
+            yield
+            return local.zeros()
+        message = local.packed(job.units)
+        gathered = message.new_empty(sequence.size, *message.shape)
+        with waiting(job.what):
+            work = start_all_gather(gathered, message, sequence.group)
+        job.traffic.messages += 1
+        job.traffic.bytes_sent += (sequence.size - 1) * message.nbytes
+        yield
+        with waiting(job.what):
+            work.wait()  # on NCCL the stream waits, not the host
+        if not job.before:
+            return local.zeros()
+        # In the order of the sequence, which need not be that in which the group counts its ranks.
+        before = torch.cat([gathered[sequence.in_group[place]] for place in job.before])
+        return job.fold(None, *local.unpack(before))

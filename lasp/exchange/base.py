@@ -1,113 +1,166 @@
-"""What travels between ranks, the link to the neighbours, and how an exchange runs beside the computation.
+"""What a schedule is, the link to the neighbours, and how an exchange runs beside the computation.
 
-A schedule is a generator: it posts what it can, yields once before the first thing that it would have to wait for, and
-returns the state that enters this rank's tokens. On a GPU it runs to its end at once, mostly on a stream of its own,
-and only that stream waits; on a CPU what follows the yield runs in `wait`.
+A schedule is a class of its own file, entered by `@schedule` under the name that `exchange=` takes. It says how long it
+takes, whether its messages must be equally long, and how it runs. Its run is a generator: it posts what it can, yields
+once before the first thing that it would have to wait for, and returns the state that enters this rank's tokens. On a
+GPU it runs to its end at once, mostly on a stream of its own, and only that stream waits; on a CPU what follows the
+yield runs in `wait`.
 """
 
 from __future__ import annotations
 
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.mesh import PeerError, SequenceParallel
+from lasp.exchange.maps import Fold, HeadRuns, StateMap
+from lasp.ranks import SCHEDULES, SequenceParallel, Traffic, waiting
 
-Fold = Callable[[Tensor | None, Tensor, Tensor], Tensor]  # (entering, state, log_decay) -> the state behind the maps
-Schedule = Generator[None, None, Tensor]
+Run = Generator[None, None, Tensor]
 
 
 @dataclass(frozen=True)
-class StateMap:
-    """What a rank's tokens do to a state that passes through them, as U maps S -> exp(log_decay) * S + state in a row.
+class Network:
+    """Latencies in seconds, bandwidths in bytes a second; of the collective those of one of its P - 1 steps."""
 
-    state [U, N, H, K, V] and log_decay [U, N, H, K | 1], both fp32 (fp64 for fp64 inputs), U >= 1. Where a sequence
-    begins, what came before is forgotten: log_decay is -inf.
+    latency: float
+    bandwidth: float
+    collective_latency: float
+    collective_bandwidth: float
+    source: str  # "measured" or "published"
+    direct_latency: float = float("inf")  # of a meeting and a read; infinite where ranks cannot read each other
+    direct_bandwidth: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one rank contributes to an exchange, in bytes, by what a schedule makes of it."""
+
+    state: int  # one state of the heads that go far: what a chain sends
+    gathered: int | None  # all maps of these heads, equally many on every rank; None: the ranks may differ
+    read: int | None  # what the others read directly; None likewise
+    columns: int  # of a state, into which a chain may be cut
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a state travels; the same on every rank.
+
+    Args:
+        reverse: from the last rank to the first.
+        far: the heads that must go through the chain (see `horizon`); None is all. The others go to the neighbour.
+        units: the most maps that any rank has, for messages that are equally long; None if all have as many as this.
+        ragged: whether `units` might differ between ranks, for lack of knowledge: then "auto" takes no such messages.
+        at_once: the caller computes nothing before it waits.
+        borrow: the caller uses what enters before it starts another exchange, on the same stream: it may lie in the
+            memory of another rank.
+        passes: whether what enters this rank goes on behind it, whatever its maps say: where a packed sequence begins
+            here nothing does, not even NaN.
+        reach: how many of the ranks before this one let their state come so far; None is all.
     """
 
-    state: Tensor
-    log_decay: Tensor
+    reverse: bool = False
+    far: HeadRuns | None = None
+    units: int | None = None
+    ragged: bool = False
+    at_once: bool = False
+    borrow: bool = False
+    passes: bool = True
+    reach: int | None = None
 
-    def heads(self, heads: HeadRuns) -> StateMap:
-        """The same for some of the heads."""
-        return StateMap(take_heads(self.state, heads), take_heads(self.log_decay, heads))
+
+@dataclass(frozen=True)
+class Job:
+    """One exchange."""
+
+    local: StateMap
+    sequence: SequenceParallel
+    traffic: Traffic
+    fold: Fold
+    units: int  # the most maps that any rank has
+    near: bool  # one state of the rank before this one is enough
+    terms: Terms
+    thing: str = "the state"  # for messages
 
     @property
-    def all_heads(self) -> HeadRuns:
-        """As one run."""
-        return ((0, self.state.shape[2]),)
+    def before(self) -> range:
+        """The places whose maps come so far, from the first; nearer ranks are further behind."""
+        rank, size, reach = self.sequence.rank, self.sequence.size, self.terms.reach
+        if self.terms.reverse:
+            return range(size - 1 if reach is None else rank + reach, rank, -1)
+        return range(0 if reach is None else rank - reach, rank)
 
-    def zeros(self) -> Tensor:
-        """The state before the first rank's tokens: [N, H, K, V]."""
-        return torch.zeros_like(self.state[0])
-
-    def fold(self, fold: Fold, entering: Tensor | None) -> Tensor:
-        """The state behind these tokens; None enters where nothing came before."""
-        return fold(entering, self.state, self.log_decay)
-
-    def packed(self, units: int, out: Tensor | None = None) -> Tensor:
-        """As one tensor [units, numbers of a state and of its decay]; written to `out` if that is given.
-
-        What is added are zeros, maps that change nothing: their decay is exp(0).
-        """
-        own, size = self.state.shape[0], self.state[0].numel() + self.log_decay[0].numel()
-        if out is None:
-            out = self.state.new_empty(units, size)
-        out[own:] = 0.0
-        torch.cat([self.state.flatten(1), self.log_decay.flatten(1)], 1, out=out[:own])
-        return out
-
-    def unpack(self, message: Tensor) -> StateMap:
-        """The inverse, for maps of as many heads, rows and columns as these."""
-        size = self.state[0].numel()
-        state = message[:, :size].view(-1, *self.state.shape[1:])
-        return StateMap(state, message[:, size:].view(-1, *self.log_decay.shape[1:]))
+    def what(self, peer: int | None = None) -> str:
+        """For the error of a peer that fails; a rank as the group counts it, or all."""
+        direction = "backward" if self.terms.reverse else "forward"
+        whom = self.sequence.name_of(peer)
+        return f"layer {self.sequence.name!r}, {direction}: the exchange of {self.thing} with {whom}"
 
 
-HeadRuns = tuple[tuple[int, int], ...]  # runs of neighbouring heads: first, last + 1
+class Schedule(ABC):
+    """How a state travels from each rank to all behind it."""
+
+    name: ClassVar[str]
+    gathers: ClassVar[bool] = False  # its messages are equally long on all ranks
+    reads: ClassVar[bool] = False  # ranks read each other's memory; all heads then go the same way
+    waits_per_hop: ClassVar[bool] = False  # a busy card delays it at every hop, not once
+
+    def needs_equal_lengths(self, ranks: int) -> bool:
+        """Whether every rank must know how many maps the others send."""
+        return self.gathers
+
+    @abstractmethod
+    def seconds(self, sizes: Sizes, ranks: int, network: Network) -> float:
+        """From the start until the last rank has its state, on an idle card; infinite where it cannot run."""
+
+    def blocks(self, sizes: Sizes, ranks: int, network: Network) -> int:
+        """Into how many a state is cut."""
+        return 1
+
+    @abstractmethod
+    def run(self, job: Job, link: Any, blocks: int) -> Run:
+        """See the module. `link` carries the messages: a `Link`, or where memory is read a turn on the board."""
 
 
-def take_heads(x: Tensor, heads: HeadRuns) -> Tensor:
-    """Some heads of [U, N, H, ...]. By slices, since an index tensor would have to be copied to the device."""
-    parts = [x[:, :, first:end] for first, end in heads]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+Kind = TypeVar("Kind", bound=type[Schedule])
 
 
-def put_heads(x: Tensor, part: Tensor, heads: HeadRuns) -> None:
-    """Write heads that `take_heads` took to their places in [N, H, ...]."""
-    for (first, end), piece in zip(heads, part.split([end - first for first, end in heads], 1)):
-        x[:, first:end] = piece
+def schedule(cls: Kind) -> Kind:
+    """Class decorator: what `exchange=cls.name` takes from now on."""
+    SCHEDULES[cls.name] = cls()
+    return cls
 
 
 class Link:
-    """Messages from the rank before this one, and to the rank behind it (`reverse`: the other way round).
+    """Messages from the rank before this one, and to the rank behind it (reversed: the other way round).
 
     Messages of one `tag` arrive in the order in which they are sent. NCCL has no tags, but there an exchange is posted
     as a whole, and in the same order at both ends.
     """
 
-    def __init__(self, sequence: SequenceParallel, reverse: bool, tag: int = 0):
-        self.sequence, self.reverse, self.tag = sequence, reverse, tag
-        step = -1 if reverse else 1
-        self.source, self.target = sequence.neighbour(-step), sequence.neighbour(step)
+    joins = False
+
+    def __init__(self, job: Job, tag: int = 0):
+        self.job, self.sequence, self.traffic, self.tag = job, job.sequence, job.traffic, tag
+        ends = self.sequence.prev_rank, self.sequence.next_rank
+        self.source, self.target = reversed(ends) if job.terms.reverse else ends
         self._sent: list[tuple[dist.Work, Tensor]] = []
-        self.joins = False
 
     def receive(self, shape: torch.Size | tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
         """Post the receipt of a tensor; the result waits for it."""
         message = like.new_empty(shape)
-        with waiting(self.sequence, self.source, reverse=self.reverse):
+        with waiting(self._from_source):
             work = dist.irecv(message, group=self.sequence.group, group_src=self.source, tag=self.tag)
 
         def wait() -> Tensor:
-            with waiting(self.sequence, self.source, reverse=self.reverse):
+            with waiting(self._from_source):
                 work.wait()  # type: ignore[union-attr]  # on NCCL the stream waits, not the host
             return message
 
@@ -116,37 +169,25 @@ class Link:
     def send(self, message: Tensor) -> None:
         """Post it. It stays alive until `finish`."""
         message = message.contiguous()
-        self.sequence.traffic.messages += 1
-        self.sequence.traffic.bytes_sent += message.numel() * message.element_size()
-        with waiting(self.sequence, self.target, reverse=self.reverse):
+        self.traffic.messages += 1
+        self.traffic.bytes_sent += message.nbytes
+        with waiting(self._to_target):
             work = dist.isend(message, group=self.sequence.group, group_dst=self.target, tag=self.tag)
         self._sent.append((work, message))  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Wait until all is sent."""
-        with waiting(self.sequence, self.target, reverse=self.reverse):
-            for work, _ in self._sent:
-                work.wait()
-        self._sent.clear()
+        if self._sent:
+            with waiting(self._to_target):
+                for work, _ in self._sent:
+                    work.wait()
+            self._sent.clear()
 
+    def _from_source(self) -> str:
+        return self.job.what(self.source)
 
-@contextmanager
-def waiting(sequence: SequenceParallel, peer: int | None, *, reverse: bool) -> Iterator[None]:
-    """Around what a backend does with a peer: its error becomes a `PeerError` with the layer and the peer.
-
-    `peer` is a rank as the group counts it, None where all take part.
-    """
-    started = time.monotonic()
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise PeerError(
-            f"layer {sequence.name!r}, {'backward' if reverse else 'forward'}: the exchange of the state with "
-            f"{'the other ranks' if peer is None else sequence.name_of(peer)} failed after "
-            f"{time.monotonic() - started:.1f} s; mostly a rank has ended, hangs, or left out a call: {error}"
-        ) from error
+    def _to_target(self) -> str:
+        return self.job.what(self.target)
 
 
 class Pending(Protocol):
@@ -170,27 +211,34 @@ class Closing(Protocol):
         ...
 
 
+def queue(run: Run, closing: Sequence[Closing], inputs: Sequence[Tensor], *, beside: bool) -> Pending:
+    """Begin what a schedule does with `inputs`; on a GPU `beside` the caller's stream, or before all that follows."""
+    if not inputs[0].is_cuda:
+        return RunningInWait(run, closing)
+    return RunningBeside(run, closing, inputs) if beside else Inline(run, closing)
+
+
 class RunningInWait:
     """An exchange on a CPU: what must wait for other ranks happens in `wait`."""
 
-    def __init__(self, schedule: Schedule, closing: Sequence[Closing]):
-        self._schedule, self._closing = schedule, closing
-        next(schedule)
+    def __init__(self, run: Run, closing: Sequence[Closing]):
+        self._run, self._closing = run, closing
+        next(run)
 
     def wait(self) -> Tensor:
         """Receive, fold, send on; see `Pending`."""
-        entering = result(self._schedule)
+        entering = result(self._run)
         for each in self._closing:
             each.finish()
         return entering
 
 
-class Arrived:
-    """An exchange that was queued on the caller's own stream, before all that follows."""
+class Inline:
+    """An exchange that was queued on the caller's own stream, before all that follows; on gloo the host waits here."""
 
-    def __init__(self, schedule: Schedule, closing: Sequence[Closing]):
-        next(schedule)
-        self._entering = result(schedule)
+    def __init__(self, run: Run, closing: Sequence[Closing]):
+        next(run)
+        self._entering = result(run)
         for each in closing:
             each.finish()
 
@@ -202,12 +250,12 @@ class Arrived:
 class RunningBeside:
     """An exchange on a GPU, queued as a whole on a stream of its own, so that the caller's goes on."""
 
-    def __init__(self, schedule: Schedule, closing: Sequence[Closing], local: StateMap):
-        side = _side_stream(local.state.device.index)
-        side.wait_stream(current_stream(local.state))
+    def __init__(self, run: Run, closing: Sequence[Closing], inputs: Sequence[Tensor]):
+        side = _side_stream(inputs[0].device.index)
+        side.wait_stream(current_stream(inputs[0]))
         with torch.cuda.stream(side):
-            next(schedule)
-            self._entering = result(schedule)
+            next(run)
+            self._entering = result(run)
             # What is captured in a CUDA graph must end on the stream on which it began; else sends need not be awaited.
             at_end = torch.cuda.is_current_stream_capturing() or any(each.joins for each in closing)
             arrived = None if at_end else side.record_event()
@@ -215,7 +263,7 @@ class RunningBeside:
                 each.finish()
             self._arrived = side.record_event() if arrived is None else arrived
         # Each stream uses memory of the other: it must not be given away before both have passed.
-        for x in (local.state, local.log_decay):
+        for x in inputs:
             x.record_stream(side)
 
     def wait(self) -> Tensor:
@@ -252,10 +300,15 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def result(schedule: Schedule) -> Tensor:
+def result(run: Run) -> Tensor:
     """Run a schedule from its yield to its end."""
     try:
-        next(schedule)
+        next(run)
     except StopIteration as stop:
         return stop.value
     raise AssertionError("a schedule yields once")
+
+
+def heads_in(runs: HeadRuns) -> int:
+    """How many heads the runs hold."""
+    return sum(end - first for first, end in runs)

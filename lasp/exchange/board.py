@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lasp.mesh import SequenceParallel, group_timeout
+from lasp.ranks import SequenceParallel, peers_of
+from lasp.ranks.group import process
 
 SMALLEST = 2**20  # bytes of a half
 
@@ -81,14 +82,9 @@ class Board:
             self._last = torch.cuda.current_stream().record_event()
 
 
-_boards: weakref.WeakKeyDictionary[ProcessGroup, Board] = weakref.WeakKeyDictionary()
-_refused: weakref.WeakKeyDictionary[ProcessGroup, str] = weakref.WeakKeyDictionary()  # for good
-_meetings = 0  # to set up symmetric memory, of this process in all groups
-
-
 def has_room(sequence: SequenceParallel, size: int) -> bool:
     """Whether `board_of` need not make one."""
-    board = None if sequence.group is None else _boards.get(sequence.group)
+    board = sequence.peers.board
     return board is not None and board.capacity >= size
 
 
@@ -100,19 +96,18 @@ def board_of(sequence: SequenceParallel, size: int, device: torch.device) -> Boa
     Raises:
         ValueError: on every rank, if they cannot read each other's memory, or there is not enough.
     """
-    group = sequence.group
-    assert group is not None
+    peers = sequence.peers
     if has_room(sequence, size):
-        return _boards[group]
-    if group not in _refused:
-        _refused[group] = _refusal(group)
-    obstacle, memory = _refused[group], None
+        return peers.board
+    if peers.refusal is None:
+        peers.refusal = _refusal(peers.group)
+    obstacle, memory = peers.refusal, None
     if not obstacle:
-        obstacle, memory = _make(group, max(SMALLEST, 1 << (size - 1).bit_length()), device)
+        obstacle, memory = _make(peers.group, max(SMALLEST, 1 << (size - 1).bit_length()), device)
     if memory is None:
         raise ValueError(f'exchange "direct" needs ranks that read each other\'s memory: {obstacle}')
-    _boards[group] = Board(memory, dist.get_rank(group), _boards.get(group))
-    return _boards[group]
+    peers.board = Board(memory, peers.rank, peers.board)
+    return peers.board
 
 
 def obstacle(sequence: SequenceParallel, device: torch.device, size: int = SMALLEST) -> str:
@@ -133,7 +128,7 @@ def _refusal(group: ProcessGroup) -> str:
         return f"they are on {len(hosts)} hosts"
     # PyTorch (2.11) numbers such meetings of a process over all groups: unequal ones would wait for each other without
     # end. (What others than lasp have set up is not counted here.)
-    if len(set(_of_all(str(_meetings), group))) > 1:
+    if len(set(_of_all(str(process.meetings), group))) > 1:
         return "some of them have set up symmetric memory in other groups, and others not as often"
     return ""
 
@@ -172,12 +167,11 @@ class _OnGpu:
         """With the memory of the others; a collective call."""
         from torch.distributed import _symmetric_memory
 
-        global _meetings
-        _meetings += 1
+        process.meetings += 1
         handle = _symmetric_memory.rendezvous(self._memory, group)
         shape, ranks = self._memory.shape, range(dist.get_world_size(group))
         found = [self._memory if r == handle.rank else handle.get_remote_tensor(r, shape, torch.uint8) for r in ranks]
-        milliseconds = int(group_timeout(group) / timedelta(milliseconds=1))
+        milliseconds = int(peers_of(group).timeout / timedelta(milliseconds=1))
         return [x.view(2, -1) for x in found], lambda: handle.barrier(channel=0, timeout_ms=milliseconds)
 
     def close(self) -> None:

@@ -6,49 +6,68 @@ meet, and each reads what it needs. Where no state gets past a rank (horizon.py)
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from lasp.exchange.base import Fold, Schedule, StateMap, waiting
+from lasp.exchange.base import Job, Network, Run, Schedule, Sizes, schedule
 from lasp.exchange.board import Board
-from lasp.mesh import SequenceParallel
+from lasp.ranks import waiting
 
 
-def direct(local: StateMap, turn: Turn, fold: Fold, units: int, *, near: bool, borrow: bool) -> Schedule:
-    """`units` maps a rank, the most that any rank has. `near`: no head needs more than the rank before this one.
+@schedule
+class Direct(Schedule):
+    """alpha" + (P - 1) n / beta" seconds, of a meeting and of memory that is read directly."""
 
-    `borrow`: a state that another rank alone has made may stay where it is, for the caller to read from there.
-    """
-    sequence, state = turn.sequence, local.state
-    before, behind = range(sequence.rank), range(sequence.rank + 1, sequence.size)
-    if turn.reverse:
-        before, behind = behind[::-1], before[::-1]
-    if near:
-        before, behind = before[-1:], behind[:1]
-    shape = state.shape[1:] if near else (units, state[0].numel() + local.log_decay[0].numel())
-    mine = turn.begin(shape, state.dtype)
-    if near:
-        mine.copy_(local.fold(fold, None))
-    else:
-        local.packed(units, out=mine)
-    sequence.traffic.messages += bool(behind)
-    sequence.traffic.bytes_sent += len(behind) * mine.numel() * mine.element_size()
-    # The first rank reads nothing, and its stream need not wait. On a CPU ranks must meet before they write again.
-    if before or not mine.is_cuda:
-        turn.meet()
-    if not before:
+    name = "direct"
+    gathers = True
+    reads = True
+
+    def needs_equal_lengths(self, ranks: int) -> bool:
+        """Of two ranks, neither needs more than one state of the other."""
+        return ranks > 2
+
+    def seconds(self, sizes: Sizes, ranks: int, network: Network) -> float:
+        """See `Schedule`."""
+        if ranks < 2:
+            return 0.0
+        if sizes.read is None:
+            return math.inf
+        return network.direct_latency + (ranks - 1) * sizes.read / network.direct_bandwidth
+
+    def run(self, job: Job, link: Turn, blocks: int) -> Run:
+        """`units` maps a rank, the most that any rank has; if all heads are near, one state of each."""
+        sequence, local = job.sequence, job.local
+        before, behind = job.before, range(sequence.rank + 1, sequence.size)
+        if job.terms.reverse:
+            behind = range(sequence.rank)[::-1]
+        if job.near:
+            before, behind = before[-1:], behind[:1]
+        shape = local.state.shape[1:] if job.near else (job.units, local.map_numbers)
+        mine = link.begin(shape, local.state.dtype)
+        if job.near:
+            mine.copy_(job.fold(None, *local))
+        else:
+            local.packed(job.units, out=mine)
+        job.traffic.messages += bool(behind)
+        job.traffic.bytes_sent += len(behind) * mine.nbytes
+        # The first rank reads nothing, and its stream need not wait. On a CPU ranks must meet before they write again.
+        if before or not mine.is_cuda:
+            link.meet()
+        if not before:
+            yield
+            return local.zeros()
+        read = [link.board.view(sequence.in_group[place], mine.shape, mine.dtype) for place in before]
+        maps = read[0] if job.terms.borrow and len(read) == 1 else torch.cat(read)
         yield
-        return local.zeros()
-    read = [turn.board.view(sequence.rank_in_group(place), mine.shape, mine.dtype) for place in before]
-    maps = read[0] if borrow and len(read) == 1 else torch.cat(read)
-    yield
-    return maps if near else local.unpack(maps).fold(fold, None)
+        return maps if job.near else job.fold(None, *local.unpack(maps))
 
 
 class Turn:
     """One exchange on a board; for the errors of its meeting, and to end it."""
 
-    def __init__(self, board: Board, sequence: SequenceParallel, reverse: bool):
-        self.board, self.sequence, self.reverse, self._met = board, sequence, reverse, False
+    def __init__(self, board: Board, job: Job):
+        self.board, self.job, self._met = board, job, False
 
     @property
     def joins(self) -> bool:
@@ -57,13 +76,13 @@ class Turn:
 
     def begin(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Where to write what the others shall read."""
-        with waiting(self.sequence, None, reverse=self.reverse):
+        with waiting(self.job.what):
             self.board.begin()
         return self.board.mine(shape, dtype)
 
     def meet(self) -> None:
         """Wait until all have written."""
-        with waiting(self.sequence, None, reverse=self.reverse):
+        with waiting(self.job.what):
             self.board.meet()
         self._met = True
 

@@ -4,6 +4,8 @@ A fixed decay g per token leaves exp(T g) of a state after T tokens. In fp32 tha
 smallest number is 2^-149, and what is below half of it is rounded to 0), in fp64 once T |g| > 746. If that is so on
 every rank that lies between two others, then what enters a rank comes from the rank before it alone: the head needs its
 neighbour only (neighbour.py), never the chain. Nothing is approximated: the bits are those of the chain.
+
+`python bench/horizon_savings.py` prints what that saves. A matrix has no horizon: what it forgets depends on the data.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lasp.exchange.base import HeadRuns
+from lasp.exchange.maps import HeadRuns
 
 EXPONENT = {torch.float32: 104.0, torch.float64: 746.0}  # exp(-x) is 0 for all x above
 
@@ -54,8 +56,3 @@ def others(heads: HeadRuns, number: int) -> HeadRuns:
     """The heads of `number` that are in none of the runs."""
     borders = [0, *(h for run in heads for h in run), number]
     return tuple((a, b) for a, b in zip(borders[::2], borders[1::2]) if a < b)
-
-
-def size_of(heads: HeadRuns) -> int:
-    """How many heads the runs hold."""
-    return sum(end - first for first, end in heads)

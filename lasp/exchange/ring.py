@@ -6,19 +6,41 @@ message of one state a rank, whatever the number of ranks. In reverse the chain 
 
 from __future__ import annotations
 
-from lasp.exchange.base import Fold, Link, Schedule, StateMap
+import torch
+
+from lasp.exchange.base import Job, Link, Network, Run, Schedule, Sizes, schedule
 
 
-def ring(local: StateMap, link: Link, fold: Fold) -> Schedule:
-    """The first rank waits for no one and sends before the yield."""
-    if link.source is None:
-        if link.target is not None:
-            link.send(local.fold(fold, None))
+@schedule
+class Ring(Schedule):
+    """P - 1 hops of a whole state: (P - 1) (alpha + n / beta) seconds."""
+
+    name = "ring"
+    waits_per_hop = True
+
+    def seconds(self, sizes: Sizes, ranks: int, network: Network) -> float:
+        """See `Schedule`."""
+        return (ranks - 1) * (network.latency + sizes.state / network.bandwidth)
+
+    def run(self, job: Job, link: Link, blocks: int) -> Run:
+        """In blocks of columns (one, but for pipeline.py), each folded and sent on as soon as it is there."""
+        local, width = job.local, job.local.state.shape[4]
+        size = -(-width // blocks)
+        parts = [local] if blocks == 1 else [local.columns(slice(n, n + size)) for n in range(0, width, size)]
+        if link.source is None:
+            if link.target is not None:
+                for part in parts:
+                    link.send(job.fold(None, *part))
+            yield
+            return local.zeros()
+        incoming = link.receive(parts[0].state.shape[1:], local.state)
         yield
-        return local.zeros()
-    incoming = link.receive(local.state.shape[1:], local.state)
-    yield
-    entering = incoming()
-    if link.target is not None:
-        link.send(local.fold(fold, entering))
-    return entering
+        entering = []
+        # A block is passed on before the next is asked for: NCCL runs the messages of a rank one after the other.
+        for n, part in enumerate(parts):
+            entering.append(incoming())
+            if link.target is not None:
+                link.send(job.fold(entering[-1] if job.terms.passes else None, *part))
+            if n + 1 < len(parts):
+                incoming = link.receive(parts[n + 1].state.shape[1:], local.state)
+        return entering[0] if len(entering) == 1 else torch.cat(entering, 3)

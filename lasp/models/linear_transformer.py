@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.data import ShardLayout
+from lasp.layout import ShardLayout
 from lasp.modules import LightningAttention
 
 

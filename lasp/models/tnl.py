@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp import decay
-from lasp.data import ShardLayout
+from lasp.layout import ShardLayout
 from lasp.modules import LightningAttention
 from lasp_kernels import norm_gate
 
@@ -119,7 +119,8 @@ class TNL(nn.Module):
             input_ids: [B, T], int64; on a rank of a split sequence its slice, as `lasp.shard_batch` cuts it.
             position_ids: [B, T] or [T], integers: positions in the *whole* sequence. By default 0, 1, ... T - 1,
                 which is wrong on a slice and refused there.
-            layout: how packed sequences lie on the ranks, from `lasp.shard_batch`.
+            layout: how tokens lie on the ranks, from `lasp.shard_batch`: needed for packed sequences, and heads that
+                forget fast then exchange with their neighbour only.
         """
         if position_ids is None:
             position_ids = self._default_positions(input_ids)

@@ -45,9 +45,9 @@ from faults.launch import run_with  # noqa: E402
 from faults.program import COMPARED, COMPARED_EVERY, KINDS, LAYERS, STEPS, Fault  # noqa: E402
 from ranks import workers  # noqa: E402
 
-from lasp.mesh import EXCHANGES  # noqa: E402
+from lasp.ranks import SCHEDULES as REGISTERED  # noqa: E402
 
-SCHEDULES = tuple(name for name in EXCHANGES if name != "auto")
+SCHEDULES = tuple(REGISTERED)
 
 
 def random_faults(count: int, ranks: int, seed: int, exchanges: Sequence[str] = SCHEDULES) -> list[Fault]:

@@ -26,7 +26,7 @@ from small_model import VOCABULARY, Block, SmallModel
 import lasp
 
 LAYERS, STEPS, TOKENS = 3, 4, 11
-COMPARED_EVERY = 2  # calls of a layer, instead of `lasp.agreement.EVERY`
+COMPARED_EVERY = 2  # calls of a layer, instead of `lasp.checks.agreement.EVERY`
 
 # What a rank can do. A wrong shape or dtype is that of a call which ranks compare, and a call is a forward.
 KINDS = ("kill", "stop", "exit", "skip", "delay", "shape", "dtype")
@@ -108,7 +108,7 @@ def _environment(rank: int, run: Run, fault: Fault) -> dict[str, str]:
 def train(run: Run, fault: Fault, journal: Journal) -> None:
     """Write the loss of every step that ends."""
     env = lasp.init(run.backend, timeout=run.timeout)
-    lasp.agreement.EVERY = COMPARED_EVERY
+    lasp.checks.agreement.EVERY = COMPARED_EVERY
     mesh = lasp.init_mesh(sp=-1, dp_shard=1)
     model = SmallModel()
     model.blocks.append(Block(torch.tensor([-0.5, -0.05, -2.0])))

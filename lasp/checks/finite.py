@@ -7,20 +7,17 @@ flags of all ranks meet.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from lasp.mesh import SequenceParallel
-from lasp.optimizers import before_step
+from lasp.checks.optimizers import before_step
+from lasp.ranks import SequenceParallel
+from lasp.ranks.group import process
 
 _DIRECTIONS = ("forward", "backward")
-_flags: weakref.WeakKeyDictionary[SequenceParallel, Tensor] = weakref.WeakKeyDictionary()  # bool [2]: _DIRECTIONS
-_noted: dict[SequenceParallel, None] = {}  # since the last `assert_finite`, in order; the same on all ranks
 
 
 def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = False) -> None:
@@ -30,11 +27,12 @@ def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = Fa
     """
     if sequence is None or not sequence.check_finite:
         return
-    if sequence not in _flags:
-        _flags[sequence] = torch.zeros(2, dtype=torch.bool, device=state.device)
+    flags = process.not_finite.get(sequence)
+    if flags is None:
+        flags = process.not_finite[sequence] = torch.zeros(2, dtype=torch.bool, device=state.device)
         before_step(assert_finite)
-    _noted[sequence] = None
-    _flags[sequence][int(reverse)].logical_or_(state.isfinite().all().logical_not())
+    process.noted[sequence] = None
+    flags[int(reverse)].logical_or_(state.isfinite().all().logical_not())
 
 
 def assert_finite() -> None:
@@ -49,20 +47,20 @@ def assert_finite() -> None:
     Raises:
         FloatingPointError: naming the layers, the direction and the ranks.
     """
-    if not _noted:
+    if not process.noted:
         return
-    layers = list(_noted)
-    _noted.clear()
+    layers = list(process.noted)
+    process.noted.clear()
     meshes = {id(layer.mesh): layer for layer in layers}  # of many layers mostly one
     axes = list(dict.fromkeys(group for layer in meshes.values() for group in _axes(layer)))
-    flag = torch.stack([_flags[layer].any() for layer in layers]).any().to(torch.int32)
+    flag = torch.stack([process.not_finite[layer].any() for layer in layers]).any().to(torch.int32)
     for group in axes:  # the greatest along one axis after the other is that of all ranks
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
     if not flag.item():
         return
     found = [f"rank {dist.get_rank()}: {names}"] if (names := _names(layers)) else []
     for layer in layers:
-        _flags[layer].zero_()
+        process.not_finite[layer].zero_()
     for group in axes:
         parts: list = [None] * dist.get_world_size(group)
         dist.all_gather_object(parts, found, group=group)
@@ -73,7 +71,7 @@ def assert_finite() -> None:
 def _names(layers: list[SequenceParallel]) -> str:
     found = []
     for layer in layers:
-        directions = [name for name, flag in zip(_DIRECTIONS, _flags[layer].tolist()) if flag]
+        directions = [name for name, flag in zip(_DIRECTIONS, process.not_finite[layer].tolist()) if flag]
         if directions:
             found.append(f"{layer.name or 'a layer without name'} ({' and '.join(directions)})")
     return ", ".join(found)

@@ -13,11 +13,9 @@ say, would take those of other layers for its own, and nobody would ever wait.
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +23,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
 
-from lasp import recompute
-from lasp.mesh import PeerError, RankMismatchError, SequenceParallel, exchanges, group_timeout
-from lasp.optimizers import before_step
+from lasp.checks.optimizers import before_step
+from lasp.ranks import PeerError, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
 
 EVERY = 1000  # calls of a layer from one comparison to the next
 _ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank
@@ -44,8 +40,10 @@ class Agreement:
     happened, the `RankMismatchError` has the original as its cause; if every rank failed, each keeps its own error.
     """
 
-    def __init__(self, sequence: SequenceParallel | None, *, due: bool):
+    def __init__(self, sequence: SequenceParallel | None, *, due: bool, traffic: Traffic | None = None):
+        """`traffic` counts the call once all agree: after a difference the next one is compared again."""
         self._open = sequence if due else None
+        self._traffic = traffic
 
     @property
     def due(self) -> bool:
@@ -68,6 +66,8 @@ class Agreement:
         fields = {name: json.dumps(value) for name, value in fingerprint().items()}
         sequence, self._open = self._open, None
         _raise(_Round(sequence).compare({"fields": fields}))
+        if self._traffic is not None:
+            self._traffic.calls += 1
 
     def __enter__(self) -> Agreement:
         return self
@@ -80,22 +80,12 @@ class Agreement:
         _raise(_Round(sequence).compare({"error": f"{layer}{type(error).__name__}: {error}"[:2000]}), error)
 
 
-NOT_ASKED = Agreement(None, due=False)
-
-
-def of_call(sequence: SequenceParallel | None) -> Agreement:
-    """Count a forward call of the operator, and say whether it is to be compared."""
-    if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
-        return NOT_ASKED
-    if recompute.under_way():  # no call of its own
-        return NOT_ASKED
-    count = sequence.traffic.calls
-    sequence.traffic.calls += 1
+def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
+    """Of an operator's first forward call, and of every `EVERY`-th; None if it is not to be compared."""
     if sequence.validate == "off":
-        return NOT_ASKED
+        return None
     before_step(compare_exchanges)
-    due = count % EVERY == 0 and not _capturing()  # the calls that warm up a graph are compared
-    return Agreement(sequence, due=due)
+    return None if _capturing() else Agreement(sequence, due=True, traffic=traffic)  # the calls before it are
 
 
 def compare_exchanges() -> None:
@@ -112,11 +102,11 @@ def compare_exchanges() -> None:
     if _capturing():
         return
     rounds, records = [], []
-    for group, made in list(exchanges.items()):
-        if made and _exists(group):
-            rounds.append(_Round(SequenceParallel(group), "the step of the optimizer"))
-            records.append({"fields": {"exchanges since the last step": json.dumps(_in_short(made))}})
-        made.clear()
+    for peers in all_peers():
+        if peers.exchanges:
+            rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
+            records.append({"fields": {"exchanges since the last step": json.dumps(_in_short(peers.exchanges))}})
+        peers.exchanges.clear()
     if not rounds:
         return
     with ThreadPoolExecutor(len(rounds)) as pool:  # ranks may know their groups in different orders
@@ -131,14 +121,6 @@ def _in_short(made: Counter[tuple[str, bool]]) -> dict[str, object]:
     usual = _most(list(layers.values()))
     odd = {name: counts for name, counts in layers.items() if counts != usual}
     return {"forward, backward": usual, "layers": len(layers), **odd}
-
-
-def _exists(group: ProcessGroup) -> bool:
-    try:
-        dist.get_rank(group)
-    except ValueError:  # destroyed
-        return False
-    return True
 
 
 def _capturing() -> bool:
@@ -161,16 +143,15 @@ class _Round:
     """
 
     def __init__(self, sequence: SequenceParallel, before: str = "the exchange"):
-        assert sequence.group is not None
-        self.sequence, self.group, self.before = sequence, sequence.group, before
-        self.rank, self.size = dist.get_rank(self.group), sequence.size
-        self.number = next(_numbers.setdefault(self.group, itertools.count()))
+        self.sequence, self.peers, self.before = sequence, sequence.peers, before
+        self.rank, self.size = self.peers.rank, self.peers.size
+        self.number = next(self.peers.comparisons)
 
     def compare(self, record: dict[str, object]) -> dict[str, str]:
         """The verdict on all ranks' records."""
-        if dist.get_backend(self.group) == "fake":  # nobody else is there
+        if self.peers.fake:
             return {"found": "agreement", "text": ""}
-        self.timeout = group_timeout(self.group)
+        self.timeout = self.peers.timeout
         verdicts: list[dict[str, str] | Exception] = []
         # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
         thread = threading.Thread(target=self._talk, args=(record, verdicts), daemon=True)
@@ -189,7 +170,7 @@ class _Round:
     def _talk(self, record: dict[str, object], verdicts: list) -> None:
         started = time.monotonic()
         try:
-            self.store = _connection(self.group)
+            self.store = _connection(self.peers.group)
             self.store.set(self._key(self.rank), json.dumps(record))
             verdicts.append(self._judge(started) if self.rank == 0 else self._read(started))
         except Exception as error:
@@ -279,13 +260,10 @@ def _list(found: list[str]) -> str:
     return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-_numbers: weakref.WeakKeyDictionary[ProcessGroup, itertools.count] = weakref.WeakKeyDictionary()  # of comparisons
-_connections: weakref.WeakKeyDictionary[ProcessGroup, Store] = weakref.WeakKeyDictionary()
-
-
 def _connection(group: ProcessGroup) -> Store:
     """To the group's store, of our own: one that waits keeps others out, and the backend's threads use the group's."""
-    if group not in _connections:
+    peers = peers_of(group)
+    if peers.store is None:
         store = group.get_group_store().clone()  # type: ignore[attr-defined]
-        _connections[group] = PrefixStore("lasp/agreement", store)
-    return _connections[group]
+        peers.store = PrefixStore("lasp/agreement", store)
+    return peers.store

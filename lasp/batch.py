@@ -2,89 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.mesh import SequenceParallel, sequence_axis
-
-
-@dataclass(frozen=True)
-class LocalRuns:
-    """One rank's part of the sequences. A dense batch is one run a batch row; packed, one a sequence."""
-
-    cu_seqlens: tuple[int, ...] | None  # local, when packed
-    sequences: range  # packed: which of the global sequences the runs belong to
-    continues: bool  # the first run began on an earlier rank
-    continued: bool  # the last run goes on on a later rank
-
-
-@dataclass(frozen=True)
-class ShardLayout:
-    """How a global sequence lies on the ranks. Held on the host, so that nothing waits for a device.
-
-    Args:
-        lengths: tokens of each rank, in sequence order; zero is allowed.
-        cu_seqlens: for packed sequences the global offsets, from 0 to the number of tokens (batch size 1).
-    """
-
-    lengths: tuple[int, ...]
-    cu_seqlens: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "lengths", tuple(int(n) for n in self.lengths))
-        if not self.lengths or min(self.lengths) < 0:
-            raise ValueError(f"lengths must be one non-negative number of tokens a rank, got {self.lengths}")
-        if self.cu_seqlens is None:
-            return
-        offsets = tuple(int(n) for n in self.cu_seqlens)
-        object.__setattr__(self, "cu_seqlens", offsets)
-        if len(offsets) < 2 or offsets[0] != 0 or any(b < a for a, b in zip(offsets, offsets[1:])):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, got {offsets}")
-        if offsets[-1] != self.total:
-            raise ValueError(f"cu_seqlens ends at {offsets[-1]}, but the ranks hold {self.total} tokens")
-
-    @classmethod
-    def even(cls, tokens: int, ranks: int, *, cu_seqlens: Sequence[int] | Tensor | None = None) -> ShardLayout:
-        """Split `tokens` as evenly as whole tokens allow; the first ranks get the rest."""
-        lengths = tuple(tokens // ranks + (r < tokens % ranks) for r in range(ranks))
-        offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-        return cls(lengths, None if offsets is None else tuple(offsets))
-
-    @property
-    def total(self) -> int:
-        """Tokens on all ranks."""
-        return sum(self.lengths)
-
-    def bounds(self, rank: int) -> tuple[int, int]:
-        """First and last + 1 global token of a rank."""
-        start = sum(self.lengths[:rank])
-        return start, start + self.lengths[rank]
-
-    def local(self, rank: int) -> LocalRuns:
-        """The runs that a rank holds."""
-        last_rank = rank == len(self.lengths) - 1
-        if self.cu_seqlens is None:
-            return LocalRuns(None, range(0), rank > 0, not last_rank)
-        start, end = self.bounds(rank)
-        pairs = list(zip(self.cu_seqlens, self.cu_seqlens[1:]))
-        # An empty sequence lies on the rank that holds the token at its offset, or else on the last one.
-        mine = [n for n, (a, b) in enumerate(pairs) if max(a, start) < min(b, end) or (a == b and self._holds(rank, a))]
-        if not mine:  # no token and no sequence here: what comes in goes out
-            return LocalRuns((0, 0), range(0), True, True)
-        sequences = range(mine[0], mine[-1] + 1)
-        offsets = tuple(min(max(n, start), end) - start for n in self.cu_seqlens[mine[0] : mine[-1] + 2])
-        first, last = pairs[mine[0]], pairs[mine[-1]]
-        return LocalRuns(offsets, sequences, first[0] < start, last[1] > end)
-
-    def _holds(self, rank: int, token: int) -> bool:
-        start, end = self.bounds(rank)
-        return start <= token < end or (token == self.total and rank == len(self.lengths) - 1)
+from lasp.layout import ShardLayout
+from lasp.ranks import SequenceParallel, collectives, sequence_axis
 
 
 def shard_batch(
@@ -194,6 +120,12 @@ def unshard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
     return x if sequence.size == 1 else _UnshardSequence.apply(x, sequence, dim)  # type: ignore[return-value]
 
 
+def _check_quiet(sequence: SequenceParallel) -> None:
+    """Nothing may be exchanged while a state travels (see `lasp.linear_attention`)."""
+    if sequence.peers.busy:
+        raise RuntimeError("the function that makes q must not exchange anything among the same ranks")
+
+
 def _check_dim(x: Tensor, dim: int) -> int:
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim must be a dimension of x {tuple(x.shape)}, got {dim}")
@@ -204,41 +136,30 @@ class _ShardSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sequence, dim):
         ctx.sequence, ctx.dim = sequence, dim
-        start, end = ShardLayout.even(x.shape[dim], sequence.size).bounds(sequence.rank)
-        return x.narrow(dim, start, end - start).clone()
+        ctx.lengths = ShardLayout.even(x.shape[dim], sequence.size).lengths
+        start = sum(ctx.lengths[: sequence.rank])
+        return x.narrow(dim, start, ctx.lengths[sequence.rank]).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        return torch.cat(_gather(gradient, ctx.sequence, ctx.dim), ctx.dim) / ctx.sequence.size, None, None
+        whole = collectives.gather_tokens(gradient, ctx.lengths, ctx.sequence, _what, dim=ctx.dim)
+        return whole / ctx.sequence.size, None, None
 
 
 class _UnshardSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sequence, dim):
-        parts = _gather(x, sequence, dim)
-        ctx.sequence, ctx.dim, ctx.lengths = sequence, dim, [part.shape[dim] for part in parts]
-        return torch.cat(parts, dim)
+        _check_quiet(sequence)
+        ctx.sequence, ctx.dim = sequence, dim
+        ctx.lengths = collectives.lengths_of(x, sequence, _what, dim=dim)
+        return collectives.gather_tokens(x, ctx.lengths, sequence, _what, dim=dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient, group=ctx.sequence.group)
-        start = sum(ctx.lengths[: ctx.sequence.rank])
-        return gradient.narrow(ctx.dim, start, ctx.lengths[ctx.sequence.rank]), None, None
+        return collectives.scatter_tokens(gradient, ctx.lengths, ctx.sequence, _what, dim=ctx.dim), None, None
 
 
-def _gather(x: Tensor, sequence: SequenceParallel, dim: int) -> list[Tensor]:
-    """The slices of all ranks in sequence order, of any length."""
-    group = sequence.group
-    sizes = torch.empty(sequence.size, dtype=torch.int64, device=x.device)
-    mine = torch.tensor([x.shape[dim]], device=x.device)
-    dist.all_gather(list(sizes.split(1)), mine, group=group)
-    lengths = sizes.tolist()
-    padded = F.pad(x.movedim(dim, 0), (0, 0) * (x.ndim - 1) + (0, max(lengths) - x.shape[dim])).contiguous()
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded, group=group)
-    # A group counts its ranks in ascending order, which need not be the order of the sequence.
-    order = [dist.get_group_rank(group, r) for r in sequence.ranks]  # type: ignore[arg-type]
-    return [parts[i][: lengths[i]].movedim(0, dim) for i in order]
+def _what() -> str:
+    return "shard_sequence or unshard_sequence: the exchange of slices with the other ranks"

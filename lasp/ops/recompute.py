@@ -7,26 +7,52 @@ what a checkpoint saves: one [N, H, K, V] a layer.
 Which original call a recompute repeats is known exactly, whatever the order of backwards: PyTorch gives each
 checkpointed call a frame, and its hooks for saved tensors, in force while the original runs and while it is repeated,
 refer to it. The frame is the key under which a call's states are kept, in the order in which they came, and they are
-freed with it: with the graph. That reference is no public interface of PyTorch; tests/test_recompute.py fails if it
-goes.
+freed with it: with the graph.
 
-Where there is no frame (`use_reentrant=True`, or a recompute inside a `torch.compile` graph) every rank repeats the
-exchange: the same result, in more time.
+That reference is no public interface of PyTorch. All that is private here is in `_Private`, imported at the first use.
+Where a version of PyTorch lacks it, and where there is no frame (`use_reentrant=True`, or a recompute inside a
+`torch.compile` graph), every rank repeats the exchange: the same result, in more time; `lasp.explain` says so.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _autograd
-from torch.utils import checkpoint
 
-Frame = checkpoint._CheckpointFrame
 PackHook = Callable[[Tensor], Any]
+
+
+class _Private:
+    """What PyTorch does not promise to keep."""
+
+    def __init__(self) -> None:
+        from torch._C import _autograd
+        from torch.utils import checkpoint
+
+        self.frame: type = checkpoint._CheckpointFrame
+        self.top, self.pop, self.push = (
+            getattr(_autograd, f"_{name}_saved_tensors_default_hooks") for name in ("top", "pop", "push")
+        )
+        self.graph_task = torch._C._current_graph_task_id
+
+
+@lru_cache
+def _private() -> _Private | None:
+    """None where this version of PyTorch has not got it."""
+    try:
+        return _Private()
+    except (ImportError, AttributeError):
+        return None
+
+
+def repeats() -> str:
+    """Why every recompute repeats its exchanges here; empty where they need not."""
+    return "" if _private() else f"torch {torch.__version__} does not tell which call a recompute repeats"
 
 
 class Reception:
@@ -38,13 +64,9 @@ class Reception:
         for kept in kept_by:
             kept.append(_Kept(key))
             self._places.append(kept[-1])
+        self.kept = bool(self._places)  # whether a recompute may need the result
         if result is not None:
             self.keep(result)
-
-    @property
-    def kept(self) -> bool:
-        """Whether a recompute may need the result."""
-        return bool(self._places)
 
     def keep(self, result: Tensor) -> Tensor:
         """Remember what came, for recomputes; returns it."""
@@ -55,9 +77,12 @@ class Reception:
 
 def under_way() -> bool:
     """Whether what runs now repeats an earlier forward."""
-    if torch._C._current_graph_task_id() != -1:  # in backward, as a rule; also where there is no frame
+    private = _private()
+    if private is None:
+        return False
+    if private.graph_task() != -1:  # in backward, as a rule; also where there is no frame
         return True
-    return any(_frame_of(pack)[1] for pack in _pack_hooks())
+    return private.top(True) is not None and any(_frame_of(pack)[1] for pack in _pack_hooks())
 
 
 def once(key: str, communicate: Callable[[], Tensor]) -> Tensor:
@@ -74,8 +99,9 @@ class _Kept:
 
 # What each frame's original forward has received; and how much of it each recompute has used, by its hook, since a
 # graph that is retained may be recomputed more than once.
-_received: weakref.WeakKeyDictionary[Frame, list[_Kept]] = weakref.WeakKeyDictionary()
+_received: weakref.WeakKeyDictionary[Any, list[_Kept]] = weakref.WeakKeyDictionary()
 _used: weakref.WeakKeyDictionary[PackHook, int] = weakref.WeakKeyDictionary()
+_TAKES_PLACE = Reception("", None, [])
 
 
 def reception(key: str) -> Reception:
@@ -84,25 +110,28 @@ def reception(key: str) -> Reception:
     Raises:
         RuntimeError: a recompute does not do what its original did.
     """
+    private = _private()
+    if private is None or private.top(True) is None:  # no hooks at all: no checkpoint
+        return _TAKES_PLACE
     result, kept_by = None, []
     for pack in _pack_hooks():
-        frame, repeats = _frame_of(pack)
+        frame, is_repeat = _frame_of(pack)
         if frame is None:
             continue
-        if repeats:  # hooks further down belong to what runs around this recompute
+        if is_repeat:  # hooks further down belong to what runs around this recompute
             result = _next_result(frame, pack, key)
             break
         kept_by.append(_received.setdefault(frame, []))
     return Reception(key, result, kept_by)
 
 
-def _next_result(frame: Frame, pack: PackHook, key: str) -> Tensor:
+def _next_result(frame: Any, pack: PackHook, key: str) -> Tensor:
     kept = _received.get(frame, [])
     place = _used.get(pack, 0)
     _used[pack] = place + 1
     if place >= len(kept) or kept[place].key != key or kept[place].result is None:
         raise RuntimeError(
-            f"the recompute of a checkpoint exchanges a state for {key} as its number {place}, but in the original "
+            f"the recompute of a checkpoint exchanges something for {key} as its number {place}, but in the original "
             f"forward these were exchanged: {[x.key for x in kept]}. A checkpointed function must do the same each time"
         )
     return kept[place].result  # type: ignore[return-value]
@@ -110,30 +139,33 @@ def _next_result(frame: Frame, pack: PackHook, key: str) -> Tensor:
 
 def _pack_hooks() -> list[PackHook]:
     """Of the saved-tensor hooks in force, from the innermost."""
-    taken = []
+    private, taken = _private(), []
+    assert private is not None
     try:
-        while (hooks := _autograd._top_saved_tensors_default_hooks(True)) is not None:
-            _autograd._pop_saved_tensors_default_hooks()  # the only way to see those below
+        while (hooks := private.top(True)) is not None:
+            private.pop()  # the only way to see those below
             taken.append(hooks)
     finally:
         for hooks in reversed(taken):
-            _autograd._push_saved_tensors_default_hooks(*hooks)
+            private.push(*hooks)
     return [pack for pack, _ in taken]
 
 
-def _frame_of(pack: PackHook) -> tuple[Frame | None, bool]:
+def _frame_of(pack: PackHook) -> tuple[Any, bool]:
     """The checkpoint frame to which a hook belongs, and whether that is being recomputed.
 
     The hook of an original forward holds its frame, that of a recompute a weak reference to it.
     """
+    private = _private()
+    assert private is not None
     pack = getattr(pack, "__wrapped__", pack)
     for cell in getattr(pack, "__closure__", None) or ():
         try:
             held = cell.cell_contents
         except ValueError:  # a variable that has no value yet
             continue
-        if isinstance(held, Frame):
+        if isinstance(held, private.frame):
             return held, False
-        if isinstance(held, weakref.ref) and isinstance(held(), Frame):
+        if isinstance(held, weakref.ref) and isinstance(held(), private.frame):
             return held(), True
     return None, False

@@ -1,0 +1,1 @@
+"""What ranks compare before they exchange and before an optimizer steps, so that no difference passes in silence."""

@@ -1,0 +1,369 @@
+"""What all operators share: one object a call, the agreement before it, and the way of a state between the ranks.
+
+    begin            count the call, and compare it between the ranks if that is due; neither for a recompute
+    Call             the tokens of this rank among all, and how a state may travel
+    Call.exchange    from the maps of this rank's tokens to the state that enters them
+
+Kernels and exchange meet here and in the operators only: the arithmetic of a map is `lasp_kernels.fold`, its way
+`lasp.exchange`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import lasp_kernels as kernels
+from lasp import exchange
+from lasp.checks import agreement
+from lasp.checks.agreement import Agreement
+from lasp.exchange import HeadRuns, StateMap, Terms, horizon
+from lasp.layout import LocalRuns, Shard, ShardLayout, crossed_tokens
+from lasp.ops import recompute
+from lasp.ranks import SequenceParallel, Traffic, waiting
+
+
+class MapSteps(Protocol):
+    """Of the steps of an operator what concerns its maps; the rest is the operator's own."""
+
+    @property
+    def heads(self) -> int: ...  # noqa: D102
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def segment_length(self) -> int: ...  # noqa: D102
+    def zero_state(self) -> Tensor: ...  # noqa: D102
+    def run_map(self, maps: Any, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]: ...  # noqa: D102
+    def border_maps(self, maps: Any, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]: ...  # noqa: D102
+
+
+def begin(operator: str, sequence: SequenceParallel | None) -> AbstractContextManager[Agreement | None]:
+    """Count a forward call of an operator. A context around it; it gives the `Agreement` that the ranks must come to.
+
+    None where nothing is to be compared: on one rank, in a recompute, and at most calls (see `lasp.checks.agreement`).
+    """
+    if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
+        return _NOTHING
+    if sequence.peers.busy:
+        raise RuntimeError("the function that makes q must not exchange anything among the same ranks")
+    if recompute.under_way():
+        return _NOTHING
+    traffic = sequence.by_operator.get(operator) or sequence.traffic_of(operator)
+    if traffic.calls % agreement.EVERY == 0 and (due := agreement.of_call(sequence, traffic)) is not None:
+        return due  # which counts the call once the ranks have agreed
+    traffic.calls += 1
+    return _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator, besides its tensors; calls that are alike share one.
+
+    Args:
+        operator: its name.
+        shard: this rank's tokens among those of all ranks.
+        segment_length: as asked for.
+        ends: whether there is an initial or final state.
+        rates: the fixed log-decay of each head, where the host knows it.
+    """
+
+    operator: str
+    shard: Shard
+    segment_length: int | None = None
+    ends: bool = False
+    rates: tuple[float, ...] | None = None
+    sequence: SequenceParallel | None = field(init=False)  # the ranks; None where there is nothing to exchange
+    traffic: Traffic = field(init=False, repr=False)  # what this operator has exchanged in its layer
+    _terms: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
+    _key: str = field(init=False, repr=False)  # by which a recompute finds its original
+
+    def __post_init__(self) -> None:
+        sequence = self.shard.sequence
+        traffic = Traffic() if sequence is None else sequence.traffic_of(self.operator)
+        layer = "" if sequence is None else f"{sequence.name!r} {int(sequence.handle)}"
+        if sequence is not None:
+            traffic.repeats = recompute.repeats()
+        for name, value in (
+            ("sequence", sequence),
+            ("traffic", traffic),
+            ("_key", f"{self.operator} of layer {layer}"),
+        ):
+            object.__setattr__(self, name, value)
+
+    # What ranks compare
+
+    @property
+    def needs_equal_tokens(self) -> bool:
+        """Whether ranks must hold as many tokens: their messages are equally long, and no layout tells how long."""
+        sequence = self.sequence
+        if sequence is None or sequence.schedule is None or self.shard.layout is not None:
+            return False
+        return self.segment_length is not None and sequence.schedule.needs_equal_lengths(sequence.size)
+
+    def fingerprint(self, tensors: dict[str, Tensor | None], **settings: object) -> dict[str, object]:
+        """What must be the same on all ranks, lest their messages differ in size, number or meaning."""
+        sequence, layout, traffic = self.sequence, self.shard.layout, self.traffic
+        assert sequence is not None
+        total = sequence.traffic
+        return {
+            "layer": sequence.name,
+            "operator": self.operator,
+            "call": traffic.calls,
+            "exchanges": [total.forward_exchanges, total.reverse_exchanges],
+            "ranks": sequence.ranks,
+            "exchange": [sequence.exchange, *astuple(exchange.cost.network_of(sequence))],
+            **{name: _form(x, name) for name, x in tensors.items()},
+            "layout": None if layout is None else _in_short(layout),
+            "segment_length": self.segment_length,
+            "tokens": next(x.shape[1] for x in tensors.values() if x is not None) if self.needs_equal_tokens else None,
+            "decay_on_host": self.rates,
+            "check_finite": sequence.check_finite,
+            **settings,
+        }
+
+    # How a state travels
+
+    def terms(self, steps: MapSteps, *, given: bool, reverse: bool = False, at_once: bool = False) -> Terms:
+        """On what terms the maps of these steps travel; `given` is whether own states stand before them."""
+        key = (steps.heads, steps.tokens, steps.dtype, steps.segment_length, given, reverse, at_once)
+        found = self._terms.get(key)
+        if found is None:
+            found = self._terms[key] = Terms(
+                reverse=reverse,
+                far=self._far(steps, reverse=reverse),
+                units=self._most_units(steps, given),
+                ragged=self.segment_length is not None and self.shard.layout is None,
+                at_once=at_once,
+                borrow=True,
+                passes=not self.shard.packed or self.shard.lets_pass(reverse=reverse),
+                reach=self.shard.reach(reverse=reverse),
+            )
+        return found
+
+    def _far(self, steps: MapSteps, *, reverse: bool) -> HeadRuns:
+        """The heads that need more than the neighbour; the same on every rank."""
+        layout, crossed = self.shard.layout, None
+        if layout is not None and len(layout.lengths) > 2:
+            crossed = crossed_tokens(layout, reverse)
+            if self.segment_length is not None:  # then a state crosses a segment at a time
+                crossed = tuple(min(tokens, steps.segment_length) for tokens in crossed)
+        return horizon.far_heads(self.rates, steps.heads, crossed, steps.dtype)
+
+    def _most_units(self, steps: MapSteps, with_own: bool) -> int:
+        """The most maps that any rank sends; without a layout, if all hold as many tokens."""
+        if self.segment_length is None:
+            return 1
+        lengths = [steps.tokens] if self.shard.layout is None else self.shard.layout.lengths
+        return max(1, *(-(-tokens // steps.segment_length) for tokens in lengths)) + with_own
+
+    def remembered_tokens(self, dtype: torch.dtype) -> float:
+        """Tokens after which nothing is left of a state; infinite if the host cannot know, or bits are promised."""
+        if self.rates is None or self.segment_length is not None or self.shard.packed:
+            return math.inf
+        known = self._terms.get(dtype)
+        if known is None:
+            known = self._terms[dtype] = horizon.memory(self.rates, kernels.state_dtype(dtype))
+        return known
+
+    def exchange(self, maps: Callable[[], StateMap], terms: Terms) -> Callable[[], Tensor]:
+        """Send what this rank's tokens do to a state; the result waits for the state that enters them.
+
+        In the recompute of a checkpoint nothing is sent: what the original forward received is there.
+        """
+        sequence = self.sequence
+        assert sequence is not None
+        if terms.reverse:
+            return exchange.start(maps(), sequence, fold=kernels.fold, terms=terms, operator=self.operator).wait
+        reception = self.reception()
+        if reception.result is not None:
+            return lambda: reception.result  # type: ignore[return-value]
+        if reception.kept and terms.borrow:
+            terms = replace(terms, borrow=False)
+        wait = exchange.start(maps(), sequence, fold=kernels.fold, terms=terms, operator=self.operator).wait
+        return (lambda: reception.keep(wait())) if reception.kept else wait
+
+    def reception(self) -> recompute.Reception:
+        """Of a communication of this call's forward: does it take place, or is its result known?"""
+        return recompute.reception(self._key)
+
+    def enter(
+        self, steps: MapSteps, maps: Any, ends: Tensor | None, *, reverse: bool = False, at_once: bool = False
+    ) -> Callable[[], Tensor | None]:
+        """Send what the maps of this rank's segments do to a state; the result waits for what enters each of its runs.
+
+        `ends` are the states before all sequences (`reverse`: the gradients of those after them); None is zeros.
+        `at_once`: nothing is computed before the result waits.
+        """
+        shard, given = self.shard, ends is not None
+        if shard.sequence is None and not given:
+            return lambda: None
+        own = None  # zeros, where nobody reads them
+        if given or shard.packed or self.segment_length is not None:
+            own = shard.own_states(ends, steps.zero_state(), first=not reverse)
+        if shard.sequence is None:
+            return lambda: own
+        terms = self.terms(steps, given=given, reverse=reverse, at_once=at_once)
+        wait = self.exchange(lambda: self._at_border(steps, maps, own, given, reverse=reverse), terms)
+        if not shard.packed and (shard.runs.continued if reverse else shard.runs.continues):
+            return wait
+        return lambda: shard.enter(own, wait(), reverse=reverse)
+
+    def _at_border(self, steps: MapSteps, maps: Any, own: Tensor | None, given: bool, *, reverse: bool) -> StateMap:
+        """What this rank's tokens do to the state that the next rank (`reverse`: the previous) will receive.
+
+        Only the run at that border matters: as one map, or with a segment length as that of each of its segments, so
+        that ranks continue the fold that one rank would do. If the run began on this rank, nothing from before gets
+        past it, and its own state, if one was `given`, stands in front.
+        """
+        shard = self.shard
+        if self.segment_length is None and not shard.packed:
+            state, transition = steps.run_map(maps, reverse=reverse)
+            state, transition = state.unsqueeze(0), None if transition is None else transition.unsqueeze(0)
+            return StateMap(kernels.fold(own, state, transition).unsqueeze(0) if given else state, transition)
+        passes = shard.lets_pass(reverse=reverse)
+        if own is not None:
+            own = shard.at_border(own, reverse=reverse)
+        if self.segment_length is None:
+            return self._of_run_at_border(steps.run_map(maps, reverse=reverse), own if given else None, passes, reverse)
+        assert own is not None
+        state, transition = self._that_may_forget(*steps.border_maps(maps, reverse=reverse))
+        if passes and len(state):
+            return StateMap(state, transition)
+        with_own = given or not len(state)
+        if with_own:
+            state = torch.cat([own.unsqueeze(0), state])
+        if transition is not None:
+            like = transition.new_empty(1, *transition.shape[1:])
+            border = exchange.identity(like) if passes else exchange.forgetting(like)
+            transition = torch.cat([border, transition if with_own else transition[1:]])  # type: ignore[list-item]
+        return StateMap(state, transition)
+
+    def _of_run_at_border(
+        self, of_runs: tuple[Tensor, Tensor | None], own: Tensor | None, passes: bool, reverse: bool
+    ) -> StateMap:
+        state, transition = of_runs
+        state = self.shard.at_border(state, reverse=reverse).unsqueeze(0)
+        if transition is not None:
+            transition = self.shard.at_border(transition, reverse=reverse).unsqueeze(0)
+        state, transition = self._that_may_forget(state, transition)
+        if own is not None:
+            state = kernels.fold(own, state, transition).unsqueeze(0)
+        return StateMap(state, transition if passes else exchange.forgetting(transition))
+
+    def _that_may_forget(self, state: Tensor, transition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Packed, some rank's map must let nothing pass, so that all have a transition. (Dense, only the first: before
+        that there is nothing.)"""
+        if transition is None and self.shard.packed:
+            transition = state.new_zeros(*state.shape[:3], 1)
+        return state, transition
+
+    def sum_over_ranks(self, states: Tensor, *, reverse: bool = False) -> Tensor:
+        """In place. Forward, one rank holds each final state, the others zeros; reverse, each its gradient of all."""
+        sequence = self.sequence
+        if sequence is not None:
+            direction = "backward" if reverse else "forward"
+            what = "gradients of the final states" if reverse else "final states"
+            with waiting(f"layer {sequence.name!r}, {direction}: the sum of the {what} of all ranks"):
+                dist.all_reduce(states, group=sequence.group)
+        return states
+
+    def final_state(self, behind: Tensor) -> Tensor:
+        """Of all sequences on every rank, from the states behind this rank's runs."""
+        own = self.shard.all_states(behind, first=False)
+        if self.sequence is None:
+            return own
+        return recompute.once(self._key, lambda: self.sum_over_ranks(own))
+
+
+def call_of(
+    operator: str,
+    x: Tensor,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    *,
+    segment_length: int | None = None,
+    ends: bool = False,
+    rates: tuple[float, ...] | None = None,
+    name: str = "k",
+) -> Call:
+    """The `Call` of an operator whose tensor `name` is x [B, T, ...]; raises where the arguments do not fit."""
+    if sequence is None and layout is None:
+        return _alone(operator, x.shape[0], segment_length, ends, rates)
+    if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
+        return Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates)
+    key = (operator, x.shape[:2], layout, segment_length, ends, rates)
+    known = sequence.kept.get(key)
+    if known is None:
+        known = Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates)
+        if len(sequence.kept) > exchange.KEPT:
+            sequence.kept.clear()
+        sequence.kept[key] = known
+    return known
+
+
+@lru_cache(maxsize=256)
+def _alone(operator: str, batch: int, segment_length: int | None, ends: bool, rates: tuple[float, ...] | None) -> Call:
+    """Of one rank and no packed sequences."""
+    return Call(operator, Shard(LocalRuns(None, range(0), False, False), None, batch), segment_length, ends, rates)
+
+
+def _form(x: Tensor | None, name: str) -> list[object] | None:
+    """The shape of a tensor whose second dimension is that of tokens, if it has one, and the dtype."""
+    if x is None:
+        return None
+    of_all = name == "initial_state" or x.ndim < 2
+    return [*(size if of_all or dim != 1 else "T" for dim, size in enumerate(x.shape)), str(x.dtype)]
+
+
+@lru_cache(maxsize=64)
+def _in_short(layout: ShardLayout) -> str:
+    """A checksum stands for the offsets, of which there may be thousands."""
+    count = "a batch" if layout.cu_seqlens is None else f"{len(layout.cu_seqlens) - 1} packed sequences"
+    facts = (layout.lengths, layout.cu_seqlens)
+    return f"{count} over {len(layout.lengths)} ranks, checksum {zlib.crc32(repr(facts).encode()):08x}"
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether backward will come to a call of these, which must be so on all ranks or on none."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast all in its dtype, as for any matrix product; log_decay and states stay as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """Inside, everything is computed in its own dtype. (PyTorch's context takes long where there is nothing to do.)"""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+
+
+def check_initial_state(initial_state: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    """Raise `ValueError` unless it is [N, H, K, V] on the device of k, H the heads of v."""
+    if not isinstance(initial_state, Tensor):
+        raise TypeError(f"initial_state must be a tensor, got {type(initial_state).__name__}")
+    expected = (call.shard.num_sequences, v.shape[2], k.shape[3], v.shape[3])
+    if tuple(initial_state.shape) != expected:
+        raise ValueError(f"initial_state must have shape [N, H, K, V] = {expected}, got {tuple(initial_state.shape)}")
+    if not initial_state.is_floating_point():
+        raise TypeError(f"initial_state must be a floating-point tensor, got {initial_state.dtype}")
+    if initial_state.device != k.device:
+        raise ValueError(f"initial_state must be on the device of k, {k.device}, got {initial_state.device}")

@@ -1,0 +1,343 @@
+"""The operators as custom ops, so that `torch.compile(fullgraph=True)` passes through a model that uses them.
+
+Eager code does not come here. An op takes tensors and plain values only: a layout is its two lists of integers as
+tensors on the host, and the ranks are a number in such a tensor. So nothing that differs between layers or steps is a
+constant of the graph: layers share one, and packed sequences of other lengths need no other. Kernels and exchange are
+opaque to the compiler; forward and backward are those of the operators' own files.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+import lasp_kernels as kernels
+from lasp import decay
+from lasp.layout import ShardLayout
+from lasp.ops import attention, delta, halo, softmax
+from lasp.ops.call import Call, begin, call_of, check_initial_state
+from lasp.ranks import sequence_of_handle
+from lasp_kernels import Operands
+from lasp_kernels.delta import DeltaOperands
+
+MaybeTensor = Optional[Tensor]  # noqa: UP045  # schemas are read from these annotations
+MaybeInt = Optional[int]  # noqa: UP045
+
+
+def _call(
+    x: Operands,
+    ends: bool,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    segment_length: MaybeInt,
+) -> Call:
+    layout, ranks = ShardLayout.of_facts(lengths, cu_seqlens), sequence_of_handle(sequence)
+    rates = decay.host_values(x.log_decay)
+    return call_of(attention.NAME, x.k, layout, ranks, segment_length=segment_length, ends=ends, rates=rates)
+
+
+@torch.library.custom_op("lasp::linear_attention", mutates_args=())
+def linear_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: MaybeTensor,
+    scale: float,
+    initial_state: MaybeTensor,
+    output_final_state: bool,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    segment_length: MaybeInt,
+    initial_grad: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state (empty unless asked for), and the states that backward needs."""
+    x = Operands(q, k, v, log_decay, scale)
+    with begin(attention.NAME, sequence_of_handle(sequence)) as ranks_agree:
+        kernels.check_inputs(q, k, v, log_decay, segment_length)
+        ends = initial_state is not None or output_final_state
+        call = _call(x, ends, lengths, cu_seqlens, sequence, segment_length)
+        if initial_state is not None:
+            check_initial_state(initial_state, k, v, call)
+        needs = attention.Needs(output_final_state, decay_grad)
+        with torch.no_grad():
+            started = [attention.start_forward(x, initial_state, call, needs, ranks_agree)]
+            o, final_state, states = attention.forward(x, call, started)
+    return o.contiguous(), states.new_empty(0) if final_state is None else final_state, states.flatten()
+
+
+@linear_attention_op.register_fake
+def _(q, k, v, log_decay, scale, initial_state, output_final_state, lengths, cu_seqlens, sequence, *rest):
+    dtype = kernels.state_dtype(q.dtype)
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_shape = (rows, *k.shape[2:], v.shape[3]) if output_final_state else (0,)
+    # How many states there are depends on the numbers in the layout, and is nobody's business but backward's.
+    states = q.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=dtype)
+    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(final_shape, dtype=dtype), states
+
+
+@torch.library.custom_op("lasp::linear_attention_backward", mutates_args=())
+def linear_attention_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: MaybeTensor,
+    scale: float,
+    states: Tensor,
+    do: Tensor,
+    d_final_state: MaybeTensor,
+    ends: bool,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    segment_length: MaybeInt,
+    initial_grad: bool,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and the gradients of the initial state and of log_decay, empty where not asked for."""
+    x = Operands(q, k, v, log_decay, scale)
+    call = _call(x, ends, lengths, cu_seqlens, sequence, segment_length)
+    steps = attention.steps_of(x, call, decay_grad)
+    found = attention.backward(
+        x, states.view(steps.states_shape), do, d_final_state, call, steps, (initial_grad, decay_grad)
+    )
+    return tuple(states.new_empty(0) if y is None else y.contiguous() for y in found)  # type: ignore[return-value]
+
+
+@linear_attention_backward_op.register_fake
+def _(q, k, v, log_decay, scale, states, do, d_final_state, ends, lengths, cu_seqlens, *rest):
+    grads = rest[-2:]
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    initial_shape = (rows, *k.shape[2:], v.shape[3]) if grads[0] else (0,)
+    decay_shape = log_decay.shape if grads[1] else (0,)
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    return *gradients, states.new_empty(initial_shape), states.new_empty(decay_shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, log_decay, scale, initial_state, output_final_state, lengths, cu_seqlens, sequence, *rest = inputs
+    ctx.save_for_backward(q, k, v, log_decay, output[2], lengths, cu_seqlens, sequence)
+    ctx.scale, ctx.rest = scale, rest
+    ctx.output_final_state = output_final_state
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+
+
+def _gradients(ctx, do, d_final_state, _):
+    q, k, v, log_decay, states, *facts = ctx.saved_tensors
+    ends = ctx.initial_dtype is not None or ctx.output_final_state
+    d_final_state = d_final_state if ctx.output_final_state else None
+    dq, dk, dv, d_initial, d_decay = linear_attention_backward_op(
+        q, k, v, log_decay, ctx.scale, states, do, d_final_state, ends, *facts, *ctx.rest
+    )
+    _, initial_grad, decay_grad = ctx.rest
+    d_initial = d_initial.to(ctx.initial_dtype) if initial_grad else None
+    d_decay = d_decay.to(log_decay.dtype) if decay_grad else None
+    return dq, dk, dv, d_decay, None, d_initial, *[None] * 7
+
+
+linear_attention_op.register_autograd(_gradients, setup_context=_setup_context)
+
+
+# The delta rule
+
+
+def _delta_call(
+    x: DeltaOperands,
+    initial_state: MaybeTensor,
+    final: bool,
+    facts: tuple[MaybeTensor, MaybeTensor, MaybeTensor],
+    segment_length: MaybeInt,
+) -> Call:
+    layout = ShardLayout.of_facts(*facts[:2])
+    return delta.checked_call(x, initial_state, final, layout, sequence_of_handle(facts[2]), segment_length)
+
+
+@torch.library.custom_op("lasp::delta_rule", mutates_args=())
+def delta_rule_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: MaybeTensor,
+    scale: float,
+    initial_state: MaybeTensor,
+    output_final_state: bool,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    segment_length: MaybeInt,
+    initial_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, the final state (empty unless asked for), and the states and matrices that backward needs."""
+    x = DeltaOperands(q, k, v, beta, log_decay, scale)
+    with begin(delta.NAME, sequence_of_handle(sequence)) as ranks_agree:
+        facts = (lengths, cu_seqlens, sequence)
+        call = _delta_call(x, initial_state, output_final_state, facts, segment_length)
+        started = [delta.start_forward(x, initial_state, call, output_final_state, ranks_agree)]
+    o, final_state, states, transition = delta.forward(x, call, started)
+    final_state = states.new_empty(0) if final_state is None else final_state
+    return o.contiguous(), final_state, states.flatten(), transition.flatten()
+
+
+@delta_rule_op.register_fake
+def _(q, k, v, beta, log_decay, scale, initial_state, output_final_state, lengths, cu_seqlens, sequence, *rest):
+    dtype = kernels.state_dtype(q.dtype)
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_shape = (rows, v.shape[2], k.shape[3], v.shape[3]) if output_final_state else (0,)
+    size = torch.library.get_ctx().new_dynamic_size
+    kept = (q.new_empty(size(), dtype=dtype), q.new_empty(size(), dtype=dtype))
+    return v.new_empty(v.shape), q.new_empty(final_shape, dtype=dtype), *kept
+
+
+@torch.library.custom_op("lasp::delta_rule_backward", mutates_args=())
+def delta_rule_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: MaybeTensor,
+    scale: float,
+    states: Tensor,
+    transition: Tensor,
+    do: Tensor,
+    d_final_state: MaybeTensor,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    segment_length: MaybeInt,
+    initial_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbeta, and the gradients of log_decay and of the initial state, empty where not asked for."""
+    x = DeltaOperands(q, k, v, beta, log_decay, scale)
+    facts = (lengths, cu_seqlens, sequence)
+    call = _delta_call(x, None, d_final_state is not None or initial_grad, facts, segment_length)
+    steps = delta.steps_of(x, call)
+    saved = (states.view(steps.states_shape), transition.view(*steps.states_shape[:-1], x.k.shape[3]))
+    found = delta.backward(x, saved, do, d_final_state, call, steps, initial_grad)
+    return tuple(states.new_empty(0) if y is None else y.contiguous() for y in found)  # type: ignore[return-value]
+
+
+@delta_rule_backward_op.register_fake
+def _(q, k, v, beta, log_decay, scale, states, transition, do, d_final_state, lengths, cu_seqlens, *rest):
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    decay_shape = (0,) if log_decay is None else log_decay.shape
+    initial_shape = (rows, v.shape[2], k.shape[3], v.shape[3]) if rest[-1] else (0,)
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, beta)]
+    return *gradients, states.new_empty(decay_shape), states.new_empty(initial_shape)
+
+
+def _setup_delta(ctx, inputs, output):
+    *tensors, scale, initial_state, output_final_state, lengths, cu_seqlens, sequence, segment_length, grad = inputs
+    ctx.save_for_backward(*tensors, output[2], output[3], lengths, cu_seqlens, sequence)
+    ctx.scale, ctx.rest, ctx.output_final_state = scale, (segment_length, grad), output_final_state
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+
+
+def _delta_gradients(ctx, do, d_final_state, *_):
+    q, k, v, beta, log_decay, states, transition, *facts = ctx.saved_tensors
+    d_final_state = d_final_state if ctx.output_final_state else None
+    *gradients, d_decay, d_initial = delta_rule_backward_op(
+        q, k, v, beta, log_decay, ctx.scale, states, transition, do, d_final_state, *facts, *ctx.rest
+    )
+    d_decay = None if log_decay is None else d_decay.to(log_decay.dtype)
+    d_initial = d_initial.to(ctx.initial_dtype) if ctx.rest[1] else None
+    return *gradients, d_decay, None, d_initial, *[None] * 6
+
+
+delta_rule_op.register_autograd(_delta_gradients, setup_context=_setup_delta)
+
+
+# Tokens of other ranks
+
+
+def _token_call(operator: str, x: Tensor, lengths: MaybeTensor, cu_seqlens: MaybeTensor, sequence: MaybeTensor) -> Call:
+    layout = ShardLayout.of_facts(lengths, cu_seqlens)
+    return call_of(operator, x, layout, sequence_of_handle(sequence), name="x")
+
+
+@torch.library.custom_op("lasp::halo", mutates_args=())
+def halo_op(x: Tensor, width: int, lengths: MaybeTensor, cu_seqlens: MaybeTensor, sequence: MaybeTensor) -> Tensor:
+    """x with the tokens before it."""
+    with begin(halo.NAME, sequence_of_handle(sequence)) as ranks_agree:
+        halo.check(x, width)
+        call = _token_call(halo.NAME, x, lengths, cu_seqlens, sequence)
+        if ranks_agree is not None and width > 1:
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=width))
+    return halo.with_halo(x, width, call)
+
+
+@halo_op.register_fake
+def _(x, width, lengths, cu_seqlens, sequence):
+    return x.new_empty(x.shape[0], width - 1 + x.shape[1], *x.shape[2:])
+
+
+@torch.library.custom_op("lasp::halo_backward", mutates_args=())
+def halo_backward_op(
+    dy: Tensor, width: int, lengths: MaybeTensor, cu_seqlens: MaybeTensor, sequence: MaybeTensor
+) -> Tensor:
+    """The gradient of x."""
+    call = _token_call(halo.NAME, dy[:, width - 1 :], lengths, cu_seqlens, sequence)
+    return halo.without_halo(dy, width, call)
+
+
+@halo_backward_op.register_fake
+def _(dy, width, lengths, cu_seqlens, sequence):
+    return dy.new_empty(dy.shape[0], dy.shape[1] - width + 1, *dy.shape[2:])
+
+
+def _setup_halo(ctx, inputs, output):
+    _, ctx.width, *facts = inputs
+    ctx.save_for_backward(*facts)
+
+
+def _halo_gradient(ctx, dy):
+    return halo_backward_op(dy, ctx.width, *ctx.saved_tensors), None, None, None, None
+
+
+halo_op.register_autograd(_halo_gradient, setup_context=_setup_halo)
+
+
+@torch.library.custom_op("lasp::gather_tokens", mutates_args=())
+def gather_tokens_op(x: Tensor, lengths: Tensor, cu_seqlens: MaybeTensor, total: int, sequence: Tensor) -> Tensor:
+    """x of all ranks, which is `total` tokens."""
+    ranks = sequence_of_handle(sequence)
+    with begin(softmax.NAME, ranks) as ranks_agree:
+        call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence)
+        if ranks_agree is not None:
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}))
+    return softmax.gather(x, tuple(lengths.tolist()), call).contiguous()
+
+
+@gather_tokens_op.register_fake
+def _(x, lengths, cu_seqlens, total, sequence):
+    return x.new_empty(x.shape[0], total, *x.shape[2:])
+
+
+@torch.library.custom_op("lasp::scatter_tokens", mutates_args=())
+def scatter_tokens_op(dx: Tensor, tokens: int, lengths: Tensor, cu_seqlens: MaybeTensor, sequence: Tensor) -> Tensor:
+    """The sum over ranks, of which this rank gets its `tokens`."""
+    ranks = sequence_of_handle(sequence)
+    assert ranks is not None
+    first = sum(lengths.tolist()[: ranks.rank])
+    call = _token_call(softmax.NAME, dx[:, first : first + tokens], lengths, cu_seqlens, sequence)
+    return softmax.scatter(dx, tuple(lengths.tolist()), call).contiguous()
+
+
+@scatter_tokens_op.register_fake
+def _(dx, tokens, lengths, cu_seqlens, sequence):
+    return dx.new_empty(dx.shape[0], tokens, *dx.shape[2:])
+
+
+def _setup_gather(ctx, inputs, output):
+    x, lengths, cu_seqlens, _, sequence = inputs
+    ctx.tokens = x.shape[1]
+    ctx.save_for_backward(lengths, cu_seqlens, sequence)
+
+
+def _gather_gradient(ctx, dx):
+    return scatter_tokens_op(dx, ctx.tokens, *ctx.saved_tensors), None, None, None, None
+
+
+gather_tokens_op.register_autograd(_gather_gradient, setup_context=_setup_gather)

@@ -1,0 +1,228 @@
+"""`delta_rule`: DeltaNet, Gated DeltaNet and KDA over ranks. A state travels, and its map is a K x K matrix.
+
+The four steps are those of `linear_attention` (attention.py): local maps, exchange, scan, outputs, and backward the
+same in reverse order; its maps are the transposes of forward's. On a chain (ring, pipeline, two ranks) the matrices
+stay where they are; an all-gather sends K + V columns instead of V.
+
+The arithmetic is PyTorch's on every device for now (`lasp_kernels.delta_steps`): exact, and slower than fused kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasp.checks import finite
+from lasp.checks.agreement import Agreement
+from lasp.layout import ShardLayout
+from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast
+from lasp.ranks import SequenceParallel
+from lasp_kernels.delta import DeltaOperands, check_delta_inputs
+from lasp_kernels.delta_steps import DeltaMaps, DeltaSteps
+
+NAME = "delta_rule"
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    layout: ShardLayout | None = None,
+    sequence: SequenceParallel | None = None,
+    segment_length: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The (gated) delta rule over a sequence that may be split over ranks.
+
+    Per head, over the whole sequence: S_t = (I - beta_t k_t^T k_t) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t^T v_t,
+    and o_t = scale * q_t S_t (DeltaNet, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464; KDA, arXiv 2510.26692).
+
+    Args:
+        q: [B, T, H, K], this rank's tokens. Keys are usually of unit length; that is left to the caller.
+        k: [B, T, H, K].
+        v: [B, T, G*H, V]: G heads of values may share a head of q and k. q, k and v have one float dtype. T may differ
+            between ranks, down to zero.
+        beta: [B, T, G*H], how much of the old value a token replaces.
+        log_decay: fp32, <= 0 and finite: None, [B, T, G*H] (per token) or [B, T, G*H, K] (per token and channel).
+        scale: multiplies the output.
+        initial_state: [N, G*H, K, V], the state before the sequence, given on every rank; N is B, or the number of
+            packed sequences. The rank on which a sequence begins gets its gradient, the others zero.
+        output_final_state: also return the state after the last token.
+        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew.
+        sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
+        segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
+            the number of ranks where the borders of ranks are borders of segments.
+
+    Returns:
+        o [B, T, G*H, V] in the dtype of v, and the final state [N, G*H, K, V] (fp32; fp64 for fp64 inputs; the same on
+        every rank) or None. A gradient that ranks give to the final state is summed over them.
+
+    Raises:
+        ValueError, TypeError, RankMismatchError, PeerError, RuntimeError: as `lasp.linear_attention`.
+    """
+    if torch.compiler.is_compiling():
+        x = _prepare(q, k, v, beta, log_decay, scale)
+        return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
+    with begin(NAME, sequence) as ranks_agree:
+        x = _prepare(q, k, v, beta, log_decay, scale)
+        call = checked_call(x, initial_state, output_final_state, layout, sequence, segment_length)
+        started = [start_forward(x, initial_state, call, output_final_state, ranks_agree)]
+    return _DeltaRule.apply(*x[:5], initial_state, (call, x.scale), started)  # type: ignore[return-value]
+
+
+class Started(NamedTuple):
+    """A forward whose state travels."""
+
+    steps: DeltaSteps
+    maps: DeltaMaps  # of this rank's segments
+    wait: Callable[[], Tensor | None]  # for the state that enters each run
+    final_state: bool
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float) -> DeltaOperands:
+    for name, x in (("k", k), ("v", v), ("q", q), ("beta", beta)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    q, k, v = autocast(q, k, v)
+    return DeltaOperands(q, k, v, beta, log_decay, scale)
+
+
+def checked_call(
+    x: DeltaOperands,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+) -> Call:
+    """The call of these arguments; raises where they do not fit."""
+    check_delta_inputs(*x[:5], segment_length)
+    ends = initial_state is not None or output_final_state
+    call = call_of(NAME, x.k, layout, sequence, segment_length=segment_length, ends=ends)
+    if initial_state is not None:
+        check_initial_state(initial_state, x.k, x.v, call)
+    return call
+
+
+def steps_of(x: DeltaOperands, call: Call) -> DeltaSteps:
+    """The steps on this device."""
+    return DeltaSteps(x, cu_seqlens=call.shard.runs.cu_seqlens, segment_length=call.segment_length)
+
+
+def start_forward(
+    x: DeltaOperands, initial_state: Tensor | None, call: Call, output_final_state: bool, ranks_agree: Agreement | None
+) -> Started:
+    """What forward does before it must wait."""
+    with torch.no_grad(), no_autocast(x.k.device.type):
+        steps = steps_of(x, call)
+        maps = steps.local_maps(x)
+        tensors = {**x._asdict(), "initial_state": initial_state}
+        scale = tensors.pop("scale")
+        if ranks_agree is not None:
+            ranks_agree.settle(lambda: call.fingerprint(tensors, scale=scale, output_final_state=output_final_state))
+        if call.sequence is not None:
+            call.traffic.kernels = "reference"
+        return Started(steps, maps, call.enter(steps, maps, initial_state, at_once=True), output_final_state)
+
+
+def forward(x: DeltaOperands, call: Call, started: list[Started]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """o, the final state if asked for, and what backward needs: states and the matrices of the segments."""
+    steps, maps, wait, wants_final = started.pop()
+    with no_autocast(x.k.device.type):
+        states, behind = steps.scan(maps, wait())
+        finite.note(call.sequence, behind)
+        o = steps.outputs(x, states).to(x.v.dtype)
+        final_state = call.final_state(behind) if wants_final else None
+    return o, final_state, states, maps.transition
+
+
+class Gradients(NamedTuple):
+    """Of the inputs of a call; those of the initial state and of the decay in the state's dtype, None if not asked."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    d_beta: Tensor
+    d_decay: Tensor | None
+    d_initial: Tensor | None
+
+
+def backward(
+    x: DeltaOperands,
+    saved: tuple[Tensor, Tensor],
+    do: Tensor,
+    d_final_state: Tensor | None,
+    call: Call,
+    steps: DeltaSteps,
+    initial_grad: bool,
+) -> Gradients:
+    """All gradients; `saved` is what forward returned for it."""
+    states, transition = saved
+    with no_autocast(x.k.device.type):
+        if d_final_state is not None:
+            d_final_state = d_final_state.clone(memory_format=torch.contiguous_format)
+            d_final_state = call.sum_over_ranks(d_final_state, reverse=True)
+        maps = steps.gradient_maps(x, do, transition)
+        wait = call.enter(steps, maps, d_final_state, reverse=True)
+        dq = steps.query_gradient(x, do, states)
+        d_states, d_first = steps.scan(maps, wait(), reverse=True)
+        finite.note(call.sequence, d_first, reverse=True)
+        dk, dv, d_beta, d_decay = steps.gradients(x, do, states, d_states)
+        d_initial = call.shard.all_states(d_first, first=True) if initial_grad else None
+    return Gradients(dq.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype), d_beta.to(x.beta.dtype), d_decay, d_initial)
+
+
+class _DeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, beta, log_decay, initial_state, call_and_scale, started):
+        ctx.call, ctx.scale = call_and_scale
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        ctx.initial_grad = ctx.needs_input_grad[5]
+        ctx.steps = started[0].steps
+        x = DeltaOperands(q, k, v, beta, log_decay, ctx.scale)
+        o, final_state, states, transition = forward(x, ctx.call, started)
+        ctx.save_for_backward(q, k, v, beta, log_decay, states, transition)
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx, do, d_final_state):
+        if torch.is_grad_enabled():
+            raise RuntimeError("lasp.delta_rule has no second derivative: call backward without create_graph")
+        *inputs, states, transition = ctx.saved_tensors
+        q, k, v, beta, log_decay = inputs
+        x = DeltaOperands(q, k, v, beta, log_decay, ctx.scale)
+        found = backward(x, (states, transition), do, d_final_state, ctx.call, ctx.steps, ctx.initial_grad)
+        d_decay = None if x.log_decay is None or found.d_decay is None else found.d_decay.to(x.log_decay.dtype)
+        d_initial = None if found.d_initial is None else found.d_initial.to(ctx.initial_dtype)
+        return *found[:4], d_decay, d_initial, None, None
+
+
+def _compiled(
+    x: DeltaOperands,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same through the custom op of compiled.py, which torch.compile takes as it is."""
+    lengths, cu_seqlens = (None, None) if layout is None else layout.facts
+    o, final_state, *_ = torch.ops.lasp.delta_rule(
+        *x,
+        initial_state,
+        output_final_state,
+        lengths,
+        cu_seqlens,
+        None if sequence is None else sequence.handle,
+        segment_length,
+        initial_state is not None and initial_state.requires_grad,
+    )
+    return o, final_state if output_final_state else None

@@ -1,0 +1,226 @@
+"""`halo`: the last tokens of the ranks before this one, for what looks a few tokens back; and `causal_conv` on it.
+
+    rank 0   a b c d e                tokens; W - 1 = 2
+    rank 1         (d e) f            its halo in brackets. It holds fewer than W - 1 tokens, so it passes on e f
+    rank 2               (e f) g h i
+
+Every rank sends exactly W - 1 tokens to the rank behind it, whatever the ranks hold: its own last ones, or, if it has
+too few, what it received with its own behind. So no rank needs to know how many tokens the others hold, and where each
+holds W - 1 or more, nobody waits for a rank that waits. Backward goes the same way from the last rank to the first:
+what a rank received gets its gradient here, and that of what it passed on.
+
+Where a document begins, the tokens before it are zeros for it. (A zero is what a convolution pads with.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lasp import exchange
+from lasp.exchange import Job, Link, StateMap, Terms
+from lasp.exchange.base import Run
+from lasp.layout import Shard, ShardLayout
+from lasp.ops.call import Call, begin, call_of, wants_gradient
+from lasp.ranks import SequenceParallel
+from lasp_kernels import convolution
+
+NAME = "halo"
+
+
+def halo(
+    x: Tensor, width: int, *, layout: ShardLayout | None = None, sequence: SequenceParallel | None = None
+) -> Tensor:
+    """x with the `width` - 1 tokens before it: [B, width - 1 + T, ...] of x [B, T, ...], in its dtype.
+
+    Args:
+        x: this rank's tokens; T may differ between ranks, down to zero.
+        width: how many tokens a token sees, itself included: the kernel size W of a causal convolution, 2 for a shift.
+        layout: how tokens lie on the ranks; needed for packed documents (then B = 1). What belongs to a document before
+            that of this rank's first token is zero.
+        sequence: the ranks; None is one rank, before which there are zeros. All of them must call it.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before any communication.
+        RankMismatchError, PeerError: as `lasp.linear_attention`.
+    """
+    return _bring(x, width, layout, sequence, functools.partial(check, x, width))[0]
+
+
+def _bring(
+    x: Tensor,
+    width: int,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    check_arguments: Callable[[], None],
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """x with the tokens before it, and the borders of packed documents among this rank's tokens."""
+    if torch.compiler.is_compiling():
+        check_arguments()
+        runs = Shard.of(x, layout, sequence, "x").runs
+        lengths, cu_seqlens = (None, None) if layout is None else layout.facts
+        handle = None if sequence is None else sequence.handle
+        return torch.ops.lasp.halo(x, width, lengths, cu_seqlens, handle), runs.cu_seqlens
+    with begin(NAME, sequence) as ranks_agree:
+        check_arguments()
+        call = call_of(NAME, x, layout, sequence, name="x")
+        if ranks_agree is not None:
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=width, gradient=wants_gradient(x)))
+    return _Halo.apply(x, width, call), call.shard.runs.cu_seqlens  # type: ignore[return-value]
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: ShardLayout | None = None,
+    sequence: SequenceParallel | None = None,
+) -> Tensor:
+    """A short causal convolution of each channel, over a sequence that may be split over ranks.
+
+    y_t = bias + sum_j weight[:, j] x_{t - W + 1 + j}: the last tap meets the token itself, as in an `nn.Conv1d` of one
+    group a channel with `padding=W - 1`, cut to T (its weight is [C, 1, W]). It starts anew at each packed document.
+
+    Args:
+        x: [B, T, C], this rank's tokens; T may differ between ranks, down to zero.
+        weight: [C, W].
+        bias: [C] or None.
+        layout: how tokens lie on the ranks; needed for packed documents (then B = 1).
+        sequence: the ranks; None is one rank. All of them must call it.
+
+    Returns:
+        y [B, T, C] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before any communication.
+        RankMismatchError, PeerError: as `lasp.linear_attention`.
+    """
+    check_arguments = functools.partial(convolution.check_weight, x, weight, bias)
+    width = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else 1  # which is an error
+    with_before, runs = _bring(x, width, layout, sequence, check_arguments)
+    return convolution.causal_conv(with_before, weight, bias, cu_seqlens=runs)
+
+
+def check(x: Tensor, width: int) -> None:
+    """Raise `TypeError` or `ValueError` unless they are what `halo` takes."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape [B, T, ...], got {tuple(x.shape)}")
+    if not isinstance(width, int) or isinstance(width, bool):
+        raise TypeError(f"width must be an integer, got {width!r}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, the token itself, got {width}")
+
+
+def with_halo(x: Tensor, width: int, call: Call) -> Tensor:
+    """Forward of `halo`."""
+    reach = width - 1
+    before = x.new_zeros(x.shape[0], reach, *x.shape[2:])
+    if call.sequence is not None and before.numel():
+        received = _received(x, reach, call)
+        seen = _seen(call, reach)
+        before[:, reach - seen :] = received[:, reach - seen :]
+    return torch.cat([before, x], 1)
+
+
+def without_halo(dy: Tensor, width: int, call: Call) -> Tensor:
+    """Backward of `halo`: from the gradient of its result that of x."""
+    reach = width - 1
+    dx = dy[:, reach:].clone(memory_format=torch.contiguous_format)
+    if call.sequence is None or not dy[:, :reach].numel():
+        return dx
+    own = min(reach, dx.shape[1])
+    d_before = dy[:, :reach].clone(memory_format=torch.contiguous_format)
+    d_before[:, : reach - _seen(call, reach)] = 0.0  # zeros of a document that begins here
+    arrived = _travel(_Tail(d_before, own, reverse=True), call, reverse=True)
+    dx[:, dx.shape[1] - own :] += arrived[:, reach - own :]
+    return dx
+
+
+def _seen(call: Call, reach: int) -> int:
+    """How many of the tokens before this rank belong to the document of its first token."""
+    known = call.shard.tokens_before
+    return reach if known is None else min(reach, known)
+
+
+def _received(x: Tensor, reach: int, call: Call) -> Tensor:
+    """What the rank before passes on; zeros on the first rank. In a recompute nothing is sent."""
+    reception = call.reception()
+    if reception.result is not None:
+        return reception.result
+    own = min(reach, x.shape[1])
+    tail = torch.cat([x.new_zeros(x.shape[0], reach - own, *x.shape[2:]), x[:, x.shape[1] - own :]], 1)
+    return reception.keep(_travel(_Tail(tail, own, reverse=False), call, reverse=False))
+
+
+class _Tail:
+    """What a rank passes on, in `Job`'s place of its maps: reach tokens, of which the `own` last are this rank's.
+
+    Forward, what was received moves up before the own tokens. Backward, `tokens` are the gradients of what was
+    received; those of what was passed on of it are added.
+    """
+
+    def __init__(self, tokens: Tensor, own: int, *, reverse: bool):
+        self.tokens, self.own, self.reverse = tokens, own, reverse
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing that is received is passed on."""
+        return self.own == self.tokens.shape[1]
+
+    def after(self, received: Tensor) -> Tensor:
+        """What is sent once the message of the rank before (reversed: behind) is there."""
+        kept = self.tokens.shape[1] - self.own
+        sent = self.tokens.clone()
+        if self.reverse:
+            sent[:, self.own :] += received[:, :kept]
+        else:
+            sent[:, :kept] = received[:, self.own :]
+        return sent
+
+
+def _travel(tail: _Tail, call: Call, *, reverse: bool) -> Tensor:
+    """Send it to the rank behind (reversed: before) and return what came from the other side."""
+    sequence, traffic = call.sequence, call.traffic
+    assert sequence is not None
+    exchange.count_exchange(sequence, traffic, reverse=reverse)
+    if not sequence.peers.connected:
+        exchange.connect(sequence, tail.tokens)
+    traffic.schedule = "neighbour"
+    state = StateMap(tail.tokens)  # in whose place the tokens are; nothing is folded
+    job = Job(state, sequence, traffic, lambda *_: tail.tokens, 1, True, Terms(reverse), "the tokens before a shard")
+    link = Link(job)
+    return exchange.queue(_pass_on(tail, link), [link], [tail.tokens], beside=False).wait()
+
+
+def _pass_on(tail: _Tail, link: Link) -> Run:
+    """NCCL runs the messages of a rank one after the other, so every other rank begins with its receipt."""
+    incoming, sends_first = None, tail.complete and link.sequence.rank % 2 == 0
+    if sends_first and link.target is not None:
+        link.send(tail.tokens)
+    if link.source is not None:
+        incoming = link.receive(tail.tokens.shape, tail.tokens)
+    if tail.complete and not sends_first and link.target is not None:
+        link.send(tail.tokens)
+    yield
+    received = torch.zeros_like(tail.tokens) if incoming is None else incoming()
+    if not tail.complete and link.target is not None:
+        link.send(tail.after(received))
+    return received
+
+
+class _Halo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, width, call):
+        ctx.width, ctx.call = width, call
+        return with_halo(x, width, call)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return without_halo(dy, ctx.width, ctx.call), None, None

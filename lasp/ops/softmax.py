@@ -1,0 +1,207 @@
+"""`softmax_attention`: the softmax layers of hybrid models, over the keys and values of all earlier ranks.
+
+What crosses is K and V, all of them: unlike a state they grow with the sequence (LASP-2H, arXiv 2502.07563, section 3).
+Forward gathers both in one message; backward adds up what every rank did with them, and each gets the part of its own
+tokens (reduce-scatter). The arithmetic between the two is PyTorch's, on one device (`lasp_kernels.softmax`).
+
+Shards are contiguous, so later ranks have more to see: of P ranks with as many tokens the last one does 2 - 1 / P times
+the mean of the work, and the others wait for it (docs/exchange.md has what that costs).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lasp import exchange
+from lasp.layout import Shard, ShardLayout
+from lasp.ops.call import Call, autocast, begin, call_of, wants_gradient
+from lasp.ranks import SequenceParallel, collectives
+from lasp_kernels import softmax as local
+
+NAME = "softmax_attention"
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: ShardLayout | None = None,
+    sequence: SequenceParallel | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Causal softmax attention over a sequence that may be split over ranks.
+
+    Args:
+        q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v.
+        k: [B, T, H, K].
+        v: [B, T, H, V]. q, k and v have one float dtype. T may differ between ranks, down to zero.
+        layout: how tokens lie on the ranks. Needed for packed documents (then B = 1), which do not see each other, and
+            under torch.compile. Without it ranks first exchange how many tokens they hold, for which the host waits.
+        sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
+        window: a token sees itself and the `window` - 1 tokens before it; None is all of them.
+        scale: of the scores; None is K^-0.5.
+        softcap: scores s become softcap tanh(s / softcap); None leaves them.
+        key_mask: [B, T], bool, True for real tokens; given on all ranks or on none. What a padded token itself gets is
+            meaningless, but finite.
+        dropout_p: the probability that a weight is left out; each rank draws its own.
+
+    Returns:
+        o [B, T, H*G, V] in the dtype of q.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before any communication.
+        RankMismatchError, PeerError: as `lasp.linear_attention`.
+    """
+    settings = {"window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+    if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
+        q, k, v = _checked(q, k, v, key_mask, settings)
+        documents = Shard.of(k, layout, sequence).runs.cu_seqlens
+        return local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
+    if torch.compiler.is_compiling():
+        q, k, v = _checked(q, k, v, key_mask, settings)
+        return _in_graph(q, k, v, layout, sequence, key_mask, settings)
+    with begin(NAME, sequence) as ranks_agree:
+        q, k, v = _checked(q, k, v, key_mask, settings)
+        call = call_of(NAME, k, layout, sequence)
+        gradient = wants_gradient(q, k, v)
+        if ranks_agree is not None:
+            tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask}
+            ranks_agree.settle(lambda: call.fingerprint(tensors, gradient=gradient, **settings))
+    lengths = _lengths(k, call)
+    both = torch.cat([k, v], -1)
+    if gradient and not both.requires_grad:  # ranks whose keys are trained wait for what this one did with them
+        both.requires_grad_()
+    both = _Gather.apply(both, lengths, call)
+    if key_mask is not None:
+        key_mask = gather(key_mask.to(torch.uint8), lengths, call).bool()
+    o = _attend(q, both, k.shape[3], key_mask, ShardLayout(lengths, layout and layout.cu_seqlens), sequence, settings)
+    return _Join.apply(o, both)  # type: ignore[return-value]
+
+
+def _in_graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel,
+    key_mask: Tensor | None,
+    settings: dict,
+) -> Tensor:
+    """Where torch.compile looks on: the ranks agree in the custom op that gathers."""
+    if layout is None:
+        raise ValueError("under torch.compile softmax_attention over several ranks needs layout=")
+    Shard.of(k, layout, sequence)
+    facts = (*layout.facts, layout.total, sequence.handle)
+    both = torch.ops.lasp.gather_tokens(torch.cat([k, v], -1), *facts)
+    if key_mask is not None:
+        key_mask = torch.ops.lasp.gather_tokens(key_mask.to(k.dtype), *facts) > 0
+    return _attend(q, both, k.shape[3], key_mask, layout, sequence, settings)
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, settings: dict) -> tuple[Tensor, Tensor, Tensor]:
+    if all(isinstance(x, Tensor) for x in (q, k, v)):
+        q, k, v = autocast(q, k, v)
+    local.check_queries_keys_values(q, k, v, 0)
+    local.check_options(**settings)
+    if key_mask is not None:
+        local.check_key_mask(key_mask, k)
+    return q, k, v
+
+
+def _lengths(k: Tensor, call: Call) -> tuple[int, ...]:
+    """Tokens of every rank; in a recompute those of the original forward."""
+    if call.shard.layout is not None:
+        return call.shard.layout.lengths
+    reception = call.reception()
+    if reception.result is not None:
+        return tuple(reception.result.tolist())
+    assert call.sequence is not None
+    lengths = collectives.lengths_of(k, call.sequence, lambda: _what(call, "the numbers of tokens", reverse=False))
+    reception.keep(torch.tensor(lengths, device="cpu"))
+    return lengths
+
+
+def _attend(
+    q: Tensor,
+    both: Tensor,
+    key_dim: int,
+    key_mask: Tensor | None,
+    layout: ShardLayout,
+    sequence: SequenceParallel,
+    settings: dict,
+) -> Tensor:
+    """This rank's queries on the gathered keys and values [B, T of all ranks, H, K + V] that they may see."""
+    start, end = layout.bounds(sequence.rank)
+    k, v = both[:, :end, :, :key_dim], both[:, :end, :, key_dim:]
+    key_mask = None if key_mask is None else key_mask[:, :end]
+    return local.softmax_attention(q, k, v, start=start, cu_seqlens=layout.cu_seqlens, key_mask=key_mask, **settings)
+
+
+def _what(call: Call, thing: str, *, reverse: bool) -> str:
+    assert call.sequence is not None
+    direction = "backward" if reverse else "forward"
+    return f"layer {call.sequence.name!r}, {direction}: the exchange of {thing} with the other ranks"
+
+
+def gather(x: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
+    """[B, T of all ranks, ...]; in a recompute what the original forward received."""
+    reception = call.reception()
+    if reception.result is not None:
+        return reception.result
+    sequence, traffic = call.sequence, call.traffic
+    assert sequence is not None
+    exchange.count_exchange(sequence, traffic, reverse=False)
+    found = collectives.gather_tokens(x, lengths, sequence, lambda: _what(call, "keys and values", reverse=False))
+    _count(x, x.element_size(), lengths, call)
+    return reception.keep(found)
+
+
+def scatter(dx: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
+    """This rank's slice of the sum over ranks."""
+    sequence, traffic = call.sequence, call.traffic
+    assert sequence is not None
+    exchange.count_exchange(sequence, traffic, reverse=True)
+    what = "the gradients of keys and values"
+    found = collectives.scatter_tokens(dx, lengths, sequence, lambda: _what(call, what, reverse=True))
+    _count(found, max(4, found.element_size()), lengths, call)  # 16-bit numbers are summed in fp32
+    return found
+
+
+def _count(mine: Tensor, itemsize: int, lengths: tuple[int, ...], call: Call) -> None:
+    """What a rank sends or passes on: as many slices as there are other ranks, each padded to the longest."""
+    traffic, numbers_of_token = call.traffic, mine.shape[0] * math.prod(mine.shape[2:])
+    traffic.schedule = "all_gather"
+    traffic.messages += 1
+    traffic.bytes_sent += (len(lengths) - 1) * max(lengths) * numbers_of_token * itemsize
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lengths, call):
+        ctx.lengths, ctx.call = lengths, call
+        return gather(x, lengths, call).detach()  # a recompute may get the same memory again
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx):
+        return scatter(dx, ctx.lengths, ctx.call), None, None
+
+
+class _Join(torch.autograd.Function):
+    """o as it is; but whatever o depends on, backward comes to the gathered keys, for which other ranks wait."""
+
+    @staticmethod
+    def forward(ctx, o, gathered):
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx, do):
+        return do, None

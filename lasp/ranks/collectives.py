@@ -1,0 +1,91 @@
+"""Collectives: under names that PyTorch changes between the versions that we support, and a first time for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lasp.ranks.group import waiting
+from lasp.ranks.sequence import SequenceParallel
+
+# torch 2.13 deprecates all_gather_into_tensor and reduce_scatter_tensor for names that 2.11 lacks.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def start_all_gather(gathered: Tensor, mine: Tensor, group: ProcessGroup | None) -> dist.Work:
+    """Begin to gather `mine` [...] of all ranks into `gathered` [ranks, ...]."""
+    return _all_gather(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
+
+
+def gather_tokens(
+    x: Tensor, lengths: Sequence[int], sequence: SequenceParallel, what: Callable[[], str], *, dim: int = 1
+) -> Tensor:
+    """The tokens of all ranks along `dim`, in the order of the sequence, from each rank's x [B, T, ...].
+
+    `lengths` are the tokens of each rank: shorter slices are padded, so that one message a rank suffices.
+    """
+    longest, mine = max(lengths), x.movedim(dim, 0)
+    mine = F.pad(mine, (0, 0) * (x.ndim - 1) + (0, longest - len(mine))).contiguous()
+    gathered = mine.new_empty(sequence.size, *mine.shape)
+    if mine.numel():
+        with waiting(what):
+            start_all_gather(gathered, mine, sequence.group).wait()
+    if len(set(lengths)) == 1 and sequence.in_group == tuple(range(sequence.size)):
+        return gathered.flatten(0, 1).movedim(0, dim)
+    parts = [gathered[place][:length] for place, length in zip(sequence.in_group, lengths)]
+    return torch.cat(parts).movedim(0, dim)
+
+
+def scatter_tokens(
+    x: Tensor, lengths: Sequence[int], sequence: SequenceParallel, what: Callable[[], str], *, dim: int = 1
+) -> Tensor:
+    """The sum over ranks of x, of which each rank gets its slice along `dim`: `gather_tokens` in reverse.
+
+    16-bit numbers are summed in fp32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    tokens = x.movedim(dim, 0)
+    parts = x.new_zeros(sequence.size, max(lengths), *tokens.shape[1:], dtype=dtype)
+    for place, part in zip(sequence.in_group, tokens.split(list(lengths))):
+        parts[place, : len(part)] = part
+    mine = parts.new_empty(parts.shape[1:])
+    if mine.numel():
+        with waiting(what):
+            _reduce_scatter(mine, parts.flatten(0, 1), group=sequence.group)
+    return mine[: lengths[sequence.rank]].movedim(0, dim).to(x.dtype)
+
+
+def lengths_of(x: Tensor, sequence: SequenceParallel, what: Callable[[], str], *, dim: int = 1) -> tuple[int, ...]:
+    """How many tokens each rank holds, where no layout tells: the host waits for an exchange of these numbers."""
+    mine = torch.tensor([x.shape[dim]], device=x.device)
+    sizes = torch.empty(sequence.size, 1, dtype=mine.dtype, device=x.device)
+    with waiting(what):
+        start_all_gather(sizes, mine, sequence.group).wait()
+        found = sizes.flatten().tolist()
+    return tuple(found[place] for place in sequence.in_group)
+
+
+def connect(group: ProcessGroup | None, device_type: str, *, megabytes: int = 64) -> None:
+    """Run each collective that averages gradients or gathers weights, from some bytes to so many MiB; collective, too.
+
+    NCCL connects the ranks of a group anew for every way to run a collective (ring, tree, ...), when it first takes
+    that way, which depends on the size. The host waits for it, and neither a timeout nor a watchdog ends that: a rank
+    that comes alone, since the others have failed in the step before, would never end.
+    """
+    ranks = dist.get_world_size(group)
+    averages = [dist.ReduceOp.SUM] + ([dist.ReduceOp.AVG] if device_type == "cuda" else [])  # gloo has no AVG
+    numbers = 1
+    while ranks > 1 and numbers <= megabytes * 2**18:
+        part = torch.zeros(-(-numbers // ranks), device=device_type)
+        whole = part.new_zeros(len(part) * ranks)
+        _all_gather(whole, part, group=group)
+        for op in averages:
+            dist.all_reduce(whole, op, group=group)
+            _reduce_scatter(part, whole, op, group=group)
+        numbers *= 4

@@ -1,0 +1,74 @@
+"""How ranks are arranged: `init_mesh`, the sequence axis of a mesh, and the ranks over which gradients are averaged."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lasp.ranks import collectives
+from lasp.ranks.sequence import SequenceParallel
+
+MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
+
+
+def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int = 1) -> DeviceMesh:
+    """A `DeviceMesh` over all ranks with the axes dp_replicate, dp_shard, sp, tp; one of them may be -1 (the rest).
+
+    Neighbours on the sequence axis are neighbours in rank, so with 8 GPUs a node they share a node. All ranks must call
+    it, and over NCCL those of `grad_mesh` meet here, so that no step of training connects them (`collectives.connect`).
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("call lasp.init() before lasp.init_mesh()")
+    sizes = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "sp": sp, "tp": tp}
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"{name} must be positive or -1, got {size}")
+    world = dist.get_world_size()
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"only one axis may be -1, got {' and '.join(open_axes)}")
+    known = 1
+    for size in sizes.values():
+        known *= 1 if size == -1 else size
+    if world % known or (not open_axes and world != known):
+        raise ValueError(f"{sizes} does not divide {world} ranks")
+    shape = tuple(world // known if size == -1 else size for size in sizes.values())
+    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
+    if device_type == "cuda":
+        collectives.connect(grad_group(mesh)[0], device_type)
+    return mesh
+
+
+def sequence_axis(mesh: DeviceMesh | ProcessGroup | SequenceParallel | None) -> SequenceParallel:
+    """The sequence axis of what a user holds: the whole mesh, one axis of it, a group, or None."""
+    if isinstance(mesh, SequenceParallel):
+        return mesh
+    if isinstance(mesh, DeviceMesh) and mesh.ndim > 1:
+        if "sp" not in (mesh.mesh_dim_names or ()):
+            raise ValueError(f'the mesh has no axis "sp", only {mesh.mesh_dim_names}')
+        mesh = mesh["sp"]
+    return SequenceParallel(mesh)
+
+
+def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGroup | None:
+    """The ranks over which a gradient is averaged: dp_replicate x dp_shard x sp as one axis, without tp.
+
+    Pass it to `fully_shard(mesh=...)`, or its group to DDP. With a loss from `token_loss` the average over these
+    ranks is the exact gradient; leaving out sp is a mistake that no loss curve shows. A 1-D mesh, a group or None
+    is returned as it is.
+    """
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim == 1:
+        return mesh
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
+    if "sp" not in names:
+        raise ValueError(f'the mesh has no axis "sp", only {mesh.mesh_dim_names}')
+    return mesh["sp"] if names == ("sp",) else mesh[names]._flatten("grad")
+
+
+def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, int]:
+    """The process group of `grad_mesh`, and its size."""
+    axis = grad_mesh(mesh)
+    group = axis.get_group() if isinstance(axis, DeviceMesh) else axis
+    return group, dist.get_world_size(group) if group is not None else 1

@@ -1,0 +1,154 @@
+"""`SequenceParallel`: the ranks over which a sequence is split, and what a layer has sent among them."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from lasp.ranks.group import Peers, peers_of
+
+SCHEDULES: dict[str, Any] = {}
+"""How a state may travel, by name: what `exchange=` takes beside "auto". Files of `lasp.exchange` enter their own."""
+
+
+@dataclass
+class Traffic:
+    """What one operator of one layer has exchanged so far, counted where it is sent, and how it did so last."""
+
+    calls: int = 0  # of the operator in forward; a checkpoint's recompute is none
+    forward_exchanges: int = 0
+    reverse_exchanges: int = 0
+    messages: int = 0  # to a neighbour; an all-gather counts as one
+    bytes_sent: int = 0  # in an all-gather the states of others too, which a rank passes on
+    schedule: str = ""  # of the heads that the horizon leaves; "neighbour" if it leaves none
+    blocks: int = 1  # that a state was cut into
+    predicted_seconds: float = 0.0  # for the last exchange, by the cost model
+    kernels: str = ""  # "triton" or "reference": what computed the layer
+    repeats: str = ""  # why a recompute repeats the exchange; empty if it does not
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Counts add up; how it was done last is the other's."""
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.type == "int"}
+        return replace(other, **counts | {"blocks": other.blocks})
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceParallel:
+    """The ranks over which a sequence is split, in sequence order. What `sequence=` of the operators takes.
+
+    Args:
+        mesh: a 1-D `DeviceMesh` such as `mesh["sp"]`, a `ProcessGroup`, or None for one rank.
+        exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", "direct" (ranks of one
+            host), or "auto", one of them by a cost model, for which the network is measured at the first exchange.
+        name: the layer, for messages.
+        validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th,
+            and before an optimizer steps how many exchanges they made (see `lasp.checks.agreement`), so that a
+            difference is a `RankMismatchError` on every rank; "off" does not.
+        check_finite: raise `FloatingPointError` before the optimizer steps if a state was NaN or Inf
+            (see `lasp.assert_finite`).
+    """
+
+    mesh: DeviceMesh | ProcessGroup | None
+    exchange: str = field(default="auto", kw_only=True)
+    name: str = field(default="", kw_only=True)
+    validate: str = field(default="first", kw_only=True)
+    check_finite: bool = field(default=False, kw_only=True)
+    group: ProcessGroup | None = field(init=False, repr=False)
+    ranks: tuple[int, ...] = field(init=False)  # global ranks
+    rank: int = field(init=False)
+    size: int = field(init=False)  # the number of ranks
+    peers: Peers = field(init=False, repr=False)  # of the group; absent without one
+    schedule: Any = field(init=False, repr=False)  # that `exchange` names, one of `SCHEDULES`; None chooses
+    by_operator: dict[str, Traffic] = field(init=False, repr=False, default_factory=dict)
+    kept: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)  # calls (lasp.ops), routes (exchange)
+    handle: Tensor = field(init=False, repr=False)  # a number that stands for this object in a custom op
+    in_group: tuple[int, ...] = field(init=False, repr=False)  # rank, as the group counts it, at each place
+    prev_rank: int | None = field(init=False, repr=False)  # as the group counts it; None on the first
+    next_rank: int | None = field(init=False, repr=False)  # likewise; None on the last
+
+    def __post_init__(self):
+        if self.exchange != "auto" and self.exchange not in SCHEDULES:
+            raise ValueError(f"exchange must be one of {('auto', *SCHEDULES)}, got {self.exchange!r}")
+        if self.validate not in ("first", "off"):
+            raise ValueError(f'validate must be "first" or "off", got {self.validate!r}')
+        group, ranks = _group_and_ranks(self.mesh)
+        number = next(_numbers)
+        with torch.inference_mode(False):
+            handle = torch.tensor(number, device="cpu")
+        place = 0 if group is None else ranks.index(dist.get_rank())
+        in_group = (0,) if group is None else tuple(dist.get_group_rank(group, r) for r in ranks)
+        found = {
+            "group": group,
+            "ranks": ranks,
+            "rank": place,
+            "size": len(ranks),
+            "peers": None if group is None else peers_of(group),
+            "schedule": SCHEDULES.get(self.exchange),
+            "handle": handle,
+            "in_group": in_group,
+            "prev_rank": in_group[place - 1] if place > 0 else None,
+            "next_rank": in_group[place + 1] if place + 1 < len(ranks) else None,
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        self.handle.ranks = self  # type: ignore[attr-defined]  # a graph that keeps the one for backward keeps both
+        _by_number[number] = self
+
+    def traffic_of(self, operator: str) -> Traffic:
+        """What one operator of this layer has exchanged; counted here by the exchange."""
+        found = self.by_operator.get(operator)
+        if found is None:
+            found = self.by_operator[operator] = Traffic()
+        return found
+
+    @property
+    def traffic(self) -> Traffic:
+        """What all operators of this layer have exchanged so far."""
+        return sum(self.by_operator.values(), Traffic())
+
+    def name_of(self, group_rank: int | None) -> str:
+        """For messages: a rank as the group counts it, as a place in the sequence and, where that differs, globally."""
+        if group_rank is None:
+            return "the other ranks"
+        place = self.in_group.index(group_rank)
+        return f"rank {place}" + ("" if place == self.ranks[place] else f" (global rank {self.ranks[place]})")
+
+    def __deepcopy__(self, memo) -> SequenceParallel:
+        return self  # a copied model is split over the same ranks; process groups cannot be copied
+
+
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, SequenceParallel] = weakref.WeakValueDictionary()
+
+
+def sequence_of_handle(handle: Tensor | None) -> SequenceParallel | None:
+    """The living `SequenceParallel` that a handle stands for."""
+    return None if handle is None else _by_number[int(handle)]
+
+
+def _group_and_ranks(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, tuple[int, ...]]:
+    """The group, and its global ranks in the order of the mesh (a group itself sorts them)."""
+    if mesh is None:
+        return None, (0,)
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ValueError(
+                f'expected one mesh axis such as mesh["sp"], got {mesh.mesh_dim_names} {tuple(mesh.shape)}'
+            )
+        ranks = tuple(mesh.mesh.tolist())
+        if dist.get_rank() not in ranks:  # then it has no group
+            raise ValueError(f"rank {dist.get_rank()} is not in the sequence-parallel group {ranks}")
+        return mesh.get_group(), ranks
+    if mesh is dist.GroupMember.NON_GROUP_MEMBER:  # what dist.new_group gives to the ranks that it leaves out
+        raise ValueError(f"rank {dist.get_rank()} is not in the sequence-parallel group")
+    if isinstance(mesh, ProcessGroup):
+        return mesh, tuple(dist.get_process_group_ranks(mesh))
+    raise TypeError(f"expected a 1-D DeviceMesh, a ProcessGroup or None, got {type(mesh).__name__}")

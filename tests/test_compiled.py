@@ -1,0 +1,92 @@
+"""`torch.compile` over ranks: one graph for all layers, none anew for packed sequences of other lengths."""
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import mesh_of, run_ranks
+
+import lasp
+from lasp.models import TNL, TNLConfig
+
+
+def counting_backend():
+    """Imported by workers alone: it brings Triton along, which the tests of kernels import under its interpreter."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("aot_eager")
+
+
+def _one_graph(world):
+    mesh = mesh_of(sp=world)
+    model = TNL(TNLConfig(64, layers=12, width=32, heads=2, glu_width=32, lrpe=False))
+    eager = TNL(model.config)
+    eager.load_state_dict(model.state_dict())
+    for each in (model, eager):
+        lasp.parallelize(each, mesh["sp"])
+    counter = counting_backend()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=counter)
+    ids = torch.randint(0, 64, (2, 7 + dist.get_rank()), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        found, expected = (each(ids, torch.arange(ids.shape[1])) for each in (model, eager))
+        torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for a, b in zip(model.parameters(), eager.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_layers_share_a_graph(world):
+    for frames in run_ranks(world, _one_graph, world):
+        assert frames <= 2, f"{frames} graphs for 12 layers that are alike"
+
+
+def _packed(world):
+    rank = dist.get_rank()
+    sequence = lasp.SequenceParallel(dist.group.WORLD) if world > 1 else None
+    counter = counting_backend()
+
+    def f(x, layout):
+        o, final = lasp.linear_attention(x, x, x, layout=layout, sequence=sequence, output_final_state=True)
+        return o.square().sum() + final.sum()
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for n in range(14):
+        cu_seqlens = (0, 3 + n, 40, 40 + n, 64)
+        layout = lasp.ShardLayout((64 // world,) * world, cu_seqlens)
+        x = torch.randn(1, 64, 2, 8, generator=torch.Generator().manual_seed(n))
+        x = x[:, rank * 64 // world : (rank + 1) * 64 // world].clone().requires_grad_()
+        expected = torch.autograd.grad(f(x, layout), x)
+        found = torch.autograd.grad(compiled(x, layout), x)
+        torch.testing.assert_close(found, expected)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_packed_sequences_of_other_lengths_share_a_graph(world):
+    assert run_ranks(world, _packed, world) == [1] * world
+
+
+def _handles():
+    """A `SequenceParallel` lives as long as a graph that has to come back to it; one made in inference serves too."""
+    with torch.inference_mode():
+        sequence, layout = lasp.SequenceParallel(dist.group.WORLD), lasp.ShardLayout((4, 4))
+    x = torch.randn(1, 4, 2, 8, requires_grad=True)
+
+    def f(x, sequence):
+        return lasp.linear_attention(x, x, x, layout=layout, sequence=sequence)[0].square().sum()
+
+    y = torch.compile(f, fullgraph=True, backend="aot_eager")(x, sequence)
+    del sequence
+    gc.collect()
+    y.backward()
+    assert x.grad.isfinite().all()
+
+
+def test_handles_keep_their_ranks():
+    run_ranks(2, _handles)
