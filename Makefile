@@ -24,7 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 .venv-torch-%/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	grep -v -E '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	grep -v -E '^(torch|triton$(if $(filter $(OLDEST),$*),|numpy))==' constraints.txt > $(@D)/constraints.txt
+	$(if $(filter $(OLDEST),$*),echo 'numpy<2.4' >> $(@D)/constraints.txt)  # Triton 3.6's interpreter needs it
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch==$*
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[train,dev]' torch==$*
 	touch $@
