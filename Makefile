@@ -22,10 +22,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	touch $@
 
+# The oldest PyTorch brings Triton 3.6, whose interpreter fails with numpy 2.4.
 .venv-torch-%/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	grep -v -E '^(torch|triton$(if $(filter $(OLDEST),$*),|numpy))==' constraints.txt > $(@D)/constraints.txt
-	$(if $(filter $(OLDEST),$*),echo 'numpy<2.4' >> $(@D)/constraints.txt)  # Triton 3.6's interpreter needs it
+	$(if $(filter $(OLDEST),$*),echo 'numpy<2.4' >> $(@D)/constraints.txt)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch==$*
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[train,dev]' torch==$*
 	touch $@
