@@ -34,28 +34,23 @@ def part(x, first, end, run=slice(None)):
     return replace(x, **cut, initial_state=x.initial_state[run].clone(), d_final_state=x.d_final_state[run].clone())
 
 
-@pytest.fixture(params=["reference", "triton"])
-def path(request, monkeypatch):
-    monkeypatch.setenv("LASP_KERNELS", request.param)
-    return request.param
+KERNEL_FORMS = [form for form in FORMS if form != "channel"]  # the kernels take no decay per channel
+CASES = [("reference", form) for form in FORMS] + [("triton", form) for form in KERNEL_FORMS]
 
 
-def inputs(path, form, T, dtype=torch.float32, **options):
-    if path == "triton" and form == "channel":
-        pytest.skip("the kernels take no decay per channel")
+def inputs(monkeypatch, path, form, T, dtype=torch.float32, **options):
+    monkeypatch.setenv("LASP_KERNELS", path)
     options["H"] = 1 if path == "triton" else options.get("H", 2)  # the interpreter's time goes by programs
     x = random_inputs(form, T, B=1, K=16, V=24, strength=0.3, dtype=torch.float32, **options).to(dtype)
     device = "cuda" if path == "triton" and torch.cuda.is_available() else "cpu"
     return replace(x, **{name: t.to(device) for name, t in vars(x).items() if t is not None})
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("path", "form"), CASES)
 @pytest.mark.parametrize("segment_length", [64, 128])
 @pytest.mark.parametrize(("groups", "heads", "dtype"), [(1, 2, torch.float32), (3, 1, torch.bfloat16)])
-def test_packed_sequences_have_the_bits_of_each_alone(path, form, segment_length, groups, heads, dtype):
-    if path == "triton" and segment_length == 128 and groups > 1:
-        pytest.skip("takes the interpreter long")
-    x = inputs(path, form, OFFSETS[-1], dtype, H=heads, groups=groups, sequences=len(OFFSETS) - 1)
+def test_packed_sequences_have_the_bits_of_each_alone(monkeypatch, path, form, segment_length, groups, heads, dtype):
+    x = inputs(monkeypatch, path, form, OFFSETS[-1], dtype, H=heads, groups=groups, sequences=len(OFFSETS) - 1)
     together = results(x, segment_length=segment_length, cu_seqlens=OFFSETS)
     for n, (first, end) in enumerate(zip(OFFSETS, OFFSETS[1:])):
         alone = results(part(x, first, end, slice(n, n + 1)), segment_length=segment_length)
@@ -79,10 +74,10 @@ def cut_in_two(x, border, *, segment_length):
     return {name: ends[name] if name in ends else torch.cat([before[name], behind[name]], 1) for name in before}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("path", "form"), CASES)
 @pytest.mark.parametrize(("segment_length", "borders"), [(64, (64, 128)), (128, (128,))])
-def test_a_sequence_cut_at_a_segment_has_the_bits_of_the_whole(path, form, segment_length, borders):
-    x = inputs(path, form, 200)
+def test_a_sequence_cut_at_a_segment_has_the_bits_of_the_whole(monkeypatch, path, form, segment_length, borders):
+    x = inputs(monkeypatch, path, form, 200)
     whole = results(x, segment_length=segment_length)
     for border in borders:
         found = cut_in_two(x, border, segment_length=segment_length)

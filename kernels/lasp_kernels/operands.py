@@ -24,11 +24,8 @@ class Operands(NamedTuple):
     scale: float = 1.0
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segment_length: int | None = None) -> None:
-    """Raise the `ValueError` or `TypeError` that says which argument is wrong, with its value.
-
-    Decays are only looked at on a CPU: on a GPU that would wait for the device.
-    """
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless all three are float tensors of four dimensions, of one dtype, on one device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
@@ -38,6 +35,14 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segm
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segment_length: int | None = None) -> None:
+    """Raise the `ValueError` or `TypeError` that says which argument is wrong, with its value.
+
+    Decays are only looked at on a CPU: on a GPU that would wait for the device.
+    """
+    check_tensors(q, k, v)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k and v must agree in [B, T, H], got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:

@@ -28,6 +28,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from lasp_kernels.operands import check_tensors
 from lasp_kernels.reference import state_dtype
 
 BOUND = 2**24  # elements of a block's mask, or scores: 64 MiB in fp32
@@ -253,15 +254,7 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, options: Options) 
 
 def check_queries_keys_values(q: Tensor, k: Tensor, v: Tensor, start: int) -> None:
     """Raise the `ValueError` or `TypeError` that says which of q, k, v and start is wrong, with its value."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape [B, T, H, dim], got {tuple(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
+    check_tensors(q, k, v)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k and v must agree in [B, S, H], got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:

@@ -136,6 +136,7 @@ class _ChannelDecay(_Decay):
         return found
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """P [..., C, C] from blocks of 1, 2, 4, ... tokens: a level adds what each right half sees of its left half."""
         scores = (q * k).sum(-1)[..., None, None]  # blocks of one token: [..., C, 1, 1]
         for level, (to_right, to_left) in enumerate(self.halves):
             half = 2**level
