@@ -195,8 +195,8 @@ def _discover() -> Place:
     if place is None and given:
         missing = " and ".join(name for name in ("RANK", "WORLD_SIZE") if name not in env)
         raise ValueError(
-            f"{given[0]} is {env[given[0]]!r}, but {missing} is not set: this process would train alone. Set both RANK "
-            f"and WORLD_SIZE, or none of {', '.join(given)}."
+            f"{given[0]} is {env[given[0]]!r} without {missing}: this process would train alone. Set RANK and "
+            f"WORLD_SIZE both, or none of {', '.join(given)}"
         )
     if place is None:
         return Place(0, 1, "single")
@@ -229,7 +229,8 @@ def _of_variables() -> Place:
 
 def _at(place: Place, address: str, agent: bool = False) -> Place:
     """With the address of the store, by default MASTER_ADDR, and MASTER_PORT."""
-    port = os.environ.setdefault("MASTER_PORT", str(_PORT)) and _required("MASTER_PORT", lowest=1, below=("", 2**16))
+    os.environ.setdefault("MASTER_PORT", str(_PORT))
+    port = _required("MASTER_PORT", lowest=1, below=("", 2**16))
     named = os.environ.setdefault("MASTER_ADDR", address)
     if not named.strip():
         raise ValueError(f"MASTER_ADDR must be an address of rank 0's host, got {named!r}")

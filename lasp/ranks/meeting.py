@@ -100,18 +100,22 @@ def complete(members: list[Member]) -> list[tuple[int, int]]:
     hosts: dict[str, list[int]] = {}
     for rank, member in enumerate(members):
         hosts.setdefault(member.host, []).append(rank)
-    places = []
+    places: list[tuple[int, int]] = []
+    taken: dict[tuple[str, int], int] = {}
     for rank, member in enumerate(members):
         here = hosts[member.host]
         local_rank = here.index(rank) if member.local_rank is None else member.local_rank
         local_world = len(here) if member.local_world_size is None else member.local_world_size
-        if local_rank >= local_world:
-            raise RankMismatchError(
-                f"rank {rank} has local rank {local_rank}, but {local_world} ranks are on its host "
-                f"({', '.join(map(str, here[:_NAMED]))}): LOCAL_RANK and LOCAL_WORLD_SIZE must fit to the ranks of a "
-                "host; leave both out, and the ranks find them"
-            )
         places.append((local_rank, local_world))
+        if member.local_rank is not None and member.local_world_size is not None:
+            continue  # who says both may have reasons, such as hosts that are cut in parts
+        other = taken.setdefault((member.host, local_rank), rank)
+        if local_rank >= local_world or other != rank:
+            raise RankMismatchError(
+                f"rank {rank} has local rank {local_rank}"
+                + (f", as rank {other} of its host has" if other != rank else "")
+                + f"; on its host: {_ranks(here)}. LOCAL_RANK must be set on all ranks of a host, or on none"
+            )
     return places
 
 
