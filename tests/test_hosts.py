@@ -172,3 +172,17 @@ def test_an_address_that_no_host_has(hosts):
     [(_, error)] = finish([start("import lasp; lasp.init('gloo', timeout=2)", variables, launcher=hosts[1])])
     assert "RuntimeError: rank 1 of 2 (torchrun) could not meet the others at 10.77.0.9:29500" in error
     assert "tried for 2 s. MASTER_ADDR must be an address of rank 0's host" in error
+
+
+def test_an_interface_over_which_the_hosts_do_not_meet(hosts):
+    """Gloo's own error says neither what to do nor, on the rank that waits, anything before five times the timeout."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": "lo"}
+    code = "import lasp, time; start = time.monotonic()\n"
+    code += "try: lasp.init('gloo', timeout=60)\nfinally: print(time.monotonic() - start)"
+    outputs = finish([start(code, {**common, "RANK": str(r)}, launcher=hosts[r]) for r in range(2)])
+    for rank, (seconds, error) in enumerate(outputs):
+        assert (
+            f"RuntimeError: rank {rank} of 2 (torchrun) has met the others at {ADDRESSES[0]}:29500, but gloo" in error
+        )
+        assert "GLOO_SOCKET_IFNAME names the network interface that they share" in error
+        assert float(seconds) < 60

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, untyped
 
 from lasp.ranks.hosts import LOOPBACK, bind_to_loopback, choose_interfaces, interfaces, is_loopback, listen, this_host
-from lasp.ranks.meeting import Place, complete, connected, hosts_of, meet
+from lasp.ranks.meeting import Place, all_succeed, complete, connected, hosts_of, meet
 
 _PORT = 29500  # torchrun's default
 _LONGEST = 30 * 24 * 3600.0  # seconds of a timeout
@@ -168,17 +168,20 @@ def _init_process_group(store: Store, backend: str, place: Place, device: torch.
         # A small message must not queue behind the blocks of a kernel that fills the card. NCCL reads it as it starts.
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         options["device_id"] = device  # type: ignore[assignment]  # eager communicator, no guessing of devices
+
+    def connect() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, **options)  # type: ignore[arg-type]
+
+    if place.world_size == 1:
+        connect()
+        return
     try:
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=place.rank,
-            world_size=place.world_size,
-            **options,  # type: ignore[arg-type]
-        )
+        all_succeed(connect, store, place, timeout)
     except (RuntimeError, TimeoutError, ValueError) as error:  # the store's, gloo's and NCCL's have no other in common
         raise RuntimeError(
-            f"{place} has met the others at {place.address}:{place.port}, but {backend} could not connect them within "
+            f"{place} has met the others at {place.address}:{place.port}, but {backend} could not connect all within "
             f"{timeout:g} s: {error}. A rank has ended since, or the hosts do not reach each other: "
             f"{backend.upper()}_SOCKET_IFNAME names the network interface that they share (see ip addr), and no "
             "firewall may be between them."

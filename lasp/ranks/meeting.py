@@ -6,6 +6,7 @@ What they tell says who is on whose host. Only processes that have compared host
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import threading
 import time
@@ -89,6 +90,58 @@ def meet(place: Place, backend: str, timeout: float) -> tuple[Store, list[Member
             f"{verdict['missing']}. {_advice(place)}"
         )
     return PrefixStore(f"lasp/{verdict['life']}", store), [Member(**fields) for fields in verdict["members"]]
+
+
+def all_succeed(connect: Callable[[], None], store: Store, place: Place, timeout: float) -> None:
+    """Call `connect` on all ranks; where it fails on one, it fails on all.
+
+    By itself gloo waits five times its timeout for a rank that has given up, and NCCL without end.
+    """
+    watch = store.clone()  # type: ignore[attr-defined]  # a connection of our own: one that waits keeps others out
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    ended = threading.Event()
+
+    def try_here() -> None:
+        try:
+            connect()
+            outcome.put(None)
+        except Exception as error:  # raised by the caller's thread
+            outcome.put(error)
+
+    def see_others() -> None:
+        while not ended.wait(0.2):
+            try:
+                if watch.check(["failed"]):
+                    outcome.put(RuntimeError(watch.get("failed").decode()))
+                    return
+            except dist.DistError as error:
+                outcome.put(error)
+                return
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (try_here, see_others)]
+    for thread in threads:
+        thread.start()
+    try:
+        error = outcome.get(timeout=timeout + _ANSWER)
+    except queue.Empty:
+        error = TimeoutError("no answer")
+    ended.set()
+    if error is None:
+        return
+    threads[1].join(_ANSWER)  # it is this thread's turn to use the connection
+    if not threads[1].is_alive():
+        _report(watch, place, error)
+    raise error
+
+
+def _report(store: Store, place: Place, error: Exception) -> None:
+    """Tell the other ranks that this one has failed, unless one has done so before."""
+    try:
+        if not store.check(["failed"]):
+            store.set("failed", f"rank {place.rank}: {error}")
+            time.sleep(0.5 if place.rank else 2.0)  # they look before the store ends with its process
+    except dist.DistError:
+        pass  # they see that the store has gone
 
 
 def complete(members: list[Member]) -> list[tuple[int, int]]:
