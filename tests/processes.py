@@ -20,6 +20,7 @@ def free_port():
 
 # Of the processes that start others, those that tests must not take for their own.
 LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "MPI_", "OMPI_", "GLOO_")
+LAUNCHER_PREFIXES += ("TORCHELASTIC_",)
 
 
 def mpirun(ranks):
