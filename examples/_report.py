@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import platform
@@ -11,10 +12,13 @@ import time
 from pathlib import Path
 
 import torch
+from _files import FileError, append, on_all_ranks, on_rank_0, parse_object, read, sync, write
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import lasp
+
+RUN, METRICS = "run.json", "metrics.jsonl"
 
 
 def nats(value: float) -> str:
@@ -23,33 +27,40 @@ def nats(value: float) -> str:
 
 
 class Report:
-    """Keeps the run's losses; on rank 0 it also writes and prints them.
+    """Keeps the run's losses; on rank 0 it also writes and prints them. If it cannot, that is an error on every rank.
 
     Args:
         folder: where the files go.
         env: what `lasp.init` returned.
         options: the run's options, as JSON can hold them.
+        text: a digest of what it is trained on.
         first_step: steps done before a resume. Their metrics stay, later ones of the interrupted run go.
         entropy: of the data's unigrams, in nats a byte.
     """
 
-    def __init__(self, folder: Path, env: lasp.Env, options: dict, *, first_step: int, entropy: float):
+    def __init__(self, folder: Path, env: lasp.Env, options: dict, *, text: str, first_step: int, entropy: float):
         self.folder, self.env, self.entropy = folder, env, entropy
         self.writes = env.rank == 0
-        self.metrics = [m for m in read_metrics(folder) if m["step"] < first_step]
+        kept = on_all_ranks("reading metrics.jsonl", lambda: read_metrics(folder) if first_step else [])[env.rank]
+        self.metrics = [m for m in kept if m["step"] < first_step]
+        self._about = {"options": options, "text": text, **environment(env)}
+        on_rank_0("writing run.json and metrics.jsonl", lambda: self._begin(first_step))
         self.bar = tqdm(
             total=options["steps"], initial=first_step, unit="step", disable=not self.writes, dynamic_ncols=True
         )
         self.clock = time.perf_counter()
-        if self.writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run.json").write_text(json.dumps({"options": options, **environment(env)}, indent=2) + "\n")
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in self.metrics))
+
+    def _begin(self, first_step: int) -> None:
+        write(self.folder / RUN, json.dumps(self._about, indent=2) + "\n")
+        write(self.folder / METRICS, "".join(json.dumps(m) + "\n" for m in self.metrics))
+        missing = first_step - len(self.losses)
+        if missing:
+            print(f"{METRICS} lacks the losses of {missing} of the {first_step} steps done; they are left out below")
 
     @property
-    def losses(self) -> list[float]:
-        """Of every step, from the first."""
-        return [m["loss"] for m in self.metrics]
+    def losses(self) -> dict[int, float]:
+        """Of every step that is known, by its number."""
+        return {m["step"]: m["loss"] for m in self.metrics}
 
     def step(self, step: int, loss: float, tokens: int) -> None:
         """Note a step that has just ended; `tokens` are those of all ranks."""
@@ -66,16 +77,17 @@ class Report:
             "seconds": seconds,
         }
         self.metrics.append(metrics)
-        if not self.writes:
-            return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        on_rank_0(f"the metrics of step {step}", lambda: append(self.folder / METRICS, json.dumps(metrics) + "\n"))
         unit = "GPU" if self.env.device.type == "cuda" else "rank"
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, {rate:,.0f} tokens/s, {rate / self.env.world_size:,.0f} tokens/s/{unit}, "
             f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         self.bar.update()
+
+    def sync(self) -> None:
+        """Have the metrics on the disk: before a checkpoint is, which would know of steps that they do not."""
+        on_rank_0("writing metrics.jsonl", lambda: sync(self.folder / METRICS))
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step, such as a checkpoint, out of the next step's seconds."""
@@ -84,12 +96,13 @@ class Report:
     def finish(self) -> None:
         """Draw the curve and print the summary."""
         self.bar.close()
-        if not self.writes:
+        on_rank_0("writing loss.png", lambda: plot_losses(self.folder / "loss.png", self.losses, self.entropy))
+        losses = list(self.losses.values())
+        if not self.writes or not losses:
             return
-        plot_losses(self.folder / "loss.png", self.losses, self.entropy)
-        last = self.losses[-10:]  # one step's loss is that of a few texts, and these differ
+        last = losses[-10:]  # one step's loss is that of a few texts, and these differ
         mean = sum(last) / len(last)
-        print(f"first loss       {nats(self.losses[0])}")
+        print(f"first loss       {nats(losses[0])}")
         print(f"last loss        {nats(last[-1])}; mean of the last {len(last)} steps {nats(mean)}")
         print(f"unigram entropy  {nats(self.entropy)}")
         print(f"That mean is {'below' if mean < self.entropy else 'NOT below'} the unigram entropy.")
@@ -97,10 +110,18 @@ class Report:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, if there are any; a last line that was cut off does not count."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The lines of metrics.jsonl, if there are any; a last line that was cut off does not count.
+
+    Raises:
+        FileError: a line is something else; names it.
+    """
+    path = folder / METRICS
+    lines = read(path).split("\n")[:-1] if path.exists() else []
+    metrics = [parse_object(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+    for number, m in enumerate(metrics, 1):
+        if type(m.get("step")) is not int or not isinstance(m.get("loss"), int | float):
+            raise FileError(f"line {number} of {path} is not what a run writes: no step and loss in it")
+    return metrics
 
 
 def environment(env: lasp.Env) -> dict:
@@ -124,12 +145,14 @@ def peak_memory(device: torch.device) -> int:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-def plot_losses(path: Path, losses: list[float], entropy: float) -> None:
+def plot_losses(path: Path, losses: dict[int, float], entropy: float) -> None:
     """Loss by step, above the line that a model of byte frequencies cannot cross."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a byte)", title="TransNormerLLM on bytes")
-    axes.plot(losses, label="training loss")
+    axes.plot(list(losses), list(losses.values()), label="training loss")
     axes.axhline(entropy, color="gray", linestyle="--", label="entropy of the bytes' unigrams")
     axes.set_ylim(bottom=0)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write(path, picture.getvalue())

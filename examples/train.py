@@ -10,22 +10,24 @@ of lasp; `build_model` holds the others. Text, checkpoints and reports have a fi
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import platform
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import _checkpoint
 import numpy as np
 import torch
 import torch.distributed as dist
 import typer
-from _report import Report
-from _text import batch_of_step, read_text, unigram_entropy
+from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
+from _report import RUN, Report
+from _text import batch_of_step, fingerprint, read_text, unigram_entropy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
@@ -42,6 +44,7 @@ from lasp.ranks import SCHEDULES
 # last bits, and training lets such differences grow: in the demo weights that are 1e-7 off change a loss by up to 5e-6
 # (with twice the learning rate 7e-5), in one process as well.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+RUNS = Path("runs")  # for results, where no folder is named
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def main(
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default: by model.")] = None,
     parallel: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How parameters lie on the ranks.")] = "ddp",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the weights and the batches.")] = 0,
     checkpoint_activations: Annotated[bool, typer.Option(help="Recompute blocks in backward.")] = False,
     exchange: Annotated[str, typer.Option(help="How states travel between ranks.")] = "auto",
     data: Annotated[
@@ -98,10 +101,14 @@ def main(
     options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
     if not started_by_a_launcher():
         ranks = options.ranks or torch.cuda.device_count() or 2
-        check(options, ranks, read_text(options.data))  # here once, rather than once on each rank
+        check(options, ranks, text_of(options))  # before any rank starts
         if ranks > 1:
             relaunch(ranks)
-    run(options)
+    try:
+        run(options)
+    except (FileError, NotWritten, FloatingPointError) as error:  # which say what is wrong, and are on every rank
+        print(f"rank {dist.get_rank()}: the run ends here: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from None
 
 
 def started_by_a_launcher() -> bool:
@@ -126,8 +133,8 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
         refuse("--dp", f"{options.dp}{wanted} does not make {ranks} ranks")
     if options.batch % options.dp:
         refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks")
-    if options.lr <= 0:
-        refuse("--lr", f"{options.lr} is not positive")
+    if not 0 < options.lr <= 1e30:  # the optimizer scales it, and what fp32 cannot hold is an error there
+        refuse("--lr", f"{options.lr} is not a positive number up to 1e30")
     exchanges = ("auto", *SCHEDULES)
     if options.exchange not in exchanges:
         refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
@@ -140,23 +147,63 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
         refuse("--resume", f"there is no checkpoint in --out {options.out}")
     if not options.resume and latest is not None and latest.exists():
         refuse("--out", f"{options.out} holds a run already; add --resume to go on with it, or name another folder")
+    check_folder(options.out or RUNS, options.data)
     if options.resume:
-        check_same_run(options)
+        check_same_run(options, text)
 
 
-def check_same_run(options: Options) -> None:
-    """A resumed run may lie on other ranks, but what it computes must not change."""
+def check_folder(out: Path, data: Path | None) -> None:
+    """Refuse a folder for results that cannot be written, or whose files would be part of the text."""
+    if data is not None and data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+        refuse("--out", f"{out} lies inside --data {data}, whose files are the text; name a folder elsewhere")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        refuse("--out", f"{out} cannot be written: {error.strerror}")
+
+
+def check_same_run(options: Options, text: np.ndarray) -> None:
+    """A resumed run may lie on other ranks, but what it computes must not change, and its files must be whole."""
     assert options.out is not None
-    before, now = json.loads((options.out / "run.json").read_text())["options"], as_json(options)
-    for name in ("model", "decay", "seq_len", "batch", "steps", "lr", "dtype", "seed", "data"):
+    file, now = options.out / RUN, as_json(options)
+    try:
+        _checkpoint.newest(options.out)
+        run_before = read_object(file)
+        before, digest = run_before.get("options"), run_before.get("text")
+        names = ("model", "decay", "seq_len", "batch", "steps", "lr", "dtype", "seed")
+        if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*names, "data"}:
+            raise FileError(f"{file} is not what a run writes: options and a digest of its text are not in it")
+    except FileError as error:
+        refuse("--resume", str(error))
+    for name in names:
         if before[name] != now[name]:
             refuse("--" + name.replace("_", "-"), f"{now[name]}, but the run to be resumed has {before[name]}")
+    if digest != fingerprint(text):
+        hint = f" (the sources of Python {run_before.get('python')})" if before["data"] is None else ""
+        refuse(
+            "--data",
+            f"{describe(options)} is not the text of the run to be resumed: its SHA-256 is {fingerprint(text)}, that "
+            f"of the run's {digest}{hint}",
+        )
 
 
-def refuse(option: str, message: str) -> None:
-    """End with a message about an option; under a launcher only rank 0 prints it."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        raise typer.Exit(2)
+def describe(options: Options) -> str:
+    """The text, for messages."""
+    return f"the sources of Python {platform.python_version()}" if options.data is None else str(options.data)
+
+
+def text_of(options: Options) -> np.ndarray:
+    """The bytes to train on."""
+    try:
+        return read_text(options.data)
+    except OSError as error:
+        refuse("--data", f"{describe(options)} cannot be read: {error}")
+
+
+def refuse(option: str, message: str) -> NoReturn:
+    """End with a message about an option."""
     raise typer.BadParameter(message, param_hint=option)
 
 
@@ -168,21 +215,25 @@ def as_json(options: Options) -> dict:
 def run(options: Options) -> None:
     """The whole run of one rank."""
     env = lasp.init()
-    text = read_text(options.data)
-    check(options, env.world_size, text)
+    text, digest = agree(options, env)
     mesh = lasp.init_mesh(dp_shard=options.dp, sp=options.sp or -1)
-    folder = options.out or new_folder()
+    folder = options.out or Path(on_rank_0("naming the folder for results", new_folder))
 
     model = build_model(options, mesh, env.device)
     optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
-    first_step = _checkpoint.load(folder, model, optimizer) if options.resume else 0
-    report = Report(folder, env, as_json(options), first_step=first_step, entropy=unigram_entropy(text))
+    same = {"text": digest}
+    first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
+    entropy = unigram_entropy(text)
+    report = Report(folder, env, as_json(options), text=digest, first_step=first_step, entropy=entropy)
     for step in range(first_step, options.steps):
         loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
+        if not loss.isfinite():  # the same on every rank
+            raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
         report.step(step, loss.item(), int(tokens))
         due = options.save_every and (step + 1) % options.save_every == 0
         if due or step + 1 == options.steps:
-            _checkpoint.save(folder, step + 1, model, optimizer)
+            report.sync()
+            _checkpoint.save(folder, step + 1, model, optimizer, run=same)
             report.restart_clock()
     report.finish()
     dist.destroy_process_group()
@@ -190,11 +241,37 @@ def run(options: Options) -> None:
         verify(options, text, report.losses, env.device)
 
 
-def new_folder() -> Path:
+def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
+    """The text and its digest, if this rank's options and files, which may be those of another host, are fine on all.
+
+    Ends the run if not: what is wrong is printed on rank 0, which the others wait for.
+    """
+    texts: list[np.ndarray] = []
+
+    def look() -> dict[str, str | None]:
+        try:
+            texts.append(text_of(options))
+            check(options, env.world_size, texts[0])
+        except typer.BadParameter as error:
+            return {"option": error.param_hint, "message": error.message}  # type: ignore[dict-item]
+        return {"digest": fingerprint(texts[0])}
+
+    found = on_all_ranks("looking at the options", look)
+    refused = next((x for x in found if "option" in x), None)
+    if refused is None and len({x["digest"] for x in found}) > 1:
+        digests = ", ".join(f"{x['digest']} on rank {rank}" for rank, x in enumerate(found))
+        refused = {"option": "--data", "message": f"{describe(options)} differs between ranks; SHA-256: {digests}"}
+    if refused is not None:
+        if env.rank == 0:
+            typer.BadParameter(refused["message"], param_hint=refused["option"]).show()
+        dist.barrier()
+        raise typer.Exit(2)
+    return texts[0], found[env.rank]["digest"]
+
+
+def new_folder() -> str:
     """A folder named by the time at which rank 0 asks."""
-    name = [time.strftime("tnl-%Y%m%d-%H%M%S")]
-    dist.broadcast_object_list(name, src=0)
-    return Path("runs") / name[0]
+    return str(RUNS / f"{time.strftime('tnl-%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
 def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
@@ -203,7 +280,7 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
     with device:
         model = TNL(TNLConfig.named(options.model, vocab_size=256, decay=options.decay))
     if mesh is not None:
-        lasp.parallelize(model, mesh["sp"], exchange=options.exchange)
+        lasp.parallelize(model, mesh["sp"], exchange=options.exchange, check_finite=True)
     if options.checkpoint_activations:
         # A module around each block, as PyTorch's own trainers use it, since it can be compiled: `block.compile()`
         # before this line keeps the exchange outside the recompute, after it takes the recompute into the graph.
@@ -259,8 +336,11 @@ def learning_rate(options: Options, step: int) -> float:
     return options.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def verify(options: Options, text: np.ndarray, split: list[float], device: torch.device) -> None:
-    """Train the same seed on the same batches without lasp's ranks, and compare the loss of every step."""
+def verify(options: Options, text: np.ndarray, split: dict[int, float], device: torch.device) -> None:
+    """Train the same seed on the same batches without lasp's ranks, and compare the loss of every known step."""
+    if not split:
+        print("--verify has nothing to compare: metrics.jsonl has no losses", file=sys.stderr)
+        raise typer.Exit(1)
     print("The same training in one process, for comparison:")
     model = build_model(options, None, device)
     optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
@@ -269,19 +349,20 @@ def verify(options: Options, text: np.ndarray, split: list[float], device: torch
         loss, _ = train_step(options, step, text, model, optimizer, None, device)
         single.append(loss.item())
     print(f"{'step':>6}  {'split':>10}  {'one process':>11}  {'difference':>10}")
-    for step in sorted({*range(0, options.steps, max(1, options.steps // 10)), options.steps - 1}):
+    steps = sorted(split)
+    for step in sorted({*steps[:: max(1, len(steps) // 10)], steps[-1]}):
         print(f"{step:6d}  {split[step]:10.6f}  {single[step]:11.6f}  {abs(split[step] - single[step]):10.1e}")
-    worst = max(range(options.steps), key=lambda step: abs(split[step] - single[step]))
+    worst = max(steps, key=lambda step: abs(split[step] - single[step]))
     difference, tolerance = abs(split[worst] - single[worst]), TOLERANCE[options.dtype]
-    print(f"largest difference of all {options.steps} steps: {difference:.1e} at step {worst}", end="")
+    which = f"all {options.steps}" if len(steps) == options.steps else f"{len(steps)} of {options.steps}"
+    print(f"largest difference of {which} steps: {difference:.1e} at step {worst}", end="")
     print(f" (tolerance {tolerance:g}): {'the same training' if difference <= tolerance else 'NOT the same'}")
     if not difference <= tolerance:
         raise typer.Exit(1)
 
 
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)  # plain tracebacks: every rank may print one
+app.command()(main)
+
 if __name__ == "__main__":
-    app = typer.Typer(
-        pretty_exceptions_enable=False, add_completion=False
-    )  # plain tracebacks: every rank may print one
-    app.command()(main)
     app()

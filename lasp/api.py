@@ -13,6 +13,7 @@ from torch import nn
 
 from lasp import adapters
 from lasp.adapters import Adapter
+from lasp.checks import finite
 from lasp.checks.agreement import Agreement
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis
@@ -53,7 +54,8 @@ def parallelize(
     """Split the model's sequence over the ranks of `mesh`, in place. Each rank then runs it on its slice.
 
     Finds every `lasp.modules.LightningAttention` and every class given to `lasp.register`. Parameters, buffers and
-    `state_dict` keys stay as they are. On one rank the model is left untouched. Compose in this order: `parallelize`,
+    `state_dict` keys stay as they are. On one rank the model is left untouched, and only `check_finite` is heeded, also
+    where the other axes of the mesh have several. Compose in this order: `parallelize`,
     activation checkpointing, `torch.compile`, data parallelism (over `lasp.grad_mesh`).
 
     Args:
@@ -70,8 +72,9 @@ def parallelize(
         validate: "first" compares on all ranks which layers were found, and what each layer is about to compute at its
             first call and at every 1000th, and before an optimizer steps how often each layer has exchanged; "off"
             does not.
-        check_finite: every rank raises `FloatingPointError` with the layer's name before an optimizer steps, if the
-            state of a split layer, or its gradient, was NaN or Inf on any rank (see `lasp.assert_finite`).
+        check_finite: before an optimizer steps that has parameters of the model, every rank raises
+            `FloatingPointError` with the names, if a gradient that it would use is NaN or Inf on any rank, or if the
+            state of a split layer or its gradient was (see `lasp.assert_finite`).
 
     Returns:
         The same model.
@@ -92,13 +95,16 @@ def parallelize(
         if model in _parallelized or split:
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         ranks_agree.settle(lambda: _fingerprint(sequence, layers))
+    own: dict[str, SequenceParallel] = {}
     if sequence.size > 1:
         if sequence.schedule is not None and sequence.schedule.reads:
             cost.require_direct(sequence)
         if sequence.schedule is None or sequence.schedule.reads:
             cost.measure(sequence)
         for path, (module, adapter) in layers.items():
-            adapter(module, replace(sequence, name=path))
+            own[path] = replace(sequence, name=path)
+            adapter(module, own[path])
+    finite.watch(model, sequence, own.values())
     _parallelized.add(model)
     return model
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from unittest import mock
@@ -9,9 +10,13 @@ from unittest import mock
 import _checkpoint
 import pytest
 import torch
+import torch.distributed as dist
+from _files import FileError, NotWritten, write
+from processes import ROOT, finish, free_port, start
 from ranks import mesh_of, run_ranks
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -138,10 +143,8 @@ def test_a_changed_file_is_an_error_that_names_it(copy, name, fault):
     if fault == "missing":
         file.unlink()
     # A fault of the sums themselves shows at the file that they no longer fit.
-    words = ["step-000002" if name == "SHA256SUMS" else str(file)]
-    run_ranks(
-        2, _refused, copy, FileNotFoundError if words == ["step-000002"] and fault == "missing" else ValueError, *words
-    )
+    gone = name == "SHA256SUMS" and fault not in ("missing", "empty")
+    run_ranks(2, _refused, copy, ValueError, "step-000002" if gone else str(file))
 
 
 def test_a_part_of_another_checkpoint_is_an_error(copy):
@@ -181,7 +184,7 @@ def test_a_pickle_in_place_of_a_file_is_not_run(copy, tmp_path, name):
     (copy / "LATEST" if name == "LATEST" else folder / name).write_bytes(pickle.dumps(_Touches(str(made)), protocol=0))
     if name not in ("SHA256SUMS", "LATEST"):
         _sign(folder)
-    run_ranks(2, _refused, copy, (ValueError, CheckpointException))
+    run_ranks(2, _refused, copy, FileError, str(copy))
     assert not made.exists()
 
 
@@ -217,3 +220,288 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(copy, saved):
     _assert_same(found, expected)
     run_ranks(1, _save, copy, "ddp", 4)  # and what it left is in nobody's way
     assert (copy / "LATEST").read_text() == "step-000004"
+
+
+def test_what_interrupted_saves_left_is_removed_when_the_next_is_saved_or_loaded(copy):
+    """And never what came to its end, nor a folder of another name."""
+    kept = ["LATEST", "step-000002", "step-000003", "step-2.partial.mine"]
+    for load in (_save, _load):
+        for name in ("step-000001.partial", "step-000005.partial", "step-000007.old.partial", *kept[2:]):
+            (copy / name / "within").mkdir(parents=True, exist_ok=True)
+        (copy / "step-000009.partial").write_text("a file")
+        run_ranks(2, load, copy, "ddp")
+        assert sorted(path.name for path in copy.iterdir()) == kept
+
+
+def _change(folder, change):
+    """Rewrite each tensor, its place and its name as `change` says, as a stranger would who also writes the sums."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata()
+        places = json.loads(metadata["DCP_SHARDING_INFO"])
+        found = [change(name, x, places[name]["saved_offsets"]) for name, x in tensors.items()]
+        tensors = {name: x.contiguous() for name, x, _ in filter(None, found)}
+        places = {name: {"saved_offsets": place} for name, _, place in filter(None, found)}
+        save_file(tensors, file, {**metadata, "DCP_SHARDING_INFO": json.dumps(places)})
+    _sign(folder)
+
+
+WEIGHT = "model.blocks.0.weight"  # [7, 5]; of two ranks the first has rows 0 to 3
+CHANGES = {
+    "nothing": lambda x, at: (x, at),
+    "one NaN": lambda x, at: (torch.where(torch.arange(5) == 3, torch.nan, x), at),
+    "one Inf": lambda x, at: (torch.where(torch.arange(5) == 3, -torch.inf, x), at),
+    "another dtype": lambda x, at: (x.double(), at),
+    "a row less": lambda x, at: (x[1:], at),
+    "a row more": lambda x, at: (torch.cat([x, x[:1]]), at),
+    "a column less": lambda x, at: (x[:, 1:], at),
+    "flat": lambda x, at: (x.flatten(), at[:1]),
+    "one dimension more": lambda x, at: (x[None], [0, *at]),
+    "all parts at the first row": lambda x, at: (x, [0, 0]),
+    "no part at the first row": lambda x, at: (x, [at[0] + 1, 0]),
+    "before the first row": lambda x, at: (x, [at[0] - 1, 0]),
+    "in another column": lambda x, at: (x, [at[0], 1]),
+    "a place of text": lambda x, at: (x, "00"),
+    "a place of fractions": lambda x, at: (x, [float(at[0]), 0.0]),
+    "no place": lambda x, at: (x, None),
+    "nowhere": lambda x, at: None,
+    "half of it nowhere": lambda x, at: None if at[0] else (x, at),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tensor_that_a_stranger_has_changed(copy, saved, change):
+    """With sums that fit. Only what is the same, and finite, is taken; anything else names the tensor."""
+
+    def changed(name, x, at):
+        if name != WEIGHT:
+            return name, x, at
+        found = CHANGES[change](x, at)
+        return found and (name, *found)
+
+    _change(copy / "step-000002", changed)
+    if change == "nothing":
+        [found, _], [expected, _] = (run_ranks(2, _load, folder, "ddp") for folder in (copy, saved))
+        return _assert_same(found, expected)
+    run_ranks(2, _refused, copy, FileError, str(copy / "step-000002"), WEIGHT)
+
+
+@pytest.mark.parametrize("change", ["another name", "one more", "of the optimizer"])
+def test_other_tensors_than_those_of_this_run(copy, change):
+    def changed(name, x, at):
+        if change == "of the optimizer" and name == "optimizer.state.scale.exp_avg":
+            return name, x * torch.inf, at
+        return (name.replace("scale", "scales") if change == "another name" else name), x, at
+
+    folder = copy / "step-000002"
+    if change == "one more":
+        info = {"DCP_SHARDING_INFO": json.dumps({"model.other": {"saved_offsets": [0]}})}
+        save_file({"model.other": torch.ones(2)}, folder / "shard-00003-model-00001-of-00001.safetensors", info)
+    _change(folder, changed)
+    words = {"another name": "model.scales", "one more": "model.other", "of the optimizer": "state.scale.exp_avg"}
+    run_ranks(2, _refused, copy, FileError, str(folder), words[change])
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        (b"", "header"),
+        (b"\xff" * 8, "header"),
+        ((2**62).to_bytes(8, "little") + b"{}", "header"),
+        ((2).to_bytes(8, "little") + b"{}", "DCP_SHARDING_INFO"),
+        ((2).to_bytes(8, "little") + b"[]", "header"),
+        ((40).to_bytes(8, "little") + b'{"__metadata__":{"DCP_SHARDING_INFO":1}}', "header"),
+        ((46).to_bytes(8, "little") + b'{"__metadata__":{"DCP_SHARDING_INFO":"[1, 2]"}}'[:46], "header"),
+    ],
+)
+def test_headers_that_are_none(copy, header, word):
+    file = copy / "step-000002" / FILES[2]
+    file.write_bytes(header)
+    _sign(file.parent)
+    run_ranks(2, _refused, copy, FileError, FILES[2], word)
+
+
+LR = "optimizer.param_groups.scale.lr"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", 3),
+        ("step", "2"),
+        ("step", 2.0),
+        ("step", None),
+        ("step", True),
+        (LR, "fast"),
+        (LR, None),
+        (LR, True),
+        (LR, [0.1]),
+        (LR, "1e999"),
+        (LR, "NaN"),
+        ("optimizer.param_groups.scale.betas", [0.5]),
+        ("optimizer.param_groups.scale.betas", [0.5, "x"]),
+        ("optimizer.param_groups.scale.betas", {"a": 1}),
+        ("optimizer.param_groups.scale.amsgrad", 0),
+        ("run", None),
+        ("run", {"text": "another"}),
+    ],
+)
+def test_a_value_of_another_kind(copy, name, value):
+    file = copy / "step-000002" / "values.json"
+    text = json.dumps({**json.loads(file.read_text()), name: value})
+    file.write_text(text.replace(f'"{value}"', value) if value in ("1e999", "NaN") else text)
+    _sign(file.parent)
+    run_ranks(2, _refused, copy, FileError, str(file), "number" if value == "NaN" else name.rsplit(".", 1)[-1])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "{", "[" * 100000, '{"step": 2}'])
+def test_values_that_are_none(copy, content):
+    file = copy / "step-000002" / "values.json"
+    file.write_text(content)
+    _sign(file.parent)
+    run_ranks(2, _refused, copy, FileError, str(file))
+
+
+def _of_a_run(folder, text):
+    model = _wrapped(1, "ddp")
+    optimizer = torch.optim.AdamW(model.parameters())
+    if not folder.exists():
+        _checkpoint.save(folder, 2, model, optimizer, run={"text": "abc"})
+    if text == "abc":
+        assert _checkpoint.load(folder, model, optimizer, run={"text": text}) == 2
+        return
+    with pytest.raises(FileError, match=f"values.json is of another run: its text is abc, that of this run {text}"):
+        _checkpoint.load(folder, model, optimizer, run={"text": text})
+
+
+def test_a_checkpoint_of_another_run(tmp_path):
+    run_ranks(2, _of_a_run, tmp_path / "run", "abc")
+    run_ranks(2, _of_a_run, tmp_path / "run", "xyz")
+
+
+@pytest.mark.parametrize("name", ["LATEST", "step-000002", *(f"step-000002/{name}" for name in FILES)])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_link_or_a_pipe_in_place_of_a_file(copy, name, kind):
+    """Even one to the same bytes, elsewhere; and nobody waits for what comes out of a pipe."""
+    path = copy / name
+    os.rename(path, copy.parent / "elsewhere")
+    if kind == "link":
+        path.symlink_to(copy.parent / "elsewhere")
+    else:
+        os.mkfifo(path)
+    run_ranks(2, _refused, copy, FileError, str(path), "link" if kind == "link" else "folder", timeout=20.0)
+
+
+@pytest.mark.parametrize("name", ["LATEST", "step-000002"])
+def test_what_is_missing_is_named(copy, name):
+    remove = shutil.rmtree if (copy / name).is_dir() else os.unlink
+    remove(copy / name)
+    run_ranks(2, _refused, copy, FileError, str(copy / name))
+
+
+def _with_nan(folder, where):
+    """On the second rank alone, in rows that only it has."""
+    model = _wrapped(1, "fsdp2")
+    optimizer = torch.optim.AdamW(model.parameters())
+    _step(model, optimizer)
+    if dist.get_rank() == 1:
+        weight = model.blocks[0].weight
+        x = weight if where == "weight" else optimizer.state[weight]["exp_avg_sq"]
+        x.to_local().detach()[0, 0] = torch.inf
+    name = "model.blocks.0.weight" if where == "weight" else r"optimizer.state.blocks.0.weight.exp_avg_sq"
+    with pytest.raises(FloatingPointError, match=f"rank 1: .*step-000004 is not saved: NaN or Inf in {name}$"):
+        _checkpoint.save(folder, 4, model, optimizer)
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_what_is_not_finite_is_not_saved(copy, where):
+    run_ranks(2, _with_nan, copy, where)
+    assert (copy / "LATEST").read_text() == "step-000002"
+    assert sorted(path.name for path in copy.iterdir()) == ["LATEST", "step-000002"]
+
+
+FAULTS = {
+    "planning": ("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.prepare_local_plan", RuntimeError),
+    "writing": ("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", RuntimeError),
+    "the sums": ("_checkpoint._digest", RuntimeError),
+    "a full disk": ("torch.distributed.checkpoint.hf_storage.HuggingFaceStorageWriter.write_data", NotWritten),
+}
+
+
+def _one_rank_fails(folder, odd, fault):
+    target, kind = FAULTS[fault]
+    error = OSError(28, "No space left on device") if kind is NotWritten else KeyError("of this rank")
+    model = _wrapped(3, "ddp")
+    optimizer = torch.optim.AdamW(model.parameters())
+    fails = mock.patch(target, side_effect=error) if dist.get_rank() == odd else mock.patch("time.sleep")
+    with fails, pytest.raises(kind, match=f"step-000004.*rank {odd}: .*{error.args[-1]}"):
+        _checkpoint.save(folder, 4, model, optimizer)
+    if kind is NotWritten:
+        assert not (folder / "step-000004.partial").exists()
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_that_fails_while_it_saves(copy, odd, fault):
+    """All ranks are told who and why, and go on: the next save succeeds."""
+    run_ranks(2, _one_rank_fails, copy, odd, fault)
+    assert (copy / "LATEST").read_text() == "step-000002"
+    assert not (copy / "step-000004").exists()
+    run_ranks(2, _save, copy, "ddp", 4)
+    assert sorted(path.name for path in copy.iterdir()) == ["LATEST", "step-000002", "step-000004"]
+
+
+KILLED = """
+import os, signal, sys, torch, lasp, _checkpoint, pathlib
+env = lasp.init("gloo", timeout=20)
+model = torch.nn.Linear(300, 3)
+optimizer = torch.optim.AdamW(model.parameters())
+folder = pathlib.Path(sys.argv[1])
+_checkpoint.save(folder, 1, model, optimizer)
+end = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+if env.rank == int(sys.argv[2]) and sys.argv[3] == "while it writes its part":
+    _checkpoint.HuggingFaceStorageWriter.write_data = end
+elif env.rank == int(sys.argv[2]):
+    write = _checkpoint.write
+    _checkpoint.write = lambda path, data: end() if path.name == "LATEST" else write(path, data)
+try:
+    _checkpoint.save(folder, 2, model, optimizer)
+except lasp.PeerError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("odd", "place"), [(1, "while it writes its part"), (0, "before LATEST names it")])
+def test_a_rank_that_is_killed_while_it_saves(tmp_path, odd, place):
+    paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT, ROOT / "kernels")))
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    code = KILLED.replace("sys.argv", repr(["", str(tmp_path / "run"), str(odd), place]))
+    ranks = [{**common, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": paths} for r in range(2)]
+    processes = [start(code, variables) for variables in ranks]
+    outputs = finish(processes)
+    codes = [process.returncode for process in processes]
+    assert codes[odd] == -9, outputs
+    assert codes[1 - odd] == 0, outputs
+    assert f"saving {tmp_path / 'run' / 'step-000002'}" in outputs[1 - odd][0]
+    assert (tmp_path / "run" / "LATEST").read_text() == "step-000001"
+    whole = {path.name for path in (tmp_path / "run").iterdir() if (path / "SHA256SUMS").exists()}
+    assert whole == ({"step-000001"} if odd == 1 else {"step-000001", "step-000002"})
+    assert {x.name for x in (tmp_path / "run").glob("*.partial")} == ({"step-000002.partial"} if odd == 1 else set())
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path):
+    """Whatever fails in between; and what is left by a process that was killed there is in nobody's way."""
+    path = tmp_path / "run.json"
+    write(path, "before")
+    for fault in ("fsync", "replace"):
+        with mock.patch(f"os.{fault}", side_effect=OSError(28, "No space left on device")), pytest.raises(NotWritten):
+            write(path, "after")
+        assert path.read_text() == "before"
+        assert [x.name for x in tmp_path.iterdir()] == ["run.json"]
+        with mock.patch(f"os.{fault}", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            write(path, "after")
+        assert path.read_text() == "before"
+    write(path, "after")
+    assert path.read_text() == "after"
+    assert [x.name for x in tmp_path.iterdir()] == ["run.json"]

@@ -1,18 +1,18 @@
 """What a user starts: the doctor, healthy and not, and the smallest example on one rank and on two."""
 
 import json
+import os
 import re
-from pathlib import Path
 from unittest import mock
 
 import pytest
-from processes import finish, free_port, start
+from processes import ROOT, finish, free_port, start
 from ranks import run_ranks
 
 import lasp
 from lasp.doctor import run_doctor
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def _slightly_wrong(*args, **options):
@@ -68,7 +68,8 @@ def _train(folder, *options):
     arguments = ["--seq-len=130", "--steps=4", "--save-every=2", "--ranks=2", f"--out={folder}", f"--data={__file__}"]
     code = f"import sys, runpy; sys.argv[1:] = {[*arguments, *options]!r}; sys.argv[0] = {str(script)!r}; "
     # The example starts torchrun with its own path, so it is found by that and not by this code.
-    process = start(code + f"runpy.run_path({str(script)!r}, run_name='__main__')", {"PYTHONPATH": str(EXAMPLES)})
+    paths = os.pathsep.join(map(str, (EXAMPLES, ROOT, ROOT / "kernels")))
+    process = start(code + f"runpy.run_path({str(script)!r}, run_name='__main__')", {"PYTHONPATH": paths})
     [(out, error)] = finish([process])
     assert process.returncode == 0, error
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

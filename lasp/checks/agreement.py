@@ -24,6 +24,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
+from torch.optim import Optimizer
 
 from lasp.checks.optimizers import before_step
 from lasp.ranks import PeerError, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
@@ -88,7 +89,7 @@ def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
     return None if _capturing() else Agreement(sequence, due=True, traffic=traffic)  # the calls before it are
 
 
-def compare_exchanges() -> None:
+def compare_exchanges(_optimizer: Optimizer | None = None) -> None:
     """Raise on every rank if a layer has made more exchanges on one than on another since the last call.
 
     Optimizers call it before they step (all of `torch.optim`, and what derives from it). Only hosts meet here, through

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import lasp_kernels as kernels
 from lasp import exchange
-from lasp.checks import agreement
+from lasp.checks import agreement, finite
 from lasp.checks.agreement import Agreement
 from lasp.exchange import HeadRuns, StateMap, Terms, horizon
 from lasp.layout import LocalRuns, Shard, ShardLayout, crossed_tokens
@@ -53,7 +53,10 @@ def begin(operator: str, sequence: SequenceParallel | None) -> AbstractContextMa
 
     None where nothing is to be compared: on one rank, in a recompute, and at most calls (see `lasp.checks.agreement`).
     """
-    if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
+    if not isinstance(sequence, SequenceParallel):
+        return _NOTHING
+    finite.note_call(sequence)
+    if sequence.size == 1:
         return _NOTHING
     if sequence.peers.busy:
         raise RuntimeError("the function that makes q must not exchange anything among the same ranks")

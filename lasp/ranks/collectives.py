@@ -71,6 +71,25 @@ def lengths_of(x: Tensor, sequence: SequenceParallel, what: Callable[[], str], *
     return tuple(found[place] for place in sequence.in_group)
 
 
+def gather_texts(text: str, group: ProcessGroup, what: Callable[[], str]) -> list[str]:
+    """The text of every rank of a group, in its order. (PyTorch's gather of objects unpickles what others send.)"""
+    ranks, device = dist.get_world_size(group), device_of(group)
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    with waiting(what):
+        sizes = torch.empty(ranks, 1, dtype=torch.int64, device=device)
+        start_all_gather(sizes, torch.tensor([len(mine)], device=device), group).wait()
+        lengths = sizes.flatten().tolist()
+        gathered = mine.new_empty(ranks, max(1, *lengths))
+        start_all_gather(gathered, F.pad(mine, (0, gathered.shape[1] - len(mine))), group).wait()
+        return [bytes(row[:length].tolist()).decode() for row, length in zip(gathered, lengths)]
+
+
+def device_of(group: ProcessGroup) -> torch.device:
+    """Where a tensor must lie that the group's backend sends: on the host, if it takes it from there."""
+    types = [device.type for device in group._device_types]
+    return torch.device("cpu" if "cpu" in types else types[0])
+
+
 def connect(group: ProcessGroup | None, device_type: str, *, megabytes: int = 64) -> None:
     """Run each collective that averages gradients or gathers weights, from some bytes to so many MiB; collective, too.
 

@@ -78,7 +78,9 @@ class _Process:
         self.peers: weakref.WeakKeyDictionary[ProcessGroup, Peers] = weakref.WeakKeyDictionary()
         self.meetings = 0  # to set up symmetric memory, in all groups (see lasp.exchange.board)
         self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags of a layer
-        self.noted: dict[Any, None] = {}  # layers that set one since the last check, in order; the same on all ranks
+        self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
+        self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
+        self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
 
 
 process = _Process()

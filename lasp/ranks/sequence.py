@@ -52,8 +52,8 @@ class SequenceParallel:
         validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th,
             and before an optimizer steps how many exchanges they made (see `lasp.checks.agreement`), so that a
             difference is a `RankMismatchError` on every rank; "off" does not.
-        check_finite: raise `FloatingPointError` before the optimizer steps if a state was NaN or Inf
-            (see `lasp.assert_finite`).
+        check_finite: raise `FloatingPointError` before an optimizer steps, on every rank, if a state was NaN or Inf, or
+            a gradient that the optimizer would use is (see `lasp.assert_finite`).
     """
 
     mesh: DeviceMesh | ProcessGroup | None
