@@ -14,10 +14,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.checks.optimizers import before_step
-from lasp.ranks import SequenceParallel
+from lasp.ranks import SequenceParallel, waiting
 from lasp.ranks.group import process
 
 _DIRECTIONS = ("forward", "backward")
+_WHAT = "check_finite, before the step of the optimizer: the flags of all ranks"
 
 
 def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = False) -> None:
@@ -54,16 +55,18 @@ def assert_finite() -> None:
     meshes = {id(layer.mesh): layer for layer in layers}  # of many layers mostly one
     axes = list(dict.fromkeys(group for layer in meshes.values() for group in _axes(layer)))
     flag = torch.stack([process.not_finite[layer].any() for layer in layers]).any().to(torch.int32)
-    for group in axes:  # the greatest along one axis after the other is that of all ranks
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
-    if not flag.item():
-        return
+    with waiting(_WHAT):
+        for group in axes:  # the greatest along one axis after the other is that of all ranks
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+        if not flag.item():
+            return
     found = [f"rank {dist.get_rank()}: {names}"] if (names := _names(layers)) else []
     for layer in layers:
         process.not_finite[layer].zero_()
     for group in axes:
         parts: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, found, group=group)
+        with waiting(_WHAT):
+            dist.all_gather_object(parts, found, group=group)
         found = sorted({line for part in parts for line in part})
     raise FloatingPointError(f"a state was NaN or Inf before this step of the optimizer; {'; '.join(found)}")
 

@@ -15,6 +15,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lasp.ranks.group import set_timeout, waiting
+from lasp.ranks.presence import presence, tell_uncaught
+
 
 @dataclass(frozen=True)
 class Env:
@@ -34,7 +37,7 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
 
     Looks, in this order, for torchrun's variables, an MPI launcher (through mpi4py), Slurm's variables; with none
     of them it is one process, and everything works on a group of one. `backend` is "nccl" or "gloo", by default
-    nccl where there is a GPU. A peer that is silent for `timeout` seconds is an error. NCCL's streams get a high
+    nccl where there is a GPU. NCCL's streams get a high
     priority (the environment variable TORCH_NCCL_HIGH_PRIORITY, unless it is set).
 
     Raises:
@@ -59,6 +62,10 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
         if local_world == world:
             _bind_to_loopback()
         _init_process_group(backend, rank, world, device, launcher, timeout)
+        with waiting("lasp.init: the meeting of all ranks"):
+            presence.meet(timedelta(seconds=timeout), one_host=local_world == world)
+    set_timeout(timedelta(seconds=timeout))
+    tell_uncaught()
     return Env(rank, world, local_rank, local_world, device, backend, launcher)
 
 
