@@ -16,7 +16,7 @@ from lasp import exchange
 from lasp.exchange import StateMap
 from lasp.exchange.board import obstacle
 from lasp.ops.attention import linear_attention
-from lasp.ranks import SCHEDULES, Env, SequenceParallel, init
+from lasp.ranks import SCHEDULES, Env, SequenceParallel, init, waiting
 from lasp_kernels import fold, recurrent_linear_attention
 
 # Relative Frobenius error allowed against the fp64 recurrence. bf16 has 8 bits, and its products are rounded twice.
@@ -51,7 +51,8 @@ def run_doctor(*, backend: str | None = None, timeout: float = 60.0) -> int:
             for label, seconds, size in _latencies(env, SequenceParallel(dist.group.WORLD, exchange=name)):
                 say(f"  {name:<9} {label:<9} {size / 2**20:6.2f} MiB  {seconds * 1e6:8.0f} us")
     say(f"\n{'all is well' if healthy else 'something is wrong: see FAILED above'}")
-    dist.barrier()
+    with waiting("the end of the doctor: the meeting of all ranks"):
+        dist.barrier()
     dist.destroy_process_group()
     return 0 if healthy else 1
 
@@ -110,7 +111,8 @@ def _relative(x: Tensor, expected: Tensor) -> float:
 def _worst_over_ranks(values: tuple[float, float], env: Env) -> tuple[float, float]:
     # NaN would vanish in a maximum, so it travels as infinity.
     worst = torch.tensor(values, dtype=torch.float64, device=env.device).nan_to_num(nan=float("inf"))
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    with waiting("the doctor: the largest error of all ranks"):
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst[0].item(), worst[1].item()
 
 
@@ -121,14 +123,16 @@ def _latencies(env: Env, sequence: SequenceParallel) -> Iterator[tuple[str, floa
         local = StateMap(state, state.new_zeros(1, *shape[:2], 1))
         times = []
         for _ in range(25):
-            dist.barrier()
+            with waiting("the doctor: the meeting of all ranks"):
+                dist.barrier()
             _synchronize(env)
             begin = time.perf_counter()
             exchange.start(local, sequence, fold=fold).wait()
             _synchronize(env)
             times.append(time.perf_counter() - begin)
         slowest = torch.tensor(statistics.median(times[5:]), device=env.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        with waiting("the doctor: the longest time of all ranks"):
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         yield label, slowest.item(), state.nbytes
 
 

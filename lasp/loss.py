@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.ranks import grad_group
+from lasp.ranks import grad_group, waiting
 
 
 def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -31,8 +31,9 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     tokens = (labels != ignore_index).sum()
     total = local.detach().clone()
     if ranks > 1:
-        dist.all_reduce(tokens, group=group)
-        dist.all_reduce(total, group=group)
+        with waiting("token_loss, forward: the sum over all ranks"):
+            dist.all_reduce(tokens, group=group)
+            dist.all_reduce(total, group=group)
     count = tokens.clamp(min=1)
     return _GlobalMean.apply(local, total / count, ranks / count), tokens  # type: ignore[return-value]
 

@@ -138,3 +138,64 @@ def test_schedules_are_told_apart_by_their_class_and_not_by_their_name(names):
         ]
         found = names & {text for text in texts if isinstance(text, str)}
         assert not found or path == LASP / "api.py", f"{path} compares with {found}"
+
+
+# What waits for other ranks, in torch.distributed's names and in those of collectives.py.
+COLLECTIVES = re.compile(
+    r"(all_)?(reduce|gather|scatter|to_all)\w*|broadcast\w*|\w*barrier|i?(send|recv)\w*|batch_isend_irecv|new_\w*group\w*"
+)
+OTHERS = {"_all_gather", "_reduce_scatter", "start_all_gather", "init_device_mesh", "_flatten", "rendezvous"} | {
+    "DistributedDataParallel",
+    "fully_shard",
+}
+# Functions that are called within the waiting of another, which knows the layer.
+WITHIN = {
+    ("lasp/exchange/board.py", "_OnGpu"): "board_of and Turn.meet",
+    ("lasp/exchange/board.py", "_InFile"): "board_of and Turn.meet",
+    ("lasp/exchange/board.py", "_of_all"): "board_of",
+    ("lasp/exchange/cost.py", "measure"): "exchange._measure",
+    ("lasp/exchange/cost.py", "_seconds_on_cpu"): "measure",
+    ("lasp/exchange/cost.py", "_seconds_on_gpu"): "measure",
+    ("lasp/exchange/cost.py", "_pass_along"): "measure",
+    ("lasp/exchange/cost.py", "_gather"): "measure",
+}
+
+
+def unguarded(path):
+    """Calls of collectives outside of a `with waiting(...)`, with the function or class at the top that they are in."""
+
+    def walk(node, inside):
+        if isinstance(node, ast.With):
+            called = [x.context_expr.func for x in node.items if isinstance(x.context_expr, ast.Call)]
+            inside |= any(isinstance(f, ast.Name) and f.id in ("waiting", "making_groups") for f in called)
+        if isinstance(node, ast.Call) and not inside:
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            of_dist = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "dist"
+            if called in OTHERS or (of_dist and COLLECTIVES.fullmatch(called)):
+                yield called
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside)
+
+    for top in ast.parse(path.read_text()).body:
+        yield from ((getattr(top, "name", ""), called) for called in walk(top, False))
+
+
+def test_every_collective_stands_inside_a_waiting_that_names_it():
+    """Else a rank that ended or hangs is an error of the backend's, which names neither layer nor phase nor peer."""
+    found = {
+        (str(path.relative_to(ROOT)), top, called)
+        for path in files(LASP)
+        for top, called in unguarded(path)
+        if path != LASP / "ranks" / "launchers.py"  # where ranks meet at first, which has errors of its own
+    }
+    assert {entry for entry in found if entry[:2] not in WITHIN} == set()
+    assert {entry[:2] for entry in found} == set(WITHIN), "an entry of WITHIN is not needed"
+
+
+@pytest.mark.parametrize(
+    "line", ["dist.all_reduce(x)", "dist.barrier()", "x = lambda: dist.irecv(x)", "fully_shard(m)"]
+)
+def test_a_collective_without_waiting_is_seen(tmp_path, line):
+    bad = tmp_path / "bad.py"
+    bad.write_text(f"def f():\n    {line}\n\n\ndef g():\n    with waiting('it'):\n        {line}\n")
+    assert [top for top, _ in unguarded(bad)] == ["f"]

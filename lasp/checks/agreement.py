@@ -28,9 +28,11 @@ from torch.optim import Optimizer
 
 from lasp.checks.optimizers import before_step
 from lasp.ranks import PeerError, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
+from lasp.ranks.presence import presence
 
 EVERY = 1000  # calls of a layer from one comparison to the next
-_ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank
+_ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank; a fifth of the timeout, if less
+_SLICE = timedelta(seconds=0.5)  # of a wait, after which a rank looks whether the one that it waits for still lives
 _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
 
 
@@ -134,7 +136,8 @@ def _raise(verdict: dict[str, str], cause: Exception | None = None) -> None:
     if verdict["found"] == "mismatch":
         raise RankMismatchError(verdict["text"]) from cause
     if verdict["found"] == "absent":
-        raise PeerError(verdict["text"]) from cause
+        known = presence.account(f"PeerError: {verdict['text']}")
+        raise PeerError(verdict["text"] + (f"; {known}" if known else "")) from cause
 
 
 class _Round:
@@ -157,16 +160,18 @@ class _Round:
         # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
         thread = threading.Thread(target=self._talk, args=(record, verdicts), daemon=True)
         thread.start()
-        thread.join((self.timeout + min(self.timeout, _ANSWER)).total_seconds())
+        thread.join((self.timeout + min(self.timeout / 5, _ANSWER)).total_seconds())
         verdict = verdicts[0] if verdicts else TimeoutError("no answer")
         if isinstance(verdict, dict):
             return verdict
         if not isinstance(verdict, (dist.DistError, TimeoutError)):
             raise verdict
-        raise PeerError(
+        text = (
             f"{self._layer()}the key-value store of the process group does not answer; the process that holds it "
             f"(torchrun's agent, or rank 0) has ended or hangs: {verdict}"
-        ) from verdict
+        )
+        known = presence.account(f"PeerError: {text}")
+        raise PeerError(text + (f"; {known}" if known else "")) from verdict
 
     def _talk(self, record: dict[str, object], verdicts: list) -> None:
         started = time.monotonic()
@@ -178,9 +183,10 @@ class _Round:
             verdicts.append(error)
 
     def _judge(self, started: float) -> dict[str, str]:
-        keys = [self._key(rank) for rank in range(self.size)]
+        keys = {rank: self._key(rank) for rank in range(self.size)}
         if self._wait(keys):
-            verdict = judge({self._name(r): json.loads(x) for r, x in enumerate(self.store.multi_get(keys))})
+            records = self.store.multi_get(list(keys.values()))
+            verdict = judge({self._name(r): json.loads(x) for r, x in enumerate(records)})
         else:
             verdict = self._absent(started)
         self.store.set(self._key("verdict"), json.dumps(verdict))
@@ -189,7 +195,7 @@ class _Round:
 
     def _read(self, started: float) -> dict[str, str]:
         key = self._key("verdict")
-        if not self._wait([key]):
+        if not self._wait({0: key}):
             absent = self._absent(started)
             # A rank that comes later must not believe that this one is still there.
             self.store.set(self._key(self.rank), json.dumps({"error": f"PeerError: {absent['text']}"}))
@@ -199,19 +205,33 @@ class _Round:
         self._clean()
         return verdict
 
-    def _wait(self, keys: list[str]) -> bool:
-        """Whether all keys came within the timeout."""
-        try:
-            self.store.wait(keys, self.timeout)
-        except dist.DistStoreError:
-            return False
-        return True
+    def _wait(self, keys: dict[int, str]) -> bool:
+        """Whether the keys of all these ranks came within the timeout; not waited for once one of them has ended."""
+        until = time.monotonic() + self.timeout.total_seconds()
+        ranks = {dist.get_global_rank(self.peers.group, rank): key for rank, key in keys.items()}
+        presence.announce()
+        if self.number == 0:
+            presence.learn(ranks)
+        while (left := timedelta(seconds=until - time.monotonic())) > timedelta(0):
+            try:
+                self.store.wait(list(keys.values()), min(left, _SLICE))
+            except dist.DistStoreError:
+                presence.learn(ranks)  # those that had not announced themselves
+                if not all(self.store.check([ranks[rank]]) for rank in presence.ended(ranks)):
+                    break
+            else:
+                return True
+        return self.store.check(list(keys.values()))
 
     def _absent(self, started: float) -> dict[str, str]:
-        missing = [self._name(rank) for rank in range(self.size) if not self.store.check([self._key(rank)])]
-        who = ", ".join(missing) or f"the verdict of {self._name(0)}"
+        missing = [self._named(rank) for rank in range(self.size) if not self.store.check([self._key(rank)])]
+        who = ", ".join(missing) or f"the verdict of {self._named(0)}"
         text = f"{self._layer()}waited {time.monotonic() - started:.1f} s for {who} before {self.before}; not come yet"
         return {"found": "absent", "text": text}
+
+    def _named(self, rank: int) -> str:
+        ended = presence.ended([dist.get_global_rank(self.peers.group, rank)])
+        return self._name(rank) + (" (its process has ended)" if ended else "")
 
     def _clean(self) -> None:
         self.store.delete_key(self._key(self.rank))

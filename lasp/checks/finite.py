@@ -102,7 +102,9 @@ def assert_finite(gradients_of: Optimizer | nn.Module | None = None) -> None:
         flag = flag.to(collectives.device_of(group))
         with waiting(_WHAT):
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
-    if not flag.item():
+    with waiting(_WHAT):
+        found_any = bool(flag.item())
+    if not found_any:
         return
     names = [*_names_of_layers(layers), *_names_of_gradients(parameters, models)]
     for flags in (process.not_finite.get(layer) for layer in layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lasp.ranks import grad_group
+from lasp.ranks import grad_group, waiting
 
 
 def wrap_ddp(model: nn.Module, mesh, **options) -> nn.Module:
@@ -14,4 +14,7 @@ def wrap_ddp(model: nn.Module, mesh, **options) -> nn.Module:
     With a loss from `lasp.token_loss` every parameter's gradient is that of the whole batch.
     """
     group, _ = grad_group(mesh)
-    return model if group is None else DistributedDataParallel(model, process_group=group, **options)
+    if group is None:
+        return model
+    with waiting("wrap_ddp: comparing and sending the parameters of all ranks"):
+        return DistributedDataParallel(model, process_group=group, **options)

@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from lasp.ranks import collectives, grad_mesh
+from lasp.ranks import collectives, grad_mesh, waiting
+from lasp.ranks.group import making_groups
 
 
 def wrap_fsdp2(model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] = (), **options) -> nn.Module:
@@ -22,12 +23,14 @@ def wrap_fsdp2(model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module
     if not isinstance(axis, DeviceMesh):
         raise TypeError(f"FSDP2 needs a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
-        shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")
+        with making_groups("wrap_fsdp2: making the process group of dp_shard x sp"):
+            shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])
         if mesh.device_type == "cuda":  # `init_mesh` has connected only the ranks of `grad_mesh`
             for part in (mesh["dp_replicate"], shard):
                 collectives.connect(part.get_group(), mesh.device_type)
-    for block in blocks:
-        fully_shard(block, mesh=axis, **options)
-    fully_shard(model, mesh=axis, **options)
+    with waiting("wrap_fsdp2: sharding the parameters over all ranks"):
+        for block in blocks:
+            fully_shard(block, mesh=axis, **options)
+        fully_shard(model, mesh=axis, **options)
     return model

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lasp.ranks import grad_group
+from lasp.ranks import grad_group, waiting
 
 
 @torch.no_grad()
@@ -30,7 +30,8 @@ def sync_grads(model: nn.Module, mesh) -> None:
     for dtype in sorted({p.dtype for p in parameters}, key=str):
         mine = [p for p in parameters if p.dtype == dtype]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine])
-        dist.all_reduce(flat, group=group)
+        with waiting(f"sync_grads: the sum of the {dtype} gradients over all ranks"):
+            dist.all_reduce(flat, group=group)
         for p, gradient in zip(mine, flat.div_(ranks).split([p.numel() for p in mine])):
             if p.grad is None:
                 p.grad = gradient.view_as(p).clone()

@@ -161,7 +161,7 @@ class Link:
 
         def wait() -> Tensor:
             with waiting(self._from_source):
-                work.wait()  # type: ignore[union-attr]  # on NCCL the stream waits, not the host
+                self.sequence.peers.wait(work)  # type: ignore[arg-type]
             return message
 
         return wait
@@ -180,7 +180,7 @@ class Link:
         if self._sent:
             with waiting(self._to_target):
                 for work, _ in self._sent:
-                    work.wait()
+                    self.sequence.peers.wait(work)
             self._sent.clear()
 
     def _from_source(self) -> str:

@@ -161,9 +161,9 @@ def _seconds_on_gpu(run: Callable[[], None], ready: Tensor, sequence: SequencePa
 def _pass_along(message: Tensor, sequence: SequenceParallel) -> None:
     source, target = sequence.prev_rank, sequence.next_rank
     if source is not None:
-        dist.irecv(message, group=sequence.group, group_src=source).wait()  # type: ignore[union-attr]
+        sequence.peers.wait(dist.irecv(message, group=sequence.group, group_src=source))  # type: ignore[arg-type]
     if target is not None:
-        dist.isend(message, group=sequence.group, group_dst=target).wait()  # type: ignore[union-attr]
+        sequence.peers.wait(dist.isend(message, group=sequence.group, group_dst=target))  # type: ignore[arg-type]
 
 
 def _read(message: Tensor, sequence: SequenceParallel) -> None:

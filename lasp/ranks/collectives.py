@@ -20,7 +20,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def start_all_gather(gathered: Tensor, mine: Tensor, group: ProcessGroup | None) -> dist.Work:
     """Begin to gather `mine` [...] of all ranks into `gathered` [ranks, ...]."""
-    return _all_gather(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
+    with waiting("an all-gather"):
+        return _all_gather(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
 
 
 def gather_tokens(
@@ -103,8 +104,9 @@ def connect(group: ProcessGroup | None, device_type: str, *, megabytes: int = 64
     while ranks > 1 and numbers <= megabytes * 2**18:
         part = torch.zeros(-(-numbers // ranks), device=device_type)
         whole = part.new_zeros(len(part) * ranks)
-        _all_gather(whole, part, group=group)
-        for op in averages:
-            dist.all_reduce(whole, op, group=group)
-            _reduce_scatter(part, whole, op, group=group)
+        with waiting("connecting the ranks that average gradients"):
+            _all_gather(whole, part, group=group)
+            for op in averages:
+                dist.all_reduce(whole, op, group=group)
+                _reduce_scatter(part, whole, op, group=group)
         numbers *= 4

@@ -11,13 +11,17 @@ import itertools
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed import distributed_c10d as c10d
+
+from lasp.ranks.presence import presence
 
 
 class RankMismatchError(RuntimeError):
@@ -36,6 +40,7 @@ class Peers:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.fake = dist.get_backend(group) == "fake"  # nobody else is there
+        self._gloo = dist.get_backend(group) == "gloo"
         self.reset()
 
     def reset(self) -> None:
@@ -70,12 +75,20 @@ class Peers:
         """After which a rank that does not come is an error."""
         return timeout_of(self.group)
 
+    def wait(self, work: dist.Work) -> None:
+        """Until a message has come or gone, within the timeout; on NCCL the stream waits, and not the host.
+
+        A gloo group that was made with another timeout keeps it for messages, though not for collectives.
+        """
+        work.wait(self.timeout) if self._gloo else work.wait()
+
 
 class _Process:
     """What this process keeps of all groups together."""
 
     def __init__(self) -> None:
         self.peers: weakref.WeakKeyDictionary[ProcessGroup, Peers] = weakref.WeakKeyDictionary()
+        self.timeout: timedelta | None = None  # of `lasp.init`, which holds for all groups; None: it was not called
         self.meetings = 0  # to set up symmetric memory, in all groups (see lasp.exchange.board)
         self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags of a layer
         self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
@@ -87,10 +100,12 @@ process = _Process()
 
 
 def peers_of(group: ProcessGroup) -> Peers:
-    """The one object of a group."""
+    """The one object of a group, which from now on waits as long as `lasp.init` was told."""
     found = process.peers.get(group)
     if found is None:
         found = process.peers[group] = Peers(group)
+        if process.timeout is not None and not found.fake:
+            c10d._set_pg_timeout(process.timeout, group)
     return found
 
 
@@ -118,6 +133,30 @@ def timeout_of(group: ProcessGroup) -> timedelta:
     return group._get_backend(group._device_types[0]).options._timeout
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """For the world, all groups that lasp has, and all that it will make or be handed."""
+    process.timeout = timeout
+    for group in {dist.group.WORLD, *process.peers}:
+        if group is not None and peers_of(group).exists and not peers_of(group).fake:
+            c10d._set_pg_timeout(timeout, group)
+
+
+@contextmanager
+def making_groups(what: str) -> Iterator[None]:
+    """Around what makes process groups: they have the timeout of `lasp.init` from their first meeting on.
+
+    PyTorch's functions for a mesh make them with its default of 30 minutes, and meet before they return.
+    """
+    usual = c10d._get_default_timeout
+    if process.timeout is not None:
+        c10d._get_default_timeout = lambda backend: process.timeout
+    try:
+        with waiting(what):
+            yield
+    finally:
+        c10d._get_default_timeout = usual
+
+
 class waiting:
     """Around what a backend does with other ranks: its error becomes a `PeerError` that says what, and with whom."""
 
@@ -129,10 +168,10 @@ class waiting:
         self._started = time.monotonic()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, (torch.OutOfMemoryError, PeerError)):
+        ours = (torch.OutOfMemoryError, PeerError, RankMismatchError)
+        if not isinstance(error, RuntimeError) or isinstance(error, ours):
             return
         what = self._what if isinstance(self._what, str) else self._what()
-        raise PeerError(
-            f"{what} failed after {time.monotonic() - self._started:.1f} s; mostly a rank has ended, hangs, or left "
-            f"out a call: {error}"
-        ) from error
+        failed = f"{what} failed after {time.monotonic() - self._started:.1f} s"
+        known = presence.account(f"PeerError: {failed}") or "mostly a rank has ended, hangs, or left out a call"
+        raise PeerError(f"{failed}; {known}: {error}") from error

@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, untyped
 
+from lasp.ranks.group import set_timeout, waiting
 from lasp.ranks.hosts import LOOPBACK, bind_to_loopback, choose_interfaces, interfaces, is_loopback, listen, this_host
 from lasp.ranks.meeting import Place, all_succeed, complete, connected, hosts_of, meet
+from lasp.ranks.presence import presence, tell_uncaught
 
 _PORT = 29500  # torchrun's default
 _LONGEST = 30 * 24 * 3600.0  # seconds of a timeout
@@ -63,8 +65,11 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
     global _joined
     chosen = _check_arguments(backend, timeout)
     if dist.is_initialized():
-        return _of_existing_group(backend)
-    place = _discover()
+        env = _of_existing_group(backend)
+        set_timeout(timedelta(seconds=timeout))
+        tell_uncaught()
+        return env
+    place, one_host = _discover(), True
     if place.world_size == 1:
         bind_to_loopback()
         store, local = dist.HashStore(), [(0, 1)]  # type: ignore[attr-defined]  # public, untyped
@@ -72,7 +77,7 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
         if place.launcher == "mpi":
             place = _meeting_point_of_mpi(place, timeout)
         store, members = meet(place, chosen, timeout)
-        local = complete(members)
+        local, one_host = complete(members), len({member.host for member in members}) == 1
         own = [members[place.rank].source, *(member.store for member in members)]
         choose_interfaces([member.host for member in members], own)
         if chosen == "nccl":  # on every rank, or the others would wait
@@ -80,6 +85,10 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
     local_rank, local_world_size = local[place.rank]
     device = _device(chosen, local_rank)
     _init_process_group(store, chosen, place, device, timeout)
+    with waiting("lasp.init: the meeting of all ranks"):
+        presence.meet(timedelta(seconds=timeout), one_host=one_host)
+    set_timeout(timedelta(seconds=timeout))
+    tell_uncaught()
     env = Env(place.rank, place.world_size, local_rank, local_world_size, device, chosen, place.launcher)
     _joined = weakref.ref(dist.group.WORLD), env
     return env

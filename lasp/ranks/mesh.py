@@ -7,6 +7,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lasp.ranks import collectives
+from lasp.ranks.group import making_groups, peers_of
 from lasp.ranks.sequence import SequenceParallel
 
 MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
@@ -35,7 +36,8 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
         raise ValueError(f"{sizes} does not divide {world} ranks")
     shape = tuple(world // known if size == -1 else size for size in sizes.values())
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
+    with making_groups("lasp.init_mesh: making the process groups of all ranks"):
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
     if device_type == "cuda":
         collectives.connect(grad_group(mesh)[0], device_type)
     return mesh
@@ -64,11 +66,16 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
     names = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
     if "sp" not in names:
         raise ValueError(f'the mesh has no axis "sp", only {mesh.mesh_dim_names}')
-    return mesh["sp"] if names == ("sp",) else mesh[names]._flatten("grad")
+    if names == ("sp",):
+        return mesh["sp"]
+    with making_groups("lasp.grad_mesh: making the process group of dp x sp"):
+        return mesh[names]._flatten("grad")
 
 
 def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, int]:
     """The process group of `grad_mesh`, and its size."""
     axis = grad_mesh(mesh)
     group = axis.get_group() if isinstance(axis, DeviceMesh) else axis
+    if group is not None:
+        peers_of(group)  # for its timeout, if it is the user's
     return group, dist.get_world_size(group) if group is not None else 1
