@@ -35,7 +35,7 @@ def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = Fa
     flags[int(reverse)].logical_or_(state.isfinite().all().logical_not())
 
 
-def assert_finite() -> None:
+def assert_finite(_optimizer: object = None) -> None:
     """Raise on every rank if a state has been NaN or Inf since the last call, in a layer with `check_finite`.
 
     Optimizers call it before they step (all of `torch.optim`, and what derives from it); call it yourself where
