@@ -43,10 +43,12 @@ _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
 Listing = Mapping[str, str]
 """Many things by name, of which ranks compare a checksum first, and each only where that differs."""
 
+BATCH = "batch"
 WEIGHTS = "values of"  # parameters; a listing of their checksums
 _HINTS = {
+    BATCH: "the ranks of a sequence cut one batch: draw it by the place in data parallelism, not by the global rank",
     WEIGHTS: "ranks of a sequence start with the same weights, and average gradients over lasp.grad_mesh(mesh) "
-    '(sync_grads, DDP, FSDP2); if some are meant to differ (expert parallelism), validate="off"'
+    '(sync_grads, DDP, FSDP2); if some are meant to differ (expert parallelism), validate="off"',
 }
 
 
@@ -157,8 +159,6 @@ def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
     if sequence.validate == "off":
         return None
     before_step(compare_exchanges)
-    if sequence.peers.steps is None:
-        sequence.peers.steps = 0
     if capturing():
         return None  # the calls before it are
 
@@ -197,16 +197,17 @@ def remember_model(sequence: SequenceParallel, model: nn.Module) -> None:
 def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     """Raise on every rank if one of them has done something else since the last step that was compared.
 
-    That is: a layer has made more exchanges there, or they came in another order, or optimizers have stepped more
-    often. Before the first two such steps and every `EVERY`-th ranks also compare the weights that `optimizer` holds of
-    a model that `parallelize` has split: those which every rank holds whole. (Before the second it shows if gradients
+    That is: a layer has made more exchanges there, or they came in another order, or optimizers have stepped more often
+    that hold parameters of a model which `parallelize` has split. Before the first two such steps and every `EVERY`-th
+    ranks also compare the weights of the model that each of them holds whole. (Before the second it shows if gradients
     are not averaged over all ranks.) The host waits for the device then, and at no other step.
 
     Optimizers call it before they step (all of `torch.optim`, and what derives from it). Only hosts meet here, through
-    the key-value store. All ranks of a sequence must step equally often: an optimizer that only some of them step
-    cannot be told from a rank that takes a step too many, and needs `validate="off"`. A step is compared if layers have
-    exchanged since the last comparison. One that follows another, as where two optimizers share the weights, is not,
-    unless there are more of them than between the last two comparisons.
+    the key-value store. A step is compared if layers have exchanged since the last comparison, or if it is one more
+    without an exchange than between the last two comparisons, where two optimizers may share the weights.
+
+    So all ranks of a sequence must step an optimizer of its model equally often. Any other may be stepped by some ranks
+    only, but not between an exchange and the next step of all: it would wait for them.
 
     Raises:
         RankMismatchError: naming rank and layer, or rank and parameter.
@@ -214,18 +215,16 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     """
     if capturing():
         return
+    parameters = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
     rounds, records, listings = [], [], []
     for peers in all_peers():
-        if peers.steps is None and not peers.exchanges:  # not the ranks of a sequence
+        models = _models_of(peers, parameters)
+        peers.steps += bool(models)
+        if not peers.exchanges and (not models or peers.steps <= peers.usual_steps):
             continue
-        steps = peers.steps = (peers.steps or 0) + 1
-        if not peers.exchanges and steps <= peers.usual_steps:
-            continue
-        sequence = SequenceParallel(peers.group)
-        done = {"exchanges since the last step": _in_short(peers), "steps since the last comparison": steps}
-        rounds.append(_Round(sequence, "the step of the optimizer"))
-        records.append(done)
-        listings.append({WEIGHTS: _weights(peers, optimizer)} if is_due(peers.compared_steps) else {})
+        rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
+        records.append({"exchanges since the last step": _in_short(peers), "steps": peers.steps})
+        listings.append({WEIGHTS: _weights(models)} if is_due(peers.compared_steps) else {})
         peers.forget_step()
     if not rounds:
         return
@@ -233,9 +232,15 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         verdicts = list(pool.map(_ask, rounds, records, listings))
     for verdict in verdicts:
         _raise(verdict)
-    for round_, done in zip(rounds, records):
+    for round_, record in zip(rounds, records):
         round_.peers.compared_steps += 1
-        round_.peers.usual_steps = done["steps since the last comparison"]
+        round_.peers.usual_steps = max(1, record["steps"])
+
+
+def _models_of(peers: Peers, parameters: set[int]) -> list[nn.Module]:
+    """Those split over these ranks that have one of the parameters."""
+    living = [model for known in peers.models if (model := known()) is not None]
+    return [model for model in living if any(id(p) in parameters for p in model.parameters())]
 
 
 def is_due(count: int) -> bool:
@@ -243,15 +248,11 @@ def is_due(count: int) -> bool:
     return count < 2 or count % EVERY == 0
 
 
-def _weights(peers: Peers, optimizer: Optimizer | None) -> Listing:
-    """Of the models that are split over these ranks and of which the optimizer has a parameter."""
-    own = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
+def _weights(models: list[nn.Module]) -> Listing:
     found: dict[str, Tensor] = {}
-    for number, known in enumerate(peers.models):
-        model = known()
-        whole = {} if model is None else whole_parameters(model)
-        if any(id(p) in own for p in whole.values()):
-            found |= {f"{name} of model {number}" if name in found else name: p for name, p in whole.items()}
+    for number, model in enumerate(models):
+        for name, p in whole_parameters(model).items():
+            found[f"{name} of model {number}" if name in found else name] = p
     return checksums(found)
 
 

@@ -33,15 +33,17 @@ def check_messages(
     kind: Kind,
     device: torch.device,
     *,
+    where: str = "",
     explain: Callable[[], None] | None = None,
 ) -> None:
     """Raise on every rank if their messages do not fit; to be called at the last moment before the first is sent.
 
     Args:
         sequence: the ranks; with `validate="off"` nothing is asked.
-        what: is about to be exchanged, in which layer and direction.
+        what: is about to be exchanged; a word for all messages of a kind.
         kind: see `Kind`.
         device: on which the messages lie.
+        where: in which layer and direction.
         explain: called where ranks differ; may raise an error that says it better.
 
     Raises:
@@ -52,12 +54,12 @@ def check_messages(
     if sequence.validate == "off" or peers.fake:
         return
     if on_hosts(sequence, device):
-        _meet(sequence, what, kind, explain)
-    elif kind not in peers.agreed and not agreement.capturing():
-        agreement.compare(sequence, {"layer": sequence.name, **dict(kind)}, before=f"a new kind of message ({what})")
+        _meet(sequence, f"{where}: {what}" if where else what, kind, explain)
+    elif (what, kind) not in peers.agreed and not agreement.capturing():
+        agreement.compare(sequence, {"layer": sequence.name, **dict(kind)}, before=f"a new kind of message, {what}")
         if len(peers.agreed) >= _KINDS:  # on all ranks at the same call
             peers.agreed.clear()
-        peers.agreed.add(kind)
+        peers.agreed.add((what, kind))
 
 
 def on_hosts(sequence: SequenceParallel, device: torch.device) -> bool:
@@ -70,7 +72,7 @@ def on_hosts(sequence: SequenceParallel, device: torch.device) -> bool:
 
 
 def _meet(sequence: SequenceParallel, what: str, kind: Kind, explain: Callable[[], None] | None) -> None:
-    text = f"{what}: {', '.join(f'{name} {value}' for name, value in kind)}".encode()
+    text = f"{what} ({', '.join(f'{name} {value}' for name, value in kind)})".encode()
     header = (zlib.crc32(text).to_bytes(4, "big") + text)[:_HEADER].ljust(_HEADER)
     mine = torch.frombuffer(bytearray(header * sequence.size), dtype=torch.uint8)
     theirs = torch.empty_like(mine)

@@ -105,7 +105,12 @@ def count_exchange(sequence: SequenceParallel, traffic: Traffic, *, reverse: boo
 def kind_of(local: StateMap, sequence: SequenceParallel, terms: Terms) -> tuple[tuple[str, object], ...]:
     """All that decides how many messages `start` makes of these maps, and how long they are; the same on every rank."""
     state, schedule = local.state, sequence.schedule
-    kind = (("state", state.shape[1:]), ("dtype", state.dtype), ("far heads", terms.far), ("reverse", terms.reverse))
+    kind = (
+        ("state", tuple(state.shape[1:])),
+        ("dtype", state.dtype),
+        ("far heads", terms.far),
+        ("reverse", terms.reverse),
+    )
     # Elsewhere the number of maps may be a rank's own, and what else belongs to a map stays there.
     if not terms.ragged if schedule is None else schedule.needs_equal_lengths(sequence.size):
         kind += (("maps", terms.units or len(state)), ("numbers of a map", local.map_numbers))

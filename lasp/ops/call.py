@@ -203,7 +203,7 @@ class Call:
         sequence = self.sequence
         assert sequence is not None
         kind = exchange.kind_of(local, sequence, terms)
-        self.check_messages("the exchange of the state", kind, local.state, reverse=terms.reverse)
+        self.check_messages("the state", kind, local.state, reverse=terms.reverse)
         return exchange.start(local, sequence, fold=kernels.fold, terms=terms, operator=self.operator).wait
 
     def check_messages(self, thing: str, kind: Kind, x: Tensor, *, reverse: bool) -> None:
@@ -211,9 +211,8 @@ class Call:
         sequence = self.sequence
         assert sequence is not None
         if sequence.validate == "first":
-            direction = "backward" if reverse else "forward"
-            what = f"layer {sequence.name!r}, {direction}: {self.operator}, {thing}"
-            check_messages(sequence, what, (("operator", self.operator), ("thing", thing), *kind), x.device)
+            where = f"layer {sequence.name!r}, {'backward' if reverse else 'forward'}"
+            check_messages(sequence, f"{self.operator}, {thing}", kind, x.device, where=where)
 
     def reception(self) -> recompute.Reception:
         """Of a communication of this call's forward: does it take place, or is its result known?"""
@@ -358,9 +357,9 @@ def _values_held_alike(tensors: dict[str, Tensor | None], rates: tuple[float, ..
     return checksums(found)
 
 
-def kind_of_tensor(x: Tensor, **others: object) -> Kind:
+def kind_of_tensor(x: Tensor) -> Kind:
     """Of a message with all of x."""
-    return (("shape", x.shape), ("dtype", x.dtype), *others.items())
+    return (("shape", tuple(x.shape)), ("dtype", x.dtype))
 
 
 def kind_of_tokens(x: Tensor, lengths: Sequence[int] = ()) -> Kind:

@@ -49,8 +49,8 @@ class Peers:
         # What ranks compare (lasp.checks)
         self.exchanges: Counter[tuple[str, bool]] = Counter()  # of a layer, in a direction, since the last comparison
         self.order = 0  # a checksum of their order
-        self.steps: int | None = None  # of optimizers since the last comparison; None: these ranks never compared
-        self.usual_steps = 1  # from one comparison before a step to the next
+        self.steps = 0  # of optimizers of split models since the last comparison
+        self.usual_steps = 1  # of them from one comparison to the next
         self.compared_steps = 0
         self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
@@ -67,7 +67,7 @@ class Peers:
         """What was exchanged so far is no concern of the next comparison before a step."""
         self.exchanges.clear()
         self.order = 0
-        self.steps = None if self.steps is None else 0
+        self.steps = 0
 
     @property
     def group(self) -> ProcessGroup:
