@@ -14,7 +14,8 @@ from torch import nn
 from lasp import adapters
 from lasp.adapters import Adapter
 from lasp.checks import finite
-from lasp.checks.agreement import Agreement
+from lasp.checks.agreement import Agreement, remember_model
+from lasp.checks.checksum import forms_of
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis
 
@@ -69,9 +70,10 @@ def parallelize(
             refuses them.
         strict: refuse a model with a layer that mixes tokens and has no adapter (attention, convolution, recurrence),
             whose result on a slice would be silently wrong.
-        validate: "first" compares on all ranks which layers were found, and what each layer is about to compute at its
-            first call and at every 1000th, and before an optimizer steps how often each layer has exchanged; "off"
-            does not.
+        validate: "first" compares on all ranks which layers and parameters were found, what each layer is about to
+            compute at its first call and at every 1000th, what it is about to send at every call, and before an
+            optimizer steps how often each layer has exchanged, and now and then the weights (see
+            `lasp.checks.agreement`); "off" does not.
         check_finite: before an optimizer steps that has parameters of the model, every rank raises
             `FloatingPointError` with the names, if a gradient that it would use is NaN or Inf on any rank, or if the
             state of a split layer or its gradient was (see `lasp.assert_finite`).
@@ -82,11 +84,12 @@ def parallelize(
     Raises:
         ValueError: no layer that can be split, a layer that `strict` refuses, a pattern that matches nothing, a model
             that was parallelized before, or an unknown option.
-        RankMismatchError: ranks found different layers, or some of them failed with one of the above; on every rank.
+        RankMismatchError: ranks found different layers or parameters (names, shapes, dtypes, which are trained), or
+            some of them failed with one of the above; on every rank.
         PeerError: a rank did not come to its `parallelize` within the timeout of the group.
     """
     axis = sequence_axis(mesh)
-    with Agreement(axis, due=validate != "off" and axis.size > 1) as ranks_agree:
+    with Agreement(axis, due=validate != "off" and axis.size > 1, before="parallelize") as ranks_agree:
         if softmax != "all_gather":
             raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
         sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
@@ -94,7 +97,9 @@ def parallelize(
         split = [module for module, _ in layers.values() if getattr(module, "sequence", None) is not None]
         if model in _parallelized or split:
             raise ValueError(f"this {type(model).__name__} is parallelized already")
-        ranks_agree.settle(lambda: _fingerprint(sequence, layers))
+        ranks_agree.settle(
+            lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
+        )
     own: dict[str, SequenceParallel] = {}
     if sequence.size > 1:
         if sequence.schedule is not None and sequence.schedule.reads:
@@ -104,6 +109,7 @@ def parallelize(
         for path, (module, adapter) in layers.items():
             own[path] = replace(sequence, name=path)
             adapter(module, own[path])
+    remember_model(sequence, model)
     finite.watch(model, sequence, own.values())
     _parallelized.add(model)
     return model

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp.checks import agreement
+from lasp.checks.checksum import checksums
+from lasp.checks.messages import check_messages
 from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel, collectives, sequence_axis
 
@@ -21,6 +24,7 @@ def shard_batch(
     shift_labels: bool = True,
     pad: bool = True,
     ignore_index: int = -100,
+    validate: str = "first",
 ) -> dict[str, Any]:
     """This rank's slice of a batch that every rank of the sequence holds whole.
 
@@ -42,8 +46,40 @@ def shard_batch(
         shift_labels: False if the labels are already the next tokens.
         pad: see above.
         ignore_index: the label that the loss skips.
+        validate: "first" compares the batch and these options between the ranks of the sequence, at the first call and
+            at every 1000th: all of them must call, in the same order. (It may be in a thread that prepares batches. In
+            a worker process of a DataLoader nothing is compared.) "off" does not.
+
+    Raises:
+        RankMismatchError: ranks were given different batches, or one of them failed; on every rank.
+        PeerError: a rank did not call it within the timeout of the group.
     """
     sequence = sequence_axis(mesh)
+    options = {"seq_dim": seq_dim, "shift_labels": shift_labels, "pad": pad, "ignore_index": ignore_index}
+    with agreement.of_batch(sequence, validate=validate) as ranks_agree:
+        local = _local(batch, sequence, **options)
+        ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(batch, local)})
+    return local
+
+
+def _facts(batch: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str, str]:
+    """What ranks must hold alike: all that was cut, and the borders of packed sequences."""
+    whole = {name: x for name, x in batch.items() if isinstance(x, Tensor) and local[name] is not x}
+    if batch.get("cu_seqlens") is not None:
+        whole["cu_seqlens"] = torch.as_tensor(batch["cu_seqlens"])
+    return checksums(whole)
+
+
+def _local(
+    batch: Mapping[str, Any],
+    sequence: SequenceParallel,
+    *,
+    seq_dim: int,
+    shift_labels: bool,
+    pad: bool,
+    ignore_index: int,
+) -> dict[str, Any]:
+    """The work of `shard_batch`."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or not -ids.ndim <= seq_dim < ids.ndim:
         raise ValueError(f"batch['input_ids'] must be a tensor with a dimension {seq_dim}, got {ids!r}")
@@ -103,6 +139,9 @@ def shard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
     If T is no multiple of the ranks, the first ranks get one entry more. Gradients follow the convention of data
     parallelism: the objective is the *mean* over ranks of what each calls backward on, so the gradient of the
     whole x is the gathered gradient of the slices over the number of ranks, the same on every rank.
+
+    Raises:
+        RankMismatchError: in backward, ranks hold gradients of other shapes or dtypes; on every rank.
     """
     sequence = sequence_axis(mesh)
     dim = _check_dim(x, dim)
@@ -114,6 +153,9 @@ def unshard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
 
     Gradients: the sum over ranks of what each did with the slice (see `shard_sequence`). So a loss that every rank
     computes on the whole output gives exact parameter gradients under DDP, FSDP2 or `sync_grads`, which average.
+
+    Raises:
+        RankMismatchError: ranks hold slices of other shapes or dtypes; on every rank.
     """
     sequence = sequence_axis(mesh)
     dim = _check_dim(x, dim)
@@ -143,6 +185,7 @@ class _ShardSequence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        _check_messages(gradient, ctx.lengths, ctx.sequence, ctx.dim)
         whole = collectives.gather_tokens(gradient, ctx.lengths, ctx.sequence, _what, dim=ctx.dim)
         return whole / ctx.sequence.size, None, None
 
@@ -152,13 +195,23 @@ class _UnshardSequence(torch.autograd.Function):
     def forward(ctx, x, sequence, dim):
         _check_quiet(sequence)
         ctx.sequence, ctx.dim = sequence, dim
+        _check_messages(x, (), sequence, dim)
         ctx.lengths = collectives.lengths_of(x, sequence, _what, dim=dim)
+        _check_messages(x, ctx.lengths, sequence, dim)
         return collectives.gather_tokens(x, ctx.lengths, sequence, _what, dim=dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        _check_messages(gradient, ctx.lengths, ctx.sequence, ctx.dim)
         return collectives.scatter_tokens(gradient, ctx.lengths, ctx.sequence, _what, dim=ctx.dim), None, None
+
+
+def _check_messages(x: Tensor, lengths: Sequence[int], sequence: SequenceParallel, dim: int) -> None:
+    """Raise on every rank unless all hold slices along `dim` of one tensor."""
+    shape = (*x.shape[:dim], "T", *x.shape[dim + 1 :])
+    kind = (("shape", shape), ("dtype", x.dtype), ("most tokens", max(lengths, default=None)))
+    check_messages(sequence, _what(), kind, x.device)
 
 
 def _what() -> str:

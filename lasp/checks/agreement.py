@@ -6,34 +6,52 @@ key-value store of the process group and not through the group itself: when a co
 in flight, and it can be used again.
 
 A layer's first call is compared, then every `EVERY`-th. The count of calls decides, which is the same on every rank;
-what a rank happens to have seen before is not. Before an optimizer steps, ranks also compare how many exchanges each
-layer has made: over NCCL a small message waits for whoever asks next, so that a rank that left one out, in backward
-say, would take those of other layers for its own, and nobody would ever wait.
+what a rank happens to have seen before is not. (`messages.py` is for the calls between.) Before an optimizer steps,
+ranks also compare how many exchanges each layer has made, and in which order: over NCCL a small message waits for
+whoever asks next, so that a rank that left one out, in backward say, would take those of other layers for its own, and
+nobody would ever wait. With it they compare how often they have stepped, and now and then their weights.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+import weakref
+import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
 from torch.optim import Optimizer
 
+from lasp.checks.checksum import checksums, whole_parameters
 from lasp.checks.optimizers import before_step
-from lasp.ranks import PeerError, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
+from lasp.ranks import PeerError, Peers, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
 from lasp.ranks.presence import presence
 
-EVERY = 1000  # calls of a layer from one comparison to the next
+EVERY = 1000  # calls of a layer from one comparison to the next; also steps, and batches
 _ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank; a fifth of the timeout, if less
 _SLICE = timedelta(seconds=0.5)  # of a wait, after which a rank looks whether the one that it waits for still lives
 _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
+
+Listing = Mapping[str, str]
+"""Many things by name, of which ranks compare a checksum first, and each only where that differs."""
+
+BATCH = "batch"
+WEIGHTS = "values of"  # parameters; a listing of their checksums
+_HINTS = {
+    BATCH: "the ranks of a sequence cut one batch: draw it by the place in data parallelism, not by the global rank",
+    WEIGHTS: "ranks of a sequence start with the same weights, and average gradients over lasp.grad_mesh(mesh) "
+    '(sync_grads, DDP, FSDP2); if some are meant to differ (expert parallelism), validate="off"',
+}
 
 
 class Agreement:
@@ -43,22 +61,33 @@ class Agreement:
     happened, the `RankMismatchError` has the original as its cause; if every rank failed, each keeps its own error.
     """
 
-    def __init__(self, sequence: SequenceParallel | None, *, due: bool, traffic: Traffic | None = None):
-        """`traffic` counts the call once all agree: after a difference the next one is compared again."""
+    def __init__(
+        self,
+        sequence: SequenceParallel | None,
+        *,
+        due: bool,
+        count: Callable[[], None] | None = None,
+        before: str = "the exchange",
+        kind: str = "call",
+    ):
+        """`count` is called once all agree: after a difference the next call is compared again."""
         self._open = sequence if due else None
-        self._traffic = traffic
+        self._count, self._before, self._kind = count, before, kind
 
     @property
     def due(self) -> bool:
         """Whether ranks will compare, and have not yet."""
         return self._open is not None
 
-    def settle(self, fingerprint: Callable[[], Mapping[str, object]]) -> None:
+    def settle(
+        self, fingerprint: Callable[[], Mapping[str, object]], listings: Callable[[], Mapping[str, Listing]] = dict
+    ) -> None:
         """Compare; to be called once, at the last moment before the exchange.
 
         Args:
             fingerprint: what must be equal on all ranks, by name; plain values. A name that a rank leaves out is not
                 compared with it. Called only if the comparison is due.
+            listings: the same for many things of a kind.
 
         Raises:
             RankMismatchError: ranks differ, or one of them failed before it came here.
@@ -66,11 +95,11 @@ class Agreement:
         """
         if self._open is None:
             return
-        fields = {name: json.dumps(value) for name, value in fingerprint().items()}
+        fields, listed = fingerprint(), listings()
         sequence, self._open = self._open, None
-        _raise(_Round(sequence).compare({"fields": fields}))
-        if self._traffic is not None:
-            self._traffic.calls += 1
+        compare(sequence, fields, listed, before=self._before, kind=self._kind)
+        if self._count is not None:
+            self._count()
 
     def __enter__(self) -> Agreement:
         return self
@@ -80,7 +109,51 @@ class Agreement:
             return
         sequence, self._open = self._open, None
         layer = f"layer {sequence.name!r}: " if sequence.name else ""
-        _raise(_Round(sequence).compare({"error": f"{layer}{type(error).__name__}: {error}"[:2000]}), error)
+        round_ = _Round(sequence, self._before, self._kind)
+        _raise(round_.compare({"error": f"{layer}{type(error).__name__}: {error}"[:2000]}), error)
+
+
+def compare(
+    sequence: SequenceParallel,
+    fields: Mapping[str, object],
+    listings: Mapping[str, Listing] | None = None,
+    *,
+    before: str,
+    kind: str = "call",
+) -> None:
+    """Raise on every rank unless all of them have come here with the same.
+
+    Args:
+        sequence: the ranks.
+        fields: by name; plain values.
+        listings: likewise.
+        before: what all are about to do, for messages.
+        kind: comparisons of one kind have an order on every rank; of those of two kinds, in two threads, none is known.
+
+    Raises:
+        RankMismatchError, PeerError: as `Agreement.settle`.
+    """
+    _raise(_ask(_Round(sequence, before, kind), fields, listings or {}))
+
+
+def _ask(first: _Round, fields: Mapping[str, object], listings: Mapping[str, Listing]) -> dict[str, str]:
+    """The verdict; a second comparison finds out what of a listing differs."""
+    record = {name: json.dumps(value, default=str) for name, value in fields.items()}
+    record |= {name: f"{len(x)}, checksum {checksum(x.items())}" for name, x in listings.items()}
+    verdict = first.compare({"fields": record, "listings": list(listings)})
+    odd = [name for name in listings if name in verdict.get("listings", ())]
+    if odd:
+        items = {f"{name} {item}": value for name in odd for item, value in listings[name].items()}
+        items |= {f"the order of {name}": f"checksum {checksum(listings[name])}" for name in odd}
+        second = _Round(first.sequence, first.before, first.kind).compare({"fields": items, "complete": True})
+        verdict = second if second["found"] != "agreement" else verdict
+        verdict["text"] += "".join(f"; {_HINTS[name]}" for name in odd if name in _HINTS)
+    return verdict
+
+
+def checksum(x: Iterable[object]) -> str:
+    """Of plain values, in their order."""
+    return f"{zlib.crc32(repr(list(x)).encode()):08x}"
 
 
 def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
@@ -88,45 +161,113 @@ def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
     if sequence.validate == "off":
         return None
     before_step(compare_exchanges)
-    return None if _capturing() else Agreement(sequence, due=True, traffic=traffic)  # the calls before it are
+    if capturing():
+        return None  # the calls before it are
+
+    def count() -> None:
+        traffic.calls += 1
+
+    return Agreement(sequence, due=True, count=count)
 
 
-def compare_exchanges(_optimizer: Optimizer | None = None) -> None:
-    """Raise on every rank if a layer has made more exchanges on one than on another since the last call.
+def of_batch(sequence: SequenceParallel, *, validate: str) -> Agreement:
+    """Of the first batch that is cut for these ranks, and of every `EVERY`-th.
+
+    A thread of its own may do that. In a process that was forked for it there are no ranks to ask.
+    """
+    if validate not in ("first", "off"):
+        raise ValueError(f'validate must be "first" or "off", got {validate!r}')
+    peers = sequence.peers
+    if validate == "off" or sequence.validate == "off" or sequence.size == 1 or os.getpid() != peers.process:
+        return Agreement(None, due=False)
+
+    def count() -> None:
+        peers.batches += 1
+
+    if peers.batches % EVERY == 0:
+        return Agreement(sequence, due=True, count=count, before="shard_batch", kind="batch")
+    count()
+    return Agreement(None, due=False)
+
+
+def remember_model(sequence: SequenceParallel, model: nn.Module) -> None:
+    """From now on its weights are compared (see `compare_exchanges`), unless `validate` is "off"."""
+    if sequence.size > 1 and sequence.validate == "first":
+        sequence.peers.models.append(weakref.ref(model))
+
+
+def compare_exchanges(optimizer: Optimizer | None = None) -> None:
+    """Raise on every rank if one of them has done something else since the last step that was compared.
+
+    That is: a layer has made more exchanges there, or they came in another order, or optimizers have stepped more often
+    that hold parameters of a model which `parallelize` has split. Before the first two such steps and every `EVERY`-th
+    ranks also compare the weights of the model that each of them holds whole. (Before the second it shows if gradients
+    are not averaged over all ranks.) The host waits for the device then, and at no other step.
 
     Optimizers call it before they step (all of `torch.optim`, and what derives from it). Only hosts meet here, through
-    the key-value store; no device is waited for. An optimizer that only some of the ranks step must not do so between
-    an exchange and the next step of all: it would wait for them.
+    the key-value store. A step is compared if layers have exchanged since the last comparison, or if it is one more
+    without an exchange than between the last two comparisons, where two optimizers may share the weights.
+
+    So all ranks of a sequence must step an optimizer of its model equally often. Any other may be stepped by some ranks
+    only, but not between an exchange and the next step of all: it would wait for them.
 
     Raises:
-        RankMismatchError: naming rank and layer.
+        RankMismatchError: naming rank and layer, or rank and parameter.
         PeerError: a rank did not come within the timeout of its group.
     """
-    if _capturing():
+    if capturing():
         return
-    rounds, records = [], []
+    parameters = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
+    rounds, records, listings = [], [], []
     for peers in all_peers():
-        if peers.exchanges:
-            rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
-            records.append({"fields": {"exchanges since the last step": json.dumps(_in_short(peers.exchanges))}})
-        peers.exchanges.clear()
+        models = _models_of(peers, parameters)
+        peers.steps += bool(models)
+        if not peers.exchanges and (not models or peers.steps <= peers.usual_steps):
+            continue
+        rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
+        records.append({"exchanges since the last step": _in_short(peers), "steps": peers.steps})
+        listings.append({WEIGHTS: _weights(models)} if is_due(peers.compared_steps) else {})
+        peers.forget_step()
     if not rounds:
         return
     with ThreadPoolExecutor(len(rounds)) as pool:  # ranks may know their groups in different orders
-        verdicts = list(pool.map(_Round.compare, rounds, records))
+        verdicts = list(pool.map(_ask, rounds, records, listings))
     for verdict in verdicts:
         _raise(verdict)
+    for round_, record in zip(rounds, records):
+        round_.peers.compared_steps += 1
+        round_.peers.usual_steps = max(1, record["steps"])
 
 
-def _in_short(made: Counter[tuple[str, bool]]) -> dict[str, object]:
-    """What most layers have done, and the layers that have done something else."""
+def _models_of(peers: Peers, parameters: set[int]) -> list[nn.Module]:
+    """Those split over these ranks that have one of the parameters."""
+    living = [model for known in peers.models if (model := known()) is not None]
+    return [model for model in living if any(id(p) in parameters for p in model.parameters())]
+
+
+def is_due(count: int) -> bool:
+    """Of what must not go wrong once, but can be compared only with what was compared before."""
+    return count < 2 or count % EVERY == 0
+
+
+def _weights(models: list[nn.Module]) -> Listing:
+    found: dict[str, Tensor] = {}
+    for number, model in enumerate(models):
+        for name, p in whole_parameters(model).items():
+            found[f"{name} of model {number}" if name in found else name] = p
+    return checksums(found)
+
+
+def _in_short(peers: Peers) -> dict[str, object]:
+    """What most layers have done, the layers that have done something else, and a checksum of the order."""
+    made = peers.exchanges
     layers = {name: (made[name, False], made[name, True]) for name, _ in made}
-    usual = _most(list(layers.values()))
+    usual = _most(list(layers.values())) if layers else (0, 0)
     odd = {name: counts for name, counts in layers.items() if counts != usual}
-    return {"forward, backward": usual, "layers": len(layers), **odd}
+    return {"forward, backward": usual, "layers": len(layers), **odd, "order": f"{peers.order:08x}"}
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     """Whether a CUDA graph is captured: a host that waits would end that."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -143,18 +284,25 @@ def _raise(verdict: dict[str, str], cause: Exception | None = None) -> None:
 class _Round:
     """One comparison: every rank writes a record, the group's first rank reads them all and writes the verdict.
 
-    Keys are deleted by those who read them last, so that nothing piles up in the store.
+    Keys are deleted by those who read them last, so that nothing piles up in the store. They begin with the token of
+    the first rank, so that what another life of the same group has left there, which ended in an error, says nothing
+    in this one. The first time the others read that token it may be of the other life: they then look again until they
+    get a verdict with their own token in it, which nobody knew before.
     """
 
-    def __init__(self, sequence: SequenceParallel, before: str = "the exchange"):
-        self.sequence, self.peers, self.before = sequence, sequence.peers, before
+    def __init__(self, sequence: SequenceParallel, before: str = "the exchange", kind: str = "call"):
+        self.sequence, self.peers, self.before, self.kind = sequence, sequence.peers, before, kind
         self.rank, self.size = self.peers.rank, self.peers.size
-        self.number = next(self.peers.comparisons)
+        self.number = self.peers.rounds[kind]
+        self.peers.rounds[kind] += 1
+        self.life = self.peers.life
 
-    def compare(self, record: dict[str, object]) -> dict[str, str]:
+    def compare(self, record: dict[str, Any]) -> dict[str, str]:
         """The verdict on all ranks' records."""
         if self.peers.fake:
             return {"found": "agreement", "text": ""}
+        if "fields" in record and "complete" not in record:
+            record = record | {"fields": {"come to": json.dumps(self.before), **record["fields"]}}
         self.timeout = self.peers.timeout
         verdicts: list[dict[str, str] | Exception] = []
         # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
@@ -173,41 +321,76 @@ class _Round:
         known = presence.account(f"PeerError: {text}")
         raise PeerError(text + (f"; {known}" if known else "")) from verdict
 
-    def _talk(self, record: dict[str, object], verdicts: list) -> None:
+    def _talk(self, record: dict[str, Any], verdicts: list) -> None:
         started = time.monotonic()
         try:
-            self.store = _connection(self.peers.group)
-            self.store.set(self._key(self.rank), json.dumps(record))
-            verdicts.append(self._judge(started) if self.rank == 0 else self._read(started))
+            self.store = _connection(self.peers.group, self.kind)
+            verdicts.append((self._judge if self.rank == 0 else self._read)(record, started))
         except Exception as error:
             verdicts.append(error)
 
-    def _judge(self, started: float) -> dict[str, str]:
+    def _judge(self, record: dict[str, Any], started: float) -> dict[str, str]:
+        if self.life is None:
+            self.life = self.peers.life = self.peers.token
+            self.store.set(_LIFE, self.life)
+        self._tell(record)
         keys = {rank: self._key(rank) for rank in range(self.size)}
+        tokens = []
         if self._wait(keys):
-            records = self.store.multi_get(list(keys.values()))
-            verdict = judge({self._name(r): json.loads(x) for r, x in enumerate(records)})
+            records = [json.loads(x) for x in self.store.multi_get(list(keys.values()))]
+            verdict = judge({self._name(r): x for r, x in enumerate(records)})
+            tokens = [x["token"] for x in records if "token" in x]
         else:
             verdict = self._absent(started)
-        self.store.set(self._key("verdict"), json.dumps(verdict))
+        self.store.set(self._key("verdict"), json.dumps(verdict | {"tokens": tokens}))
         self._clean()
         return verdict
 
-    def _read(self, started: float) -> dict[str, str]:
-        key = self._key("verdict")
-        if not self._wait({0: key}):
+    def _read(self, record: dict[str, Any], started: float) -> dict[str, str]:
+        verdict = self._received(record) if self.life else self._received_in_new_life(record, started)
+        if verdict is None:
             absent = self._absent(started)
-            # A rank that comes later must not believe that this one is still there.
-            self.store.set(self._key(self.rank), json.dumps({"error": f"PeerError: {absent['text']}"}))
-            if not self.store.check([key]):
+            if self.life is None:
                 return absent
-        verdict = json.loads(self.store.get(key))
+            # A rank that comes later must not believe that this one is still there.
+            self._tell({"error": f"PeerError: {absent['text']}"})
+            if not self.store.check([self._key("verdict")]):
+                return absent
+            verdict = json.loads(self.store.get(self._key("verdict")))
         self._clean()
         return verdict
 
-    def _wait(self, keys: dict[int, str]) -> bool:
-        """Whether the keys of all these ranks came within the timeout; not waited for once one of them has ended."""
-        until = time.monotonic() + self.timeout.total_seconds()
+    def _received(self, record: dict[str, Any], limit: timedelta | None = None) -> dict[str, str] | None:
+        """The verdict, if it comes within the limit."""
+        self._tell(record)
+        key = self._key("verdict")
+        return json.loads(self.store.get(key)) if self._wait({0: key}, limit) else None
+
+    def _received_in_new_life(self, record: dict[str, Any], started: float) -> dict[str, str] | None:
+        token, first = self.peers.token, dist.get_global_rank(self.peers.group, 0)
+        while (left := self.timeout - timedelta(seconds=time.monotonic() - started)) > timedelta(0):
+            limit = min(left, _LOOK_AGAIN)
+            if not self._wait({0: _LIFE}, limit):
+                if presence.ended([first]):
+                    break
+                continue
+            self.life = self.store.get(_LIFE).decode()
+            verdict = self._received(record | {"token": token}, limit)
+            if verdict is not None and token in verdict["tokens"]:
+                self.peers.life = self.life
+                return verdict
+            if presence.ended([first]):
+                break
+            if verdict is not None:  # of another life
+                time.sleep(limit.total_seconds())
+        return None
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        self.store.set(self._key(self.rank), json.dumps(record))
+
+    def _wait(self, keys: dict[int, str], limit: timedelta | None = None) -> bool:
+        """Whether the keys of all these ranks came within the limit; not waited for once one of them has ended."""
+        until = time.monotonic() + (self.timeout if limit is None else limit).total_seconds()
         ranks = {dist.get_global_rank(self.peers.group, rank): key for rank, key in keys.items()}
         presence.announce()
         if self.number == 0:
@@ -224,8 +407,9 @@ class _Round:
         return self.store.check(list(keys.values()))
 
     def _absent(self, started: float) -> dict[str, str]:
-        missing = [self._named(rank) for rank in range(self.size) if not self.store.check([self._key(rank)])]
-        who = ", ".join(missing) or f"the verdict of {self._named(0)}"
+        ranks = range(self.size) if self.life is not None else [0]
+        missing = [r for r in ranks if self.life is None or not self.store.check([self._key(r)])]
+        who = ", ".join(map(self._named, missing)) or f"the verdict of {self._named(0)}"
         text = f"{self._layer()}waited {time.monotonic() - started:.1f} s for {who} before {self.before}; not come yet"
         return {"found": "absent", "text": text}
 
@@ -240,7 +424,7 @@ class _Round:
             self.store.delete_key(self._key("readers"))
 
     def _key(self, part: int | str) -> str:
-        return f"{self.number}/{part}"
+        return f"{self.life}/{self.kind}/{self.number}/{part}"
 
     def _name(self, rank: int) -> str:
         return self.sequence.name_of(rank)
@@ -249,10 +433,15 @@ class _Round:
         return f"layer {self.sequence.name!r}: " if self.sequence.name else ""
 
 
-def judge(records: Mapping[str, dict]) -> dict[str, str]:
+_LIFE = "life"  # a key: the token of the first rank
+_LOOK_AGAIN = timedelta(seconds=0.5)  # for it, until it is known to be of this life
+
+
+def judge(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The verdict on the records of all ranks, by the name of the rank.
 
-    The value that most ranks have is taken for the right one; of as many, the first rank's.
+    The value that most ranks have is taken for the right one; of as many, the first rank's. Ranks that have come to
+    different things are not compared further. Where only listings differ, their names are told.
     """
     failed = {rank: record["error"] for rank, record in records.items() if "error" in record}
     if len(failed) == len(records):
@@ -261,18 +450,25 @@ def judge(records: Mapping[str, dict]) -> dict[str, str]:
         listed = [f"{rank} failed before its exchange: {error}" for rank, error in failed.items()]
         return {"found": "mismatch", "text": _list(listed)}
     fields = {rank: record["fields"] for rank, record in records.items()}
+    complete = all(record.get("complete") for record in records.values())  # what one leaves out the others lack
     layer = _most([x.get("layer") for x in fields.values()])
-    different = []
+    different, odd = [], []
     for name in dict.fromkeys(name for x in fields.values() for name in x):
-        values = {rank: x[name] for rank, x in fields.items() if name in x}
+        values = {rank: x.get(name, "nothing") for rank, x in fields.items() if name in x or complete}
         usual = _most(list(values.values()))
-        different += [f"{rank} has {name} {x}, the others {usual}" for rank, x in values.items() if x != usual]
+        found = [f"{rank} has {name} {x}, the others {usual}" for rank, x in values.items() if x != usual]
+        different += found
+        odd += [name] * bool(found)
+        if found and name == "come to":
+            break
     if not different:
         return {"found": "agreement", "text": ""}
-    return {"found": "mismatch", "text": (f"layer {layer}: " if layer else "") + _list(different)}
+    verdict: dict[str, Any] = {"found": "mismatch", "text": (f"layer {layer}: " if layer else "") + _list(different)}
+    listings = [name for name in odd if all(name in record.get("listings", ()) for record in records.values())]
+    return verdict | ({"listings": listings} if listings == odd else {})
 
 
-def _most(values: list) -> object:
+def _most(values: list) -> Any:
     return Counter(values).most_common(1)[0][0]  # of equally many, the first
 
 
@@ -281,10 +477,10 @@ def _list(found: list[str]) -> str:
     return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _connection(group: ProcessGroup) -> Store:
+def _connection(group: ProcessGroup, kind: str) -> Store:
     """To the group's store, of our own: one that waits keeps others out, and the backend's threads use the group's."""
-    peers = peers_of(group)
-    if peers.store is None:
+    stores = peers_of(group).stores
+    if kind not in stores:
         store = group.get_group_store().clone()  # type: ignore[attr-defined]
-        peers.store = PrefixStore("lasp/agreement", store)
-    return peers.store
+        stores[kind] = PrefixStore("lasp/agreement", store)
+    return stores[kind]

@@ -8,20 +8,28 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lasp.checks.replicas import compare_parameters
 from lasp.ranks import collectives, grad_mesh, waiting
 from lasp.ranks.group import making_groups
 
 
-def wrap_fsdp2(model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] = (), **options) -> nn.Module:
+def wrap_fsdp2(
+    model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] = (), validate: str = "first", **options
+) -> nn.Module:
     """Shard the parameters of each of `blocks`, then of the rest, over all ranks of `grad_mesh(mesh)`, in place.
 
     `options` go to `fully_shard` (mp_policy, reshard_after_forward, ...). With dp_replicate > 1 it is hybrid:
     sharded over dp_shard x sp and replicated over dp_replicate. With a loss from `lasp.token_loss` every
-    parameter's gradient is that of the whole batch.
+    parameter's gradient is that of the whole batch. Unless `validate` is "off", ranks compare the names, shapes and
+    dtypes of the parameters first, and which are trained.
+
+    Raises:
+        RankMismatchError: ranks hold other parameters; on every rank.
     """
     axis = grad_mesh(mesh)
     if not isinstance(axis, DeviceMesh):
         raise TypeError(f"FSDP2 needs a DeviceMesh, got {type(mesh).__name__}")
+    compare_parameters(model, axis.get_group(), "wrap_fsdp2", validate=validate)
     if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
         with making_groups("wrap_fsdp2: making the process group of dp_shard x sp"):
             shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")

@@ -7,18 +7,28 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lasp.checks.replicas import check_gradients
 from lasp.ranks import grad_group, waiting
 
 
 @torch.no_grad()
-def sync_grads(model: nn.Module, mesh) -> None:
+def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     """Average every parameter's gradient over `grad_mesh(mesh)`, in place; call it between backward and step.
 
     A parameter that got no gradient on this rank counts as zero there, so that all ranks take part in the same
     sums. Needs memory for one more copy of the gradients.
 
+    Args:
+        model: the same on all ranks.
+        mesh: the whole mesh, one axis, a ProcessGroup, or None for one rank.
+        validate: "first" compares at every call which parameters the ranks are about to average (names, shapes,
+            dtypes, which are trained, their order), and at the first two calls for a model and every 1000th also their
+            values; "off" does not.
+
     Raises:
         ValueError: the model is sharded by FSDP2, which averages by itself.
+        RankMismatchError: ranks hold other parameters; on every rank, before anything is sent.
+        PeerError: a rank did not come within the timeout of the group.
     """
     group, ranks = grad_group(mesh)
     if ranks == 1:
@@ -27,6 +37,7 @@ def sync_grads(model: nn.Module, mesh) -> None:
     sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise ValueError(f"{sharded} is sharded (DTensor): FSDP2 averages gradients itself, leave out sync_grads")
+    check_gradients(model, group, "sync_grads", validate=validate)
     for dtype in sorted({p.dtype for p in parameters}, key=str):
         mine = [p for p in parameters if p.dtype == dtype]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine])

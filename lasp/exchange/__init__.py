@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +37,7 @@ from lasp.ranks import SequenceParallel, Traffic, waiting
 
 __all__ = [
     "Fold", "HeadRuns", "Job", "Link", "Pending", "StateMap", "Terms", "all_gather", "beside", "connect", "cost",
-    "count_exchange", "direct", "forgetting", "horizon", "identity", "pipeline", "queue", "ring", "start",
+    "count_exchange", "direct", "forgetting", "horizon", "identity", "kind_of", "pipeline", "queue", "ring", "start",
 ]  # fmt: skip
 
 FORWARD = Terms()
@@ -96,7 +97,24 @@ def count_exchange(sequence: SequenceParallel, traffic: Traffic, *, reverse: boo
     else:
         traffic.forward_exchanges += 1
     if sequence.size > 1 and sequence.validate == "first":
-        sequence.peers.exchanges[sequence.name, reverse] += 1
+        peers = sequence.peers
+        peers.exchanges[sequence.name, reverse] += 1
+        peers.order = zlib.crc32((b"-" if reverse else b"+") + sequence.name.encode(), peers.order)
+
+
+def kind_of(local: StateMap, sequence: SequenceParallel, terms: Terms) -> tuple[tuple[str, object], ...]:
+    """All that decides how many messages `start` makes of these maps, and how long they are; the same on every rank."""
+    state, schedule = local.state, sequence.schedule
+    kind = (
+        ("state", tuple(state.shape[1:])),
+        ("dtype", state.dtype),
+        ("far heads", terms.far),
+        ("reverse", terms.reverse),
+    )
+    # Elsewhere the number of maps may be a rank's own, and what else belongs to a map stays there.
+    if not terms.ragged if schedule is None else schedule.needs_equal_lengths(sequence.size):
+        kind += (("maps", terms.units or len(state)), ("numbers of a map", local.map_numbers))
+    return kind
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
@@ -26,6 +26,8 @@ import lasp_kernels as kernels
 from lasp import exchange
 from lasp.checks import agreement, finite
 from lasp.checks.agreement import Agreement
+from lasp.checks.checksum import checksums
+from lasp.checks.messages import Kind, check_messages
 from lasp.exchange import HeadRuns, StateMap, Terms, horizon
 from lasp.layout import LocalRuns, Shard, ShardLayout, crossed_tokens
 from lasp.ops import recompute
@@ -130,6 +132,7 @@ class Call:
             "ranks": sequence.ranks,
             "exchange": [sequence.exchange, *astuple(exchange.cost.network_of(sequence))],
             **{name: _form(x, name) for name, x in tensors.items()},
+            **_values_held_alike(tensors, self.rates),
             "layout": None if layout is None else _in_short(layout),
             "segment_length": self.segment_length,
             "tokens": next(x.shape[1] for x in tensors.values() if x is not None) if self.needs_equal_tokens else None,
@@ -190,14 +193,29 @@ class Call:
         sequence = self.sequence
         assert sequence is not None
         if terms.reverse:
-            return exchange.start(maps(), sequence, fold=kernels.fold, terms=terms, operator=self.operator).wait
+            return self._start(maps(), terms)
         reception = self.reception()
         if reception.result is not None:
             return lambda: reception.result  # type: ignore[return-value]
         if reception.kept and terms.borrow:
             terms = replace(terms, borrow=False)
-        wait = exchange.start(maps(), sequence, fold=kernels.fold, terms=terms, operator=self.operator).wait
+        wait = self._start(maps(), terms)
         return (lambda: reception.keep(wait())) if reception.kept else wait
+
+    def _start(self, local: StateMap, terms: Terms) -> Callable[[], Tensor]:
+        sequence = self.sequence
+        assert sequence is not None
+        kind = exchange.kind_of(local, sequence, terms)
+        self.check_messages("the state", kind, local.state, reverse=terms.reverse)
+        return exchange.start(local, sequence, fold=kernels.fold, terms=terms, operator=self.operator).wait
+
+    def check_messages(self, thing: str, kind: Kind, x: Tensor, *, reverse: bool) -> None:
+        """Raise on every rank if the ranks are about to send different things; x lies where the messages do."""
+        sequence = self.sequence
+        assert sequence is not None
+        if sequence.validate == "first":
+            where = f"layer {sequence.name!r}, {'backward' if reverse else 'forward'}"
+            check_messages(sequence, f"{self.operator}, {thing}", kind, x.device, where=where)
 
     def reception(self) -> recompute.Reception:
         """Of a communication of this call's forward: does it take place, or is its result known?"""
@@ -280,6 +298,7 @@ class Call:
         if sequence is not None:
             direction = "backward" if reverse else "forward"
             what = "gradients of the final states" if reverse else "final states"
+            self.check_messages(f"the sum of the {what}", kind_of_tensor(states), states, reverse=reverse)
             with waiting(f"layer {sequence.name!r}, {direction}: the sum of the {what} of all ranks"):
                 dist.all_reduce(states, group=sequence.group)
         return states
@@ -338,6 +357,26 @@ def _form(x: Tensor | None, name: str) -> list[object] | None:
         return None
     of_all = name == "initial_state" or x.ndim < 2
     return [*(size if of_all or dim != 1 else "T" for dim, size in enumerate(x.shape)), str(x.dtype)]
+
+
+def _values_held_alike(tensors: dict[str, Tensor | None], rates: tuple[float, ...] | None) -> dict[str, str]:
+    """Checksums of what every rank holds whole: the initial states, and decays of heads that the host does not know."""
+    whole = {"initial_state": tensors.get("initial_state"), "log_decay": tensors.get("log_decay")}
+    found = {f"the values of {name}": x for name, x in whole.items() if x is not None}
+    if rates is not None or "T" in (_form(whole["log_decay"], "log_decay") or ()):
+        found.pop("the values of log_decay", None)
+    return checksums(found)
+
+
+def kind_of_tensor(x: Tensor) -> Kind:
+    """Of a message with all of x."""
+    return (("shape", tuple(x.shape)), ("dtype", x.dtype))
+
+
+def kind_of_tokens(x: Tensor, lengths: Sequence[int] = ()) -> Kind:
+    """Of a message with the tokens of x [B, T, ...], of which ranks hold `lengths`."""
+    shape = (*x.shape[:1], "T", *x.shape[2:])
+    return (("shape", shape), ("dtype", x.dtype), ("most tokens", max(lengths, default=None)))
 
 
 @lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ from lasp import exchange
 from lasp.exchange import Job, Link, StateMap, Terms
 from lasp.exchange.base import Run
 from lasp.layout import ShardLayout
-from lasp.ops.call import Call, begin, call_of, facts_of, wants_gradient
+from lasp.ops.call import Call, begin, call_of, facts_of, kind_of_tensor, wants_gradient
 from lasp.ranks import SequenceParallel
 from lasp_kernels import convolution
 
@@ -203,6 +203,7 @@ def _travel(tail: _Tail, call: Call, *, reverse: bool) -> Tensor:
     """Send it to the rank behind (reversed: before) and return what came from the other side."""
     sequence, traffic = call.sequence, call.traffic
     assert sequence is not None
+    call.check_messages("the tokens before a shard", kind_of_tensor(tail.tokens), tail.tokens, reverse=reverse)
     exchange.count_exchange(sequence, traffic, reverse=reverse)
     if not sequence.peers.connected:
         exchange.connect(sequence, tail.tokens)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lasp import exchange
 from lasp.layout import Shard, ShardLayout
-from lasp.ops.call import Call, autocast, begin, call_of, facts_of, wants_gradient
+from lasp.ops.call import Call, autocast, begin, call_of, facts_of, kind_of_tokens, wants_gradient
 from lasp.ranks import SequenceParallel, collectives
 from lasp_kernels import softmax as local
 
@@ -149,6 +149,7 @@ def _lengths(k: Tensor, call: Call) -> tuple[int, ...]:
     if reception.result is not None:
         return tuple(reception.result.tolist())
     assert call.sequence is not None
+    call.check_messages("the numbers of tokens", kind_of_tokens(k), k, reverse=False)
     lengths = collectives.lengths_of(k, call.sequence, lambda: _what(call, "the numbers of tokens", reverse=False))
     reception.keep(torch.tensor(lengths, device="cpu"))
     return lengths
@@ -183,6 +184,7 @@ def gather(x: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
         return reception.result
     sequence, traffic = call.sequence, call.traffic
     assert sequence is not None
+    call.check_messages("keys and values", kind_of_tokens(x, lengths), x, reverse=False)
     exchange.count_exchange(sequence, traffic, reverse=False)
     found = collectives.gather_tokens(x, lengths, sequence, lambda: _what(call, "keys and values", reverse=False))
     _count(x, x.element_size(), lengths, call)
@@ -193,8 +195,9 @@ def scatter(dx: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
     """This rank's slice of the sum over ranks."""
     sequence, traffic = call.sequence, call.traffic
     assert sequence is not None
-    exchange.count_exchange(sequence, traffic, reverse=True)
     what = "the gradients of keys and values"
+    call.check_messages(what, kind_of_tokens(dx, lengths), dx, reverse=True)
+    exchange.count_exchange(sequence, traffic, reverse=True)
     found = collectives.scatter_tokens(dx, lengths, sequence, lambda: _what(call, what, reverse=True))
     _count(found, max(4, found.element_size()), lengths, call)  # 16-bit numbers are summed in fp32
     return found

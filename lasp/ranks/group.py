@@ -7,7 +7,7 @@ else, so that nothing outlives a group and tests can begin anew.
 
 from __future__ import annotations
 
-import itertools
+import os
 import time
 import weakref
 from collections import Counter
@@ -41,6 +41,7 @@ class Peers:
         self.size = dist.get_world_size(group)
         self.fake = dist.get_backend(group) == "fake"  # nobody else is there
         self._gloo = dist.get_backend(group) == "gloo"
+        self.process = os.getpid()  # a worker that was forked from it inherits this object, but no ranks
         self.reset()
 
     def reset(self) -> None:
@@ -50,9 +51,28 @@ class Peers:
         self.network: Any = None  # lasp.exchange.cost.Network: what was measured between the ranks
         self.board: Any = None  # lasp.exchange.board.Board: memory that the ranks read from each other
         self.refusal: str | None = None  # why there can be no board; empty if there may be; None: not asked yet
-        self.exchanges: Counter[tuple[str, bool]] = Counter()  # of a layer, in a direction, since the last step
-        self.comparisons = itertools.count()  # their numbers (lasp.checks.agreement)
-        self.store: Any = None  # a connection of our own to the group's key-value store
+        # What ranks compare (lasp.checks)
+        self.exchanges: Counter[tuple[str, bool]] = Counter()  # of a layer, in a direction, since the last comparison
+        self.order = 0  # a checksum of their order
+        self.steps = 0  # of optimizers of split models since the last comparison
+        self.usual_steps = 1  # of them from one comparison to the next
+        self.compared_steps = 0
+        self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
+        self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
+        self.batches = 0  # that were cut for these ranks
+        self.agreed: set[Any] = set()  # kinds of messages
+        self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
+        # How: rounds of comparison in the group's key-value store
+        self.rounds: Counter[str] = Counter()  # of a kind, so far
+        self.stores: dict[str, Any] = {}  # a connection of our own for each kind
+        self.life: str | None = None  # stands before the keys of this group; None: the first rank has yet to tell
+        self.token = os.urandom(8).hex()
+
+    def forget_step(self) -> None:
+        """What was exchanged so far is no concern of the next comparison before a step."""
+        self.exchanges.clear()
+        self.order = 0
+        self.steps = 0
 
     @property
     def group(self) -> ProcessGroup:
@@ -125,7 +145,8 @@ def forget_steps() -> None:
     """What was exchanged so far, and whether it was finite, is no concern of the next step of an optimizer."""
     process.noted.clear()
     for peers in process.peers.values():
-        peers.exchanges.clear()
+        peers.forget_step()
+        peers.models.clear()
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:

@@ -25,12 +25,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, untyped
+
+from lasp.ranks.hosts import is_loopback, this_host
 
 SECONDS = 1.0  # that a rank which failed waits to hear what has become of the others
 _LOOK = 0.05  # seconds from one look to the next
@@ -162,7 +162,7 @@ class Presence:
             if self._listener is None:
                 self._listener = _listener(address)
         address, port = self._listener.getsockname()[:2]
-        said = {"host": _host(), "address": address, "port": port, "pid": os.getpid()}
+        said = {"host": this_host(), "address": address, "port": port, "pid": os.getpid()}
         self._connection().set(f"address/{dist.get_rank()}", json.dumps(said))
         self._announced = True
 
@@ -184,8 +184,8 @@ class Presence:
             if self._connection().check([f"address/{rank}"]):
                 self._known.add(rank)
                 said = json.loads(self._connection().get(f"address/{rank}"))
-                here = said["host"] == _host()
-                if here or not _is_loopback(said["address"]):
+                here = said["host"] == this_host()
+                if here or not is_loopback(said["address"]):
                     self._lines[rank] = _Line((said["address"], said["port"]), here)
 
     def ended(self, ranks: Iterable[int] | None = None) -> list[int]:
@@ -313,20 +313,3 @@ def _own_address(store: Any) -> str:
             probe.connect(address)  # sends nothing
             return probe.getsockname()[0]
     return "127.0.0.1"
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-@cache
-def _host() -> str:
-    """This host since it was started, and what its loopback address stands for: each container has its own."""
-    boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
-    return " ".join(
-        [
-            socket.gethostname(),
-            boot.read_text().strip() if boot.exists() else "",
-            os.readlink(network) if network.is_symlink() else "",
-        ]
-    )

@@ -50,8 +50,8 @@ class SequenceParallel:
             host), or "auto", one of them by a cost model, for which the network is measured at the first exchange.
         name: the layer, for messages.
         validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th,
-            and before an optimizer steps how many exchanges they made (see `lasp.checks.agreement`), so that a
-            difference is a `RankMismatchError` on every rank; "off" does not.
+            what they are about to send before each, and before an optimizer steps how many exchanges they made (see
+            `lasp.checks.agreement`), so that a difference is a `RankMismatchError` on every rank; "off" does not.
         check_finite: raise `FloatingPointError` before an optimizer steps, on every rank, if a state was NaN or Inf, or
             a gradient that the optimizer would use is (see `lasp.assert_finite`).
     """
