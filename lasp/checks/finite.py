@@ -10,11 +10,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.checks.optimizers import before_step
-from lasp.ranks import SequenceParallel
+from lasp.ranks import SequenceParallel, axis_groups
 from lasp.ranks.group import process
 
 _DIRECTIONS = ("forward", "backward")
@@ -52,7 +50,7 @@ def assert_finite() -> None:
     layers = list(process.noted)
     process.noted.clear()
     meshes = {id(layer.mesh): layer for layer in layers}  # of many layers mostly one
-    axes = list(dict.fromkeys(group for layer in meshes.values() for group in _axes(layer)))
+    axes = list(dict.fromkeys(group for layer in meshes.values() for group in axis_groups(layer.mesh)))
     flag = torch.stack([process.not_finite[layer].any() for layer in layers]).any().to(torch.int32)
     for group in axes:  # the greatest along one axis after the other is that of all ranks
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
@@ -75,11 +73,3 @@ def _names(layers: list[SequenceParallel]) -> str:
         if directions:
             found.append(f"{layer.name or 'a layer without name'} ({' and '.join(directions)})")
     return ", ".join(found)
-
-
-def _axes(layer: SequenceParallel) -> list[ProcessGroup]:
-    """The groups along all axes of the mesh that the sequence is one axis of."""
-    if isinstance(layer.mesh, DeviceMesh):
-        root = layer.mesh._get_root_mesh()
-        return [root.get_group(axis) for axis in range(root.ndim) if root.size(axis) > 1]
-    return [] if layer.group is None else [layer.group]

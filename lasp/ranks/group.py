@@ -79,6 +79,7 @@ class _Process:
         self.meetings = 0  # to set up symmetric memory, in all groups (see lasp.exchange.board)
         self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags of a layer
         self.noted: dict[Any, None] = {}  # layers that set one since the last check, in order; the same on all ranks
+        self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
 
 
 process = _Process()
