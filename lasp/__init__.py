@@ -18,6 +18,7 @@ from lasp.ops.delta import delta_rule
 from lasp.ops.halo import causal_conv, halo
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
+from lasp.verification import verify
 
 __all__ = [
     "Env",
@@ -46,4 +47,5 @@ __all__ = [
     "sync_grads",
     "token_loss",
     "unshard_sequence",
+    "verify",
 ]

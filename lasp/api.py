@@ -94,8 +94,7 @@ def parallelize(
             raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
         sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
         layers = _find_layers(model, plan or {}, strict)
-        split = [module for module, _ in layers.values() if getattr(module, "sequence", None) is not None]
-        if model in _parallelized or split:
+        if is_parallelized(model):
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         ranks_agree.settle(
             lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
@@ -113,6 +112,14 @@ def parallelize(
     finite.watch(model, sequence, own.values())
     _parallelized.add(model)
     return model
+
+
+def is_parallelized(model: nn.Module) -> bool:
+    """Whether `parallelize` was called with this model, or with one that it holds or is a copy of."""
+    return any(
+        module in _parallelized or isinstance(getattr(module, "sequence", None), SequenceParallel)
+        for module in model.modules()
+    )
 
 
 def _find_layers(model: nn.Module, plan: Mapping[str, Adapter], strict: bool) -> dict[str, tuple[nn.Module, Adapter]]:

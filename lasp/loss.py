@@ -14,7 +14,7 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     """Cross entropy, averaged over every token of every rank of dp x sp, not over ranks.
 
     Args:
-        logits: [..., vocabulary], this rank's tokens, any float dtype; the loss is taken in fp32.
+        logits: [..., vocabulary], this rank's tokens, any float dtype; the loss is taken in fp32 (fp64 for fp64).
         labels: [...], int64, already shifted (`shard_batch` does it); `ignore_index` marks tokens that do not count.
         mesh: the whole mesh (dp_replicate x dp_shard x sp), one axis, a ProcessGroup, or None for one rank.
         ignore_index: the label that does not count.
@@ -26,7 +26,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
-    local = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    exact = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    local = F.cross_entropy(exact, labels.flatten(), ignore_index=ignore_index, reduction="sum")
     group, ranks = grad_group(mesh)
     tokens = (labels != ignore_index).sum()
     total = local.detach().clone()
@@ -34,7 +35,7 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         with waiting("token_loss, forward: the sum over all ranks"):
             dist.all_reduce(tokens, group=group)
             dist.all_reduce(total, group=group)
-    count = tokens.clamp(min=1)
+    count = tokens.clamp(min=1).to(total.dtype)  # an integer would be divided in fp32
     return _GlobalMean.apply(local, total / count, ranks / count), tokens  # type: ignore[return-value]
 
 

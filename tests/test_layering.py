@@ -18,8 +18,9 @@ LAYERS = [
     {"lasp.modules"},
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
     {"lasp.api"},
+    {"lasp.verification"},
     {"lasp"},
-    {"lasp.doctor"},
+    {"lasp.doctor", "lasp.verify_command"},
     {"lasp.__main__"},
 ]
 

@@ -62,6 +62,26 @@ def test_equals_the_serial_mean_on_every_rank(counted, tokens, ignore_index):
     assert len(set(losses)) == 1
 
 
+def _fp64():
+    """What checks a split in fp64 needs a loss and gradients that are exact to fp64, at a count that fp32 rounds."""
+    rank, draw = dist.get_rank(), torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, VOCABULARY, generator=draw, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, (3, 5), generator=draw)
+    whole = logits.clone().requires_grad_()
+    expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten())
+    expected.backward()
+    mine = logits[rank].clone().requires_grad_()
+    loss, _ = lasp.token_loss(mine, labels[rank], mesh=dist.group.WORLD)
+    loss.backward()
+    assert loss.dtype == torch.float64
+    assert_close(loss, expected, "loss", rtol=1e-14, atol=0.0)
+    assert_close(mine.grad / 3, whole.grad[rank], "gradient", rtol=1e-13, atol=1e-16)
+
+
+def test_fp64_logits_have_a_loss_in_fp64():
+    run_ranks(3, _fp64)
+
+
 def _all_masked():
     logits = torch.randn(1, 3, VOCABULARY, requires_grad=True)
     loss, count = lasp.token_loss(logits, torch.full((1, 3), -100), mesh=dist.group.WORLD)

@@ -13,14 +13,12 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lasp.checks.optimizers import before_step
-from lasp.ranks import SequenceParallel, collectives, waiting
+from lasp.ranks import SequenceParallel, axis_groups, collectives, waiting
 from lasp.ranks.group import process
 
 _DIRECTIONS = ("forward", "backward")
@@ -96,7 +94,7 @@ def assert_finite(gradients_of: Optimizer | nn.Module | None = None) -> None:
     if not sequences:
         return
     one_of_each_mesh = {id(sequence.mesh): sequence for sequence in sequences}.values()  # of many layers mostly one
-    axes = list(dict.fromkeys(group for sequence in one_of_each_mesh for group in _axes(sequence)))
+    axes = list(dict.fromkeys(group for sequence in one_of_each_mesh for group in axis_groups(sequence.mesh)))
     flag = _any([*_flags(layers), *_flag_of([x for _, x in _gradients(parameters)])])
     for group in axes:  # the greatest along one axis after the other is that of all ranks
         flag = flag.to(collectives.device_of(group))
@@ -185,11 +183,3 @@ def _names_of_gradients(parameters: list[Tensor], models: Iterable[nn.Module]) -
 def _in_short(found: list[str], what: str) -> list[str]:
     more = len(found) - _NAMED
     return [*found[:_NAMED], *([f"{more} more {what}"] if more > 0 else [])]
-
-
-def _axes(sequence: SequenceParallel) -> list[ProcessGroup]:
-    """The groups of several ranks along all axes of the mesh that the sequence is one axis of."""
-    if isinstance(sequence.mesh, DeviceMesh):
-        root = sequence.mesh._get_root_mesh()
-        return [root.get_group(axis) for axis in range(root.ndim) if root.size(axis) > 1]
-    return [sequence.group] if sequence.group is not None and sequence.size > 1 else []

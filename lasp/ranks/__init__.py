@@ -1,8 +1,9 @@
 """Ranks: how they find each other, how they are arranged, and what a process keeps of those it works with."""
 
+from lasp.ranks.aside import alone, uncounted
 from lasp.ranks.group import PeerError, Peers, RankMismatchError, all_peers, peers_of, waiting
 from lasp.ranks.launchers import Env, init
-from lasp.ranks.mesh import MESH_AXES, grad_group, grad_mesh, init_mesh, sequence_axis
+from lasp.ranks.mesh import MESH_AXES, axis_groups, grad_group, grad_mesh, init_mesh, sequence_axis
 from lasp.ranks.sequence import SCHEDULES, SequenceParallel, Traffic, sequence_of_handle
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "SequenceParallel",
     "Traffic",
     "all_peers",
+    "alone",
+    "axis_groups",
     "grad_group",
     "grad_mesh",
     "init",
@@ -22,5 +25,6 @@ __all__ = [
     "peers_of",
     "sequence_axis",
     "sequence_of_handle",
+    "uncounted",
     "waiting",
 ]

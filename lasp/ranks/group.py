@@ -114,6 +114,7 @@ class _Process:
         self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
         self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
         self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
+        self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
 
 
 process = _Process()

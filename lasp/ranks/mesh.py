@@ -79,3 +79,14 @@ def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | N
     if group is not None:
         peers_of(group)  # for its timeout, if it is the user's
     return group, dist.get_world_size(group) if group is not None else 1
+
+
+def axis_groups(mesh: DeviceMesh | ProcessGroup | None) -> list[ProcessGroup]:
+    """The groups of this rank along all axes of the mesh that `mesh` is or is an axis of; those of one rank left out.
+
+    What is reduced along one after the other is reduced over all ranks of that mesh.
+    """
+    if isinstance(mesh, DeviceMesh):
+        root = mesh._get_root_mesh()
+        return [root.get_group(axis) for axis in range(root.ndim) if root.size(axis) > 1]
+    return [] if mesh is None else [mesh]

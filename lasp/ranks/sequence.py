@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from lasp.ranks.group import Peers, peers_of
+from lasp.ranks.group import Peers, peers_of, process
 
 SCHEDULES: dict[str, Any] = {}
 """How a state may travel, by name: what `exchange=` takes beside "auto". Files of `lasp.exchange` enter their own."""
@@ -79,25 +79,11 @@ class SequenceParallel:
             raise ValueError(f"exchange must be one of {('auto', *SCHEDULES)}, got {self.exchange!r}")
         if self.validate not in ("first", "off"):
             raise ValueError(f'validate must be "first" or "off", got {self.validate!r}')
-        group, ranks = _group_and_ranks(self.mesh)
         number = next(_numbers)
         with torch.inference_mode(False):
             handle = torch.tensor(number, device="cpu")
-        place = 0 if group is None else ranks.index(dist.get_rank())
-        in_group = (0,) if group is None else tuple(dist.get_group_rank(group, r) for r in ranks)
-        found = {
-            "group": group,
-            "ranks": ranks,
-            "rank": place,
-            "size": len(ranks),
-            "peers": None if group is None else peers_of(group),
-            "schedule": SCHEDULES.get(self.exchange),
-            "handle": handle,
-            "in_group": in_group,
-            "prev_rank": in_group[place - 1] if place > 0 else None,
-            "next_rank": in_group[place + 1] if place + 1 < len(ranks) else None,
-        }
-        for name, value in found.items():
+        own = {"schedule": SCHEDULES.get(self.exchange), "handle": handle}
+        for name, value in {**place_in(None if process.alone else self.mesh), **own}.items():
             object.__setattr__(self, name, value)
         self.handle.ranks = self  # type: ignore[attr-defined]  # a graph that keeps the one for backward keeps both
         _by_number[number] = self
@@ -132,6 +118,28 @@ _by_number: weakref.WeakValueDictionary[int, SequenceParallel] = weakref.WeakVal
 def sequence_of_handle(handle: Tensor | None) -> SequenceParallel | None:
     """The living `SequenceParallel` that a handle stands for."""
     return None if handle is None else _by_number[int(handle)]
+
+
+def living_sequences() -> list[SequenceParallel]:
+    """All that this process holds, in the order in which they were made."""
+    return [sequence for _, sequence in sorted(_by_number.items())]
+
+
+def place_in(mesh: DeviceMesh | ProcessGroup | None) -> dict[str, Any]:
+    """The fields of a `SequenceParallel` that follow from its mesh: the ranks, and this one's place among them."""
+    group, ranks = _group_and_ranks(mesh)
+    place = 0 if group is None else ranks.index(dist.get_rank())
+    in_group = (0,) if group is None else tuple(dist.get_group_rank(group, r) for r in ranks)
+    return {
+        "group": group,
+        "ranks": ranks,
+        "rank": place,
+        "size": len(ranks),
+        "peers": None if group is None else peers_of(group),
+        "in_group": in_group,
+        "prev_rank": in_group[place - 1] if place > 0 else None,
+        "next_rank": in_group[place + 1] if place + 1 < len(ranks) else None,
+    }
 
 
 def _group_and_ranks(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, tuple[int, ...]]:

@@ -1,0 +1,69 @@
+"""What a check of a model does aside from training: compute as one rank, and exchange without being counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from lasp.ranks.group import process
+from lasp.ranks.sequence import living_sequences, place_in
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, nothing is exchanged: each rank computes by itself, and so must be given all tokens.
+
+    Every `SequenceParallel` of this process, whoever holds it (a layer, the closure of an adapter, a graph for
+    backward), is then one of one rank, as if it had been made without a mesh. So no operator pays for the question,
+    and what an adapter reads from it at a call fits; what it read before, when it edited a layer, does not.
+    """
+    held = living_sequences()
+    places = [{name: getattr(sequence, name) for name in place_in(None)} for sequence in held]
+    before, process.alone = process.alone, True
+    try:
+        for sequence in held:
+            _put(sequence, place_in(None))
+        yield
+    finally:
+        process.alone = before
+        for sequence, place in zip(held, places):
+            _put(sequence, place)
+        known = {id(sequence) for sequence in held}
+        for sequence in living_sequences():
+            if id(sequence) not in known:  # made inside
+                _put(sequence, place_in(None if before else sequence.mesh))
+
+
+def _put(sequence, place: dict) -> None:
+    for name, value in place.items():
+        object.__setattr__(sequence, name, value)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Afterwards nothing tells that something was exchanged inside.
+
+    `explain`, the calls that ranks compare, the exchanges that they compare before an optimizer steps, and the flags of
+    states that were not finite are as before. All ranks must leave it at the same place.
+    """
+    held = living_sequences()
+    traffic = [{operator: replace(found) for operator, found in s.by_operator.items()} for s in held]
+    exchanges = {id(peers): Counter(peers.exchanges) for peers in process.peers.values()}
+    noted, flags = dict(process.noted), {s: flag.clone() for s, flag in process.not_finite.items()}
+    try:
+        yield
+    finally:
+        for sequence, before in zip(held, traffic):
+            sequence.kept.clear()  # calls, which hold what is dropped here
+            for operator in list(sequence.by_operator):
+                if operator in before:
+                    vars(sequence.by_operator[operator]).update(vars(before[operator]))
+                else:
+                    del sequence.by_operator[operator]
+        for peers in process.peers.values():
+            peers.exchanges = exchanges.get(id(peers), Counter())
+        process.noted = noted
+        process.not_finite.clear()
+        process.not_finite.update(flags)

@@ -1,0 +1,457 @@
+"""`verify`: is the split model the whole one? Logits, loss and every gradient, on the ranks that will train."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lasp.api import is_parallelized, parallelize
+from lasp.batch import shard_batch
+from lasp.checks.agreement import Agreement
+from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, untouched
+from lasp.layout import ShardLayout
+from lasp.loss import token_loss
+from lasp.ranks import SequenceParallel, alone, axis_groups, sequence_axis, uncounted, waiting
+
+Batch = Mapping[str, Any]
+
+# By the coarsest arithmetic: the difference allowed, as a part of the largest entry. Split and whole add the same
+# numbers in another order, so they differ by some units in the last place of what is added; a mistake at the border of
+# two ranks is of the order of one token among all. On the models of lasp, 2 ranks: 4e-15, 3e-6 and 2e-2 of fp64, fp32
+# and bf16. For fp64 there is room for what many models compute in fp32 whatever their dtype: norms, angles, softmax.
+TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
+# A gradient that is zero by mathematics, such as that of a key's bias under softmax, is what rounding leaves of large
+# numbers. So no largest entry counts for less than this part of that of all gradients.
+_LEAST = {"float64": 0.1, "float32": 0.01, "tf32": 1.0, "float16": 1.0, "bfloat16": 1.0}
+_TOKENS = 101  # a rank, of random ones: more than a tile of the kernels, and no multiple of anything
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Split against whole in one tensor, the worst of all ranks."""
+
+    name: str
+    largest: float  # absolute entry of the whole
+    difference: float  # largest absolute one, as a part of `largest`, or of some part of the largest gradient of all
+    # parameters where that is more (docs/failures.md); infinite if anything was not finite
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; the same on every rank. True where a condition is asked for if all is `ok`."""
+
+    ranks: int
+    shape: tuple[int, ...]  # of the tokens, [B, T]
+    arithmetic: str  # "float64", "float32", "tf32", "float16" or "bfloat16"
+    tolerance: float
+    split_loss: float
+    whole_loss: float
+    rows: tuple[Difference, ...]  # the loss, the logits, and the gradient of every parameter that has one
+
+    @property
+    def wrong(self) -> list[Difference]:
+        """What differs by more than the tolerance."""
+        return [row for row in self.rows if not row.difference <= self.tolerance]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the split model computes what the whole one does."""
+        return not self.wrong
+
+    @property
+    def not_reached(self) -> list[str]:
+        """Parameters whose gradient is zero in both, about which nothing was shown."""
+        return [row.name for row in self.rows[2:] if row.largest == row.difference == 0]
+
+    def worst(self, count: int = 10) -> list[Difference]:
+        """The parameters whose gradients differ most."""
+        return sorted(self.rows[2:], key=lambda row: -row.difference)[:count]
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        B, T = self.shape
+        if self.ranks == 1:
+            return f"one rank: nothing is split, and nothing to verify (loss {self.whole_loss:.6f})"
+        loss, logits = self.rows[:2]
+        rows = [("", "largest", "difference"), (f"loss ({self.split_loss:.8f} split)", *_cells(loss))]
+        rows += [("logits", *_cells(logits))]
+        rows += [(f"gradient of {row.name}", *_cells(row)) for row in self.worst()]
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{row[0]:<{width}}  {row[1]:>11}  {row[2]:>10}" for row in rows]
+        if (more := len(self.rows) - 2 - len(self.worst())) > 0:
+            lines.append(f"and {more} gradients that differ less")
+        if self.not_reached:
+            lines.append(f"no gradient came to, so nothing is shown about: {_in_short(self.not_reached)}")
+        of_all = f"of {len(self.rows)} tensors (loss, logits, gradients)"
+        verdict = f"{self.ranks} ranks compute what one does: none {of_all} differs by more than {self.tolerance:.0e}"
+        if not self.ok:
+            verdict = f"WRONG: {len(self.wrong)} {of_all} differ by more than {self.tolerance:.0e} of the largest entry"
+        head = f"{self.ranks} ranks against one: {B} x {T} tokens, {self.arithmetic}, worst of all ranks"
+        return "\n".join([head, *lines, verdict])
+
+
+def _cells(row: Difference) -> tuple[str, str]:
+    return f"{row.largest:.4g}", f"{row.difference:.1e}"
+
+
+def _in_short(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def verify(
+    model: nn.Module,
+    mesh,
+    batch: Batch | None = None,
+    *,
+    forward: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None,
+    tokens: int | None = None,
+    layers: int | None = None,
+    dtype: torch.dtype | None = None,
+    tolerance: float | None = None,
+    **options: Any,
+) -> Verification:
+    """Compare the model split over the ranks with the whole model on each of them: logits, loss and every gradient.
+
+    All ranks of the mesh call it, before `parallelize` or after it, also after `torch.compile`, activation
+    checkpointing, DDP and FSDP2: then what these do to the gradients is part of what is compared, as that DDP averages
+    over the sequence axis too. The whole is the same weights with all tokens on every rank, without any exchange and
+    without `torch.compile`; before `parallelize` it is the model itself, which stays as it is, against a copy with the
+    same weights that is split. Layers that drop at random do not; all others are in the mode that they are in.
+
+    Gradients, buffers, modes, random numbers, and what `explain` counts are afterwards what they were. It takes a
+    forward and a backward of the whole model on each rank, and memory for its gradients twice.
+
+    Args:
+        model: returns logits [B, T, vocabulary], or an object, mapping or tuple that has them as `logits` or as its
+            first. It is called with `input_ids` as the first argument, and with what else of the batch its forward
+            names: `position_ids` (or `positions`), `layout`, `attention_mask`, ..., but not `labels`.
+        mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup, or None. The worst of all ranks of the mesh counts, also
+            along its other axes.
+        batch: as `lasp.shard_batch` takes it, whole on every rank of the sequence, also with `cu_seqlens`. By default
+            2 sequences of random tokens, the same on all ranks.
+        forward: calls a model that is called otherwise: a function of the model and this rank's slice of the batch,
+            which always holds "layout", to the logits.
+        tokens: length of the random sequences; by default 101 a rank and one more, or as many as an embedding of
+            positions or `config.max_position_embeddings` allows.
+        layers: for a model too large, take only so many of its blocks, the first of its longest `ModuleList`.
+        dtype: compute in this one, e.g. torch.float64, which shows mistakes that bf16 hides. By default as the model
+            is. Needs memory for the weights in that dtype. For a model that no DDP or FSDP2 holds yet, as `layers`.
+        tolerance: the difference allowed, as a part of the largest entry of a tensor; by default by the coarsest
+            dtype of weights and logits: fp64 1e-6, fp32 1e-4, TF32 and fp16 1e-2, bf16 5e-2.
+        options: of `lasp.parallelize` (plan, strict, exchange, ...), before it was called.
+
+    Returns:
+        What was found, the same on every rank: `ok`, and a table when printed. A mistake in a layer whose output does
+        not reach the loss (weights of zeros behind it) cannot be seen; the table names the parameters that no gradient
+        came to. For one rank nothing is compared.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, before any communication; a model whose logits have
+            another shape; a model that draws random numbers, which split and whole cannot share: call `model.eval()`.
+        RankMismatchError: ranks called it with something else, or one of them failed with one of the above.
+        PeerError: a rank did not come within the timeout of the group.
+    """
+    axis = sequence_axis(mesh)
+    with Agreement(axis, due=axis.size > 1) as ranks_agree:
+        _check(model, axis, forward, layers, dtype, tolerance, options)
+        batch = _random_batch(model, axis, tokens) if batch is None else _on_device(batch, tokens, model)
+        call = _caller(model) if forward is None else forward
+        whole = shard_batch(batch, None)
+        ranks_agree.settle(lambda: _fingerprint(model, whole["input_ids"], layers, dtype))
+    whole["layout"] = whole.get("layout") or ShardLayout((whole["input_ids"].shape[1],))
+    local = shard_batch(batch, axis, pad=False)
+    local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
+
+    with torch.enable_grad(), untouched(model), uncounted(), first_layers(model, layers), in_dtype(model, dtype):
+        keep_all(model)
+        random = _random_state()
+        split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
+        of_split = _run(split_model, model, call, local, lambda *given: token_loss(*given, mesh=axis.group)[0])
+        _average(of_split.gradients, model, axis)
+        with alone(), torch.compiler.set_stance("force_eager"):
+            of_whole = _run(model, model, call, whole, _mean_loss)
+        drawn = not all(map(torch.equal, random, _random_state()))
+        return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
+
+
+def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, options: Mapping[str, Any]) -> None:
+    """Raise where an argument does not fit."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be a function of the model and the batch, got {forward!r}")
+    if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"this {type(model).__name__} has no weights yet (device meta): verify a smaller one")
+    wrapped = next((m for m in model.modules() if isinstance(m, (DistributedDataParallel, FSDPModule))), None)
+    for name, value in (("layers", layers), ("dtype", dtype)):
+        if value is not None and wrapped is not None:
+            raise ValueError(f"{name}={value} is for a model that is not wrapped yet, got {type(wrapped).__name__}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    if layers is not None:
+        blocks = longest_list(model)
+        if blocks is None:
+            raise ValueError(f"layers={layers!r} needs a model with a ModuleList, and {type(model).__name__} has none")
+        _check_integer("layers", layers, 1, len(blocks))
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
+        raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
+    if is_parallelized(model):
+        if options:
+            raise ValueError(f"{sorted(options)} are options of parallelize, but this model is parallelized already")
+        for path, module in model.named_modules():
+            held = getattr(module, "sequence", None)
+            if isinstance(held, SequenceParallel) and held.ranks != axis.ranks:
+                raise ValueError(f"{path} is split over the ranks {held.ranks}, but the mesh has {axis.ranks}")
+    elif unknown := set(options) - set(inspect.signature(parallelize).parameters):
+        raise TypeError(f"verify takes the options of parallelize, and {sorted(unknown)} are none of these")
+    elif wrapped is not None:
+        raise ValueError(
+            f"this model is wrapped in {type(wrapped).__name__} and not parallelized: call parallelize first, "
+            "then DDP or FSDP2"
+        )
+
+
+def _check_integer(name: str, value: object, low: int, high: float) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer of at least {low} and at most {high}, got {value!r}")
+
+
+def _fingerprint(model: nn.Module, ids: Tensor, layers: int | None, dtype: torch.dtype | None) -> dict[str, object]:
+    """What must be the same on all ranks."""
+    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    return {
+        "model": [type(model).__name__, len(parameters), f"checksum {zlib.crc32(repr(parameters).encode()):08x}"],
+        "input_ids": [*ids.shape, f"checksum {zlib.crc32(ids.cpu().contiguous().numpy().tobytes()):08x}"],
+        "parallelized": is_parallelized(model),
+        "layers": layers,
+        "dtype": str(dtype),
+    }
+
+
+# What goes in
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _on_device(batch: Batch, tokens: int | None, model: nn.Module) -> dict[str, Any]:
+    if tokens is not None:
+        raise ValueError(f"tokens={tokens!r} is the length of random sequences, but a batch is given")
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a mapping with input_ids, got {type(batch).__name__}")
+    device = _device(model)
+    kept = {"cu_seqlens"}  # read on the host
+    return {name: x.to(device) if isinstance(x, Tensor) and name not in kept else x for name, x in batch.items()}
+
+
+def _random_batch(model: nn.Module, axis: SequenceParallel, tokens: int | None) -> dict[str, Tensor]:
+    most = _most_positions(model)
+    length = int(min(_TOKENS * axis.size + 1, most)) if tokens is None else tokens
+    _check_integer("tokens", length, max(2, axis.size), most)
+    draw = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(_vocabulary(model), (2, length), generator=draw).to(_device(model))}
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many tokens there are; those of the first embedding, if no configuration says."""
+    for module in model.modules():
+        size = getattr(getattr(module, "config", None), "vocab_size", None)
+        if isinstance(size, int):
+            return size
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if embedding is None:
+        raise ValueError(
+            f"{type(model).__name__} has neither config.vocab_size nor an nn.Embedding, so that random tokens cannot "
+            "be made for it: pass batch"
+        )
+    return embedding.num_embeddings
+
+
+def _most_positions(model: nn.Module) -> float:
+    """The longest sequence of which the model knows the positions."""
+    found = [
+        module.num_embeddings
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"pos|wpe", path.rpartition(".")[2], re.IGNORECASE)
+    ]
+    found += [getattr(getattr(m, "config", None), "max_position_embeddings", None) for m in model.modules()]
+    return min((n for n in found if isinstance(n, int)), default=math.inf)
+
+
+def _caller(model: nn.Module) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
+    """How the model is called, by what its forward names."""
+    inner = model
+    while (names := _names(inner)) is None:  # a wrapper takes whatever comes
+        children = list(inner.children())
+        if len(children) != 1:
+            raise ValueError(f"the forward of {type(inner).__name__} names no arguments: pass forward")
+        inner = children[0]
+    taken = {name: {"positions": "position_ids"}.get(name, name) for name in names[1:] if name != "labels"}
+
+    def call(called: nn.Module, batch: dict[str, Any]) -> Tensor:
+        more = {name: batch[entry] for name, entry in taken.items() if entry in batch}
+        return _logits(called(batch["input_ids"], **more))
+
+    return call
+
+
+def _names(module: nn.Module) -> list[str] | None:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return named[1:] if len(named) > 1 else None
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output["logits"]
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _same_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules and buffers with the same parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
+# What comes out
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One forward and backward."""
+
+    logits: Tensor  # [B, T, vocabulary]
+    loss: Tensor
+    gradients: dict[str, Tensor | None]  # by the parameter's name
+
+
+def _run(called: nn.Module, model: nn.Module, call: Callable, batch: dict[str, Any], loss_of: Callable) -> _Run:
+    """Of `called`, which has the parameters of `model`."""
+    labels = batch["labels"]
+    logits = call(called, dict(batch))
+    if not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        expected = f"logits [B, T, vocabulary] of {tuple(labels.shape)} tokens"
+        raise ValueError(f"the model must return {expected}, got {found}; for one that does otherwise pass forward")
+    loss = loss_of(logits, labels)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for p in model.parameters():
+        p.grad = None
+    return _Run(logits.detach(), loss.detach(), gradients)
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    exact = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact, labels.flatten(), reduction="sum") / (labels != -100).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _average(gradients: dict[str, Tensor | None], model: nn.Module, axis: SequenceParallel) -> None:
+    """Over the ranks of the sequence, in place, where neither DDP nor FSDP2 has done it."""
+    if axis.size == 1:
+        return
+    done = {
+        id(p)
+        for m in model.modules()
+        for p in m.parameters()
+        if isinstance(m, DistributedDataParallel) or (isinstance(m, FSDPModule) and isinstance(p, DTensor))
+    }
+    for name, p in model.named_parameters():
+        if name not in gradients or id(p) in done:
+            continue
+        mine = _entries(gradients[name], p).clone()
+        with waiting("verify: the sum of the gradients of all ranks"):
+            dist.all_reduce(mine, group=axis.group)
+        gradients[name] = mine / axis.size
+
+
+def _entries(gradient: Tensor | None, p: Tensor) -> Tensor:
+    """This rank's entries of a gradient, dense, in fp32 or fp64; zeros where there is none."""
+    x = p.detach().new_zeros(p.shape) if gradient is None else gradient
+    x = x.to_local() if isinstance(x, DTensor) else x
+    x = x.to_dense() if x.is_sparse else x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def _compare(
+    split: _Run,
+    whole: _Run,
+    model: nn.Module,
+    layout: ShardLayout,
+    axis: SequenceParallel,
+    drawn: bool,
+    tolerance: float | None,
+) -> Verification:
+    """The worst of all ranks."""
+    start, end = layout.bounds(axis.rank)
+    names, pairs = ["loss", "logits"], [(split.loss, whole.loss), (split.logits, whole.logits[:, start:end])]
+    for name, p in model.named_parameters():
+        if name in whole.gradients:
+            names.append(_WRAPPERS.sub("", name).lstrip("."))
+            pairs.append((_entries(split.gradients[name], p), _entries(whole.gradients[name], p)))
+    found = [torch.stack([_largest(a.double() - b.double()), _largest(b)]) for a, b in pairs]
+    found.append(torch.full_like(found[0], float(drawn)))
+    # NaN would vanish in a maximum, so it travels as infinity.
+    numbers = torch.stack(found).nan_to_num(nan=math.inf, posinf=math.inf)
+    for group in axis_groups(axis.mesh):
+        with waiting("verify: the comparison of all ranks"):
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
+    *values, (drawn_anywhere, _) = numbers.tolist()
+    if drawn_anywhere:
+        raise ValueError(
+            "the model draws random numbers, and split and whole cannot draw the same; call model.eval() before verify"
+        )
+    arithmetic = _arithmetic(model, whole.logits)
+    tolerance = TOLERANCE[arithmetic] if tolerance is None else float(tolerance)
+    least = [0.0, 0.0] + [_LEAST[arithmetic] * max((size for _, size in values[2:]), default=0.0)] * (len(values) - 2)
+    rows = [
+        Difference(name, size, _part(difference, max(size, low)))
+        for name, (difference, size), low in zip(names, values, least)
+    ]
+    shape = (whole.logits.shape[0], layout.total)
+    loss = (split.loss.item(), whole.loss.item())
+    return Verification(axis.size, shape, arithmetic, tolerance, *loss, tuple(rows))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute entry, 0 of none; NaN if one is."""
+    return x.abs().max().double() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
+
+
+def _part(difference: float, of: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / of if 0 < of < math.inf and difference < math.inf else math.inf
+
+
+def _arithmetic(model: nn.Module, logits: Tensor) -> str:
+    """The coarsest of what weights and logits have; TF32 where products of fp32 may use it."""
+    found = {str(x.dtype).removeprefix("torch.") for x in (*model.parameters(), logits)}
+    coarsest = [name for name in TOLERANCE if name in found][-1:]
+    tf32 = logits.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if coarsest == ["float32"] and tf32 else (coarsest or ["float32"])[0]
