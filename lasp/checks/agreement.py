@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
 
+from lasp.checks import use
 from lasp.checks.optimizers import before_step
 from lasp.ranks import PeerError, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
 
@@ -97,13 +98,18 @@ def compare_exchanges() -> None:
 
     Raises:
         RankMismatchError: naming rank and layer.
+        RuntimeError: on all ranks a split layer ran that called no operator with its ranks; it is named.
         PeerError: a rank did not come within the timeout of its group.
     """
     if _capturing():
         return
     rounds, records = [], []
+    unused = use.without_operator()
     for peers in all_peers():
-        if peers.exchanges:
+        if peers in unused:
+            rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
+            records.append({"error": unused[peers]})
+        elif peers.exchanges:
             rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
             records.append({"fields": {"exchanges since the last step": json.dumps(_in_short(peers.exchanges))}})
         peers.exchanges.clear()
@@ -113,6 +119,8 @@ def compare_exchanges() -> None:
         verdicts = list(pool.map(_Round.compare, rounds, records))
     for verdict in verdicts:
         _raise(verdict)
+    if unused:  # on all ranks
+        raise RuntimeError("; ".join(unused.values()))
 
 
 def _in_short(made: Counter[tuple[str, bool]]) -> dict[str, object]:

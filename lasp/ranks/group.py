@@ -78,6 +78,7 @@ class _Process:
         self.peers: weakref.WeakKeyDictionary[ProcessGroup, Peers] = weakref.WeakKeyDictionary()
         self.meetings = 0  # to set up symmetric memory, in all groups (see lasp.exchange.board)
         self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags of a layer
+        self.ran: dict[Any, None] = {}  # layers that ran in training since the last step (lasp.checks.use)
         self.noted: dict[Any, None] = {}  # layers that set one since the last check, in order; the same on all ranks
 
 
@@ -100,6 +101,7 @@ def all_peers() -> list[Peers]:
 def reset() -> None:
     """Forget what was exchanged, measured and made in every group; on all ranks, and only between calls (for tests)."""
     process.noted.clear()
+    process.ran.clear()
     for peers in process.peers.values():
         peers.reset()
 
@@ -107,6 +109,7 @@ def reset() -> None:
 def forget_steps() -> None:
     """What was exchanged so far, and whether it was finite, is no concern of the next step of an optimizer."""
     process.noted.clear()
+    process.ran.clear()
     for peers in process.peers.values():
         peers.exchanges.clear()
 
