@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import re
 import sys
 import warnings
@@ -37,7 +38,8 @@ from lasp.ranks import SequenceParallel
 _CUTS = ((29, 12), (13, 5))  # tokens, and where they are cut; the second for models that take few
 _POSITIONS = re.compile(r"(token_|input_)?pos(ition)?s?(_ids?)?")
 _PARAMETERS = {"cpu": 5e7, "cuda": 2e10}  # whose use on some 60 tokens takes about a second at most
-_SMALL = 1 << 20  # numbers of a parameter or buffer that may be copied
+_SMALL, _MEDIUM = 1 << 20, 1 << 28  # numbers of a parameter or buffer that may be copied, and of all of them
+_SHORT = (torch.bfloat16, torch.float16)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -115,8 +117,8 @@ def _ask(path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers:
     """Ask it as a whole; where that fails, the modules in it one by one."""
     if type(module).forward is not nn.Module.forward:  # else it is a container
         try:
-            with _as_it_was(module) as parameters:
-                _ask_whole(path, module, layers, answers, parameters)
+            with _as_it_was(module) as weights:
+                _ask_whole(path, module, layers, answers, weights)
             return
         except _Failed as failed:
             answers.silent[path] = str(failed)
@@ -130,25 +132,25 @@ class _Failed(Exception):
 
 
 def _ask_whole(
-    path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers: Answers, parameters: dict[str, Tensor]
+    path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers: Answers, weights: list[Weights]
 ) -> None:
     reason = ""
-    for tokens, cut in _CUTS:
-        for make_inputs in _inputs_of(module):
+    for parameters, (tokens, cut) in itertools.product(weights, _CUTS):
+        for make_inputs in _inputs_of(module, parameters):
             trial = _Trial(path, module, layers, parameters)
             try:
-                trial.run(make_inputs(tokens), tokens, cut)
+                trial.run(make_inputs(tokens, cut), tokens, cut)
             except _Failed as failed:
                 reason = reason or str(failed)
                 continue
             found = trial.found
             for name in _optional_positions(module):
-                inputs = {n: x for n, x in make_inputs(tokens).items() if n != name}
+                inputs = {n: x for n, x in make_inputs(tokens, cut).items() if n != name}
                 if trial.counts_positions(inputs, cut):
                     answers.counts_positions[path] = name
             if found.mixing:  # a dimension may differ by as much as the tokens by chance: ask again with other numbers
                 again = _Trial(path, module, layers, parameters)
-                again.run(make_inputs(tokens - 2), tokens - 2, cut - 2)
+                again.run(make_inputs(tokens - 2, cut - 2), tokens - 2, cut - 2)
                 found.mixing = {p: why for p, why in found.mixing.items() if p in again.found.mixing}
             answers.mixing |= found.mixing
             answers.asked |= found.asked
@@ -166,14 +168,16 @@ class _Input:
 
 
 Inputs = dict[str, _Input]
+Weights = dict[str, Tensor]  # parameters and buffers in whose place others are used
 
 
-def _inputs_of(module: nn.Module) -> Iterator[Callable[[int], Inputs]]:
+def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[[int, int], Inputs]]:
     """Ways to make its inputs from a number of tokens, the likeliest first: ids, or numbers of some width."""
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
     if not parameters:
         return
-    like = next((x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()), torch.empty(0))
+    used = (weights.get(name, x) for name, x in (*module.named_parameters(), *module.named_buffers()))
+    like = next((x for x in used if x.is_floating_point()), torch.empty(0, device="cpu"))
     tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     kinds: list[int | None] = [None] if tables else []  # None: ids; else the width
     for position_dim in (1, 0):
@@ -207,10 +211,11 @@ def _make_inputs(
     width: int | None,
     position_dim: int,
     tokens: int,
+    cut: int,
 ) -> Inputs:
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator("cpu").manual_seed(tokens)
     if width is None:
-        x = torch.randint(vocabulary, (1, tokens), generator=generator).to(like.device)
+        x = _ids(vocabulary, tokens, cut, generator).to(like.device)
     else:
         x = torch.randn(1, tokens, width, generator=generator, device="cpu").to(like)
     first, *others = parameters
@@ -226,10 +231,22 @@ def _make_inputs(
     return inputs
 
 
+def _ids(vocabulary: int, tokens: int, cut: int, generator: torch.Generator) -> Tensor:
+    """[1, tokens]. What stands beside each other, on the whole or at the end of a slice, is different, if it can be."""
+    borders = [(0, cut), (0, tokens - 1), (cut - 1, tokens - 1), (cut - 1, 0), (cut, tokens - 1)]
+    x = torch.zeros(tokens, dtype=torch.int64, device="cpu")
+    for _ in range(100 if vocabulary > 1 else 0):
+        steps = torch.randint(1, vocabulary, (tokens,), generator=generator, device="cpu")
+        x = steps.cumsum(0) % vocabulary
+        if all(x[a] != x[b] for a, b in borders):
+            break
+    return x[None]
+
+
 @contextlib.contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
     """Inside, it may run: without gradients, dropout or compilation. Afterwards all attributes, buffers and random
-    numbers are what they were. Gives the parameters and buffers to run with."""
+    numbers are what they were. Gives the weights to run with, the best first."""
     modules = list(module.modules())
     attributes = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in modules]
     devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
@@ -239,7 +256,7 @@ def _as_it_was(module: nn.Module) -> Iterator[dict[str, Tensor]]:
             warnings.simplefilter("ignore")
             for m in modules:  # by the attribute: an `eval` of its own might do more
                 m.training = isinstance(m, (nn.modules.batchnorm._NormBase,))  # which mixes tokens in training
-            yield {**_without_zeros(module), **{n: b.clone() for n, b in module.named_buffers() if b.numel() <= _SMALL}}
+            yield _weights_of(module)
     finally:
         for now, before, buffers in attributes:
             for name in now.keys() - before.keys():
@@ -249,13 +266,17 @@ def _as_it_was(module: nn.Module) -> Iterator[dict[str, Tensor]]:
             now["_buffers"].update(buffers)
 
 
-def _without_zeros(module: nn.Module) -> dict[str, Tensor]:
-    """Its small trained parameters that have zeros, with random numbers there."""
-    changed = {}
+def _weights_of(module: nn.Module) -> list[Weights]:
+    """Copies of small buffers, which may be written to, and small trained parameters with random numbers where they are
+    zero. Before these, where weights are of 16 bits, all in 32: rounding hides a weak mixer."""
+    weights: Weights = {name: b.clone() for name, b in module.named_buffers() if b.numel() <= _SMALL}
     for name, p in module.named_parameters():
         if p.requires_grad and p.is_floating_point() and 0 < p.numel() <= _SMALL and bool((p == 0).any()):
-            changed[name] = torch.where(p == 0, torch.rand_like(p) * 0.2 + 0.1, p)
-    return changed
+            weights[name] = torch.where(p == 0, torch.rand_like(p) * 0.2 + 0.1, p)
+    short = {name: x for name, x in (*module.named_parameters(), *module.named_buffers()) if x.dtype in _SHORT}
+    if not 0 < sum(x.numel() for x in short.values()) <= _MEDIUM:
+        return [weights]
+    return [weights | {name: weights.get(name, x).float() for name, x in short.items()}, weights]
 
 
 @dataclass
@@ -268,6 +289,7 @@ class _Frame:
     unclear: list[str] = field(default_factory=list)  # modules of torch.nn below that may mix, and were not put right
 
 
+_PLAIN = (bool, int, float, str, type(None))
 COUNTED = "it counts positions from 0 on each slice"
 _SAME, _DIFFERS, _COUNTED, _LOST = range(4)
 _HOW = {_DIFFERS: "on a slice of the sequence it gives something else than on the whole", _COUNTED: COUNTED}
@@ -278,7 +300,7 @@ class _Trial:
 
     running: _Trial | None = None
 
-    def __init__(self, path: str, module: nn.Module, layers: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]):
+    def __init__(self, path: str, module: nn.Module, layers: Mapping[str, nn.Module], parameters: Weights):
         self.root, self.path, self.parameters = module, path, parameters
         self.stack: list[_Frame] = []
         self.fewer = False  # whether what was compared last is of fewer tokens than there are
@@ -426,16 +448,15 @@ class _Trial:
     def _put_right(self, known: Any, now: Any) -> tuple[int, Any]:
         """How a nest of tensors differs from the slice of what it was on the whole, and that slice."""
         (before, form), (leaves, form_now) = pytree.tree_flatten(known), pytree.tree_flatten(now)
-        tensors = [isinstance(x, Tensor) for x in leaves]
-        if form != form_now or tensors != [isinstance(x, Tensor) for x in before]:
+        if form != form_now:
             return _LOST, now
-        if not any(tensors) and not all(x is None or isinstance(x, (bool, int, float, str)) for x in leaves):
+        if not any(isinstance(x, Tensor) for x in leaves) and any(not isinstance(x, _PLAIN) for x in leaves):
             return _LOST, now  # an object may hold anything
         worst, self.fewer = _SAME, False
         for i, (whole, x) in enumerate(zip(before, leaves)):
-            if not isinstance(x, Tensor):
+            if not isinstance(x, Tensor) or whole is None:
                 continue
-            part = self._slice(whole, x)
+            part = self._slice(whole, x) if isinstance(whole, Tensor) else None
             if part is None:
                 return _LOST, now
             how = self._compare(part, x)
@@ -476,7 +497,8 @@ class _Trial:
     @functools.cached_property
     def _precision(self) -> float:
         """Differences below are rounding: a product of another number of rows may be summed in another order."""
-        digits = [torch.finfo(p.dtype).eps * 4 for p in self.root.parameters() if p.is_floating_point()]
+        used = (self.parameters.get(name, p) for name, p in self.root.named_parameters())
+        digits = [torch.finfo(p.dtype).eps * 4 for p in used if p.is_floating_point()]
         coarse = 5e-3 if torch.backends.cuda.matmul.allow_tf32 else 1e-4
         return max([*digits, coarse])
 
