@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,31 +13,16 @@ from torch import nn
 from lasp import adapters
 from lasp.adapters import Adapter
 from lasp.checks import finite
-from lasp.checks.agreement import Agreement, remember_model
+from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
 from lasp.checks.checksum import forms_of
+from lasp.checks.optimizers import before_step
+from lasp.checks.use import watch
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis
+from lasp.strict import Asked, NeedsPositions, refuse_mixers
 
-# Modules of PyTorch whose output at one token depends on other tokens.
-_MIXERS = (
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.modules.conv._ConvNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
-# Classes of others, by the names such layers go by.
-_MIXER_NAMES = re.compile(
-    r"attention|attn|conv(?!ert)|mixer|mamba|ssm|ssd|rwkv|hyena|retention|delta_?net|hgrn|lstm|gru|recurren|token_?shift",
-    re.IGNORECASE,
-)
-
-_parallelized: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_parallelized: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Models, and what of them could not be asked whether it mixes tokens."""
 
 
 def parallelize(
@@ -63,13 +47,15 @@ def parallelize(
         model: single-device code that knows no ranks.
         mesh: `mesh["sp"]`, the whole mesh (its "sp" axis is used), a ProcessGroup, or None.
         plan: adapters for layers by the pattern of their path, e.g. `{"blocks.*.conv": lasp.adapters.token_local}`;
-            it goes before what is registered.
+            it goes before what is registered. (Of an adapter that also answers for modules below its own, see
+            `covers` of `lasp.register`.)
         exchange: how a state travels: "ring", "all_gather", "pipeline", "direct" (ranks of one host read each other's
             memory), or "auto", one of them by a cost model, for which the network is measured here, once.
-        softmax: how softmax attention is split: "all_gather". No adapter for softmax layers exists yet, so `strict`
-            refuses them.
-        strict: refuse a model with a layer that mixes tokens and has no adapter (attention, convolution, recurrence),
-            whose result on a slice would be silently wrong.
+        softmax: how `lasp.softmax_attention` is split: "all_gather".
+        strict: refuse a model in which anything mixes tokens that no adapter takes care of, inside of registered layers
+            too: its result on a slice would be silently wrong. For that the model runs on some 30 tokens, here and
+            on this rank alone, and is left as it was. Where it cannot run so (weights on the meta device or sharded,
+            unusual inputs, more than about a second of work) classes and their names decide, and `explain` says so.
         validate: "first" compares on all ranks which layers and parameters were found, what each layer is about to
             compute at its first call and at every 1000th, what it is about to send at every call, and before an
             optimizer steps how often each layer has exchanged, and now and then the weights (see
@@ -84,6 +70,7 @@ def parallelize(
     Raises:
         ValueError: no layer that can be split, a layer that `strict` refuses, a pattern that matches nothing, a model
             that was parallelized before, or an unknown option.
+        TypeError: a plan that is none.
         RankMismatchError: ranks found different layers or parameters (names, shapes, dtypes, which are trained), or
             some of them failed with one of the above; on every rank.
         PeerError: a rank did not come to its `parallelize` within the timeout of the group.
@@ -93,9 +80,10 @@ def parallelize(
         if softmax != "all_gather":
             raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
         sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
-        layers = _find_layers(model, plan or {}, strict)
+        layers = _find_layers(model, _checked(plan))
         if is_parallelized(model):
             raise ValueError(f"this {type(model).__name__} is parallelized already")
+        asked = refuse_mixers(model, layers) if strict else Asked()
         ranks_agree.settle(
             lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
         )
@@ -108,9 +96,14 @@ def parallelize(
         for path, (module, adapter) in layers.items():
             own[path] = replace(sequence, name=path)
             adapter(module, own[path])
+            if adapter is not adapters.token_local and validate != "off":
+                watch(module, own[path])
+                before_step(compare_exchanges)
+        if asked.positions:
+            model.register_forward_pre_hook(NeedsPositions(model, asked.positions), with_kwargs=True)
     remember_model(sequence, model)
     finite.watch(model, sequence, own.values())
-    _parallelized.add(model)
+    _parallelized[model] = asked.not_asked
     return model
 
 
@@ -122,7 +115,19 @@ def is_parallelized(model: nn.Module) -> bool:
     )
 
 
-def _find_layers(model: nn.Module, plan: Mapping[str, Adapter], strict: bool) -> dict[str, tuple[nn.Module, Adapter]]:
+def _checked(plan: object) -> Mapping[str, Adapter]:
+    if plan is None:
+        return {}
+    if not isinstance(plan, Mapping):
+        raise TypeError(f"plan must map patterns of paths to adapters, got {plan!r}")
+    for pattern, adapter in plan.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"plan must map patterns of paths to adapters, got the pattern {pattern!r}")
+        adapters.check(adapter, f"plan[{pattern!r}]")
+    return plan
+
+
+def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tuple[nn.Module, Adapter]]:
     layers: dict[str, tuple[nn.Module, Adapter]] = {}
     unused = set(plan)
     for path, module in model.named_modules():
@@ -133,34 +138,12 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter], strict: bool) ->
             layers[path] = (module, adapter)
     if unused:
         raise ValueError(f"no layer matches the plan's {sorted(unused)}")
-    unknown = [path for path, module in model.named_modules() if _mixes_tokens(path, module, layers)] if strict else []
-    if unknown:
-        listed = ", ".join(
-            f"{path or 'the model itself'} ({type(model.get_submodule(path)).__name__})" for path in unknown
-        )
-        raise ValueError(
-            f"cannot split the sequence of: {listed}. Such a layer mixes tokens, so its result on a slice would be "
-            "wrong. Give its class an adapter with lasp.register; or, if it mixes no tokens, say so with "
-            f"plan={{{unknown[0]!r}: lasp.adapters.token_local}}; or pass strict=False"
-        )
     if not any(adapter is not adapters.token_local for _, adapter in layers.values()):
         raise ValueError(
             f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no class "
             "given to lasp.register"
         )
     return layers
-
-
-def _mixes_tokens(path: str, module: nn.Module, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> bool:
-    """Whether a layer looks like a token mixer that no adapter takes care of."""
-    if any(path == known or path.startswith(known + ".") for known in layers if known or path == known):
-        return False
-    if isinstance(module, _MIXERS):
-        return True
-    if not _MIXER_NAMES.search(type(module).__name__):
-        return False
-    # A block that holds a known layer, such as an attention block around LightningAttention, mixes through it.
-    return not any(known.startswith(path + ".") or path == "" for known in layers)
 
 
 def _fingerprint(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> dict[str, object]:
@@ -226,16 +209,19 @@ class LayerReport:
 class Explanation(list[LayerReport]):
     """The rows of `explain`; prints as a table."""
 
+    not_asked: str = ""  # what in the model could not be asked whether it mixes tokens, and why
+
     def __str__(self) -> str:
+        notes = [self.not_asked] if self.not_asked else []
         if not self:
-            return "one rank: nothing is split"
+            return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
         rows = [("layer", "module", "operator", "exchange", "ranks", "predicted", sent, "kernels")]
         rows += [layer.cells for layer in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         repeats = dict.fromkeys(layer.repeats for layer in self if layer.repeats)
-        return "\n".join([*lines, *(f"a recompute repeats its exchanges: {why}" for why in repeats)])
+        return "\n".join([*lines, *(f"a recompute repeats its exchanges: {why}" for why in repeats), *notes])
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -244,6 +230,7 @@ def explain(model: nn.Module) -> Explanation:
     A row for each operator of a layer; a layer that has not run yet has one row.
     """
     report = Explanation()
+    report.not_asked = _parallelized.get(model, "")
     for path, module in model.named_modules():
         sequence = getattr(module, "sequence", None)
         if isinstance(sequence, SequenceParallel):

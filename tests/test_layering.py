@@ -17,6 +17,7 @@ LAYERS = [
     {"lasp.ops"},
     {"lasp.modules"},
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
+    {"lasp.strict"},
     {"lasp.api"},
     {"lasp.verification"},
     {"lasp"},

@@ -1,12 +1,14 @@
 """Adapters: what `parallelize` does to a layer so that it works on a slice of the sequence.
 
-An adapter is a function of the module and the `SequenceParallel`, which edits the module in place. Adapters
-for layers of other libraries have a file each in this folder.
+An adapter is a function of the module and the `SequenceParallel`, which edits the module in place. It answers for what
+the module does in its own forward, and for the modules below that it `covers`. Adapters for layers of other libraries
+have a file each in this folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -15,30 +17,44 @@ from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
+Covers = bool | tuple[str, ...]
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
 def linear(module: nn.Module, sequence: SequenceParallel) -> None:
-    """For a layer that calls `lasp.linear_attention(..., sequence=self.sequence)`."""
+    """For a layer that calls `lasp.linear_attention(..., sequence=self.sequence)`, or another operator so."""
     module.sequence = sequence  # type: ignore[assignment]
 
 
 def token_local(module: nn.Module, sequence: SequenceParallel) -> None:
-    """For a layer that mixes no tokens, though it looks as if it did: leaves it as it is."""
+    """For a layer that mixes no tokens, though it looks as if it did: leaves it, and all below, as it is."""
+
+
+@dataclass(frozen=True)
+class Covering:
+    """An adapter that also answers for modules below its own: their paths from there, or True for all of them."""
+
+    adapter: Adapter
+    covers: Covers
+
+    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:  # noqa: D102
+        self.adapter(module, sequence)
 
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
 
 
 @overload
-def register(cls: ModuleClass, *, adapter: Adapter = ...) -> ModuleClass: ...
+def register(cls: ModuleClass, *, adapter: Adapter = ..., covers: bool | Iterable[str] = ...) -> ModuleClass: ...
 
 
 @overload
-def register(*, adapter: Adapter = ...) -> Callable[[ModuleClass], ModuleClass]: ...
+def register(*, adapter: Adapter = ..., covers: bool | Iterable[str] = ...) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
-def register(cls: type[nn.Module] | None = None, *, adapter: Adapter = linear) -> Any:
+def register(
+    cls: type[nn.Module] | None = None, *, adapter: Adapter = linear, covers: bool | Iterable[str] = ()
+) -> Any:
     """Tell `parallelize` how a module class of yours is split. Also a class decorator.
 
     By default the class has an attribute `sequence`, None on one rank, that its forward passes on::
@@ -53,22 +69,61 @@ def register(cls: type[nn.Module] | None = None, *, adapter: Adapter = linear) -
 
     Anything else takes an `adapter`, a function of the module and the `lasp.SequenceParallel`. Subclasses inherit.
 
+    Args:
+        cls: the class.
+        adapter: edits a module of that class in place. It answers for the module's own forward.
+        covers: the modules below that the adapter takes care of as well, by their paths from the module, e.g.
+            ("conv1d",), or True for all of them. The others must mix no tokens, or have an adapter of their own.
+
     Raises:
-        TypeError: not a module class, or one without `sequence` for the default adapter.
+        TypeError: not a module class, one without `sequence` for the default adapter, an adapter that cannot be
+            called, or `covers` that are no names.
     """
     if cls is None:
-        return lambda c: register(c, adapter=adapter)
+        return lambda c: register(c, adapter=adapter, covers=covers)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register takes a torch.nn.Module class, got {cls!r}")
+    check(adapter, "adapter")
+    covers = _checked(covers)
     if adapter is linear and not hasattr(cls, "sequence"):
         raise TypeError(
             f"{cls.__name__} needs a class attribute `sequence = None` that its forward passes to "
             "lasp.linear_attention(..., sequence=self.sequence); or give register an adapter"
         )
-    _ADAPTERS[cls] = adapter
+    _ADAPTERS[cls] = Covering(adapter, covers) if covers else adapter
     return cls
+
+
+def check(adapter: object, name: str) -> None:
+    """Raise `TypeError` unless it can be an adapter."""
+    if not callable(adapter):
+        raise TypeError(f"{name} must be an adapter, a function of a module and a SequenceParallel, got {adapter!r}")
+
+
+def _checked(covers: bool | Iterable[str]) -> Covers:
+    if isinstance(covers, bool):
+        return covers
+    names = None if isinstance(covers, str) or not isinstance(covers, Iterable) else tuple(covers)
+    if names is None or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"covers must be True or names of modules, e.g. ('conv1d',), got {covers!r}")
+    return names
 
 
 def find(module: nn.Module) -> Adapter | None:
     """The adapter of a module's class or the nearest class it inherits from."""
     return next((_ADAPTERS[base] for base in type(module).__mro__ if base in _ADAPTERS), None)
+
+
+def passes_ranks(adapter: Adapter) -> bool:
+    """Whether it leaves the module as it is, which must then pass its `sequence` to an operator."""
+    return adapter is linear or (isinstance(adapter, Covering) and adapter.adapter is linear)
+
+
+def covers(adapter: Adapter, name: str) -> bool:
+    """Whether it answers for what mixes tokens at `name`, the path from its module; empty is the module itself."""
+    if adapter is token_local:
+        return True
+    if not name:
+        return not passes_ranks(adapter)
+    covered = getattr(adapter, "covers", ())  # any object that says so
+    return covered is True or any(name == below or name.startswith(f"{below}.") for below in covered or ())

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
 from torch.optim import Optimizer
 
+from lasp.checks import use
 from lasp.checks.checksum import checksums, whole_parameters
 from lasp.checks.optimizers import before_step
 from lasp.ranks import PeerError, Peers, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
@@ -138,6 +139,8 @@ def compare(
 
 def _ask(first: _Round, fields: Mapping[str, object], listings: Mapping[str, Listing]) -> dict[str, str]:
     """The verdict; a second comparison finds out what of a listing differs."""
+    if "error" in fields:
+        return first.compare({"error": fields["error"]})
     record = {name: json.dumps(value, default=str) for name, value in fields.items()}
     record |= {name: f"{len(x)}, checksum {checksum(x.items())}" for name, x in listings.items()}
     verdict = first.compare({"fields": record, "listings": list(listings)})
@@ -213,19 +216,22 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
 
     Raises:
         RankMismatchError: naming rank and layer, or rank and parameter.
+        RuntimeError: on all ranks a split layer ran that called no operator with its ranks; it is named.
         PeerError: a rank did not come within the timeout of its group.
     """
     if capturing():
         return
     parameters = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
     rounds, records, listings = [], [], []
+    unused = use.without_operator()
     for peers in all_peers():
         models = _models_of(peers, parameters)
         peers.steps += bool(models)
-        if not peers.exchanges and (not models or peers.steps <= peers.usual_steps):
+        if peers not in unused and not peers.exchanges and (not models or peers.steps <= peers.usual_steps):
             continue
         rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
-        records.append({"exchanges since the last step": _in_short(peers), "steps": peers.steps})
+        done = {"exchanges since the last step": _in_short(peers), "steps": peers.steps}
+        records.append(done | ({"error": unused[peers]} if peers in unused else {}))
         listings.append({WEIGHTS: _weights(models)} if is_due(peers.compared_steps) else {})
         peers.forget_step()
     if not rounds:
@@ -234,6 +240,8 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         verdicts = list(pool.map(_ask, rounds, records, listings))
     for verdict in verdicts:
         _raise(verdict)
+    if unused:  # on all ranks
+        raise RuntimeError("; ".join(unused.values()))
     for round_, record in zip(rounds, records):
         round_.peers.compared_steps += 1
         round_.peers.usual_steps = max(1, record["steps"])

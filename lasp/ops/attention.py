@@ -27,15 +27,25 @@ import lasp_kernels as kernels
 from lasp import decay, exchange
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement
+from lasp.checks.trial import operator
 from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
-from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast
+from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast, of_own_tokens
 from lasp.ranks import SequenceParallel
 from lasp_kernels import Operands
 
 NAME = "linear_attention"
 
 
+def _stand_in(
+    q: Tensor, k: Tensor, v: Tensor, output_final_state: bool = False, **_: Any
+) -> tuple[Tensor, Tensor | None]:
+    """For a trial."""
+    final_state = k.new_zeros(k.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=kernels.state_dtype(k.dtype))
+    return of_own_tokens(q, k, v, q.shape[2]), final_state if output_final_state else None
+
+
+@operator(_stand_in)
 def linear_attention(
     q: Tensor | Callable[[], Tensor],
     k: Tensor,

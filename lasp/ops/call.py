@@ -387,6 +387,13 @@ def _in_short(layout: ShardLayout) -> str:
     return f"{count} over {len(layout.lengths)} ranks, checksum {zlib.crc32(repr(facts).encode()):08x}"
 
 
+def of_own_tokens(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """[B, T, heads, V], what a trial (lasp.checks.trial) gets for the attention of q, k and v: each token sees itself
+    only."""
+    q, k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k, v))
+    return v + q.mean(-1, keepdim=True) + k.mean(-1, keepdim=True)
+
+
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether backward will come to a call of these, which must be so on all ranks or on none."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -10,22 +10,33 @@ The arithmetic is PyTorch's on every device for now (`lasp_kernels.delta_steps`)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement
+from lasp.checks.trial import operator
 from lasp.layout import ShardLayout
-from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast
+from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast, of_own_tokens
 from lasp.ranks import SequenceParallel
+from lasp_kernels import state_dtype
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs
 from lasp_kernels.delta_steps import DeltaMaps, DeltaSteps
 
 NAME = "delta_rule"
 
 
+def _stand_in(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, output_final_state: bool = False, **_: Any
+) -> tuple[Tensor, Tensor | None]:
+    """For a trial."""
+    final_state = k.new_zeros(k.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(k.dtype))
+    return of_own_tokens(q, k, v, v.shape[2]), final_state if output_final_state else None
+
+
+@operator(_stand_in)
 def delta_rule(
     q: Tensor,
     k: Tensor,

@@ -111,6 +111,7 @@ class _Process:
         self.timeout: timedelta | None = None  # of `lasp.init`, which holds for all groups; None: it was not called
         self.meetings = 0  # to set up symmetric memory, in all groups (see lasp.exchange.board)
         self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags of a layer
+        self.ran: dict[Any, None] = {}  # layers that ran in training since the last step (lasp.checks.use)
         self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
         self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
         self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
@@ -138,6 +139,7 @@ def all_peers() -> list[Peers]:
 def reset() -> None:
     """Forget what was exchanged, measured and made in every group; on all ranks, and only between calls (for tests)."""
     process.noted.clear()
+    process.ran.clear()
     for peers in process.peers.values():
         peers.reset()
 
@@ -145,6 +147,7 @@ def reset() -> None:
 def forget_steps() -> None:
     """What was exchanged so far, and whether it was finite, is no concern of the next step of an optimizer."""
     process.noted.clear()
+    process.ran.clear()
     for peers in process.peers.values():
         peers.forget_step()
         peers.models.clear()

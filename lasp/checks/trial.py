@@ -1,0 +1,511 @@
+"""Which modules mix tokens? Asked of the modules themselves, on this rank alone, before anything is split.
+
+The model runs on a few tokens, and then on each of two slices of them, as two ranks would. What every module gets and
+returns is noted in the first run; in the others it is compared with the slice of that, and put right where it differs:
+
+    an input differs    the module that calls this one mixes tokens in its own forward (F.pad, roll, cumsum, SDPA, or
+                        positions that it counts from 0)
+    an output differs   this module does, in its own forward; not those that it calls, whose outputs were put right
+
+So each module is asked about its own code, and none hides behind a module below, above or beside it. The operators of
+lasp are borders of the same kind: they answer as they would over ranks, so that a layer that uses them mixes nothing.
+They also note who calls them, and whether with the ranks.
+
+Parameters that are zero are random here: a convolution that starts as the identity still mixes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lasp.checks.torch_modules import is_of_torch, kind_of
+from lasp.ranks import SequenceParallel
+
+_CUTS = ((29, 12), (13, 5))  # tokens, and where they are cut; the second for models that take few
+_POSITIONS = re.compile(r"(token_|input_)?pos(ition)?s?(_ids?)?")
+_PARAMETERS = {"cpu": 5e7, "cuda": 2e10}  # whose use on some 60 tokens takes about a second at most
+_SMALL, _MEDIUM = 1 << 20, 1 << 28  # numbers of a parameter or buffer that may be copied, and of all of them
+_SHORT = (torch.bfloat16, torch.float16)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Answers:
+    """What the modules of a model have said, each by its path."""
+
+    mixing: dict[str, str] = field(default_factory=dict)  # how it showed
+    asked: set[str] = field(default_factory=set)  # those that ran, whether they mix or not
+    silent: dict[str, str] = field(default_factory=dict)  # why a module could not be asked as a whole
+    gave_ranks: set[str] = field(default_factory=set)  # layers whose `sequence` reached an operator
+    forgot_ranks: dict[str, str] = field(default_factory=dict)  # callers of an operator without ranks; the operator
+    counts_positions: dict[str, str] = field(default_factory=dict)  # from 0, if this argument is not given
+
+
+def operator(stand_in: Callable[..., Any]) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Decorator of a function that takes `sequence=`. In a trial `stand_in` answers: of the same arguments, results of
+    the same shapes, where those of a token depend on that token alone (or are what the ranks before would send)."""
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            if _Trial.running is None:
+                return function(*args, **kwargs)
+            return _Trial.running.operator(function.__name__, stand_in, signature.bind(*args, **kwargs).arguments)
+
+        return call
+
+    return decorate
+
+
+def ask(model: nn.Module, layers: Mapping[str, nn.Module]) -> Answers:
+    """Ask every module; the model is left as it was.
+
+    Args:
+        model: as its user made it; nothing of it may be split yet.
+        layers: those that pass their attribute `sequence` to operators, by path.
+    """
+    answers = Answers()
+    reason = _why_not(model)
+    if reason:
+        answers.silent[""] = reason
+    else:
+        _ask("", model, layers, answers)
+    return answers
+
+
+def _why_not(model: nn.Module) -> str:
+    """Why it cannot even be tried; empty if it can."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if any(isinstance(m, wrappers) or hasattr(m, "_fsdp_wrapped_module") for m in model.modules()):
+        return "it is wrapped for data parallelism"
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(x) for x in tensors):
+        return "its weights are not initialized"
+    if any(x.is_meta for x in tensors):
+        return "its weights are on the meta device"
+    if any(hasattr(x, "device_mesh") for x in tensors):
+        return "its weights are sharded"
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    work = Counter()
+    for p in model.parameters():
+        work[p.device.type] += 0 if id(p) in tables else p.numel()
+    for kind, numbers in work.items():
+        if numbers > _PARAMETERS.get(kind, _PARAMETERS["cpu"]):
+            return f"it would take long, with {numbers:,} parameters on {kind}"
+    return ""
+
+
+def _ask(path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers: Answers) -> None:
+    """Ask it as a whole; where that fails, the modules in it one by one."""
+    if type(module).forward is not nn.Module.forward:  # else it is a container
+        try:
+            with _as_it_was(module) as weights:
+                _ask_whole(path, module, layers, answers, weights)
+            return
+        except _Failed as failed:
+            answers.silent[path] = str(failed)
+    for name, child in module.named_children():
+        if not is_of_torch(child) or next(child.children(), None) is not None:
+            _ask(f"{path}.{name}" if path else name, child, layers, answers)
+
+
+class _Failed(Exception):
+    """No input was found with which the module runs."""
+
+
+def _ask_whole(
+    path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers: Answers, weights: list[Weights]
+) -> None:
+    reason = ""
+    for parameters, (tokens, cut) in itertools.product(weights, _CUTS):
+        for make_inputs in _inputs_of(module, parameters):
+            trial = _Trial(path, module, layers, parameters)
+            try:
+                trial.run(make_inputs(tokens, cut), tokens, cut)
+            except _Failed as failed:
+                reason = reason or str(failed)
+                continue
+            found = trial.found
+            for name in _optional_positions(module):
+                inputs = {n: x for n, x in make_inputs(tokens, cut).items() if n != name}
+                if trial.counts_positions(inputs, cut):
+                    answers.counts_positions[path] = name
+            if found.mixing:  # a dimension may differ by as much as the tokens by chance: ask again with other numbers
+                again = _Trial(path, module, layers, parameters)
+                again.run(make_inputs(tokens - 2, cut - 2), tokens - 2, cut - 2)
+                found.mixing = {p: why for p, why in found.mixing.items() if p in again.found.mixing}
+            answers.mixing |= found.mixing
+            answers.asked |= found.asked
+            answers.silent |= found.silent
+            answers.gave_ranks |= found.gave_ranks
+            answers.forgot_ranks |= found.forgot_ranks
+            return
+    raise _Failed(reason)
+
+
+@dataclass
+class _Input:
+    value: Any
+    dim: int | None = None  # that of tokens
+
+
+Inputs = dict[str, _Input]
+Weights = dict[str, Tensor]  # parameters and buffers in whose place others are used
+
+
+def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[[int, int], Inputs]]:
+    """Ways to make its inputs from a number of tokens, the likeliest first: ids, or numbers of some width."""
+    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+    if not parameters:
+        return
+    used = (weights.get(name, x) for name, x in (*module.named_parameters(), *module.named_buffers()))
+    like = next((x for x in used if x.is_floating_point()), torch.empty(0, device="cpu"))
+    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    kinds: list[int | None] = [None] if tables else []  # None: ids; else the width
+    for position_dim in (1, 0):
+        for width in [*kinds, *_widths_of(module)]:
+            yield functools.partial(_make_inputs, parameters, like, min(tables, default=0), width, position_dim)
+        if not any(_POSITIONS.fullmatch(p.name) for p in parameters[1:]):
+            return
+
+
+def _optional_positions(module: nn.Module) -> list[str]:
+    """The arguments of its forward that are positions and need not be given."""
+    _, *others = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in others if _POSITIONS.fullmatch(p.name) and p.default is not p.empty]
+
+
+def _widths_of(module: nn.Module) -> list[int]:
+    """Of a token, by what the first layers take."""
+    found = []
+    for m in module.modules():
+        shape = getattr(m, "normalized_shape", None) or (getattr(m, "in_features", None),)
+        width = shape[-1] if isinstance(shape, tuple) else None
+        found += [width] if isinstance(width, int) and width > 0 else []
+    found += [p.shape[-1] for p in module.parameters() if p.ndim]
+    return list(dict.fromkeys(found))[:4] or [8]
+
+
+def _make_inputs(
+    parameters: list[inspect.Parameter],
+    like: Tensor,
+    vocabulary: int,
+    width: int | None,
+    position_dim: int,
+    tokens: int,
+    cut: int,
+) -> Inputs:
+    generator = torch.Generator("cpu").manual_seed(tokens)
+    if width is None:
+        x = _ids(vocabulary, tokens, cut, generator).to(like.device)
+    else:
+        x = torch.randn(1, tokens, width, generator=generator, device="cpu").to(like)
+    first, *others = parameters
+    inputs = {"" if first.kind in (first.VAR_POSITIONAL, first.POSITIONAL_ONLY) else first.name: _Input(x, 1)}
+    positions = torch.arange(tokens, device=like.device).view((1, -1) if position_dim else -1)
+    for p in others:
+        if _POSITIONS.fullmatch(p.name):
+            inputs[p.name] = _Input(positions, position_dim)
+        elif p.name == "use_cache":
+            inputs[p.name] = _Input(False)
+        elif p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD:
+            inputs[p.name] = _Input(None)
+    return inputs
+
+
+def _ids(vocabulary: int, tokens: int, cut: int, generator: torch.Generator) -> Tensor:
+    """[1, tokens]. What stands beside each other, on the whole or at the end of a slice, is different, if it can be."""
+    borders = [(0, cut), (0, tokens - 1), (cut - 1, tokens - 1), (cut - 1, 0), (cut, tokens - 1)]
+    x = torch.zeros(tokens, dtype=torch.int64, device="cpu")
+    for _ in range(100 if vocabulary > 1 else 0):
+        steps = torch.randint(1, vocabulary, (tokens,), generator=generator, device="cpu")
+        x = steps.cumsum(0) % vocabulary
+        if all(x[a] != x[b] for a, b in borders):
+            break
+    return x[None]
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
+    """Inside, it may run: without gradients, dropout or compilation. Afterwards all attributes, buffers and random
+    numbers are what they were. Gives the weights to run with, the best first."""
+    modules = list(module.modules())
+    attributes = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in modules]
+    devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    try:
+        with torch.random.fork_rng([d.index for d in devices]), torch.no_grad(), eager, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for m in modules:  # by the attribute: an `eval` of its own might do more
+                m.training = isinstance(m, (nn.modules.batchnorm._NormBase,))  # which mixes tokens in training
+            yield _weights_of(module)
+    finally:
+        for now, before, buffers in attributes:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
+            now["_buffers"].clear()
+            now["_buffers"].update(buffers)
+
+
+def _weights_of(module: nn.Module) -> list[Weights]:
+    """Copies of small buffers, which may be written to, and small trained parameters with random numbers where they are
+    zero. Before these, where weights are of 16 bits, all in 32: rounding hides a weak mixer."""
+    weights: Weights = {name: b.clone() for name, b in module.named_buffers() if b.numel() <= _SMALL}
+    for name, p in module.named_parameters():
+        if p.requires_grad and p.is_floating_point() and 0 < p.numel() <= _SMALL and bool((p == 0).any()):
+            weights[name] = torch.where(p == 0, torch.rand_like(p) * 0.2 + 0.1, p)
+    short = {name: x for name, x in (*module.named_parameters(), *module.named_buffers()) if x.dtype in _SHORT}
+    if not 0 < sum(x.numel() for x in short.values()) <= _MEDIUM:
+        return [weights]
+    return [weights | {name: weights.get(name, x).float() for name, x in short.items()}, weights]
+
+
+@dataclass
+class _Frame:
+    """A call that is under way."""
+
+    path: str
+    number: int  # of the calls of this module
+    lost: bool  # its inputs are no slices of what they were: whoever called it must answer for it
+    unclear: list[str] = field(default_factory=list)  # modules of torch.nn below that may mix, and were not put right
+
+
+_PLAIN = (bool, int, float, str, type(None))
+COUNTED = "it counts positions from 0 on each slice"
+_SAME, _DIFFERS, _COUNTED, _LOST = range(4)
+_HOW = {_DIFFERS: "on a slice of the sequence it gives something else than on the whole", _COUNTED: COUNTED}
+
+
+class _Trial:
+    """Three runs of a module."""
+
+    running: _Trial | None = None
+
+    def __init__(self, path: str, module: nn.Module, layers: Mapping[str, nn.Module], parameters: Weights):
+        self.root, self.path, self.parameters = module, path, parameters
+        self.stack: list[_Frame] = []
+        self.fewer = False  # whether what was compared last is of fewer tokens than there are
+        prefix = f"{path}." if path else ""
+        self.paths = {m: prefix + name if name else path for name, m in module.named_modules()}
+        self.marks = {p: SequenceParallel(None, name=p) for p, m in layers.items() if m in self.paths}
+        for p, mark in self.marks.items():
+            layers[p].sequence = mark  # type: ignore[assignment]
+        self.found = Answers()
+        self.record: dict[Any, list[Any]] = {}
+
+    def run(self, inputs: Inputs, tokens: int, cut: int) -> None:
+        """Fill `found`; raises `_Failed` if it does not run on the whole, or tells nothing."""
+        self.tokens = tokens
+        try:
+            out = self._call(inputs, 0, tokens, whole=True)
+        except Exception as error:  # whatever its code raises on an input that was guessed
+            raise _Failed(f"a trial with {tokens} tokens ends in {type(error).__name__}: {error}"[:300]) from error
+        if not (found := _tensors(out)) or any(bool(x.isnan().any()) for x in found):
+            raise _Failed("a trial gives NaN" if found else "a trial returns no tensor")
+        self.found.asked = {key for key, _ in self.record if isinstance(key, str)}
+        for start, end in ((0, cut), (cut, tokens)):
+            try:
+                self._call(inputs, start, end, whole=False)
+            except Exception as error:
+                how = f"it fails on a slice of {end - start} tokens: {type(error).__name__}: {error}"[:300]
+                self._blame(self.stack[-1], how)
+
+    def counts_positions(self, inputs: Inputs, cut: int) -> bool:
+        """Whether without these inputs, of which positions are missing, it is wrong on the second slice and says
+        nothing."""
+        self.found, kept = Answers(), self.found
+        try:
+            self._call(inputs, cut, self.tokens, whole=False)
+        except Exception:  # then it says so itself
+            return False
+        else:
+            return bool(self.found.mixing.keys() - kept.mixing.keys())
+        finally:
+            self.found = kept
+
+    def _call(self, inputs: Inputs, start: int, end: int, *, whole: bool) -> Any:
+        self.whole, self.start, self.end = whole, start, end
+        self.stack = []
+        self.counts: Counter[Any] = Counter()
+        values = {
+            name: x.value if x.dim is None else x.value.narrow(x.dim, start, end - start).clone()
+            for name, x in inputs.items()
+        }
+        args = (values.pop(next(iter(values))),)
+        handles = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in self.paths]
+        handles += [m.register_forward_hook(self._after, with_kwargs=True) for m in self.paths]
+        _Trial.running, before = self, _Trial.running
+        try:
+            return torch.func.functional_call(self.root, dict(self.parameters), args, values)
+        finally:
+            _Trial.running = before
+            for handle in handles:
+                handle.remove()
+
+    # At the borders of modules
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        caller = self.stack[-1] if self.stack else None
+        frame = self._enter(self.paths[module], caller)
+        if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor) and args[0].numel():
+            asked = int(args[0].max()) + 1
+            if asked > module.num_embeddings:  # on a GPU nothing could be computed afterwards
+                raise IndexError(f"{frame.path} has {module.num_embeddings} entries, not {asked}")
+        if self.whole:
+            self.record[frame.path, frame.number] = [_copied((args, kwargs)), None]
+        elif not frame.lost and caller is not None:
+            how, (args, kwargs) = self._put_right(self.record[frame.path, frame.number][0], (args, kwargs))
+            frame.lost = how == _LOST
+            if how in _HOW:
+                self._blame(caller, _HOW[how])
+        self.stack.append(frame)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        frame = self.stack.pop()
+        caller = self.stack[-1] if self.stack else None
+        if self.whole:
+            self.record[frame.path, frame.number][1] = _copied(out)
+            return out
+        if not frame.lost:
+            how, out = self._put_right(self.record[frame.path, frame.number][1], out)
+            if how in _HOW:
+                self._blame(frame, _HOW[how])
+            if how != _LOST:
+                return out
+        if kind_of(module) in ("mixes", "depends"):
+            frame.unclear.append(frame.path)
+        if caller is not None:
+            caller.unclear += frame.unclear
+        elif self.fewer:
+            self._blame(frame, "it returns fewer tokens than it is given")
+        elif not self._blame_unclear(frame):
+            self.found.silent[frame.path] = "what it returns cannot be related to the tokens that it is given"
+        return out
+
+    def _enter(self, key: Any, caller: _Frame | None) -> _Frame:
+        number, self.counts[key] = self.counts[key], self.counts[key] + 1
+        lost = caller is not None and caller.lost
+        if not self.whole:
+            lost = lost or (key, number) not in self.record
+        return _Frame(key, number, lost)
+
+    def _blame(self, frame: _Frame, how: str) -> None:
+        """It mixes tokens; or what it calls does, as far as that could not be put right."""
+        if not self._blame_unclear(frame):
+            self.found.mixing.setdefault(frame.path, how)
+
+    def _blame_unclear(self, frame: _Frame) -> bool:
+        for path in frame.unclear:
+            self.found.mixing.setdefault(path, "it returns another number of tokens than it is given")
+        return bool(frame.unclear)
+
+    def operator(self, name: str, stand_in: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """In the place of an operator of lasp."""
+        caller = self.stack[-1] if self.stack else _Frame(self.path, 0, lost=False)
+        frame = self._enter((caller.path, name), caller)
+        sequence = arguments.get("sequence")
+        given = {n: x() if n == "q" and callable(x) else x for n, x in arguments.items()}
+        key = frame.path, frame.number
+        if self.whole:
+            if sequence is None:
+                self.found.forgot_ranks.setdefault(caller.path, name)
+            self.found.gave_ranks.update(path for path, mark in self.marks.items() if mark is sequence)
+            self.record[key] = [_copied(given), None]
+        elif not frame.lost:
+            how, given = self._put_right(self.record[key][0], given)
+            frame.lost = how == _LOST
+            if how in _HOW:
+                self._blame(caller, _HOW[how])
+        out = stand_in(**given)
+        if self.whole:
+            self.record[key][1] = _copied(out)
+        elif not frame.lost:
+            out = self._put_right(self.record[key][1], out)[1]
+        return out
+
+    # Comparisons
+
+    def _put_right(self, known: Any, now: Any) -> tuple[int, Any]:
+        """How a nest of tensors differs from the slice of what it was on the whole, and that slice."""
+        (before, form), (leaves, form_now) = pytree.tree_flatten(known), pytree.tree_flatten(now)
+        if form != form_now:
+            return _LOST, now
+        if not any(isinstance(x, Tensor) for x in leaves) and any(not isinstance(x, _PLAIN) for x in leaves):
+            return _LOST, now  # an object may hold anything
+        worst, self.fewer = _SAME, False
+        for i, (whole, x) in enumerate(zip(before, leaves)):
+            if not isinstance(x, Tensor) or whole is None:
+                continue
+            part = self._slice(whole, x) if isinstance(whole, Tensor) else None
+            if part is None:
+                return _LOST, now
+            how = self._compare(part, x)
+            worst = max(worst, how)
+            if how != _SAME or not torch.equal(part, x):
+                leaves[i] = x.clone().copy_(part)
+        return worst, pytree.tree_unflatten(leaves, form)
+
+    def _slice(self, whole: Tensor, x: Tensor) -> Tensor | None:
+        """The part of `whole` in whose place x is: dimensions that shrank as the tokens did are theirs, perhaps with
+        some more tokens before or behind. None if something else has changed."""
+        if whole.ndim != x.ndim or whole.dtype != x.dtype:
+            return None
+        for dim, (size, size_now) in enumerate(zip(whole.shape, x.shape)):
+            if size == size_now:
+                continue
+            extra = size_now - (self.end - self.start)
+            self.fewer = self.fewer or extra < 0
+            if extra < 0 or size != self.tokens + extra:
+                return None
+            whole = whole.narrow(dim, self.start, size_now)
+        return whole
+
+    def _compare(self, part: Tensor, x: Tensor) -> int:
+        if part.is_sparse or part.is_nested or part.is_quantized:
+            return _LOST
+        if not part.is_floating_point() and not part.is_complex():
+            if torch.equal(part, x):
+                return _SAME
+            counted = part.dtype != torch.bool and self.start and bool((part - x == self.start).all())
+            return _COUNTED if counted else _DIFFERS
+        if part.dtype.itemsize < 2:
+            part, x = part.float(), x.float()
+        size = part.abs().nan_to_num(0.0, 0.0).max() if part.numel() else 0.0
+        bound = self._precision * float(size)
+        return _SAME if torch.allclose(part, x, rtol=self._precision, atol=bound, equal_nan=True) else _DIFFERS
+
+    @functools.cached_property
+    def _precision(self) -> float:
+        """Differences below are rounding: a product of another number of rows may be summed in another order."""
+        used = (self.parameters.get(name, p) for name, p in self.root.named_parameters())
+        digits = [torch.finfo(p.dtype).eps * 4 for p in used if p.is_floating_point()]
+        coarse = 5e-3 if torch.backends.cuda.matmul.allow_tf32 else 1e-4
+        return max([*digits, coarse])
+
+
+def _copied(nest: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, nest)
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(nest) if isinstance(x, Tensor)]

@@ -1,0 +1,195 @@
+"""`strict` of `parallelize`: refuse what mixes tokens and has no adapter.
+
+The modules are asked (lasp.checks.trial). Where that is not possible their class decides: for those of torch.nn a
+table, for others the names that such layers go by.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lasp import adapters
+from lasp.adapters import Adapter
+from lasp.checks import trial
+from lasp.checks.torch_modules import is_of_torch, kind_of
+from lasp.modules import LightningAttention
+
+Layers = Mapping[str, tuple[nn.Module, Adapter]]
+
+_MIXER_NAMES = re.compile(
+    r"attention|attn|conv(?!ert)|mixer|mamba|ssm|ssd|rwkv|hyena|retention|delta_?net|hgrn|lstm|gru|recurren|"
+    r"(token|time)_?(shift|mix)|ngram|sdpa|(?-i:MHA|MQA|GQA|MLA|S4|S5|H3|RNN)",
+    re.IGNORECASE,
+)
+# A library puts the model's name before all of its classes, as in Mamba2RMSNorm.
+_LOCAL_NAMES = re.compile(
+    r"(norm|mlp|glu|ffn|feed_?forward|(rotary|position\w*|word|token)_?embeddings?|rope|experts?|router|linear|head)\d?d?$",
+    re.IGNORECASE,
+)
+_LISTED = 8  # of what is refused, or could not be asked
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came out of it for a model that is not refused."""
+
+    not_asked: str = ""  # what could not be asked, in words for `explain`
+    positions: str = ""  # the argument that the model must be given, lest it counts positions from 0 on its slice
+
+
+def refuse_mixers(model: nn.Module, layers: Layers) -> Asked:
+    """Raise `ValueError` if a module mixes tokens and no adapter takes care of it."""
+    split = {path: module for path, (module, adapter) in layers.items() if adapters.passes_ranks(adapter)}
+    answers = trial.ask(model, split)
+    modules = dict(model.named_modules())
+    found = {path: how for path, how in answers.mixing.items() if not _covered(path, layers)}
+    for path, name in answers.forgot_ranks.items():
+        if not _covered(path, layers):
+            found[path] = (
+                f"it calls lasp.{name} without sequence=self.sequence"
+                if path in split
+                else f"it calls lasp.{name}, but its class is not registered"
+            )
+    for path in split:
+        if path in answers.asked and path not in found and not _gave_ranks(path, answers.gave_ranks):
+            found[path] = "it is registered, but gives its sequence= to no operator of lasp"
+    unasked = [p for p in modules if p not in answers.asked and not _is_weight_holder(p, {**layers, **found}, answers)]
+    by_class = {path: how for path in unasked if (how := _by_class(path, modules[path], layers))}
+    found |= {path: how for path, how in by_class.items() if not any(p.startswith(f"{path}.") for p in by_class)}
+    if found:
+        raise ValueError(_refusal(found, modules, layers, answers))
+    return Asked(_what_was_not_asked(unasked, modules, answers), answers.counts_positions.get("", ""))
+
+
+class NeedsPositions:
+    """A hook before the forward of a model that would count positions from 0 where none are given."""
+
+    def __init__(self, model: nn.Module, argument: str):
+        self.argument, self.place = argument, list(inspect.signature(model.forward).parameters).index(argument)
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:  # noqa: D102
+        given = args[self.place] if self.place < len(args) else kwargs.get(self.argument)
+        if given is None:
+            raise ValueError(
+                f"{self.argument} is needed where the sequence is split: without it {type(model).__name__} counts "
+                "positions from 0 on each rank; lasp.shard_batch makes local['position_ids']"
+            )
+
+
+def _covered(path: str, layers: Layers) -> bool:
+    """Whether an adapter answers for a module: its own, or else that of the nearest module around it."""
+    around = next((p for p in _upwards(path) if p in layers), None)
+    return around is not None and adapters.covers(layers[around][1], path[len(around) :].lstrip("."))
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """A module's path, and those of the modules around it; the last is that of the model, empty."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _gave_ranks(path: str, gave: set[str]) -> bool:
+    """Itself, or a registered layer within it, for which it is only the frame."""
+    return any(p == path or not path or p.startswith(f"{path}.") for p in gave)
+
+
+def _is_weight_holder(path: str, known: Mapping[str, object], answers: trial.Answers) -> bool:
+    """Whether a module was not called though the known layer around it was: that takes the weights elsewhere."""
+    return next((around in known for around in _upwards(path) if around in answers.asked), False)
+
+
+def _by_class(path: str, module: nn.Module, layers: Layers) -> str:
+    """Why a module that could not be asked is refused; empty if it is not."""
+    if path in layers or _covered(path, layers):
+        return ""
+    if is_of_torch(module):
+        kinds = {"mixes": "its class mixes tokens", "depends": "its class may mix tokens, by how it is used"}
+        return kinds.get(kind_of(module) or "", "")
+    name = type(module).__name__
+    # A block that holds a known layer, such as an attention block around LightningAttention, mixes through it.
+    if any(not path or known.startswith(f"{path}.") for known in layers):
+        return ""
+    if _MIXER_NAMES.search(name) and not _LOCAL_NAMES.search(name):
+        return "by its name it mixes tokens"
+    return {"mixes": "the class that it derives from mixes tokens"}.get(kind_of(module) or "", "")
+
+
+def _what_was_not_asked(unasked: list[str], modules: Mapping[str, nn.Module], answers: trial.Answers) -> str:
+    paths = [p for p in unasked if not is_of_torch(modules[p]) and not isinstance(modules[p], LightningAttention)]
+    if not paths:
+        return ""
+    listed = ", ".join(_name(path, modules) for path in paths[:_LISTED])
+    more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+    why = "; ".join(dict.fromkeys(answers.silent.values()))
+    return f"whether they mix tokens was told by name, not by a trial: {listed}{more}" + (f" ({why})" if why else "")
+
+
+def _name(path: str, modules: Mapping[str, nn.Module]) -> str:
+    return f"{path or 'the model itself'} ({type(modules[path]).__name__})"
+
+
+# The message
+
+
+def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers: Layers, answers: trial.Answers) -> str:
+    listed = [f"{_name(path, modules)}: {how}" for path, how in found.items()]
+    more = [f"and {len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
+    path = next((path for path, how in found.items() if how != trial.COUNTED), next(iter(found)))
+    advice = [
+        "What mixes tokens by itself is wrong on a slice of the sequence. Let it call an operator of lasp, which takes "
+        f"the ranks; for {path or 'the model'}:",
+        *(f"    {line}" for line in _three_lines(path, modules)),
+        "For a class of another library: lasp.register(Class, adapter=a_function_of_module_and_sequence, "
+        "covers=names_of_modules_in_it).",
+        f"Only if it mixes no tokens: plan={{{path!r}: lasp.adapters.token_local}}.",
+    ]
+    if found[path] == trial.COUNTED:
+        advice = ["Let forward take position_ids, and call it as model(local['input_ids'], local['position_ids'])."]
+    why = "; ".join(dict.fromkeys(answers.silent.values()))
+    return "\n".join(
+        [
+            "cannot split the sequence of: " + "; ".join([*listed[:_LISTED], *more]),
+            *advice,
+            *([f"Of what could not be tried the class decided: {why}"] if why else []),
+        ]
+    )
+
+
+def _three_lines(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """A registered class for a module, with the operator that fits: its own, or for one of torch.nn the one around."""
+    module = modules[path]
+    around = next((p for p in _upwards(path) if not is_of_torch(modules[p])), "")
+    owner = "MyLayer" if is_of_torch(modules[around]) else type(modules[around]).__name__
+    below = path[len(around) :].lstrip(".")
+    name = f"self.{below}" if below and owner != "MyLayer" else "self"
+    return [
+        "@lasp.register",
+        f"class {owner}(nn.Module):",
+        "    sequence = None  # lasp.parallelize sets it",
+        f"    ...  # in its forward: {_operator_for(module, name)}",
+    ]
+
+
+def _operator_for(module: nn.Module, name: str) -> str:
+    kind = type(module).__name__.lower()
+    if isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
+        weight = f"{name}.weight.squeeze(1), {name}.bias"
+        return f"y = lasp.causal_conv(x, {weight}, sequence=self.sequence)  # x [B, T, C]"
+    if "conv" in kind:
+        return "x = lasp.halo(x, width, sequence=self.sequence)  # [B, width - 1 + T, C]; then no padding"
+    if re.search(r"pad|shift|pool|unfold|time_?mix|rwkv", kind):
+        return "x = lasp.halo(x, 2, sequence=self.sequence)  # with the token before; [:, :-1] is x shifted"
+    if re.search(r"delta", kind):
+        return "o, _ = lasp.delta_rule(q, k, v, beta, sequence=self.sequence)"
+    if re.search(r"linear|lightning|retention|gla|ssm|ssd|mamba|hgrn", kind):
+        return "o, _ = lasp.linear_attention(q, k, v, log_decay=log_decay, sequence=self.sequence)"
+    if re.search(r"attention|attn|mha|mqa|gqa|mla|sdpa|transformer", kind):
+        return "o = lasp.softmax_attention(q, k, v, sequence=self.sequence)  # or linear_attention, delta_rule"
+    return "one of linear_attention, delta_rule, softmax_attention, causal_conv, halo, with sequence=self.sequence"

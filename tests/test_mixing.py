@@ -1,0 +1,853 @@
+"""What mixes tokens and has no adapter is refused, wherever it is: modules are asked, and their class decides else."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import mesh_of, run_ranks
+from small_model import SmallModel
+from torch import nn
+
+import lasp
+from lasp.checks import torch_modules, trial
+from lasp.data_parallel.fsdp2 import wrap_fsdp2
+from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig
+from lasp.modules import LightningAttention
+
+D, IDS = 8, 17
+WRONG = "on a slice of the sequence it gives something else than on the whole"
+OTHER_LENGTH = "it returns another number of tokens than it is given"
+BY_CLASS, UNCLEAR = "its class mixes tokens", "its class may mix tokens, by how it is used"
+
+
+@lasp.register
+class Registered(nn.Module):
+    """Sound: a short convolution and linear attention, both with the ranks. Weights of the first in a Conv1d."""
+
+    sequence = None
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(D, D, 4, padding=3, groups=D)
+        self.qkv = nn.Linear(D, 3 * D)
+
+    def before(self, x):
+        return lasp.causal_conv(x, self.conv.weight.squeeze(1), self.conv.bias, sequence=self.sequence)
+
+    def attend(self, q, k, v):
+        return lasp.linear_attention(q, k, v, sequence=self.sequence)[0]
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, 2, -1)).unbind(2)
+        return self.attend(q, k, v).flatten(2)
+
+
+class CallsItsConv(Registered):
+    """The shape of GLA, Mamba-2 and others: a short convolution inside of a registered layer."""
+
+    def before(self, x):
+        return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+class ConvAfterHalo(Registered):
+    """Sound: the convolution gets the tokens before the shard, and pads nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(D, D, 4)
+
+    def before(self, x):
+        return self.conv(lasp.halo(x, 4, sequence=self.sequence).transpose(1, 2)).transpose(1, 2)
+
+
+class ShiftsKeys(Registered):
+    def attend(self, q, k, v):
+        return lasp.linear_attention(q, k.roll(1, 1), v, sequence=self.sequence)[0]
+
+
+class MakesQLate(Registered):
+    def attend(self, q, k, v):
+        return lasp.linear_attention(lambda: q.cumsum(1), k, v, sequence=self.sequence)[0]
+
+
+class FourOperators(Registered):
+    """Sound."""
+
+    def attend(self, q, k, v):
+        options, beta = {"sequence": self.sequence}, q.sigmoid().mean(-1)
+        o, _ = lasp.delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, **options)
+        _, state = lasp.linear_attention(q, k, v, output_final_state=True, **options)
+        return o + lasp.softmax_attention(q, k, v, **options) + state.sum()
+
+
+class Forgets(Registered):
+    def attend(self, q, k, v):
+        return lasp.linear_attention(q, k, v)[0]
+
+
+class ForgetsConv(Registered):
+    def before(self, x):
+        return lasp.causal_conv(x, self.conv.weight.squeeze(1), self.conv.bias)
+
+
+class CallsNothing(Registered):
+    def before(self, x):
+        return x
+
+    def attend(self, q, k, v):
+        return v
+
+
+class NotRegistered(nn.Module):
+    def forward(self, x):
+        x = x.unsqueeze(2)
+        return lasp.linear_attention(x, x, x)[0].squeeze(2)
+
+
+class MHA(nn.Module):
+    """Softmax attention under a name that says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(D, 3 * D)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Own(nn.Module):
+    """A layer whose forward is given, with modules of its own."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.do = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.do(self, x)
+
+
+class Channels(nn.Module):
+    """A module that takes [B, C, T]."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Rows(nn.Module):
+    """A module that takes [B * T, C], as RetNet's GroupNorm does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.flatten(0, 1)).view_as(x)
+
+
+class Experts(nn.Module):
+    """Each expert gets the tokens that a router sends it: a number that depends on the data."""
+
+    def __init__(self, balance=False):
+        super().__init__()
+        self.router = nn.Linear(D, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True)) for _ in range(3))
+        self.balance = balance
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        chosen, y = self.router(rows).argmax(-1), torch.zeros_like(rows)
+        for n, expert in enumerate(self.experts):
+            mine = (chosen == n).nonzero().squeeze(1)
+            if len(mine):
+                y[mine] = expert(rows[mine])
+        return (y + y.mean(0) if self.balance else y).view_as(x)
+
+
+class Siblings(nn.Module):
+    """A shift that is a module, and beside it a recurrence that is not (RWKV has that shape)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.ZeroPad2d((0, 0, 1, -1))
+
+    def forward(self, x):
+        return (x - self.shift(x)).cumsum(1)
+
+
+class HiddenByZeros(nn.Module):
+    """What it mixes does not show in its output before the first step: it comes in times a parameter that is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x):
+        return x + self.gain * (F.pad(x, (0, 0, 1, -1)) - x)
+
+
+class LearnedPositions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(64, D))
+
+    def forward(self, x):
+        return x + self.table[: x.shape[1]]
+
+
+class Model(nn.Module):
+    """A language model around a registered layer and others."""
+
+    def __init__(self, *layers, first=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(IDS, D)
+        self.layers = nn.ModuleList([first or Registered(), *layers])
+        self.head = nn.Linear(D, IDS)
+
+    def start(self, ids):
+        return self.tokens(ids)
+
+    def forward(self, ids):
+        x = self.start(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+class Counts(Model):
+    """Counts positions from 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Embedding(64, D)
+
+    def start(self, ids):
+        return self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+
+
+class CountsUnlessGiven(Counts):
+    def forward(self, ids, position_ids=None):
+        x = self.tokens(ids)
+        x = x + self.positions(torch.arange(ids.shape[1]) if position_ids is None else position_ids)
+        return self.head(x + self.layers[0](x))
+
+
+def dirac():
+    conv = nn.Conv1d(D, D, 3, padding=1)
+    nn.init.dirac_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def refusal(model, **options):
+    with pytest.raises(ValueError, match="cannot split the sequence of: ") as raised:
+        lasp.parallelize(model, None, **options)
+    assert not any(hasattr(m, "_forward_hooks") and m._forward_hooks for m in model.modules())
+    return str(raised.value)
+
+
+def refused(model, **options):
+    """The paths that the refusal names, with what it says of each."""
+    first = refusal(model, **options).split("\n")[0].removeprefix("cannot split the sequence of: ")
+    return dict(entry.split(": ", 1) for entry in first.split("; "))
+
+
+# What is refused
+
+MIXING = {
+    "conv in a registered layer": (Model(CallsItsConv()), {"layers.1.conv (Conv1d)": WRONG}),
+    "roll in a registered layer": (Model(ShiftsKeys()), {"layers.1 (ShiftsKeys)": WRONG}),
+    "cumsum in the function that makes q": (Model(MakesQLate()), {"layers.1 (MakesQLate)": WRONG}),
+    "sdpa": (Model(MHA()), {"layers.1 (MHA)": WRONG}),
+    "roll": (Model(Own(lambda s, x: x.roll(1, 1))), {"layers.1 (Own)": WRONG}),
+    "cumsum": (Model(Own(lambda s, x: x.cumsum(1))), {"layers.1 (Own)": WRONG}),
+    "token shift": (Model(Own(lambda s, x: F.pad(x, (0, 0, 1, -1)))), {"layers.1 (Own)": WRONG}),
+    "mean": (Model(Own(lambda s, x: x + x.mean(1, keepdim=True))), {"layers.1 (Own)": WRONG}),
+    "flip": (Model(Own(lambda s, x: x.flip(1))), {"layers.1 (Own)": WRONG}),
+    "look ahead": (Model(Own(lambda s, x: F.pad(x, (0, 0, -1, 1)))), {"layers.1 (Own)": WRONG}),
+    "functional conv": (
+        Model(Own(lambda s, x: F.conv1d(x.mT, s.conv.weight, padding=1).mT, conv=nn.Conv1d(D, D, 3))),
+        {"layers.1 (Own)": WRONG},
+    ),
+    "positions": (Counts(), {"the model itself (Counts)": trial.COUNTED}),
+    "table of positions": (Model(LearnedPositions()), {"layers.1 (LearnedPositions)": WRONG}),
+    "shift and recurrence": (
+        Model(Siblings()),
+        {"layers.1.shift (ZeroPad2d)": WRONG, "layers.1 (Siblings)": WRONG},
+    ),
+    "zero gain": (Model(HiddenByZeros()), {"layers.1 (HiddenByZeros)": WRONG}),
+    "identity at first": (Model(Channels(dirac())), {"layers.1.inner (Conv1d)": WRONG}),
+    "ZeroPad2d": (Model(nn.ZeroPad2d((0, 0, 1, -1))), {"layers.1 (ZeroPad2d)": WRONG}),
+    "CircularPad1d": (
+        Model(Channels(nn.Sequential(nn.CircularPad1d((2, 0)), nn.Conv1d(D, D, 3)))),
+        {"layers.1.inner.0 (CircularPad1d)": WRONG},
+    ),
+    "ReflectionPad1d": (
+        Model(Own(lambda s, x: s.pad(x.mT)[..., : x.shape[1]].mT, pad=nn.ReflectionPad1d((1, 0)))),
+        {"layers.1.pad (ReflectionPad1d)": WRONG},
+    ),
+    "LPPool1d": (
+        Model(Channels(nn.Sequential(nn.ConstantPad1d((1, 0), 0.0), nn.LPPool1d(2, 2, 1)))),
+        {"layers.1.inner.0 (ConstantPad1d)": WRONG},
+    ),
+    "LPPool1d that shortens": (
+        nn.Sequential(Registered(), Channels(nn.LPPool1d(2, 2))),
+        {"1.inner (LPPool1d)": OTHER_LENGTH},
+    ),
+    "GroupNorm": (Model(Channels(nn.GroupNorm(2, D))), {"layers.1.inner (GroupNorm)": WRONG}),
+    "BatchNorm1d": (Model(Channels(nn.BatchNorm1d(D))), {"layers.1.inner (BatchNorm1d)": WRONG}),
+    "BatchNorm1d of rows": (Model(Rows(nn.BatchNorm1d(D))), {"layers.1.inner (BatchNorm1d)": WRONG}),
+    "InstanceNorm1d": (Model(Channels(nn.InstanceNorm1d(D))), {"layers.1.inner (InstanceNorm1d)": WRONG}),
+    "Softmax": (Model(nn.Softmax(1)), {"layers.1 (Softmax)": WRONG}),
+    "pooled gate": (
+        Model(Own(lambda s, x: x * s.pool(x.mT).mT.sigmoid(), pool=nn.AdaptiveAvgPool1d(1))),
+        {"layers.1.pool (AdaptiveAvgPool1d)": WRONG},
+    ),
+    "Upsample": (
+        nn.Sequential(Registered(), Channels(nn.Upsample(scale_factor=2))),
+        {"1.inner (Upsample)": OTHER_LENGTH},
+    ),
+    "Upsample, linear, and back": (
+        Model(Channels(nn.Sequential(nn.Upsample(scale_factor=2, mode="linear"), nn.MaxPool1d(2)))),
+        {"layers.1.inner.0 (Upsample)": OTHER_LENGTH, "layers.1.inner.1 (MaxPool1d)": OTHER_LENGTH},
+    ),
+    "Unfold": (
+        Model(Own(lambda s, x: s.unfold(x.mT.unsqueeze(2)).mT[..., :D], unfold=nn.Unfold((1, 3), padding=(0, 1)))),
+        {"layers.1.unfold (Unfold)": WRONG},
+    ),
+    "LSTM": (Model(Own(lambda s, x: s.rnn(x)[0], rnn=nn.LSTM(D, D, batch_first=True))), {"layers.1.rnn (LSTM)": WRONG}),
+    "MultiheadAttention": (
+        Model(nn.TransformerEncoderLayer(D, 2, D, batch_first=True)),
+        {"layers.1.self_attn (MultiheadAttention)": WRONG},
+    ),
+    "balance of experts": (Model(Experts(balance=True)), {"layers.1 (Experts)": WRONG}),
+    "without ranks": (
+        Model(Forgets()),
+        {"layers.1 (Forgets)": "it calls lasp.linear_attention without sequence=self.sequence"},
+    ),
+    "convolution without ranks": (
+        Model(ForgetsConv()),
+        {"layers.1 (ForgetsConv)": "it calls lasp.causal_conv without sequence=self.sequence"},
+    ),
+    "no operator": (
+        Model(CallsNothing()),
+        {"layers.1 (CallsNothing)": "it is registered, but gives its sequence= to no operator of lasp"},
+    ),
+    "not registered": (
+        Model(NotRegistered()),
+        {"layers.1 (NotRegistered)": "it calls lasp.linear_attention, but its class is not registered"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_tokens_is_refused_and_nothing_else_is_named(name):
+    model, expected = MIXING[name]
+    assert refused(model) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["conv in a registered layer", "sdpa", "GroupNorm", "table of positions"])
+def test_in_any_dtype(name, dtype):
+    model, expected = MIXING[name]
+    assert refused(copy.deepcopy(model).to(dtype)) == expected
+
+
+# What is accepted
+
+SOUND = {
+    "operators": Model(FourOperators()),
+    "halo": Model(ConvAfterHalo()),
+    "GroupNorm of rows": Model(Rows(nn.GroupNorm(2, D))),
+    "Conv1d of width 1": Model(Channels(nn.Conv1d(D, D, 1))),
+    "Softmax": Model(nn.Softmax(-1)),
+    "Experts": Model(Experts()),
+    "Upsample and back": Model(Channels(nn.Sequential(nn.Upsample(scale_factor=2), nn.AvgPool1d(2)))),
+    "Dropout": Model(nn.Dropout(0.5), nn.RReLU(), nn.LayerNorm(D), nn.GELU(), nn.Identity()),
+    "inplace": Model(Own(lambda s, x: s.act(x.clone()), act=nn.ReLU(inplace=True))),
+    "shared": (lambda layer: Model(layer, layer))(Registered()),
+    "SmallModel": SmallModel(),
+    "TNL": TNL(TNLConfig(IDS, layers=2, width=32, heads=2, glu_width=48)),
+    "LinearTransformer": LinearTransformer(LinearTransformerConfig(IDS, layers=2, width=32, heads=2, mlp_width=48)),
+    "example": nn.Sequential(nn.Embedding(16, D), Registered(), Registered(), nn.Linear(D, 16)),
+    "no embedding": nn.Sequential(nn.LayerNorm(D), Registered()),
+    "long": Model(Own(lambda s, x: s.conv(x.mT).mT, conv=nn.Conv1d(D, D, 1, dilation=64))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SOUND)
+def test_what_mixes_no_tokens_is_accepted_after_a_trial(name, dtype):
+    model = lasp.parallelize(copy.deepcopy(SOUND[name]).to(dtype), None)
+    assert lasp.explain(model).not_asked == ""
+
+
+def _state(model):
+    plain = {
+        path: {name: x for name, x in vars(m).items() if not name.startswith("_")} for path, m in model.named_modules()
+    }
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    tensors = {name: x.clone() for name, x in (*model.named_parameters(), *model.named_buffers())}
+    return plain, hooks, tensors, [p.grad for p in model.parameters()], torch.get_rng_state()
+
+
+class Keeps(nn.Module):
+    """Changes itself in forward, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.last = 0, None
+        self.register_buffer("seen", torch.zeros(()))
+        self.norm = nn.BatchNorm1d(D)
+
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, x
+        self.seen += x.shape[1]
+        self.late = torch.rand(())
+        self.norm(x.flatten(0, 1))
+        return x
+
+
+def test_a_trial_leaves_everything_as_it_was(capfd):
+    model = Model(Keeps(), Own(lambda s, x: warnings.warn("seen", stacklevel=1) or x), nn.Dropout())
+    model.layers[2].eval()
+    model.tokens.weight.grad = torch.ones(IDS, D)
+    before = _state(model)
+    plan = {"layers.1": lasp.adapters.token_local}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lasp.parallelize(model, None, plan=plan)
+    after = _state(model)
+    assert before[:2] == after[:2]
+    assert before[3] == after[3]
+    assert all(torch.equal(x, after[2][name]) for name, x in before[2].items())
+    assert torch.equal(before[4], after[4])
+    assert capfd.readouterr() == ("", "")
+    assert all(m._forward_pre_hooks == {} for m in model.modules())
+
+
+def test_a_trial_that_fails_leaves_everything_as_it_was_too():
+    model = Model(Own(lambda s, x: x[:, :0].reshape(-1)[10], conv=nn.Conv1d(D, D, 3)))
+    before = _state(model)
+    assert refused(model) == {"layers.1.conv (Conv1d)": BY_CLASS}
+    after = _state(model)
+    assert before[:2] == after[:2]
+    assert torch.equal(before[4], after[4])
+
+
+def test_operators_work_as_ever_after_a_trial():
+    x = torch.randn(1, 5, 2, 4)
+    expected = lasp.linear_attention(x, x, x)[0]
+    refused(MIXING["sdpa"][0])
+    lasp.parallelize(copy.deepcopy(SOUND["operators"]), None)
+    assert torch.equal(lasp.linear_attention(x, x, x)[0], expected)
+    assert not torch.equal(expected, x)
+
+
+# Where a trial cannot run
+
+
+class OddInputs(nn.Module):
+    """Nobody can guess what its forward takes."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.inner = LightningAttention()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, image, boxes):
+        raise NotImplementedError(boxes["image"])
+
+
+class SomebodysAttention(nn.Module):
+    def forward(self, x, boxes):
+        raise NotImplementedError(boxes["image"])
+
+
+def meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def large():
+    model = SmallModel()
+    model.large = nn.ParameterList([nn.Parameter(torch.empty(1).expand(10**9))])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (meta(lambda: TNL(TNLConfig.named("1B"))), "its weights are on the meta device"),
+        (large(), r"it would take long, with 1,000,00\d,\d* parameters on cpu"),
+        (nn.Sequential(SmallModel(), nn.LazyLinear(D)), "its weights are not initialized"),
+        (OddInputs(), "a trial with 29 tokens ends in TypeError: 'NoneType' object is not subscriptable"),
+    ],
+    ids=["meta", "large", "lazy", "odd"],
+)
+def test_explain_says_that_names_decided_and_why(model, why):
+    lasp.parallelize(model, None)
+    told = lasp.explain(model)
+    assert told.not_asked.startswith("whether they mix tokens was told by name, not by a trial: ")
+    assert type(model).__name__ in told.not_asked or "SmallModel" in told.not_asked
+    assert told.not_asked in str(told)
+    assert re.search(why, told.not_asked), told.not_asked
+
+
+@pytest.mark.parametrize(
+    ("layer", "how"),
+    [
+        (nn.Conv1d(D, D, 3), BY_CLASS),
+        (nn.LPPool1d(2, 2), BY_CLASS),
+        (nn.Unfold(3), BY_CLASS),
+        (nn.ZeroPad2d(1), UNCLEAR),
+        (nn.GroupNorm(2, D), UNCLEAR),
+        (nn.LayerNorm((5, D)), UNCLEAR),
+        (nn.Softmax(1), UNCLEAR),
+        (nn.Flatten(), UNCLEAR),
+        (nn.CrossEntropyLoss(), UNCLEAR),
+        (type("MyConv", (nn.Conv1d,), {})(D, D, 3), "by its name it mixes tokens"),
+        (type("Smoother", (nn.Conv1d,), {})(D, D, 3), "the class that it derives from mixes tokens"),
+        (SomebodysAttention(), "by its name it mixes tokens"),
+        (type("MHA", (SomebodysAttention,), {})(), "by its name it mixes tokens"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_without_a_trial_classes_and_names_decide(layer, how):
+    assert refused(OddInputs(layer)) == {f"layers.0 ({type(layer).__name__})": how}
+    lasp.parallelize(OddInputs(layer), None, plan={"layers.0": lasp.adapters.token_local})
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(D, D),
+        nn.LayerNorm(D),
+        nn.Softmax(-1),
+        nn.Flatten(2),
+        nn.Dropout(),
+        nn.CrossEntropyLoss(reduction="none"),
+    ]
+    + [
+        type(name, (SomebodysAttention,), {})()
+        for name in ("Mamba2RMSNorm", "RecurrentGemmaMlp", "RecurrentGemmaRotaryEmbedding", "ConvertIds")
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_without_a_trial_these_are_accepted(layer):
+    lasp.parallelize(OddInputs(layer), None)
+
+
+def test_where_the_whole_cannot_be_asked_its_parts_are():
+    assert refused(OddInputs(nn.Sequential(nn.Linear(D, D), MHA()))) == {"layers.0.1 (MHA)": WRONG}
+    assert refused(OddInputs(CallsItsConv())) == {"layers.0.conv (Conv1d)": WRONG}
+
+
+def test_a_model_of_few_tokens_is_asked_with_few():
+    model = Counts()
+    model.positions = nn.Embedding(14, D)
+    assert refused(model) == {"the model itself (Counts)": trial.COUNTED}
+
+
+def _sharded():
+    model = wrap_fsdp2(SmallModel(), mesh_of(sp=2))
+    lasp.parallelize(model, mesh_of(sp=2))
+    assert "(its weights are sharded)" in lasp.explain(model).not_asked
+    wrapped = nn.parallel.DistributedDataParallel(SmallModel())
+    lasp.parallelize(wrapped, mesh_of(sp=2))
+    assert "(it is wrapped for data parallelism)" in lasp.explain(wrapped).not_asked
+
+
+def test_weights_that_are_sharded_are_not_gathered_for_a_trial():
+    run_ranks(2, _sharded)
+
+
+# The table of torch.nn
+
+
+def test_every_module_of_torch_is_in_one_list():
+    classes = [x for x in vars(nn).values() if isinstance(x, type) and issubclass(x, nn.Module) and x is not nn.Module]
+    lists = (torch_modules.LOCAL, torch_modules.MIXES, torch_modules.DEPENDS)
+    assert len(classes) > 150
+    for cls in classes:
+        assert sum(cls.__name__ in names for names in lists) == 1, f"{cls.__name__} is new: does it mix tokens?"
+
+
+# What it says
+
+
+def test_the_refusal_shows_a_way_for_the_class_and_offers_token_local_last():
+    text = refusal(Model(CallsItsConv()))
+    assert "@lasp.register\n    class CallsItsConv(nn.Module):\n        sequence = None" in text
+    assert "lasp.causal_conv(x, self.conv.weight.squeeze(1), self.conv.bias, sequence=self.sequence)" in text
+    assert text.endswith("Only if it mixes no tokens: plan={'layers.1.conv': lasp.adapters.token_local}.")
+    assert "strict" not in text
+    text = refusal(Model(MHA()))
+    assert "class MHA(nn.Module)" in text
+    assert "o = lasp.softmax_attention(q, k, v, sequence=self.sequence)" in text
+    assert refusal(Counts()).endswith("call it as model(local['input_ids'], local['position_ids']).")
+    many = refusal(Model(*(MHA() for _ in range(20))))
+    assert many.count("(MHA)") == 8
+    assert "and 12 more" in many
+
+
+# Adapters
+
+
+class Foreign(nn.Module):
+    """Of somebody else: it mixes in its own forward, in its conv, and (by mistake) in its norm."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(D, D, 3, padding=2), norm or nn.LayerNorm(D)
+
+    def forward(self, x):
+        return self.norm(self.conv(x.mT)[..., : x.shape[1]].mT.cumsum(1))
+
+
+def _leave(module, sequence):
+    pass
+
+
+class Covering:
+    """An adapter that is an object."""
+
+    covers = ("conv",)
+
+    def __call__(self, module, sequence):
+        pass
+
+
+def test_an_adapter_answers_for_its_module_and_for_what_it_covers():
+    plain = {"layers.1": _leave}
+    assert refused(Model(Foreign())) == {"layers.1.conv (Conv1d)": WRONG, "layers.1 (Foreign)": WRONG}
+    assert refused(Model(Foreign()), plan=plain) == {"layers.1.conv (Conv1d)": WRONG}
+    shift = nn.ZeroPad2d((0, 0, 1, -1))
+    assert refused(Model(Foreign(shift)), plan={"layers.1": Covering()}) == {"layers.1.norm (ZeroPad2d)": WRONG}
+    lasp.parallelize(Model(Foreign()), None, plan={"layers.1": Covering()})
+
+    @lasp.register(adapter=_leave, covers=["conv"])
+    class Named(Foreign):
+        pass
+
+    @lasp.register(adapter=_leave, covers=True)
+    class Everything(Foreign):
+        pass
+
+    lasp.parallelize(Model(Named()), None)
+    assert refused(Model(Named(shift))) == {"layers.1.norm (ZeroPad2d)": WRONG}
+    lasp.parallelize(Model(Everything(shift)), None)
+
+
+def test_the_nearest_adapter_decides():
+    """token_local of the model answers for a layer in it only where that has no adapter of its own."""
+    plan = {"": lasp.adapters.token_local}
+    lasp.parallelize(Model(MHA()), None, plan=plan)
+    assert refused(Model(CallsItsConv()), plan=plan) == {"layers.1.conv (Conv1d)": WRONG}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"adapter": "linear"},
+            "adapter must be an adapter, a function of a module and a SequenceParallel, got 'linear'",
+        ),
+        ({"adapter": None}, "adapter must be an adapter, .*, got None"),
+        ({"covers": "conv"}, "covers must be True or names of modules, e.g. .*, got 'conv'"),
+        ({"covers": 3}, "covers must be True or names of modules, .*, got 3"),
+        ({"covers": [nn.Conv1d]}, "covers must be True or names of modules, .*Conv1d"),
+    ],
+)
+def test_bad_arguments_of_register(options, message):
+    with pytest.raises(TypeError, match=message):
+        lasp.register(Foreign, **options)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (5, "plan must map patterns of paths to adapters, got 5"),
+        (["layers.1"], "plan must map patterns of paths to adapters, got "),
+        ({3: _leave}, "plan must map patterns of paths to adapters, got the pattern 3"),
+        ({"layers.1": "token_local"}, r"plan\['layers.1'\] must be an adapter, .*, got 'token_local'"),
+    ],
+)
+def test_bad_plans(plan, message):
+    with pytest.raises(TypeError, match=message):
+        lasp.parallelize(Model(Foreign()), None, plan=plan)
+
+
+# On ranks
+
+
+def _all_refuse(name):
+    model, expected = MIXING[name]
+    found = refused_on_ranks(model)
+    assert found == expected
+    lasp.parallelize(Model(), dist.group.WORLD)
+
+
+def refused_on_ranks(model):
+    with pytest.raises(ValueError, match="cannot split the sequence of: ") as raised:
+        lasp.parallelize(model, dist.group.WORLD)
+    assert all(getattr(m, "sequence", None) is None for m in model.modules())
+    first = str(raised.value).split("\n")[0].removeprefix("cannot split the sequence of: ")
+    return dict(entry.split(": ", 1) for entry in first.split("; "))
+
+
+@pytest.mark.parametrize("name", ["conv in a registered layer", "ZeroPad2d", "without ranks"])
+def test_every_rank_refuses_with_the_same_words(name):
+    run_ranks(2, _all_refuse, name)
+
+
+def _one_refuses():
+    model = Model(MHA()) if dist.get_rank() == 1 else Model(nn.Identity())
+    with pytest.raises(lasp.RankMismatchError, match=r"rank 1 failed .*cannot split the sequence of: layers.1 \(MHA\)"):
+        lasp.parallelize(model, dist.group.WORLD)
+
+
+def test_what_one_rank_refuses_is_an_error_on_all():
+    run_ranks(3, _one_refuses)
+
+
+def _positions_are_needed():
+    rank, mesh = dist.get_rank(), mesh_of(sp=2)
+    torch.manual_seed(0)
+    model = lasp.parallelize(CountsUnlessGiven().double(), mesh)
+    serial = CountsUnlessGiven().double()
+    serial.load_state_dict(model.state_dict())
+    ids = torch.arange(11).view(1, 11) % IDS
+    local = lasp.shard_batch({"input_ids": ids}, mesh, pad=False)
+    for given in ((), (None,)):
+        with pytest.raises(ValueError, match="position_ids is needed where the sequence is split"):
+            model(local["input_ids"], *given)
+    expected = lasp.shard_sequence(serial(ids), mesh)
+    torch.testing.assert_close(model(local["input_ids"], local["position_ids"]), expected)
+    torch.testing.assert_close(model(local["input_ids"], position_ids=local["position_ids"]), expected)
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="position_ids is needed"):
+        twin(local["input_ids"])
+    return rank
+
+
+def test_a_model_that_would_count_positions_from_0_must_be_given_them():
+    assert run_ranks(2, _positions_are_needed) == [0, 1]
+    lasp.parallelize(CountsUnlessGiven(), None)(torch.zeros(1, 5, dtype=torch.long))  # one rank may count
+
+
+# A split layer without an exchange
+
+
+class OnlyInTraining(Registered):
+    """Sound in a trial, which runs as in evaluation; forgets the ranks in training."""
+
+    def attend(self, q, k, v):
+        return lasp.linear_attention(q, k, v, sequence=None if self.training else self.sequence)[0]
+
+    def before(self, x):
+        return x
+
+
+class TwoPaths(nn.Module):
+    """A model of which a step may leave out a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.other = Registered(), layer
+
+    def forward(self, x, both=True):
+        x = self.used(x)
+        return x + self.other(x) if both else x
+
+
+FORGOT = r"layer 'other' \(OnlyInTraining\) ran, but called no operator of lasp with the ranks"
+
+
+def _step(model, x, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x, **options).square().sum().backward()
+    optimizer.step()
+
+
+def _silent_layer():
+    x = torch.randn(1, 5 + dist.get_rank(), D)
+    model = lasp.parallelize(TwoPaths(OnlyInTraining()), dist.group.WORLD)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model(x)
+    _step(model, x, both=False)  # a layer that did not run is none that forgot, nor is one in evaluation
+    changed = copy.deepcopy(model.state_dict())
+    assert not all(torch.equal(p, before[name]) for name, p in changed.items())
+    with pytest.raises(RuntimeError, match=FORGOT) as raised:
+        _step(model, x)
+    assert not isinstance(raised.value, (lasp.RankMismatchError, lasp.PeerError))
+    assert all(torch.equal(p, changed[name]) for name, p in model.state_dict().items())
+    with pytest.raises(RuntimeError, match=FORGOT):
+        _step(model, x)
+    model.other.eval()
+    _step(model, x)
+    assert not model.used._forward_hooks
+    assert not model.other._forward_hooks
+
+
+def test_a_split_layer_that_exchanges_nothing_is_an_error_before_the_step():
+    run_ranks(2, _silent_layer)
+
+
+def _silent_on_one_rank():
+    x = torch.randn(1, 5, D)
+    model = lasp.parallelize(TwoPaths(OnlyInTraining()), dist.group.WORLD)
+    if dist.get_rank() != 1:
+        model.other.eval()
+        model.other.sequence = None  # whose exchange would wait for rank 1
+        model.other.forward = lambda x: x * 1.0
+        for layer in (model.other,):
+            layer._forward_hooks.clear()
+    with pytest.raises(lasp.RankMismatchError, match=f"rank 1 failed .*{FORGOT}"):
+        _step(model, x)
+
+
+def test_a_layer_that_is_silent_on_one_rank_is_an_error_on_all():
+    run_ranks(2, _silent_on_one_rank)
+
+
+def _nothing_exchanges():
+    model = lasp.parallelize(nn.Sequential(OnlyInTraining()), dist.group.WORLD)
+    with pytest.raises(RuntimeError, match=r"layer '0' \(OnlyInTraining\) ran, but called no operator"):
+        _step(model, torch.randn(1, 5, D))
+
+
+def test_a_model_in_which_no_layer_exchanges_is_an_error_before_the_step():
+    run_ranks(2, _nothing_exchanges)
+
+
+def _adapter_of_ones_own():
+    """One that gives its module ranks under another name for each operator, and one that does nothing."""
+
+    def adapter(module, sequence):
+        from dataclasses import replace
+
+        module.sequence = replace(sequence, name=f"{sequence.name}.scan")
+
+    good = lasp.parallelize(TwoPaths(Registered()), dist.group.WORLD, plan={"other": adapter})
+    _step(good, torch.randn(1, 5, D))
+    bad = lasp.parallelize(TwoPaths(MHA()), dist.group.WORLD, plan={"other": _leave})
+    with pytest.raises(RuntimeError, match=r"layer 'other' \(MHA\) ran, but called no operator"):
+        _step(bad, torch.randn(1, 5, D))
+
+
+def test_an_adapter_that_does_nothing_is_an_error_before_the_step():
+    run_ranks(2, _adapter_of_ones_own)
