@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lasp.models import TNL, TNLConfig
-from lasp.ranks import Env, init, init_mesh
+from lasp.ranks import Env, init, init_mesh, waiting
 from lasp.verification import verify
 
 
@@ -43,7 +43,8 @@ def run_verify(
     )
     if env.rank == 0:
         print(found, flush=True)
-    dist.barrier()  # a launcher ends all ranks when the first has failed
+    with waiting("lasp verify: the end of all ranks"):
+        dist.barrier()  # a launcher ends all ranks when the first has failed
     dist.destroy_process_group()
     return 0 if found.ok else 1
 
