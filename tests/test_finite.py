@@ -302,6 +302,12 @@ def test_an_operator_of_ones_own_on_one_rank():
     assert not weight.isfinite().all()
 
 
+@pytest.mark.parametrize("wrong", [5, "model", [torch.ones(1)]])
+def test_what_has_no_gradients(wrong):
+    with pytest.raises(TypeError, match="gradients_of must be an optimizer, a module or None, got "):
+        lasp.assert_finite(wrong)
+
+
 def _no_sequence_is_split():
     """Two ranks with a batch each, one rank a sequence: gradients are averaged all the same."""
     mesh, rank = mesh_of(dp_shard=-1, sp=1), dist.get_rank()
