@@ -116,7 +116,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     path = folder / name
     _check_sums(path, what)
     tensors, options = _state(model, optimizer)
-    values = on_all_ranks(what, lambda: _read_values(path, options, run or {}))[dist.get_rank()]
+    values = on_all_ranks(what, lambda: _read_values(path, options, run or {}))[0]
     on_all_ranks(what, lambda: _check_parts(path, tensors))
     with waiting(what):
         state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
@@ -255,7 +255,7 @@ def _digest(path: Path) -> str:
 
 def _check_sums(path: Path, what: str) -> None:
     """Raise `FileError` unless the files are those of SHA256SUMS, each with its bytes."""
-    expected = on_all_ranks(what, lambda: _expected_sums(path))[dist.get_rank()]
+    expected = on_all_ranks(what, lambda: _expected_sums(path))[0]  # all decide by the same
     found = _sums(path, what)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:

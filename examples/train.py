@@ -107,14 +107,14 @@ def main(
     try:
         run(options)
     except (FileError, NotWritten, FloatingPointError) as error:  # which say what is wrong, and are on every rank
-        print(f"rank {dist.get_rank()}: the run ends here: {error}", file=sys.stderr, flush=True)
+        print(f"\nrank {dist.get_rank()}: the run ends here: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
 
 def started_by_a_launcher() -> bool:
     """Whether torchrun, mpirun or srun started this process as one of several."""
     sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS")
-    return "RANK" in os.environ or any(int(os.environ.get(name, "1")) > 1 for name in sizes)
+    return "RANK" in os.environ or any(os.environ.get(name, "1") != "1" for name in sizes)  # lasp.init reads them
 
 
 def relaunch(ranks: int) -> None:
@@ -264,7 +264,7 @@ def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
     if refused is not None:
         if env.rank == 0:
             typer.BadParameter(refused["message"], param_hint=refused["option"]).show()
-        dist.barrier()
+        on_all_ranks("waiting for rank 0 to say what is wrong with the options", lambda: None)
         raise typer.Exit(2)
     return texts[0], found[env.rank]["digest"]
 

@@ -11,7 +11,7 @@ import _checkpoint
 import pytest
 import torch
 import torch.distributed as dist
-from _files import FileError, NotWritten, write
+from _files import FileError, NotWritten, on_all_ranks, on_rank_0, write
 from processes import ROOT, finish, free_port, start
 from ranks import mesh_of, run_ranks
 from safetensors import safe_open
@@ -488,6 +488,39 @@ def test_a_rank_that_is_killed_while_it_saves(tmp_path, odd, place):
     whole = {path.name for path in (tmp_path / "run").iterdir() if (path / "SHA256SUMS").exists()}
     assert whole == ({"step-000001"} if odd == 1 else {"step-000001", "step-000002"})
     assert {x.name for x in (tmp_path / "run").glob("*.partial")} == ({"step-000002.partial"} if odd == 1 else set())
+
+
+def _fails(kind, rank):
+    if dist.get_rank() == rank:
+        raise kind(f"of {rank}")
+    return rank
+
+
+def _together():
+    """Values come back from all ranks in their order; what fails on some is the same error on all."""
+    rank = dist.get_rank()
+    values = [None, "\u00e9" * 1000, {"a": [2.5]}]
+    assert on_all_ranks("this", lambda: values[rank]) == values
+    assert on_all_ranks("this", lambda: "") == [""] * 3
+    assert on_rank_0("this", lambda: rank) == 0
+    with pytest.raises(FileError, match=r"^rank 1: of 1$"):
+        on_all_ranks("this", lambda: _fails(FileError, 1))
+    with pytest.raises(RuntimeError, match=r"^this: rank 2: KeyError: 'of 2'$"):
+        on_all_ranks("this", lambda: _fails(KeyError, 2))
+    with pytest.raises(NotWritten, match=r"^rank 0: of 0$"):
+        on_rank_0("this", lambda: _fails(NotWritten, 0))
+    with pytest.raises(FileError, match=r"^rank 0: of 0; rank 2: ZeroDivisionError: of 2$"):
+        on_all_ranks("this", lambda: _fails([FileError, None, ZeroDivisionError][rank], rank if rank != 1 else 0))
+    with pytest.raises(FileError, match=r"^the same$"):
+        on_all_ranks("this", lambda: _fails_everywhere())
+
+
+def _fails_everywhere():
+    raise FileError("the same")
+
+
+def test_what_is_done_on_all_ranks():
+    run_ranks(3, _together)
 
 
 def test_a_file_is_whole_or_what_it_was(tmp_path):

@@ -10,6 +10,7 @@ from ranks import mesh_of, run_ranks
 from small_model import SmallModel
 
 import lasp
+from lasp.checks import optimizers
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 
 T = 5  # tokens of a rank
@@ -302,6 +303,12 @@ def test_an_operator_of_ones_own_on_one_rank():
     assert not weight.isfinite().all()
 
 
+@pytest.mark.parametrize("wrong", [5, "model", [torch.ones(1)]])
+def test_what_has_no_gradients(wrong):
+    with pytest.raises(TypeError, match="gradients_of must be an optimizer, a module or None, got "):
+        lasp.assert_finite(wrong)
+
+
 def _no_sequence_is_split():
     """Two ranks with a batch each, one rank a sequence: gradients are averaged all the same."""
     mesh, rank = mesh_of(dp_shard=-1, sp=1), dist.get_rank()
@@ -364,3 +371,18 @@ def test_gradients_that_are_large_and_sound(dtype):
     extra.grad[-1] = -torch.inf
     with pytest.raises(FloatingPointError, match="the gradient of extra"):
         lasp.assert_finite(model)
+
+
+def test_hosts_compare_before_devices_meet(monkeypatch):
+    """Whichever was asked for first: a rank that left out an exchange would be met by the collective of the other."""
+    monkeypatch.setattr(optimizers, "_checks", [])
+    monkeypatch.setattr(optimizers, "_last_checks", [])
+    monkeypatch.setattr(optimizers, "register_optimizer_step_pre_hook", lambda hook: hooks.append(hook))
+    hooks, called, optimizer = [], [], torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    meets, compares = (lambda x, name=name: called.append((name, x)) for name in ("meets", "compares"))
+    for _ in range(2):
+        optimizers.before_step(meets, last=True)
+        optimizers.before_step(compares)
+    (hook,) = hooks
+    hook(optimizer, (), {})
+    assert called == [("compares", optimizer), ("meets", optimizer)]

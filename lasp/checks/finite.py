@@ -83,6 +83,8 @@ def assert_finite(gradients_of: Optimizer | nn.Module | None = None) -> None:
 
     Raises:
         FloatingPointError: naming the ranks, and the layers with the direction, or the parameters.
+        PeerError: a rank has ended, or did not come within the timeout of its group.
+        TypeError: `gradients_of` is something else.
     """
     parameters = _parameters(gradients_of)
     layers = [x for x in process.noted if x.group is None or x.peers.exists]
@@ -120,6 +122,8 @@ def assert_finite(gradients_of: Optimizer | nn.Module | None = None) -> None:
 def _parameters(of: Optimizer | nn.Module | None) -> list[Tensor]:
     if isinstance(of, nn.Module):
         return list(of.parameters())
+    if of is not None and not hasattr(of, "param_groups"):  # an optimizer need not derive from PyTorch's
+        raise TypeError(f"gradients_of must be an optimizer, a module or None, got {type(of).__name__}")
     return [] if of is None else [p for group in of.param_groups for p in group["params"]]
 
 
