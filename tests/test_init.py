@@ -108,6 +108,16 @@ def test_mpirun():
     assert results([start(MEET, {}, launcher=mpirun(2))]) == expected(2, "mpi")
 
 
+def test_mpirun_with_a_port_that_is_taken():
+    """Broadcasts of MPI have no timeout: rank 0 must not fail before the one in which the others wait."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        variables = {"MASTER_PORT": str(taken.getsockname()[1])}
+        code = "import lasp\ntry: lasp.init('gloo', timeout=20)\nexcept RuntimeError as error: print(error)"
+        [(output, _)] = finish([start(code, variables, launcher=mpirun(2))])
+    assert output.count("rank 0 cannot listen for the others") == 2
+    assert "set MASTER_ADDR and MASTER_PORT" in output
+
+
 # What fails
 
 
