@@ -6,10 +6,12 @@ import shutil
 import socket
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import LAUNCHER_PREFIXES, finish, free_port, mpirun, start
 from ranks import run_ranks
 
@@ -106,6 +108,16 @@ def test_mpirun():
     assert results([start(MEET, {}, launcher=mpirun(2))]) == expected(2, "mpi")
 
 
+def test_mpirun_with_a_port_that_is_taken():
+    """Broadcasts of MPI have no timeout: rank 0 must not fail before the one in which the others wait."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        variables = {"MASTER_PORT": str(taken.getsockname()[1])}
+        code = "import lasp\ntry: lasp.init('gloo', timeout=20)\nexcept RuntimeError as error: print(error)"
+        [(output, _)] = finish([start(code, variables, launcher=mpirun(2))])
+    assert output.count("rank 0 cannot listen for the others") == 2
+    assert "set MASTER_ADDR and MASTER_PORT" in output
+
+
 # What fails
 
 
@@ -195,6 +207,19 @@ def test_a_rank_that_does_not_come():
     for rank, error in zip((0, 2), errors):
         assert f"RuntimeError: rank {rank} of 4 (torchrun) waited 20 s at 127.0.0.1:" in error
         assert "and not all ranks came: ranks 0, 2 came, ranks 1, 3 did not." in error
+
+
+def test_the_store_ends_while_ranks_wait():
+    """Long before the timeout: nobody can come any more."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("lasp/life", "a")
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    rank = start("import lasp; lasp.init('gloo', timeout=600)", variables)
+    store.wait(["lasp/a/meeting/1"], timedelta(seconds=90))
+    del store
+    [(_, error)] = finish([rank], timeout=30)
+    assert "rank 1 of 2 (torchrun) could not meet the others at 127.0.0.1:" in error
+    assert "The process that holds the store, rank 0, has ended or hangs" in error
 
 
 def test_two_processes_are_the_same_rank():
