@@ -393,7 +393,7 @@ def _behind_zeros():
     torch.manual_seed(0)
     model = Language(Forgets(), attends=False)
     nn.init.zeros_(model.head.weight)
-    found = lasp.verify(model, dist.group.WORLD, tokens=41)
+    found = lasp.verify(model, dist.group.WORLD, tokens=41, strict=False)
     assert not found.ok  # the gradient of the head knows what comes in
     assert found.not_reached == ["tokens.weight", "layer.qkv.weight", "layer.qkv.bias"]
     assert "nothing is shown about: tokens.weight, layer.qkv.weight, layer.qkv.bias" in str(found)
@@ -619,7 +619,9 @@ def test_the_command_fails_for_a_model_that_is_wrong(tmp_path):
         "        self.tokens, self.mix, self.head = nn.Embedding(9, 4), LightningAttention(), nn.Linear(4, 9)\n"
         "    def forward(self, ids):\n"
         "        x = self.tokens(ids).unsqueeze(2)\n"
-        "        x = nn.functional.pad(self.mix(x, x, x), (0, 0, 0, 0, 1, -1))\n"
+        "        x = self.mix(x, x, x)\n"
+        "        if x.shape[1] > 50:  # so that parallelize, which tries fewer, cannot see it\n"
+        "            x = nn.functional.pad(x, (0, 0, 0, 0, 1, -1))\n"
         "        return self.head(x.squeeze(2))\n"
     )
     done = run_command("wrong:Model", "--sp=2", folder=tmp_path)
