@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import re
+import types
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -219,9 +220,16 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
             held = getattr(module, "sequence", None)
             if isinstance(held, SequenceParallel) and held.ranks != axis.ranks:
                 raise ValueError(f"{path} is split over the ranks {held.ranks}, but the mesh has {axis.ranks}")
-    elif unknown := set(options) - set(inspect.signature(parallelize).parameters):
+        return
+    for path, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), types.FunctionType):
+            raise ValueError(
+                f"the forward of {path or 'the model itself'} was replaced by a function, which a copy of the model "
+                "would share with the original: call parallelize first, then verify"
+            )
+    if unknown := set(options) - set(inspect.signature(parallelize).parameters):
         raise TypeError(f"verify takes the options of parallelize, and {sorted(unknown)} are none of these")
-    elif wrapped is not None:
+    if wrapped is not None:
         raise ValueError(
             f"this model is wrapped in {type(wrapped).__name__} and not parallelized: call parallelize first, "
             "then DDP or FSDP2"

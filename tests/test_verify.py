@@ -564,6 +564,46 @@ def test_what_cannot_be_done_with_a_model_as_it_is():
     run_ranks(2, _refused_when_wrapped)
 
 
+class Convolution(nn.Module):
+    """A layer of somebody else, whose forward knows no ranks."""
+
+    def __init__(self, taps=3):
+        super().__init__()
+        self.conv = nn.Conv1d(12, 12, taps, groups=12, padding=taps - 1)
+
+    def forward(self, x):
+        return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+def through_a_closure(module, sequence):
+    weight, bias = module.conv.weight, module.conv.bias
+    module.forward = lambda x: lasp.causal_conv(x, weight.squeeze(1), bias, sequence=sequence)
+
+
+def _closures():
+    """An adapter may keep the ranks where nobody finds them; the weights may be tied, and buffers made on the way."""
+    torch.manual_seed(0)
+    model, plan = Language(Convolution()).double(), {"layer": through_a_closure}
+    model.head.weight = model.tokens.weight
+    model.tokens.register_forward_hook(lambda module, *_: module.register_buffer("seen", torch.ones(2)))
+    left = Left(model)
+    assert lasp.verify(model, dist.group.WORLD, tokens=41, plan=plan, tolerance=SHARP).ok
+    left.check()
+    lasp.parallelize(model, dist.group.WORLD, plan=plan)
+    left = Left(model)
+    assert lasp.verify(model, dist.group.WORLD, tokens=41, tolerance=SHARP).ok
+    left.check()
+    assert len(lasp.explain(model)) == 1  # it knows the attention alone
+    patched = Language(nn.Identity())
+    patched.layer.forward = lambda x: x
+    with pytest.raises(ValueError, match="the forward of layer was replaced by a function, which a copy of the model"):
+        lasp.verify(patched, dist.group.WORLD, tokens=41)
+
+
+def test_ranks_that_a_closure_holds():
+    run_ranks(3, _closures)
+
+
 class Breaks(nn.Module):
     def forward(self, x):
         if x.shape[1] == 41:  # of the whole
