@@ -343,6 +343,22 @@ def test_a_mistake_is_found_on_three_ranks_in_fp64():
     run_ranks(3, _mistake, "halo one token short", False, torch.float64)
 
 
+def _hidden_by_bf16():
+    """A wrong token among two hundred is less than bf16 rounds: the verdict says what it cannot see, and what can."""
+    torch.manual_seed(0)
+    model = Language(Convolves(True))
+    hidden = lasp.verify(model, dist.group.WORLD, tokens=203, dtype=torch.bfloat16)
+    assert hidden.ok
+    assert "a mistake of less than 5% would not show: dtype=torch.float32 is sharper" in str(hidden)
+    found = lasp.verify(model, dist.group.WORLD, tokens=203, dtype=torch.float32)
+    assert "layer.weight" in {row.name for row in found.wrong}
+    assert "would not show" not in str(found)
+
+
+def test_what_bf16_hides_is_said():
+    run_ranks(2, _hidden_by_bf16)
+
+
 def _right_halo():
     torch.manual_seed(0)
     found = lasp.verify(Language(Convolves(False)), dist.group.WORLD, tokens=41, dtype=torch.float64, tolerance=SHARP)
