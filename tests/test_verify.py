@@ -378,6 +378,36 @@ def test_weights_that_differ_between_ranks_are_found():
     run_ranks(2, _other_weights)
 
 
+class Attends(nn.Module):
+    """Softmax attention, whose result does not depend on the bias of its keys."""
+
+    sequence = None
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (make(x).unflatten(-1, (2, 6)) for make in (self.q, self.k, self.v))
+        return x + lasp.softmax_attention(q, k, v, sequence=self.sequence).flatten(-2)
+
+
+lasp.register(Attends)
+
+
+def _zero_but_for_rounding(dtype):
+    torch.manual_seed(0)
+    found = lasp.verify(Language(Attends()), dist.group.WORLD, tokens=203, dtype=dtype)
+    assert found.ok, found
+    [bias] = [row for row in found.rows if row.name == "layer.k.bias"]
+    assert bias.largest < 1e-4 * max(row.largest for row in found.rows[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_alarm(dtype):
+    run_ranks(2, _zero_but_for_rounding, dtype)
+
+
 class Drops(nn.Module):
     def __init__(self, functional):
         super().__init__()
