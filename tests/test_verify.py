@@ -343,6 +343,22 @@ def test_a_mistake_is_found_on_three_ranks_in_fp64():
     run_ranks(3, _mistake, "halo one token short", False, torch.float64)
 
 
+def _hidden_by_bf16():
+    """A wrong token among two hundred is less than bf16 rounds: the verdict says what it cannot see, and what can."""
+    torch.manual_seed(0)
+    model = Language(Convolves(True))
+    hidden = lasp.verify(model, dist.group.WORLD, tokens=203, dtype=torch.bfloat16)
+    assert hidden.ok
+    assert "a mistake of less than 5% would not show: dtype=torch.float32 is sharper" in str(hidden)
+    found = lasp.verify(model, dist.group.WORLD, tokens=203, dtype=torch.float32)
+    assert "layer.weight" in {row.name for row in found.wrong}
+    assert "would not show" not in str(found)
+
+
+def test_what_bf16_hides_is_said():
+    run_ranks(2, _hidden_by_bf16)
+
+
 def _right_halo():
     torch.manual_seed(0)
     found = lasp.verify(Language(Convolves(False)), dist.group.WORLD, tokens=41, dtype=torch.float64, tolerance=SHARP)
@@ -360,6 +376,36 @@ def _other_weights():
 
 def test_weights_that_differ_between_ranks_are_found():
     run_ranks(2, _other_weights)
+
+
+class Attends(nn.Module):
+    """Softmax attention, whose result does not depend on the bias of its keys."""
+
+    sequence = None
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (make(x).unflatten(-1, (2, 6)) for make in (self.q, self.k, self.v))
+        return x + lasp.softmax_attention(q, k, v, sequence=self.sequence).flatten(-2)
+
+
+lasp.register(Attends)
+
+
+def _zero_but_for_rounding(dtype):
+    torch.manual_seed(0)
+    found = lasp.verify(Language(Attends()), dist.group.WORLD, tokens=203, dtype=dtype)
+    assert found.ok, found
+    [bias] = [row for row in found.rows if row.name == "layer.k.bias"]
+    assert bias.largest < 1e-4 * max(row.largest for row in found.rows[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_alarm(dtype):
+    run_ranks(2, _zero_but_for_rounding, dtype)
 
 
 class Drops(nn.Module):
@@ -562,6 +608,46 @@ def _refused_when_wrapped():
 
 def test_what_cannot_be_done_with_a_model_as_it_is():
     run_ranks(2, _refused_when_wrapped)
+
+
+class Convolution(nn.Module):
+    """A layer of somebody else, whose forward knows no ranks."""
+
+    def __init__(self, taps=3):
+        super().__init__()
+        self.conv = nn.Conv1d(12, 12, taps, groups=12, padding=taps - 1)
+
+    def forward(self, x):
+        return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+def through_a_closure(module, sequence):
+    weight, bias = module.conv.weight, module.conv.bias
+    module.forward = lambda x: lasp.causal_conv(x, weight.squeeze(1), bias, sequence=sequence)
+
+
+def _closures():
+    """An adapter may keep the ranks where nobody finds them; the weights may be tied, and buffers made on the way."""
+    torch.manual_seed(0)
+    model, plan = Language(Convolution()).double(), {"layer": through_a_closure}
+    model.head.weight = model.tokens.weight
+    model.tokens.register_forward_hook(lambda module, *_: module.register_buffer("seen", torch.ones(2)))
+    left = Left(model)
+    assert lasp.verify(model, dist.group.WORLD, tokens=41, plan=plan, tolerance=SHARP).ok
+    left.check()
+    lasp.parallelize(model, dist.group.WORLD, plan=plan)
+    left = Left(model)
+    assert lasp.verify(model, dist.group.WORLD, tokens=41, tolerance=SHARP).ok
+    left.check()
+    assert len(lasp.explain(model)) == 1  # it knows the attention alone
+    patched = Language(nn.Identity())
+    patched.layer.forward = lambda x: x
+    with pytest.raises(ValueError, match="the forward of layer was replaced by a function, which a copy of the model"):
+        lasp.verify(patched, dist.group.WORLD, tokens=41)
+
+
+def test_ranks_that_a_closure_holds():
+    run_ranks(3, _closures)
 
 
 class Breaks(nn.Module):
