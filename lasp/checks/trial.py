@@ -232,13 +232,15 @@ def _make_inputs(
 
 
 def _ids(vocabulary: int, tokens: int, cut: int, generator: torch.Generator) -> Tensor:
-    """[1, tokens]. What stands beside each other, on the whole or at the end of a slice, is different, if it can be."""
+    """[1, tokens], all different if there are as many; if not, at least what stands side by side on the whole or at
+    the end of a slice, as far as possible: else a shift might bring what was there before."""
     borders = [(0, cut), (0, tokens - 1), (cut - 1, tokens - 1), (cut - 1, 0), (cut, tokens - 1)]
-    x = torch.zeros(tokens, dtype=torch.int64, device="cpu")
-    for _ in range(100 if vocabulary > 1 else 0):
-        steps = torch.randint(1, vocabulary, (tokens,), generator=generator, device="cpu")
-        x = steps.cumsum(0) % vocabulary
-        if all(x[a] != x[b] for a, b in borders):
+    x = torch.zeros(0, dtype=torch.int64, device="cpu")
+    for _ in range(100):
+        count = min(vocabulary, _SMALL)
+        parts = [torch.randperm(count, generator=generator, device="cpu") for _ in range(-(-tokens // count))]
+        x = torch.cat(parts)[:tokens]
+        if bool((x[1:] != x[:-1]).all()) and all(x[a] != x[b] for a, b in borders):
             break
     return x[None]
 
