@@ -289,6 +289,7 @@ class _Frame:
     number: int  # of the calls of this module
     lost: bool  # its inputs are no slices of what they were: whoever called it must answer for it
     unclear: list[str] = field(default_factory=list)  # modules of torch.nn below that may mix, and were not put right
+    undecided: list[str] = field(default_factory=list)  # all modules below that were not
 
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -394,14 +395,17 @@ class _Trial:
                 self._blame(frame, _HOW[how])
             if how != _LOST:
                 return out
+        frame.undecided.append(frame.path)
         if kind_of(module) in ("mixes", "depends"):
             frame.unclear.append(frame.path)
         if caller is not None:
             caller.unclear += frame.unclear
+            caller.undecided += frame.undecided
         elif self.fewer:
             self._blame(frame, "it returns fewer tokens than it is given")
         elif not self._blame_unclear(frame):
             self.found.silent[frame.path] = "what it returns cannot be related to the tokens that it is given"
+            self.found.asked.difference_update(frame.undecided)
         return out
 
     def _enter(self, key: Any, caller: _Frame | None) -> _Frame:
