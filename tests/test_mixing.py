@@ -1,6 +1,7 @@
 """What mixes tokens and has no adapter is refused, wherever it is: modules are asked, and their class decides else."""
 
 import copy
+import inspect
 import re
 import warnings
 
@@ -225,6 +226,18 @@ class Model(nn.Module):
         return self.head(x)
 
 
+class Flat(Model):
+    """What it returns has no dimension of tokens."""
+
+    def forward(self, ids):
+        return super().forward(ids).flatten()
+
+
+class Cuts(Model):
+    def forward(self, ids):
+        return super().forward(ids)[:, :-1]
+
+
 class Counts(Model):
     """Counts positions from 0."""
 
@@ -281,6 +294,7 @@ MIXING = {
         {"layers.1 (Own)": WRONG},
     ),
     "positions": (Counts(), {"the model itself (Counts)": trial.COUNTED}),
+    "fewer tokens": (Cuts(), {"the model itself (Cuts)": "it returns fewer tokens than it is given"}),
     "table of positions": (Model(LearnedPositions()), {"layers.1 (LearnedPositions)": WRONG}),
     "shift and recurrence": (
         Model(Siblings()),
@@ -446,6 +460,14 @@ def test_a_trial_that_fails_leaves_everything_as_it_was_too():
     assert torch.equal(before[4], after[4])
 
 
+def test_every_operator_answers_in_a_trial():
+    """What takes the ranks is a border that a trial knows, and keeps its name and its arguments."""
+    named = {name: getattr(lasp, name) for name in lasp.__all__}
+    operators = {n for n, f in named.items() if inspect.isfunction(f) and "sequence" in inspect.signature(f).parameters}
+    assert operators == {"linear_attention", "delta_rule", "causal_conv", "halo", "softmax_attention"}
+    assert all(named[n].__wrapped__.__name__ == n and named[n].__doc__ for n in operators)
+
+
 def test_operators_work_as_ever_after_a_trial():
     x = torch.randn(1, 5, 2, 4)
     expected = lasp.linear_attention(x, x, x)[0]
@@ -492,9 +514,10 @@ def large():
         (meta(lambda: TNL(TNLConfig.named("1B"))), "its weights are on the meta device"),
         (large(), r"it would take long, with 1,000,00\d,\d* parameters on cpu"),
         (nn.Sequential(SmallModel(), nn.LazyLinear(D)), "its weights are not initialized"),
+        (Flat(), "the model itself .*cannot be related to the tokens"),
         (OddInputs(), "a trial with 29 tokens ends in TypeError: 'NoneType' object is not subscriptable"),
     ],
-    ids=["meta", "large", "lazy", "odd"],
+    ids=["meta", "large", "lazy", "flat", "odd"],
 )
 def test_explain_says_that_names_decided_and_why(model, why):
     lasp.parallelize(model, None)

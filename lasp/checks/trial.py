@@ -232,13 +232,15 @@ def _make_inputs(
 
 
 def _ids(vocabulary: int, tokens: int, cut: int, generator: torch.Generator) -> Tensor:
-    """[1, tokens]. What stands beside each other, on the whole or at the end of a slice, is different, if it can be."""
+    """[1, tokens], all different if there are as many; if not, at least what stands side by side on the whole or at
+    the end of a slice, as far as possible: else a shift might bring what was there before."""
     borders = [(0, cut), (0, tokens - 1), (cut - 1, tokens - 1), (cut - 1, 0), (cut, tokens - 1)]
-    x = torch.zeros(tokens, dtype=torch.int64, device="cpu")
-    for _ in range(100 if vocabulary > 1 else 0):
-        steps = torch.randint(1, vocabulary, (tokens,), generator=generator, device="cpu")
-        x = steps.cumsum(0) % vocabulary
-        if all(x[a] != x[b] for a, b in borders):
+    x = torch.zeros(0, dtype=torch.int64, device="cpu")
+    for _ in range(100):
+        count = min(vocabulary, _SMALL)
+        parts = [torch.randperm(count, generator=generator, device="cpu") for _ in range(-(-tokens // count))]
+        x = torch.cat(parts)[:tokens]
+        if bool((x[1:] != x[:-1]).all()) and all(x[a] != x[b] for a, b in borders):
             break
     return x[None]
 
@@ -287,6 +289,7 @@ class _Frame:
     number: int  # of the calls of this module
     lost: bool  # its inputs are no slices of what they were: whoever called it must answer for it
     unclear: list[str] = field(default_factory=list)  # modules of torch.nn below that may mix, and were not put right
+    undecided: list[str] = field(default_factory=list)  # all modules below that were not
 
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -392,14 +395,17 @@ class _Trial:
                 self._blame(frame, _HOW[how])
             if how != _LOST:
                 return out
+        frame.undecided.append(frame.path)
         if kind_of(module) in ("mixes", "depends"):
             frame.unclear.append(frame.path)
         if caller is not None:
             caller.unclear += frame.unclear
+            caller.undecided += frame.undecided
         elif self.fewer:
             self._blame(frame, "it returns fewer tokens than it is given")
         elif not self._blame_unclear(frame):
             self.found.silent[frame.path] = "what it returns cannot be related to the tokens that it is given"
+            self.found.asked.difference_update(frame.undecided)
         return out
 
     def _enter(self, key: Any, caller: _Frame | None) -> _Frame:
