@@ -16,10 +16,10 @@ from faults.program import KINDS, Fault, Run
 
 ODD = 1  # the rank in the middle, whom both others wait for
 PLACE = {"rank": ODD, "layer": 1, "step": 1}  # of the exchange itself: the calls of this step are not compared
-PEERS = [Fault(kind, direction=d, **PLACE) for kind in ("kill", "stop", "skip") for d in ("forward", "backward")]
+PEERS = [Fault(kind, place=p, **PLACE) for kind in ("kill", "stop", "skip") for p in ("forward", "backward")]
 OTHERS = [
-    Fault("delay", direction="backward", **PLACE),
-    Fault("exit", direction="backward", store="rank 0", **PLACE),
+    Fault("delay", place="backward", **PLACE),
+    Fault("exit", place="backward", store="rank 0", **PLACE),
     Fault("shape", rank=2, layer=2, step=2),
     Fault("dtype", rank=0, layer=0, step=0, store="rank 0"),
     Fault("stop", rank=0, layer=0, step=0, store="rank 0"),
@@ -33,21 +33,19 @@ def outcomes():
     return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, parallel=4)))
 
 
-@pytest.mark.parametrize("fault", [*PEERS, *OTHERS], ids=lambda f: f"{f.kind}-{f.direction}-{f.store}")
+@pytest.mark.parametrize("fault", [*PEERS, *OTHERS], ids=lambda f: f"{f.kind}-{f.place}-{f.store}")
 def test_every_fault_is_detected_and_nothing_stays_behind(fault):
     outcome = outcomes()[fault]
     assert outcome.detected, f"{outcome.problem}\n{outcome.errors}"
     assert outcome.left == 0
 
 
-@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.direction}")
+@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.place}")
 def test_the_error_names_layer_direction_and_peer(fault):
     layer = "" if fault.kind == "skip" else r"1\.mixer\.inner"  # the skipping rank's next layer comes in its place
     for rank in (0, 2):
         error = outcomes()[fault].errors[rank]
-        expected = (
-            rf"PeerError: layer 'blocks\.{layer or '[012].*'}', {fault.direction}: .* with rank {ODD} failed after "
-        )
+        expected = rf"PeerError: layer 'blocks\.{layer or '[012].*'}', {fault.place}: .* with rank {ODD} failed after "
         assert re.match(expected, error), error
 
 
@@ -55,7 +53,7 @@ def test_random_faults_are_of_all_kinds_and_reproducible():
     faults = random_faults(70, 3, seed=1)
     assert faults == random_faults(70, 3, seed=1) != random_faults(70, 3, seed=2)
     assert {kind: sum(f.kind == kind for f in faults) for kind in KINDS} == dict.fromkeys(KINDS, 10)
-    for name in ("rank", "layer", "direction", "store"):
+    for name in ("rank", "layer", "place", "store", "scheme"):
         assert len({getattr(f, name) for f in faults}) > 1
 
 
@@ -67,7 +65,7 @@ def outcomes_on_gpus():
 
 
 @pytest.mark.timeout(300)  # of the first: it waits for all
-@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.direction}")
+@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.place}")
 def test_over_nccl_every_fault_ends_the_other_ranks_and_nothing_stays_behind(fault, outcomes_on_gpus):
     outcome = outcomes_on_gpus[fault]
     assert outcome.detected, f"{outcome.problem}\n{outcome.errors}"

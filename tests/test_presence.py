@@ -295,9 +295,9 @@ def test_what_is_told_of_many():
         _told([0, 2, 3], [2], heard)
         == "global rank 2 reported PeerError: it; global ranks 0, 3 did not report, and may hang"
     )
-    assert (
-        _told([0, 2], [0], _Heard(causes={0: "ValueError: x"}))
-        == "global rank 0 reported ValueError: x; global rank 0 has ended"
-    )
+    one, two = {0: "ValueError: x"}, {0: "ValueError: x", 2: "ValueError: x"}
+    assert _told([0, 2], [0], _Heard(one)) == "global rank 0 reported ValueError: x"
+    both = "global ranks 0, 2 reported ValueError: x; global rank 3 has ended"
+    assert _told([0, 2, 3], [0, 2, 3], _Heard(two)) == both
     assert _told(list(range(1, 9)), list(range(1, 9)), _Heard()) == "global ranks 1, 2, 3, 4 and 4 more have ended"
     assert _told([1], [], _Heard()) == ""

@@ -255,7 +255,7 @@ def tell_uncaught() -> None:
 
     def hook(kind, error, traceback) -> None:
         previous(kind, error, traceback)
-        if not issubclass(kind, Exception):
+        if issubclass(kind, (KeyboardInterrupt, SystemExit)):
             return
         effect = _is_effect(error)
         known = presence.account(f"{kind.__name__}: {error}", effect=effect, seconds=SECONDS if effect else 0.1)
@@ -268,16 +268,21 @@ def tell_uncaught() -> None:
 
 def _is_effect(error: BaseException) -> bool:
     """Whether it is an error of communication, of which another rank is the cause."""
-    if not isinstance(error, RuntimeError) or type(error).__name__ in ("RankMismatchError", "OutOfMemoryError"):
-        return False
-    comes_from = r"gloo|nccl|store|connection|timed out"
-    return type(error).__name__ == "PeerError" or bool(re.search(comes_from, f"{type(error)} {error}", re.I))
+    name = type(error).__name__
+    if name in ("PeerError", "RankMismatchError", "OutOfMemoryError"):
+        return name == "PeerError"
+    of_pytorch = isinstance(error, RuntimeError) or name == "CheckpointException"
+    comes_from = r"gloo|nccl|store|connection|timed out|Dist\w*Error"
+    return of_pytorch and bool(re.search(comes_from, f"{name} {error}", re.I))
 
 
 def _told(others: list[int], ended: list[int], heard: _Heard) -> str:
     """The cause where it is known; else who has ended of those that waited, and of whom nothing was heard."""
-    parts = [f"{_named([rank])} reported {text}" for rank, text in heard.causes.items()][:_NAMED]
-    if first := [rank for rank in ended if rank not in heard.effects]:
+    by_text: dict[str, list[int]] = {}
+    for rank, text in heard.causes.items():
+        by_text.setdefault(text, []).append(rank)
+    parts = [f"{_named(ranks)} reported {text}" for text, ranks in by_text.items()][:_NAMED]
+    if first := [rank for rank in ended if rank not in heard.effects and rank not in heard.causes]:
         parts.append(f"{_named(first)} {'has' if len(first) == 1 else 'have'} ended")
     if parts:
         return "; ".join(parts)
