@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from lasp.ranks.group import set_timeout, waiting
 from lasp.ranks.presence import presence, tell_uncaught
+from lasp.ranks.watch import watch
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
             presence.meet(timedelta(seconds=timeout), one_host=local_world == world)
     set_timeout(timedelta(seconds=timeout))
     tell_uncaught()
+    if backend == "nccl" and world > 1:
+        watch.start(timedelta(seconds=timeout))
     return Env(rank, world, local_rank, local_world, device, backend, launcher)
 
 

@@ -258,7 +258,8 @@ def tell_uncaught() -> None:
         if issubclass(kind, (KeyboardInterrupt, SystemExit)):
             return
         effect = _is_effect(error)
-        known = presence.account(f"{kind.__name__}: {error}", effect=effect, seconds=SECONDS if effect else 0.1)
+        text = re.sub(r"\[/\S+:\d+\] ", "", str(error).split("\n")[0])  # without the place in PyTorch's sources
+        known = presence.account(f"{kind.__name__}: {text}", effect=effect, seconds=SECONDS if effect else 0.1)
         if effect and known and not kind.__module__.startswith("lasp."):
             print(f"lasp: rank {dist.get_rank()} waited for another; {known}", file=sys.stderr, flush=True)
 
@@ -278,19 +279,23 @@ def _is_effect(error: BaseException) -> bool:
 
 def _told(others: list[int], ended: list[int], heard: _Heard) -> str:
     """The cause where it is known; else who has ended of those that waited, and of whom nothing was heard."""
-    by_text: dict[str, list[int]] = {}
-    for rank, text in heard.causes.items():
-        by_text.setdefault(text, []).append(rank)
-    parts = [f"{_named(ranks)} reported {text}" for text, ranks in by_text.items()][:_NAMED]
+    parts = _by_text(heard.causes)
     if first := [rank for rank in ended if rank not in heard.effects and rank not in heard.causes]:
         parts.append(f"{_named(first)} {'has' if len(first) == 1 else 'have'} ended")
     if parts:
         return "; ".join(parts)
-    parts = [f"{_named([rank])} reported {text}" for rank, text in heard.effects.items()][:1]
+    parts = _by_text(heard.effects)  # where each waited: the one that left out a call is somewhere else
     silent = [rank for rank in others if rank not in heard.effects]
     if silent and heard.answered:
         parts.append(f"{_named(silent)} did not report, and may hang")
     return "; ".join(parts)
+
+
+def _by_text(reports: dict[int, str]) -> list[str]:
+    found: dict[str, list[int]] = {}
+    for rank, text in sorted(reports.items()):
+        found.setdefault(text, []).append(rank)
+    return [f"{_named(ranks)} reported {text}" for text, ranks in found.items()][:_NAMED]
 
 
 def _named(ranks: list[int]) -> str:
