@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from inputs import assert_close
 from ranks import run_ranks
+from scripts import run_script
 
 import lasp
 from lasp.exchange import StateMap, Terms, board, cost, forgetting, horizon, identity, start
@@ -441,11 +442,60 @@ def _fails(*args, **options):
 
 def _other_tokens(mine, group, told=board._of_all):
     """As if the names of the other ranks' files were those of other files here."""
-    return [text + "?" if "lasp_board_" in text and "\n" in text else text for text in told(mine, group)]
+    return [text + "?" if "\n" in text else text for text in told(mine, group)]
 
 
 def _boards_of_this_process():
-    return list(Path("/dev/shm").glob(f"lasp_board_{os.getpid()}_*"))
+    """Open files without a name, and such as have one, which no system with the former may have."""
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return sorted(str(link) for link in links if "lasp_board_" in str(link)) + list(_in_shared_memory())
+
+
+def _in_shared_memory():
+    return {path for path in Path("/dev/shm").iterdir() if "lasp" in path.name}
+
+
+KILLED_AT_THE_BOARD = """
+import os, signal, torch, lasp
+from lasp.exchange import board
+env = lasp.init("gloo", timeout=20.0)
+mesh = lasp.init_mesh(sp=-1, dp_shard=1)
+
+def killed_at(call, number):
+    calls = []
+    def wrapped(*args, **options):
+        calls.append(None)
+        if len(calls) == number and env.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **options)
+    return wrapped
+
+PATCH
+sequence = lasp.SequenceParallel(mesh["sp"], name="blocks.0", exchange="direct", validate="off")
+x = torch.ones(1, 3, 1, 2)
+lasp.linear_attention(x, x, x, sequence=sequence)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "os.urandom = killed_at(os.urandom, 1)",  # before there is memory
+        "board._problems = killed_at(board._problems, 1)",  # it is there
+        "board._InFile.join = killed_at(board._InFile.join, 1)",
+        "torch.from_file = killed_at(torch.from_file, 2)",  # some of it is mapped
+        "board._problems = killed_at(board._problems, 2)",  # all of it
+        "board._InFile.close = killed_at(board._InFile.close, 1)",
+    ],
+)
+def test_nothing_is_left_in_shared_memory_whenever_a_rank_is_killed(moment):
+    before = _in_shared_memory()
+    found = run_script(KILLED_AT_THE_BOARD.replace("PATCH", moment), 3)
+    assert [code for code, _, _ in found] == [1, -9, 1], found
+    for rank in (0, 2):
+        assert "PeerError: layer 'blocks.0'" in found[rank][2]
+        assert "global rank 1 has ended" in found[rank][2]
+    assert _in_shared_memory() == before
 
 
 @pytest.mark.parametrize("what", ["hosts", "meetings", "no space", "cannot map", "another's file"])

@@ -16,10 +16,10 @@ from faults.program import KINDS, Fault, Run
 
 ODD = 1  # the rank in the middle, whom both others wait for
 PLACE = {"rank": ODD, "layer": 1, "step": 1}  # of the exchange itself: the calls of this step are not compared
-PEERS = [Fault(kind, direction=d, **PLACE) for kind in ("kill", "stop", "skip") for d in ("forward", "backward")]
+PEERS = [Fault(kind, place=p, **PLACE) for kind in ("kill", "stop", "skip") for p in ("forward", "backward")]
 OTHERS = [
-    Fault("delay", direction="backward", **PLACE),
-    Fault("exit", direction="backward", store="rank 0", **PLACE),
+    Fault("delay", place="backward", **PLACE),
+    Fault("exit", place="backward", store="rank 0", **PLACE),
     Fault("shape", rank=2, layer=2, step=2),
     Fault("dtype", rank=0, layer=0, step=0, store="rank 0"),
     Fault("stop", rank=0, layer=0, step=0, store="rank 0"),
@@ -33,29 +33,54 @@ def outcomes():
     return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, parallel=4)))
 
 
-@pytest.mark.parametrize("fault", [*PEERS, *OTHERS], ids=lambda f: f"{f.kind}-{f.direction}-{f.store}")
+@pytest.mark.parametrize("fault", [*PEERS, *OTHERS], ids=lambda f: f"{f.kind}-{f.place}-{f.store}")
 def test_every_fault_is_detected_and_nothing_stays_behind(fault):
     outcome = outcomes()[fault]
     assert outcome.detected, f"{outcome.problem}\n{outcome.errors}"
     assert outcome.left == 0
 
 
-@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.direction}")
+@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.place}")
 def test_the_error_names_layer_direction_and_peer(fault):
     layer = "" if fault.kind == "skip" else r"1\.mixer\.inner"  # the skipping rank's next layer comes in its place
     for rank in (0, 2):
         error = outcomes()[fault].errors[rank]
-        expected = (
-            rf"PeerError: layer 'blocks\.{layer or '[012].*'}', {fault.direction}: .* with rank {ODD} failed after "
-        )
+        expected = rf"PeerError: layer 'blocks\.{layer or '[012].*'}', {fault.place}: .* with rank {ODD} failed after "
         assert re.match(expected, error), error
+
+
+# With dp x sp: the ranks of the other sequence wait, too, and for others.
+AIMED = [
+    Fault("stop", place="forward", **PLACE),
+    Fault("stop", place="backward", **PLACE),
+    Fault("stop", place="sync", **PLACE),
+    Fault("kill", place="sync", **PLACE),
+    Fault("delay", place="loss", **PLACE),
+    Fault("stop", place="backward", scheme="ddp", store="rank 0", **PLACE),
+    Fault("kill", place="forward", scheme="fsdp2", exchange="direct", **PLACE),
+    Fault("exit", place="save", scheme="ddp", **PLACE),
+]
+
+
+@functools.cache
+def outcomes_with_dp():
+    return dict(zip(AIMED, inject(AIMED, ranks=4, dp=2, backend="gloo", timeout=5.0, parallel=2)))
+
+
+@pytest.mark.timeout(200)  # of the first: it waits for all
+@pytest.mark.parametrize("fault", AIMED, ids=lambda f: f"{f.kind}-{f.place}-{f.scheme}")
+def test_with_data_parallelism_every_rank_has_an_error_that_names_rank_and_place_in_time(fault):
+    outcome = outcomes_with_dp()[fault]
+    assert outcome.detected, f"{outcome.problem}\n{outcome.errors}"
+    assert (outcome.left, len(outcome.errors)) == (0, 0 if fault.kind == "delay" else 3)
+    assert outcome.seconds is None or outcome.seconds < 5 + 3
 
 
 def test_random_faults_are_of_all_kinds_and_reproducible():
     faults = random_faults(70, 3, seed=1)
     assert faults == random_faults(70, 3, seed=1) != random_faults(70, 3, seed=2)
     assert {kind: sum(f.kind == kind for f in faults) for kind in KINDS} == dict.fromkeys(KINDS, 10)
-    for name in ("rank", "layer", "direction", "store"):
+    for name in ("rank", "layer", "place", "store", "scheme"):
         assert len({getattr(f, name) for f in faults}) > 1
 
 
@@ -67,7 +92,7 @@ def outcomes_on_gpus():
 
 
 @pytest.mark.timeout(300)  # of the first: it waits for all
-@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.direction}")
+@pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.place}")
 def test_over_nccl_every_fault_ends_the_other_ranks_and_nothing_stays_behind(fault, outcomes_on_gpus):
     outcome = outcomes_on_gpus[fault]
     assert outcome.detected, f"{outcome.problem}\n{outcome.errors}"
@@ -80,6 +105,10 @@ WATCHDOG = (
     "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=RECV, NumelIn=48, NumelOut=48, "
     "Timeout(ms)=10000) ran for 10045 milliseconds before timing out.\nException raised from checkTimeout"
 )
+LINE = (
+    "\nlasp: rank 0 waited for another; layer 'blocks.1.mixer.inner', forward: the exchange of the state with rank 1 has "
+    "not come to its end; global rank 1 has ended. PyTorch's watchdog will end this process\n"
+)
 BARRIER = (
     "[FATAL] CUDASymmetricMemory::barrier: rank 0 failed to receive signal from rank 1 in channel 0 after 10000 ms"
 )
@@ -88,8 +117,9 @@ LAUNCH = (
 )
 
 
-def ended_by(log, code=-6, *, backend="nccl", after=10.5, losses=(), **more):
+def ended_by(log, code=-6, *, line=LINE, backend="nccl", after=10.5, losses=(), **more):
     """What is left of a run of two ranks of which the second was killed at 100 s and the first ended as told."""
+    log += line
     run = Run(2, 0, Path(), backend, 10.0)
     events = [
         [{"event": "loss", "step": n, "value": x} for n, x in enumerate(losses)],
@@ -114,6 +144,8 @@ def test_an_abort_over_nccl_with_a_message_is_a_detection():
 
 def test_what_over_nccl_is_no_detection():
     assert "raised nothing" in ended_by("").problem
+    assert "name neither place nor rank 1" in ended_by(WATCHDOG, line="").problem
+    assert "name neither place nor rank 1" in ended_by(WATCHDOG, line=LINE.replace("rank 1", "rank 2")).problem
     assert "raised nothing" in ended_by(WATCHDOG, 0).problem
     assert "raised nothing" in ended_by(WATCHDOG, backend="gloo").problem
     assert "more than 18.0 s" in ended_by(WATCHDOG, after=18.5).problem

@@ -1,19 +1,17 @@
 """A rank that has ended is known at once, one that is only slow is not taken for dead, and errors tell the cause."""
 
-import atexit
 import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks, workers
+from ranks import run_ranks
+from scripts import run_script
 from torch.distributed.device_mesh import init_device_mesh
 
 import lasp
@@ -24,51 +22,15 @@ HEAD = """
 import os, signal, sys, time, torch, torch.nn as nn, torch.distributed as dist
 import lasp
 env = lasp.init("gloo", timeout=TIMEOUT)
-mesh = lasp.init_mesh(sp=-1, dp_shard=DP)
+mesh = lasp.init_mesh(sp=-1, dp_shard=1)
 sequence = lasp.SequenceParallel(mesh["sp"], name="blocks.0", exchange="ring")
 x = torch.ones(1, 3, 1, 2, requires_grad=True)
 started = time.monotonic()
 """
 
 
-def run(body, ranks=3, *, timeout=60.0, dp=1, limit=100.0):
-    """Exit code, standard output and error of each rank of a script, whose processes are forked from a warm one."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
-    code = HEAD.replace("TIMEOUT", str(timeout)).replace("DP", str(dp)) + body
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            workers().Process(target=_script, args=(code, rank, ranks, store.port, Path(folder)), daemon=True)
-            for rank in range(ranks)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            until = time.monotonic() + limit
-            for process in processes:
-                process.join(max(0.0, until - time.monotonic()))
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        texts = [[(Path(folder) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(ranks)]
-    return [(process.exitcode, *text) for process, text in zip(processes, texts)]
-
-
-def _script(code, rank, ranks, port, folder):
-    """What Python does with a script."""
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    torch.set_num_threads(1)
-    try:
-        exec(compile(code, "script", "exec"), {})
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
-    finally:
-        sys.stdout.flush()
-        atexit._run_exitfuncs()  # multiprocessing would leave that out
+def run(body, *, timeout=60.0):
+    return run_script(HEAD.replace("TIMEOUT", str(timeout)) + body, 3)
 
 
 def seconds(out):
@@ -295,9 +257,9 @@ def test_what_is_told_of_many():
         _told([0, 2, 3], [2], heard)
         == "global rank 2 reported PeerError: it; global ranks 0, 3 did not report, and may hang"
     )
-    assert (
-        _told([0, 2], [0], _Heard(causes={0: "ValueError: x"}))
-        == "global rank 0 reported ValueError: x; global rank 0 has ended"
-    )
+    one, two = {0: "ValueError: x"}, {0: "ValueError: x", 2: "ValueError: x"}
+    assert _told([0, 2], [0], _Heard(one)) == "global rank 0 reported ValueError: x"
+    both = "global ranks 0, 2 reported ValueError: x; global rank 3 has ended"
+    assert _told([0, 2, 3], [0, 2, 3], _Heard(two)) == both
     assert _told(list(range(1, 9)), list(range(1, 9)), _Heard()) == "global ranks 1, 2, 3, 4 and 4 more have ended"
     assert _told([1], [], _Heard()) == ""

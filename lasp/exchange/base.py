@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lasp.exchange.maps import Fold, HeadRuns, StateMap
 from lasp.ranks import SCHEDULES, SequenceParallel, Traffic, waiting
+from lasp.ranks.watch import watch
 
 Run = Generator[None, None, Tensor]
 
@@ -99,9 +100,12 @@ class Job:
 
     def what(self, peer: int | None = None) -> str:
         """For the error of a peer that fails; a rank as the group counts it, or all."""
-        direction = "backward" if self.terms.reverse else "forward"
-        whom = self.sequence.name_of(peer)
-        return f"layer {self.sequence.name!r}, {direction}: the exchange of {self.thing} with {whom}"
+        return _what(self.sequence, self.terms.reverse, self.thing, peer)
+
+
+def _what(sequence: SequenceParallel, reverse: bool, thing: str, peer: int | None) -> str:
+    direction = "backward" if reverse else "forward"
+    return f"layer {sequence.name!r}, {direction}: the exchange of {thing} with {sequence.name_of(peer)}"
 
 
 class Schedule(ABC):
@@ -201,6 +205,8 @@ class Pending(Protocol):
 class Closing(Protocol):
     """What is to be done once the state has arrived."""
 
+    job: Job
+
     @property
     def joins(self) -> bool:
         """Whether the caller must wait for it, too."""
@@ -215,7 +221,18 @@ def queue(run: Run, closing: Sequence[Closing], inputs: Sequence[Tensor], *, bes
     """Begin what a schedule does with `inputs`; on a GPU `beside` the caller's stream, or before all that follows."""
     if not inputs[0].is_cuda:
         return RunningInWait(run, closing)
-    return RunningBeside(run, closing, inputs) if beside else Inline(run, closing)
+    pending = RunningBeside(run, closing, inputs) if beside else Inline(run, closing)
+    if watch.on and not torch.cuda.is_current_stream_capturing():
+        _note(pending, closing[0].job, inputs[0])
+    return pending
+
+
+def _note(pending: RunningBeside | Inline, job: Job, like: Tensor) -> None:
+    """For the thread that tells where a rank waits over NCCL. (Not the job: it holds tensors.)"""
+    sequence, reverse = job.sequence, job.terms.reverse
+    source = sequence.next_rank if reverse else sequence.prev_rank
+    event = pending.arrived if isinstance(pending, RunningBeside) else current_stream(like).record_event()
+    watch.note(event, partial(_what, sequence, reverse, job.thing, source))
 
 
 class RunningInWait:
@@ -261,7 +278,7 @@ class RunningBeside:
             arrived = None if at_end else side.record_event()
             for each in closing:
                 each.finish()
-            self._arrived = side.record_event() if arrived is None else arrived
+            self.arrived = side.record_event() if arrived is None else arrived
         # Each stream uses memory of the other: it must not be given away before both have passed.
         for x in inputs:
             x.record_stream(side)
@@ -269,7 +286,7 @@ class RunningBeside:
     def wait(self) -> Tensor:
         """Let the current stream wait, not the host; see `Pending`."""
         caller = current_stream(self._entering)
-        caller.wait_event(self._arrived)
+        caller.wait_event(self.arrived)
         self._entering.record_stream(caller)
         return self._entering
 

@@ -141,16 +141,17 @@ def _make(group: ProcessGroup, size: int, device: torch.device) -> tuple[str, Me
         own = _OnGpu(size, device) if device.type == "cuda" else _InFile(size)
     except (RuntimeError, OSError) as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = _problems(problem, group)
-    if own is None:
-        return problems, None
-    if not problems:
-        try:
-            memory = own.join(group)
-        except (RuntimeError, OSError) as error:
-            problem = f"{type(error).__name__}: {error}"
+    try:
         problems = _problems(problem, group)
-    own.close()
+        if own is not None and not problems:
+            try:
+                memory = own.join(group)
+            except (RuntimeError, OSError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            problems = _problems(problem, group)
+    finally:
+        if own is not None:
+            own.close()
     return problems, None if problems else memory
 
 
@@ -179,17 +180,24 @@ class _OnGpu:
 
 
 class _InFile:
-    """A file that lives in memory, and loses its name as soon as all have opened it."""
+    """Memory as a file without a name, which the others open through this process: so none is left, whoever is killed.
+
+    (Where the system has no such files, as macOS, one with a name, which it loses as soon as all have opened it.)
+    """
 
     def __init__(self, size: int):
         self._size, self._token = 2 * size, os.urandom(16).hex()
-        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        descriptor, self._path = tempfile.mkstemp(prefix=f"lasp_board_{os.getpid()}_", dir=folder)
+        name, self._named = f"lasp_board_{os.getpid()}", not hasattr(os, "memfd_create")
+        if self._named:
+            self._descriptor, self._path = tempfile.mkstemp(prefix=f"{name}_")
+        else:
+            self._descriptor = os.memfd_create(name)
+            self._path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         try:
-            with os.fdopen(descriptor, "wb") as file:  # all of it: later, when a rank writes, none might be left
-                file.write(self._token.encode().ljust(self._size, b"\0"))
+            with os.fdopen(self._descriptor, "wb", closefd=False) as file:
+                file.write(self._token.encode().ljust(self._size, b"\0"))  # all of it: later there might be none left
         except OSError:
-            os.unlink(self._path)
+            self.close()
             raise
 
     def join(self, group: ProcessGroup) -> Memory:
@@ -205,7 +213,9 @@ class _InFile:
 
     def close(self) -> None:
         """After this the memory goes with the last process that has it."""
-        os.unlink(self._path)
+        os.close(self._descriptor)
+        if self._named:
+            os.unlink(self._path)
 
 
 def _problems(mine: str, group: ProcessGroup) -> str:

@@ -20,7 +20,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def start_all_gather(gathered: Tensor, mine: Tensor, group: ProcessGroup | None) -> dist.Work:
     """Begin to gather `mine` [...] of all ranks into `gathered` [ranks, ...]."""
-    with waiting("an all-gather"):
+    with waiting(lambda: "an all-gather"):
         return _all_gather(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
 
 

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
 from lasp.ranks.presence import presence
+from lasp.ranks.watch import watch
 
 
 class RankMismatchError(RuntimeError):
@@ -193,10 +194,12 @@ class waiting:
         self._started = time.monotonic()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None and watch.on and isinstance(self._what, str):  # exchanges note themselves
+            watch.note_current(self._what)
         ours = (torch.OutOfMemoryError, PeerError, RankMismatchError)
         if not isinstance(error, RuntimeError) or isinstance(error, ours):
             return
         what = self._what if isinstance(self._what, str) else self._what()
         failed = f"{what} failed after {time.monotonic() - self._started:.1f} s"
-        known = presence.account(f"PeerError: {failed}") or "mostly a rank has ended, hangs, or left out a call"
+        known = presence.account(f"PeerError: {what}") or "mostly a rank has ended, hangs, or left out a call"
         raise PeerError(f"{failed}; {known}: {error}") from error

@@ -23,6 +23,7 @@ from lasp.ranks.group import set_timeout, waiting
 from lasp.ranks.hosts import LOOPBACK, bind_to_loopback, choose_interfaces, interfaces, is_loopback, listen, this_host
 from lasp.ranks.meeting import Place, all_succeed, complete, connected, hosts_of, meet
 from lasp.ranks.presence import presence, tell_uncaught
+from lasp.ranks.watch import watch
 
 _PORT = 29500  # torchrun's default
 _LONGEST = 30 * 24 * 3600.0  # seconds of a timeout
@@ -68,6 +69,8 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
         env = _of_existing_group(backend)
         set_timeout(timedelta(seconds=timeout))
         tell_uncaught()
+        if env.backend == "nccl" and env.world_size > 1:
+            watch.start(timedelta(seconds=timeout))
         return env
     place, one_host = _discover(), True
     if place.world_size == 1:
@@ -89,6 +92,8 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
         presence.meet(timedelta(seconds=timeout), one_host=one_host)
     set_timeout(timedelta(seconds=timeout))
     tell_uncaught()
+    if chosen == "nccl" and place.world_size > 1:
+        watch.start(timedelta(seconds=timeout))
     env = Env(place.rank, place.world_size, local_rank, local_world_size, device, chosen, place.launcher)
     _joined = weakref.ref(dist.group.WORLD), env
     return env

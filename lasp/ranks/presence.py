@@ -255,10 +255,11 @@ def tell_uncaught() -> None:
 
     def hook(kind, error, traceback) -> None:
         previous(kind, error, traceback)
-        if not issubclass(kind, Exception):
+        if issubclass(kind, (KeyboardInterrupt, SystemExit)):
             return
         effect = _is_effect(error)
-        known = presence.account(f"{kind.__name__}: {error}", effect=effect, seconds=SECONDS if effect else 0.1)
+        text = re.sub(r"\[/\S+:\d+\] ", "", str(error).split("\n")[0])  # without the place in PyTorch's sources
+        known = presence.account(f"{kind.__name__}: {text}", effect=effect, seconds=SECONDS if effect else 0.1)
         if effect and known and not kind.__module__.startswith("lasp."):
             print(f"lasp: rank {dist.get_rank()} waited for another; {known}", file=sys.stderr, flush=True)
 
@@ -268,24 +269,33 @@ def tell_uncaught() -> None:
 
 def _is_effect(error: BaseException) -> bool:
     """Whether it is an error of communication, of which another rank is the cause."""
-    if not isinstance(error, RuntimeError) or type(error).__name__ in ("RankMismatchError", "OutOfMemoryError"):
-        return False
-    comes_from = r"gloo|nccl|store|connection|timed out"
-    return type(error).__name__ == "PeerError" or bool(re.search(comes_from, f"{type(error)} {error}", re.I))
+    name = type(error).__name__
+    if name in ("PeerError", "RankMismatchError", "OutOfMemoryError"):
+        return name == "PeerError"
+    of_pytorch = isinstance(error, RuntimeError) or name == "CheckpointException"
+    comes_from = r"gloo|nccl|store|connection|timed out|Dist\w*Error"
+    return of_pytorch and bool(re.search(comes_from, f"{name} {error}", re.I))
 
 
 def _told(others: list[int], ended: list[int], heard: _Heard) -> str:
     """The cause where it is known; else who has ended of those that waited, and of whom nothing was heard."""
-    parts = [f"{_named([rank])} reported {text}" for rank, text in heard.causes.items()][:_NAMED]
-    if first := [rank for rank in ended if rank not in heard.effects]:
+    parts = _by_text(heard.causes)
+    if first := [rank for rank in ended if rank not in heard.effects and rank not in heard.causes]:
         parts.append(f"{_named(first)} {'has' if len(first) == 1 else 'have'} ended")
     if parts:
         return "; ".join(parts)
-    parts = [f"{_named([rank])} reported {text}" for rank, text in heard.effects.items()][:1]
+    parts = _by_text(heard.effects)  # where each waited: the one that left out a call is somewhere else
     silent = [rank for rank in others if rank not in heard.effects]
     if silent and heard.answered:
         parts.append(f"{_named(silent)} did not report, and may hang")
     return "; ".join(parts)
+
+
+def _by_text(reports: dict[int, str]) -> list[str]:
+    found: dict[str, list[int]] = {}
+    for rank, text in sorted(reports.items()):
+        found.setdefault(text, []).append(rank)
+    return [f"{_named(ranks)} reported {text}" for text, ranks in found.items()][:_NAMED]
 
 
 def _named(ranks: list[int]) -> str:

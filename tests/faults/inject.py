@@ -1,19 +1,23 @@
 """Does every fault of a rank end in an error on all others, in time, or in the right result? Injects many and counts.
 
-    python tests/faults/inject.py --count 200 --seed 0
+    python tests/faults/inject.py --count 300 --dp 2  # 4 ranks
+    python tests/faults/inject.py --count 200 --seed 0  # 3 ranks, one sequence
     python tests/faults/inject.py --count 200 --seed 0 --backend nccl --ranks 2  # on GPUs, each rank on one of its own
     python tests/faults/inject.py --backend nccl --ranks 8 --gpus 2  # or as four hosts that have the same two GPUs
 
 Hosts have no exchange "direct". (Where a meeting of it gives up, by a trap, a process that shares its GPU may not end.)
 
-Each injection is a training run of its own (program.py): at a random layer, step and direction a random rank is killed
-or stopped, ends early, leaves a layer out, is late, or comes with another shape or dtype. What must follow (judge.py):
+Each injection is a training run of its own (program.py), with gradients averaged by `sync_grads`, DDP or FSDP2: at a
+random step, in a random layer forward or backward, before the sum of the loss, before gradients are averaged or before
+a checkpoint, a random rank is killed or stopped, ends early, is late, or (in a layer) leaves it out or comes with
+another shape or dtype. What must follow (judge.py):
 
 - late, by less than the timeout: the run ends on every rank with the losses of a run without fault, bit for bit (over
   NCCL but for rounding);
-- anything else: every rank that can (also one with a wrong call, or that left something out) raises, within the time of
-  `launch.limit`, and no step that was finished has another loss than it has without fault. Over NCCL a rank may be
-  ended from outside Python instead, with a message: by PyTorch's watchdog, or by an error of CUDA;
+- anything else: every rank that can (also one with a wrong call, or that left something out) raises an error that names
+  place and rank, within the time of `launch.limit`; in a collective of DDP, FSDP2 or a checkpoint it may be PyTorch's,
+  if lasp's line follows that names the rank. No step that was finished has another loss than it has without fault.
+  Over NCCL a rank may be ended from outside Python instead, by PyTorch's watchdog or an error of CUDA, with that line;
 - every process ends by itself, but for one that was stopped.
 """
 
@@ -42,7 +46,18 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "bench")]
 from common import add_report_arguments, report  # noqa: E402
 from faults.judge import Outcome, judge  # noqa: E402
 from faults.launch import run_with  # noqa: E402
-from faults.program import COMPARED, COMPARED_EVERY, KINDS, LAYERS, STEPS, Fault  # noqa: E402
+from faults.program import (  # noqa: E402
+    COMPARED,
+    COMPARED_EVERY,
+    IN_LAYER,
+    KINDS,
+    LAYERS,
+    OF_LAYERS,
+    PLACES,
+    SCHEMES,
+    STEPS,
+    Fault,
+)
 from ranks import workers  # noqa: E402
 
 from lasp.ranks import SCHEDULES as REGISTERED  # noqa: E402
@@ -50,21 +65,30 @@ from lasp.ranks import SCHEDULES as REGISTERED  # noqa: E402
 SCHEDULES = tuple(REGISTERED)
 
 
-def random_faults(count: int, ranks: int, seed: int, exchanges: Sequence[str] = SCHEDULES) -> list[Fault]:
+def random_faults(
+    count: int,
+    ranks: int,
+    seed: int,
+    exchanges: Sequence[str] = SCHEDULES,
+    schemes: Sequence[str] = SCHEMES,
+    places: Sequence[str] = PLACES,
+) -> list[Fault]:
     """Each kind as often as the others, everything else at random."""
     draw = random.Random(seed)
     faults = []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         compared = kind in COMPARED
+        possible = ["forward"] if compared else [p for p in places if p in IN_LAYER or kind not in OF_LAYERS]
         fault = Fault(
             kind,
             rank=draw.randrange(ranks),
             layer=draw.randrange(LAYERS),
             step=draw.randrange(0, STEPS, COMPARED_EVERY if compared else 1),
-            direction="forward" if compared else draw.choice(("forward", "backward")),
+            place=draw.choice(possible),
             exchange=draw.choice(exchanges),
             store=draw.choice(("launcher", "rank 0")),
+            scheme=draw.choice(schemes),
         )
         faults.append(fault)
     draw.shuffle(faults)
@@ -78,6 +102,7 @@ def inject(
     backend: str,
     timeout: float,
     parallel: int,
+    dp: int = 1,
     gpus: int | None = None,
     within: float = float("inf"),
     spawn: bool = False,
@@ -90,6 +115,7 @@ def inject(
         ranks: of each run.
         backend: "gloo" or "nccl".
         timeout: of the group, in seconds.
+        dp: of each run; the other ranks share a sequence.
         parallel: so many runs at once. On GPUs they take turns with the sets of `gpus` GPUs, and may share them.
         gpus: of each run over NCCL, by default one a rank; fewer are shared (`processes.place`).
         within: seconds after which no further run is started.
@@ -106,19 +132,21 @@ def inject(
     def run(fault: Fault):
         devices = free.get()
         try:
-            return run_with(context, fault, ranks, backend, timeout, devices)
+            return run_with(context, fault, ranks, backend, timeout, devices, dp)
         finally:
             free.put(devices)
 
-    reference = run(Fault("none"))
-    if reference.problem:
-        raise RuntimeError(f"the run without fault failed: {reference.problem}")
-    losses = reference.losses[0]  # all schedules give the same bits
+    losses = {}  # without fault, by scheme; all schedules give the same bits
+    for scheme in {fault.scheme for fault in faults}:
+        reference = run(Fault("none", scheme=scheme))
+        if reference.problem:
+            raise RuntimeError(f"the run without fault failed: {reference.problem}")
+        losses[scheme] = reference.losses[0]
 
     def injected(fault: Fault) -> Outcome | None:
         if time.monotonic() > until:
             return None
-        outcome = judge(run(fault), losses)
+        outcome = judge(run(fault), losses[fault.scheme])
         tell(outcome)
         return outcome
 
@@ -137,18 +165,18 @@ def gpu_sets(size: int) -> list[str]:
 
 
 def summary(outcomes: list[Outcome]) -> list[dict]:
-    """A row for each kind of fault and direction, and one for all."""
+    """A row for each kind of fault and place, and one for all."""
     rows = []
     for kind in (*KINDS, "all"):
-        for direction in ("forward", "backward") if kind != "all" else ("",):
-            mine = [o for o in outcomes if kind == "all" or (o.fault.kind, o.fault.direction) == (kind, direction)]
+        for place in PLACES if kind != "all" else ("",):
+            mine = [o for o in outcomes if kind == "all" or (o.fault.kind, o.fault.place) == (kind, place)]
             seconds = sorted(o.seconds for o in mine if o.seconds is not None)
             if mine:
                 how = Counter(o.how for o in mine)
                 rows.append(
                     {
                         "fault": kind,
-                        "direction": direction,
+                        "place": place,
                         "injected": len(mine),
                         "detected": sum(o.detected for o in mine),
                         "seconds, median": statistics.median(seconds) if seconds else None,
@@ -165,14 +193,18 @@ def line(outcome: Outcome) -> str:
     fault, seconds = outcome.fault, "-" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
     place = f"rank {fault.rank}, step {fault.step}, layer {fault.layer}, store of {fault.store}"
     verdict = "ok" if outcome.detected else "NOT DETECTED"
-    return f"{verdict}: {fault.kind} {fault.direction}, {fault.exchange}, {place}: {seconds}, {outcome.how}"
+    what = f"{fault.kind} {fault.place}, {fault.scheme}, {fault.exchange}"
+    return f"{verdict}: {what}, {place}: {seconds}, {outcome.how} {outcome.problem[:300]}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, help="of each injection; by default 3, over NCCL 2")
+    parser.add_argument("--ranks", type=int, help="of each injection; by default 3, with --dp twice --dp, over NCCL 2")
+    parser.add_argument("--dp", type=int, default=1, help="of each injection; the other ranks share a sequence")
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=SCHEMES, help="draw from these")
+    parser.add_argument("--place", nargs="+", choices=PLACES, default=PLACES, help="draw from these")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument("--gpus", type=int, help="of each injection over NCCL; by default one a rank, fewer are shared")
     parser.add_argument(
@@ -190,18 +222,19 @@ def main() -> int:
     nccl = options.backend == "nccl"
     if options.gpus and not nccl:
         parser.error(f"--gpus {options.gpus} is for --backend nccl")
-    ranks = options.ranks or (2 if nccl else 3)
+    ranks = options.ranks or (2 if nccl else 3 if options.dp == 1 else 2 * options.dp)
     gpus = min(options.gpus or ranks, ranks) if nccl else None
     shared = nccl and gpus != ranks
     exchanges = options.exchange or [name for name in SCHEDULES if name != "direct" or not shared]
     given = {
         "ranks": ranks,
+        "dp": options.dp,
         "backend": options.backend,
         "gpus": gpus,
         "timeout": options.timeout or (10.0 if nccl else 5.0),
         "parallel": options.parallel or (2 * len(gpu_sets(gpus or ranks)) if nccl else 4),
     }
-    faults = random_faults(options.count, ranks, options.seed, exchanges)
+    faults = random_faults(options.count, ranks, options.seed, exchanges, options.scheme, options.place)
     started = time.monotonic()
     outcomes = inject(
         faults,
@@ -213,7 +246,9 @@ def main() -> int:
     detected, left = sum(o.detected for o in outcomes), sum(o.left for o in outcomes)
     took = time.monotonic() - started
     report(
-        f"faults_{ranks}x{options.backend}" + (f"_on_{gpus}_gpus" if shared else ""),
+        f"faults_{ranks}x{options.backend}"
+        + (f"_dp{options.dp}" if options.dp > 1 else "")
+        + (f"_on_{gpus}_gpus" if shared else ""),
         " ".join(["python tests/faults/inject.py", *sys.argv[1:]]),
         summary(outcomes),
         save=options.save,
@@ -223,6 +258,7 @@ def main() -> int:
         facts={
             **{name: value for name, value in given.items() if value is not None},
             "exchange": exchanges,
+            "scheme": list(options.scheme),
             "detected": f"{detected} of {len(outcomes)}",
             "processes left": left,
             "largest difference of a loss": max((o.difference for o in outcomes), default=0.0),

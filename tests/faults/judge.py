@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from faults.launch import Finished, limit
-from faults.program import Fault
+from faults.program import OF_LAYERS, Fault
 
 # What the log of a process says that was ended from outside Python: by NCCL's watchdog, or by a kernel that waits for
 # another GPU (exchange "direct") and gives up. The first that is found tells most.
@@ -89,7 +89,28 @@ def _not_detected(run: Finished, errors: dict[int, dict], seconds: float | None)
         return f"ranks {silent} raised nothing (exit codes {run.exits}): {run.log}"
     if seconds is None or seconds > most:
         return f"{seconds} s are more than {most} s"
+    if unnamed := [rank for rank, error in errors.items() if rank != fault.rank and not _named(run, rank, error)]:
+        return f"the errors of ranks {unnamed} name neither place nor rank {fault.rank}: {run.log}"
     # Over NCCL the watchdog may end a process that is just ending with an error of its own.
     aborts = run.run.backend == "nccl"
     bad = [rank for rank in errors if run.exits[rank] != 1 and (not aborts or run.exits[rank] == 0)]
     return f"ranks {bad} ended with {[run.exits[rank] for rank in bad]}: {run.log}" if bad else ""
+
+
+# What an error of lasp's says of the place, and the line that follows one of PyTorch's.
+PLACE = r"layer ['\"]|token_loss|sync_grads|wrap_\w+:|lasp\.init|the step of the optimizer|key-value store|check_finite"
+LINE = r"^lasp: rank \d+ waited for another; .*$"
+
+
+def _named(run: Finished, rank: int, error: dict) -> bool:
+    """Whether it is an error of lasp's that names place and rank, or another with lasp's line behind it."""
+    fault, run_of = run.fault, run.run
+    sp = run_of.ranks // run_of.dp
+    same = range(fault.rank // sp * sp, (fault.rank // sp + 1) * sp)  # the ranks of its sequence
+    wrong = same if fault.kind in OF_LAYERS else [fault.rank]  # of two that differ nobody can tell which is wrong
+    names = "|".join(rf"rank {r}\b|ranks [\d, ]*\b{r}\b" for r in wrong)
+    if rank in same:  # there ranks go by their place
+        names += "".join(rf"|rank {r % sp}\b" for r in wrong)
+    if error["type"] in ("PeerError", "RankMismatchError"):
+        return bool(re.search(PLACE, error["text"]) and re.search(names, error["text"]))
+    return any(re.search(names, found.split(";", 1)[1]) for found in re.findall(LINE, run.logs[rank], re.M))

@@ -17,7 +17,7 @@ from faults.program import COMPARED, Fault, Run, run_rank
 from processes import free_port
 
 START = 60.0  # seconds that ranks may need until the fault happens, or until they end if there is none
-MISMATCH = 5.0  # seconds after which ranks that differ must know it
+MISMATCH = 2.0  # seconds after which ranks that differ must know it
 # Seconds that a rank may need beside what it waits for: several runs share the cores, and GPUs, and what the watchdog
 # aborts ends only when its GPU is given back.
 MARGIN = {"gloo": 3.0, "nccl": 8.0}
@@ -56,12 +56,14 @@ class Finished:
         return ""
 
 
-def run_with(context, fault: Fault, ranks: int, backend: str, timeout: float, devices: str = "") -> Finished:
+def run_with(
+    context, fault: Fault, ranks: int, backend: str, timeout: float, devices: str = "", dp: int = 1
+) -> Finished:
     """Start a run in which this happens, and wait until all its processes have ended."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, if it is to hold it
     port = store.port if fault.store == "launcher" else free_port()
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
-        run = Run(ranks, port, Path(folder), backend, timeout, devices)
+        run = Run(ranks, port, Path(folder), backend, timeout, devices, dp)
         processes = [context.Process(target=run_rank, args=(rank, run, fault), daemon=True) for rank in range(ranks)]
         finished = Finished(fault, run)
         waited_for = [rank for rank in range(ranks) if (fault.kind, fault.rank) != ("stop", rank)]
@@ -83,12 +85,8 @@ def limit(fault: Fault, run: Run) -> float:
     """Seconds from a fault to the last rank's error.
 
     A rank that is silent is noticed after the timeout by those that wait for it, and these by others, since they end.
-    But if it is stopped and holds the store, that is asked once more.
     """
-    if fault.kind in COMPARED:
-        return MISMATCH
-    asked_again = fault.kind == "stop" and fault.store == "rank 0" and fault.rank == 0
-    return run.timeout * (2 if asked_again else 1) + MARGIN[run.backend]
+    return (MISMATCH if fault.kind in COMPARED and run.dp == 1 else run.timeout) + MARGIN[run.backend]
 
 
 def _watch(running: dict[int, int], run: Run, fault: Fault) -> dict[int, float]:

@@ -1,7 +1,8 @@
 """A small training run over ranks, in which one rank does something bad at a chosen place. `inject.py` starts it.
 
-Three linear-attention layers, a real loss, averaged gradients, AdamW, some steps. What happens on each rank goes line
-by line into a file, with times of the clock that all processes of the host share.
+Three linear-attention layers over dp x sp, a real loss, gradients averaged in one of three ways, AdamW, checkpoints,
+some steps. What happens on each rank goes line by line into a file, with times of the clock that all processes of the
+host share.
 """
 
 from __future__ import annotations
@@ -22,15 +23,24 @@ import torch
 import torch.distributed as dist
 from processes import place
 from small_model import VOCABULARY, Block, SmallModel
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import lasp
+from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 
 LAYERS, STEPS, TOKENS = 3, 4, 11
+SCHEMES = ("sync", "ddp", "fsdp2")  # how gradients are averaged
 COMPARED_EVERY = 2  # calls of a layer, instead of `lasp.checks.agreement.EVERY`
 
+# Where something happens: in a layer, before the sum of the loss, before gradients are averaged, before a checkpoint.
+IN_LAYER = ("forward", "backward")
+PLACES = (*IN_LAYER, "loss", "sync", "save")
 # What a rank can do. A wrong shape or dtype is that of a call which ranks compare, and a call is a forward.
 KINDS = ("kill", "stop", "exit", "skip", "delay", "shape", "dtype")
 COMPARED = ("shape", "dtype")
+OF_LAYERS = (*COMPARED, "skip")  # what only a layer can have
 
 
 @dataclass(frozen=True)
@@ -41,9 +51,10 @@ class Fault:
     rank: int = 0
     layer: int = 0
     step: int = 0
-    direction: str = "forward"
+    place: str = "forward"
     exchange: str = "ring"
     store: str = "launcher"  # who holds the key-value store: the launcher, as with torchrun, or "rank 0"
+    scheme: str = "sync"
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Run:
     backend: str
     timeout: float
     devices: str = ""  # CUDA_VISIBLE_DEVICES, on GPUs
+    dp: int = 1
 
 
 # How a rank ends that waits in vain for another over NCCL: PyTorch's watchdog aborts the process after the group's
@@ -87,7 +99,8 @@ def run_rank(rank: int, run: Run, fault: Fault) -> None:
     try:
         train(run, fault, journal)
         journal.write("done")
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
+        sys.excepthook(*sys.exc_info())  # as of a script
         journal.write("error", type=type(error).__name__, text=str(error))
         sys.exit(1)
     finally:
@@ -109,40 +122,66 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
     """Write the loss of every step that ends."""
     env = lasp.init(run.backend, timeout=run.timeout)
     lasp.checks.agreement.EVERY = COMPARED_EVERY
-    mesh = lasp.init_mesh(sp=-1, dp_shard=1)
+    mesh = lasp.init_mesh(sp=-1, dp_shard=run.dp)
     model = SmallModel()
     model.blocks.append(Block(torch.tensor([-0.5, -0.05, -2.0])))
     assert len(model.blocks) == LAYERS
     lasp.parallelize(model.to(env.device), mesh["sp"], exchange=fault.exchange)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     step = 0
-    if env.rank == fault.rank:
-        misbehave(model.blocks[fault.layer].mixer.inner, fault, journal, lambda: step)
-    for step in range(STEPS):  # `misbehave` reads it
+
+    def here(place: str) -> bool:
+        return env.rank == fault.rank and fault.kind != "none" and (place, step) == (fault.place, fault.step)
+
+    if env.rank == fault.rank and fault.place in IN_LAYER:
+        misbehave(model.blocks[fault.layer].mixer.inner, fault, journal, lambda: here(fault.place))
+    if fault.scheme != "sync":  # gradients are averaged as soon as they are there, the last those of the embedding
+
+        def before_the_last(module, inputs, x) -> None:
+            if here("sync"):
+                x.register_hook(lambda gradient: act(fault.kind, journal, gradient)[0])
+
+        model.tokens.register_forward_hook(before_the_last)
+    trained = model
+    if fault.scheme == "ddp":
+        trained = wrap_ddp(model, mesh)
+    elif fault.scheme == "fsdp2":
+        wrap_fsdp2(model, mesh, blocks=model.blocks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(STEPS):  # `here` reads it
         draw = torch.Generator().manual_seed(step)
-        ids = torch.randint(0, VOCABULARY, (2, TOKENS), generator=draw)
+        ids = torch.randint(0, VOCABULARY, (2 * run.dp, TOKENS), generator=draw)
+        ids = ids.chunk(run.dp)[mesh["dp_shard"].get_local_rank()]
         local = lasp.shard_batch({"input_ids": ids.to(env.device)}, mesh)
-        logits = model(local["input_ids"], local["position_ids"])
+        logits = trained(local["input_ids"], local["position_ids"])
+        if here("loss"):
+            act(fault.kind, journal)
         loss, _ = lasp.token_loss(logits, local["labels"], mesh=mesh)
         optimizer.zero_grad()
         loss.backward()
-        lasp.sync_grads(model, mesh)
+        if fault.scheme == "sync":
+            if here("sync"):
+                act(fault.kind, journal)
+            lasp.sync_grads(model, mesh)
         optimizer.step()
         journal.write("loss", step=step, value=loss.item())
+        state = {"model": get_model_state_dict(model)}
+        if here("save"):
+            act(fault.kind, journal)
+        state_dict_saver.save(state, checkpoint_id=run.folder / f"step-{step}")
     if env.device.type == "cuda":
         torch.cuda.synchronize()  # also the stream of the exchanges, on which one may still wait for a rank
     dist.barrier()
     dist.destroy_process_group()
 
 
-def misbehave(layer, fault: Fault, journal: Journal, step) -> None:
+def misbehave(layer, fault: Fault, journal: Journal, here) -> None:
     """Change the layer's forward so that the fault happens when its step comes, once."""
     sound = layer.forward
 
     def forward(q, k, v, **options):
-        if step() != fault.step or fault.kind == "none":
+        if not here():
             return sound(q, k, v, **options)
-        if fault.direction == "forward":
+        if fault.place == "forward":
             q, k, v = act(fault.kind, journal, q, k, v)
             return v.clone() if fault.kind == "skip" else sound(q, k, v, **options)
         o = sound(q, k, v, **options)

@@ -1,0 +1,51 @@
+"""A script on ranks that it may end in any way: what each printed, and how it ended."""
+
+import atexit
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import workers
+
+
+def run_script(code, ranks, *, limit=100.0):
+    """Exit code, standard output and error of each rank of a script, whose processes are forked from a warm one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            workers().Process(target=_script, args=(code, rank, ranks, store.port, Path(folder)), daemon=True)
+            for rank in range(ranks)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            until = time.monotonic() + limit
+            for process in processes:
+                process.join(max(0.0, until - time.monotonic()))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        texts = [[(Path(folder) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(ranks)]
+    return [(process.exitcode, *text) for process, text in zip(processes, texts)]
+
+
+def _script(code, rank, ranks, port, folder):
+    """What Python does with a script."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)
+    try:
+        exec(compile(code, "script", "exec"), {})
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        atexit._run_exitfuncs()  # multiprocessing would leave that out
