@@ -223,7 +223,12 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         if not peers.exchanges and (not models or peers.steps <= peers.usual_steps):
             continue
         rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
-        records.append({"exchanges since the last step": _in_short(peers), "steps": peers.steps})
+        records.append(
+            {
+                "exchanges since the last step": _in_short(peers),
+                "optimizer steps since the last comparison": peers.steps,
+            }
+        )
         listings.append({WEIGHTS: _weights(models)} if is_due(peers.compared_steps) else {})
         peers.forget_step()
     if not rounds:
@@ -234,7 +239,7 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         _raise(verdict)
     for round_, record in zip(rounds, records):
         round_.peers.compared_steps += 1
-        round_.peers.usual_steps = max(1, record["steps"])
+        round_.peers.usual_steps = max(1, record["optimizer steps since the last comparison"])
 
 
 def _models_of(peers: Peers, parameters: set[int]) -> list[nn.Module]:
