@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from datetime import timedelta
 from unittest import mock
 
@@ -488,3 +489,71 @@ def _one_rank_fails_early():
 
 def test_bad_arguments_on_one_rank_are_known_on_all():
     run_ranks(3, _one_rank_fails_early)
+
+
+# A second life of the group
+
+
+class Life:
+    """A group that finds in its store what another one has left there, as after init on the store of a launcher."""
+
+    def __init__(self, timeout, rank_0_sleeps=0.0):
+        self.group = dist.new_group(range(dist.get_world_size()), timeout=timedelta(seconds=timeout))
+        self.sleeps = rank_0_sleeps if dist.get_rank() == 0 else 0.0
+        self.sequence = lasp.SequenceParallel(self.group, name="b")
+        store = dist.group.WORLD.get_group_store().clone()
+        peers_of(self.group).stores = {kind: dist.PrefixStore("a launcher", store) for kind in ("call", "batch")}
+
+    def __enter__(self):
+        time.sleep(self.sleeps)
+        return self.sequence
+
+    def __exit__(self, *_):
+        dist.barrier()
+        dist.destroy_process_group(self.group)
+
+
+def _second_life(calls, absent):
+    """The first ends when a rank does not come; what is compared in the second is what its ranks say."""
+    rank = dist.get_rank()
+    with Life(1.0) as sequence:
+        for _ in range(calls):
+            compare_scale(sequence, 1.0)
+        if rank != absent:
+            with pytest.raises(lasp.PeerError, match=rf"'b': waited 1\.\d s for rank {absent}"):
+                compare_scale(sequence, 1.0)
+    for sleeps in (0.0, 1.2):  # where the others come first they find the token of the first life
+        with Life(20.0, sleeps) as sequence:
+            for n in range(calls + 3):
+                odd = n % 3 == 2
+                with pytest.raises(lasp.RankMismatchError, match="rank 2 has scale 3") if odd else nullcontext():
+                    compare_scale(sequence, 3 if odd and rank == 2 else 1)
+            ids = torch.full((1, 6), int(rank == 1))
+            with pytest.raises(lasp.RankMismatchError, match="rank 1 has batch input_ids"):
+                lasp.shard_batch({"input_ids": ids}, sequence)
+
+
+def compare_scale(sequence, scale):
+    agreement.compare(sequence, {"scale": scale}, before="the exchange")
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_second_life_of_the_group_hears_nothing_of_the_first(calls, absent):
+    run_ranks(3, _second_life, calls, absent)
+
+
+def _other_step():
+    """A rank that is at the step of its optimizer while the others are before a call."""
+    rank, sequence = dist.get_rank(), lasp.SequenceParallel(dist.group.WORLD)
+    if rank == 1:
+        peers_of(sequence.group).exchanges["a", False] += 1
+    shown = 'rank 1 has come to "the step of the optimizer", the others "the exchange"$'
+    call = agreement.compare_exchanges if rank == 1 else lambda: lasp.linear_attention(**arguments(), sequence=sequence)
+    with pytest.raises(lasp.RankMismatchError, match=shown):
+        call()
+    works(sequence)
+
+
+def test_ranks_that_compare_different_things_are_told_so():
+    run_ranks(3, _other_step)

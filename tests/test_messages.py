@@ -7,9 +7,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from inputs import random_inputs
 from ranks import run_ranks
 from small_model import SmallModel
 from test_agreement import SOON, works
+from test_attention import check_against_oracle
+from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp import exchange
@@ -335,3 +338,37 @@ def _off():
     with mock.patch.object(messages, "_meet", side_effect=AssertionError):
         lasp.linear_attention(*draw(), sequence=sequence)
         lasp.unshard_sequence(draw()[0], sequence)
+
+
+def _changing(schedule, on_host):
+    """What a correct program may change from call to call, in batches of other sizes, dtypes and borders."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+    with mock.patch.object(messages, "on_hosts", return_value=on_host):
+        for rows, lengths in ((2, (7, 3, 0)), (1, (4, 4, 4)), (3, (0, 9, 2)), (2, (7, 3, 0))):
+            check_against_oracle(random_inputs("head", sum(lengths), B=rows), lengths, sequence)
+        for offsets in ((0, 3, 12), (0, 12), (0, 1, 5, 5, 9, 12)):
+            packed = random_inputs("token", 12, B=1, sequences=len(offsets) - 1)
+            check_against_oracle(packed, (4,) * 3, sequence, cu_seqlens=offsets)
+        for length, segments in ((130, 64), (64, 64), (130, None)):
+            x = random_inputs("none", length * world)
+            layout = lasp.ShardLayout((length,) * world)
+            check_against_oracle(x, (length,) * world, sequence, layout=layout, segment_length=segments)
+        x = [t.requires_grad_() for t in draw()]
+        for autocast in (False, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                o, _ = lasp.linear_attention(*x, sequence=sequence)
+            assert o.dtype == (torch.bfloat16 if autocast else torch.float32)
+            o.sum().backward()
+        again = checkpoint(lambda *x: lasp.linear_attention(*x, sequence=sequence)[0], *x, use_reentrant=False)
+        again.sum().backward()
+        for tokens in (1, 5, 3):
+            q, k, v = draw((1, tokens + rank, H, K, V))
+            lasp.softmax_attention(q, k, v, sequence=sequence)
+            assert lasp.unshard_sequence(k, sequence).shape[1] == world * tokens + 3
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
+def test_what_changes_in_a_correct_program(schedule, on_host):
+    run_ranks(3, _changing, schedule, on_host)

@@ -230,7 +230,10 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         if peers not in unused and not peers.exchanges and (not models or peers.steps <= peers.usual_steps):
             continue
         rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
-        done = {"exchanges since the last step": _in_short(peers), "steps": peers.steps}
+        done = {
+            "exchanges since the last step": _in_short(peers),
+            "optimizer steps since the last comparison": peers.steps,
+        }
         records.append(done | ({"error": unused[peers]} if peers in unused else {}))
         listings.append({WEIGHTS: _weights(models)} if is_due(peers.compared_steps) else {})
         peers.forget_step()
@@ -244,7 +247,7 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         raise RuntimeError("; ".join(unused.values()))
     for round_, record in zip(rounds, records):
         round_.peers.compared_steps += 1
-        round_.peers.usual_steps = max(1, record["steps"])
+        round_.peers.usual_steps = max(1, record["optimizer steps since the last comparison"])
 
 
 def _models_of(peers: Peers, parameters: set[int]) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ Kind = tuple[tuple[str, object], ...]
 """All that decides how many messages there are, how long, and what they mean, by name; the same on every rank."""
 
 _HEADER = 256  # bytes
+_TAG = 2  # of these messages; those of an exchange have 0 and 1
 _KINDS = 4096  # that are remembered of a group
 
 
@@ -74,19 +76,37 @@ def on_hosts(sequence: SequenceParallel, device: torch.device) -> bool:
 def _meet(sequence: SequenceParallel, what: str, kind: Kind, explain: Callable[[], None] | None) -> None:
     text = f"{what} ({', '.join(f'{name} {value}' for name, value in kind)})".encode()
     header = (zlib.crc32(text).to_bytes(4, "big") + text)[:_HEADER].ljust(_HEADER)
-    mine = torch.frombuffer(bytearray(header * sequence.size), dtype=torch.uint8)
-    theirs = torch.empty_like(mine)
-    with waiting(what):
-        # By this collective, since gloo takes a message for that of another collective only if it is of the same sort,
-        # and nobody uses this one for other messages among these ranks: none of another length can come.
-        dist.all_to_all_single(theirs, mine, group=sequence.group)
-    if torch.equal(theirs, mine):
+    headers = _of_all(header, what, sequence)
+    if headers == [header] * sequence.size:
         return
     if explain is not None:
         explain()
-    headers = [bytes(row.tolist()) for row in theirs.view(sequence.size, _HEADER)]
     told = [header[4:].decode(errors="replace").rstrip() for header in headers]
     if len(set(told)) == 1:  # they differ where a header is at its end
         told = [f"{text}..., checksum {header[:4].hex()}" for text, header in zip(told, headers)]
     verdict = judge({sequence.name_of(r): {"fields": {"come to": text}} for r, text in enumerate(told)})
     raise RankMismatchError(verdict["text"])
+
+
+def _of_all(header: bytes, what: str, sequence: SequenceParallel) -> list[bytes]:
+    """From each rank, as the group counts them.
+
+    One message from rank to rank, so that an error names who is missing, under a tag of their own, so that all messages
+    that can come are equally long.
+    """
+    group, me = sequence.group, sequence.peers.rank
+    mine = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    theirs = {rank: torch.empty_like(mine) for rank in range(sequence.size) if rank != me}
+
+    def of_each(act: Callable[[int], Any]) -> dict[int, Any]:
+        found = {}
+        for rank in theirs:
+            with waiting(lambda rank=rank: f"{what}, compared with {sequence.name_of(rank)}"):
+                found[rank] = act(rank)
+        return found
+
+    arriving = of_each(lambda rank: dist.irecv(theirs[rank], group=group, group_src=rank, tag=_TAG))
+    leaving = of_each(lambda rank: dist.isend(mine, group=group, group_dst=rank, tag=_TAG))
+    of_each(lambda rank: arriving[rank].wait())
+    of_each(lambda rank: leaving[rank].wait())
+    return [bytes((theirs[rank] if rank != me else mine).tolist()) for rank in range(sequence.size)]

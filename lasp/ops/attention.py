@@ -95,7 +95,8 @@ def linear_attention(
         ValueError, TypeError: an argument that does not fit, before any communication; a q that a function made, after
             it, and then the group is usable afterwards.
         RankMismatchError: ranks differ in what they are about to compute, or one of them failed before its exchange;
-            on every rank. Compared at the first call of `sequence` and at every 1000th (see `lasp.checks.agreement`).
+            on every rank. Compared at the first call of `sequence` and at every 1000th (see `lasp.checks.agreement`);
+            what is about to be sent, at every call (see `lasp.checks.messages`).
         PeerError: another rank ended, or was silent for the timeout of the group.
         RuntimeError: a second derivative is asked for; an exchange inside the function that makes q.
     """
