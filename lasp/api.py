@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lasp import adapters
+from lasp import adapters, arguments
 from lasp.adapters import Adapter
 from lasp.checks.agreement import Agreement
 from lasp.exchange import cost
@@ -84,10 +84,14 @@ def parallelize(
     """
     axis = sequence_axis(mesh)
     with Agreement(axis, due=validate != "off" and axis.size > 1) as ranks_agree:
-        if softmax != "all_gather":
-            raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
+        arguments.module("model", model)
+        arguments.flag("strict", strict)
+        plan = {} if plan is None else arguments.mapping("plan", plan)
+        for pattern, adapter in plan.items():
+            arguments.function(f"plan[{arguments.text('plan: a pattern', pattern)!r}]", adapter)
+        arguments.choice("softmax", softmax, ("all_gather",))
         sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
-        layers = _find_layers(model, plan or {}, strict)
+        layers = _find_layers(model, plan, strict)
         split = [module for module, _ in layers.values() if getattr(module, "sequence", None) is not None]
         if model in _parallelized or split:
             raise ValueError(f"this {type(model).__name__} is parallelized already")
@@ -225,6 +229,7 @@ def explain(model: nn.Module) -> Explanation:
     A row for each operator of a layer; a layer that has not run yet has one row.
     """
     report = Explanation()
+    arguments.module("model", model)
     for path, module in model.named_modules():
         sequence = getattr(module, "sequence", None)
         if isinstance(sequence, SequenceParallel):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from lasp import arguments
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
 
@@ -56,10 +57,11 @@ def register(cls: type[nn.Module] | None = None, *, adapter: Adapter = linear) -
     Raises:
         TypeError: not a module class, or one without `sequence` for the default adapter.
     """
+    arguments.function("adapter", adapter)
     if cls is None:
         return lambda c: register(c, adapter=adapter)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"register takes a torch.nn.Module class, got {cls!r}")
+        raise TypeError(f"cls must be a class of torch.nn.Module, got {arguments.shown(cls)}")
     if adapter is linear and not hasattr(cls, "sequence"):
         raise TypeError(
             f"{cls.__name__} needs a class attribute `sequence = None` that its forward passes to "

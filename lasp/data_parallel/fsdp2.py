@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lasp import arguments
 from lasp.ranks import collectives, grad_mesh
 
 
@@ -18,9 +19,13 @@ def wrap_fsdp2(model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module
     sharded over dp_shard x sp and replicated over dp_replicate. With a loss from `lasp.token_loss` every
     parameter's gradient is that of the whole batch.
     """
+    arguments.module("model", model)
+    if not isinstance(blocks, Iterable):
+        raise TypeError(f"blocks must be modules, got {arguments.shown(blocks)}")
+    blocks = [arguments.module("blocks", block) for block in blocks]
     axis = grad_mesh(mesh)
     if not isinstance(axis, DeviceMesh):
-        raise TypeError(f"FSDP2 needs a DeviceMesh, got {type(mesh).__name__}")
+        raise TypeError(f"mesh must be a DeviceMesh for FSDP2, got {arguments.shown(mesh)}")
     if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
         shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import decay, exchange
+from lasp import arguments, decay, exchange
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement
 from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
-from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast
+from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, check_options, no_autocast, padding_of
 from lasp.ranks import SequenceParallel
 from lasp_kernels import Operands
 
@@ -89,12 +89,28 @@ def linear_attention(
         PeerError: another rank ended, or was silent for the timeout of the group.
         RuntimeError: a second derivative is asked for; an exchange inside the function that makes q.
     """
+    padding = padding_of(k, layout, sequence)
+    if padding is not None:
+        o, final_state = linear_attention(
+            (lambda: padding.cut(q())) if callable(q) else padding.cut(q),
+            padding.cut(k),
+            padding.cut(v),
+            log_decay=padding.cut(log_decay),
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            layout=padding.layout,
+            sequence=sequence,
+            segment_length=segment_length,
+        )
+        return padding.fill(o), final_state
     if torch.compiler.is_compiling():
         q = _made(q, k, sequence) if callable(q) else q
         x = _prepare(q, k, v, log_decay, initial_state, scale)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence) as ranks_agree:
+        scale, segment_length = check_options(scale, output_final_state, segment_length)
         # What ranks compare must be there before they exchange, and without ranks nothing travels meanwhile.
         if callable(q) and (alone or ranks_agree is not None):
             q = _made(q, k, sequence)
@@ -142,8 +158,8 @@ def _prepare(
     """q, k and v in one dtype, and with a head of k and v for each head of the decay."""
     for name, x in (("k", k), ("v", v), ("q", q), ("log_decay", log_decay), ("initial_state", initial_state)):
         if not isinstance(x, Tensor) and (x is not None or name in "qkv"):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if torch.is_autocast_enabled(k.device.type):
+            raise TypeError(f"{name} must be a tensor, got {arguments.shown(x)}")
+    if k.is_meta or torch.is_autocast_enabled(k.device.type):
         q, k, v = autocast(q, k, v)
     if log_decay is not None and k.ndim == 4 and q.ndim == 4 and log_decay.ndim in (1, 3, 4):
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
@@ -164,7 +180,7 @@ def _made(make: Callable[[], Tensor], k: Tensor, sequence: SequenceParallel | No
         finally:
             peers.busy = False
     if not isinstance(q, Tensor):
-        raise TypeError(f"q must make a tensor, got {type(q).__name__}")
+        raise TypeError(f"q must make a tensor, got {arguments.shown(q)}")
     if isinstance(k, Tensor):
         like, (q,) = autocast(k)[0], autocast(q)
         if (q.shape, q.dtype, q.device) != (like.shape, like.dtype, like.device):

@@ -20,11 +20,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lasp import exchange
+from lasp import arguments, exchange
 from lasp.exchange import Job, Link, StateMap, Terms
 from lasp.exchange.base import Run
 from lasp.layout import Shard, ShardLayout
-from lasp.ops.call import Call, begin, call_of, wants_gradient
+from lasp.ops.call import Call, begin, call_of, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
 from lasp_kernels import convolution
 
@@ -47,6 +47,9 @@ def halo(
         TypeError, ValueError: an argument that does not fit, before any communication.
         RankMismatchError, PeerError: as `lasp.linear_attention`.
     """
+    padding = padding_of(x, layout, sequence)
+    if padding is not None:
+        return padding.fill(halo(padding.cut(x), width, layout=padding.layout, sequence=sequence))
     return _bring(x, width, layout, sequence, functools.partial(check, x, width))[0]
 
 
@@ -66,6 +69,7 @@ def _bring(
         return torch.ops.lasp.halo(x, width, lengths, cu_seqlens, handle), runs.cu_seqlens
     with begin(NAME, sequence) as ranks_agree:
         check_arguments()
+        width = int(width)  # which NumPy's may be
         call = call_of(NAME, x, layout, sequence, name="x")
         if ranks_agree is not None:
             ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=width, gradient=wants_gradient(x)))
@@ -99,6 +103,10 @@ def causal_conv(
         TypeError, ValueError: an argument that does not fit, before any communication.
         RankMismatchError, PeerError: as `lasp.linear_attention`.
     """
+    padding = padding_of(x, layout, sequence)
+    if padding is not None:
+        y = causal_conv(padding.cut(x), weight, bias, layout=padding.layout, sequence=sequence)
+        return padding.fill(y)
     check_arguments = functools.partial(convolution.check_weight, x, weight, bias)
     width = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else 1  # which is an error
     with_before, runs = _bring(x, width, layout, sequence, check_arguments)
@@ -107,13 +115,10 @@ def causal_conv(
 
 def check(x: Tensor, width: int) -> None:
     """Raise `TypeError` or `ValueError` unless they are what `halo` takes."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    arguments.float_tensor("x", x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape [B, T, ...], got {tuple(x.shape)}")
-    if not isinstance(width, int) or isinstance(width, bool):
-        raise TypeError(f"width must be an integer, got {width!r}")
-    if width < 1:
+    if arguments.integer("width", width) < 1:
         raise ValueError(f"width must be at least 1, the token itself, got {width}")
 
 
