@@ -68,10 +68,12 @@ def shard_batch(
 
     whole = {**batch, "layout": layout}
     whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
+    dims = {"position_ids": seq_dim, "cu_seqlens": None, "layout": None}
     if batch.get("position_ids") is None:
         whole["position_ids"] = _positions(ids, seq_dim, offsets or (0, tokens))
+    else:
+        dims["position_ids"] = _dim_of_positions(batch, ids, seq_dim)
     start, end = layout.bounds(sequence.rank)
-    dims = {"position_ids": _check_positions(whole, seq_dim), "cu_seqlens": None, "layout": None}
     local = {}
     for name, x in whole.items():
         dim = dims[name] if name in dims else _dim_of_tokens(name, x, seq_dim, tokens)
@@ -128,23 +130,19 @@ def _dim_of_tokens(name: str, x: object, seq_dim: int, tokens: int) -> int | Non
     return seq_dim
 
 
-def _check_positions(batch: Mapping[str, Any], seq_dim: int) -> int:
-    """The dimension of T of its position_ids; raises where they do not fit or start again."""
-    ids, found = batch["input_ids"], arguments.integer_tensor("position_ids", batch["position_ids"])
+def _dim_of_positions(batch: Mapping[str, Any], ids: Tensor, seq_dim: int) -> int:
+    """The dimension of T of given position_ids; raises where they do not fit or start again."""
+    found = arguments.integer_tensor("position_ids", batch["position_ids"])
     tokens, planes = ids.shape[seq_dim], found.ndim == ids.ndim + 1
-    dim = seq_dim + 1 if planes else 0 if found.ndim == 1 else seq_dim
-    rows = [1 if d == seq_dim else size for d, size in enumerate(ids.shape)]
-    fits = found.ndim in (1, ids.ndim, ids.ndim + 1) and found.shape[dim] == tokens
-    if fits and found.ndim > 1:
-        own = list(found.shape[1:] if planes else found.shape)
-        own[seq_dim] = 1
-        fits = all(size in (1, row) for size, row in zip(own, rows))
-    if not fits:
+    dim = seq_dim + planes if found.ndim > 1 else 0
+    row = found[0] if planes and len(found) else found
+    of_rows = row.ndim == ids.ndim and all(a in (1, b) for a, b in zip(row.shape, ids.shape))
+    if not (of_rows or found.ndim == 1) or found.shape[dim] != tokens:
         raise ValueError(
             f"position_ids must be [T], [B, T] or [n, B, T] for input_ids {tuple(ids.shape)} with T = {tokens}, "
             f"got {tuple(found.shape)}"
         )
-    if batch.get("cu_seqlens") is None and tokens > 1 and _start_again(found, dim, planes, batch, seq_dim):
+    if batch.get("cu_seqlens") is None and tokens > 1 and _start_again(row, dim - planes, planes, batch, seq_dim):
         raise ValueError(
             f"position_ids start again within a row, got {arguments.shown(found)}: packed documents need their offsets "
             "as cu_seqlens (then B = 1), and padded tokens 0 in attention_mask"
@@ -152,15 +150,13 @@ def _check_positions(batch: Mapping[str, Any], seq_dim: int) -> int:
     return dim
 
 
-def _start_again(found: Tensor, dim: int, planes: bool, batch: Mapping[str, Any], seq_dim: int) -> bool:
+def _start_again(row: Tensor, dim: int, planes: bool, batch: Mapping[str, Any], seq_dim: int) -> bool:
     """Whether a position falls, or is 0 again. Of several planes the first tells, where an image's tokens are alike."""
-    positions = found[0].movedim(seq_dim, -1) if planes else found.movedim(dim, -1)
-    mask = batch.get("attention_mask")
+    positions, mask = row.movedim(dim, -1), batch.get("attention_mask")
     if mask is not None:
         mask = mask.movedim(seq_dim, -1) != 0
         positions = torch.where(mask, positions, -1)  # which is less than all before, and so is not looked at
-    highest = positions.cummax(-1).values[..., :-1]
-    now = positions[..., 1:]
+    highest, now = positions.cummax(-1).values[..., :-1], positions[..., 1:]
     again = now < highest
     if not planes:
         again |= (now == 0) & (highest >= 0)

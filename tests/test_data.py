@@ -234,6 +234,12 @@ def test_positions_may_start_again_where_offsets_are_given():
     assert lasp.shard_batch(batch, None)["position_ids"].tolist() == [0, 1, 0, 1, 2]
 
 
+def test_positions_that_are_made_here_are_not_looked_at(monkeypatch):
+    """On a device the host would wait for them, at every step."""
+    monkeypatch.setattr(lasp.batch, "_start_again", None)
+    lasp.shard_batch({"input_ids": ids(1, 5)}, None)
+
+
 def test_none_counts_as_absent():
     names = ("labels", "position_ids", "attention_mask", "cu_seqlens")
     found = lasp.shard_batch({"input_ids": ids(1, 5), **dict.fromkeys(names)}, None)

@@ -44,10 +44,11 @@ def shown(x: object) -> str:
 def check_form(name: str, x: Tensor) -> None:
     """Raise unless it is a dense float tensor [B, T, H, dim] with at least one channel a head."""
     check_dense(name, x)
-    if x.ndim != 4:
-        raise ValueError(f"{name} must have shape [B, T, H, dim], got {tuple(x.shape)}")
-    if x.shape[3] == 0:
-        raise ValueError(f"{name} must have at least one channel a head, got {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have shape [B, T, H, dim], got {tuple(shape)}")
+    if shape[3] == 0:
+        raise ValueError(f"{name} must have at least one channel a head, got {tuple(shape)}")
 
 
 def check_dense(name: str, x: Tensor) -> None:

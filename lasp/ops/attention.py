@@ -63,14 +63,15 @@ def linear_attention(
         v: [B, T, H, V]. q, k and v have one float dtype (fp32 may use TF32 as PyTorch's own products do, by
             `torch.set_float32_matmul_precision`). T may differ between ranks, down to zero.
         log_decay: fp32, <= 0 and finite: None, [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per token
-            and channel). With a decay for each of H*G query heads, k and v are repeated to as many.
+            and channel). With a decay for each of H*G query heads, k and v are repeated to as many. Values are looked
+            at on a CPU only: on a GPU the host would have to wait (`lasp.decay.fixed` looks at them once).
         scale: multiplies the output.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences. The rank on which a sequence begins gets its gradient, the others zero.
         output_final_state: also return the state after the last token.
-        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew. With
-            it, heads of a fixed decay (see `lasp.decay.fixed`) whose state no rank lets pass exchange with the
-            neighbour only.
+        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew, and
+            where some tokens are padding, which then is in no state, and whose o is zero. With it, heads of a fixed
+            decay (see `lasp.decay.fixed`) whose state no rank lets pass exchange with the neighbour only.
         sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
         segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
             the number of ranks: where the borders of ranks are borders of segments, they are the bits of one rank.

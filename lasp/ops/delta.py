@@ -66,7 +66,8 @@ def delta_rule(
         initial_state: [N, G*H, K, V], the state before the sequence, given on every rank; N is B, or the number of
             packed sequences. The rank on which a sequence begins gets its gradient, the others zero.
         output_final_state: also return the state after the last token.
-        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew.
+        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew, and
+            where some tokens are padding, which then is in no state, and whose o is zero.
         sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
         segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
             the number of ranks where the borders of ranks are borders of segments.
