@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lasp import adapters
+from lasp import adapters, arguments
 from lasp.adapters import Adapter
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
@@ -77,8 +77,9 @@ def parallelize(
     """
     axis = sequence_axis(mesh)
     with Agreement(axis, due=validate != "off" and axis.size > 1, before="parallelize") as ranks_agree:
-        if softmax != "all_gather":
-            raise ValueError(f'softmax must be "all_gather", got {softmax!r}')
+        arguments.module("model", model)
+        arguments.flag("strict", strict)
+        arguments.choice("softmax", softmax, ("all_gather",))
         sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
         layers = _find_layers(model, _checked(plan))
         if is_parallelized(model):
@@ -230,6 +231,7 @@ def explain(model: nn.Module) -> Explanation:
     A row for each operator of a layer; a layer that has not run yet has one row.
     """
     report = Explanation()
+    arguments.module("model", model)
     report.not_asked = _parallelized.get(model, "")
     for path, module in model.named_modules():
         sequence = getattr(module, "sequence", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp import arguments
 from lasp.checks import agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
@@ -28,19 +30,23 @@ def shard_batch(
 ) -> dict[str, Any]:
     """This rank's slice of a batch that every rank of the sequence holds whole.
 
-    Every tensor with T = `input_ids.shape[seq_dim]` entries at `seq_dim` is cut along it; anything else passes.
-    Added or changed, before cutting:
+    Every tensor with T = `input_ids.shape[seq_dim]` entries at `seq_dim` is cut along it, into contiguous slices;
+    anything else passes. Added or changed, before cutting (what is None counts as absent):
 
-    - `labels`: shifted by one over the *whole* sequence with `shift_labels` (so the last label of a shard is the
-      first token of the next), made from `input_ids` if absent. The last label, and with a 1-D `cu_seqlens` the last
-      of each packed sequence, is `ignore_index`.
-    - `position_ids` (int64): global, from 0 in each sequence, made if absent.
+    - `labels` (int64): shifted by one over the *whole* sequence with `shift_labels` (so the last label of a shard is
+      the first token of the next), made from `input_ids` if absent. The last label, and with `cu_seqlens` the last of
+      each packed sequence, is `ignore_index`.
+    - `position_ids`: global, from 0 in each sequence; made if absent (int64, [B, T]). Given ones are integers [T],
+      [B, T] or [n, B, T], such as the three of multimodal models, and are cut along T.
     - with `pad`, T is padded to a multiple of the ranks: token 0, label `ignore_index`, behind the last real token.
       Without, the first ranks get one token more.
-    - `layout`: the `ShardLayout`, if the batch has `cu_seqlens`; a model passes it to the operator.
+    - `layout`: the `ShardLayout`, which says what all ranks hold and how much of it is padding. Pass it to the model
+      and the operators: without it they take padding for tokens, which then are part of a final state.
 
     Args:
-        batch: has at least `input_ids`, an integer tensor such as [B, T].
+        batch: has at least `input_ids`, an integer tensor such as [B, T]. `attention_mask`, if any, has its shape.
+            `cu_seqlens` (a list, tuple, NumPy array or integer tensor, [N + 1] or [1, N + 1]) are the offsets of packed
+            sequences, from 0 to T; then B = 1. It stays global.
         mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup or None.
         seq_dim: the dimension of T.
         shift_labels: False if the labels are already the next tokens.
@@ -51,6 +57,9 @@ def shard_batch(
             a worker process of a DataLoader nothing is compared.) "off" does not.
 
     Raises:
+        ValueError, TypeError: what does not fit. Also positions that start again within a row of a batch without
+            `cu_seqlens`, whose documents would run into each other; positions where `attention_mask` is 0 do not
+            count. (To see that, the host waits for position_ids on a device; leave them out where they just count.)
         RankMismatchError: ranks were given different batches, or one of them failed; on every rank.
         PeerError: a rank did not call it within the timeout of the group.
     """
@@ -65,8 +74,8 @@ def shard_batch(
 def _facts(batch: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str, str]:
     """What ranks must hold alike: all that was cut, and the borders of packed sequences."""
     whole = {name: x for name, x in batch.items() if isinstance(x, Tensor) and local[name] is not x}
-    if batch.get("cu_seqlens") is not None:
-        whole["cu_seqlens"] = torch.as_tensor(batch["cu_seqlens"])
+    if local["layout"].packed:
+        whole["cu_seqlens"] = local["layout"].facts[1]
     return checksums(whole)
 
 
@@ -80,51 +89,124 @@ def _local(
     ignore_index: int,
 ) -> dict[str, Any]:
     """The work of `shard_batch`."""
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or not -ids.ndim <= seq_dim < ids.ndim:
-        raise ValueError(f"batch['input_ids'] must be a tensor with a dimension {seq_dim}, got {ids!r}")
-    seq_dim %= ids.ndim
+    arguments.mapping("batch", batch)
+    arguments.flag("shift_labels", shift_labels)
+    arguments.flag("pad", pad)
+    ids, seq_dim = _ids(batch, seq_dim)
     tokens = ids.shape[seq_dim]
-    offsets = batch.get("cu_seqlens")
-    offsets = [0, tokens] if offsets is None else [int(n) for n in offsets]
-    if not offsets or offsets[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at the {tokens} tokens of input_ids, got {offsets}")
-
-    whole = dict(batch)
-    whole.setdefault("position_ids", _positions(ids, seq_dim, offsets))
-    labels = whole.get("labels", ids)
-    if labels.shape != ids.shape:
-        raise ValueError(f"labels must have the shape of input_ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
-    whole["labels"] = _shift(labels, seq_dim, offsets, ignore_index) if shift_labels else labels
-
+    offsets = _offsets(batch, ids, seq_dim)
+    labels = _labels(batch, ids, ignore_index)
     padding = -tokens % sequence.size if pad else 0
-    layout = ShardLayout.even(tokens + padding, sequence.size)
+    lengths = ShardLayout.even(tokens + padding, sequence.size).lengths
+    layout = ShardLayout(lengths, offsets, padding)
+
+    whole = {**batch, "layout": layout}
+    whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
+    dims = {"position_ids": seq_dim, "cu_seqlens": None, "layout": None}
+    if batch.get("position_ids") is None:
+        whole["position_ids"] = _positions(ids, seq_dim, offsets or (0, tokens))
+    else:
+        dims["position_ids"] = _dim_of_positions(batch, ids, seq_dim)
     start, end = layout.bounds(sequence.rank)
     local = {}
     for name, x in whole.items():
-        if isinstance(x, Tensor) and x.ndim > seq_dim and x.shape[seq_dim] == tokens and name != "cu_seqlens":
+        dim = dims[name] if name in dims else _dim_of_tokens(name, x, seq_dim, tokens)
+        if dim is not None:
             fill = ignore_index if name == "labels" else 0
-            x = F.pad(x, (0, 0) * (x.ndim - 1 - seq_dim) + (0, padding), value=fill) if padding else x
-            x = x.narrow(seq_dim, start, end - start)
+            x = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, padding), value=fill) if padding else x
+            x = x.narrow(dim, start, end - start).contiguous()  # models view them
         local[name] = x
-    if "cu_seqlens" in whole:
-        if padding:
-            offsets = [*offsets, tokens + padding]
-            local["cu_seqlens"] = whole["cu_seqlens"].new_tensor(offsets)
-        local["layout"] = ShardLayout(layout.lengths, tuple(offsets))
     return local
 
 
-def _positions(ids: Tensor, seq_dim: int, offsets: list[int]) -> Tensor:
+def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:
+    """The tokens, and the dimension of T from 0."""
+    name, seq_dim = "batch['input_ids']", arguments.integer("seq_dim", seq_dim)
+    ids = arguments.integer_tensor(name, batch.get("input_ids"))
+    if not -ids.ndim <= seq_dim < ids.ndim:
+        raise ValueError(f"seq_dim must be a dimension of {name} {tuple(ids.shape)}, got {seq_dim}")
+    seq_dim %= ids.ndim
+    mask = batch.get("attention_mask")
+    if mask is not None and arguments.tensor("attention_mask", mask).shape != ids.shape:
+        shape = tuple(ids.shape)
+        raise ValueError(f"attention_mask must have the shape of input_ids {shape}, got {tuple(mask.shape)}")
+    if mask is not None and mask.dtype.is_complex:
+        raise TypeError(f"attention_mask must be of bools or real numbers, got {arguments.shown(mask)}")
+    return ids, seq_dim
+
+
+def _offsets(batch: Mapping[str, Any], ids: Tensor, seq_dim: int) -> tuple[int, ...] | None:
+    """Of packed sequences; None if there are none."""
+    if batch.get("cu_seqlens") is None:
+        return None
+    rows = math.prod(size for dim, size in enumerate(ids.shape) if dim != seq_dim)
+    if rows != 1:
+        got = arguments.shown(batch["cu_seqlens"])
+        raise ValueError(f"cu_seqlens need a batch of 1, but input_ids are {tuple(ids.shape)}; got cu_seqlens {got}")
+    return arguments.offsets("cu_seqlens", batch["cu_seqlens"], tokens=ids.shape[seq_dim], of="input_ids")
+
+
+def _labels(batch: Mapping[str, Any], ids: Tensor, ignore_index: int) -> Tensor:
+    arguments.integer("ignore_index", ignore_index)
+    if batch.get("labels") is None:
+        return ids.long()
+    labels = arguments.integer_tensor("labels", batch["labels"], signed=True)  # -100 must be one of its numbers
+    if labels.shape != ids.shape:
+        raise ValueError(f"labels must have the shape of input_ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
+    return labels.long()
+
+
+def _dim_of_tokens(name: str, x: object, seq_dim: int, tokens: int) -> int | None:
+    """Along which dimension a value of the batch is cut; None: not at all."""
+    if not isinstance(x, Tensor) or x.ndim <= seq_dim or x.shape[seq_dim] != tokens:
+        return None
+    arguments.tensor(f"batch[{name!r}]", x)
+    return seq_dim
+
+
+def _dim_of_positions(batch: Mapping[str, Any], ids: Tensor, seq_dim: int) -> int:
+    """The dimension of T of given position_ids; raises where they do not fit or start again."""
+    found = arguments.integer_tensor("position_ids", batch["position_ids"])
+    tokens, planes = ids.shape[seq_dim], found.ndim == ids.ndim + 1
+    dim = seq_dim + planes if found.ndim > 1 else 0
+    row = found[0] if planes and len(found) else found
+    of_rows = row.ndim == ids.ndim and all(a in (1, b) for a, b in zip(row.shape, ids.shape))
+    if not (of_rows or found.ndim == 1) or found.shape[dim] != tokens:
+        raise ValueError(
+            f"position_ids must be [T], [B, T] or [n, B, T] for input_ids {tuple(ids.shape)} with T = {tokens}, "
+            f"got {tuple(found.shape)}"
+        )
+    if batch.get("cu_seqlens") is None and tokens > 1 and _start_again(row, dim - planes, planes, batch, seq_dim):
+        raise ValueError(
+            f"position_ids start again within a row, got {arguments.shown(found)}: packed documents need their offsets "
+            "as cu_seqlens (then B = 1), and padded tokens 0 in attention_mask"
+        )
+    return dim
+
+
+def _start_again(row: Tensor, dim: int, planes: bool, batch: Mapping[str, Any], seq_dim: int) -> bool:
+    """Whether a position falls, or is 0 again. Of several planes the first tells, where an image's tokens are alike."""
+    positions, mask = row.movedim(dim, -1), batch.get("attention_mask")
+    if mask is not None:
+        mask = mask.movedim(seq_dim, -1) != 0
+        positions = torch.where(mask, positions, -1)  # which is less than all before, and so is not looked at
+    highest, now = positions.cummax(-1).values[..., :-1], positions[..., 1:]
+    again = now < highest
+    if not planes:
+        again |= (now == 0) & (highest >= 0)
+    return bool((again if mask is None else again & mask[..., 1:]).any())
+
+
+def _positions(ids: Tensor, seq_dim: int, offsets: Sequence[int]) -> Tensor:
     positions = torch.arange(ids.shape[seq_dim], device=ids.device)
     for start, end in zip(offsets, offsets[1:]):
         positions[start:end] -= start
     shape = [1] * ids.ndim
-    shape[seq_dim] = -1
+    shape[seq_dim] = len(positions)
     return positions.view(shape).expand(ids.shape)
 
 
-def _shift(labels: Tensor, seq_dim: int, offsets: list[int], ignore_index: int) -> Tensor:
+def _shift(labels: Tensor, seq_dim: int, offsets: Sequence[int], ignore_index: int) -> Tensor:
     shifted = torch.full_like(labels, ignore_index)
     for start, end in zip(offsets, offsets[1:]):
         if end > start:
@@ -169,7 +251,8 @@ def _check_quiet(sequence: SequenceParallel) -> None:
 
 
 def _check_dim(x: Tensor, dim: int) -> int:
-    if not -x.ndim <= dim < x.ndim:
+    arguments.tensor("x", x)
+    if not -x.ndim <= arguments.integer("dim", dim) < x.ndim:
         raise ValueError(f"dim must be a dimension of x {tuple(x.shape)}, got {dim}")
     return dim % x.ndim
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lasp import arguments
+
 
 def alibi(heads: int, layer: int, layers: int) -> Tensor:
     """TransNormerLLM's released code, and MiniMax-01: -s_h (1 - l / (L - 1) + 1e-5), s_h = ALiBi's slopes, l from 0.
@@ -57,15 +59,33 @@ def fixed(values: Tensor | Sequence[float], device: torch.device | str | None = 
     So the operator knows, without waiting for the device, which heads a distant rank can still matter to. The values
     must not be changed afterwards.
     """
-    on_host = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
-    if on_host.ndim != 1:
-        raise ValueError(f"values must be one log-decay a head, got shape {tuple(on_host.shape)}")
-    if not (on_host.isfinite() & (on_host <= 0)).all():
-        raise ValueError(f"values must be finite and <= 0, got {on_host.tolist()}")
-    tensor = on_host.to(device)
+    on_host = values_of("values", values)
+    tensor = on_host.to(arguments.device("device", device))
     if tensor.device.type != "cpu" and not torch.compiler.is_compiling():
         _values_of[tensor] = tuple(on_host.tolist())
     return tensor
+
+
+def values_of(name: str, values: Tensor | Sequence[float]) -> Tensor:
+    """A fixed log-decay [H] in fp32 on the CPU; `name` is that of the argument, for the error if it is none."""
+    if isinstance(values, Tensor):
+        if arguments.tensor(name, values).dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise TypeError(f"{name} must be real numbers, got {arguments.shown(values)}")
+        if values.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: a fixed decay is not learned, got {values!r}")
+        on_host = values.detach().to("cpu", torch.float32)
+    elif (isinstance(values, Sequence) and not isinstance(values, str)) or hasattr(values, "__array__"):
+        try:
+            on_host = torch.tensor([arguments.number(name, x) for x in values], dtype=torch.float32, device="cpu")
+        except TypeError:
+            raise TypeError(f"{name} must be numbers, one a head, got {arguments.shown(values)}") from None
+    else:
+        raise TypeError(f"{name} must be a tensor or a sequence of numbers, got {arguments.shown(values)}")
+    if on_host.ndim != 1:
+        raise ValueError(f"{name} must be one log-decay a head, [H], got shape {tuple(on_host.shape)}")
+    if not (on_host.isfinite() & (on_host <= 0)).all():
+        raise ValueError(f"{name} must be finite and <= 0, got {on_host.tolist()}")
+    return on_host
 
 
 _values_of = WeakTensorKeyDictionary()  # by identity; an entry goes with its tensor
@@ -76,7 +96,7 @@ def host_values(log_decay: Tensor | None) -> tuple[float, ...] | None:
 
     None for other forms, and if a gradient is asked for: then the values may change.
     """
-    if log_decay is None or log_decay.ndim != 1 or log_decay.requires_grad:
+    if log_decay is None or arguments.tensor("log_decay", log_decay).ndim != 1 or log_decay.requires_grad:
         return None
     return tuple(log_decay.tolist()) if log_decay.device.type == "cpu" else _values_of.get(log_decay)
 
@@ -86,12 +106,12 @@ SCHEDULES = {"alibi": alibi, "tnl": tnl, "retnet": retnet, "none": none}
 
 def schedule(name: str, heads: int, layer: int, layers: int) -> Tensor | None:
     """The log-decay [H] of layer `layer` (from 0) of `layers`, by the name of its schedule."""
-    if name not in SCHEDULES:
-        raise ValueError(f"decay must be one of {sorted(SCHEDULES)}, got {name!r}")
+    arguments.choice("name", name, SCHEDULES)
     with torch.device("cpu"):  # also when the model is being built on the meta device
         return SCHEDULES[name](heads, layer, layers)
 
 
 def _check(heads: int, layer: int, layers: int) -> None:
-    if heads < 1 or not 0 <= layer < layers:
-        raise ValueError(f"need heads >= 1 and 0 <= layer < layers, got heads {heads}, layer {layer} of {layers}")
+    arguments.integer("heads", heads, at_least=1)
+    if arguments.integer("layer", layer, at_least=0) >= arguments.integer("layers", layers, at_least=1):
+        raise ValueError(f"layer must be less than layers, got layer {layer} of {layers}")

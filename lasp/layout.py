@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lasp import arguments
 from lasp.ranks import SequenceParallel
 
 
@@ -32,36 +33,52 @@ class ShardLayout:
 
     Args:
         lengths: tokens of each rank, in sequence order; zero is allowed.
-        cu_seqlens: for packed sequences the global offsets, from 0 to the number of tokens (batch size 1).
+        cu_seqlens: for packed sequences the global offsets, from 0 to the number of tokens without the padding (batch
+            size 1).
+        padding: how many tokens at the end of all are no tokens of any sequence, but make ranks hold as many. No state
+            and no other token sees them, and what operators give for them is zero.
+
+    Raises:
+        ValueError, TypeError: numbers that are no integers, are negative, or do not fit together.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: tuple[int, ...] | None = None
-    # The same as tensors on the host, for a custom op. No field: FSDP2 makes a dataclass anew from all of its fields.
-    facts: ClassVar[tuple[Tensor, Tensor | None]]
+    padding: int = 0
+    # No fields: FSDP2 makes a dataclass anew from all of its fields.
+    facts: ClassVar[tuple[Tensor, Tensor | None]]  # lengths and offsets as tensors on the host, for a custom op
+    _real: ClassVar[ShardLayout]  # the same without the padding, where there is one
 
     def __post_init__(self):
-        object.__setattr__(self, "lengths", tuple(int(n) for n in self.lengths))
-        if not self.lengths or min(self.lengths) < 0:
-            raise ValueError(f"lengths must be one non-negative number of tokens a rank, got {self.lengths}")
+        lengths = arguments.integers("lengths", self.lengths)
+        if not lengths or min(lengths) < 0:
+            raise ValueError(f"lengths must be one non-negative number of tokens a rank, got {lengths}")
+        padding, total = arguments.integer("padding", self.padding, at_least=0), sum(lengths)
+        if padding > total:
+            raise ValueError(f"padding must be part of the {total} tokens of all ranks, got {padding}")
+        found = {"lengths": lengths, "padding": padding}
         if self.cu_seqlens is not None:
-            self._check_offsets()
+            ranks = "all ranks" + (" without padding" if padding else "")
+            offsets = arguments.offsets("cu_seqlens", self.cu_seqlens, tokens=total - padding, of=ranks)
+            found["cu_seqlens"] = offsets
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
         with torch.inference_mode(False):  # a layout of an evaluation may come to training
             facts = [None if x is None else torch.tensor(x, device="cpu") for x in (self.lengths, self.cu_seqlens)]
         object.__setattr__(self, "facts", tuple(facts))
+        if padding:
+            object.__setattr__(self, "_real", self._without_padding())
 
-    def _check_offsets(self) -> None:
-        assert self.cu_seqlens is not None
-        offsets = tuple(int(n) for n in self.cu_seqlens)
-        object.__setattr__(self, "cu_seqlens", offsets)
-        if len(offsets) < 2 or offsets[0] != 0 or any(b < a for a, b in zip(offsets, offsets[1:])):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, got {offsets}")
-        if offsets[-1] != self.total:
-            raise ValueError(f"cu_seqlens ends at {offsets[-1]}, but the ranks hold {self.total} tokens")
+    def _without_padding(self) -> ShardLayout:
+        left, lengths = self.total - self.padding, []
+        for length in self.lengths:
+            lengths.append(min(length, left))
+            left -= lengths[-1]
+        return ShardLayout(tuple(lengths), self.cu_seqlens)
 
     @classmethod
     def of_facts(cls, lengths: Tensor | None, cu_seqlens: Tensor | None) -> ShardLayout | None:
-        """The inverse of `facts`."""
+        """The inverse of `facts`, for a layout without padding."""
         if lengths is None:
             return None
         return cls(tuple(lengths.tolist()), None if cu_seqlens is None else tuple(cu_seqlens.tolist()))
@@ -69,9 +86,14 @@ class ShardLayout:
     @classmethod
     def even(cls, tokens: int, ranks: int, *, cu_seqlens: Sequence[int] | Tensor | None = None) -> ShardLayout:
         """Split `tokens` as evenly as whole tokens allow; the first ranks get the rest."""
+        tokens, ranks = arguments.integer("tokens", tokens, at_least=0), arguments.integer("ranks", ranks, at_least=1)
         lengths = tuple(tokens // ranks + (r < tokens % ranks) for r in range(ranks))
-        offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-        return cls(lengths, None if offsets is None else tuple(offsets))
+        return cls(lengths, cu_seqlens)  # type: ignore[arg-type]
+
+    @property
+    def real(self) -> ShardLayout:
+        """The same tokens without the padding."""
+        return self._real if self.padding else self
 
     @property
     def packed(self) -> bool:
@@ -80,16 +102,20 @@ class ShardLayout:
 
     @property
     def total(self) -> int:
-        """Tokens on all ranks."""
+        """Tokens on all ranks, padding included."""
         return sum(self.lengths)
 
     def bounds(self, rank: int) -> tuple[int, int]:
-        """First and last + 1 global token of a rank."""
+        """First and last + 1 global token of a rank, padding included."""
+        self._check_rank(rank)
         start = sum(self.lengths[:rank])
         return start, start + self.lengths[rank]
 
     def local(self, rank: int) -> LocalRuns:
-        """The runs that a rank holds."""
+        """The runs that a rank holds, without padding."""
+        self._check_rank(rank)
+        if self.padding:
+            return self.real.local(rank)
         last_rank = rank == len(self.lengths) - 1
         if self.cu_seqlens is None:
             return LocalRuns(None, range(0), rank > 0, not last_rank)
@@ -103,6 +129,10 @@ class ShardLayout:
         offsets = tuple(min(max(n, start), end) - start for n in self.cu_seqlens[mine[0] : mine[-1] + 2])
         first, last = pairs[mine[0]], pairs[mine[-1]]
         return LocalRuns(offsets, sequences, first[0] < start, last[1] > end)
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= arguments.integer("rank", rank) < len(self.lengths):
+            raise ValueError(f"rank must be one of the layout's {len(self.lengths)} ranks, got {rank}")
 
     def _holds(self, rank: int, token: int) -> bool:
         start, end = self.bounds(rank)
@@ -126,13 +156,13 @@ class Shard:
     def of(cls, x: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None, name: str = "k") -> Shard:
         """From the arguments of an operator whose tensor `name` is x [B, T, ...]; raises where they do not fit."""
         if sequence is not None and not isinstance(sequence, SequenceParallel):
-            raise TypeError(f"sequence must be a lasp.SequenceParallel or None, got {type(sequence).__name__}")
+            raise TypeError(f"sequence must be a lasp.SequenceParallel or None, got {arguments.shown(sequence)}")
         rank, size = (0, 1) if sequence is None else (sequence.rank, sequence.size)
         sequence = None if size == 1 else sequence
         if layout is None:
             return cls(LocalRuns(None, range(0), rank > 0, rank < size - 1), sequence, x.shape[0])
         if not isinstance(layout, ShardLayout):
-            raise TypeError(f"layout must be a lasp.ShardLayout or None, got {layout!r}")
+            raise TypeError(f"layout must be a lasp.ShardLayout or None, got {arguments.shown(layout)}")
         if len(layout.lengths) != size:
             raise ValueError(f"layout is for {len(layout.lengths)} ranks, but the sequence has {size}")
         if layout.lengths[rank] != x.shape[1]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from lasp import arguments
 from lasp.ranks import grad_group, waiting
 
 
@@ -14,8 +18,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     """Cross entropy, averaged over every token of every rank of dp x sp, not over ranks.
 
     Args:
-        logits: [..., vocabulary], this rank's tokens, any float dtype; the loss is taken in fp32 (fp64 for fp64).
-        labels: [...], int64, already shifted (`shard_batch` does it); `ignore_index` marks tokens that do not count.
+        logits: [..., vocabulary], this rank's tokens, any float dtype; the loss is taken in fp32, of fp64 in fp64.
+        labels: [...], integers, already shifted (`shard_batch` does it); `ignore_index` marks tokens that do not count.
         mesh: the whole mesh (dp_replicate x dp_shard x sp), one axis, a ProcessGroup, or None for one rank.
         ignore_index: the label that does not count.
 
@@ -23,20 +27,66 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         The loss, equal on every rank, and the number of tokens that it is the mean of (int64). Its gradient is
         scaled so that the *average* of parameter gradients over `grad_mesh(mesh)`, which DDP, FSDP2 and
         `sync_grads` form, is exact, however unequal the ranks' token counts. With no token at all the loss is 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before any communication.
+        ValueError: a label that is neither in the vocabulary nor `ignore_index`, on every rank, naming the rank that
+            has it. On a GPU, and under torch.compile, where the host would have to wait to know, the loss and all
+            gradients are NaN on every rank instead.
+        PeerError: another rank ended, or was silent for the timeout of the group.
     """
+    _check(logits, labels, ignore_index)
+    group, ranks = grad_group(mesh)
+    labels, vocabulary = labels.flatten().long(), logits.shape[-1]
+    counted = labels != ignore_index
+    outside = counted & ((labels < 0) | (labels >= vocabulary))
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    # One label outside would end the process on a GPU, and on a CPU leave the other ranks waiting.
+    known = labels.masked_fill(outside, ignore_index)
+    local = F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum")
+    # One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes.
+    numbers = torch.stack([x.detach().double() for x in (local, counted.sum(), outside.sum())])
+    if ranks > 1:
+        in_graph = torch.compiler.is_compiling()  # where a clock would end the graph
+        with nullcontext() if in_graph else waiting(f"token_loss: the sum of the losses of {ranks} ranks"):
+            dist.all_reduce(numbers, group=group)
+    total, tokens, wrong = numbers.unbind()
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and wrong:
+        _refuse(labels[outside], vocabulary, ignore_index, group, ranks)
+    sound = torch.where(wrong > 0, torch.nan, 1.0)
+    count = tokens.clamp(min=1)
+    mean, weight = (sound * total / count).to(local.dtype), (sound * ranks / count).to(local.dtype)
+    return _GlobalMean.apply(local, mean, weight), tokens.long()  # type: ignore[return-value]
+
+
+def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    arguments.float_tensor("logits", logits)
+    arguments.integer_tensor("labels", labels, signed=True)  # of unsigned ones -100 is none
+    arguments.integer("ignore_index", ignore_index)
+    if logits.ndim < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., vocabulary], got {tuple(logits.shape)}")
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
-    exact = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    local = F.cross_entropy(exact, labels.flatten(), ignore_index=ignore_index, reduction="sum")
-    group, ranks = grad_group(mesh)
-    tokens = (labels != ignore_index).sum()
-    total = local.detach().clone()
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
+
+
+def _refuse(outside: Tensor, vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int) -> None:
+    """Raise on every rank: all have come here, since each has the sum of how many labels are outside."""
+    found = torch.zeros(ranks, 2, dtype=torch.int64)  # of each rank how many, and the first
+    mine = 0 if ranks == 1 else dist.get_rank(group)
+    if len(outside):
+        found[mine] = torch.stack([outside.new_tensor(len(outside)), outside[0]])
     if ranks > 1:
-        with waiting("token_loss, forward: the sum over all ranks"):
-            dist.all_reduce(tokens, group=group)
-            dist.all_reduce(total, group=group)
-    count = tokens.clamp(min=1).to(total.dtype)  # an integer would be divided in fp32
-    return _GlobalMean.apply(local, total / count, ranks / count), tokens  # type: ignore[return-value]
+        with waiting("token_loss: which rank has a label outside the vocabulary"):
+            dist.all_reduce(found, group=group)
+    listed = []
+    for rank, (count, first) in enumerate(found.tolist()):
+        where = "" if ranks == 1 else f" on rank {rank if group is None else dist.get_global_rank(group, rank)}"
+        listed += [f"{first}{where} ({count} such)"] if count else []
+    raise ValueError(
+        f"labels must be from 0 to {vocabulary - 1}, or ignore_index {ignore_index}, got {', '.join(listed)}"
+    )
 
 
 class _GlobalMean(torch.autograd.Function):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lasp.decay import fixed
+from lasp import arguments
+from lasp.decay import fixed, values_of
 from lasp.layout import ShardLayout
 from lasp.ops.attention import linear_attention
 from lasp.ranks import SequenceParallel
@@ -18,8 +19,12 @@ class LightningAttention(nn.Module):
 
     Args:
         log_decay: the fixed decay of each head, [H], finite and <= 0 (see `lasp.decay`), or None. It stays fp32
-            whatever dtype the model is cast to. A decay that depends on data is an argument of `forward` instead.
+            whatever dtype the model is cast to. A decay that is learned or depends on data is an argument of `forward`
+            instead.
         scale: multiplies the output.
+
+    Raises:
+        ValueError, TypeError: values that are no decays, or require a gradient; a scale that is no finite number.
     """
 
     sequence: SequenceParallel | None = None  # set by lasp.parallelize
@@ -27,9 +32,9 @@ class LightningAttention(nn.Module):
     def __init__(self, log_decay: Tensor | None = None, *, scale: float = 1.0):
         super().__init__()
         # Not a buffer: model.to(bfloat16) would round it, and a decay in bf16 is a bug.
-        self._fixed = None if log_decay is None else log_decay.detach().to("cpu", torch.float32)
+        self._fixed = None if log_decay is None else values_of("log_decay", log_decay)
         self._on_device: Tensor | None = None
-        self.scale = scale
+        self.scale = arguments.number("scale", scale)
         self._copy_to(torch.get_default_device())
 
     def log_decay(self, device: torch.device) -> Tensor | None:

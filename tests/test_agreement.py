@@ -50,7 +50,7 @@ def odd_calls(world):
         (arguments(output_final_state=True), "has output_final_state true, the others false"),
         (packed(world), '.*has layout "2 packed sequences over 3 ranks, checksum [0-9a-f]{8}", the others null'),
         (arguments(k=zeros(B, T, H, K + 1)), "failed before its exchange: ValueError: "),
-        (arguments(v=None), "failed before its exchange: TypeError: v must be a tensor, got NoneType"),
+        (arguments(v=None), "failed before its exchange: TypeError: v must be a tensor, got None"),
     ]
 
 

@@ -1,6 +1,9 @@
 """`parallelize`, `explain` and `register`: what they find, what they refuse, and what they leave alone."""
 
 import copy
+import functools
+import io
+import pickle
 
 import pytest
 import torch
@@ -198,8 +201,8 @@ def test_an_adapter_of_ones_own():
     ("cls", "message"),
     [
         (FooAttention, "FooAttention needs a class attribute `sequence = None`"),
-        (int, "register takes a torch.nn.Module class, got <class 'int'>"),
-        (FooAttention(), r"register takes a torch.nn.Module class, got FooAttention\(\)"),
+        (int, "cls must be a class of torch.nn.Module, got <class 'int'>"),
+        (FooAttention(), r"cls must be a class of torch.nn.Module, got FooAttention\(\)"),
     ],
 )
 def test_classes_that_cannot_be_registered(cls, message):
@@ -243,6 +246,34 @@ def test_a_refused_model_can_be_tried_again():
     with pytest.raises(ValueError, match="cannot split"):
         lasp.parallelize(model, None)
     assert lasp.parallelize(model, None, strict=False) is model
+
+
+def _saved_and_loaded(kind):
+    """A file of the whole model, or a pickle of it: what is loaded is on no rank until it is split again."""
+    world_mesh = mesh_of(sp=2)
+    alone, model = SmallModel().double(), lasp.parallelize(SmallModel().double(), world_mesh)
+    local = lasp.shard_batch({"input_ids": torch.arange(7).view(1, 7)}, world_mesh)
+    split = model(local["input_ids"], local["position_ids"], local["layout"])
+    file = io.BytesIO()
+    torch.save(model, file) if kind == "file" else pickle.dump(model, file)
+    file.seek(0)
+    load = functools.partial(torch.load, weights_only=False) if kind == "file" else pickle.load
+    with pytest.warns(UserWarning, match="not split over ranks when it is loaded: call lasp.parallelize"):
+        loaded = load(file)
+    assert [m.sequence for m in loaded.modules() if isinstance(m, LightningAttention)] == [None, None]
+    ids = torch.arange(7).view(1, 7)
+    assert torch.equal(loaded(ids, torch.arange(7)), alone(ids, torch.arange(7)))
+    lasp.parallelize(loaded, world_mesh)
+    assert torch.equal(loaded(local["input_ids"], local["position_ids"], local["layout"]), split)
+    for same in (copy.copy(model), copy.deepcopy(model)):  # these are of this run, and stay split
+        assert torch.equal(same(local["input_ids"], local["position_ids"], local["layout"]), split)
+    sequence = next(m.sequence for m in model.modules() if isinstance(m, LightningAttention))
+    assert copy.copy(sequence) is copy.deepcopy(sequence) is sequence
+
+
+@pytest.mark.parametrize("kind", ["file", "pickle"])
+def test_a_split_model_can_be_saved_whole(kind):
+    run_ranks(2, _saved_and_loaded, kind)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Bad arguments of the operator and of the ranks: each with its message, before any communication."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +10,7 @@ from ranks import run_ranks
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
-from lasp.ranks import collectives
+from lasp.ranks import SCHEDULES, collectives
 
 B, T, H, K, V = 2, 5, 2, 3, 4
 
@@ -31,10 +34,10 @@ def test_the_arguments_that_the_others_change_are_good():
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
-        ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
-        ({"log_decay": -0.1}, TypeError, "log_decay must be a tensor, got float"),
-        ({"initial_state": 0}, TypeError, "initial_state must be a tensor, got int"),
+        ({"q": [1.0]}, TypeError, "q must be a tensor, got \\[1.0\\]"),
+        ({"k": None}, TypeError, "k must be a tensor, got None"),
+        ({"log_decay": -0.1}, TypeError, "log_decay must be a tensor, got -0.1"),
+        ({"initial_state": 0}, TypeError, "initial_state must be a tensor, got 0"),
         (
             {"q": torch.zeros(B, T, H, K, dtype=torch.int64)},
             TypeError,
@@ -76,7 +79,7 @@ def test_the_arguments_that_the_others_change_are_good():
             ValueError,
             r"initial_state must have .* \(2, 2, 3, 4\), got \(2, 2, 4, 3\)",
         ),
-        ({"sequence": "sp"}, TypeError, "sequence must be a lasp.SequenceParallel or None, got str"),
+        ({"sequence": "sp"}, TypeError, "sequence must be a lasp.SequenceParallel or None, got 'sp'"),
         ({"layout": lasp.ShardLayout((T, T))}, ValueError, "layout is for 2 ranks, but the sequence has 1"),
         ({"layout": lasp.ShardLayout((T + 1,))}, ValueError, "layout gives rank 0 6 tokens, but k has 5"),
         (
@@ -118,8 +121,8 @@ def test_a_bad_argument_on_one_rank_leaves_the_group_usable(validate):
     ("mesh", "options", "error", "message"),
     [
         (None, {"exchange": "pigeon"}, ValueError, "exchange must be one of .*got 'pigeon'"),
-        ("sp", {}, TypeError, "expected a 1-D DeviceMesh, a ProcessGroup or None, got str"),
-        (3, {}, TypeError, "expected a 1-D DeviceMesh, a ProcessGroup or None, got int"),
+        ("sp", {}, TypeError, "mesh must be a 1-D DeviceMesh, a ProcessGroup or None, got 'sp'"),
+        (3, {}, TypeError, "mesh must be a 1-D DeviceMesh, a ProcessGroup or None, got 3"),
     ],
 )
 def test_sequence_parallel(mesh, options, error, message):
@@ -130,7 +133,7 @@ def test_sequence_parallel(mesh, options, error, message):
 def _meshes():
     square = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "cp"))
     with pytest.raises(
-        ValueError, match=r'expected one mesh axis such as mesh\["sp"\], got \(\'dp\', \'cp\'\) \(2, 2\)'
+        ValueError, match=r'mesh must be one axis such as mesh\["sp"\], got \(\'dp\', \'cp\'\) \(2, 2\)'
     ):
         lasp.SequenceParallel(square)
     for function in (lambda: lasp.parallelize(torch.nn.Identity(), square), lambda: lasp.shard_batch({}, square)):
@@ -196,3 +199,67 @@ def test_connecting_runs_every_collective_from_small_to_large():
 def test_init_mesh_before_init():
     with pytest.raises(RuntimeError, match=r"call lasp.init\(\) before lasp.init_mesh\(\)"):
         lasp.init_mesh()
+
+
+# NumPy's numbers are taken on any number of ranks, whose settings travel as JSON
+
+
+def _numpys_numbers():
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    x, word = torch.ones(1, 64, 1, 2), np.int64(64)
+    options = {"sequence": sequence, "output_final_state": True}
+    for function, tensors in ((lasp.linear_attention, (x, x, x)), (lasp.delta_rule, (x, x, x, x[..., 0]))):
+        found = function(*tensors, scale=np.float32(0.5), segment_length=word, **options)
+        expected = function(*tensors, scale=0.5, segment_length=64, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    softmax = functools.partial(lasp.softmax_attention, x, x, x, sequence=sequence)
+    numbers = {"window": np.int32(3), "scale": np.float16(0.5), "softcap": np.float64(2), "dropout_p": np.float32(0)}
+    assert torch.equal(softmax(**numbers), softmax(window=3, scale=0.5, softcap=2.0))
+    y = torch.arange(128.0).view(1, 64, 2)
+    assert torch.equal(lasp.halo(y, np.int64(3), sequence=sequence), lasp.halo(y, 3, sequence=sequence))
+    loss = functools.partial(lasp.token_loss, y, torch.zeros(1, 64).long(), mesh=dist.group.WORLD)
+    assert torch.equal(loss(ignore_index=np.int64(-1))[0], loss()[0])
+    sizes = {"dp_shard": np.int64(1), "sp": np.int64(dist.get_world_size())}
+    assert lasp.init_mesh(**sizes)["sp"].size() == dist.get_world_size()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_numpys_numbers(world):
+    run_ranks(world, _numpys_numbers)
+
+
+def _one_rank_alone(argument, value):
+    """An option is wrong on one rank: the others hear of it, and the group works on."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    odd = dist.get_rank() == 1
+    for function in (call, functools.partial(lasp.delta_rule, *[torch.zeros(B, T, H, K)] * 3, torch.zeros(B, T, H))):
+        with pytest.raises(lasp.RankMismatchError, match=f"rank 1 failed before its exchange: .*{argument} must be"):
+            function(sequence=sequence, **({argument: value} if odd else {}))
+        function(sequence=sequence)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("scale", float("nan")), ("output_final_state", "no"), ("segment_length", "64")], ids=str
+)
+def test_an_option_that_is_wrong_on_one_rank(argument, value):
+    run_ranks(2, _one_rank_alone, argument, value)
+
+
+def _no_rows(schedule):
+    """A batch of no rows: nothing to compute, but all take part."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+    x = torch.zeros(0, 5, 2, 3, dtype=torch.float64).requires_grad_()
+    decays = (None, torch.tensor([-0.1, -200.0], dtype=torch.float64), torch.zeros(0, 5, 2, dtype=torch.float64))
+    results = [lasp.linear_attention(x, x, x, log_decay=g, output_final_state=True, sequence=sequence) for g in decays]
+    results.append(lasp.delta_rule(x, x, x, x[..., 0], output_final_state=True, sequence=sequence))
+    for o, state in results:
+        assert (o.shape, state.shape) == (x.shape, (0, 2, 3, 3))
+    others = [lasp.softmax_attention(x, x, x, sequence=sequence), lasp.halo(x, 3, sequence=sequence)]
+    others.append(lasp.causal_conv(x[..., 0], torch.ones(2, 3), sequence=sequence))
+    sum(y.sum() for y in (*sum(results, ()), *others)).backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
+def test_a_batch_of_no_rows(schedule):
+    run_ranks(3, _no_rows, schedule)

@@ -1,5 +1,6 @@
 """`shard_batch`, `shard_sequence`, `unshard_sequence`, `ShardLayout`: the shards together are the whole, labels too."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ def test_shards_together_are_the_padded_whole(world, T):
     for part in parts:
         assert part["name"] == "text"
         assert torch.equal(part["per_row"], batch["per_row"])
-        assert "layout" not in part
+        assert part["layout"] == lasp.ShardLayout(((T + padding) // world,) * world, padding=padding)
 
 
 @WORLDS
@@ -126,11 +127,137 @@ def test_packed(world):
     assert torch.equal(joined(parts, "labels"), expected)
     positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4, 5]])
     assert torch.equal(joined(parts, "position_ids")[:, :10], positions)
-    offsets = (0, 3, 3, 4, 10, *([10 + padding] if padding else []))
     for part in parts:
-        assert part["layout"] == lasp.ShardLayout(((10 + padding) // world,) * world, offsets)
-        assert part["cu_seqlens"].tolist() == list(offsets)
-        assert part["cu_seqlens"].dtype == torch.int32
+        assert part["layout"] == lasp.ShardLayout(((10 + padding) // world,) * world, (0, 3, 3, 4, 10), padding)
+        assert torch.equal(part["cu_seqlens"], cu_seqlens)
+
+
+def _in_form(form):
+    offsets = [0, 3, 3, 4, 10]
+    return {
+        "list": offsets,
+        "tuple": tuple(offsets),
+        "numpy": np.array(offsets, dtype=np.int32),
+        "tensor": torch.tensor(offsets, dtype=torch.int32),
+        "of a collator": torch.tensor([offsets]),
+        "nested list": [offsets],
+        "numpy, of a collator": np.array([offsets]),
+        "list of NumPy's": [np.int64(n) for n in offsets],
+        "list of a tensor": [torch.tensor(offsets)],
+    }[form]
+
+
+FORMS = ["list", "tuple", "numpy", "tensor", "of a collator", "nested list", "numpy, of a collator", "list of NumPy's"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("form", [*FORMS, "list of a tensor"])
+def test_offsets_in_every_form(form, world):
+    tokens, padding = ids(1, 10), -10 % world
+    expected = next_tokens(tokens, padding=padding)
+    expected[0, [2, 3, 9]] = IGNORE
+    parts = shards(world, {"input_ids": tokens, "cu_seqlens": _in_form(form)})
+    assert torch.equal(joined(parts, "labels"), expected)
+    for part in parts:
+        assert part["layout"] == lasp.ShardLayout(((10 + padding) // world,) * world, (0, 3, 3, 4, 10), padding)
+    assert lasp.ShardLayout((5, 5), (0, 3, 3, 4, 10)) == lasp.ShardLayout((5, 5), _in_form(form))
+    assert lasp.ShardLayout((5, 5), (0, 3, 3, 4, 10)) == lasp.ShardLayout.even(10, 2, cu_seqlens=_in_form(form))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("seq_dim", [1, 0])
+def test_positions_in_the_three_shapes_that_models_use(seq_dim, world):
+    tokens, padding = ids(2, 7) if seq_dim else ids(7, 2), -7 % world
+    rows = torch.stack([torch.arange(7), torch.arange(7) + 4])
+    rows = rows if seq_dim else rows.T
+    planes = torch.stack([rows, rows + 1, rows.flip(0)])
+    for whole, dim in ((torch.arange(7), 0), (rows, seq_dim), (planes, seq_dim + 1)):
+        parts = shards(world, {"input_ids": tokens, "position_ids": whole}, seq_dim=seq_dim)
+        found = joined(parts, "position_ids", dim)
+        assert torch.equal(found.narrow(dim, 0, 7), whole)
+        assert found.shape[dim] == 7 + padding
+        assert all(part["position_ids"].is_contiguous() for part in parts)
+
+
+def test_slices_are_contiguous():
+    batch = {"input_ids": ids(2, 6), "x": torch.randn(2, 3, 6).mT, "attention_mask": torch.ones(2, 6).long()}
+    for part in shards(2, batch):
+        assert all(x.is_contiguous() for x in part.values() if isinstance(x, torch.Tensor))
+        part["labels"].view(-1)
+
+
+LEFT_PADDED = [[0, 0, 0, 1, 2, 3], [1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [0, 1, 0, 1, 2, 3],
+        [[0, 1, 2, 3, 4, 5]] * 2 + [[0, 1, 2, 0, 1, 2]],
+        [[5, 6, 7, 2, 3, 4]] * 3,
+        [[0, 0, 0, 0, 0, 0]] * 3,
+        [[[0, 1, 2, 0, 1, 2]] * 3] * 3,
+        LEFT_PADDED,
+    ],
+    ids=str,
+)
+def test_positions_that_start_again_need_offsets(positions):
+    batch = {"input_ids": ids(3, 6), "position_ids": torch.tensor(positions)}
+    with pytest.raises(ValueError, match=r"position_ids start again within a row.*need their offsets as cu_seqlens"):
+        lasp.shard_batch(batch, None)
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask"),
+    [
+        (LEFT_PADDED, MASK),
+        (LEFT_PADDED, MASK.bool()),
+        (LEFT_PADDED, MASK.float()),
+        (
+            [[0, 1, 2, 3, 0, 0], [0, 1, 2, 1, 1, 1], [0, 0, 0, 0, 0, 0]],
+            torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [0] * 6]),
+        ),
+        # The three of a text with an image of 2 x 2 tokens: the third falls within the image.
+        ([[[0, 1, 1, 1, 1, 3]] * 3, [[0, 1, 1, 2, 2, 3]] * 3, [[0, 1, 2, 1, 2, 3]] * 3], None),
+        ([[10, 11, 12, 15, 16, 17]] * 3, None),
+    ],
+)
+def test_padding_and_images_do_not_start_again(positions, mask):
+    given = torch.tensor(positions)
+    batch = {"input_ids": ids(3, 6), "position_ids": given, "attention_mask": mask}
+    assert torch.equal(lasp.shard_batch(batch, None)["position_ids"], given)
+
+
+def test_positions_may_start_again_where_offsets_are_given():
+    batch = {"input_ids": ids(1, 5), "position_ids": torch.tensor([0, 1, 0, 1, 2]), "cu_seqlens": [0, 2, 5]}
+    assert lasp.shard_batch(batch, None)["position_ids"].tolist() == [0, 1, 0, 1, 2]
+
+
+def test_positions_that_are_made_here_are_not_looked_at(monkeypatch):
+    """On a device the host would wait for them, at every step."""
+    monkeypatch.setattr(lasp.batch, "_start_again", None)
+    lasp.shard_batch({"input_ids": ids(1, 5)}, None)
+
+
+def test_none_counts_as_absent():
+    names = ("labels", "position_ids", "attention_mask", "cu_seqlens")
+    found = lasp.shard_batch({"input_ids": ids(1, 5), **dict.fromkeys(names)}, None)
+    plain = lasp.shard_batch({"input_ids": ids(1, 5)}, None)
+    assert torch.equal(found["labels"], plain["labels"])
+    assert torch.equal(found["position_ids"], plain["position_ids"])
+    assert found["attention_mask"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_are_int64(dtype):
+    tokens = ids(1, 5)
+    made = lasp.shard_batch({"input_ids": tokens.to(dtype)}, None)["labels"]
+    assert made.dtype == torch.int64
+    assert torch.equal(made, next_tokens(tokens))
+    if dtype != torch.uint8:  # which has no -100
+        given = lasp.shard_batch({"input_ids": tokens, "labels": tokens.to(dtype)}, None)["labels"]
+        assert torch.equal(given, made)
 
 
 def test_the_batch_itself_is_not_changed():
@@ -154,18 +281,19 @@ def test_the_whole_mesh_cuts_along_its_sequence_axis():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({}, r"batch\['input_ids'\] must be a tensor with a dimension 1, got None"),
-        ({"input_ids": torch.zeros(3)}, r"batch\['input_ids'\] must be a tensor with a dimension 1"),
-        ({"input_ids": [1, 2]}, r"batch\['input_ids'\] must be a tensor .*got \[1, 2\]"),
+        ({"input_ids": ids(3)}, r"seq_dim must be a dimension of batch\['input_ids'\] \(3,\), got 1"),
         (
             {"input_ids": ids(1, 4), "labels": ids(1, 3)},
             r"labels must have the shape of input_ids \(1, 4\), got \(1, 3\)",
         ),
         (
             {"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([0, 3])},
-            "cu_seqlens must end at the 4 tokens .*got \\[0, 3\\]",
+            "cu_seqlens must rise from 0 to the 4 tokens of input_ids, got \\(0, 3\\)",
         ),
-        ({"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([], dtype=torch.int32)}, "cu_seqlens must end at the 4"),
+        (
+            {"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([], dtype=torch.int32)},
+            "cu_seqlens must rise from 0 to the 4",
+        ),
         ({"input_ids": ids(1, 4), "cu_seqlens": torch.tensor([0, 3, 2, 4])}, "cu_seqlens must rise from 0"),
     ],
 )
@@ -250,7 +378,7 @@ def test_a_dimension_that_is_not_there(function, dim):
         ((4,), (1, 4), r"cu_seqlens must rise from 0 .*got \(1, 4\)"),
         ((4,), (0, 3, 2, 4), "cu_seqlens must rise from 0"),
         ((4,), (0,), "cu_seqlens must rise from 0"),
-        ((2, 2), (0, 5), "cu_seqlens ends at 5, but the ranks hold 4 tokens"),
+        ((2, 2), (0, 5), r"cu_seqlens must rise from 0 to the 4 tokens of all ranks, got \(0, 5\)"),
     ],
 )
 def test_layouts_that_are_refused(lengths, cu_seqlens, message):

@@ -11,6 +11,7 @@ LASP, KERNELS = ROOT / "lasp", ROOT / "kernels" / "lasp_kernels"
 
 # From the bottom to the top; a layer may import what stands on the lines before its own, and its own folder.
 LAYERS = [
+    {"lasp.arguments"},
     {"lasp.ranks", "lasp.decay", "lasp_kernels"},
     {"lasp.exchange", "lasp.layout", "lasp.checks", "lasp.loss"},
     {"lasp.batch"},

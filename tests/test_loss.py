@@ -1,5 +1,7 @@
 """`lasp.token_loss`: the mean over the tokens of all ranks, equal on every rank, with the exact gradient."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -135,3 +137,85 @@ def test_scaled_loss_scales_the_gradient():
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"logits \(1, 3, 7\) and labels \(1, 4\) must agree but for the last"):
         lasp.token_loss(torch.zeros(1, 3, 7), torch.zeros(1, 4, dtype=torch.int64), mesh=None)
+
+
+# Labels and dtypes that are no good, and those that are taken
+
+
+def _outside(value, world):
+    logits, labels = torch.zeros(1, 3, VOCABULARY, requires_grad=True), torch.tensor([[1, 2, -100]])
+    if dist.get_rank() == world - 1:
+        labels[0, 1] = value
+    where = f" on rank {world - 1}" if world > 1 else ""
+    with pytest.raises(ValueError, match="labels must be") as caught:
+        lasp.token_loss(logits, labels, mesh=dist.group.WORLD)
+    assert str(caught.value) == (
+        f"labels must be from 0 to {VOCABULARY - 1}, or ignore_index -100, got {value}{where} (1 such)"
+    )
+    loss, count = lasp.token_loss(logits, torch.tensor([[1, 2, -100]]), mesh=dist.group.WORLD)  # the group works on
+    assert count.item() == 2 * world
+    assert_close(loss, torch.tensor(VOCABULARY).log(), "loss", **CLOSE)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("value", [VOCABULARY, -1, 2**40])
+def test_a_label_outside_the_vocabulary_is_an_error_on_every_rank(value, world):
+    run_ranks(world, _outside, value, world)
+
+
+def _outside_where_the_host_must_not_wait():
+    """As on a GPU, whose host would have to wait for the labels: a graph does so as little."""
+    loss_of = functools.partial(lasp.token_loss, mesh=dist.group.WORLD)
+    loss_of = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    for value in (3, VOCABULARY, -7):
+        logits = torch.randn(1, 3, VOCABULARY, requires_grad=True)
+        labels = torch.tensor([[1, value if dist.get_rank() == 1 else 2, -100]])
+        loss, _ = loss_of(logits, labels)
+        loss.backward()
+        assert bool(loss.isnan()) == bool(logits.grad.isnan().any()) == (value != 3)
+
+
+def test_where_the_host_must_not_wait_such_a_label_makes_all_ranks_nan():
+    run_ranks(2, _outside_where_the_host_must_not_wait)
+
+
+def _fp64():
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    logits = torch.randn(1, 5, VOCABULARY, generator=draw, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (1, 5), generator=draw)
+    loss, _ = lasp.token_loss(logits, labels, mesh=dist.group.WORLD)
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    (expected,) = torch.autograd.grad(total, logits, retain_graph=True)
+    total = total.detach()
+    dist.all_reduce(total)
+    world = dist.get_world_size()
+    assert loss.dtype == torch.float64
+    assert_close(loss, total / (5 * world), "loss", rtol=1e-14, atol=0)
+    loss.backward()
+    assert_close(logits.grad, expected / 5, "gradient", rtol=1e-14, atol=1e-16)
+
+
+def test_fp64_stays_fp64():
+    run_ranks(2, _fp64)
+
+
+def _two_dtypes():
+    """One rank in bf16, the other in fp64: their messages are alike all the same."""
+    dtype = (torch.bfloat16, torch.float64)[dist.get_rank()]
+    loss, count = lasp.token_loss(
+        torch.zeros(1, 2, VOCABULARY, dtype=dtype), torch.tensor([[1, 2]]), mesh=dist.group.WORLD
+    )
+    assert count.item() == 4
+    assert_close(loss.double(), torch.tensor(VOCABULARY).double().log(), "loss", rtol=1e-6)
+
+
+def test_ranks_whose_logits_differ_in_dtype():
+    run_ranks(2, _two_dtypes)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_labels_of_any_signed_integers(dtype):
+    logits, labels = torch.randn(1, 3, VOCABULARY), torch.tensor([[1, -100, 6]])
+    found, expected = (lasp.token_loss(logits, x, mesh=None) for x in (labels.to(dtype), labels))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

@@ -162,7 +162,7 @@ def test_ranks_that_differ_raise_on_all():
         ({"softcap": -1.0}, ValueError, "softcap must be > 0, got -1.0"),
         ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, ValueError, "key_mask must have shape"),
         ({"layout": lasp.ShardLayout((4,))}, ValueError, "layout gives rank 0 4 tokens, but k has 3"),
-        ({"sequence": "sp"}, TypeError, "sequence must be a lasp.SequenceParallel or None, got str"),
+        ({"sequence": "sp"}, TypeError, "sequence must be a lasp.SequenceParallel or None, got 'sp'"),
     ],
     ids=str,
 )

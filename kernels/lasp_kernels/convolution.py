@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp_kernels.operands import check_dense, shown
+
 
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cu_seqlens: tuple[int, ...] | None = None
@@ -63,8 +65,7 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise the `ValueError` or `TypeError` that says which of x, weight and bias is wrong, with its value."""
     for name, value, ndim, shape in (("x", x, 3, "[B, W - 1 + T, C]"), ("weight", weight, 2, "[C, W]")):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value))}")
+        check_dense(name, value)
         if value.ndim != ndim:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
@@ -77,7 +78,7 @@ def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _check_bias(bias: Tensor, weight: Tensor) -> None:
     if not isinstance(bias, Tensor) or bias.dtype != weight.dtype:
-        raise TypeError(f"bias must be a tensor of weight's dtype {weight.dtype}, got {getattr(bias, 'dtype', bias)}")
+        raise TypeError(f"bias must be a tensor of weight's dtype {weight.dtype}, got {shown(bias)}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [C] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     if bias.device != weight.device:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp_kernels.operands import TILE
+from lasp_kernels.operands import TILE, check_dense, check_form
 from lasp_kernels.reference import state_dtype
 
 
@@ -84,10 +84,11 @@ def check_delta_inputs(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, q)
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape [B, T, H, dim], got {tuple(x.shape)}")
+        check_form(name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
+    if q.is_meta:
+        raise ValueError("q, k and v must be on a device that holds numbers, got q on meta")
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape [B, T, H, K], got q {tuple(q.shape)} and k {tuple(k.shape)}")
     if k.shape[:2] != v.shape[:2]:
@@ -104,8 +105,7 @@ def check_delta_inputs(
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
+    check_dense(name, x)
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 

@@ -25,16 +25,38 @@ class Operands(NamedTuple):
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless all three are float tensors of four dimensions, of one dtype, on one device."""
+    """Raise unless all three are dense float tensors of four dimensions, of one dtype, on one device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape [B, T, H, dim], got {tuple(x.shape)}")
+        check_form(name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
+    if q.is_meta:
+        raise ValueError("q, k and v must be on a device that holds numbers, got q on meta")
+
+
+def shown(x: object) -> str:
+    """A value that is not what it must be, for a message: of a tensor the dtype."""
+    return str(x.dtype) if isinstance(x, Tensor) else " ".join(repr(x).split())[:120]
+
+
+def check_form(name: str, x: Tensor) -> None:
+    """Raise unless it is a dense float tensor [B, T, H, dim] with at least one channel a head."""
+    check_dense(name, x)
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have shape [B, T, H, dim], got {tuple(shape)}")
+    if shape[3] == 0:
+        raise ValueError(f"{name} must have at least one channel a head, got {tuple(shape)}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise unless it is a float tensor, and neither sparse nor nested."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {shown(x)}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segment_length: int | None = None) -> None:
@@ -57,10 +79,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segm
 
 def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
     B, T, H, K = k.shape
-    if not isinstance(log_decay, Tensor) or not log_decay.is_floating_point():
-        raise TypeError(
-            f"log_decay must be a floating-point tensor, got {getattr(log_decay, 'dtype', type(log_decay))}"
-        )
+    check_dense("log_decay", log_decay)
     if tuple(log_decay.shape) not in {(H,), (B, T, H), (B, T, H, K)}:
         raise ValueError(
             f"log_decay must have shape [H] = {(H,)}, [B, T, H] = {(B, T, H)} or [B, T, H, K] = {(B, T, H, K)}, "

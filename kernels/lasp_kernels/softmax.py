@@ -28,7 +28,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from lasp_kernels.operands import check_tensors
+from lasp_kernels.operands import check_tensors, shown
 from lasp_kernels.reference import state_dtype
 
 BOUND = 2**24  # elements of a block's mask, or scores: 64 MiB in fp32
@@ -299,7 +299,7 @@ def check_documents(cu_seqlens: tuple[int, ...], *, batch: int, end: int) -> Non
 def check_key_mask(key_mask: Tensor, k: Tensor) -> None:
     """Raise the `ValueError` or `TypeError` that says what is wrong with a padding mask."""
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must be a bool tensor, got {getattr(key_mask, 'dtype', type(key_mask))}")
+        raise TypeError(f"key_mask must be a bool tensor, got {shown(key_mask)}")
     if key_mask.shape != k.shape[:2]:
         raise ValueError(f"key_mask must have shape [B, S] = {tuple(k.shape[:2])}, got {tuple(key_mask.shape)}")
     if key_mask.device != k.device:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from lasp import arguments
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
 
@@ -79,11 +80,11 @@ def register(
         TypeError: not a module class, one without `sequence` for the default adapter, an adapter that cannot be
             called, or `covers` that are no names.
     """
+    arguments.function("adapter", adapter)
     if cls is None:
         return lambda c: register(c, adapter=adapter, covers=covers)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"register takes a torch.nn.Module class, got {cls!r}")
-    check(adapter, "adapter")
+        raise TypeError(f"cls must be a class of torch.nn.Module, got {arguments.shown(cls)}")
     covers = _checked(covers)
     if adapter is linear and not hasattr(cls, "sequence"):
         raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lasp import arguments
 from lasp.checks.replicas import compare_parameters
 from lasp.ranks import grad_group, waiting
 
@@ -18,6 +19,7 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     Raises:
         RankMismatchError: ranks hold other parameters; on every rank.
     """
+    arguments.module("model", model)
     group, _ = grad_group(mesh)
     if group is None:
         return model

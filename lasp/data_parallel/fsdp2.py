@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lasp import arguments
 from lasp.checks.replicas import compare_parameters
 from lasp.ranks import collectives, grad_mesh, waiting
 from lasp.ranks.group import making_groups
@@ -26,9 +27,13 @@ def wrap_fsdp2(
     Raises:
         RankMismatchError: ranks hold other parameters; on every rank.
     """
+    arguments.module("model", model)
+    if not isinstance(blocks, Iterable):
+        raise TypeError(f"blocks must be modules, got {arguments.shown(blocks)}")
+    blocks = [arguments.module("blocks", block) for block in blocks]
     axis = grad_mesh(mesh)
     if not isinstance(axis, DeviceMesh):
-        raise TypeError(f"FSDP2 needs a DeviceMesh, got {type(mesh).__name__}")
+        raise TypeError(f"mesh must be a DeviceMesh for FSDP2, got {arguments.shown(mesh)}")
     compare_parameters(model, axis.get_group(), "wrap_fsdp2", validate=validate)
     if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
         with making_groups("wrap_fsdp2: making the process group of dp_shard x sp"):

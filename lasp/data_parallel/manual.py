@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lasp import arguments
 from lasp.checks.replicas import check_gradients
 from lasp.ranks import grad_group, waiting
 
@@ -16,7 +17,8 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     """Average every parameter's gradient over `grad_mesh(mesh)`, in place; call it between backward and step.
 
     A parameter that got no gradient on this rank counts as zero there, so that all ranks take part in the same
-    sums. Needs memory for one more copy of the gradients.
+    sums. Needs memory for one more copy of the gradients. Sparse ones, as of `nn.Embedding(sparse=True)`, travel dense
+    and are sparse again afterwards: the rows of all ranks, without those whose average is zero.
 
     Args:
         model: the same on all ranks.
@@ -30,6 +32,7 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
         RankMismatchError: ranks hold other parameters; on every rank, before anything is sent.
         PeerError: a rank did not come within the timeout of the group.
     """
+    arguments.module("model", model)
     group, ranks = grad_group(mesh)
     if ranks == 1:
         return
@@ -38,13 +41,30 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     if sharded is not None:
         raise ValueError(f"{sharded} is sharded (DTensor): FSDP2 averages gradients itself, leave out sync_grads")
     check_gradients(model, group, "sync_grads", validate=validate)
+    sparse = _sparse_dims(model, parameters)
     for dtype in sorted({p.dtype for p in parameters}, key=str):
         mine = [p for p in parameters if p.dtype == dtype]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine])
+        flat = torch.cat([_dense(p).flatten() for p in mine])
         with waiting(f"sync_grads: the sum of the {dtype} gradients over all ranks"):
             dist.all_reduce(flat, group=group)
         for p, gradient in zip(mine, flat.div_(ranks).split([p.numel() for p in mine])):
-            if p.grad is None:
+            if p in sparse:
+                p.grad = gradient.view_as(p).to_sparse(sparse[p])
+            elif p.grad is None:
                 p.grad = gradient.view_as(p).clone()
             else:
                 p.grad.copy_(gradient.view_as(p))
+
+
+def _dense(p: Tensor) -> Tensor:
+    """The gradient of a parameter; zeros where there is none."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if p.grad.layout is torch.strided else p.grad.to_dense()
+
+
+def _sparse_dims(model: nn.Module, parameters: list[nn.Parameter]) -> dict[Tensor, int]:
+    """The parameters whose gradients are sparse, also where this rank has none, and in how many dimensions."""
+    tables = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse)
+    found = {table.weight: 1 for table in tables if table.weight.grad is None}
+    return found | {p: p.grad.sparse_dim() for p in parameters if p.grad is not None and p.grad.is_sparse}

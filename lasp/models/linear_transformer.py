@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp import arguments
 from lasp.layout import ShardLayout
 from lasp.modules import LightningAttention
 
@@ -38,16 +39,14 @@ class LinearTransformerConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "layers", "width", "heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            object.__setattr__(self, name, arguments.integer(name, getattr(self, name), at_least=1))
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"width must be even and a multiple of heads, got {self.width} and {self.heads}")
 
     @classmethod
     def named(cls, name: str, **changes) -> LinearTransformerConfig:
         """A configuration by name: "tiny" or "385M", the sizes of the TNLs; `changes` are fields to set otherwise."""
-        if name not in SIZES:
-            raise ValueError(f"a LinearTransformer's name must be one of {list(SIZES)}, got {name!r}")
+        arguments.choice("name", name, SIZES)
         return replace(SIZES[name], **changes)
 
 
@@ -62,6 +61,8 @@ class LinearTransformer(nn.Module):
 
     def __init__(self, config: LinearTransformerConfig):
         super().__init__()
+        if not isinstance(config, LinearTransformerConfig):
+            raise TypeError(f"config must be a LinearTransformerConfig, got {arguments.shown(config)}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -92,6 +93,7 @@ class LinearTransformer(nn.Module):
         layout: ShardLayout | None = None,
     ) -> Tensor:
         """Logits [B, T, vocab_size]; the arguments are those of `lasp.models.TNL.forward`."""
+        arguments.positions(position_ids, input_ids)
         if position_ids is None:
             position_ids = self._default_positions(input_ids)
         x = self.embedding(input_ids)  # [B, T, D]
@@ -148,7 +150,7 @@ class MultiHeadLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the layout as in `LinearTransformer.forward`."""
-        split = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
+        split = (*x.shape[:2], self.heads, self.query.out_features // self.heads)  # [B, T, H, K]
         k = F.elu(self.key(x)).add(1).view(split)
         v = self.value(x).view(split)
         # As a function q is made while the state of k and v travels, where the sequence is split.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp import decay
+from lasp import arguments, decay
 from lasp.layout import ShardLayout
 from lasp.modules import LightningAttention
 from lasp_kernels import norm_gate
@@ -44,12 +44,11 @@ class TNLConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "layers", "width", "heads", "glu_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            object.__setattr__(self, name, arguments.integer(name, getattr(self, name), at_least=1))
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if self.decay not in decay.SCHEDULES:
-            raise ValueError(f"decay must be one of {sorted(decay.SCHEDULES)}, got {self.decay!r}")
+        arguments.choice("decay", self.decay, decay.SCHEDULES)
+        arguments.flag("lrpe", self.lrpe)
 
     @classmethod
     def named(cls, name: str, **changes) -> TNLConfig:
@@ -59,8 +58,7 @@ class TNLConfig:
         this project's, for demonstrations on CPUs. The 7B's glu_width is that of the same group's 7B in
         arXiv 2406.16690: it is not published for TNL.
         """
-        if name not in SIZES:
-            raise ValueError(f"a TNL's name must be one of {list(SIZES)}, got {name!r}")
+        arguments.choice("name", name, SIZES)
         return replace(SIZES[name], **changes)
 
 
@@ -86,6 +84,8 @@ class TNL(nn.Module):
 
     def __init__(self, config: TNLConfig):
         super().__init__()
+        if not isinstance(config, TNLConfig):
+            raise TypeError(f"config must be a TNLConfig, got {arguments.shown(config)}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -122,6 +122,7 @@ class TNL(nn.Module):
             layout: how tokens lie on the ranks, from `lasp.shard_batch`: needed for packed sequences, and heads that
                 forget fast then exchange with their neighbour only.
         """
+        arguments.positions(position_ids, input_ids)
         if position_ids is None:
             position_ids = self._default_positions(input_ids)
         x = self.embedding(input_ids) * math.sqrt(self.config.width)  # [B, T, D]
@@ -171,7 +172,7 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
-        split = (*x.shape[:2], self.heads, -1)  # [B, T, H, K]
+        split = (*x.shape[:2], self.heads, self.query.out_features // self.heads)  # [B, T, H, K]
         k = F.silu(self.key(x)).view(split)
         v = self.value(x).view(split)
         if self.lrpe is not None:

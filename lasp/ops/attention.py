@@ -24,13 +24,23 @@ import torch
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import decay, exchange
+from lasp import arguments, decay, exchange
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement
 from lasp.checks.trial import operator
 from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
-from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast, of_own_tokens
+from lasp.ops.call import (
+    Call,
+    autocast,
+    begin,
+    call_of,
+    check_initial_state,
+    check_options,
+    no_autocast,
+    of_own_tokens,
+    padding_of,
+)
 from lasp.ranks import SequenceParallel
 from lasp_kernels import Operands
 
@@ -73,14 +83,15 @@ def linear_attention(
         v: [B, T, H, V]. q, k and v have one float dtype (fp32 may use TF32 as PyTorch's own products do, by
             `torch.set_float32_matmul_precision`). T may differ between ranks, down to zero.
         log_decay: fp32, <= 0 and finite: None, [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per token
-            and channel). With a decay for each of H*G query heads, k and v are repeated to as many.
+            and channel). With a decay for each of H*G query heads, k and v are repeated to as many. Values are looked
+            at on a CPU only: on a GPU the host would have to wait (`lasp.decay.fixed` looks at them once).
         scale: multiplies the output.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences. The rank on which a sequence begins gets its gradient, the others zero.
         output_final_state: also return the state after the last token.
-        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew. With
-            it, heads of a fixed decay (see `lasp.decay.fixed`) whose state no rank lets pass exchange with the
-            neighbour only.
+        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew, and
+            where some tokens are padding, which then is in no state, and whose o is zero. With it, heads of a fixed
+            decay (see `lasp.decay.fixed`) whose state no rank lets pass exchange with the neighbour only.
         sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
         segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
             the number of ranks: where the borders of ranks are borders of segments, they are the bits of one rank.
@@ -100,12 +111,28 @@ def linear_attention(
         PeerError: another rank ended, or was silent for the timeout of the group.
         RuntimeError: a second derivative is asked for; an exchange inside the function that makes q.
     """
+    padding = padding_of(k, layout, sequence)
+    if padding is not None:
+        o, final_state = linear_attention(
+            (lambda: padding.cut(q())) if callable(q) else padding.cut(q),
+            padding.cut(k),
+            padding.cut(v),
+            log_decay=padding.cut(log_decay),
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            layout=padding.layout,
+            sequence=sequence,
+            segment_length=segment_length,
+        )
+        return padding.fill(o), final_state
     if torch.compiler.is_compiling():
         q = _made(q, k, sequence) if callable(q) else q
         x = _prepare(q, k, v, log_decay, initial_state, scale)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence) as ranks_agree:
+        scale, segment_length = check_options(scale, output_final_state, segment_length)
         # What ranks compare must be there before they exchange, and without ranks nothing travels meanwhile.
         if callable(q) and (alone or ranks_agree is not None):
             q = _made(q, k, sequence)
@@ -153,8 +180,8 @@ def _prepare(
     """q, k and v in one dtype, and with a head of k and v for each head of the decay."""
     for name, x in (("k", k), ("v", v), ("q", q), ("log_decay", log_decay), ("initial_state", initial_state)):
         if not isinstance(x, Tensor) and (x is not None or name in "qkv"):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if torch.is_autocast_enabled(k.device.type):
+            raise TypeError(f"{name} must be a tensor, got {arguments.shown(x)}")
+    if k.is_meta or torch.is_autocast_enabled(k.device.type):
         q, k, v = autocast(q, k, v)
     if log_decay is not None and k.ndim == 4 and q.ndim == 4 and log_decay.ndim in (1, 3, 4):
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
@@ -175,7 +202,7 @@ def _made(make: Callable[[], Tensor], k: Tensor, sequence: SequenceParallel | No
         finally:
             peers.busy = False
     if not isinstance(q, Tensor):
-        raise TypeError(f"q must make a tensor, got {type(q).__name__}")
+        raise TypeError(f"q must make a tensor, got {arguments.shown(q)}")
     if isinstance(k, Tensor):
         like, (q,) = autocast(k)[0], autocast(q)
         if (q.shape, q.dtype, q.device) != (like.shape, like.dtype, like.device):

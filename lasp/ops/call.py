@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import lasp_kernels as kernels
-from lasp import exchange
+from lasp import arguments, exchange
 from lasp.checks import agreement, finite
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
@@ -311,6 +312,42 @@ class Call:
         return recompute.once(self._key, lambda: self.sum_over_ranks(own))
 
 
+class Padding(NamedTuple):
+    """The end of a whole sequence that is no token of it, which an operator leaves out and fills with zeros again."""
+
+    layout: ShardLayout  # without it
+    here: int  # how many of this rank's tokens it is
+
+    def cut(self, x: Maybe) -> Maybe:
+        """A tensor [B, T, ...] without it; anything else as it is."""
+        if not self.here or not isinstance(x, Tensor) or x.ndim < 2:
+            return x
+        return x[:, : max(0, x.shape[1] - self.here)]  # type: ignore[return-value]
+
+    def fill(self, y: Tensor) -> Tensor:
+        """[B, T - here, ...] to [B, T, ...]."""
+        return F.pad(y, (0, 0) * (y.ndim - 2) + (0, self.here)) if self.here else y
+
+
+Maybe = TypeVar("Maybe")
+
+
+def padding_of(x: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Padding | None:
+    """The padding of a layout, of which x [B, T, ...] holds this rank's tokens; None where there is none.
+
+    None also where these do not fit: the operator then says so, to the other ranks too.
+    """
+    if not isinstance(layout, ShardLayout) or not layout.padding:
+        return None
+    rank, size = (sequence.rank, sequence.size) if isinstance(sequence, SequenceParallel) else (0, 1)
+    if len(layout.lengths) != size or not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != layout.lengths[rank]:
+        return None
+    return Padding(layout.real, layout.lengths[rank] - layout.real.lengths[rank])
+
+
+_LAYOUTS = (ShardLayout, type(None))
+
+
 def call_of(
     operator: str,
     x: Tensor,
@@ -325,7 +362,7 @@ def call_of(
     """The `Call` of an operator whose tensor `name` is x [B, T, ...]; raises where the arguments do not fit."""
     if sequence is None and layout is None:
         return _alone(operator, x.shape[0], segment_length, ends, rates)
-    if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
+    if not isinstance(sequence, SequenceParallel) or sequence.size == 1 or not isinstance(layout, _LAYOUTS):
         return Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates)
     key = (operator, x.shape[:2], layout, segment_length, ends, rates)
     known = sequence.kept.get(key)
@@ -402,6 +439,8 @@ def wants_gradient(*tensors: Tensor) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast all in its dtype, as for any matrix product; log_decay and states stay as they are."""
     device = tensors[0].device.type
+    if device == "meta":  # which has no autocast, and which the checks refuse
+        return tensors
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -413,14 +452,18 @@ def no_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
 
 
+def check_options(scale: float, output_final_state: bool, segment_length: int | None) -> tuple[float, int | None]:
+    """What operators with a state take besides tensors; scale and segment_length as Python's numbers."""
+    arguments.flag("output_final_state", output_final_state)
+    length = None if segment_length is None else arguments.integer("segment_length", segment_length)
+    return arguments.number("scale", scale), length
+
+
 def check_initial_state(initial_state: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
     """Raise `ValueError` unless it is [N, H, K, V] on the device of k, H the heads of v."""
-    if not isinstance(initial_state, Tensor):
-        raise TypeError(f"initial_state must be a tensor, got {type(initial_state).__name__}")
+    arguments.float_tensor("initial_state", initial_state)
     expected = (call.shard.num_sequences, v.shape[2], k.shape[3], v.shape[3])
     if tuple(initial_state.shape) != expected:
         raise ValueError(f"initial_state must have shape [N, H, K, V] = {expected}, got {tuple(initial_state.shape)}")
-    if not initial_state.is_floating_point():
-        raise TypeError(f"initial_state must be a floating-point tensor, got {initial_state.dtype}")
     if initial_state.device != k.device:
         raise ValueError(f"initial_state must be on the device of k, {k.device}, got {initial_state.device}")

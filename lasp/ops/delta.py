@@ -15,11 +15,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lasp import arguments
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement
 from lasp.checks.trial import operator
 from lasp.layout import ShardLayout
-from lasp.ops.call import Call, autocast, begin, call_of, check_initial_state, no_autocast, of_own_tokens
+from lasp.ops.call import (
+    Call,
+    autocast,
+    begin,
+    call_of,
+    check_initial_state,
+    check_options,
+    no_autocast,
+    of_own_tokens,
+    padding_of,
+)
 from lasp.ranks import SequenceParallel
 from lasp_kernels import state_dtype
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs
@@ -67,7 +78,8 @@ def delta_rule(
         initial_state: [N, G*H, K, V], the state before the sequence, given on every rank; N is B, or the number of
             packed sequences. The rank on which a sequence begins gets its gradient, the others zero.
         output_final_state: also return the state after the last token.
-        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew.
+        layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew, and
+            where some tokens are padding, which then is in no state, and whose o is zero.
         sequence: the ranks; None is one rank. All of them must call with the same settings, in the same order.
         segment_length: tokens of a segment, a multiple of 64; None chooses. If it is given, results do not depend on
             the number of ranks where the borders of ranks are borders of segments.
@@ -79,10 +91,24 @@ def delta_rule(
     Raises:
         ValueError, TypeError, RankMismatchError, PeerError, RuntimeError: as `lasp.linear_attention`.
     """
+    padding = padding_of(k, layout, sequence)
+    if padding is not None:
+        o, final_state = delta_rule(
+            *(padding.cut(x) for x in (q, k, v, beta)),
+            log_decay=padding.cut(log_decay),
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            layout=padding.layout,
+            sequence=sequence,
+            segment_length=segment_length,
+        )
+        return padding.fill(o), final_state
     if torch.compiler.is_compiling():
         x = _prepare(q, k, v, beta, log_decay, scale)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     with begin(NAME, sequence) as ranks_agree:
+        scale, segment_length = check_options(scale, output_final_state, segment_length)
         x = _prepare(q, k, v, beta, log_decay, scale)
         call = checked_call(x, initial_state, output_final_state, layout, sequence, segment_length)
         started = [start_forward(x, initial_state, call, output_final_state, ranks_agree)]
@@ -101,7 +127,7 @@ class Started(NamedTuple):
 def _prepare(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float) -> DeltaOperands:
     for name, x in (("k", k), ("v", v), ("q", q), ("beta", beta)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+            raise TypeError(f"{name} must be a tensor, got {arguments.shown(x)}")
     q, k, v = autocast(q, k, v)
     return DeltaOperands(q, k, v, beta, log_decay, scale)
 

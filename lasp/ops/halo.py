@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp import exchange
+from lasp import arguments, exchange
 from lasp.checks.trial import operator
 from lasp.exchange import Job, Link, StateMap, Terms
 from lasp.exchange.base import Run
 from lasp.layout import ShardLayout
-from lasp.ops.call import Call, begin, call_of, facts_of, kind_of_tensor, wants_gradient
+from lasp.ops.call import Call, begin, call_of, facts_of, kind_of_tensor, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
 from lasp_kernels import convolution
 
@@ -60,6 +60,9 @@ def halo(
         TypeError, ValueError: an argument that does not fit, before any communication.
         RankMismatchError, PeerError: as `lasp.linear_attention`.
     """
+    padding = padding_of(x, layout, sequence)
+    if padding is not None:
+        return padding.fill(halo(padding.cut(x), width, layout=padding.layout, sequence=sequence))
     check_arguments = functools.partial(check, x, width)
     if torch.compiler.is_compiling():
         return _in_graph(x, width, layout, sequence, check_arguments)
@@ -89,6 +92,7 @@ def _bring(
     """x with the tokens before it, and the borders of packed documents among this rank's tokens."""
     with begin(NAME, sequence) as ranks_agree:
         check_arguments()
+        width = int(width)  # which NumPy's may be
         call = call_of(NAME, x, layout, sequence, name="x")
         if ranks_agree is not None:
             ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=width, gradient=wants_gradient(x)))
@@ -123,6 +127,10 @@ def causal_conv(
         TypeError, ValueError: an argument that does not fit, before any communication.
         RankMismatchError, PeerError: as `lasp.linear_attention`.
     """
+    padding = padding_of(x, layout, sequence)
+    if padding is not None:
+        y = causal_conv(padding.cut(x), weight, bias, layout=padding.layout, sequence=sequence)
+        return padding.fill(y)
     check_arguments = functools.partial(convolution.check_weight, x, weight, bias)
     width = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else 1  # which is an error
     if torch.compiler.is_compiling():
@@ -136,13 +144,10 @@ def causal_conv(
 
 def check(x: Tensor, width: int) -> None:
     """Raise `TypeError` or `ValueError` unless they are what `halo` takes."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    arguments.float_tensor("x", x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape [B, T, ...], got {tuple(x.shape)}")
-    if not isinstance(width, int) or isinstance(width, bool):
-        raise TypeError(f"width must be an integer, got {width!r}")
-    if width < 1:
+    if arguments.integer("width", width) < 1:
         raise ValueError(f"width must be at least 1, the token itself, got {width}")
 
 

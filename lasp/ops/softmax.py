@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lasp import exchange
+from lasp import arguments, exchange
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
 from lasp.ops.call import (
@@ -27,8 +27,9 @@ from lasp.ops.call import (
     facts_of,
     kind_of_tokens,
     of_own_tokens,
+    padding_of,
     wants_gradient,
-)  # fmt: skip
+)
 from lasp.ranks import SequenceParallel, collectives
 from lasp_kernels import softmax as local
 
@@ -78,16 +79,31 @@ def softmax_attention(
         TypeError, ValueError: an argument that does not fit, before any communication.
         RankMismatchError, PeerError: as `lasp.linear_attention`.
     """
+    padding = padding_of(k, layout, sequence)
+    if padding is not None:
+        o = softmax_attention(
+            padding.cut(q),
+            padding.cut(k),
+            padding.cut(v),
+            layout=padding.layout,
+            sequence=sequence,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            key_mask=padding.cut(key_mask),
+            dropout_p=dropout_p,
+        )
+        return padding.fill(o)
     settings = {"window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p}
     if torch.compiler.is_compiling():
-        q, k, v = _checked(q, k, v, key_mask, settings)
+        q, k, v, settings = _checked(q, k, v, key_mask, settings)
         return _in_graph(q, k, v, layout, sequence, key_mask, settings)
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
-        q, k, v = _checked(q, k, v, key_mask, settings)
+        q, k, v, settings = _checked(q, k, v, key_mask, settings)
         documents = Shard.of(k, layout, sequence).runs.cu_seqlens
         return local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
     with begin(NAME, sequence) as ranks_agree:
-        q, k, v = _checked(q, k, v, key_mask, settings)
+        q, k, v, settings = _checked(q, k, v, key_mask, settings)
         call = call_of(NAME, k, layout, sequence)
         gradient = wants_gradient(q, k, v)
         if ranks_agree is not None:
@@ -148,14 +164,22 @@ def attend_packed(
     return local.softmax_attention(q, k, v, start=start, cu_seqlens=layout.cu_seqlens, key_mask=key_mask, **settings)
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, settings: dict) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, settings: dict
+) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """The tensors in one dtype, and the settings in Python's numbers; raises where something does not fit."""
+    if not torch.compiler.is_compiling():
+        settings = {
+            name: x if x is None and name != "dropout_p" else kind(name, x)
+            for (name, x), kind in zip(settings.items(), (arguments.integer, *[arguments.number] * 3))
+        }
     if all(isinstance(x, Tensor) for x in (q, k, v)):
         q, k, v = autocast(q, k, v)
     local.check_queries_keys_values(q, k, v, 0)
     local.check_options(**settings)
     if key_mask is not None:
         local.check_key_mask(key_mask, k)
-    return q, k, v
+    return q, k, v, settings
 
 
 def _lengths(k: Tensor, call: Call) -> tuple[int, ...]:

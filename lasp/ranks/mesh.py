@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lasp import arguments
 from lasp.ranks import collectives
 from lasp.ranks.group import making_groups, peers_of
 from lasp.ranks.sequence import SequenceParallel
@@ -22,6 +23,7 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     if not dist.is_initialized():
         raise RuntimeError("call lasp.init() before lasp.init_mesh()")
     sizes = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "sp": sp, "tp": tp}
+    sizes = {name: arguments.integer(name, size) for name, size in sizes.items()}
     for name, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"{name} must be positive or -1, got {size}")
@@ -61,7 +63,11 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
     ranks is the exact gradient; leaving out sp is a mistake that no loss curve shows. A 1-D mesh, a group or None
     is returned as it is.
     """
-    if not isinstance(mesh, DeviceMesh) or mesh.ndim == 1:
+    if not isinstance(mesh, DeviceMesh):
+        if mesh is not None and not isinstance(mesh, ProcessGroup):
+            raise TypeError(f"mesh must be a DeviceMesh, a ProcessGroup or None, got {arguments.shown(mesh)}")
+        return mesh
+    if mesh.ndim == 1:
         return mesh
     names = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
     if "sp" not in names:

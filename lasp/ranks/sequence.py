@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from lasp import arguments
 from lasp.ranks.group import Peers, peers_of, process
 
 SCHEDULES: dict[str, Any] = {}
@@ -75,10 +77,10 @@ class SequenceParallel:
     next_rank: int | None = field(init=False, repr=False)  # likewise; None on the last
 
     def __post_init__(self):
-        if self.exchange != "auto" and self.exchange not in SCHEDULES:
-            raise ValueError(f"exchange must be one of {('auto', *SCHEDULES)}, got {self.exchange!r}")
-        if self.validate not in ("first", "off"):
-            raise ValueError(f'validate must be "first" or "off", got {self.validate!r}')
+        arguments.choice("exchange", self.exchange, ("auto", *SCHEDULES))
+        arguments.text("name", self.name)
+        arguments.choice("validate", self.validate, ("first", "off"))
+        arguments.flag("check_finite", self.check_finite)
         number = next(_numbers)
         with torch.inference_mode(False):
             handle = torch.tensor(number, device="cpu")
@@ -109,6 +111,19 @@ class SequenceParallel:
 
     def __deepcopy__(self, memo) -> SequenceParallel:
         return self  # a copied model is split over the same ranks; process groups cannot be copied
+
+    def __copy__(self) -> SequenceParallel:
+        return self
+
+    def __reduce__(self):
+        """Pickled, as by `torch.save(model)`, it is None: the ranks of this run are not those of another."""
+        return _of_a_pickle, ()
+
+
+def _of_a_pickle() -> None:
+    """In place of the ranks that a pickled model was split over: one rank, until `parallelize` is called again."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn("a pickled model is not split over ranks when it is loaded: call lasp.parallelize", stacklevel=2)
 
 
 _numbers = itertools.count()
@@ -148,9 +163,7 @@ def _group_and_ranks(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGro
         return None, (0,)
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
-            raise ValueError(
-                f'expected one mesh axis such as mesh["sp"], got {mesh.mesh_dim_names} {tuple(mesh.shape)}'
-            )
+            raise ValueError(f'mesh must be one axis such as mesh["sp"], got {mesh.mesh_dim_names} {tuple(mesh.shape)}')
         ranks = tuple(mesh.mesh.tolist())
         if dist.get_rank() not in ranks:  # then it has no group
             raise ValueError(f"rank {dist.get_rank()} is not in the sequence-parallel group {ranks}")
@@ -159,4 +172,4 @@ def _group_and_ranks(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGro
         raise ValueError(f"rank {dist.get_rank()} is not in the sequence-parallel group")
     if isinstance(mesh, ProcessGroup):
         return mesh, tuple(dist.get_process_group_ranks(mesh))
-    raise TypeError(f"expected a 1-D DeviceMesh, a ProcessGroup or None, got {type(mesh).__name__}")
+    raise TypeError(f"mesh must be a 1-D DeviceMesh, a ProcessGroup or None, got {arguments.shown(mesh)}")
