@@ -94,3 +94,47 @@ def oracle(x: Inputs, *, cu_seqlens=None, scale=1.0):
 
 def assert_close(actual, expected, what, *, rtol=1e-9, atol=1e-9):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
+
+
+STRENGTHS = (0.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1e30)
+
+
+def every_strength(form, T, *, K=16, V=16, dtype=torch.float32) -> Inputs:
+    """Weak decays behind strong ones, whose sum over both has no digits left for the weak: a pattern for each head.
+
+    32 tokens decay with a strength of `STRENGTHS`, from the first on, and in two heads from later ones; the others with
+    0.01. Then three heads of decays between 1e-4 and 1e4.
+    """
+    draw = torch.Generator().manual_seed(7)
+    patterns = [(0, strength) for strength in STRENGTHS] + [(5, 20.0), (40, 100.0)]
+    log_decay = torch.full((1, T, len(patterns) + 3), -0.01, dtype=dtype)
+    for head, (first, strength) in enumerate(patterns):
+        log_decay[:, first : first + 32, head] = -strength
+    if form == "channel":
+        log_decay = log_decay.unsqueeze(-1).repeat(1, 1, 1, K)
+    mixed = log_decay[:, :, len(patterns) :]
+    mixed.copy_(-(10 ** (8 * torch.rand(mixed.shape, generator=draw, dtype=dtype) - 4)))
+    x = random_inputs(form, T, B=1, H=log_decay.shape[2], K=K, V=V, dtype=dtype)
+    return replace(x, log_decay=log_decay)
+
+
+def largest_error(actual, expected, heads_dim) -> float:
+    """The greatest of all heads, each relative to the greatest number of its head. Below 1e-30 all are taken for 0."""
+    error, size = (
+        (t.double().cpu().movedim(heads_dim, 0)).flatten(1).abs().amax(1) for t in (actual - expected, expected)
+    )
+    return (error / size.clamp(min=1e-30)).max().item()
+
+
+def assert_digits(actual: dict[str, Tensor], expected: dict[str, Tensor], bound) -> None:
+    """Of tensors by name, with a bound on `largest_error`."""
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        error = largest_error(x.double().cpu(), expected[name].cpu(), 1 if "state" in name else 2)
+        assert error <= bound, f"{name}: {error:.1e}"
+
+
+def spoilt(x) -> Tensor:
+    """Which tokens of [B, T, H, ...] (states: heads of [N, H, ...]) are not finite."""
+    found = ~x.isfinite()
+    return found.flatten(3).any(-1) if found.ndim > 3 else found

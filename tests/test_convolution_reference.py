@@ -84,6 +84,22 @@ def test_slices_are_the_whole(cuts):
     assert_close(torch.cat(parts, 1), causal_conv(x, weight, bias), "y", **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_nan_stays_in_its_window(dtype, channels):
+    """The W tokens that read it, and in the gradient of x those that it reads."""
+    for width in (1, 2, 4):
+        x, dy = (torch.ones(1, tokens, channels, dtype=dtype) for tokens in (width + 19, 20))
+        weight = torch.ones(channels, width, dtype=dtype)
+        spoilt = x.clone()
+        spoilt[0, width + 9] = torch.nan
+        dy[0, 10] = torch.nan
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(causal_conv(x, weight), x, dy)
+        for found in (causal_conv(spoilt, weight), gradient):
+            assert found.isnan().any(-1)[0].nonzero().flatten().tolist() == list(range(10, 10 + width))
+
+
 def test_a_nan_stays_in_its_document():
     x, weight, bias = (t.detach() for t in draw(23, W=4, B=1))
     expected = causal_conv(x, weight, bias, cu_seqlens=(0, 9, 23))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from inputs import spoilt
 from torch import Tensor
 
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs, recurrent_delta_rule
@@ -185,6 +186,25 @@ def test_fp32_and_decays_of_every_strength(form, decays):
     actual = by_steps(single)
     assert all(x.dtype == torch.float32 for x in actual.values())
     assert_close(actual, expected, 2e-6)
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "do"])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 30, 80]])
+def test_what_is_not_finite_spoils_what_depends_on_it(form, name, cu_seqlens):
+    """No token before it, no sequence beside it, and no gradient but those that the recurrence spoils too."""
+    inputs = random_inputs(form, 80, B=1, runs=cu_seqlens and 2)
+    offsets = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    for token, value in ((20, torch.nan), (63, torch.inf), (64, torch.nan)):
+        x, do = (
+            DeltaOperands(*[None if y is None else y.clone() for y in inputs.x[:5]], inputs.x.scale),
+            inputs.do.clone(),
+        )
+        (do if name == "do" else getattr(x, name))[0, token, 1] = value
+        changed = replace(inputs, x=x, do=do)
+        found = by_steps(changed, cu_seqlens=cu_seqlens)
+        for what, expected in by_autograd(recurrent_delta_rule, changed, cu_seqlens=offsets).items():
+            assert torch.equal(spoilt(found[what]), spoilt(expected)), (what, token, value)
 
 
 def test_bf16_inputs_keep_fp32_states():

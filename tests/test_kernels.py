@@ -10,7 +10,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from inputs import gradients, oracle, random_inputs, run  # noqa: E402
+from inputs import assert_digits, every_strength, gradients, oracle, random_inputs, run  # noqa: E402
 from steps import backward_steps, forward_steps, operands  # noqa: E402
 
 import lasp  # noqa: E402
@@ -84,6 +84,28 @@ def test_ragged_lengths(form, T):
 )
 def test_head_dims(form, K, V):
     check(random_inputs(form, 70, B=1, H=1, K=K, V=V), segment_length=64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("K", "V"), [(8, 8), (3, 16), (1, 5)])
+def test_narrow_heads(form, K, V):
+    """Narrower than the blocks of a product: with states in and out, packed, grouped, and in two bytes."""
+    check(random_inputs(form, 70, B=1, H=2, K=K, V=V), segment_length=64)
+    x = random_inputs(form, 70, B=1, H=1, groups=2, K=K, V=V, sequences=2)
+    check(x, dtype=torch.bfloat16, cu_seqlens=(0, 3, 70), segment_length=64)
+
+
+def test_narrow_heads_of_the_operator(monkeypatch):
+    monkeypatch.setenv("LASP_KERNELS", "triton")
+    x = random_inputs("token", 70, K=8, V=5)
+    o, final_state, expected = oracle(x)
+    x = on_device(x, torch.float32)
+    x.require_grad()
+    found = run(lasp.linear_attention, x, output_final_state=True)
+    for actual, wanted, what in zip(found, (o, final_state), ("o", "final_state")):
+        assert_near(actual, wanted, what, 1e-5)
+    for name, gradient in gradients(x, *found).items():
+        assert_near(gradient, expected[name], f"d{name}", 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -189,6 +211,31 @@ def test_a_reset_among_weak_decays(reset):
     x.log_decay[:, [3, 64, 70, 71, 190, 255, 256]] = reset
     found = check(x, segment_length=256, decay_tolerance=1e-4)
     assert found["log_decay"].isfinite().all()
+
+
+@pytest.mark.parametrize("T", [64, 130])
+def test_weak_decays_behind_strong_ones(T):
+    """Every one keeps its digits: within a tile its decays are as right as if there were no others."""
+    x = on_device(every_strength("token", T), torch.float32)
+    exact = replace(x, **{name: t.double().cpu() for name, t in vars(x).items()})
+    o, final_state, expected = oracle(exact)
+    actual_o, actual_state, found = all_steps(x, 1.0, segment_length=128)
+    # The gradient of the decay is a sum of q dq - k dk, which cancel; see docs/kernels.md, "Limits".
+    assert_digits({"log_decay": found.pop("log_decay")}, {"log_decay": expected.pop("log_decay")}, 2e-6)
+    actual = {"o": actual_o, "final_state": actual_state, **found}
+    assert_digits(actual, {"o": o, "final_state": final_state, **expected}, 1e-6)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 3.0])
+def test_gradient_of_a_fixed_decay(rate):
+    """At most ten times the error of a loop in fp32."""
+    x = random_inputs("head", 600, B=1, H=4, K=16, V=16, dtype=torch.float32)
+    x = replace(x, log_decay=torch.full((4,), -rate))
+    exact = replace(x, **{name: t.double() for name, t in vars(x).items()})
+    (*_, expected), (*_, of_loop) = oracle(exact), oracle(x)
+    _, _, found = all_steps(on_device(x, torch.float32), 1.0)
+    error, bound = (y["log_decay"].double().cpu() - expected["log_decay"] for y in (found, of_loop))
+    assert error.abs().max() <= 10 * bound.abs().max()
 
 
 def test_a_head_that_forgets_everything():
@@ -357,7 +404,7 @@ def test_two_short_segments_are_one_where_that_needs_no_state(monkeypatch, T, H,
     [
         ("channel", torch.float32, 16, "per channel"),
         ("head", torch.float64, 16, "float64"),
-        ("head", torch.float32, 8, "K = 8"),
+        ("head", torch.float32, 0, "K = 0"),
         ("head", torch.float32, 257, "K = 257"),
     ],
 )

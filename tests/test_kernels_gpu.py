@@ -1,13 +1,15 @@
 """`lasp.linear_attention` on a GPU, at sizes that the interpreter cannot reach: its kernels as a user meets them."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from inputs import assert_digits, every_strength, oracle
 
 import lasp
 from lasp.models.tnl import Block, TNLConfig
-from lasp_kernels import chunked_linear_attention
+from lasp_kernels import chunked_linear_attention, recurrent_linear_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -118,6 +120,42 @@ def test_decays_from_0_to_minus_50(per_token):
     actual, _ = step(lasp.linear_attention, [*qkv, rates], do)
     expected, _ = exact_step([*qkv, rates], do)
     assert_near(actual, expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("T", [64, 130, 700])
+def test_weak_decays_behind_strong_ones(T):
+    """Every one keeps its digits: within a tile its decays are as right as if there were no others."""
+    x = every_strength("token", T, K=64, V=64)
+    o, final_state, expected = oracle(replace(x, **{name: t.double() for name, t in vars(x).items()}))
+    leaves = [t.to(DEVICE).requires_grad_() for t in x.given.values()]
+    q, k, v, log_decay, initial = leaves
+    found = lasp.linear_attention(q, k, v, log_decay=log_decay, initial_state=initial, output_final_state=True)
+    grads = torch.autograd.grad(found, leaves, [x.do.to(DEVICE), x.d_final_state.to(DEVICE)])
+    actual = {"o": found[0].detach(), "final_state": found[1].detach(), **dict(zip(x.given, grads))}
+    assert_digits(actual, {"o": o, "final_state": final_state, **expected}, 2e-6)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 3.0])
+def test_gradient_of_a_fixed_decay_next_to_a_loop(rate):
+    """At most ten times the error of a loop in fp32."""
+    *qkv, do = random_qkv(1, 2048, 4, 64, 64, torch.float32)
+    decay = torch.full((4,), -rate, device=DEVICE)
+    actual, _ = step(lasp.linear_attention, [*qkv, decay], do)
+    exact, _ = exact_step([*qkv, decay], do)
+    loop, _ = step(recurrent_linear_attention, [*qkv, decay], do)
+    error, bound = ((x["dlog_decay"].double() - exact["dlog_decay"]).abs().max() for x in (actual, loop))
+    assert error <= 10 * bound, f"{error:.2e}, loop {bound:.2e}"
+
+
+@pytest.mark.parametrize("form", ["none", "fixed", "token"])
+@pytest.mark.parametrize(("K", "V", "dtype"), [(8, 8, torch.bfloat16), (20, 3, torch.bfloat16), (1, 8, torch.float32)])
+def test_narrow_heads(form, K, V, dtype):
+    """Narrower than the blocks of a product, which are filled up with zeros."""
+    *qkv, do = random_qkv(2, 700, 3, K, V, dtype)
+    decay = {"none": None, "fixed": fixed_decay(3), "token": token_decay(2, 700, 3)}[form]
+    actual, _ = step(lasp.linear_attention, [*qkv, decay], do)
+    expected, _ = exact_step([*qkv, decay], do)
+    assert_near(actual, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("form", ["fixed", "token"])

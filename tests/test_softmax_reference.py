@@ -135,6 +135,35 @@ def test_scale_and_head_dims(scale, K, V):
     compare(draw(20, K=K, V=V), scale=scale)
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("call", [{}, {"window": 9}, {"softcap": 2.0}, {"cu_seqlens": (0, 13, 13, 40)}])
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+def test_what_is_not_finite_spoils_what_depends_on_it(name, call):
+    """No query that does not see it, and no gradient but those of which it is a term."""
+    q, k, v = (x.detach() for x in draw(40, B=1))
+    do, token = torch.ones(1, 40, 4, 3, dtype=v.dtype), 20
+    bounds = call.get("cu_seqlens", (0, 40))
+    first = max(bound for bound in bounds if bound <= token)
+    reach = call.get("window", 40)
+    sees = range(token, min(token + reach, 40))  # queries that see it
+    seen = range(max(first, token - reach + 1), token + 1)  # keys that it sees
+    by_seeing = range(max(first, token - reach + 1), sees[-1] + 1)  # keys that those see
+    expected = {
+        "q": ([token], [token], seen, seen),
+        "k": (sees, sees, by_seeing, by_seeing),
+        "v": (sees, sees, by_seeing, []),
+        "do": ([], [token], seen, seen),
+    }[name]
+    tensors = {"q": q, "k": k, "v": v, "do": do}
+    for value in (torch.nan, torch.inf):
+        changed = {n: x.clone() for n, x in tensors.items()}
+        changed[name][0, token, :, 1] = value
+        leaves = [changed[n].requires_grad_() for n in "qkv"]
+        o = softmax_attention(*leaves, **call)
+        for x, tokens in zip((o, *torch.autograd.grad(o, leaves, changed["do"])), expected):
+            assert (~x.isfinite()).flatten(2).any(-1)[0].nonzero().flatten().tolist() == list(tokens)
+
+
 @pytest.mark.parametrize("call", [{}, {"window": 3}, {"softcap": 2.0}, {"cu_seqlens": (0, 4, 9)}, {"start": 3}])
 def test_no_queries(call):
     """A part of a sequence may be empty; its gradients are then zeros, and there."""

@@ -28,7 +28,16 @@ from torch import Tensor
 
 from lasp_kernels.operands import TILE, Operands
 from lasp_kernels.reference import state_dtype
-from lasp_kernels.tile_decay import TileDecay, bounded, head_decays, no_decays, token_decays
+from lasp_kernels.tile_decay import (
+    TileDecay,
+    bounded,
+    causal_product,
+    head_decays,
+    no_decays,
+    sum_before,
+    sum_from,
+    token_decay,
+)
 
 
 def chunked_linear_attention(
@@ -200,7 +209,8 @@ class ChunkedSteps:
         log_decay = bounded(log_decay.to(self.dtype))
         if log_decay.ndim == 1:
             return head_decays(log_decay, self._tiling.lengths(self.tokens, self.device))
-        return token_decays(self._tile(log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay))
+        tiles = self._tile(log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay)
+        return [token_decay(tile) for tile in tiles]
 
     def local_maps(self, x: Operands, *, needs_end: bool = True) -> SegmentMaps:
         """The state at the end of every segment, from zero. (`needs_end` is for a path that may leave the last out.)"""
@@ -281,7 +291,7 @@ class ChunkedSteps:
         q, k, v = self._tile(x.q) * x.scale, self._tile(x.k), self._tile(x.v)
         tiles = []
         for q_n, k_n, v_n, decay, state in zip(q, k, v, decays, _states_before(states, k, v, decays)):
-            tiles.append(decay.scores(q_n, k_n) @ v_n + decay.entered(q_n) @ state)
+            tiles.append(causal_product(decay.scores(q_n, k_n), v_n) + decay.entered(q_n) @ state)
         return self._untile(tiles)
 
     def query_gradient(self, x: Operands, do: Tensor, states: Tensor) -> Tensor:
@@ -303,36 +313,39 @@ class ChunkedSteps:
         for (q_n, k_n, v_n, do_n, decay), d_state in zip(_backwards(q, k, v, do, decays), behind):
             within = decay.key_gradient(do_n @ v_n.mT, q_n)
             dk.append(_group_sum(within) + decay.left(v_n @ d_state.mT))
-            dv.append(_group_sum(decay.scores(q_n, k_n).mT @ do_n) + decay.left(k_n) @ d_state)
+            written = causal_product(decay.scores(q_n, k_n).mT, do_n, reverse=True)
+            dv.append(_group_sum(written) + decay.left(k_n) @ d_state)
         return self._untile(dk[::-1]), self._untile(dv[::-1])
 
     def decay_gradient(
         self, x: Operands, gradients: tuple[Tensor, Tensor, Tensor], states: Tensor, d_states: Tensor
     ) -> Tensor:
-        """d log_decay, in its shape, from do, dq and dk. A token's decay scales all that crosses it: within a tile::
+        """d log_decay, in its shape. A token's decay scales what crosses it: within a tile, where q sees k (P) or the
+        state before the tile (S), and where the state behind the tile (S') has k or S::
 
-            d log_decay_t = sum_{s >= t} (q_s * dq_s - k_s * dk_s) + <S', dS'>
+            d log_decay_t = sum_{j < t <= i} dP_ij P_ij + sum_{i >= t} q_i . (exp(G_i) S do_i)
+                            + sum_{j < t} k_j . (exp(G_C - G_j) dS' v_j) + <exp(G_C) S, dS'>
 
-        with S' and dS' at the tile's end, summed over K unless the decay is per channel. Tile by tile, since
-        over a whole sequence the two terms of the sum would cancel to rounding noise.
+        summed over K unless the decay is per channel. The gradients dq and dk would be enough (the sum of q dq - k dk
+        over the tokens from t on), but in that sum these terms cancel to rounding noise.
         """
         assert x.log_decay is not None
         decays = self._tile_decays(x.log_decay, last=True)
-        q, k, v, (do, dq, dk) = self._tile(x.q), self._tile(x.k), self._tile(x.v), map(self._tile, gradients)
-        ends = []
-        for k_n, v_n, decay in zip(k, v, decays):
-            states = _advance(states, k_n, v_n, decay)
-            ends.append(states)
-        crossing = _group_sum(q * dq) - k * dk
-        behind = _gradients_behind(d_states, q * x.scale, do, decays)
+        per_channel = x.log_decay.ndim == 4
+        q, k, v, do = self._tile(x.q) * x.scale, self._tile(x.k), self._tile(x.v), self._tile(gradients[0])
+        before = list(_states_before(states, k, v, decays))
+        behind = _gradients_behind(d_states, q, do, decays)
         tiles = []
-        for (cross, end), d_state in zip(_backwards(crossing, ends), behind):
-            boundary = (end * d_state).sum(-1).unsqueeze(-2)  # [b, h, s, 1, 1, K]
-            if x.log_decay.ndim < 4:
-                cross, boundary = cross.sum(-1, keepdim=True), boundary.sum(-1, keepdim=True)
-            tiles.append(cross.flip(-2).cumsum(-2).flip(-2) + boundary)
+        for (q_n, k_n, v_n, do_n, decay, state), d_state in zip(_backwards(q, k, v, do, decays, before), behind):
+            read = _group_sum(q_n * decay.entered(do_n @ state.mT))
+            written = k_n * decay.left(v_n @ d_state.mT)
+            passed = (decay.passed(state) * d_state).sum(-1).unsqueeze(-2)  # [b, h, s, 1, 1, K]
+            if not per_channel:
+                read, written, passed = (part.sum(-1, keepdim=True) for part in (read, written, passed))
+            within = _group_sum(decay.decay_gradient(do_n @ v_n.mT, q_n, k_n))
+            tiles.append(within + sum_from(read) + sum_before(written) + passed)
         gradient = self._untile(tiles[::-1])  # [B, T, H, K | 1]
-        if x.log_decay.ndim == 4:
+        if per_channel:
             return gradient.expand_as(x.log_decay)
         return gradient.squeeze(-1) if x.log_decay.ndim == 3 else gradient.sum((0, 1, 3))
 

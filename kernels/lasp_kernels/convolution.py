@@ -36,6 +36,11 @@ def causal_conv(
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[2] == 1 and x.device.type == "cpu":
+        # A CPU's kernel for a single channel takes 2-byte numbers in pairs, and of a pair that it needs only one of
+        # it multiplies the other by zero: NaN would reach the token before.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return F.conv1d(x.mT, weight.unsqueeze(1), bias, groups=x.shape[2]).mT
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs, expand_heads, host_bounds
 from lasp_kernels.operands import TILE
 from lasp_kernels.reference import state_dtype, transform
-from lasp_kernels.tile_decay import bounded
+from lasp_kernels.tile_decay import bounded, causal_product, no_decays, not_finite, sum_before, sum_from, token_decay
 
 
 @dataclass(frozen=True)
@@ -77,98 +77,6 @@ def chunked_delta_rule(
     return steps.outputs(x, states).to(q.dtype), final_state
 
 
-@dataclass(frozen=True)
-class _TileDecay:
-    """The log-decays of one tile in every segment. Every exponent is a sum of just the tokens that it spans."""
-
-    log_decay: Tensor  # [s | 1, B | 1, H | 1, C, K | 1]
-
-    @property
-    def per_channel(self) -> bool:
-        return self.log_decay.shape[-1] > 1
-
-    @cached_property
-    def entering(self) -> Tensor:
-        """From the tile's start to each token."""
-        return self.log_decay.cumsum(-2).exp()
-
-    @cached_property
-    def leaving(self) -> Tensor:
-        """From after each token to the tile's end."""
-        return _sum_behind(self.log_decay).exp()
-
-    @property
-    def total(self) -> Tensor:
-        """Over the whole tile, shaped to multiply a state [..., K, V]."""
-        return self.entering[..., -1:, :].mT
-
-    @cached_property
-    def causal(self) -> Tensor:
-        """exp(G_i - G_j) where j <= i, else 0, for decays that all channels share: [..., C, C]."""
-        C = self.log_decay.shape[-2]
-        after_j = self.log_decay.expand(*self.log_decay.shape[:-1], C).tril(-1)
-        return after_j.cumsum(-2).exp().tril()
-
-    @cached_property
-    def halves(self) -> list[tuple[Tensor, Tensor]]:
-        """For blocks of 2, 4, ..., C tokens with the middle m: exp(G_i - G_m) of their right halves and
-        exp(G_m - G_j) of their left halves, both [..., blocks, half, K]."""
-        pairs, half = [], 1
-        while half < self.log_decay.shape[-2]:
-            left, right = self.log_decay.unflatten(-2, (-1, 2, half)).unbind(-3)
-            pairs.append((right.cumsum(-2).exp(), _sum_behind(left).exp()))
-            half *= 2
-        return pairs
-
-
-def _sum_behind(x: Tensor) -> Tensor:
-    """At each token the sum over those behind it."""
-    return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def _scores(q: Tensor, k: Tensor, decay: _TileDecay) -> Tensor:
-    """P_ij = sum_K q_i exp(G_i - G_j) k_j for j <= i, else 0: [..., C, C].
-
-    A decay per channel sits inside the sum over K, and exp(G_i) exp(-G_j) would overflow. So blocks are halved:
-    between a left half and a right half, split at token m, exp(G_i - G_m) and exp(G_m - G_j) are both <= 1.
-    """
-    if not decay.per_channel:
-        return (q @ k.mT) * decay.causal
-    scores = (q * k).sum(-1)[..., None, None]  # blocks of one token: [..., C, 1, 1]
-    for to_right, to_left in decay.halves:
-        half = to_right.shape[-2]
-        right, left = q.unflatten(-2, (-1, 2, half))[..., 1, :, :], k.unflatten(-2, (-1, 2, half))[..., 0, :, :]
-        cross = (right * to_right) @ (left * to_left).mT
-        upper, lower = scores.unflatten(-3, (-1, 2)).unbind(-3)
-        scores = torch.cat([F.pad(upper, (0, half)), torch.cat([cross, lower], -1)], -2)
-    return scores.squeeze(-3)
-
-
-def _scores_gradient(
-    d_scores: Tensor, decay: _TileDecay, *, q: Tensor | None = None, k: Tensor | None = None
-) -> Tensor:
-    """The adjoint of `_scores`: with k given, the gradient of q; with q given, the gradient of k."""
-    other = k if k is not None else q
-    assert other is not None
-    if not decay.per_channel:
-        d_scores = d_scores * decay.causal
-        return d_scores @ other if k is not None else d_scores.mT @ other
-    gradient = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * other
-    for to_right, to_left in decay.halves:
-        half = to_right.shape[-2]
-        blocks = d_scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))
-        cross = blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # right rows, left columns
-        left, right = other.unflatten(-2, (-1, 2, half)).unbind(-3)
-        if k is not None:
-            part = to_right * (cross @ (left * to_left))
-            both = torch.stack([torch.zeros_like(part), part], -3)
-        else:
-            part = to_left * (cross.mT @ (right * to_right))
-            both = torch.stack([part, torch.zeros_like(part)], -3)
-        gradient = gradient + both.flatten(-4, -2)
-    return gradient
-
-
 class _Tile:
     """One tile of every segment, and what in it depends on no state; names and formulas: see the module.
 
@@ -176,77 +84,92 @@ class _Tile:
     a state passes unchanged.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None):
         self.q, self.k, self.v, self.beta = q, k, v, beta
-        self.decay = _TileDecay(log_decay)
+        self.decay = no_decays(1)[0] if log_decay is None else token_decay(log_decay)
 
     @cached_property
     def query(self) -> Tensor:
         """Q^."""
-        return self.q * self.decay.entering
+        return self.decay.entered(self.q)
 
     @cached_property
     def read(self) -> Tensor:
         """K^."""
-        return self.k * self.decay.entering
+        return self.decay.entered(self.k)
 
     @cached_property
     def write(self) -> Tensor:
         """K_."""
-        return self.k * self.decay.leaving
+        return self.decay.left(self.k)
 
     @cached_property
     def scores(self) -> Tensor:
         """P."""
-        return _scores(self.q, self.k, self.decay)
+        return self.decay.scores(self.q, self.k)
 
     @cached_property
     def keys(self) -> Tensor:
         """B without its beta."""
-        return _scores(self.k, self.k, self.decay).tril(-1)
+        return self.decay.scores(self.k, self.k).tril(-1)
 
     @cached_property
     def inverse(self) -> Tensor:
         """T."""
         eye = torch.eye(self.k.shape[-2], dtype=self.k.dtype, device=self.k.device).expand_as(self.keys)
-        return torch.linalg.solve_triangular(self.beta * self.keys, eye, upper=False, unitriangular=True)
+        matrix = (self.beta * self.keys).tril(-1)
+        found = not_finite(matrix)
+        if found is None:
+            return torch.linalg.solve_triangular(matrix, eye, upper=False, unitriangular=True)
+        # The solver would multiply zeros with what is not finite, which spoils T_ij if it lies between row and column.
+        spoilt = torch.zeros_like(matrix).masked_fill(found, math.nan)
+        inverse = torch.linalg.solve_triangular(matrix.masked_fill(found, 0), eye, upper=False, unitriangular=True)
+        return inverse + sum_from(spoilt.mT).mT.cumsum(-2)
 
     def walk(self, state: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """U, and the state behind the tile."""
-        written = self.inverse @ (self.beta * (v - self.read @ state))
-        return written, self.decay.total * state + self.write.mT @ written
+        written = causal_product(self.inverse, self.beta * (v - self.read @ state))
+        return written, self.decay.passed(state) + self.write.mT @ written
 
     def walk_back(self, do: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor]:
         """Y, and the gradient of the state before the tile, from that of the state behind it."""
-        d_values = self.inverse.mT @ (self.scores.mT @ do + self.write @ d_state)
-        before = self.decay.total * d_state + self.query.mT @ do - self.read.mT @ (self.beta * d_values)
+        d_written = causal_product(self.scores.mT, do, reverse=True) + self.write @ d_state
+        d_values = causal_product(self.inverse.mT, d_written, reverse=True)
+        before = self.decay.passed(d_state) + self.query.mT @ do - self.read.mT @ (self.beta * d_values)
         return d_values, before
 
     def query_gradient(self, state: Tensor, written: Tensor, do: Tensor) -> Tensor:
         """Of the scaled q; `state` enters the tile, `written` is U."""
-        return self.decay.entering * (do @ state.mT) + _scores_gradient(do @ written.mT, self.decay, k=self.k)
+        return self.decay.entered(do @ state.mT) + self.decay.query_gradient(do @ written.mT, self.k)
 
     def gradients(self, state: Tensor, do: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Of k, v, beta and the log-decay per channel, and of the state before the tile.
-
-        A token's key reads before it writes, and the gradient of a decay tells the two apart: like a query a read
-        comes behind the decays of its own token, a write before those of the next. So within the tile::
-
-            d log_decay_t = sum_{s >= t} (q_s * dq_s + k_s * d_read_s - k_s * d_write_s) + <S', dS'>
-        """
-        written, end = self.walk(state, self.v)
+        """Of k, v, beta and, if there is one, the log-decay per channel; and of the state before the tile."""
+        decay = self.decay
+        written, _ = self.walk(state, self.v)
         d_values, before = self.walk_back(do, d_state)
+        d_scores = do @ written.mT
         d_keys = -(d_values @ written.mT).tril(-1)  # dB
-        d_read = _scores_gradient(d_keys, self.decay, k=self.k) - self.decay.entering * (d_values @ state.mT)
-        d_read = self.beta * d_read
-        d_write = self.decay.leaving * (written @ d_state.mT)
-        d_write = d_write + _scores_gradient(do @ written.mT, self.decay, q=self.q)
-        d_write = d_write + _scores_gradient(d_keys, self.decay, q=self.beta * self.k)
+        d_read = -decay.entered(d_values @ state.mT)  # what crosses the tile's borders, here and in the next line
+        d_write = decay.left(written @ d_state.mT)
         d_beta = (d_values * (self.v - self.read @ state)).sum(-1, keepdim=True)
-        d_beta = d_beta + (d_keys * self.keys).sum(-1, keepdim=True)
-        crossing = self.q * self.query_gradient(state, written, do) + self.k * (d_read - d_write)
-        d_decay = crossing.flip(-2).cumsum(-2).flip(-2) + (end * d_state).sum(-1).unsqueeze(-2)
-        return [d_read + d_write, self.beta * d_values, d_beta, d_decay], before
+        d_beta = d_beta + (d_keys * self.keys).tril(-1).sum(-1, keepdim=True)
+        dk = self.beta * (decay.query_gradient(d_keys, self.k) + d_read) + d_write
+        dk = dk + decay.key_gradient(d_scores, self.q) + decay.key_gradient(d_keys, self.beta * self.k)
+        found = [dk, self.beta * d_values, d_beta]
+        if decay.log_total is not None:
+            read = self.q * decay.entered(do @ state.mT) + self.beta * self.k * d_read
+            found.append(self._decay_gradient(d_scores, d_keys, read, self.k * d_write, state, d_state))
+        return found, before
+
+    def _decay_gradient(
+        self, d_scores: Tensor, d_keys: Tensor, read: Tensor, written: Tensor, state: Tensor, d_state: Tensor
+    ) -> Tensor:
+        """Of the log-decay. As in `ChunkedSteps.decay_gradient`, where what crosses the tile's borders are products
+        with their gradients: `read` of what is read from the state before, `written` of what reaches the one behind."""
+        within = self.decay.decay_gradient(d_scores, self.q, self.k)
+        within = within + self.decay.decay_gradient(d_keys, self.beta * self.k, self.k)
+        crossing = sum_from(read) + sum_before(written) + (self.decay.passed(state) * d_state).sum(-1).unsqueeze(-2)
+        return within + (crossing if within.shape[-1] > 1 else crossing.sum(-1, keepdim=True))
 
 
 class DeltaSteps:
@@ -319,13 +242,11 @@ class DeltaSteps:
 
     def _operands(self, x: DeltaOperands) -> list[Tensor]:
         """What `_Tile` takes, of all tiles: [n, ...]."""
-        if x.log_decay is None:
-            log_decay = torch.zeros(self.tiles, 1, 1, 1, TILE, 1, dtype=self.dtype, device=self.device)
-        else:
-            log_decay = x.log_decay if x.log_decay.ndim == 4 else x.log_decay.unsqueeze(-1)
-            log_decay = self._tile(bounded(log_decay.to(self.dtype)))
         q, k, v, beta = (self._tile(y) for y in (x.q, x.k, x.v, x.beta.unsqueeze(-1)))
-        return [q * x.scale, k, v, beta, log_decay]
+        if x.log_decay is None:
+            return [q * x.scale, k, v, beta]
+        log_decay = x.log_decay if x.log_decay.ndim == 4 else x.log_decay.unsqueeze(-1)
+        return [q * x.scale, k, v, beta, self._tile(bounded(log_decay.to(self.dtype)))]
 
     @property
     def states_shape(self) -> tuple[int, ...]:
@@ -396,7 +317,7 @@ class DeltaSteps:
         outputs = []
         for tile in _tiles(self._operands(x)):
             written, behind = tile.walk(states, tile.v)
-            outputs.append(tile.query @ states + tile.scores @ written)
+            outputs.append(tile.query @ states + causal_product(tile.scores, written))
             states = behind
         return self._untile(outputs)
 
@@ -424,10 +345,10 @@ class DeltaSteps:
         for tile, state, do_n in zip(_tiles(operands, reverse=True), reversed(before), self._tile(do).flip(0)):
             gradients, d_states = tile.gradients(state, do_n, d_states)
             found.append(gradients)
-        dk, dv, d_beta, d_decay = (self._untile(tiles) for tiles in zip(*reversed(found)))
+        dk, dv, d_beta, *d_decay = (self._untile(tiles) for tiles in zip(*reversed(found)))
         if x.log_decay is None:
             return self._group_sum(dk), dv, d_beta.squeeze(-1), None
-        return self._group_sum(dk), dv, d_beta.squeeze(-1), d_decay if x.log_decay.ndim == 4 else d_decay.sum(-1)
+        return self._group_sum(dk), dv, d_beta.squeeze(-1), d_decay[0].reshape(x.log_decay.shape)
 
     def _group_sum(self, x: Tensor) -> Tensor:
         """Sum over the heads of v that share a head of q and k."""

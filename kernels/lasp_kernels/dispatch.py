@@ -2,9 +2,9 @@
 
 | device | inputs | path |
 |---|---|---|
-| CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K, V from 16 to 256 | `steps.TritonSteps` |
+| CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K, V up to 256 | `steps.TritonSteps` |
 | CUDA | fp64, or log_decay [B, T, H, K] | `chunked.ChunkedSteps` |
-| CUDA | other K or V | refused |
+| CUDA | wider K or V | refused |
 | CPU | any | `chunked.ChunkedSteps` |
 
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a

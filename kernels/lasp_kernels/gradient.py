@@ -39,12 +39,12 @@ import triton.language as tl
 
 from lasp_kernels.state import (
     HEAD_DECAY,
-    LOG2E,
     NO_DECAY,
     TOKEN_DECAY,
     VARYING,
     bounded,
     causal_decays,
+    head_causal_decays,
     head_decays,
     load_columns,
     place_of_program,
@@ -97,7 +97,7 @@ def backward_walk_kernel(
     if DECAY == HEAD_DECAY:
         g = bounded(tl.load(G + h * g_h))
         enter, _, _ = head_decays(g, C)
-        causal = causal_decays(g * LOG2E * c.to(tl.float32), C, True)
+        causal = head_causal_decays(g, C, True)
     if DECAY == TOKEN_DECAY:
         g_base = G + (b * H + h) * T + start
     inside = (d < tl.where(slots > 0, DY, 0))[:, None] & (e < DZ)[None, :]
@@ -116,8 +116,8 @@ def backward_walk_kernel(
             length = tl.minimum(n - at, C)
             leave, tile_decay = tl.exp(g * tl.maximum(length - 1 - c, 0).to(tl.float32)), tl.exp(g * length)
         if DECAY == TOKEN_DECAY:
-            cumulative, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(at + C, n) - 1)
-            causal = causal_decays(cumulative, C, True)
+            whole, rest, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(at + C, n) - 1)
+            causal = causal_decays(whole, rest, C, True)
         if DECAY != NO_DECAY:
             out = out * leave[:, None]
             ds = ds * tile_decay
@@ -215,7 +215,7 @@ def head_decay_kernel(
     g = bounded(tl.load(G + h * g_h))
     enter, _, _ = head_decays(g, C)
     distance = tl.maximum(c[:, None] - c[None, :], 0).to(tl.float32)
-    by_distance = distance * causal_decays(g * LOG2E * c.to(tl.float32), C, False)
+    by_distance = distance * head_causal_decays(g, C, False)
     inside = (d < DK_)[:, None] & (e < DV_)[None, :]
     at = ((b * H + h) * slots + slot) * (DK_ * DV_) + d[:, None] * DV_ + e[None, :]
     s = tl.load(STATE + at, mask=inside, other=0.0)

@@ -23,12 +23,12 @@ import triton.language as tl
 
 from lasp_kernels.state import (
     HEAD_DECAY,
-    LOG2E,
     NO_DECAY,
     TOKEN_DECAY,
     VARYING,
     bounded,
     causal_decays,
+    head_causal_decays,
     head_decays,
     load_columns,
     place_of_program,
@@ -73,7 +73,7 @@ def forward_walk_kernel(
     if DECAY == HEAD_DECAY:
         g = bounded(tl.load(G + h * g_h))
         enter, leave, tile_decay = head_decays(g, C)
-        causal = causal_decays(g * LOG2E * c.to(tl.float32), C, False)
+        causal = head_causal_decays(g, C, False)
     if DECAY == TOKEN_DECAY:
         g_base = G + (b * H + h) * T + start
     at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
@@ -93,8 +93,8 @@ def forward_walk_kernel(
         p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
         if DECAY == TOKEN_DECAY:
-            cumulative, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(i + C, n) - 1)
-            causal = causal_decays(cumulative, C, False)
+            whole, rest, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(i + C, n) - 1)
+            causal = causal_decays(whole, rest, C, False)
         if DECAY == NO_DECAY:
             p = tl.where(past, p, 0.0)
         else:

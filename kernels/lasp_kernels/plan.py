@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 MAX_DIM = 256
+MIN_BLOCK = 16  # columns of a block of a matrix product; narrower heads are filled up with zeros as they are loaded
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
 MIN_PAIR = 2048  # the fewest tokens that are cut in two, where no state is needed for one
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
@@ -188,8 +189,8 @@ def run_starts(bounds: tuple[int, ...], segment_length: int) -> list[int]:
 
 
 def power_of_two(n: int) -> int:
-    """The next one, and no less than 16: what a block of a matrix product has."""
-    return max(16, 1 << (n - 1).bit_length())
+    """The next one, and no less than what a block of a matrix product has."""
+    return max(MIN_BLOCK, 1 << (n - 1).bit_length())
 
 
 def config_of(name: str, dim: int, itemsize: int) -> Config:

@@ -15,7 +15,17 @@ from triton import knobs
 from lasp_kernels.gradient import backward_walk_kernel, head_decay_kernel, token_decay_kernel
 from lasp_kernels.launch import Launch, Layout, fits_tma
 from lasp_kernels.output import forward_walk_kernel
-from lasp_kernels.plan import Blocks, Config, Plan, Sizes, most_pieces, power_of_two, run_starts, segment_table
+from lasp_kernels.plan import (
+    MIN_BLOCK,
+    Blocks,
+    Config,
+    Plan,
+    Sizes,
+    most_pieces,
+    power_of_two,
+    run_starts,
+    segment_table,
+)
 from lasp_kernels.state import fold_kernel, scan_kernel, segment_state_kernel, tile_decay_kernel
 
 BLOCK = 512  # numbers of a state that a program of a scan or a fold has
@@ -212,8 +222,9 @@ class Shared:
         return (self.key.sizes.tokens * heads * width, heads * width, width, 1), True
 
     def _moves(self, *layouts: Layout) -> bool:
-        """Whether TMA can move them."""
-        return self.key.sizes.has_tma and all(fits_tma(x, self.key.sizes.itemsize) for x in layouts)
+        """Whether TMA can move them; heads that are narrower than any block of a product are loaded without it."""
+        sizes, wide = self.key.sizes, min(self.state) >= MIN_BLOCK
+        return sizes.has_tma and wide and all(fits_tma(x, sizes.itemsize) for x in layouts)
 
 
 @lru_cache(maxsize=64)

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasp_kernels.operands import check_tensors, shown
 from lasp_kernels.reference import state_dtype
+from lasp_kernels.tile_decay import not_finite
 
 BOUND = 2**24  # elements of a block's mask, or scores: 64 MiB in fp32
 FEWEST = 128  # queries that a block is not cut below
@@ -73,7 +74,8 @@ def softmax_attention(
     (B = 1), on the host; a query sees its own document. `key_mask` [B, S] bool: False is padding, which nobody sees; a
     query that would see nothing at all sees itself, so that its meaningless output is finite. `scale` is K^-0.5 unless
     given; with `softcap` scores become softcap * tanh(scores / softcap); `dropout_p` drops weights, and scales the
-    others.
+    others. A token that is NaN or Inf spoils what depends on it, and on a CPU no more; on a GPU, and in a graph of
+    torch.compile, it may also spoil tokens before it that its kernel works on together with it.
     """
     check_queries_keys_values(q, k, v, start)
     check_options(window=window, scale=scale, softcap=softcap, dropout_p=dropout_p)
@@ -212,6 +214,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, options: O
     seen = _seen(q.shape[2], k.shape[2], options.window, key_mask, device=q.device)
     seen = seen.repeat(1, 1, groups, 1)
     folded = q.unflatten(1, (heads, groups)).flatten(2, 3)
+    spoilt = None
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # else the host would wait, or the graph break
+        spoilt = _Spoilt(folded, k, v, seen)
+        folded, k, v = (_Finite.apply(x, spoilt, name) for x, name in ((folded, "q"), (k, "k"), (v, "v")))
     if options.softcap is None and q.shape[2]:
         with sdpa_kernel(BACKENDS) if q.is_cuda else nullcontext():
             o = F.scaled_dot_product_attention(
@@ -219,6 +225,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, options: O
             )
     else:
         o = _by_scores(folded, k, v, seen, options)
+    if spoilt is not None:
+        o = _WithSpoilt.apply(o, spoilt)
     return o.unflatten(2, (groups, q.shape[2])).flatten(1, 2)
 
 
@@ -247,6 +255,71 @@ def _by_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, options: Options) 
         scores = options.softcap * torch.tanh(scores / options.softcap)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return F.dropout(weights, options.dropout_p).to(v.dtype) @ v
+
+
+# Tokens that are not finite. A kernel multiplies what a query does not see by zero, which makes NaN of it: so those
+# elements become zeros, and NaN is put where it belongs, in the output and in the gradients.
+
+
+class _Spoilt:
+    """Which rows of one block, [B, heads, rows], and keys are not finite, or depend on what is not; None is no row."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor):
+        self.seen = seen
+        of_q, of_k, of_v = map(_tokens_not_finite, (q, k, v))
+        self.weights = _either(of_q, self._that_see(of_k))  # rows of the matrix that multiplies v
+        self.outputs = _either(self.weights, self._that_see(of_v))
+        self.gradients: dict[str, Tensor | None] = {}  # of q, k and v, by the rows of the output's gradient
+
+    def backward(self, do: Tensor) -> Tensor:
+        """The gradient of the output without what is not finite, which then is where it belongs in `gradients`."""
+        of_do = _tokens_not_finite(do)
+        of_v, of_scores = _either(self.weights, of_do), _either(self.outputs, of_do)
+        self.gradients = {"q": of_scores, "k": self._seen_by(of_scores), "v": self._seen_by(of_v)}
+        return do if of_v is None else do.masked_fill(of_v.unsqueeze(-1), 0)
+
+    def _that_see(self, keys: Tensor | None) -> Tensor | None:
+        return None if keys is None else (self.seen & keys.unsqueeze(-2)).any(-1)
+
+    def _seen_by(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else (self.seen & rows.unsqueeze(-1)).any(-2)
+
+
+class _Finite(torch.autograd.Function):
+    """q, k or v with zeros for what is not finite; its gradient is NaN where it must be."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, spoilt: _Spoilt, name: str) -> Tensor:
+        ctx.spoilt, ctx.name = spoilt, name
+        found = not_finite(x)
+        return x.view_as(x) if found is None else x.masked_fill(found, 0)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        found = ctx.spoilt.gradients[ctx.name]
+        return dx if found is None else dx.masked_fill(found.unsqueeze(-1), torch.nan), None, None
+
+
+class _WithSpoilt(torch.autograd.Function):
+    """The output, NaN in the rows that see or are what is not finite."""
+
+    @staticmethod
+    def forward(ctx, o: Tensor, spoilt: _Spoilt) -> Tensor:
+        ctx.spoilt = spoilt
+        return o.view_as(o) if spoilt.outputs is None else o.masked_fill(spoilt.outputs.unsqueeze(-1), torch.nan)
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        return ctx.spoilt.backward(do), None
+
+
+def _tokens_not_finite(x: Tensor) -> Tensor | None:
+    found = not_finite(x)
+    return None if found is None else found.any(-1)
+
+
+def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one | other
 
 
 # Checks

@@ -76,10 +76,7 @@ def head_decays(g, C: tl.constexpr):
 
 @triton.jit
 def bounded(log_decay):
-    """In fp32, and no stronger than a decay to 0 (2^-150, without subnormal numbers too), so that sums keep digits.
-
-    Not all of them where many tokens of a tile decay so (docs/kernels.md, "Limits").
-    """
+    """In fp32, and no stronger than a decay to 0 (2^-150, without subnormal numbers too), so that sums are finite."""
     log_decay = log_decay.to(tl.float32)
     return tl.where(log_decay < -104.0, -104.0, log_decay)
 
@@ -95,16 +92,28 @@ def token_decays(G, rows, valid, n, stride, C: tl.constexpr):
 
 
 @triton.jit
-def causal_decays(cumulative, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """[query, key] (TRANSPOSED: [key, query]): 2^(cumulative_query - cumulative_key), and 0 for later keys."""
+def causal_decays(whole, rest, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[query, key] (TRANSPOSED: [key, query]): 2^(G_query - G_key), and 0 for later keys.
+
+    Each G is the sum of a whole number and a rest of at most 1/2, so that the difference has all the digits of what
+    decays between two tokens, however strongly those before them do: that of whole numbers is exact.
+    """
     c = tl.arange(0, C)
-    difference = cumulative[:, None] - cumulative[None, :]
+    difference = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
     past = c[:, None] >= c[None, :]
     if TRANSPOSED:
-        difference = cumulative[None, :] - cumulative[:, None]
+        difference = (whole[None, :] - whole[:, None]) + (rest[None, :] - rest[:, None])
         past = c[:, None] <= c[None, :]
     # Above the diagonal the difference is positive: left out before the power, so that no decay > 1 is ever formed.
     return tl.exp2(tl.where(past, difference, -float("inf")))
+
+
+@triton.jit
+def head_causal_decays(g, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The same of a decay g a token, by the distance of two tokens."""
+    c = tl.arange(0, C)
+    distance = c[None, :] - c[:, None] if TRANSPOSED else c[:, None] - c[None, :]
+    return tl.exp(tl.where(distance >= 0, g * distance.to(tl.float32), -float("inf")))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -112,7 +121,8 @@ def tile_decay_kernel(
     G, OUT, TABLE, B, T, segment_length, tiles, H, g_b, g_t, g_h,
     C: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """OUT [2, B, H, T]: log-decays from the start of each token's tile, the token's included, and behind it to the end.
+    """OUT [3, B, H, T]: log-decays from the start of each token's tile, the token's included, as a whole number and a
+    rest (see `causal_decays`), and behind it to the tile's end.
 
     For the walks, whose programs of a tile would each sum them up; in units of log 2. A tile has C tokens, the last one
     of a segment perhaps fewer. One program per HEADS heads and each of the `tiles` that a segment may have.
@@ -129,20 +139,26 @@ def tile_decay_kernel(
     mask = (token < end)[:, None] & (h < H)[None, :]
     behind = mask & ((c < C - 1) & (token < end - 1))[:, None]
     g_at = G + b * g_b + token[:, None] * g_t + h[None, :] * g_h
-    g = bounded(tl.load(g_at, mask=mask, other=0.0)) * LOG2E
+    # In fp64, which costs little here: memory is what this kernel waits for.
+    g = bounded(tl.load(g_at, mask=mask, other=0.0)).to(tl.float64) * LOG2E
+    summed = tl.cumsum(g, 0)
+    whole = tl.floor(summed + 0.5)
     # What comes after a token is summed from there: a difference of sums would lose digits to strong decays.
     g_behind = bounded(tl.load(g_at + g_t, mask=behind, other=0.0)) * LOG2E
     at = OUT + (b * H + h[None, :]) * T + token[:, None]
-    tl.store(at, tl.cumsum(g, 0), mask=mask)
-    tl.store(at + B.to(tl.int64) * H * T, tl.cumsum(g_behind, 0, reverse=True), mask=mask)
+    one = B.to(tl.int64) * H * T
+    tl.store(at, whole.to(tl.float32), mask=mask)
+    tl.store(at + one, (summed - whole).to(tl.float32), mask=mask)
+    tl.store(at + 2 * one, tl.cumsum(g_behind, 0, reverse=True), mask=mask)
 
 
 @triton.jit
 def tile_decays(DECAYS, B, H, T, rows, last):
-    """Of the tile with these rows: the summed log-decays [C], and as `head_decays`. `last` is its last row."""
-    cumulative = tl.load(DECAYS + rows)
-    leave = tl.load(DECAYS + B.to(tl.int64) * H * T + rows)
-    return cumulative, tl.exp2(cumulative), tl.exp2(leave), tl.exp2(tl.load(DECAYS + last))
+    """Of the tile with these rows: what `causal_decays` takes [C], and as `head_decays`. `last` is its last row."""
+    one = B.to(tl.int64) * H * T
+    whole, rest = tl.load(DECAYS + rows), tl.load(DECAYS + one + rows)
+    leave, total = tl.load(DECAYS + 2 * one + rows), tl.load(DECAYS + last) + tl.load(DECAYS + one + last)
+    return whole, rest, tl.exp2(whole + rest), tl.exp2(leave), tl.exp2(total)
 
 
 @triton.jit

@@ -278,7 +278,7 @@ class TritonSteps:
         walk(x, x2, y, z, w, decays, d_states, *out, sums, shared.table)
 
     def _walk_decays(self, log_decay: Tensor | None, *, keep: bool) -> tuple[Tensor | None, Layout | None]:
-        """What a walk reads of the decays, and how those given lie: per token summed up in tiles, [2, B, H, T] fp32.
+        """What a walk reads of the decays, and how those given lie: per token summed up in tiles, [3, B, H, T] fp32.
 
         `keep`: for the walks of this backward that follow.
         """
@@ -293,7 +293,7 @@ class TritonSteps:
 
     def _sum_tiles(self, log_decay: Tensor) -> Tensor:
         shared, sizes = self._shared, self.plan.sizes
-        decays = torch.empty((2, sizes.batch, sizes.heads, sizes.tokens), dtype=self.dtype, device=shared.device)
+        decays = torch.empty((3, sizes.batch, sizes.heads, sizes.tokens), dtype=self.dtype, device=shared.device)
         key = ("tile decays", layout(log_decay))
         launch = shared.launches.get(key) or shared.keep(key, shared.tile_decays_launch(key[1]))
         launch(log_decay, decays, shared.table)
@@ -378,5 +378,5 @@ def _check_supported(k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     if log_decay is not None and log_decay.ndim == 4:
         raise ValueError("the Triton kernels take log_decay [H] or [B, T, H], got a decay per channel, [B, T, H, K]")
     for name, dim in (("K", k.shape[-1]), ("V", v.shape[-1])):
-        if not 16 <= dim <= MAX_DIM:
-            raise ValueError(f"the Triton kernels take head dims from 16 to {MAX_DIM}, got {name} = {dim}")
+        if not 1 <= dim <= MAX_DIM:
+            raise ValueError(f"the Triton kernels take head dims from 1 to {MAX_DIM}, got {name} = {dim}")

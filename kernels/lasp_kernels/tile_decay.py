@@ -1,13 +1,19 @@
-"""What a decay does within one tile of every segment, for `chunked.ChunkedSteps`: one class for each kind.
+"""What a decay does within one tile of every segment: one class for each kind, and the products of what is causal.
 
 With G_i as in chunked.py, the log-decay from the tile's start to token i, inclusive; C tokens a tile. `scores` are
-P_ij = sum_K q_i exp(G_i - G_j) k_j for j <= i, else 0, and the two gradients are the adjoints of that.
+P_ij = sum_K q_i exp(G_i - G_j) k_j for j <= i, else 0, and the gradients are the adjoints of that.
+
+G_i - G_j is never a difference of G, which after strong decays would have lost the digits of the weak ones behind them,
+but a sum over the tokens that it spans. Nor is a gradient of a decay a difference of longer sums: the decay of token t
+gets what each pair j < t <= i has, and nothing else (`decay_gradient`).
+
+A token that is not finite spoils what depends on it and no more. So what is masked is left out, never multiplied by
+zero, which would make NaN of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -43,11 +49,15 @@ class TileDecay(Protocol):
         ...
 
     def query_gradient(self, d_scores: Tensor, k: Tensor) -> Tensor:
-        """Of the q of `scores`."""
+        """Of the q of `scores`. Of d_scores what is above the diagonal does not count, here and below."""
         ...
 
     def key_gradient(self, d_scores: Tensor, q: Tensor) -> Tensor:
         """Of the k of `scores`."""
+        ...
+
+    def decay_gradient(self, d_scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Of the log-decays [..., C, K | 1] that `scores` has in it."""
         ...
 
 
@@ -69,21 +79,24 @@ class _NoDecay:
         return (q @ k.mT).tril()
 
     def query_gradient(self, d_scores: Tensor, k: Tensor) -> Tensor:
-        return d_scores.tril() @ k
+        return causal_product(d_scores.tril(), k)
 
     def key_gradient(self, d_scores: Tensor, q: Tensor) -> Tensor:
-        return d_scores.tril().mT @ q
+        return causal_product(d_scores.tril().mT, q, reverse=True)
+
+    def decay_gradient(self, d_scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        raise ValueError("there is no decay that could have a gradient")
 
 
 @dataclass(frozen=True)
 class _Decay:
     """What a decay per head, per token and per channel have in common."""
 
-    cumulative: Tensor  # G: [b | 1, h | 1, s | 1, 1, C, K | 1]
     log_total: Tensor
-    entering: Tensor  # like G
-    leaving: Tensor
+    entering: Tensor  # from the tile's start to each token: [b | 1, h | 1, s | 1, 1, C, K | 1]
+    leaving: Tensor  # from behind each token to the tile's end
     total: Tensor  # [b | 1, h | 1, s | 1, 1, K | 1, 1], to multiply a state
+    log_decay: Tensor | None = None  # like `entering`; None where the class needs it not
 
     def entered(self, x: Tensor) -> Tensor:
         return x * self.entering
@@ -99,21 +112,32 @@ class _Decay:
 class _ScalarDecay(_Decay):
     """The same for all channels of a head, so that it stands outside of the products."""
 
-    matrix: Tensor | None = None  # `_causal`, where all tiles share it
+    matrix: Tensor | None = None  # `causal`, where all tiles share it
 
     @cached_property
     def causal(self) -> Tensor:
         """exp(G_i - G_j) for j <= i, else 0."""
-        return _causal(self.cumulative) if self.matrix is None else self.matrix
+        if self.matrix is not None:
+            return self.matrix
+        assert self.log_decay is not None
+        spanned = self.log_decay.expand(*self.log_decay.shape[:-1], self.log_decay.shape[-2])  # [query, key]
+        return spanned.tril(-1).cumsum(-2).exp().tril()
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q @ k.mT) * self.causal
+        return self._masked(q @ k.mT)
 
     def query_gradient(self, d_scores: Tensor, k: Tensor) -> Tensor:
-        return (d_scores * self.causal) @ k
+        return causal_product(self._masked(d_scores), k)
 
     def key_gradient(self, d_scores: Tensor, q: Tensor) -> Tensor:
-        return (d_scores * self.causal).mT @ q
+        return causal_product(self._masked(d_scores).mT, q, reverse=True)
+
+    def decay_gradient(self, d_scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        later = sum_from(self._masked(d_scores * (q @ k.mT)).tril(-1))  # [t, j], over all i >= t
+        return later.tril(-1).sum(-1, keepdim=True)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        return (x * self.causal).tril()
 
 
 @dataclass(frozen=True)
@@ -127,11 +151,11 @@ class _ChannelDecay(_Decay):
     @cached_property
     def halves(self) -> list[tuple[Tensor, Tensor]]:
         """For blocks of 2, 4, ... tokens: exp(G_i - G_m) of the right halves, exp(G_m - G_j) of the left halves."""
+        assert self.log_decay is not None
         found, half = [], 1
-        while half < self.cumulative.shape[-2]:
-            left, right = _halves(self.cumulative, half)
-            middle = left[..., -1:, :]
-            found.append(((right - middle).exp(), (middle - left).exp()))
+        while half < self.log_decay.shape[-2]:
+            left, right = _halves(self.log_decay, half)
+            found.append((right.cumsum(-2).exp(), _sum_behind(left).exp()))
             half *= 2
         return found
 
@@ -148,27 +172,27 @@ class _ChannelDecay(_Decay):
         return scores.squeeze(-3)
 
     def query_gradient(self, d_scores: Tensor, k: Tensor) -> Tensor:
-        def of_level(cross: Tensor, half: int, to_right: Tensor, to_left: Tensor) -> tuple[Tensor, ...]:
-            part = to_right * (cross @ (_halves(k, half)[0] * to_left))
-            return torch.zeros_like(part), part
-
-        return self._gradient(d_scores, k, of_level)
+        gradient = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * k
+        for level, (to_right, to_left) in enumerate(self.halves):
+            part = to_right * (_cross(d_scores, 2**level) @ (_halves(k, 2**level)[0] * to_left))
+            gradient = gradient + torch.stack([torch.zeros_like(part), part], -3).flatten(-4, -2)
+        return gradient
 
     def key_gradient(self, d_scores: Tensor, q: Tensor) -> Tensor:
-        def of_level(cross: Tensor, half: int, to_right: Tensor, to_left: Tensor) -> tuple[Tensor, ...]:
-            part = to_left * (cross.mT @ (_halves(q, half)[1] * to_right))
-            return part, torch.zeros_like(part)
+        gradient = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * q
+        for level, (to_right, to_left) in enumerate(self.halves):
+            part = to_left * (_cross(d_scores, 2**level).mT @ (_halves(q, 2**level)[1] * to_right))
+            gradient = gradient + torch.stack([part, torch.zeros_like(part)], -3).flatten(-4, -2)
+        return gradient
 
-        return self._gradient(d_scores, q, of_level)
-
-    def _gradient(self, d_scores: Tensor, other: Tensor, of_level: Callable[..., tuple[Tensor, ...]]) -> Tensor:
-        """The diagonal, and from each level the left and the right half of its blocks."""
-        gradient = d_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * other
+    def decay_gradient(self, d_scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """All pairs of a block's right and left half cross the middle; from there each token loses some of them."""
+        gradient = torch.zeros_like(self.entering)
         for level, (to_right, to_left) in enumerate(self.halves):
             half = 2**level
-            blocks = d_scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))
-            cross = blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # right rows, left columns
-            both = torch.stack(of_level(cross, half, to_right, to_left), -3)
+            cross, right, left = _cross(d_scores, half), _halves(q, half)[1] * to_right, _halves(k, half)[0] * to_left
+            of_right, of_left = right * (cross @ left), left * (cross.mT @ right)
+            both = torch.stack([sum_before(of_left), sum_from(of_right)], -3)
             gradient = gradient + both.flatten(-4, -2)
         return gradient
 
@@ -181,21 +205,55 @@ def no_decays(tiles: int) -> list[TileDecay]:
 def head_decays(log_decay: Tensor, lengths: Tensor) -> list[TileDecay]:
     """Of log_decay [H], for tiles with these numbers of tokens [n, s]: a list over n."""
     rate = bounded(log_decay).view(1, -1, 1, 1, 1, 1)
-    cumulative = rate * torch.arange(1, TILE + 1, device=rate.device).view(-1, 1)
-    entering, matrix = cumulative.exp(), _causal(cumulative)
-    log_totals = rate * lengths.view(len(lengths), 1, 1, -1, 1, 1, 1)
-    totals, leaving = log_totals.exp(), _leaving(cumulative, log_totals)
-    tiles = zip(log_totals, leaving, totals)
-    return [_ScalarDecay(cumulative, log_total, entering, leave, total, matrix) for log_total, leave, total in tiles]
+    token = torch.arange(TILE, device=rate.device).view(-1, 1)
+    lengths = lengths.view(len(lengths), 1, 1, -1, 1, 1, 1)
+    log_totals, entering = rate * lengths, (rate * (token + 1)).exp()
+    leaving = (rate * (lengths - 1 - token).clamp(min=0)).exp()  # padding lies behind the end, hence the clamp
+    matrix = (rate * (token - token.mT).clamp(min=0)).exp().tril()
+    tiles = zip(log_totals, leaving, log_totals.exp())
+    return [_ScalarDecay(log_total, entering, leave, total, matrix=matrix) for log_total, leave, total in tiles]
 
 
-def token_decays(log_decay: Tensor) -> list[TileDecay]:
-    """Of bounded log-decays in tiles, [n, b, h, s, 1, C, K | 1]: a list over n."""
-    cumulative = log_decay.cumsum(-2)
-    log_totals = cumulative[..., -1:, :]
-    parts = (cumulative, log_totals, cumulative.exp(), _leaving(cumulative, log_totals), log_totals.mT.exp())
+def token_decay(log_decay: Tensor) -> TileDecay:
+    """Of the bounded log-decays of one tile, [..., C, K | 1]."""
+    log_total = log_decay.sum(-2, keepdim=True)
+    entering, leaving = log_decay.cumsum(-2).exp(), _sum_behind(log_decay).exp()
     kind = _ChannelDecay if log_decay.shape[-1] > 1 else _ScalarDecay
-    return [kind(*tile) for tile in zip(*parts)]
+    return kind(log_total, entering, leaving, log_total.mT.exp(), log_decay)
+
+
+def causal_product(weights: Tensor, x: Tensor, *, reverse: bool = False) -> Tensor:
+    """weights [..., C, C] @ x [..., C, D], for weights that are 0 above the diagonal (`reverse`: below it).
+
+    Of tokens that such a weight leaves out nothing comes into the product, NaN and Inf neither.
+    """
+    found = not_finite(x)
+    if found is None:
+        return weights @ x
+    spoilt = torch.zeros_like(x).masked_fill(found, math.nan)
+    return weights @ x.masked_fill(found, 0) + (sum_from(spoilt) if reverse else spoilt.cumsum(-2))
+
+
+def not_finite(x: Tensor) -> Tensor | None:
+    """Which elements are NaN or Inf; None where a CPU has seen that none is. On a GPU the host would wait for that."""
+    if x.device.type == "cpu" and bool(x.sum().isfinite()):
+        return None
+    return ~x.isfinite()
+
+
+def sum_from(x: Tensor) -> Tensor:
+    """At each token the sum over it and those behind it; x [..., C, D], as below."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def sum_before(x: Tensor) -> Tensor:
+    """At each token the sum over those before it."""
+    return F.pad(x[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+
+
+def _sum_behind(x: Tensor) -> Tensor:
+    """At each token the sum over those behind it."""
+    return sum_from(F.pad(x[..., 1:, :], (0, 0, 0, 1)))
 
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
@@ -204,19 +262,13 @@ def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     return blocks[..., 0, :, :], blocks[..., 1, :, :]
 
 
-def _leaving(cumulative: Tensor, log_total: Tensor) -> Tensor:
-    """From behind each token to the tile's end; padding lies behind the end, hence the clamp."""
-    return (log_total - cumulative).clamp(max=0).exp()
-
-
-def _causal(cumulative: Tensor) -> Tensor:
-    """exp(G_i - G_j) where j <= i, else 0. Masked before exp: above the diagonal it could overflow."""
-    difference = cumulative - cumulative.mT
-    future = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).triu(1)
-    return difference.masked_fill(future, -math.inf).exp()
+def _cross(scores: Tensor, half: int) -> Tensor:
+    """What the right half of each block of 2 * half tokens has of its left half: [..., blocks, half, half]."""
+    blocks = scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))
+    return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def bounded(log_decay: Tensor) -> Tensor:
-    """No stronger than a decay to 0, subnormal numbers included, so that sums keep digits and are finite."""
+    """No stronger than a decay to 0, subnormal numbers included, so that sums are finite."""
     numbers = torch.finfo(log_decay.dtype)
     return log_decay.clamp(min=math.log(numbers.tiny) + math.log(numbers.eps) - 1)
