@@ -106,8 +106,8 @@ WATCHDOG = (
     "Timeout(ms)=10000) ran for 10045 milliseconds before timing out.\nException raised from checkTimeout"
 )
 LINE = (
-    "\nlasp: rank 0 waited for another; layer 'blocks.1.mixer.inner', forward: the exchange of the state with rank 1 has "
-    "not come to its end; global rank 1 has ended. PyTorch's watchdog will end this process\n"
+    "\nlasp: rank 0 waited for another; layer 'blocks.1.mixer.inner', forward: the exchange of the state with rank 1 "
+    "has not come to its end; global rank 1 has ended. PyTorch's watchdog will end this process\n"
 )
 BARRIER = (
     "[FATAL] CUDASymmetricMemory::barrier: rank 0 failed to receive signal from rank 1 in channel 0 after 10000 ms"
