@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import lasp
 from lasp.ranks import group
-from lasp.ranks.presence import Presence, _Heard, _Line, _listener, _told
+from lasp.ranks.presence import Presence, _Heard, _Line, _listener, _told, presence
+from lasp.ranks.watch import Watch
 
 HEAD = """
 import os, signal, sys, time, torch, torch.nn as nn, torch.distributed as dist
@@ -248,6 +250,47 @@ def test_without_ranks_nothing_is_known_or_said():
     presence = Presence()
     presence.announce()
     assert (presence.ended(), presence.account("it"), presence._listener) == ([], "", None)
+
+
+class Queued:
+    """An event on a GPU."""
+
+    def __init__(self, done):
+        self.done, self.asked = done, 0
+
+    def query(self):
+        self.asked += 1
+        return self.done
+
+
+def _watched(*, late, ended, events):
+    found = Watch()
+    found._patience = -1.0 if late else 60.0
+    for number, event in enumerate(events):
+        found.note(event, lambda number=number: f"layer {number}")
+    with (
+        mock.patch.object(presence, "ended", return_value=ended),
+        mock.patch.object(presence, "account", return_value="global rank 1 has ended"),
+        mock.patch.object(dist, "get_rank", return_value=0),
+    ):
+        return found._line()
+
+
+def test_over_nccl_the_first_operation_that_does_not_end_is_told():
+    for late, ended in ((True, []), (False, [1])):
+        events = [Queued(True), Queued(False), Queued(False)]
+        line = _watched(late=late, ended=ended, events=events)
+        assert line.startswith(
+            "lasp: rank 0 waited for another; layer 1 has not come to its end; global rank 1 has ended"
+        )
+        assert _watched(late=late, ended=ended, events=[Queued(True)]) == ""
+
+
+def test_over_nccl_no_event_is_asked_while_nothing_is_wrong():
+    """While another thread captures a CUDA graph that would end the capture."""
+    events = [Queued(False)]
+    assert _watched(late=False, ended=[], events=events) == ""
+    assert events[0].asked == 0
 
 
 def test_what_is_told_of_many():

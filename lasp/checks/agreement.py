@@ -257,7 +257,7 @@ def _models_of(peers: Peers, parameters: set[int]) -> list[nn.Module]:
 
 
 def is_due(count: int) -> bool:
-    """Of what must not go wrong once, but can be compared only with what was compared before."""
+    """Whether weights are compared: the first time tells if they began alike, the second if they were trained alike."""
     return count < 2 or count % EVERY == 0
 
 
