@@ -74,6 +74,11 @@ class ShardLayout:
         return cls(lengths, None if offsets is None else tuple(offsets))
 
     @property
+    def packed(self) -> bool:
+        """Whether there are documents. (Asked of the tensors: a graph that looks at the offsets is for as many.)"""
+        return self.facts[1] is not None
+
+    @property
     def total(self) -> int:
         """Tokens on all ranks."""
         return sum(self.lengths)

@@ -321,6 +321,14 @@ def _alone(operator: str, batch: int, segment_length: int | None, ends: bool, ra
     return Call(operator, Shard(LocalRuns(None, range(0), False, False), None, batch), segment_length, ends, rates)
 
 
+def facts_of(
+    layout: ShardLayout | None, sequence: SequenceParallel | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A layout and the ranks as a custom op takes them: tensors on the host, which a graph does not make constants."""
+    lengths, cu_seqlens = (None, None) if layout is None else layout.facts
+    return lengths, cu_seqlens, None if sequence is None else sequence.handle
+
+
 def _form(x: Tensor | None, name: str) -> list[object] | None:
     """The shape of a tensor whose second dimension is that of tokens, if it has one, and the dtype."""
     if x is None:

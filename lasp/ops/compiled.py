@@ -6,6 +6,7 @@ constant of the graph: layers share one, and packed sequences of other lengths n
 opaque to the compiler; forward and backward are those of the operators' own files.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
@@ -17,11 +18,12 @@ from lasp.layout import ShardLayout
 from lasp.ops import attention, delta, halo, softmax
 from lasp.ops.call import Call, begin, call_of, check_initial_state
 from lasp.ranks import sequence_of_handle
-from lasp_kernels import Operands
+from lasp_kernels import Operands, convolution
 from lasp_kernels.delta import DeltaOperands
 
 MaybeTensor = Optional[Tensor]  # noqa: UP045  # schemas are read from these annotations
 MaybeInt = Optional[int]  # noqa: UP045
+MaybeFloat = Optional[float]  # noqa: UP045
 
 
 def _call(
@@ -341,3 +343,154 @@ def _gather_gradient(ctx, dx):
 
 
 gather_tokens_op.register_autograd(_gather_gradient, setup_context=_setup_gather)
+
+
+# Packed documents on one device: recomputed in backward, since an op cannot keep what autograd would
+
+
+def _shard_layout(lengths: Tensor, cu_seqlens: Tensor, sequence: MaybeTensor) -> tuple[ShardLayout, int]:
+    layout, ranks = ShardLayout.of_facts(lengths, cu_seqlens), sequence_of_handle(sequence)
+    assert layout is not None
+    return layout, 0 if ranks is None else ranks.rank
+
+
+# How a call of eager code is dispatched. Inside an op autograd would be left out.
+_AS_EAGER = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+
+
+def _gradients_of(f: Callable[..., Tensor], tensors: Sequence[MaybeTensor], dy: Tensor) -> list[Tensor]:
+    """Of f's tensors, by running it once more; an empty tensor for None."""
+    with torch._C._ForceDispatchKeyGuard(*_AS_EAGER), torch.enable_grad():  # type: ignore[attr-defined]
+        leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+        given = [x for x in leaves if x is not None]
+        found = iter(torch.autograd.grad(f(*leaves), given, dy))
+    return [dy.new_empty(0) if x is None else next(found).contiguous() for x in leaves]
+
+
+def _like_all(tensors: Sequence[MaybeTensor], dy: Tensor) -> list[Tensor]:
+    return [dy.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+
+
+def _conv(x: Tensor, weight: Tensor, bias: MaybeTensor, *facts: MaybeTensor) -> Tensor:
+    layout, rank = _shard_layout(*facts)  # type: ignore[arg-type]
+    return convolution.causal_conv(x, weight, bias, cu_seqlens=layout.local(rank).cu_seqlens)
+
+
+@torch.library.custom_op("lasp::packed_conv", mutates_args=())
+def packed_conv_op(
+    x: Tensor, weight: Tensor, bias: MaybeTensor, lengths: Tensor, cu_seqlens: Tensor, sequence: MaybeTensor
+) -> Tensor:
+    """The convolution of this rank's documents, from x with the tokens before it."""
+    return _conv(x, weight, bias, lengths, cu_seqlens, sequence).clone(memory_format=torch.contiguous_format)
+
+
+@packed_conv_op.register_fake
+def _(x, weight, bias, lengths, cu_seqlens, sequence):
+    return x.new_empty(x.shape[0], x.shape[1] - weight.shape[1] + 1, x.shape[2])
+
+
+@torch.library.custom_op("lasp::packed_conv_backward", mutates_args=())
+def packed_conv_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: MaybeTensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    sequence: MaybeTensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias."""
+
+    def again(x: Tensor, weight: Tensor, bias: MaybeTensor) -> Tensor:
+        return _conv(x, weight, bias, lengths, cu_seqlens, sequence)
+
+    dx, dw, db = _gradients_of(again, (x, weight, bias), dy)
+    return dx, dw, db
+
+
+@packed_conv_backward_op.register_fake
+def _(dy, x, weight, bias, *facts):
+    return tuple(_like_all((x, weight, bias), dy))
+
+
+def _setup_conv(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gradients(ctx, dy):
+    dx, dw, db = packed_conv_backward_op(dy, *ctx.saved_tensors)
+    return dx, dw, None if ctx.saved_tensors[2] is None else db, None, None, None
+
+
+packed_conv_op.register_autograd(_conv_gradients, setup_context=_setup_conv)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: MaybeTensor, options: tuple, *facts: MaybeTensor) -> Tensor:
+    layout, rank = _shard_layout(*facts)  # type: ignore[arg-type]
+    settings = dict(zip(("window", "scale", "softcap"), options))
+    return softmax.attend_packed(q, k, v, key_mask, layout, rank, settings)
+
+
+@torch.library.custom_op("lasp::packed_softmax", mutates_args=())
+def packed_softmax_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: MaybeTensor,
+    window: MaybeInt,
+    scale: MaybeFloat,
+    softcap: MaybeFloat,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    sequence: MaybeTensor,
+) -> Tensor:
+    """Attention of this rank's queries on the keys and values of all ranks, document by document."""
+    o = _attend(q, k, v, key_mask, (window, scale, softcap), lengths, cu_seqlens, sequence)
+    return o.clone(memory_format=torch.contiguous_format)
+
+
+@packed_softmax_op.register_fake
+def _(q, k, v, *rest):
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.custom_op("lasp::packed_softmax_backward", mutates_args=())
+def packed_softmax_backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: MaybeTensor,
+    window: MaybeInt,
+    scale: MaybeFloat,
+    softcap: MaybeFloat,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    sequence: MaybeTensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv."""
+
+    def again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q, k, v, key_mask, (window, scale, softcap), lengths, cu_seqlens, sequence)
+
+    dq, dk, dv = _gradients_of(again, (q, k, v), do)
+    return dq, dk, dv
+
+
+@packed_softmax_backward_op.register_fake
+def _(do, q, k, v, *rest):
+    return tuple(_like_all((q, k, v), do))
+
+
+def _setup_softmax(ctx, inputs, output):
+    *tensors, window, scale, softcap, lengths, cu_seqlens, sequence = inputs
+    ctx.options = (window, scale, softcap)
+    ctx.save_for_backward(*tensors, lengths, cu_seqlens, sequence)
+
+
+def _softmax_gradients(ctx, do):
+    q, k, v, key_mask, *facts = ctx.saved_tensors
+    return *packed_softmax_backward_op(do, q, k, v, key_mask, *ctx.options, *facts), *[None] * 7
+
+
+packed_softmax_op.register_autograd(_softmax_gradients, setup_context=_setup_softmax)

@@ -25,8 +25,8 @@ from lasp import exchange
 from lasp.checks.trial import operator
 from lasp.exchange import Job, Link, StateMap, Terms
 from lasp.exchange.base import Run
-from lasp.layout import Shard, ShardLayout
-from lasp.ops.call import Call, begin, call_of, wants_gradient
+from lasp.layout import ShardLayout
+from lasp.ops.call import Call, begin, call_of, facts_of, wants_gradient
 from lasp.ranks import SequenceParallel
 from lasp_kernels import convolution
 
@@ -60,7 +60,23 @@ def halo(
         TypeError, ValueError: an argument that does not fit, before any communication.
         RankMismatchError, PeerError: as `lasp.linear_attention`.
     """
-    return _bring(x, width, layout, sequence, functools.partial(check, x, width))[0]
+    check_arguments = functools.partial(check, x, width)
+    if torch.compiler.is_compiling():
+        return _in_graph(x, width, layout, sequence, check_arguments)
+    return _bring(x, width, layout, sequence, check_arguments)[0]
+
+
+def _in_graph(
+    x: Tensor,
+    width: int,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    check_arguments: Callable[[], None],
+) -> Tensor:
+    """Where torch.compile looks on. It must not see the offsets of documents: how many there are would be a constant
+    of the graph."""
+    check_arguments()
+    return torch.ops.lasp.halo(x, width, *facts_of(layout, sequence))
 
 
 def _bring(
@@ -71,12 +87,6 @@ def _bring(
     check_arguments: Callable[[], None],
 ) -> tuple[Tensor, tuple[int, ...] | None]:
     """x with the tokens before it, and the borders of packed documents among this rank's tokens."""
-    if torch.compiler.is_compiling():
-        check_arguments()
-        runs = Shard.of(x, layout, sequence, "x").runs
-        lengths, cu_seqlens = (None, None) if layout is None else layout.facts
-        handle = None if sequence is None else sequence.handle
-        return torch.ops.lasp.halo(x, width, lengths, cu_seqlens, handle), runs.cu_seqlens
     with begin(NAME, sequence) as ranks_agree:
         check_arguments()
         call = call_of(NAME, x, layout, sequence, name="x")
@@ -115,6 +125,11 @@ def causal_conv(
     """
     check_arguments = functools.partial(convolution.check_weight, x, weight, bias)
     width = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else 1  # which is an error
+    if torch.compiler.is_compiling():
+        with_before = _in_graph(x, width, layout, sequence, check_arguments)
+        if layout is not None and layout.packed:
+            return torch.ops.lasp.packed_conv(with_before, weight, bias, *facts_of(layout, sequence))
+        return convolution.causal_conv(with_before, weight, bias)
     with_before, runs = _bring(x, width, layout, sequence, check_arguments)
     return convolution.causal_conv(with_before, weight, bias, cu_seqlens=runs)
 

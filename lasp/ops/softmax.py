@@ -19,7 +19,7 @@ from torch import Tensor
 from lasp import exchange
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
-from lasp.ops.call import Call, autocast, begin, call_of, of_own_tokens, wants_gradient
+from lasp.ops.call import Call, autocast, begin, call_of, facts_of, of_own_tokens, wants_gradient
 from lasp.ranks import SequenceParallel, collectives
 from lasp_kernels import softmax as local
 
@@ -59,7 +59,8 @@ def softmax_attention(
         softcap: scores s become softcap tanh(s / softcap); None leaves them.
         key_mask: [B, T], bool, True for real tokens; given on all ranks or on none. What a padded token itself gets is
             meaningless, but finite.
-        dropout_p: the probability that a weight is left out; each rank draws its own.
+        dropout_p: the probability that a weight is left out; each rank draws its own. Under torch.compile packed
+            documents take none: their backward, in an op, computes forward once more.
 
     Returns:
         o [B, T, H*G, V] in the dtype of q.
@@ -69,13 +70,13 @@ def softmax_attention(
         RankMismatchError, PeerError: as `lasp.linear_attention`.
     """
     settings = {"window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+    if torch.compiler.is_compiling():
+        q, k, v = _checked(q, k, v, key_mask, settings)
+        return _in_graph(q, k, v, layout, sequence, key_mask, settings)
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
         q, k, v = _checked(q, k, v, key_mask, settings)
         documents = Shard.of(k, layout, sequence).runs.cu_seqlens
         return local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
-    if torch.compiler.is_compiling():
-        q, k, v = _checked(q, k, v, key_mask, settings)
-        return _in_graph(q, k, v, layout, sequence, key_mask, settings)
     with begin(NAME, sequence) as ranks_agree:
         q, k, v = _checked(q, k, v, key_mask, settings)
         call = call_of(NAME, k, layout, sequence)
@@ -99,19 +100,43 @@ def _in_graph(
     k: Tensor,
     v: Tensor,
     layout: ShardLayout | None,
-    sequence: SequenceParallel,
+    sequence: SequenceParallel | None,
     key_mask: Tensor | None,
     settings: dict,
 ) -> Tensor:
-    """Where torch.compile looks on: the ranks agree in the custom op that gathers."""
-    if layout is None:
-        raise ValueError("under torch.compile softmax_attention over several ranks needs layout=")
-    Shard.of(k, layout, sequence)
-    facts = (*layout.facts, layout.total, sequence.handle)
-    both = torch.ops.lasp.gather_tokens(torch.cat([k, v], -1), *facts)
-    if key_mask is not None:
-        key_mask = torch.ops.lasp.gather_tokens(key_mask.to(k.dtype), *facts) > 0
-    return _attend(q, both, k.shape[3], key_mask, layout, sequence, settings)
+    """Where torch.compile looks on: the ranks agree in the custom op that gathers, and packed documents are attended
+    to in another, since their number would be a constant of the graph."""
+    if isinstance(sequence, SequenceParallel) and sequence.size > 1:
+        if layout is None:
+            raise ValueError("under torch.compile softmax_attention over several ranks needs layout=")
+        facts = (*layout.facts, layout.total, sequence.handle)
+        both = torch.ops.lasp.gather_tokens(torch.cat([k, v], -1), *facts)
+        k, v = both.split([k.shape[3], v.shape[3]], 3)
+        if key_mask is not None:
+            key_mask = torch.ops.lasp.gather_tokens(key_mask.to(k.dtype), *facts) > 0
+        if not layout.packed:
+            return _attend(q, both, q.shape[3], key_mask, layout, sequence, settings)
+    if layout is None or not layout.packed:
+        Shard.of(k, layout, sequence)
+        return local.softmax_attention(q, k, v, key_mask=key_mask, **settings)
+    if settings["dropout_p"]:
+        raise ValueError(
+            f"under torch.compile softmax_attention of packed documents takes no dropout, got {settings['dropout_p']}"
+        )
+    options = settings["window"], settings["scale"], settings["softcap"]
+    return torch.ops.lasp.packed_softmax(q, k, v, key_mask, *options, *facts_of(layout, sequence))
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: ShardLayout, rank: int, settings: dict
+) -> Tensor:
+    """This rank's queries on keys and values of all ranks."""
+    start, end = layout.bounds(rank)
+    if q.shape[1] != end - start:
+        raise ValueError(f"layout gives rank {rank} {end - start} tokens, but q has {q.shape[1]}")
+    key_mask = None if key_mask is None else key_mask[:, :end]
+    k, v = k[:, :end], v[:, :end]
+    return local.softmax_attention(q, k, v, start=start, cu_seqlens=layout.cu_seqlens, key_mask=key_mask, **settings)
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, settings: dict) -> tuple[Tensor, Tensor, Tensor]:
