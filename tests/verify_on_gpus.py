@@ -47,7 +47,7 @@ check(wrap_fsdp2(sharded, mesh, blocks=sharded.blocks), "in FSDP2")
 
 wrong = model_of(TNL)
 wrong.blocks[1].attention.register_forward_pre_hook(lambda _, given: (given[0].roll(1, 1), *given[1:]))
-found = lasp.verify(wrong, mesh)
+found = lasp.verify(wrong, mesh, strict=False)  # else parallelize refuses it
 assert not found.ok, found
 torch.distributed.barrier()
 print("passed", flush=True)
