@@ -245,6 +245,15 @@ def test_an_option_that_is_wrong_on_one_rank(argument, value):
     run_ranks(2, _one_rank_alone, argument, value)
 
 
+@pytest.mark.parametrize(
+    "function", [lasp.linear_attention, lasp.softmax_attention, lambda q, k, v: lasp.delta_rule(q, k, v, k[..., 0])]
+)
+def test_tensors_that_hold_no_numbers(function):
+    x = torch.zeros(B, T, H, K, device="meta")
+    with pytest.raises(ValueError, match="q, k and v must be on a device that holds numbers, got q on meta"):
+        function(x, x, x)
+
+
 def _no_rows(schedule):
     """A batch of no rows: nothing to compute, but all take part."""
     sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)

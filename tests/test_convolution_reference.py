@@ -140,7 +140,7 @@ X, WEIGHT, BIAS = torch.zeros(2, 9, 5), torch.zeros(5, 4), torch.zeros(5)
 @pytest.mark.parametrize(
     ("x", "error", "text"),
     [
-        ((None, WEIGHT), TypeError, "x must be a floating-point tensor, got <class 'NoneType'>"),
+        ((None, WEIGHT), TypeError, "x must be a floating-point tensor, got None"),
         ((X.int(), WEIGHT), TypeError, "x must be a floating-point tensor, got torch.int32"),
         ((X[0], WEIGHT), ValueError, r"x must have shape .* got \(9, 5\)"),
         ((X, WEIGHT[0]), ValueError, r"weight must have shape \[C, W\], got \(4,\)"),
