@@ -80,7 +80,7 @@ NCCL = {
     "TORCH_NCCL_ENABLE_MONITORING": "1",
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "10",
     "TORCH_NCCL_LOG_CPP_STACK_ON_UNCLEAN_SHUTDOWN": "0",
-    # The heads of the small model are narrower than the Triton kernels take, and nothing has to be compiled.
+    # So nothing has to be compiled.
     "LASP_KERNELS": "reference",
 }
 
