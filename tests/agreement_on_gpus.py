@@ -73,8 +73,8 @@ def main():
     else:
         assert way == "correct", f"rank {env.rank}: nothing was noticed of {way}"
         kinds = [kind for peers in all_peers() for kind in peers.agreed]
-        # Of states forward and backward, each for two sizes of batches, and of gradients.
-        assert len(kinds) == (5 if env.device.type == "cuda" else 0), kinds
+        # Of states with and without decay, forward and backward, for two sizes of batches; and of gradients.
+        assert len(kinds) == (9 if env.device.type == "cuda" else 0), kinds
     print(f"rank {env.rank}: passed", flush=True)
     os._exit(0)  # what is in flight over NCCL would keep this process
 

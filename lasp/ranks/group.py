@@ -177,7 +177,7 @@ def making_groups(what: str) -> Iterator[None]:
     if process.timeout is not None:
         c10d._get_default_timeout = lambda backend: process.timeout
     try:
-        with waiting(what):
+        with waiting(lambda: what):
             yield
     finally:
         c10d._get_default_timeout = usual

@@ -216,7 +216,12 @@ class Presence:
             thread.start()
             thread.join(seconds + 0.1)
             self._mute = thread.is_alive()
-        return _told(others, self.ended(), heard)
+        told = _told(others, self.ended(), heard)
+        if self._mute and not told:
+            by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            holder = "torchrun's agent" if by_agent else "global rank 0"
+            return f"the key-value store does not answer: {holder}, which holds it, may hang"
+        return told
 
     def _ask(self, report: str, heard: _Heard, until: float) -> None:
         others, own = self._others, dist.get_rank()

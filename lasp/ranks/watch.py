@@ -31,14 +31,15 @@ class Watch:
 
     def __init__(self) -> None:
         self.on = False
+        self._thread: threading.Thread | None = None
         self._noted: deque[Noted] = deque(maxlen=_KEPT)
 
     def start(self, timeout: timedelta) -> None:
-        """From now on; once in the life of a process."""
-        self._patience = _PART * timeout.total_seconds()
-        if not self.on:
-            self.on = True
-            threading.Thread(target=self._run, daemon=True, name="lasp watch").start()
+        """From now on, until the process groups are destroyed."""
+        self._patience, self.on = _PART * timeout.total_seconds(), True
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, daemon=True, name="lasp watch")
+            self._thread.start()
 
     def note(self, event: torch.Event, what: Callable[[], str]) -> None:
         """`what` must hold no tensor: it is kept for some steps."""

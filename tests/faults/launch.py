@@ -13,11 +13,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch.distributed as dist
-from faults.program import COMPARED, Fault, Run, run_rank
+from faults.program import COMPARED, START, Fault, Run, run_rank
 from processes import free_port
 
-START = 60.0  # seconds that ranks may need until the fault happens, or until they end if there is none
-MISMATCH = 2.0  # seconds after which ranks that differ must know it
+MISMATCH = 5.0  # seconds after which ranks that differ must know it
 # Seconds that a rank may need beside what it waits for: several runs share the cores, and GPUs, and what the watchdog
 # aborts ends only when its GPU is given back.
 MARGIN = {"gloo": 3.0, "nccl": 8.0}
@@ -86,7 +85,9 @@ def limit(fault: Fault, run: Run) -> float:
 
     A rank that is silent is noticed after the timeout by those that wait for it, and these by others, since they end.
     """
-    return (MISMATCH if fault.kind in COMPARED and run.dp == 1 else run.timeout) + MARGIN[run.backend]
+    if fault.kind in COMPARED and run.dp == 1:
+        return MISMATCH
+    return run.timeout + MARGIN[run.backend]
 
 
 def _watch(running: dict[int, int], run: Run, fault: Fault) -> dict[int, float]:

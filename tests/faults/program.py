@@ -31,6 +31,7 @@ import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 
 LAYERS, STEPS, TOKENS = 3, 4, 11
+START = 60.0  # seconds that ranks may need until the fault happens, or until they end if there is none
 SCHEMES = ("sync", "ddp", "fsdp2")  # how gradients are averaged
 COMPARED_EVERY = 2  # calls of a layer, instead of `lasp.checks.agreement.EVERY`
 
@@ -120,6 +121,7 @@ def _environment(rank: int, run: Run, fault: Fault) -> dict[str, str]:
 
 def train(run: Run, fault: Fault, journal: Journal) -> None:
     """Write the loss of every step that ends."""
+    lasp.init(run.backend, timeout=START)  # on a busy machine ranks may come seconds apart
     env = lasp.init(run.backend, timeout=run.timeout)
     lasp.checks.agreement.EVERY = COMPARED_EVERY
     mesh = lasp.init_mesh(sp=-1, dp_shard=run.dp)
