@@ -226,6 +226,34 @@ def test_weak_decays_behind_strong_ones(T):
     assert_digits(actual, {"o": o, "final_state": final_state, **expected}, 1e-6)
 
 
+def weak_behind_the_strongest():
+    """The largest sums that a tile may have before weak decays."""
+    x = random_inputs("token", 64, B=1, H=8, K=16, V=16, strength=0.3)
+    x.log_decay[:, :56] = LOWEST
+    return x
+
+
+@pytest.mark.parametrize("make", [lambda: every_strength("token", 64), weak_behind_the_strongest])
+def test_weak_decays_behind_strong_ones_in_bf16(make):
+    """Their sums are rounded to fp32 once, which is less than bf16 loses. The interpreter computes in fp32, and rounds
+    o, dq, dk and dv alone."""
+    x = on_device(make(), torch.bfloat16)
+    exact = replace(x, **{name: t.double().cpu() for name, t in vars(x).items()})
+    o, final_state, expected = oracle(exact)
+    actual_o, actual_state, found = all_steps(x, 1.0)
+    actual = {"o": actual_o, "final_state": actual_state, **found}
+    bounds = {"log_decay": 7e-4, "final_state": 2e-6, "initial_state": 2e-6}
+    for name, wanted in {"o": o, "final_state": final_state, **expected}.items():
+        assert_digits({name: actual[name]}, {name: wanted}, 2e-2 if CUDA else bounds.get(name, 2**-7))
+
+
+@pytest.mark.parametrize(("dtype", "numbers"), [(torch.bfloat16, 2), (torch.float16, 3), (torch.float32, 3)])
+def test_numbers_that_tiles_sum_up_to(dtype, numbers):
+    """Of a token: two sums, one of them in two numbers where the inputs have digits to lose."""
+    x = on_device(random_inputs("token", 70, B=2, H=3, K=16, V=16), dtype)
+    assert steps_of(x).plan.tile_sums_shape == (numbers, 2, 3, 70)
+
+
 @pytest.mark.parametrize("rate", [1e-3, 0.1, 3.0])
 def test_gradient_of_a_fixed_decay(rate):
     """At most ten times the error of a loop in fp32."""

@@ -43,7 +43,6 @@ from lasp_kernels.state import (
     TOKEN_DECAY,
     VARYING,
     bounded,
-    causal_decays,
     head_causal_decays,
     head_decays,
     load_columns,
@@ -60,7 +59,8 @@ def backward_walk_kernel(
     x_b, x_t, x_h, x2_b, x2_t, x2_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
-    SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SPLIT_SUMS: tl.constexpr, TMA: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, T, H, DZ], contiguous. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; without slots it is zeros.
     G is [H], or per token what `tile_decay_kernel` makes.
@@ -116,8 +116,8 @@ def backward_walk_kernel(
             length = tl.minimum(n - at, C)
             leave, tile_decay = tl.exp(g * tl.maximum(length - 1 - c, 0).to(tl.float32)), tl.exp(g * length)
         if DECAY == TOKEN_DECAY:
-            whole, rest, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(at + C, n) - 1)
-            causal = causal_decays(whole, rest, C, True)
+            tile_last = tl.minimum(at + C, n) - 1
+            causal, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tile_last, C, True, SPLIT_SUMS)
         if DECAY != NO_DECAY:
             out = out * leave[:, None]
             ds = ds * tile_decay

@@ -27,7 +27,6 @@ from lasp_kernels.state import (
     TOKEN_DECAY,
     VARYING,
     bounded,
-    causal_decays,
     head_causal_decays,
     head_decays,
     load_columns,
@@ -44,7 +43,8 @@ def forward_walk_kernel(
     x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h, out_b, out_t, out_h, w_b, w_t, w_h, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    SUM_ROWS: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SPLIT_SUMS: tl.constexpr, TMA: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, T, H*GROUP, DZ]. TRANSPOSED: STATE holds [DZ, DY], else [DY, DZ]; without slots it is zeros.
     G is [H], or per token what `tile_decay_kernel` makes.
@@ -93,8 +93,8 @@ def forward_walk_kernel(
         p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
         if DECAY == TOKEN_DECAY:
-            whole, rest, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tl.minimum(i + C, n) - 1)
-            causal = causal_decays(whole, rest, C, False)
+            tile_last = tl.minimum(i + C, n) - 1
+            causal, enter, leave, tile_decay = tile_decays(g_base, B, H, T, rows, tile_last, C, False, SPLIT_SUMS)
         if DECAY == NO_DECAY:
             p = tl.where(past, p, 0.0)
         else:

@@ -76,6 +76,7 @@ class Sizes(NamedTuple):
     ends: bool = True
     piece_length: int | None = None
     for_keys: bool = False  # for the gradients of k and v alone
+    split_sums: bool = False  # sums of decays per token in two numbers each, see `state.tile_decays`
 
     @property
     def keeps_rows(self) -> bool:
@@ -150,6 +151,12 @@ class Plan:
     def walk_tile(self) -> int:
         """Tokens of a tile, the same in all walks."""
         return config_of("walk", 0, self.sizes.itemsize).tile
+
+    @property
+    def tile_sums_shape(self) -> tuple[int, int, int, int]:
+        """Of the sums of decays per token within tiles, as `tile_decay_kernel` makes them."""
+        sizes = self.sizes
+        return 3 if sizes.split_sums else 2, sizes.batch, sizes.heads, sizes.tokens
 
     def state_blocks(self) -> Blocks:
         """Of the kernel that makes the states of pieces."""

@@ -163,7 +163,7 @@ class Shared:
         return Launch(
             forward_walk_kernel, self.device, (programs, 1), numbers, blocks=blocks, DY=contracted, DZ=width,
             BY=power_of_two(contracted), BZ=columns, C=config.tile, GROUP=sizes.groups, TRANSPOSED=transposed,
-            SUM_ROWS=w is not None, TMA=moves, **self.flags(config),
+            SUM_ROWS=w is not None, SPLIT_SUMS=sizes.split_sums, TMA=moves, **self.flags(config),
         )  # fmt: skip
 
     def backward_launch(self, transposed: bool, scale: float, layouts: WalkLayouts) -> Launch:
@@ -181,7 +181,7 @@ class Shared:
         return Launch(
             backward_walk_kernel, self.device, (programs, 1), numbers, blocks=blocks, DY=contracted, DZ=width,
             BY=power_of_two(contracted), BZ=columns, C=config.tile, GROUP=sizes.groups, TRANSPOSED=transposed,
-            PAIRED=sizes.paired, SUM_ROWS=w is not None, TMA=moves, **self.flags(config),
+            PAIRED=sizes.paired, SUM_ROWS=w is not None, SPLIT_SUMS=sizes.split_sums, TMA=moves, **self.flags(config),
         )  # fmt: skip
 
     def tile_decays_launch(self, log_decay: Layout) -> Launch:
@@ -192,7 +192,7 @@ class Shared:
         return Launch(
             tile_decay_kernel, self.device, (programs, 1),
             (sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, sizes.heads, *log_decay[0]),
-            C=plan.walk_tile, HEADS=heads, PACKED=self.packed, num_warps=4,
+            C=plan.walk_tile, HEADS=heads, PACKED=self.packed, SPLIT_SUMS=sizes.split_sums, num_warps=4,
         )  # fmt: skip
 
     def token_decay_launch(self, query_blocks: int, key_blocks: int, log_decay: Layout) -> Launch:

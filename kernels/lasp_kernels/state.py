@@ -92,25 +92,8 @@ def token_decays(G, rows, valid, n, stride, C: tl.constexpr):
 
 
 @triton.jit
-def causal_decays(whole, rest, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """[query, key] (TRANSPOSED: [key, query]): 2^(G_query - G_key), and 0 for later keys.
-
-    Each G is the sum of a whole number and a rest of at most 1/2, so that the difference has all the digits of what
-    decays between two tokens, however strongly those before them do: that of whole numbers is exact.
-    """
-    c = tl.arange(0, C)
-    difference = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
-    past = c[:, None] >= c[None, :]
-    if TRANSPOSED:
-        difference = (whole[None, :] - whole[:, None]) + (rest[None, :] - rest[:, None])
-        past = c[:, None] <= c[None, :]
-    # Above the diagonal the difference is positive: left out before the power, so that no decay > 1 is ever formed.
-    return tl.exp2(tl.where(past, difference, -float("inf")))
-
-
-@triton.jit
 def head_causal_decays(g, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The same of a decay g a token, by the distance of two tokens."""
+    """[query, key] (TRANSPOSED: [key, query]): of the decay g a token what is between two tokens, 0 for later keys."""
     c = tl.arange(0, C)
     distance = c[None, :] - c[:, None] if TRANSPOSED else c[:, None] - c[None, :]
     return tl.exp(tl.where(distance >= 0, g * distance.to(tl.float32), -float("inf")))
@@ -119,10 +102,10 @@ def head_causal_decays(g, C: tl.constexpr, TRANSPOSED: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def tile_decay_kernel(
     G, OUT, TABLE, B, T, segment_length, tiles, H, g_b, g_t, g_h,
-    C: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr, SPLIT_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """OUT [3, B, H, T]: log-decays from the start of each token's tile, the token's included, as a whole number and a
-    rest (see `causal_decays`), and behind it to the tile's end.
+    """OUT [2, B, H, T]: log-decays from the start of each token's tile, the token's included, and behind it to the end.
+    SPLIT_SUMS, [3, B, H, T]: the former as a whole number, and last what is left of them, at most 1/2.
 
     For the walks, whose programs of a tile would each sum them up; in units of log 2. A tile has C tokens, the last one
     of a segment perhaps fewer. One program per HEADS heads and each of the `tiles` that a segment may have.
@@ -142,23 +125,48 @@ def tile_decay_kernel(
     # In fp64, which costs little here: memory is what this kernel waits for.
     g = bounded(tl.load(g_at, mask=mask, other=0.0)).to(tl.float64) * LOG2E
     summed = tl.cumsum(g, 0)
-    whole = tl.floor(summed + 0.5)
     # What comes after a token is summed from there: a difference of sums would lose digits to strong decays.
     g_behind = bounded(tl.load(g_at + g_t, mask=behind, other=0.0)) * LOG2E
     at = OUT + (b * H + h[None, :]) * T + token[:, None]
     one = B.to(tl.int64) * H * T
-    tl.store(at, whole.to(tl.float32), mask=mask)
-    tl.store(at + one, (summed - whole).to(tl.float32), mask=mask)
-    tl.store(at + 2 * one, tl.cumsum(g_behind, 0, reverse=True), mask=mask)
+    if SPLIT_SUMS:
+        whole = tl.floor(summed + 0.5)
+        tl.store(at + 2 * one, (summed - whole).to(tl.float32), mask=mask)
+        summed = whole
+    tl.store(at, summed.to(tl.float32), mask=mask)
+    tl.store(at + one, tl.cumsum(g_behind, 0, reverse=True), mask=mask)
 
 
 @triton.jit
-def tile_decays(DECAYS, B, H, T, rows, last):
-    """Of the tile with these rows: what `causal_decays` takes [C], and as `head_decays`. `last` is its last row."""
+def differences(sums, TRANSPOSED: tl.constexpr):
+    """[query, key] (TRANSPOSED: [key, query]): sums_query - sums_key."""
+    if TRANSPOSED:
+        return sums[None, :] - sums[:, None]
+    return sums[:, None] - sums[None, :]
+
+
+@triton.jit
+def tile_decays(
+    DECAYS, B, H, T, rows, last, C: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT_SUMS: tl.constexpr
+):  # fmt: skip
+    """Of the tile with these rows: as `head_causal_decays`, and as `head_decays`. `last` is its last row.
+
+    With SPLIT_SUMS the difference of two sums has all the digits of what decays between the tokens, however strongly
+    those before them do: that of whole numbers is exact. Without, the rounding of both sums is in it, behind the
+    strongest decays up to 7e-4 of what it should be: enough for bf16, and one subtraction a pair, not three operations.
+    """
+    c = tl.arange(0, C)
     one = B.to(tl.int64) * H * T
-    whole, rest = tl.load(DECAYS + rows), tl.load(DECAYS + one + rows)
-    leave, total = tl.load(DECAYS + 2 * one + rows), tl.load(DECAYS + last) + tl.load(DECAYS + one + last)
-    return whole, rest, tl.exp2(whole + rest), tl.exp2(leave), tl.exp2(total)
+    sums, leave, total = tl.load(DECAYS + rows), tl.load(DECAYS + one + rows), tl.load(DECAYS + last)
+    difference = differences(sums, TRANSPOSED)
+    if SPLIT_SUMS:
+        rest = tl.load(DECAYS + 2 * one + rows)
+        difference += differences(rest, TRANSPOSED)
+        sums, total = sums + rest, total + tl.load(DECAYS + 2 * one + last)
+    past = c[:, None] <= c[None, :] if TRANSPOSED else c[:, None] >= c[None, :]
+    # Above the diagonal the difference is positive: left out before the power, so that no decay > 1 is ever formed.
+    causal = tl.exp2(tl.where(past, difference, -float("inf")))
+    return causal, tl.exp2(sums), tl.exp2(leave), tl.exp2(total)
 
 
 @triton.jit

@@ -83,6 +83,7 @@ class TritonSteps:
             segment_length,
             decay_gradient,
             ends,
+            split_sums=k.dtype != torch.bfloat16,  # whose numbers have fewer digits than the sums lose
         )
         tf32 = k.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         return cls(shared_by(Key(sizes, k.dtype, None if log_decay is None else log_decay.dtype, k.device, tf32)))
@@ -278,7 +279,7 @@ class TritonSteps:
         walk(x, x2, y, z, w, decays, d_states, *out, sums, shared.table)
 
     def _walk_decays(self, log_decay: Tensor | None, *, keep: bool) -> tuple[Tensor | None, Layout | None]:
-        """What a walk reads of the decays, and how those given lie: per token summed up in tiles, [3, B, H, T] fp32.
+        """What a walk reads of the decays, and how those given lie: per token summed up in tiles, fp32.
 
         `keep`: for the walks of this backward that follow.
         """
@@ -292,8 +293,8 @@ class TritonSteps:
         return decays, None
 
     def _sum_tiles(self, log_decay: Tensor) -> Tensor:
-        shared, sizes = self._shared, self.plan.sizes
-        decays = torch.empty((3, sizes.batch, sizes.heads, sizes.tokens), dtype=self.dtype, device=shared.device)
+        shared = self._shared
+        decays = torch.empty(self.plan.tile_sums_shape, dtype=self.dtype, device=shared.device)
         key = ("tile decays", layout(log_decay))
         launch = shared.launches.get(key) or shared.keep(key, shared.tile_decays_launch(key[1]))
         launch(log_decay, decays, shared.table)
