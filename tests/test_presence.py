@@ -265,7 +265,7 @@ class Queued:
 
 def _watched(*, late, ended, events):
     found = Watch()
-    found._patience = -1.0 if late else 60.0
+    found._timeout = -1.0 if late else 60.0
     for number, event in enumerate(events):
         found.note(event, lambda number=number: f"layer {number}")
     with (
@@ -284,6 +284,20 @@ def test_over_nccl_the_first_operation_that_does_not_end_is_told():
             "lasp: rank 0 waited for another; layer 1 has not come to its end; global rank 1 has ended"
         )
         assert _watched(late=late, ended=ended, events=[Queued(True)]) == ""
+
+
+def test_over_nccl_the_end_of_a_rank_is_told_once_though_nothing_is_noted():
+    """A checkpoint may wait for it. Where all is well others end soon after, and nothing is said."""
+    found = Watch()
+    with (
+        mock.patch.object(presence, "ended", return_value=[1]),
+        mock.patch.object(presence, "account", return_value="global rank 1 has ended"),
+        mock.patch.object(dist, "get_rank", return_value=0),
+    ):
+        assert found._line() == ""
+        found._timeout = 0.0
+        assert found._line().startswith("lasp: rank 0 may wait for another; global rank 1 has ended. If so")
+        assert found._line() == ""
 
 
 def test_over_nccl_no_event_is_asked_while_nothing_is_wrong():

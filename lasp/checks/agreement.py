@@ -37,6 +37,7 @@ from lasp.checks.checksum import checksums, whole_parameters
 from lasp.checks.optimizers import before_step
 from lasp.ranks import PeerError, Peers, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
 from lasp.ranks.presence import presence
+from lasp.ranks.watch import watch
 
 EVERY = 1000  # calls of a layer from one comparison to the next; also steps, and batches
 _ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank; a fifth of the timeout, if less
@@ -221,6 +222,8 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     """
     if capturing():
         return
+    if watch.on:  # the averaging of gradients, which may be another's than lasp's
+        watch.note_current("what came before the step of the optimizer (as the averaging of gradients)")
     parameters = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
     rounds, records, listings = [], [], []
     unused = use.without_operator()
@@ -242,6 +245,8 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     with ThreadPoolExecutor(len(rounds)) as pool:  # ranks may know their groups in different orders
         verdicts = list(pool.map(_ask, rounds, records, listings))
     for verdict in verdicts:
+        if verdict["found"] == "mismatch":
+            verdict["text"] = f"before the step of the optimizer: {verdict['text']}"
         _raise(verdict)
     if unused:  # on all ranks
         raise RuntimeError("; ".join(unused.values()))
