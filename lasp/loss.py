@@ -48,7 +48,7 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     numbers = torch.stack([x.detach().double() for x in (local, counted.sum(), outside.sum())])
     if ranks > 1:
         in_graph = torch.compiler.is_compiling()  # where a clock would end the graph
-        with nullcontext() if in_graph else waiting(f"token_loss: the sum of the losses of {ranks} ranks"):
+        with nullcontext() if in_graph else waiting("token_loss, forward: the sum over all ranks"):
             dist.all_reduce(numbers, group=group)
     total, tokens, wrong = numbers.unbind()
     if logits.device.type == "cpu" and not torch.compiler.is_compiling() and wrong:
@@ -78,7 +78,7 @@ def _refuse(outside: Tensor, vocabulary: int, ignore_index: int, group: ProcessG
     if len(outside):
         found[mine] = torch.stack([outside.new_tensor(len(outside)), outside[0]])
     if ranks > 1:
-        with waiting("token_loss: which rank has a label outside the vocabulary"):
+        with waiting("token_loss, forward: which rank has a label outside the vocabulary"):
             dist.all_reduce(found, group=group)
     listed = []
     for rank, (count, first) in enumerate(found.tolist()):
