@@ -50,7 +50,7 @@ def _batches(name):
         "labels": rf"rank {odd} has batch labels",
         "borders": rf"""rank {odd} has batch cu_seqlens \[3\] torch.int64 checksum""",
         "option": rf"rank {odd} has pad false, the others true",
-        "failure": rf"rank {odd} failed before its exchange: ValueError: ",
+        "failure": rf"rank {odd} failed before its exchange: TypeError: ",
     }[name]
     if name == "labels":
         mine["labels"] = _ids(int(rank == odd))
