@@ -686,9 +686,9 @@ def test_the_nearest_adapter_decides():
     [
         (
             {"adapter": "linear"},
-            "adapter must be an adapter, a function of a module and a SequenceParallel, got 'linear'",
+            "adapter must be a function, got 'linear'",
         ),
-        ({"adapter": None}, "adapter must be an adapter, .*, got None"),
+        ({"adapter": None}, "adapter must be a function, got None"),
         ({"covers": "conv"}, "covers must be True or names of modules, e.g. .*, got 'conv'"),
         ({"covers": 3}, "covers must be True or names of modules, .*, got 3"),
         ({"covers": [nn.Conv1d]}, "covers must be True or names of modules, .*Conv1d"),

@@ -106,7 +106,7 @@ def _checked(covers: bool | Iterable[str]) -> Covers:
         return covers
     names = None if isinstance(covers, str) or not isinstance(covers, Iterable) else tuple(covers)
     if names is None or not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"covers must be True or names of modules, e.g. ('conv1d',), got {covers!r}")
+        raise TypeError(f"covers must be True or names of modules, e.g. ('conv1d',), got {arguments.shown(covers)}")
     return names
 
 

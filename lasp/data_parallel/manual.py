@@ -33,6 +33,7 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
         PeerError: a rank did not come within the timeout of the group.
     """
     arguments.module("model", model)
+    arguments.choice("validate", validate, ("first", "off"))
     group, ranks = grad_group(mesh)
     if ranks == 1:
         return

@@ -60,6 +60,7 @@ class Peers:
         self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
         self.batches = 0  # that were cut for these ranks
+        self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
         self.agreed: set[Any] = set()  # kinds of messages
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
         # How: rounds of comparison in the group's key-value store
