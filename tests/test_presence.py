@@ -303,11 +303,10 @@ def test_over_nccl_the_end_of_a_rank_is_told_once_though_nothing_is_noted():
 
 def test_over_nccl_the_thread_has_the_timeout_of_init_and_ends_in_silence_with_the_groups():
     found, lines = Watch(), []
-    alive = iter([True, False])
     with (
         mock.patch.object(presence, "ended", return_value=[]),
         mock.patch.object(dist, "get_rank", side_effect=[3, ValueError("destroyed")]),
-        mock.patch.object(dist, "is_initialized", lambda: next(alive)),
+        mock.patch.object(dist, "is_initialized", side_effect=[True, False]),
         mock.patch("threading.excepthook", lines.append),
     ):
         found.start(timedelta(seconds=20))
