@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import re
 import warnings
 
@@ -762,6 +763,9 @@ def _positions_are_needed():
     twin = copy.deepcopy(model)
     with pytest.raises(ValueError, match="position_ids is needed"):
         twin(local["input_ids"])
+    with pytest.warns(UserWarning, match="not split over ranks when it is loaded"):
+        loaded = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(loaded(ids), serial(ids))
     return rank
 
 

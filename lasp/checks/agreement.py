@@ -15,7 +15,6 @@ nobody would ever wait. With it they compare how often they have stepped, and no
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import weakref
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
 from torch.optim import Optimizer
 
+from lasp import arguments
 from lasp.checks import use
 from lasp.checks.checksum import checksums, whole_parameters
 from lasp.checks.optimizers import before_step
@@ -183,10 +183,9 @@ def of_batch(sequence: SequenceParallel, *, validate: str) -> Agreement:
 
     A thread of its own may do that. In a process that was forked for it there are no ranks to ask.
     """
-    if validate not in ("first", "off"):
-        raise ValueError(f'validate must be "first" or "off", got {validate!r}')
+    arguments.choice("validate", validate, ("first", "off"))
     peers = sequence.peers
-    if validate == "off" or sequence.validate == "off" or sequence.size == 1 or os.getpid() != peers.process:
+    if validate == "off" or sequence.validate == "off" or sequence.size == 1 or presence.forked:
         return Agreement(None, due=False)
 
     def count() -> None:

@@ -42,7 +42,6 @@ class Peers:
         self.size = dist.get_world_size(group)
         self.fake = dist.get_backend(group) == "fake"  # nobody else is there
         self._gloo = dist.get_backend(group) == "gloo"
-        self.process = os.getpid()  # a worker that was forked from it inherits this object, but no ranks
         self.reset()
 
     def reset(self) -> None:
