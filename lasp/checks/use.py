@@ -49,6 +49,9 @@ class _Watch:
     def __deepcopy__(self, memo: Any) -> _Watch:
         return self  # a copy of the layer is split over the same ranks
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_a_pickle, ()  # the layer of a pickle is split over none
+
     @property
     def called(self) -> bool:
         """An adapter may have given the layer, or those below, ranks of its own making."""
@@ -56,3 +59,11 @@ class _Watch:
         of_modules = [] if module is None else [getattr(m, "sequence", None) for m in module.modules()]
         ranks = [self.sequence, *(x for x in of_modules if isinstance(x, SequenceParallel))]
         return module is None or any(t.calls for x in ranks for t in x.by_operator.values())
+
+
+def _of_a_pickle() -> Any:
+    return _note_nothing
+
+
+def _note_nothing(module: nn.Module, args: Any, output: Any) -> None:
+    """In place of a `_Watch`, which belongs to the ranks of the run that has pickled its layer."""
