@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -265,7 +266,7 @@ class Queued:
 
 def _watched(*, late, ended, events):
     found = Watch()
-    found._patience = -1.0 if late else 60.0
+    found._timeout = -1.0 if late else 60.0
     for number, event in enumerate(events):
         found.note(event, lambda number=number: f"layer {number}")
     with (
@@ -284,6 +285,33 @@ def test_over_nccl_the_first_operation_that_does_not_end_is_told():
             "lasp: rank 0 waited for another; layer 1 has not come to its end; global rank 1 has ended"
         )
         assert _watched(late=late, ended=ended, events=[Queued(True)]) == ""
+
+
+def test_over_nccl_the_end_of_a_rank_is_told_once_though_nothing_is_noted():
+    """A checkpoint may wait for it. Where all is well others end soon after, and nothing is said."""
+    found = Watch()
+    with (
+        mock.patch.object(presence, "ended", return_value=[1]),
+        mock.patch.object(presence, "account", return_value="global rank 1 has ended"),
+        mock.patch.object(dist, "get_rank", return_value=0),
+    ):
+        assert found._line() == ""
+        found._timeout = 0.0
+        assert found._line().startswith("lasp: rank 0 may wait for another; global rank 1 has ended. If so")
+        assert found._line() == ""
+
+
+def test_over_nccl_the_thread_has_the_timeout_of_init_and_ends_in_silence_with_the_groups():
+    found, lines = Watch(), []
+    with (
+        mock.patch.object(presence, "ended", return_value=[]),
+        mock.patch.object(dist, "get_rank", side_effect=[3, ValueError("destroyed")]),
+        mock.patch.object(dist, "is_initialized", side_effect=[True, False]),
+        mock.patch("threading.excepthook", lines.append),
+    ):
+        found.start(timedelta(seconds=20))
+        found._thread.join(5)
+    assert (found._timeout, found._rank, found._thread.is_alive(), lines) == (20.0, 3, False, [])
 
 
 def test_over_nccl_no_event_is_asked_while_nothing_is_wrong():

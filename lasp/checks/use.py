@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class _Watch:
     def __deepcopy__(self, memo: Any) -> _Watch:
         return self  # a copy of the layer is split over the same ranks
 
+    def __reduce__(self):
+        """Pickled with the layer, it does nothing: like `sequence`, it belongs to the ranks of this run."""
+        return of_a_pickle, ()
+
     @property
     def called(self) -> bool:
         """An adapter may have given the layer, or those below, ranks of its own making."""
@@ -56,3 +61,12 @@ class _Watch:
         of_modules = [] if module is None else [getattr(m, "sequence", None) for m in module.modules()]
         ranks = [self.sequence, *(x for x in of_modules if isinstance(x, SequenceParallel))]
         return module is None or any(t.calls for x in ranks for t in x.by_operator.values())
+
+
+def of_a_pickle() -> Callable[..., None]:
+    """In place of a hook that concerns the ranks of a run, in a model that is loaded from a pickle."""
+    return _nothing
+
+
+def _nothing(*_: object) -> None:
+    pass
