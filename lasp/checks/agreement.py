@@ -41,7 +41,8 @@ from lasp.ranks.watch import watch
 
 EVERY = 1000  # calls of a layer from one comparison to the next; also steps, and batches
 _ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank; a fifth of the timeout, if less
-_SLICE = timedelta(seconds=0.5)  # of a wait, after which a rank looks whether the one that it waits for still lives
+_SLICE = 0.5  # seconds of a wait, after which a rank looks whether the one that it waits for still lives
+_LOOK = 0.1  # seconds from one look to the next after that
 _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
 
 Listing = Mapping[str, str]
@@ -311,6 +312,7 @@ class _Round:
         self.number = self.peers.rounds[kind]
         self.peers.rounds[kind] += 1
         self.life = self.peers.life
+        self.waited = False  # in vain, for the slice of a wait
 
     def compare(self, record: dict[str, Any]) -> dict[str, str]:
         """The verdict on all ranks' records."""
@@ -396,8 +398,9 @@ class _Round:
                 return verdict
             if presence.ended([first]):
                 break
-            if verdict is not None:  # of another life
-                time.sleep(limit.total_seconds())
+            if verdict is not None:  # of another life, or that a rank is absent
+                left = self.timeout.total_seconds() - (time.monotonic() - started)
+                time.sleep(max(0.0, min(left, limit.total_seconds())))
         return None
 
     def _tell(self, record: dict[str, Any]) -> None:
@@ -405,21 +408,31 @@ class _Round:
 
     def _wait(self, keys: dict[int, str], limit: timedelta | None = None) -> bool:
         """Whether the keys of all these ranks came within the limit; not waited for once one of them has ended."""
-        until = time.monotonic() + (self.timeout if limit is None else limit).total_seconds()
+        wanted, until = list(keys.values()), time.monotonic() + (limit or self.timeout).total_seconds()
         ranks = {dist.get_global_rank(self.peers.group, rank): key for rank, key in keys.items()}
         presence.announce()
         if self.number == 0:
             presence.learn(ranks)
-        while (left := timedelta(seconds=until - time.monotonic())) > timedelta(0):
-            try:
-                self.store.wait(list(keys.values()), min(left, _SLICE))
-            except dist.DistStoreError:
-                presence.learn(ranks)  # those that had not announced themselves
-                if not all(self.store.check([ranks[rank]]) for rank in presence.ended(ranks)):
-                    break
-            else:
+        while (left := until - time.monotonic()) > 0:
+            if self._come(wanted, left):
                 return True
-        return self.store.check(list(keys.values()))
+            presence.learn(ranks)  # those that had not announced themselves
+            if not all(self.store.check([ranks[rank]]) for rank in presence.ended(ranks)):
+                break
+        return self.store.check(wanted)
+
+    def _come(self, keys: list[str], seconds: float) -> bool:
+        """Whether they come soon. PyTorch prints a warning for each wait in vain: after one the store is asked."""
+        if self.waited:
+            time.sleep(min(seconds, _LOOK))
+            return self.store.check(keys)
+        try:
+            self.store.wait(keys, timedelta(seconds=max(0.001, min(seconds, _SLICE))))  # 0 ms is without end
+        except RuntimeError as error:  # of a FileStore it has no other class
+            if isinstance(error, dist.DistError) and not isinstance(error, dist.DistStoreError):
+                raise
+            self.waited = True
+        return not self.waited
 
     def _absent(self, started: float) -> dict[str, str]:
         ranks = range(self.size) if self.life is not None else [0]
