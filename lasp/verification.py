@@ -24,7 +24,7 @@ from lasp import arguments
 from lasp.api import is_parallelized, parallelize
 from lasp.batch import shard_batch
 from lasp.checks.agreement import Agreement
-from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, untouched
+from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
 from lasp.ranks import SequenceParallel, alone, axis_groups, sequence_axis, uncounted, waiting
@@ -180,20 +180,20 @@ def verify(
         batch = _random_batch(model, axis, tokens) if batch is None else _on_device(batch, tokens, model)
         call = _caller(model) if forward is None else forward
         whole = shard_batch(batch, None)
-        ranks_agree.settle(lambda: _fingerprint(model, whole["input_ids"], layers, dtype))
+        ranks_agree.settle(lambda: _fingerprint(model, whole["input_ids"], layers, dtype, tolerance))
     whole["layout"] = whole.get("layout") or ShardLayout((whole["input_ids"].shape[1],))
     local = shard_batch(batch, axis, pad=False)
     local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
 
     with torch.enable_grad(), untouched(model), uncounted(), first_layers(model, layers), in_dtype(model, dtype):
         keep_all(model)
-        random = _random_state()
+        random = random_state()
         split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
         of_split = _run(split_model, model, call, local, lambda *given: token_loss(*given, mesh=axis.group)[0])
         _average(of_split.gradients, model, axis)
         with alone(), torch.compiler.set_stance("force_eager"):
             of_whole = _run(model, model, call, whole, _mean_loss)
-        drawn = not all(map(torch.equal, random, _random_state()))
+        drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
 
 
@@ -250,7 +250,9 @@ def _check_integer(name: str, value: object, low: int, high: float) -> None:
         raise ValueError(f"{name} must be an integer of at least {low} and at most {high}, got {value}")
 
 
-def _fingerprint(model: nn.Module, ids: Tensor, layers: int | None, dtype: torch.dtype | None) -> dict[str, object]:
+def _fingerprint(
+    model: nn.Module, ids: Tensor, layers: int | None, dtype: torch.dtype | None, tolerance: float | None
+) -> dict[str, object]:
     """What must be the same on all ranks."""
     parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     return {
@@ -259,6 +261,7 @@ def _fingerprint(model: nn.Module, ids: Tensor, layers: int | None, dtype: torch
         "parallelized": is_parallelized(model),
         "layers": layers,
         "dtype": str(dtype),
+        "tolerance": None if tolerance is None else float(tolerance),
     }
 
 
@@ -346,10 +349,6 @@ def _logits(output: Any) -> Tensor:
 def _same_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules and buffers with the same parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def _random_state() -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
 
 
 # What comes out

@@ -585,6 +585,7 @@ def _one_rank_differs(options, message):
         ({"tokens": 33}, r"rank 1 has input_ids \[2, 33, .*\], the others \[2, 64, "),
         ({"layers": 9}, "rank 1 failed before its exchange: ValueError: layers must be an integer"),
         ({"dtype": torch.float64}, 'rank 1 has dtype "torch.float64", the others "None"'),
+        ({"tolerance": 0.5}, "rank 1 has tolerance 0.5, the others null"),
         ({"batch": {"input_ids": torch.zeros(2, 64).long()}}, r"rank 1 has input_ids \[2, 64, .checksum "),
     ],
 )

@@ -40,9 +40,12 @@ from lasp.ranks.presence import presence
 from lasp.ranks.watch import watch
 
 EVERY = 1000  # calls of a layer from one comparison to the next; also steps, and batches
-_ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank; a fifth of the timeout, if less
-_SLICE = 0.5  # seconds of a wait, after which a rank looks whether the one that it waits for still lives
-_LOOK = 0.1  # seconds from one look to the next after that
+# For the store to answer what needs no other rank: a fifth of the timeout, within these bounds.
+_LEAST_ANSWER, _ANSWER = timedelta(seconds=1.5), timedelta(seconds=10)
+# A rank that waits asks the store again and again, and looks meanwhile whether those that it waits for still live: at
+# first soon, then ever more seldom. (The store's own `wait` warns on the terminal each time that a limit is over.)
+_FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.0005, 0.05, 1.3  # seconds, seconds, factor
+_BETWEEN_LOOKS = 0.25  # seconds
 _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
 
 Listing = Mapping[str, str]
@@ -312,7 +315,6 @@ class _Round:
         self.number = self.peers.rounds[kind]
         self.peers.rounds[kind] += 1
         self.life = self.peers.life
-        self.waited = False  # in vain, for the slice of a wait
 
     def compare(self, record: dict[str, Any]) -> dict[str, str]:
         """The verdict on all ranks' records."""
@@ -325,7 +327,7 @@ class _Round:
         # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
         thread = threading.Thread(target=self._talk, args=(record, verdicts), daemon=True)
         thread.start()
-        thread.join((self.timeout + min(self.timeout / 5, _ANSWER)).total_seconds())
+        thread.join((self.timeout + min(max(self.timeout / 5, _LEAST_ANSWER), _ANSWER)).total_seconds())
         verdict = verdicts[0] if verdicts else TimeoutError("no answer")
         if isinstance(verdict, dict):
             return verdict
@@ -408,31 +410,21 @@ class _Round:
 
     def _wait(self, keys: dict[int, str], limit: timedelta | None = None) -> bool:
         """Whether the keys of all these ranks came within the limit; not waited for once one of them has ended."""
-        wanted, until = list(keys.values()), time.monotonic() + (limit or self.timeout).total_seconds()
+        until = time.monotonic() + (self.timeout if limit is None else limit).total_seconds()
         ranks = {dist.get_global_rank(self.peers.group, rank): key for rank, key in keys.items()}
         presence.announce()
         if self.number == 0:
             presence.learn(ranks)
-        while (left := until - time.monotonic()) > 0:
-            if self._come(wanted, left):
-                return True
-            presence.learn(ranks)  # those that had not announced themselves
-            if not all(self.store.check([ranks[rank]]) for rank in presence.ended(ranks)):
-                break
-        return self.store.check(wanted)
-
-    def _come(self, keys: list[str], seconds: float) -> bool:
-        """Whether they come soon. PyTorch prints a warning for each wait in vain: after one the store is asked."""
-        if self.waited:
-            time.sleep(min(seconds, _LOOK))
-            return self.store.check(keys)
-        try:
-            self.store.wait(keys, timedelta(seconds=max(0.001, min(seconds, _SLICE))))  # 0 ms is without end
-        except RuntimeError as error:  # of a FileStore it has no other class
-            if isinstance(error, dist.DistError) and not isinstance(error, dist.DistStoreError):
-                raise
-            self.waited = True
-        return not self.waited
+        pause, look = _FIRST_PAUSE, time.monotonic() + _BETWEEN_LOOKS
+        while not (here := self.store.check(list(keys.values()))) and time.monotonic() < until:
+            if time.monotonic() > look:
+                presence.learn(ranks)  # those that had not announced themselves
+                if not all(self.store.check([ranks[rank]]) for rank in presence.ended(ranks)):
+                    break
+                look = time.monotonic() + _BETWEEN_LOOKS
+            time.sleep(pause)
+            pause = min(pause * _GROWTH, _LONGEST_PAUSE)
+        return here or self.store.check(list(keys.values()))
 
     def _absent(self, started: float) -> dict[str, str]:
         ranks = range(self.size) if self.life is not None else [0]
