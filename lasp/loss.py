@@ -49,8 +49,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     # One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
     # be the same on all of them, the sum and that of squares tell whether it is.
     terms = (vocabulary * 1021 + ignore_index) % 4093
-    numbers = torch.stack([x.detach().double() for x in (local, counted.sum(), outside.sum())])
-    numbers = torch.cat([numbers, numbers.new_tensor([terms, terms**2])])
+    told = [local.new_full((), x, dtype=torch.float64) for x in (terms, terms**2)]  # for a copy the host would wait
+    numbers = torch.stack([*(x.detach().double() for x in (local, counted.sum(), outside.sum())), *told])
     if ranks > 1:
         in_graph = torch.compiler.is_compiling()  # where a clock would end the graph
         with nullcontext() if in_graph else waiting("token_loss, forward: the sum over all ranks"):

@@ -204,6 +204,9 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
         arguments.function("forward", forward)
     if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
         raise ValueError(f"this {type(model).__name__} has no weights yet (device meta): verify a smaller one")
+    trained = [p.requires_grad for p in model.parameters()]
+    if trained and not any(trained):
+        raise ValueError(f"no parameter of this {type(model).__name__} is trained, so that there is nothing to verify")
     wrapped = next((m for m in model.modules() if isinstance(m, (DistributedDataParallel, FSDPModule))), None)
     for name, value in (("layers", layers), ("dtype", dtype)):
         if value is not None and wrapped is not None:

@@ -543,6 +543,19 @@ def test_a_second_life_of_the_group_hears_nothing_of_the_first(calls, absent):
     run_ranks(3, _second_life, calls, absent)
 
 
+def _late_in_a_file(path):
+    """Of a FileStore a wait that is in vain is another error than of a TCPStore."""
+    group = dist.new_group([0, 1])
+    sequence = lasp.SequenceParallel(group)
+    peers_of(group).stores["call"] = dist.FileStore(path, 2)
+    time.sleep(1.5 * dist.get_rank())
+    compare_scale(sequence, 1.0)
+
+
+def test_ranks_that_met_in_a_file_wait_for_one_that_is_late(tmp_path):
+    run_ranks(2, _late_in_a_file, str(tmp_path / "store"))
+
+
 def _other_step():
     """A rank that is at the step of its optimizer while the others are before a call."""
     rank, sequence = dist.get_rank(), lasp.SequenceParallel(dist.group.WORLD)

@@ -419,7 +419,7 @@ def _refused(what):
     sequence = lasp.SequenceParallel(dist.new_group([0, 1]), exchange="direct")
     before = _boards_of_this_process()
     real, message = {
-        "hosts": (mock.patch.object(board, "_host", return_value=f"host {rank}"), "they are on 2 hosts"),
+        "hosts": (mock.patch.object(board, "this_host", return_value=f"host {rank}"), "they are on 2 hosts"),
         "meetings": (mock.patch.object(process, "meetings", rank), "not as often"),
         "no space": (mock.patch("os.fdopen", _fails if rank else os.fdopen), "rank 1: OSError: full"),
         "cannot map": (mock.patch("torch.from_file", _fails if rank else torch.from_file), "rank 1: OSError: full"),

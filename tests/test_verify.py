@@ -552,6 +552,7 @@ BAD = [
         ValueError,
         "tokens=4 is the length of",
     ),
+    (lambda: SmallModel().requires_grad_(False), {}, ValueError, "no parameter of this SmallModel is trained"),
     (lambda: nn.Sequential(LightningAttention()), {}, ValueError, "Sequential has neither config.vocab_size nor an nn"),
 ]
 

@@ -400,8 +400,9 @@ class _Round:
                 return verdict
             if presence.ended([first]):
                 break
-            if verdict is not None:  # of another life
-                time.sleep(limit.total_seconds())
+            if verdict is not None:  # of another life, or that a rank is absent
+                left = self.timeout.total_seconds() - (time.monotonic() - started)
+                time.sleep(max(0.0, min(left, limit.total_seconds())))
         return None
 
     def _tell(self, record: dict[str, Any]) -> None:

@@ -11,12 +11,10 @@ comes to the next meeting has read what the last one was for.
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from lasp.ranks import SequenceParallel, peers_of
 from lasp.ranks.group import process
+from lasp.ranks.hosts import this_host
 
 SMALLEST = 2**20  # bytes of a half
 
@@ -123,7 +122,7 @@ def _refusal(group: ProcessGroup) -> str:
     """Why these ranks can never have a board, in which all agree; empty if they may."""
     if dist.get_backend(group) == "fake":
         return "the backend is a fake"
-    hosts = set(_of_all(_host(), group))
+    hosts = set(_of_all(this_host(), group))
     if len(hosts) > 1:
         return f"they are on {len(hosts)} hosts"
     # PyTorch (2.11) numbers such meetings of a process over all groups: unequal ones would wait for each other without
@@ -220,12 +219,6 @@ class _InFile:
 
 def _problems(mine: str, group: ProcessGroup) -> str:
     return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(_of_all(mine, group)) if text)
-
-
-def _host() -> str:
-    """This host as it has been up since it was started; names alone may be the same on several."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _of_all(mine: str, group: ProcessGroup) -> list[str]:

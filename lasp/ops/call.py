@@ -11,6 +11,7 @@ Kernels and exchange meet here and in the operators only: the arithmetic of a ma
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -142,13 +143,18 @@ class Call:
             **settings,
         }
 
-    def refuse_padding(self, x: Tensor) -> None:
-        """Raise `ValueError` if x [B, T, ...] is of a padded batch and no layout says so: for a final state."""
+    def warn_of_padding(self, x: Tensor) -> None:
+        """If x [B, T, ...] seems to be of a padded batch and no layout says so: for a final state.
+
+        It only seems so: an error of the ranks that hold as many tokens by chance would leave the others waiting.
+        """
         sequence = self.sequence
         if sequence is not None and self.shard.layout is None and sequence.peers.padded == x.shape[1]:
-            raise ValueError(
+            warnings.warn(
                 "output_final_state needs layout=local['layout']: the batch that shard_batch cut last is padded, and "
-                f"these {x.shape[1]} tokens are as many as a slice of it: the padding would be part of the final state"
+                f"these {x.shape[1]} tokens are as many as a slice of it; if they are one, the padding is part of the "
+                "final state",
+                stacklevel=2,
             )
 
     # How a state travels

@@ -159,7 +159,7 @@ def start_forward(
 ) -> Started:
     """What forward does before it must wait."""
     if output_final_state:
-        call.refuse_padding(x.k)
+        call.warn_of_padding(x.k)
     with torch.no_grad(), no_autocast(x.k.device.type):
         steps = steps_of(x, call)
         maps = steps.local_maps(x)
