@@ -18,7 +18,7 @@ from lasp.checks.checksum import forms_of
 from lasp.checks.optimizers import before_step
 from lasp.checks.use import watch
 from lasp.exchange import cost
-from lasp.ranks import SequenceParallel, Traffic, sequence_axis
+from lasp.ranks import SequenceParallel, Traffic, sequence_axis, waiting
 from lasp.strict import Asked, NeedsPositions, refuse_mixers
 
 _parallelized: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -91,9 +91,11 @@ def parallelize(
     own: dict[str, SequenceParallel] = {}
     if sequence.size > 1:
         if sequence.schedule is not None and sequence.schedule.reads:
-            cost.require_direct(sequence)
+            with waiting("parallelize: setting up memory that the ranks read from each other"):
+                cost.require_direct(sequence)
         if sequence.schedule is None or sequence.schedule.reads:
-            cost.measure(sequence)
+            with waiting("parallelize: the measurement of the network"):
+                cost.measure(sequence)
         for path, (module, adapter) in layers.items():
             own[path] = replace(sequence, name=path)
             adapter(module, own[path])

@@ -248,6 +248,35 @@ def test_a_refused_model_can_be_tried_again():
     assert lasp.parallelize(model, None, strict=False) is model
 
 
+def _a_peer_is_lost(exchange, function, phase):
+    """As if the backend said so, in the middle of what `parallelize` asks of the ranks before the first step."""
+
+    def fail(*_):
+        raise RuntimeError("Connection closed by peer")
+
+    peers = lasp.ranks.peers_of(dist.group.WORLD)
+    network, peers.network = peers.network, None
+    usual = getattr(cost, function)
+    setattr(cost, function, fail)
+    try:
+        with pytest.raises(lasp.PeerError, match=f"^parallelize: {phase} failed after .*Connection closed by peer"):
+            lasp.parallelize(SmallModel(), dist.group.WORLD, exchange=exchange)
+    finally:
+        setattr(cost, function, usual)
+        peers.network = network
+
+
+@pytest.mark.parametrize(
+    ("exchange", "function", "phase"),
+    [
+        ("auto", "_pass_along", "the measurement of the network"),
+        ("direct", "board_of", "setting up memory that the ranks read from each other"),
+    ],
+)
+def test_a_peer_that_is_lost_while_the_ranks_measure_is_named(exchange, function, phase):
+    run_ranks(2, _a_peer_is_lost, exchange, function, phase)
+
+
 def _saved_and_loaded(kind):
     """A file of the whole model, or a pickle of it: what is loaded is on no rank until it is split again."""
     world_mesh = mesh_of(sp=2)

@@ -531,6 +531,36 @@ def test_a_trial_leaves_everything_as_it_was(capfd):
     assert all(m._forward_pre_hooks == {} for m in model.modules())
 
 
+class WritesInTraining(nn.Module):
+    """As one that keeps its losses in a list, and a code book as a mean of what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.seen, self.counts = [1.0], {2}, {"a": [3]}
+        self.codes = nn.Parameter(torch.ones(D), requires_grad=False)
+        self.gain = nn.Parameter(torch.ones(D))
+
+    def forward(self, x):
+        if self.training:
+            self.losses.append(x.mean())
+            self.seen.add(len(self.losses))
+            self.counts[len(self.losses)] = []
+            self.codes.data.lerp_(x.mean((0, 1)), 0.1)
+            self.gain.data.clamp_(0.0, 0.5)
+        return x * 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_trial_in_training_writes_nothing(training):
+    model = Model(WritesInTraining()).train(training)
+    lasp.parallelize(model, None)
+    layer = model.layers[1]
+    assert (layer.losses, layer.seen, layer.counts) == ([1.0], {2}, {"a": [3]})
+    assert torch.equal(layer.codes, torch.ones(D))
+    assert torch.equal(layer.gain, torch.ones(D))
+    assert all(m.training == training for m in model.modules())
+
+
 def test_a_trial_that_fails_leaves_everything_as_it_was_too():
     model = Model(Own(lambda s, x: x[:, :0].reshape(-1)[10], conv=nn.Conv1d(D, D, 3)))
     before = _state(model)

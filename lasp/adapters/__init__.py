@@ -80,7 +80,7 @@ def register(
         TypeError: not a module class, one without `sequence` for the default adapter, an adapter that cannot be
             called, or `covers` that are no names.
     """
-    check(adapter, "adapter")
+    arguments.function("adapter", adapter)
     if cls is None:
         return lambda c: register(c, adapter=adapter, covers=covers)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):

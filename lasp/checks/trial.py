@@ -18,6 +18,7 @@ and so does what comes in times a gain of 1e-6. What a model does in training, o
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import itertools
@@ -147,7 +148,7 @@ def _ask_whole(
             except _Failed as failed:
                 reason = reason or str(failed)
                 continue
-            others = [(make_inputs, True)] if all(b.numel() <= _SMALL for b in module.buffers()) else []
+            others = [(make_inputs, True)] if _may_train(module) else []
             others += [(functools.partial(make_inputs, masks=True), False)] if _optional(module, _MASKS) else []
             for make_others, training in others:
                 with contextlib.suppress(_Failed):  # it need not take a mask of that kind
@@ -177,6 +178,9 @@ def _ask_one_way(
 ) -> Answers:
     """What comes out with these inputs; raises `_Failed` if nothing does, or if it draws random numbers in training."""
     tokens, cut = cuts
+    if training:  # it may write to its weights
+        small = {name: p for name, p in module.named_parameters() if p.numel() <= _SMALL and name not in parameters}
+        parameters = parameters | {name: p.clone() for name, p in small.items()}
     trial = _Trial(path, module, layers, parameters)
     with _in_training(module) if training else contextlib.nullcontext():
         trial.run(make_inputs(tokens, cut), tokens, cut, may_draw=not training)
@@ -190,6 +194,12 @@ def _ask_one_way(
             again.run(make_inputs(tokens - 2, cut - 2), tokens - 2, cut - 2)
             found.mixing = {p: why for p, why in found.mixing.items() if p in again.found.mixing}
     return found
+
+
+def _may_train(module: nn.Module) -> bool:
+    """Whether what it may write to in training can be copied: all buffers, and small parameters."""
+    small = sum(p.numel() for p in module.parameters() if p.numel() <= _SMALL)
+    return small <= _MEDIUM and all(b.numel() <= _SMALL for b in module.buffers())
 
 
 @contextlib.contextmanager
@@ -313,6 +323,9 @@ def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
     numbers are what they were. Gives the weights to run with, the best first."""
     modules = list(module.modules())
     attributes = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in modules]
+    plain = vars(nn.Module()).keys()  # what every module has; the lists and such that are left are its own
+    held = [x for m in modules for name, x in vars(m).items() if name not in plain and type(x) in (list, dict, set)]
+    contents = [(x, copy.copy(x)) for x in held]
     devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
@@ -322,6 +335,9 @@ def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
                 m.training = isinstance(m, (nn.modules.batchnorm._NormBase,))  # which mixes tokens in training
             yield _weights_of(module)
     finally:
+        for x, content in contents:
+            x.clear()
+            x.extend(content) if isinstance(x, list) else x.update(content)
         for now, before, buffers in attributes:
             for name in now.keys() - before.keys():
                 del now[name]
