@@ -312,11 +312,9 @@ def train_step(
         text, seed=options.seed, step=step, batch=options.batch, seq_len=options.seq_len, dp_rank=dp_rank, dp=dp
     )
     local = lasp.shard_batch({"input_ids": ids.to(device)}, mesh)  # this rank's slice, its labels and its positions
-    tokens_here, sp = local["input_ids"].shape[1], 1 if mesh is None else mesh["sp"].size()
-    layout = lasp.ShardLayout((tokens_here,) * sp)  # with it lasp knows which heads distant ranks cannot matter to
     sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
     with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded):
-        logits = model(local["input_ids"], local["position_ids"], layout)
+        logits = model(local["input_ids"], local["position_ids"], local["layout"])
     loss, tokens = lasp.token_loss(logits, local["labels"], mesh=mesh)
     optimizer.zero_grad()
     loss.backward()  # DDP and FSDP2 average the gradients over dp x sp

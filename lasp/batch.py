@@ -99,6 +99,8 @@ def _local(
     padding = -tokens % sequence.size if pad else 0
     lengths = ShardLayout.even(tokens + padding, sequence.size).lengths
     layout = ShardLayout(lengths, offsets, padding)
+    if sequence.size > 1:
+        sequence.peers.padded = lengths[0] if padding else None
 
     whole = {**batch, "layout": layout}
     whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lasp import arguments
-from lasp.ranks import grad_group, waiting
+from lasp.ranks import RankMismatchError, grad_group, waiting
 
 
 def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -33,6 +34,7 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         ValueError: a label that is neither in the vocabulary nor `ignore_index`, on every rank, naming the rank that
             has it. On a GPU, and under torch.compile, where the host would have to wait to know, the loss and all
             gradients are NaN on every rank instead.
+        RankMismatchError: ranks have another vocabulary or ignore_index; on every rank. (On a GPU NaN, as above.)
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
     _check(logits, labels, ignore_index)
@@ -44,16 +46,22 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     # One label outside would end the process on a GPU, and on a CPU leave the other ranks waiting.
     known = labels.masked_fill(outside, ignore_index)
     local = F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum")
-    # One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes.
+    # One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
+    # be the same on all of them, the sum and that of squares tell whether it is.
+    terms = (vocabulary * 1021 + ignore_index) % 4093
     numbers = torch.stack([x.detach().double() for x in (local, counted.sum(), outside.sum())])
+    numbers = torch.cat([numbers, numbers.new_tensor([terms, terms**2])])
     if ranks > 1:
         in_graph = torch.compiler.is_compiling()  # where a clock would end the graph
         with nullcontext() if in_graph else waiting("token_loss, forward: the sum over all ranks"):
             dist.all_reduce(numbers, group=group)
-    total, tokens, wrong = numbers.unbind()
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and wrong:
+    total, tokens, wrong, of_terms, of_squares = numbers.unbind()
+    differ = ranks * of_squares != of_terms**2
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong):
+        if differ:
+            _compare(vocabulary, ignore_index, group, ranks)
         _refuse(labels[outside], vocabulary, ignore_index, group, ranks)
-    sound = torch.where(wrong > 0, torch.nan, 1.0)
+    sound = torch.where(differ | (wrong > 0), torch.nan, 1.0)
     count = tokens.clamp(min=1)
     mean, weight = (sound * total / count).to(local.dtype), (sound * ranks / count).to(local.dtype)
     return _GlobalMean.apply(local, mean, weight), tokens.long()  # type: ignore[return-value]
@@ -69,6 +77,22 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
+
+
+def _compare(vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int) -> None:
+    """Raise on every rank: it is known that some have others."""
+    found = torch.zeros(ranks, 2, dtype=torch.int64)
+    found[dist.get_rank(group)] = torch.tensor([vocabulary, ignore_index])
+    with waiting("token_loss, forward: which rank has another vocabulary or ignore_index"):
+        dist.all_reduce(found, group=group)
+    told = [f"vocabulary {x} and ignore_index {y}" for x, y in found.tolist()]
+    usual = Counter(told).most_common(1)[0][0]
+    listed = [
+        f"rank {rank if group is None else dist.get_global_rank(group, rank)} has {text}"
+        for rank, text in enumerate(told)
+        if text != usual
+    ]
+    raise RankMismatchError(f"token_loss: {'; '.join(listed)}, the others {usual}")
 
 
 def _refuse(outside: Tensor, vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int) -> None:

@@ -17,6 +17,7 @@ from lasp import adapters
 from lasp.adapters import Adapter
 from lasp.checks import trial
 from lasp.checks.torch_modules import is_of_torch, kind_of
+from lasp.checks.use import of_a_pickle
 from lasp.modules import LightningAttention
 
 Layers = Mapping[str, tuple[nn.Module, Adapter]]
@@ -79,6 +80,13 @@ class NeedsPositions:
                 f"{self.argument} is needed where the sequence is split: without it {type(model).__name__} counts "
                 "positions from 0 on each rank; lasp.shard_batch makes local['position_ids']"
             )
+
+    def __deepcopy__(self, memo: object) -> NeedsPositions:
+        return self  # a copy of the model is split over the same ranks
+
+    def __reduce__(self):
+        """Pickled with the model, which then is not split, it does nothing."""
+        return of_a_pickle, ()
 
 
 def _covered(path: str, layers: Layers) -> bool:

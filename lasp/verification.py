@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lasp import arguments
 from lasp.api import is_parallelized, parallelize
 from lasp.batch import shard_batch
 from lasp.checks.agreement import Agreement
-from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, untouched
+from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
 from lasp.ranks import SequenceParallel, alone, axis_groups, sequence_axis, uncounted, waiting
@@ -179,29 +180,28 @@ def verify(
         batch = _random_batch(model, axis, tokens) if batch is None else _on_device(batch, tokens, model)
         call = _caller(model) if forward is None else forward
         whole = shard_batch(batch, None)
-        ranks_agree.settle(lambda: _fingerprint(model, whole["input_ids"], layers, dtype))
+        ranks_agree.settle(lambda: _fingerprint(model, whole["input_ids"], layers, dtype, tolerance))
     whole["layout"] = whole.get("layout") or ShardLayout((whole["input_ids"].shape[1],))
     local = shard_batch(batch, axis, pad=False)
     local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
 
     with torch.enable_grad(), untouched(model), uncounted(), first_layers(model, layers), in_dtype(model, dtype):
         keep_all(model)
-        random = _random_state()
+        random = random_state()
         split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
         of_split = _run(split_model, model, call, local, lambda *given: token_loss(*given, mesh=axis.group)[0])
         _average(of_split.gradients, model, axis)
         with alone(), torch.compiler.set_stance("force_eager"):
             of_whole = _run(model, model, call, whole, _mean_loss)
-        drawn = not all(map(torch.equal, random, _random_state()))
+        drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
 
 
 def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, options: Mapping[str, Any]) -> None:
     """Raise where an argument does not fit."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if forward is not None and not callable(forward):
-        raise TypeError(f"forward must be a function of the model and the batch, got {forward!r}")
+    arguments.module("model", model)
+    if forward is not None:
+        arguments.function("forward", forward)
     if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
         raise ValueError(f"this {type(model).__name__} has no weights yet (device meta): verify a smaller one")
     wrapped = next((m for m in model.modules() if isinstance(m, (DistributedDataParallel, FSDPModule))), None)
@@ -209,14 +209,16 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
         if value is not None and wrapped is not None:
             raise ValueError(f"{name}={value} is for a model that is not wrapped yet, got {type(wrapped).__name__}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {arguments.shown(dtype)}")
     if layers is not None:
         blocks = longest_list(model)
         if blocks is None:
-            raise ValueError(f"layers={layers!r} needs a model with a ModuleList, and {type(model).__name__} has none")
+            raise ValueError(
+                f"layers={arguments.shown(layers)} needs a model with a ModuleList, and {type(model).__name__} has none"
+            )
         _check_integer("layers", layers, 1, len(blocks))
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
-        raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
+    if tolerance is not None:
+        arguments.number("tolerance", tolerance, positive=True)
     if is_parallelized(model):
         if options:
             raise ValueError(f"{sorted(options)} are options of parallelize, but this model is parallelized already")
@@ -241,11 +243,13 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
 
 
 def _check_integer(name: str, value: object, low: int, high: float) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} must be an integer of at least {low} and at most {high}, got {value!r}")
+    if not low <= arguments.integer(name, value) <= high:
+        raise ValueError(f"{name} must be an integer of at least {low} and at most {high}, got {value}")
 
 
-def _fingerprint(model: nn.Module, ids: Tensor, layers: int | None, dtype: torch.dtype | None) -> dict[str, object]:
+def _fingerprint(
+    model: nn.Module, ids: Tensor, layers: int | None, dtype: torch.dtype | None, tolerance: float | None
+) -> dict[str, object]:
     """What must be the same on all ranks."""
     parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     return {
@@ -254,6 +258,7 @@ def _fingerprint(model: nn.Module, ids: Tensor, layers: int | None, dtype: torch
         "parallelized": is_parallelized(model),
         "layers": layers,
         "dtype": str(dtype),
+        "tolerance": None if tolerance is None else float(tolerance),
     }
 
 
@@ -267,8 +272,7 @@ def _device(model: nn.Module) -> torch.device:
 def _on_device(batch: Batch, tokens: int | None, model: nn.Module) -> dict[str, Any]:
     if tokens is not None:
         raise ValueError(f"tokens={tokens!r} is the length of random sequences, but a batch is given")
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"batch must be a mapping with input_ids, got {type(batch).__name__}")
+    arguments.mapping("batch", batch)
     device = _device(model)
     kept = {"cu_seqlens"}  # read on the host
     return {name: x.to(device) if isinstance(x, Tensor) and name not in kept else x for name, x in batch.items()}
@@ -342,10 +346,6 @@ def _logits(output: Any) -> Tensor:
 def _same_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules and buffers with the same parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def _random_state() -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
 
 
 # What comes out

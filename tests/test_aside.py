@@ -78,15 +78,23 @@ def _uncounted():
         loss = model(batch["input_ids"], batch["position_ids"]).sum() * factor
         loss.backward()
 
+    unsplit = torch.nn.Linear(2, 2)
     for before in (0, 1):
         calls, noted = first.traffic_of("linear_attention").calls, list(process.noted)
         told, made = str(lasp.explain(model)), dict(first.peers.exchanges)
+        order, models = first.peers.order, [x() for x in first.peers.models]
         with uncounted():
             for _ in range(2):
                 step(float("nan"))
+            model.zero_grad()  # gradients are not its concern
+            copied = lasp.parallelize(SmallModel(), dist.group.WORLD)
+            assert [x() for x in first.peers.models] == [*models, copied]
         assert (before > 0) == bool(made)
         assert str(lasp.explain(model)) == told
         assert dict(first.peers.exchanges) == made
+        assert (first.peers.order, [x() for x in first.peers.models]) == (order, models)
+        if not before:  # of layers that only ran inside nothing is to be said
+            torch.optim.SGD(unsplit.parameters(), lr=0.0).step()
         assert first.traffic_of("linear_attention").calls == calls == before
         assert list(process.noted) == noted
         lasp.assert_finite()  # what was not finite was so inside alone

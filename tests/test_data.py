@@ -360,6 +360,23 @@ def test_unshard_of_slices_of_any_length(lengths):
     run_ranks(3, _unshard_uneven, lengths)
 
 
+def _unshard_of_dtype(dtype):
+    rank = dist.get_rank()
+    whole = torch.arange(2 * 5 * 3).view(2, 5, 3).to(dtype)
+    for dim, starts in ((0, (0, 1, 2)), (1, (0, 3, 5)), (2, (0, 1, 3))):
+        piece = whole.narrow(dim, starts[rank], starts[rank + 1] - starts[rank])
+        found = lasp.unshard_sequence(piece, dist.group.WORLD, dim=dim)
+        assert found.dtype == dtype
+        assert torch.equal(found.contiguous().view(torch.uint8), whole.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int16, torch.uint16, torch.float8_e4m3fn, torch.bool, torch.complex64], ids=str
+)
+def test_unshard_of_a_dtype_that_a_backend_may_not_know(dtype):
+    run_ranks(2, _unshard_of_dtype, dtype)
+
+
 @pytest.mark.parametrize("function", [lasp.shard_sequence, lasp.unshard_sequence])
 @pytest.mark.parametrize("dim", [2, -3])
 def test_a_dimension_that_is_not_there(function, dim):

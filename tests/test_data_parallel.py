@@ -232,6 +232,18 @@ def test_sparse_gradients_are_averaged(used):
     assert all(weight == first for weight in others)
 
 
+def _sync_expanded_gradients():
+    model = nn.Linear(3, 2)
+    for p in model.parameters():
+        p.grad = torch.tensor(1.0 + dist.get_rank()).expand_as(p)
+    lasp.sync_grads(model, dist.group.WORLD)
+    assert all(torch.equal(p.grad, torch.full_like(p, 1.5)) for p in model.parameters())
+
+
+def test_sync_grads_of_expanded_gradients():
+    run_ranks(2, _sync_expanded_gradients)
+
+
 def test_sync_grads_of_one_process_changes_nothing():
     model = SmallModel()
     lasp.sync_grads(model, None)

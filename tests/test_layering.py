@@ -153,6 +153,7 @@ OTHERS = {"_all_gather", "_reduce_scatter", "start_all_gather", "init_device_mes
 }
 # Functions that are called within the waiting of another, which knows the layer.
 WITHIN = {
+    ("lasp/checks/messages.py", "_of_all"): "its own of_each, one for each rank",
     ("lasp/exchange/board.py", "_OnGpu"): "board_of and Turn.meet",
     ("lasp/exchange/board.py", "_InFile"): "board_of and Turn.meet",
     ("lasp/exchange/board.py", "_of_all"): "board_of",
@@ -169,7 +170,8 @@ def unguarded(path):
 
     def walk(node, inside):
         if isinstance(node, ast.With):
-            called = [x.context_expr.func for x in node.items if isinstance(x.context_expr, ast.Call)]
+            parts = [part for x in node.items for part in ast.walk(x.context_expr)]  # one may have a condition
+            called = [part.func for part in parts if isinstance(part, ast.Call)]
             inside |= any(isinstance(f, ast.Name) and f.id in ("waiting", "making_groups") for f in called)
         if isinstance(node, ast.Call) and not inside:
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")

@@ -163,6 +163,32 @@ def test_a_label_outside_the_vocabulary_is_an_error_on_every_rank(value, world):
     run_ranks(world, _outside, value, world)
 
 
+def _other_options():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    odd = rank == world - 1
+    labels, mesh = torch.tensor([[1, 2, 3]]), dist.group.WORLD
+    logits = torch.randn(1, 3, VOCABULARY, requires_grad=True)
+    for width, ignored in ((VOCABULARY, 3), (VOCABULARY, -1), (VOCABULARY - 1, -100)):
+        mine = {"mesh": mesh, "ignore_index": ignored if odd else -100}
+        with pytest.raises(lasp.RankMismatchError) as caught:
+            lasp.token_loss(logits[..., : width if odd else VOCABULARY], labels, **mine)
+        assert str(caught.value) == (
+            f"token_loss: rank {world - 1} has vocabulary {width} and ignore_index {ignored}, "
+            f"the others vocabulary {VOCABULARY} and ignore_index -100"
+        )
+    loss, _ = lasp.token_loss(logits, labels, mesh=mesh, ignore_index=3)  # the group works on
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    in_graph = torch.compile(lasp.token_loss, backend="aot_eager", fullgraph=True)
+    assert in_graph(logits, labels, mesh=mesh, ignore_index=3)[0].isfinite()
+    assert in_graph(logits, labels, mesh=mesh, ignore_index=3 if odd else -100)[0].isnan()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_ignore_another_label_or_have_another_vocabulary(world):
+    run_ranks(world, _other_options)
+
+
 def _outside_where_the_host_must_not_wait():
     """As on a GPU, whose host would have to wait for the labels: a graph does so as little."""
     loss_of = functools.partial(lasp.token_loss, mesh=dist.group.WORLD)

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -19,6 +20,7 @@ from lasp import exchange
 from lasp.checks import agreement, messages
 from lasp.ops import halo, softmax
 from lasp.ranks import SCHEDULES, peers_of
+from lasp.ranks.group import process, set_timeout, timeout_of
 
 B, T, H, K, V = 2, 5, 2, 3, 4
 
@@ -372,3 +374,26 @@ def _changing(schedule, on_host):
 @pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
 def test_what_changes_in_a_correct_program(schedule, on_host):
     run_ranks(3, _changing, schedule, on_host)
+
+
+def _own_timeout():
+    """A group that its user made with a longer timeout: what is told before an exchange waits as long as lasp does."""
+    group, rank = dist.new_group([0, 1], timeout=timedelta(seconds=25)), dist.get_rank()
+    before = process.timeout, timeout_of(dist.group.WORLD)
+    sequence = lasp.SequenceParallel(group, exchange="ring")
+    lasp.linear_attention(*draw(), sequence=sequence)
+    try:
+        set_timeout(timedelta(seconds=2))
+        if rank == 0:
+            started = time.monotonic()
+            with pytest.raises(lasp.PeerError, match="the state, compared with rank 1 failed after"):
+                lasp.linear_attention(*draw(), sequence=sequence)
+            assert time.monotonic() - started < SOON
+    finally:
+        set_timeout(before[1])
+        process.timeout = before[0]
+    dist.barrier()
+
+
+def test_the_timeout_of_lasp_holds_in_a_group_that_was_made_with_another():
+    run_ranks(2, _own_timeout)

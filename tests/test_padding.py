@@ -158,3 +158,26 @@ def _does_not_fit():
         q, k = (x, good) if name == "q" else (good, x)
         with pytest.raises(ValueError, match=r"k has 5|q and k must agree.*\(1, [25], 1, 2\)"):
             lasp.linear_attention(q, k, k, layout=layout, sequence=sequence)
+
+
+def _without_layout(operator):
+    x = torch.ones(1, 3, 1, 1)
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), "x": x}
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    local = lasp.shard_batch(batch, dist.group.WORLD)["x"]
+
+    def final_state(x):
+        if operator == "delta_rule":
+            return lasp.delta_rule(x, x, x, x[..., 0], output_final_state=True, sequence=sequence)[1]
+        rates = torch.tensor([0.5]).log()
+        return lasp.linear_attention(x, x, x, log_decay=rates, output_final_state=True, sequence=sequence)[1]
+
+    with pytest.raises(ValueError, match=r"output_final_state needs layout=local\['layout'\].* is padded"):
+        final_state(local)
+    local = lasp.shard_batch(batch, dist.group.WORLD, pad=False)["x"]
+    assert final_state(local).item() == (1.75 if operator == "linear_attention" else 1.0)
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
+def test_a_final_state_of_a_padded_batch_needs_the_layout(operator):
+    run_ranks(2, _without_layout, operator)

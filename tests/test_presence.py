@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -298,6 +299,19 @@ def test_over_nccl_the_end_of_a_rank_is_told_once_though_nothing_is_noted():
         found._timeout = 0.0
         assert found._line().startswith("lasp: rank 0 may wait for another; global rank 1 has ended. If so")
         assert found._line() == ""
+
+
+def test_over_nccl_the_thread_has_the_timeout_of_init_and_ends_in_silence_with_the_groups():
+    found, lines = Watch(), []
+    with (
+        mock.patch.object(presence, "ended", return_value=[]),
+        mock.patch.object(dist, "get_rank", side_effect=[3, ValueError("destroyed")]),
+        mock.patch.object(dist, "is_initialized", side_effect=[True, False]),
+        mock.patch("threading.excepthook", lines.append),
+    ):
+        found.start(timedelta(seconds=20))
+        found._thread.join(5)
+    assert (found._timeout, found._rank, found._thread.is_alive(), lines) == (20.0, 3, False, [])
 
 
 def test_over_nccl_no_event_is_asked_while_nothing_is_wrong():

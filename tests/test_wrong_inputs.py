@@ -194,6 +194,7 @@ BATCHES = [
 SEQUENCE = {"x": [None, "x", [1.0], Wrong(zeros(2, T).to_sparse(), "sparse")], "mesh": NO_MESH}
 SEQUENCE["dim"] = [*NO_INTEGER, 2, -3]
 GROUPED = {"model": NO_MODULE, "mesh": [*NO_MESH, lasp.SequenceParallel(None)]}
+REPLICAS = {**GROUPED, "validate": [*NO_TEXT, "always"]}
 
 # Name: the function, its right arguments (a function of the ranks), and wrong values by argument.
 TABLE = {
@@ -302,6 +303,7 @@ TABLE = {
             "shift_labels": NO_FLAG,
             "pad": NO_FLAG,
             "ignore_index": NO_INTEGER,
+            "validate": [*NO_TEXT, "always"],
         },
     ),
     "shard_sequence": (lasp.shard_sequence, lambda ranks: {"x": zeros(2, T), "mesh": mesh_of(ranks)}, SEQUENCE),
@@ -347,15 +349,19 @@ TABLE = {
     "register": (
         lasp.register,
         lambda ranks: {"cls": LightningAttention},
-        {"cls": [5, "x", int, Wrong(nn.Linear, "Linear", "Linear")], "adapter": ["linear", 5, None]},
+        {
+            "cls": [5, "x", int, Wrong(nn.Linear, "Linear", "Linear")],
+            "adapter": ["linear", 5, None],
+            "covers": ["conv", 5, [1], None],
+        },
     ),
-    "sync_grads": (lasp.sync_grads, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, GROUPED),
+    "sync_grads": (lasp.sync_grads, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, REPLICAS),
     "grad_mesh": (lasp.grad_mesh, lambda ranks: {}, {"mesh": GROUPED["mesh"]}),
-    "wrap_ddp": (data_parallel.wrap_ddp, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, GROUPED),
+    "wrap_ddp": (data_parallel.wrap_ddp, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, REPLICAS),
     "wrap_fsdp2": (
         data_parallel.wrap_fsdp2,
         lambda ranks: {"model": nn.Linear(1, 1), "mesh": init_mesh_of(sp=ranks.size)},
-        {**GROUPED, "blocks": [5, None, Wrong("xy", "'x'"), Wrong([5], "5"), nn.Linear(1, 1)]},
+        {**REPLICAS, "blocks": [5, None, Wrong("xy", "'x'"), Wrong([5], "5"), nn.Linear(1, 1)]},
     ),
     "init_mesh": (
         lasp.init_mesh,
@@ -367,7 +373,21 @@ TABLE = {
             "tp": [*SIZE[:-1], -2],
         },
     ),
-    "assert_finite": (lasp.assert_finite, lambda ranks: {}, {}),
+    "assert_finite": (lasp.assert_finite, lambda ranks: {}, {"gradients_of": ["model", 5, zeros(2)]}),
+    "verify": (
+        lasp.verify,
+        lambda ranks: {"model": models.TNL(models.TNLConfig(**TNL)), "mesh": mesh_of(ranks)},
+        {
+            "model": NO_MODULE,
+            "mesh": NO_MESH,
+            "batch": [5, [1, 2], Wrong({"input_ids": None}, "None", "input_ids")],
+            "forward": [5, "x"],
+            "tokens": [*(x for x in NO_INTEGER if x is not None), 0, -3],
+            "layers": [*(x for x in NO_INTEGER if x is not None), 0, 99],
+            "dtype": [5, "float64", torch.int64],
+            "tolerance": [*(x for x in NO_NUMBER if x is not None), 0.0, -1.0],
+        },
+    ),
     **{
         f"decay.{name}": (getattr(decay, name), lambda ranks: {"heads": 2, "layer": 0, "layers": 3}, SCHEDULE)
         for name in ("alibi", "tnl", "retnet", "none")

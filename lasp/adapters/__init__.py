@@ -80,7 +80,7 @@ def register(
         TypeError: not a module class, one without `sequence` for the default adapter, an adapter that cannot be
             called, or `covers` that are no names.
     """
-    arguments.function("adapter", adapter)
+    check(adapter, "adapter")
     if cls is None:
         return lambda c: register(c, adapter=adapter, covers=covers)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -106,7 +106,7 @@ def _checked(covers: bool | Iterable[str]) -> Covers:
         return covers
     names = None if isinstance(covers, str) or not isinstance(covers, Iterable) else tuple(covers)
     if names is None or not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"covers must be True or names of modules, e.g. ('conv1d',), got {covers!r}")
+        raise TypeError(f"covers must be True or names of modules, e.g. ('conv1d',), got {arguments.shown(covers)}")
     return names
 
 

@@ -15,7 +15,6 @@ nobody would ever wait. With it they compare how often they have stepped, and no
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import weakref
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
 from torch.optim import Optimizer
 
+from lasp import arguments
 from lasp.checks import use
 from lasp.checks.checksum import checksums, whole_parameters
 from lasp.checks.optimizers import before_step
@@ -41,8 +41,12 @@ from lasp.ranks.presence import presence
 from lasp.ranks.watch import watch
 
 EVERY = 1000  # calls of a layer from one comparison to the next; also steps, and batches
-_ANSWER = timedelta(seconds=10)  # for the store to answer what needs no other rank; a fifth of the timeout, if less
-_SLICE = timedelta(seconds=0.5)  # of a wait, after which a rank looks whether the one that it waits for still lives
+# For the store to answer what needs no other rank: a fifth of the timeout, within these bounds.
+_LEAST_ANSWER, _ANSWER = timedelta(seconds=1.5), timedelta(seconds=10)
+# A rank that waits asks the store again and again, and looks meanwhile whether those that it waits for still live: at
+# first soon, then ever more seldom. (The store's own `wait` warns on the terminal each time that a limit is over.)
+_FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.0005, 0.05, 1.3  # seconds, seconds, factor
+_BETWEEN_LOOKS = 0.25  # seconds
 _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
 
 Listing = Mapping[str, str]
@@ -180,10 +184,9 @@ def of_batch(sequence: SequenceParallel, *, validate: str) -> Agreement:
 
     A thread of its own may do that. In a process that was forked for it there are no ranks to ask.
     """
-    if validate not in ("first", "off"):
-        raise ValueError(f'validate must be "first" or "off", got {validate!r}')
+    arguments.choice("validate", validate, ("first", "off"))
     peers = sequence.peers
-    if validate == "off" or sequence.validate == "off" or sequence.size == 1 or os.getpid() != peers.process:
+    if validate == "off" or sequence.validate == "off" or sequence.size == 1 or presence.forked:
         return Agreement(None, due=False)
 
     def count() -> None:
@@ -325,7 +328,7 @@ class _Round:
         # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
         thread = threading.Thread(target=self._talk, args=(record, verdicts), daemon=True)
         thread.start()
-        thread.join((self.timeout + min(self.timeout / 5, _ANSWER)).total_seconds())
+        thread.join((self.timeout + min(max(self.timeout / 5, _LEAST_ANSWER), _ANSWER)).total_seconds())
         verdict = verdicts[0] if verdicts else TimeoutError("no answer")
         if isinstance(verdict, dict):
             return verdict
@@ -422,16 +425,16 @@ class _Round:
         presence.announce()
         if self.number == 0:
             presence.learn(ranks)
-        while (left := timedelta(seconds=until - time.monotonic())) > timedelta(0):
-            try:
-                self.store.wait(list(keys.values()), min(left, _SLICE))
-            except dist.DistStoreError:
+        pause, look = _FIRST_PAUSE, time.monotonic() + _BETWEEN_LOOKS
+        while not (here := self.store.check(list(keys.values()))) and time.monotonic() < until:
+            if time.monotonic() > look:
                 presence.learn(ranks)  # those that had not announced themselves
                 if not all(self.store.check([ranks[rank]]) for rank in presence.ended(ranks)):
                     break
-            else:
-                return True
-        return self.store.check(list(keys.values()))
+                look = time.monotonic() + _BETWEEN_LOOKS
+            time.sleep(pause)
+            pause = min(pause * _GROWTH, _LONGEST_PAUSE)
+        return here or self.store.check(list(keys.values()))
 
     def _absent(self, started: float) -> dict[str, str]:
         ranks = range(self.size) if self.life is not None else [0]

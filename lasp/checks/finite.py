@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from lasp import arguments
 from lasp.checks.optimizers import before_step
 from lasp.ranks import SequenceParallel, axis_groups, collectives, waiting
 from lasp.ranks.group import process
@@ -123,7 +124,7 @@ def _parameters(of: Optimizer | nn.Module | None) -> list[Tensor]:
     if isinstance(of, nn.Module):
         return list(of.parameters())
     if of is not None and not hasattr(of, "param_groups"):  # an optimizer need not derive from PyTorch's
-        raise TypeError(f"gradients_of must be an optimizer, a module or None, got {type(of).__name__}")
+        raise TypeError(f"gradients_of must be an optimizer, a module or None, got {arguments.shown(of)}")
     return [] if of is None else [p for group in of.param_groups for p in group["params"]]
 
 

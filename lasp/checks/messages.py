@@ -94,7 +94,7 @@ def _of_all(header: bytes, what: str, sequence: SequenceParallel) -> list[bytes]
     One message from rank to rank, so that an error names who is missing, under a tag of their own, so that all messages
     that can come are equally long.
     """
-    group, me = sequence.group, sequence.peers.rank
+    group, peers, me = sequence.group, sequence.peers, sequence.peers.rank
     mine = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     theirs = {rank: torch.empty_like(mine) for rank in range(sequence.size) if rank != me}
 
@@ -107,6 +107,6 @@ def _of_all(header: bytes, what: str, sequence: SequenceParallel) -> list[bytes]
 
     arriving = of_each(lambda rank: dist.irecv(theirs[rank], group=group, group_src=rank, tag=_TAG))
     leaving = of_each(lambda rank: dist.isend(mine, group=group, group_dst=rank, tag=_TAG))
-    of_each(lambda rank: arriving[rank].wait())
-    of_each(lambda rank: leaving[rank].wait())
+    of_each(lambda rank: peers.wait(arriving[rank]))
+    of_each(lambda rank: peers.wait(leaving[rank]))
     return [bytes((theirs[rank] if rank != me else mine).tolist()) for rank in range(sequence.size)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -10,6 +9,7 @@ from lasp.checks.agreement import WEIGHTS, checksum, compare, is_due
 from lasp.checks.checksum import checksums, forms_of, whole_parameters
 from lasp.checks.messages import check_messages
 from lasp.ranks import SequenceParallel
+from lasp.ranks.collectives import device_of
 
 
 def compare_parameters(model: nn.Module, group: ProcessGroup | None, before: str, *, validate: str = "first") -> None:
@@ -39,6 +39,6 @@ def check_gradients(model: nn.Module, group: ProcessGroup | None, before: str, *
         settle(**{WEIGHTS: checksums(whole_parameters(model))})
     else:
         kind = (("parameters", len(forms)), ("checksum", checksum(forms.items())))
-        device = next((p.device for p in parameters.values() if p.requires_grad), torch.device("cpu"))
+        device = next((p.device for p in parameters.values() if p.requires_grad), device_of(ranks.peers.group))
         check_messages(ranks, before, kind, device, explain=settle)
     ranks.peers.counted[model] = calls + 1

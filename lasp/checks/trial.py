@@ -11,7 +11,8 @@ So each module is asked about its own code, and none hides behind a module below
 lasp are borders of the same kind: they answer as they would over ranks, so that a layer that uses them mixes nothing.
 They also note who calls them, and whether with the ranks.
 
-Parameters that are zero are random here: a convolution that starts as the identity still mixes.
+Parameters that are zero are random here, and tiny ones larger: a convolution that starts as the identity still mixes,
+and so does what comes in times a gain of 1e-6. What a model does in training, or with a mask, is asked as well.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lasp.checks.torch_modules import is_of_torch, kind_of
+from lasp.checks.untouched import keep_all, random_state
 from lasp.ranks import SequenceParallel
 
-_CUTS = ((29, 12), (13, 5))  # tokens, and where they are cut; the second for models that take few
+_CUTS = ((29, 13), (13, 5))  # tokens, and where they are cut (no block ends there); the second if a model takes few
 _POSITIONS = re.compile(r"(token_|input_)?pos(ition)?s?(_ids?)?")
+_MASKS = re.compile(r"(attention_|padding_|token_|input_)?mask")
 _PARAMETERS = {"cpu": 5e7, "cuda": 2e10}  # whose use on some 60 tokens takes about a second at most
 _SMALL, _MEDIUM = 1 << 20, 1 << 28  # numbers of a parameter or buffer that may be copied, and of all of them
+_TINY = 1e-2  # if no entry of a parameter is more, it may hide what comes in times it
 _SHORT = (torch.bfloat16, torch.float16)
 
 Arguments = ParamSpec("Arguments")
@@ -135,30 +139,71 @@ def _ask_whole(
     path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers: Answers, weights: list[Weights]
 ) -> None:
     reason = ""
-    for parameters, (tokens, cut) in itertools.product(weights, _CUTS):
+    for parameters, cuts in itertools.product(weights, _CUTS):
         for make_inputs in _inputs_of(module, parameters):
-            trial = _Trial(path, module, layers, parameters)
+            ask = functools.partial(_ask_one_way, path, module, layers, parameters, cuts)
             try:
-                trial.run(make_inputs(tokens, cut), tokens, cut)
+                found = ask(make_inputs)
             except _Failed as failed:
                 reason = reason or str(failed)
                 continue
-            found = trial.found
-            for name in _optional_positions(module):
-                inputs = {n: x for n, x in make_inputs(tokens, cut).items() if n != name}
-                if trial.counts_positions(inputs, cut):
-                    answers.counts_positions[path] = name
-            if found.mixing:  # a dimension may differ by as much as the tokens by chance: ask again with other numbers
-                again = _Trial(path, module, layers, parameters)
-                again.run(make_inputs(tokens - 2, cut - 2), tokens - 2, cut - 2)
-                found.mixing = {p: why for p, why in found.mixing.items() if p in again.found.mixing}
+            others = [(make_inputs, True)] if all(b.numel() <= _SMALL for b in module.buffers()) else []
+            others += [(functools.partial(make_inputs, masks=True), False)] if _optional(module, _MASKS) else []
+            for make_others, training in others:
+                with contextlib.suppress(_Failed):  # it need not take a mask of that kind
+                    also = ask(make_others, training=training)
+                    found.mixing |= {p: how for p, how in also.mixing.items() if p not in found.mixing}
+                    found.forgot_ranks |= also.forgot_ranks
+                    found.counts_positions |= also.counts_positions
             answers.mixing |= found.mixing
             answers.asked |= found.asked
             answers.silent |= found.silent
             answers.gave_ranks |= found.gave_ranks
             answers.forgot_ranks |= found.forgot_ranks
+            answers.counts_positions |= found.counts_positions
             return
     raise _Failed(reason)
+
+
+def _ask_one_way(
+    path: str,
+    module: nn.Module,
+    layers: Mapping[str, nn.Module],
+    parameters: Weights,
+    cuts: tuple[int, int],
+    make_inputs: Callable[[int, int], Inputs],
+    *,
+    training: bool = False,
+) -> Answers:
+    """What comes out with these inputs; raises `_Failed` if nothing does, or if it draws random numbers in training."""
+    tokens, cut = cuts
+    trial = _Trial(path, module, layers, parameters)
+    with _in_training(module) if training else contextlib.nullcontext():
+        trial.run(make_inputs(tokens, cut), tokens, cut, may_draw=not training)
+        found = trial.found
+        for name in _optional(module, _POSITIONS):
+            inputs = {n: x for n, x in make_inputs(tokens, cut).items() if n != name}
+            if trial.counts_positions(inputs, cut):
+                found.counts_positions[path] = name
+        if found.mixing:  # a dimension may differ by as much as the tokens by chance: ask again with other numbers
+            again = _Trial(path, module, layers, parameters)
+            again.run(make_inputs(tokens - 2, cut - 2), tokens - 2, cut - 2)
+            found.mixing = {p: why for p, why in found.mixing.items() if p in again.found.mixing}
+    return found
+
+
+@contextlib.contextmanager
+def _in_training(module: nn.Module) -> Iterator[None]:
+    """Inside, all modules are, but for those that drop something at random."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = True
+        keep_all(module)
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 @dataclass
@@ -171,7 +216,7 @@ Inputs = dict[str, _Input]
 Weights = dict[str, Tensor]  # parameters and buffers in whose place others are used
 
 
-def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[[int, int], Inputs]]:
+def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., Inputs]]:
     """Ways to make its inputs from a number of tokens, the likeliest first: ids, or numbers of some width."""
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
     if not parameters:
@@ -187,10 +232,10 @@ def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[[int, i
             return
 
 
-def _optional_positions(module: nn.Module) -> list[str]:
-    """The arguments of its forward that are positions and need not be given."""
+def _optional(module: nn.Module, names: re.Pattern[str]) -> list[str]:
+    """The arguments of its forward with such a name that need not be given."""
     _, *others = inspect.signature(module.forward).parameters.values()
-    return [p.name for p in others if _POSITIONS.fullmatch(p.name) and p.default is not p.empty]
+    return [p.name for p in others if names.fullmatch(p.name) and p.default is not p.empty]
 
 
 def _widths_of(module: nn.Module) -> list[int]:
@@ -212,6 +257,8 @@ def _make_inputs(
     position_dim: int,
     tokens: int,
     cut: int,
+    *,
+    masks: bool = False,
 ) -> Inputs:
     generator = torch.Generator("cpu").manual_seed(tokens)
     if width is None:
@@ -224,6 +271,8 @@ def _make_inputs(
     for p in others:
         if _POSITIONS.fullmatch(p.name):
             inputs[p.name] = _Input(positions, position_dim)
+        elif masks and _MASKS.fullmatch(p.name):
+            inputs[p.name] = _Input(torch.ones_like(positions).view(1, -1), 1)
         elif p.name == "use_cache":
             inputs[p.name] = _Input(False)
         elif p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD:
@@ -233,16 +282,29 @@ def _make_inputs(
 
 def _ids(vocabulary: int, tokens: int, cut: int, generator: torch.Generator) -> Tensor:
     """[1, tokens], all different if there are as many; if not, at least what stands side by side on the whole or at
-    the end of a slice, as far as possible: else a shift might bring what was there before."""
+    the end of a slice, as far as possible: else a shift might bring what was there before.
+
+    No id is in both slices, so that the largest number of all tokens, say, is in one of them only. The lowest ids and
+    the highest are in the first: one of them may end a document, which the tokens behind it are to know."""
     borders = [(0, cut), (0, tokens - 1), (cut - 1, tokens - 1), (cut - 1, 0), (cut, tokens - 1)]
+    special = torch.tensor([i for i in dict.fromkeys((0, vocabulary - 1, 1, 2)) if i < vocabulary], device="cpu")
+    count = min(vocabulary, _SMALL)
     x = torch.zeros(0, dtype=torch.int64, device="cpu")
     for _ in range(100):
-        count = min(vocabulary, _SMALL)
-        parts = [torch.randperm(count, generator=generator, device="cpu") for _ in range(-(-tokens // count))]
-        x = torch.cat(parts)[:tokens]
+        drawn = torch.randperm(count, generator=generator, device="cpu")
+        drawn = torch.cat([special, drawn[~torch.isin(drawn, special)]])
+        of_first = min(cut, max(1, len(drawn) * cut // tokens))
+        first, second = drawn[:of_first], drawn[of_first:][: tokens - cut]
+        pools = ((first, cut), (second if len(second) else first, tokens - cut))
+        x = torch.cat([_shuffled(pool, length, generator) for pool, length in pools])
         if bool((x[1:] != x[:-1]).all()) and all(x[a] != x[b] for a, b in borders):
             break
     return x[None]
+
+
+def _shuffled(pool: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    parts = [pool[torch.randperm(len(pool), generator=generator, device="cpu")] for _ in range(-(-length // len(pool)))]
+    return torch.cat(parts)[:length]
 
 
 @contextlib.contextmanager
@@ -270,11 +332,15 @@ def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
 
 def _weights_of(module: nn.Module) -> list[Weights]:
     """Copies of small buffers, which may be written to, and small trained parameters with random numbers where they are
-    zero. Before these, where weights are of 16 bits, all in 32: rounding hides a weak mixer."""
+    zero, and all larger if they are tiny. Before these, where weights are of 16 bits, all in 32: rounding hides a weak
+    mixer."""
     weights: Weights = {name: b.clone() for name, b in module.named_buffers() if b.numel() <= _SMALL}
     for name, p in module.named_parameters():
-        if p.requires_grad and p.is_floating_point() and 0 < p.numel() <= _SMALL and bool((p == 0).any()):
-            weights[name] = torch.where(p == 0, torch.rand_like(p) * 0.2 + 0.1, p)
+        if p.requires_grad and p.is_floating_point() and 0 < p.numel() <= _SMALL:
+            largest = p.abs().max()
+            if bool(largest < _TINY) or bool((p == 0).any()):
+                larger = torch.where(largest < _TINY, p / largest * 0.2, p)
+                weights[name] = torch.where(p == 0, torch.rand_like(p) * 0.2 + 0.1, larger)
     short = {name: x for name, x in (*module.named_parameters(), *module.named_buffers()) if x.dtype in _SHORT}
     if not 0 < sum(x.numel() for x in short.values()) <= _MEDIUM:
         return [weights]
@@ -315,15 +381,18 @@ class _Trial:
         self.found = Answers()
         self.record: dict[Any, list[Any]] = {}
 
-    def run(self, inputs: Inputs, tokens: int, cut: int) -> None:
-        """Fill `found`; raises `_Failed` if it does not run on the whole, or tells nothing."""
+    def run(self, inputs: Inputs, tokens: int, cut: int, *, may_draw: bool = True) -> None:
+        """Fill `found`; raises `_Failed` if it does not run on the whole, tells nothing, or may not draw and does."""
         self.tokens = tokens
+        random = random_state()
         try:
             out = self._call(inputs, 0, tokens, whole=True)
         except Exception as error:  # whatever its code raises on an input that was guessed
             raise _Failed(f"a trial with {tokens} tokens ends in {type(error).__name__}: {error}"[:300]) from error
         if not (found := _tensors(out)) or any(bool(x.isnan().any()) for x in found):
             raise _Failed("a trial gives NaN" if found else "a trial returns no tensor")
+        if not may_draw and not all(map(torch.equal, random, random_state())):
+            raise _Failed("a trial draws random numbers")
         self.found.asked = {key for key, _ in self.record if isinstance(key, str)}
         for start, end in ((0, cut), (cut, tokens)):
             try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _DROPS = re.compile(r"drop_?(out|path|connect|block)|stochastic_?depth", re.IGNORECASE)
 
@@ -44,6 +44,11 @@ def keep_all(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) or _DROPS.search(type(module).__name__):
             module.training = False
+
+
+def random_state() -> list[Tensor]:
+    """Of PyTorch's generators, to see whether something draws from them."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ class _Watch:
     def __deepcopy__(self, memo: Any) -> _Watch:
         return self  # a copy of the layer is split over the same ranks
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _of_a_pickle, ()  # the layer of a pickle is split over none
+    def __reduce__(self):
+        """Pickled with the layer, it does nothing: like `sequence`, it belongs to the ranks of this run."""
+        return of_a_pickle, ()
 
     @property
     def called(self) -> bool:
@@ -61,9 +63,10 @@ class _Watch:
         return module is None or any(t.calls for x in ranks for t in x.by_operator.values())
 
 
-def _of_a_pickle() -> Any:
-    return _note_nothing
+def of_a_pickle() -> Callable[..., None]:
+    """In place of a hook that concerns the ranks of a run, in a model that is loaded from a pickle."""
+    return _nothing
 
 
-def _note_nothing(module: nn.Module, args: Any, output: Any) -> None:
-    """In place of a `_Watch`, which belongs to the ranks of the run that has pickled its layer."""
+def _nothing(*_: object) -> None:
+    pass

@@ -20,6 +20,7 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
         RankMismatchError: ranks hold other parameters; on every rank.
     """
     arguments.module("model", model)
+    arguments.choice("validate", validate, ("first", "off"))
     group, _ = grad_group(mesh)
     if group is None:
         return model

@@ -28,6 +28,7 @@ def wrap_fsdp2(
         RankMismatchError: ranks hold other parameters; on every rank.
     """
     arguments.module("model", model)
+    arguments.choice("validate", validate, ("first", "off"))
     if not isinstance(blocks, Iterable):
         raise TypeError(f"blocks must be modules, got {arguments.shown(blocks)}")
     blocks = [arguments.module("blocks", block) for block in blocks]

@@ -33,6 +33,7 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
         PeerError: a rank did not come within the timeout of the group.
     """
     arguments.module("model", model)
+    arguments.choice("validate", validate, ("first", "off"))
     group, ranks = grad_group(mesh)
     if ranks == 1:
         return
@@ -50,7 +51,7 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
         for p, gradient in zip(mine, flat.div_(ranks).split([p.numel() for p in mine])):
             if p in sparse:
                 p.grad = gradient.view_as(p).to_sparse(sparse[p])
-            elif p.grad is None:
+            elif p.grad is None or 0 in p.grad.stride():  # an expanded one cannot be written to
                 p.grad = gradient.view_as(p).clone()
             else:
                 p.grad.copy_(gradient.view_as(p))

@@ -234,6 +234,8 @@ def start_forward(
     x: Operands, initial_state: Tensor | None, call: Call, needs: Needs, ranks_agree: Agreement | None
 ) -> Started:
     """What forward does before it must wait, without a graph. Of q only shape and dtype count."""
+    if needs.final_state:
+        call.refuse_padding(x.k)
     with no_autocast(x.k.device.type):
         steps = steps_of(x, call, needs.decay_gradient)
         if not call.traffic.kernels:

@@ -142,6 +142,15 @@ class Call:
             **settings,
         }
 
+    def refuse_padding(self, x: Tensor) -> None:
+        """Raise `ValueError` if x [B, T, ...] is of a padded batch and no layout says so: for a final state."""
+        sequence = self.sequence
+        if sequence is not None and self.shard.layout is None and sequence.peers.padded == x.shape[1]:
+            raise ValueError(
+                "output_final_state needs layout=local['layout']: the batch that shard_batch cut last is padded, and "
+                f"these {x.shape[1]} tokens are as many as a slice of it: the padding would be part of the final state"
+            )
+
     # How a state travels
 
     def terms(self, steps: MapSteps, *, given: bool, reverse: bool = False, at_once: bool = False) -> Terms:

@@ -158,6 +158,8 @@ def start_forward(
     x: DeltaOperands, initial_state: Tensor | None, call: Call, output_final_state: bool, ranks_agree: Agreement | None
 ) -> Started:
     """What forward does before it must wait."""
+    if output_final_state:
+        call.refuse_padding(x.k)
     with torch.no_grad(), no_autocast(x.k.device.type):
         steps = steps_of(x, call)
         maps = steps.local_maps(x)

@@ -45,13 +45,14 @@ def _put(sequence, place: dict) -> None:
 def uncounted() -> Iterator[None]:
     """Afterwards nothing tells that something was exchanged inside.
 
-    `explain`, the calls that ranks compare, the exchanges that they compare before an optimizer steps, and the flags of
-    states that were not finite are as before. All ranks must leave it at the same place.
+    `explain`, the calls that ranks compare, what they compare before an optimizer steps (exchanges, layers that ran,
+    models), and the flags of states that were not finite are as before. All ranks must leave it at the same place.
     """
     held = living_sequences()
     traffic = [{operator: replace(found) for operator, found in s.by_operator.items()} for s in held]
-    exchanges = {id(peers): Counter(peers.exchanges) for peers in process.peers.values()}
-    noted, flags = dict(process.noted), {s: flag.clone() for s, flag in process.not_finite.items()}
+    compared = {id(x): (Counter(x.exchanges), x.order, list(x.models)) for x in process.peers.values()}
+    noted, ran = dict(process.noted), dict(process.ran)
+    flags = {s: flag.clone() for s, flag in process.not_finite.items()}
     try:
         yield
     finally:
@@ -63,7 +64,7 @@ def uncounted() -> Iterator[None]:
                 else:
                     del sequence.by_operator[operator]
         for peers in process.peers.values():
-            peers.exchanges = exchanges.get(id(peers), Counter())
-        process.noted = noted
+            peers.exchanges, peers.order, peers.models = compared.get(id(peers), (Counter(), 0, []))
+        process.noted, process.ran = noted, ran
         process.not_finite.clear()
         process.not_finite.update(flags)

@@ -16,6 +16,9 @@ from lasp.ranks.sequence import SequenceParallel
 # torch 2.13 deprecates all_gather_into_tensor and reduce_scatter_tensor for names that 2.11 lacks.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_SENT = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+_SENT |= {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}
+"""What every backend sends as it is; anything else travels as bytes."""
 
 
 def start_all_gather(gathered: Tensor, mine: Tensor, group: ProcessGroup | None) -> dist.Work:
@@ -31,6 +34,10 @@ def gather_tokens(
 
     `lengths` are the tokens of each rank: shorter slices are padded, so that one message a rank suffices.
     """
+    if x.dtype not in _SENT:
+        there = x.movedim(dim, -1).contiguous().unsqueeze(-1).view(torch.uint8).movedim(-2, dim)
+        gathered = gather_tokens(there, lengths, sequence, what, dim=dim)
+        return gathered.contiguous().view(x.dtype).squeeze(-1)
     longest, mine = max(lengths), x.movedim(dim, 0)
     mine = F.pad(mine, (0, 0) * (x.ndim - 1) + (0, longest - len(mine))).contiguous()
     gathered = mine.new_empty(sequence.size, *mine.shape)

@@ -42,7 +42,6 @@ class Peers:
         self.size = dist.get_world_size(group)
         self.fake = dist.get_backend(group) == "fake"  # nobody else is there
         self._gloo = dist.get_backend(group) == "gloo"
-        self.process = os.getpid()  # a worker that was forked from it inherits this object, but no ranks
         self.reset()
 
     def reset(self) -> None:
@@ -61,6 +60,7 @@ class Peers:
         self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
         self.batches = 0  # that were cut for these ranks
+        self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
         self.agreed: set[Any] = set()  # kinds of messages
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
         # How: rounds of comparison in the group's key-value store

@@ -119,6 +119,7 @@ class Presence:
         self._listener: socket.socket | None = None
         self._looking = threading.Lock()
         self._lines: dict[int, _Line] = {}
+        self.forked = False  # whether this process is a child of a rank, which has no ranks to talk to
         self._forget()
 
     def _forget(self) -> None:
@@ -132,7 +133,9 @@ class Presence:
         self._reported = False
 
     def close(self) -> None:
-        """A forked child is no rank: a socket that it kept open would make a dead rank look alive."""
+        """In a forked child, which is no rank: a socket that it kept open would make a dead rank look alive."""
+        self.forked = dist.is_initialized()
+        self._looking = threading.Lock()  # another thread of the parent may have held it
         if self._listener is not None:
             self._listener.close()
         self._listener, self._world = None, None
@@ -142,7 +145,7 @@ class Presence:
     def _others(self) -> list[int]:
         """All other ranks; none where nobody else is there, or nobody real."""
         world = dist.group.WORLD if dist.is_initialized() else None
-        if world is None or dist.get_world_size() == 1 or dist.get_backend() == "fake":
+        if self.forked or world is None or dist.get_world_size() == 1 or dist.get_backend() == "fake":
             return []
         with self._looking:
             if self._world is None or self._world() is not world:

@@ -36,13 +36,16 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._noted: deque[Noted] = deque(maxlen=_KEPT)
         self._timeout = float("inf")  # seconds
+        self._rank = 0  # kept, as the process groups may be destroyed while the thread looks
         self._ended_since: float | None = None  # when the first end of a rank was seen; infinite once it was told
         self._told = False  # whether it was said what this rank waits for
 
     def start(self, timeout: timedelta) -> None:
         """From now on, until the process groups are destroyed."""
-        self._patience, self.on = _PART * timeout.total_seconds(), True
+        self._timeout, self._rank, self.on = timeout.total_seconds(), dist.get_rank(), True
         if self._thread is None or not self._thread.is_alive():
+            self._noted.clear()  # of another life of the process groups
+            self._ended_since, self._told = None, False
             self._thread = threading.Thread(target=self._run, daemon=True, name="lasp watch")
             self._thread.start()
 
@@ -57,15 +60,15 @@ class Watch:
 
     def _run(self) -> None:
         while dist.is_initialized():
-            time.sleep(_LOOK)
             if line := self._line():
                 print(line, file=sys.stderr, flush=True)
                 if self._told:
                     return
+            time.sleep(_LOOK)
 
     def _line(self) -> str:
         """What to print; empty as long as nothing is wrong."""
-        rank, pending = f"lasp: rank {dist.get_rank()}", self._pending()
+        rank, pending = f"lasp: rank {self._rank}", self._pending()
         if pending is not None:
             self._told = True
             known = presence.account(f"PeerError: {pending()}") or "mostly a rank has ended, hangs, or left out a call"
