@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lasp.ranks import SequenceParallel, peers_of
+from lasp.ranks.collectives import texts_of_all
 from lasp.ranks.group import process
 
 SMALLEST = 2**20  # bytes of a half
@@ -123,12 +124,12 @@ def _refusal(group: ProcessGroup) -> str:
     """Why these ranks can never have a board, in which all agree; empty if they may."""
     if dist.get_backend(group) == "fake":
         return "the backend is a fake"
-    hosts = set(_of_all(_host(), group))
+    hosts = set(texts_of_all(_host(), group))
     if len(hosts) > 1:
         return f"they are on {len(hosts)} hosts"
     # PyTorch (2.11) numbers such meetings of a process over all groups: unequal ones would wait for each other without
     # end. (What others than lasp have set up is not counted here.)
-    if len(set(_of_all(str(process.meetings), group))) > 1:
+    if len(set(texts_of_all(str(process.meetings), group))) > 1:
         return "some of them have set up symmetric memory in other groups, and others not as often"
     return ""
 
@@ -203,7 +204,7 @@ class _InFile:
     def join(self, group: ProcessGroup) -> Memory:
         """With the files of the others; a collective call. In another container the same name may be another file."""
         found = []
-        for path, token in (x.split("\n") for x in _of_all(f"{self._path}\n{self._token}", group)):
+        for path, token in (x.split("\n") for x in texts_of_all(f"{self._path}\n{self._token}", group)):
             with open(path, "rb") as file:  # which must exist: torch would make one
                 if file.read(len(token)) != token.encode():
                     raise OSError(f"{path} is not the file of the rank that made it")
@@ -219,16 +220,10 @@ class _InFile:
 
 
 def _problems(mine: str, group: ProcessGroup) -> str:
-    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(_of_all(mine, group)) if text)
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts_of_all(mine, group)) if text)
 
 
 def _host() -> str:
     """This host as it has been up since it was started; names alone may be the same on several."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
-
-
-def _of_all(mine: str, group: ProcessGroup) -> list[str]:
-    found: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    return found
