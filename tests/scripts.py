@@ -9,15 +9,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import free_port
 from ranks import workers
 
 
-def run_script(code, ranks, *, limit=100.0):
-    """Exit code, standard output and error of each rank of a script, whose processes are forked from a warm one."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
+def run_script(code, ranks, *, limit=100.0, agent=True):
+    """Exit code, standard output and error of each rank of a script, whose processes are forked from a warm one.
+
+    With `agent` this process holds their key-value store, as torchrun's does; else rank 0 makes one.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else free_port())}
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent)}
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            workers().Process(target=_script, args=(code, rank, ranks, store.port, Path(folder)), daemon=True)
+            workers().Process(target=_script, args=(code, rank, ranks, variables, Path(folder)), daemon=True)
             for rank in range(ranks)
         ]
         try:
@@ -34,12 +40,12 @@ def run_script(code, ranks, *, limit=100.0):
     return [(process.exitcode, *text) for process, text in zip(processes, texts)]
 
 
-def _script(code, rank, ranks, port, folder):
+def _script(code, rank, ranks, variables, folder):
     """What Python does with a script."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= variables
     torch.set_num_threads(1)
     try:
         exec(compile(code, "script", "exec"), {})

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from inputs import random_inputs
 from ranks import mesh_of, run_ranks
+from scripts import run_script
 from small_model import SmallModel
 from test_attention import check_against_oracle
 
@@ -66,6 +67,29 @@ def _differ(number, odd):
     assert (e.value.__cause__ is not None) == failed
     assert (sequence.traffic.forward_exchanges, sequence.traffic.messages) == (0, 0)
     works(sequence)
+
+
+FIRST_RANK_ENDS = """
+import os, time, torch, lasp
+from lasp.checks.agreement import _Round
+env = lasp.init("gloo", timeout=20.0)
+if env.rank == 2:  # is late to read what was found
+    wait = _Round._wait
+    _Round._wait = lambda *args: (wait(*args), time.sleep(0.3))[0]
+sequence = lasp.SequenceParallel(lasp.init_mesh(sp=-1, dp_shard=1)["sp"], name="blocks.1")
+x = torch.ones(1, 3 + env.rank, 2 if env.rank == 1 else 1, 2)
+try:
+    lasp.linear_attention(x, x, x, sequence=sequence)
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+    os._exit(1)
+"""
+
+
+def test_the_first_rank_may_end_at_once_and_take_the_store_along():
+    for code, out, error in run_script(FIRST_RANK_ENDS, 3, agent=False):
+        assert code == 1, error
+        assert out.startswith('RankMismatchError layer "blocks.1": rank 1 has q [1, "T", 2, 2, '), out
 
 
 def works(sequence):

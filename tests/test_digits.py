@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from inputs import FORMS, assert_digits, every_strength, oracle, random_inputs, spoilt
+import torch.distributed as dist
+from inputs import FORMS, assert_digits, every_strength, gradients, oracle, random_inputs, run, spoilt
+from ranks import run_ranks
 from steps import backward_steps, forward_steps, operands
 
+import lasp
 from lasp_kernels.chunked import ChunkedSteps
 
 
@@ -37,6 +40,27 @@ def test_weak_decays_behind_strong_ones_packed(form):
     x = replace(x, initial_state=x.initial_state.repeat(3, 1, 1, 1), d_final_state=x.d_final_state.repeat(3, 1, 1, 1))
     bounds = (0, 20, 90, 130)
     assert_digits(results(x, cu_seqlens=bounds), by_recurrence(x, torch.float64, cu_seqlens=bounds), 1e-6)
+
+
+def _on_ranks(form, lengths):
+    sequence = lasp.SequenceParallel(dist.group.WORLD)
+    x = every_strength(form, sum(lengths))
+    local = x.shard(lengths, sequence.rank)
+    local = replace(local, d_final_state=local.d_final_state / sequence.size)  # ranks' gradients of it are summed
+    local.require_grad()
+    o, final_state = run(lasp.linear_attention, local, output_final_state=True, sequence=sequence)
+    found = {"o": o.detach(), "final_state": final_state.detach(), **gradients(local, o, final_state)}
+    whole = by_recurrence(x, torch.float64)
+    expected = {name: t.split(lengths, 1)[sequence.rank] if "state" not in name else t for name, t in whole.items()}
+    if sequence.rank > 0:  # the first one's
+        del found["initial_state"], expected["initial_state"]
+    assert_digits(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("form", ["token", "channel"])
+@pytest.mark.parametrize("lengths", [(130,), (45, 85), (70, 3, 57)], ids=str)
+def test_weak_decays_behind_strong_ones_of_other_ranks(form, lengths):
+    run_ranks(len(lengths), _on_ranks, form, lengths)
 
 
 @pytest.mark.parametrize("form", ["token", "channel"])

@@ -423,7 +423,7 @@ def _refused(what):
         "meetings": (mock.patch.object(process, "meetings", rank), "not as often"),
         "no space": (mock.patch("os.fdopen", _fails if rank else os.fdopen), "rank 1: OSError: full"),
         "cannot map": (mock.patch("torch.from_file", _fails if rank else torch.from_file), "rank 1: OSError: full"),
-        "another's file": (mock.patch.object(board, "_of_all", _other_tokens), "rank 0: OSError: .* is not the file"),
+        "another's file": (mock.patch.object(board, "texts_of_all", _tokens), "rank 0: OSError: .* is not the file"),
     }[what]
     started = time.monotonic()
     with real, pytest.raises(ValueError, match=f'exchange "direct".*{message}'):
@@ -440,7 +440,7 @@ def _fails(*args, **options):
     raise OSError("full")
 
 
-def _other_tokens(mine, group, told=board._of_all):
+def _tokens(mine, group, told=board.texts_of_all):
     """As if the names of the other ranks' files were those of other files here."""
     return [text + "?" if "\n" in text else text for text in told(mine, group)]
 

@@ -198,6 +198,18 @@ class HiddenByZeros(nn.Module):
         return x + self.gain * (F.pad(x, (0, 0, 1, -1)) - x)
 
 
+class OverlapsHalves(nn.Module):
+    """Each token is a window of two, and windows that overlap are added up."""
+
+    def __init__(self):
+        super().__init__()
+        self.fold = nn.Fold((1, 1), (1, 2))
+
+    def forward(self, x):
+        self.fold.output_size = (1, x.shape[1] + 1)
+        return self.fold(x.mT.repeat_interleave(2, 1))[:, :, 0, : x.shape[1]].mT
+
+
 class HiddenByTinyGain(HiddenByZeros):
     """As behind a LayerScale."""
 
@@ -390,6 +402,10 @@ MIXING = {
         Model(Own(lambda s, x: s.pad(x.mT)[..., : x.shape[1]].mT, pad=nn.ReflectionPad1d((1, 0)))),
         {"layers.1.pad (ReflectionPad1d)": WRONG},
     ),
+    "ReplicationPad1d": (
+        Model(Own(lambda s, x: s.pad(x.mT)[..., : x.shape[1]].mT, pad=nn.ReplicationPad1d((1, 0)))),
+        {"layers.1.pad (ReplicationPad1d)": WRONG},
+    ),
     "LPPool1d": (
         Model(Channels(nn.Sequential(nn.ConstantPad1d((1, 0), 0.0), nn.LPPool1d(2, 2, 1)))),
         {"layers.1.inner.0 (ConstantPad1d)": WRONG},
@@ -419,6 +435,7 @@ MIXING = {
         Model(Own(lambda s, x: s.unfold(x.mT.unsqueeze(2)).mT[..., :D], unfold=nn.Unfold((1, 3), padding=(0, 1)))),
         {"layers.1.unfold (Unfold)": WRONG},
     ),
+    "Fold": (Model(OverlapsHalves()), {"layers.1.fold (Fold)": WRONG}),
     "LSTM": (Model(Own(lambda s, x: s.rnn(x)[0], rnn=nn.LSTM(D, D, batch_first=True))), {"layers.1.rnn (LSTM)": WRONG}),
     "MultiheadAttention": (
         Model(nn.TransformerEncoderLayer(D, 2, D, batch_first=True)),
@@ -840,7 +857,7 @@ def refused_on_ranks(model):
     return dict(entry.split(": ", 1) for entry in first.split("; "))
 
 
-@pytest.mark.parametrize("name", ["conv in a registered layer", "ZeroPad2d", "without ranks"])
+@pytest.mark.parametrize("name", ["conv in a registered layer", "sdpa", "ZeroPad2d", "Fold", "without ranks"])
 def test_every_rank_refuses_with_the_same_words(name):
     run_ranks(2, _all_refuse, name)
 

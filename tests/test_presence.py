@@ -110,6 +110,40 @@ lasp.token_loss(x[0, :, 0], torch.tensor([0, 1, 0]), mesh=mesh)
         assert "global rank 1 reported ValueError: a shard is missing" in error
 
 
+CALLS = {
+    "token_loss": "lasp.token_loss(x[0, :, 0], torch.tensor([0, 1, 0]), mesh=mesh)",
+    "sync_grads": "lasp.sync_grads(layer, mesh)",
+    "shard_sequence or unshard_sequence": "lasp.unshard_sequence(x, mesh)",
+    "the comparison of NaN and Inf": "lasp.assert_finite()",
+    "shard_batch": 'lasp.shard_batch({"input_ids": torch.zeros(1, 7, dtype=torch.long)}, mesh)',
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_a_rank_that_ends_before_a_call_of_all_is_named_on_all(what):
+    """What is no exchange: the timeout is 60 s."""
+    body = f"""
+layer = nn.Linear(2, 2)
+layer(x[0, :, 0]).sum().backward()
+checked = lasp.SequenceParallel(mesh["sp"], check_finite=True)
+lasp.linear_attention(x, x, x, sequence=checked)[0].sum().backward()
+if env.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    {CALLS[what]}
+finally:
+    print(f"after {{time.monotonic() - started}}", flush=True)
+"""
+    found = run(body)
+    for rank in (0, 2):
+        code, out, error = found[rank]
+        assert code == 1
+        last = error[error.rindex("PeerError") :]
+        assert what in last, error
+        assert "global rank 1 has ended" in last or "global ranks 0, 1 have ended" in last, error
+        assert seconds(out) < 20, out
+
+
 @pytest.mark.parametrize("scheme", ["ddp", "fsdp2"])
 def test_an_error_of_data_parallelism_is_followed_by_who_has_gone(scheme):
     body = f"""

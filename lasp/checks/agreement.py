@@ -22,6 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -361,9 +362,18 @@ class _Round:
             tokens = [x["token"] for x in records if "token" in x]
         else:
             verdict = self._absent(started)
+        agreed = verdict["found"] == "agreement"
+        readers = 0 if agreed else sum(self.store.check([key]) for key in keys.values()) - 1
         self.store.set(self._key("verdict"), json.dumps(verdict | {"tokens": tokens}))
+        self._let_read(readers)
         self._clean()
         return verdict
+
+    def _let_read(self, readers: int) -> None:
+        """Wait until so many have the verdict: this process may hold the store, and end with the error that follows."""
+        until = time.monotonic() + min(self.timeout / 10, _READ).total_seconds()
+        while readers and self.store.add(self._key("readers"), 0) < readers and time.monotonic() < until:
+            time.sleep(0.001)
 
     def _read(self, record: dict[str, Any], started: float) -> dict[str, str]:
         verdict = self._received(record) if self.life else self._received_in_new_life(record, started)
@@ -376,7 +386,8 @@ class _Round:
             if not self.store.check([self._key("verdict")]):
                 return absent
             verdict = json.loads(self.store.get(self._key("verdict")))
-        self._clean()
+        with suppress(dist.DistError):  # the first rank, which may hold the store, need not wait for what follows
+            self._clean()
         return verdict
 
     def _received(self, record: dict[str, Any], limit: timedelta | None = None) -> dict[str, str] | None:
@@ -454,6 +465,7 @@ class _Round:
 
 
 _LIFE = "life"  # a key: the token of the first rank
+_READ = timedelta(seconds=2)  # for ranks that wait for a verdict to read it; a tenth of the timeout, if less
 _LOOK_AGAIN = timedelta(seconds=0.5)  # for it, until it is known to be of this life
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lasp.ranks import SequenceParallel, peers_of
+from lasp.ranks.collectives import texts_of_all
 from lasp.ranks.group import process
 from lasp.ranks.hosts import this_host
 
@@ -122,12 +123,12 @@ def _refusal(group: ProcessGroup) -> str:
     """Why these ranks can never have a board, in which all agree; empty if they may."""
     if dist.get_backend(group) == "fake":
         return "the backend is a fake"
-    hosts = set(_of_all(this_host(), group))
+    hosts = set(texts_of_all(this_host(), group))
     if len(hosts) > 1:
         return f"they are on {len(hosts)} hosts"
     # PyTorch (2.11) numbers such meetings of a process over all groups: unequal ones would wait for each other without
     # end. (What others than lasp have set up is not counted here.)
-    if len(set(_of_all(str(process.meetings), group))) > 1:
+    if len(set(texts_of_all(str(process.meetings), group))) > 1:
         return "some of them have set up symmetric memory in other groups, and others not as often"
     return ""
 
@@ -202,7 +203,7 @@ class _InFile:
     def join(self, group: ProcessGroup) -> Memory:
         """With the files of the others; a collective call. In another container the same name may be another file."""
         found = []
-        for path, token in (x.split("\n") for x in _of_all(f"{self._path}\n{self._token}", group)):
+        for path, token in (x.split("\n") for x in texts_of_all(f"{self._path}\n{self._token}", group)):
             with open(path, "rb") as file:  # which must exist: torch would make one
                 if file.read(len(token)) != token.encode():
                     raise OSError(f"{path} is not the file of the rank that made it")
@@ -218,10 +219,4 @@ class _InFile:
 
 
 def _problems(mine: str, group: ProcessGroup) -> str:
-    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(_of_all(mine, group)) if text)
-
-
-def _of_all(mine: str, group: ProcessGroup) -> list[str]:
-    found: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    return found
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts_of_all(mine, group)) if text)

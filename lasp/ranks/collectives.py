@@ -80,16 +80,21 @@ def lengths_of(x: Tensor, sequence: SequenceParallel, what: Callable[[], str], *
 
 
 def gather_texts(text: str, group: ProcessGroup, what: Callable[[], str]) -> list[str]:
-    """The text of every rank of a group, in its order. (PyTorch's gather of objects unpickles what others send.)"""
+    """The text of every rank of a group, in its order."""
+    with waiting(what):
+        return texts_of_all(text, group)
+
+
+def texts_of_all(text: str, group: ProcessGroup) -> list[str]:
+    """`gather_texts` within a `waiting` of the caller's. (PyTorch's gather of objects unpickles what others send.)"""
     ranks, device = dist.get_world_size(group), device_of(group)
     mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    with waiting(what):
-        sizes = torch.empty(ranks, 1, dtype=torch.int64, device=device)
-        start_all_gather(sizes, torch.tensor([len(mine)], device=device), group).wait()
-        lengths = sizes.flatten().tolist()
-        gathered = mine.new_empty(ranks, max(1, *lengths))
-        start_all_gather(gathered, F.pad(mine, (0, gathered.shape[1] - len(mine))), group).wait()
-        return [bytes(row[:length].tolist()).decode() for row, length in zip(gathered, lengths)]
+    sizes = torch.empty(ranks, 1, dtype=torch.int64, device=device)
+    start_all_gather(sizes, torch.tensor([len(mine)], device=device), group).wait()
+    lengths = sizes.flatten().tolist()
+    gathered = mine.new_empty(ranks, max(1, *lengths))
+    start_all_gather(gathered, F.pad(mine, (0, gathered.shape[1] - len(mine))), group).wait()
+    return [bytes(row[:length].tolist()).decode() for row, length in zip(gathered, lengths)]
 
 
 def device_of(group: ProcessGroup) -> torch.device:
