@@ -147,7 +147,7 @@ def test_schedules_are_told_apart_by_their_class_and_not_by_their_name(names):
 COLLECTIVES = re.compile(
     r"(all_)?(reduce|gather|scatter|to_all)\w*|broadcast\w*|\w*barrier|i?(send|recv)\w*|batch_isend_irecv|new_\w*group\w*"
 )
-OTHERS = {"_all_gather", "_reduce_scatter", "start_all_gather", "init_device_mesh", "_flatten", "rendezvous"} | {
+OTHERS = {"gather_flat", "scatter_sum_flat", "start_all_gather", "init_device_mesh", "_flatten", "rendezvous"} | {
     "DistributedDataParallel",
     "fully_shard",
 }

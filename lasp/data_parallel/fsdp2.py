@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lasp import arguments
+from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
-from lasp.ranks import collectives, grad_mesh, waiting
+from lasp.ranks import SequenceParallel, collectives, grad_mesh, waiting
 from lasp.ranks.group import making_groups
 
 
@@ -47,4 +51,51 @@ def wrap_fsdp2(
         for block in blocks:
             fully_shard(block, mesh=axis, **options)
         fully_shard(model, mesh=axis, **options)
+    if mesh.device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(_GatherOfWeights(validate))  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(_SumOfGradients(validate))  # type: ignore[arg-type]
     return model
+
+
+class _Compared:
+    """What FSDP2 sends, over gloo: the ranks look first whether their messages fit.
+
+    gloo ends a process where they do not, without an error: as on a rank whose backward has left a block out.
+    """
+
+    what: ClassVar[str]
+
+    def __init__(self, validate: str):
+        self._validate = validate
+        self._of_groups: dict[Any, SequenceParallel] = {}
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As FSDP2 does by default."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def compare(self, mine: Tensor, group: ProcessGroup) -> None:
+        """Raise on every rank that is about to send something else."""
+        ranks = self._of_groups.setdefault(group, SequenceParallel(group, validate=self._validate))
+        check_messages(ranks, self.what, (("numbers", mine.numel()), ("dtype", mine.dtype)), mine.device)
+
+
+class _GatherOfWeights(_Compared):
+    what = "FSDP2's gathering of weights"
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False) -> Any:
+        self.compare(input_tensor, group)
+        with waiting(self.what):
+            return collectives.gather_flat(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _SumOfGradients(_Compared):
+    what = "FSDP2's sum of gradients"
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        self.compare(input_tensor, group)
+        with waiting(self.what):
+            return collectives.scatter_sum_flat(output_tensor, input_tensor, op, group=group, async_op=async_op)

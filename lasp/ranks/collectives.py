@@ -13,9 +13,10 @@ from torch.distributed import ProcessGroup
 from lasp.ranks.group import waiting
 from lasp.ranks.sequence import SequenceParallel
 
+# Shard by shard: gather_flat(whole, part, group=, async_op=) and scatter_sum_flat(part, whole, op, group=, async_op=).
 # torch 2.13 deprecates all_gather_into_tensor and reduce_scatter_tensor for names that 2.11 lacks.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+scatter_sum_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _SENT = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 _SENT |= {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}
 """What every backend sends as it is; anything else travels as bytes."""
@@ -24,7 +25,7 @@ _SENT |= {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}
 def start_all_gather(gathered: Tensor, mine: Tensor, group: ProcessGroup | None) -> dist.Work:
     """Begin to gather `mine` [...] of all ranks into `gathered` [ranks, ...]."""
     with waiting(lambda: "an all-gather"):
-        return _all_gather(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
+        return gather_flat(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
 
 
 def gather_tokens(
@@ -65,7 +66,7 @@ def scatter_tokens(
     mine = parts.new_empty(parts.shape[1:])
     if mine.numel():
         with waiting(what):
-            _reduce_scatter(mine, parts.flatten(0, 1), group=sequence.group)
+            scatter_sum_flat(mine, parts.flatten(0, 1), group=sequence.group)
     return mine[: lengths[sequence.rank]].movedim(0, dim).to(x.dtype)
 
 
@@ -117,8 +118,8 @@ def connect(group: ProcessGroup | None, device_type: str, *, megabytes: int = 64
         part = torch.zeros(-(-numbers // ranks), device=device_type)
         whole = part.new_zeros(len(part) * ranks)
         with waiting("connecting the ranks that average gradients"):
-            _all_gather(whole, part, group=group)
+            gather_flat(whole, part, group=group)
             for op in averages:
                 dist.all_reduce(whole, op, group=group)
-                _reduce_scatter(part, whole, op, group=group)
+                scatter_sum_flat(part, whole, op, group=group)
         numbers *= 4

@@ -191,9 +191,16 @@ class waiting:
         self._what = what
 
     def __enter__(self) -> None:
-        self._started = time.monotonic()
+        self._started, self._left = time.monotonic(), False
+        if watch.on and isinstance(self._what, str):
+            watch.note(self, lambda what=self._what: what)  # the host may wait inside, as for a checkpoint
+
+    def query(self) -> bool:
+        """Whether it was left."""
+        return self._left
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._left = True
         if error is None and watch.on and isinstance(self._what, str):  # exchanges note themselves
             watch.note_current(self._what)
         ours = (torch.OutOfMemoryError, PeerError, RankMismatchError)

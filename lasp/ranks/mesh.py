@@ -40,8 +40,9 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
     with making_groups("lasp.init_mesh: making the process groups of all ranks"):
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
+    group, _ = grad_group(mesh)  # made here, where all ranks come, and not by the first loss
     if device_type == "cuda":
-        collectives.connect(grad_group(mesh)[0], device_type)
+        collectives.connect(group, device_type)
     return mesh
 
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,14 @@ _PART = 0.7  # of the timeout, after which a rank that still waits says so
 _SOON = 0.2  # of the timeout, after which the end of a rank is told to one that has noted nothing
 _KEPT = 256  # operations: more than a host is ever ahead of its GPU
 
-Noted = tuple[float, torch.Event, Callable[[], str]]
+
+class Done(Protocol):
+    """An event on a GPU, or what tells whether the host has come out of a call."""
+
+    def query(self) -> bool: ...  # noqa: D102
+
+
+Noted = tuple[float, Done, Callable[[], str]]
 
 
 class Watch:
@@ -49,7 +57,7 @@ class Watch:
             self._thread = threading.Thread(target=self._run, daemon=True, name="lasp watch")
             self._thread.start()
 
-    def note(self, event: torch.Event, what: Callable[[], str]) -> None:
+    def note(self, event: Done, what: Callable[[], str]) -> None:
         """`what` must hold no tensor: it is kept for some steps."""
         self._noted.append((time.monotonic(), event, what))
 

@@ -98,7 +98,10 @@ def _not_detected(run: Finished, errors: dict[int, dict], seconds: float | None)
 
 
 # What an error of lasp's says of the place, and the line that follows one of PyTorch's.
-PLACE = r"layer ['\"]|token_loss|sync_grads|wrap_\w+:|lasp\.init|the step of the optimizer|key-value store|check_finite"
+PLACE = (
+    r"layer ['\"]|token_loss|sync_grads|wrap_\w+:|lasp\.\w+|saving|FSDP2's|the step of the optimizer|key-value store|"
+    "check_finite"
+)
 LINE = r"^lasp: rank \d+ (?:waited|may wait) for another; .*$"
 
 

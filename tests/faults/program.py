@@ -169,7 +169,8 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
         state = {"model": get_model_state_dict(model)}
         if here("save"):
             act(fault.kind, journal)
-        state_dict_saver.save(state, checkpoint_id=run.folder / f"step-{step}")
+        with lasp.ranks.waiting("saving a checkpoint"):
+            state_dict_saver.save(state, checkpoint_id=run.folder / f"step-{step}")
     if env.device.type == "cuda":
         torch.cuda.synchronize()  # also the stream of the exchanges, on which one may still wait for a rank
     dist.barrier()
