@@ -53,9 +53,10 @@ def parallelize(
             memory), or "auto", one of them by a cost model, for which the network is measured here, once.
         softmax: how `lasp.softmax_attention` is split: "all_gather".
         strict: refuse a model in which anything mixes tokens that no adapter takes care of, inside of registered layers
-            too: its result on a slice would be silently wrong. For that the model runs a few times on some 30 tokens, in
-            evaluation and in training, here and on this rank alone, and is left as it was. Where it cannot run so (weights on the meta device or sharded,
-            unusual inputs, more than about a second of work) classes and their names decide, and `explain` says so.
+            too: its result on a slice would be silently wrong. For that the model runs a few times on some 30 tokens,
+            in evaluation and in training, here and on this rank alone, and is left as it was. Where it cannot run so
+            (weights on the meta device or sharded, unusual inputs, more than about a second of work) classes and their
+            names decide, and `explain` says so.
         validate: "first" compares on all ranks which layers and parameters were found, what each layer is about to
             compute at its first call and at every 1000th, what it is about to send at every call, and before an
             optimizer steps how often each layer has exchanged, and now and then the weights (see
