@@ -145,6 +145,7 @@ def _work(rank, world, port, pipe):
             fn, args = pickle.loads(job)
             if "lasp" in sys.modules:  # what an earlier job exchanged is no concern of this one's optimizers
                 sys.modules["lasp"].ranks.group.forget_steps()
+                sys.modules["lasp"].ranks.group.process.timeout = None  # nor is the timeout that its lasp.init was told
             answer = pickle.dumps((True, fn(*args)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))

@@ -187,9 +187,9 @@ def _connect(names):
 
 
 def test_connecting_runs_every_collective_from_small_to_large():
-    sizes, *others = run_ranks(3, _connect, ("all_reduce", "_all_gather", "_reduce_scatter"))
+    sizes, *others = run_ranks(3, _connect, ("all_reduce", "gather_flat", "scatter_sum_flat"))
     assert all(x == sizes for x in others)
-    for name, parts in (("all_reduce", 1), ("_all_gather", 1), ("_reduce_scatter", 3)):
+    for name, parts in (("all_reduce", 1), ("gather_flat", 1), ("scatter_sum_flat", 3)):
         whole = [parts * n for n in sizes[name]]
         assert whole[0] == 3 * 4
         assert 2**20 <= whole[-1] < 2**20 + 12

@@ -28,9 +28,9 @@ OTHERS = [
 
 @functools.cache
 def outcomes():
-    """All at once: most of their time is waiting."""
+    """One after the other: key-value stores of several runs in one process hang with torch 2.13, seconds at a time."""
     faults = [*PEERS, *OTHERS]
-    return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, parallel=4)))
+    return dict(zip(faults, inject(faults, ranks=3, backend="gloo", timeout=4.0, parallel=1)))
 
 
 @pytest.mark.parametrize("fault", [*PEERS, *OTHERS], ids=lambda f: f"{f.kind}-{f.place}-{f.store}")
@@ -66,7 +66,7 @@ AIMED = [
 
 @functools.cache
 def outcomes_with_dp():
-    return dict(zip(AIMED, inject(AIMED, ranks=4, dp=2, backend="gloo", timeout=5.0, parallel=2)))
+    return dict(zip(AIMED, inject(AIMED, ranks=4, dp=2, backend="gloo", timeout=5.0, parallel=1)))
 
 
 @pytest.mark.timeout(200)  # of the first: it waits for all
