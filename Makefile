@@ -10,7 +10,7 @@ NEWEST := 2.14.1
 # What leans on parts of PyTorch that change: collectives, launchers, compiled graphs, hooks of autograd, FSDP2,
 # checkpoints.
 LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py attention.py checkpoint.py compiled.py data_parallel.py \
-	exchange.py finite.py init.py mixing.py recompute.py softmax.py verify.py)
+	exchange.py finite.py launchers.py mixing.py recompute.py softmax.py verify.py)
 FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py layering.py loss.py)
 
 .PRECIOUS: .venv-torch-%/.installed
