@@ -236,8 +236,12 @@ def test_positions_may_start_again_where_offsets_are_given():
 
 def test_positions_that_are_made_here_are_not_looked_at(monkeypatch):
     """On a device the host would wait for them, at every step."""
-    monkeypatch.setattr(lasp.batch, "_start_again", None)
-    lasp.shard_batch({"input_ids": ids(1, 5)}, None)
+    looked = []
+    monkeypatch.setattr(lasp.batch, "_start_again", lambda *given: looked.append(given))
+    assert lasp.shard_batch({"input_ids": ids(1, 5)}, None)["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+    assert looked == []
+    lasp.shard_batch({"input_ids": ids(1, 5), "position_ids": torch.arange(5)}, None)
+    assert len(looked) == 1  # given ones are
 
 
 def test_none_counts_as_absent():

@@ -696,7 +696,10 @@ def test_without_a_trial_classes_and_names_decide(layer, how):
     ids=lambda x: type(x).__name__,
 )
 def test_without_a_trial_these_are_accepted(layer):
-    lasp.parallelize(OddInputs(layer), None)
+    model = OddInputs(layer)
+    assert lasp.parallelize(model, None) is model
+    with pytest.raises(ValueError, match="parallelized already"):
+        lasp.parallelize(model, None)
 
 
 def test_where_the_whole_cannot_be_asked_its_parts_are():
