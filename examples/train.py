@@ -270,8 +270,10 @@ def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
 
 
 def new_folder() -> str:
-    """A folder named by the time at which rank 0 asks."""
-    return str(RUNS / f"{time.strftime('tnl-%Y%m%d-%H%M%S')}-{os.getpid()}")
+    """Make a folder named by the time at which rank 0 asks."""
+    folder = RUNS / f"{time.strftime('tnl-%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir(parents=True)
+    return str(folder)
 
 
 def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:

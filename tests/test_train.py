@@ -334,3 +334,10 @@ def test_metrics_on_a_full_disk(copy):
         assert code == 1
         assert f"{file} cannot be written: File too large; it needs " in output
     assert (copy / "out" / "LATEST").read_text() == "step-000001"
+
+
+def test_without_a_folder_a_new_one_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Path(train.new_folder())
+    assert made.is_dir()
+    assert made.parent == Path("runs")
