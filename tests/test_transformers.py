@@ -38,7 +38,8 @@ def compare(name, dtype=torch.float64, checkpointing=False, mask=None, bound=1e-
     batch = {"input_ids": ids}
     if mask is not None:
         batch["attention_mask"] = mask
-        batch["labels"] = torch.where(mask == 0, -100, ids)
+        first = (mask.cumsum(1) == 1) & (mask == 1)  # what a padded token would predict
+        batch["labels"] = torch.where((mask == 0) | first, -100, ids)
     whole = lasp.shard_batch(batch, None)
     reference, logits, loss = whole_of(name, dtype, **whole)
     model = foreign.build(name, dtype)
@@ -73,3 +74,76 @@ READY = [name for name in foreign.MODELS if name not in ("mamba", "falcon_mamba"
 @pytest.mark.parametrize("world", [2, 3])
 def test_one_process_and_slices_agree(world, name):
     run_ranks(world, compare, name)
+
+
+@pytest.mark.parametrize("name", READY)
+def test_checkpointed_by_the_library_s_own_switch(name):
+    run_ranks(2, compare, name, torch.float64, True)
+
+
+def padded(left):
+    """Of two rows one is whole; the other has padding over the first or the last rank, and more."""
+    mask = torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[1, slice(0, 45) if left else slice(TOKENS - 45, None)] = 0
+    return mask
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", READY)
+def test_padding_is_seen_by_no_token(name, left):
+    run_ranks(2, compare, name, torch.float64, False, padded(left))
+
+
+OFFSETS = (0, 11, 12, 40, 71, 83)  # with three ranks one document lies on two borders
+
+
+def compare_packed(name, checkpointing=False, bound=1e-11):
+    """Each document's logits and gradients are those of the document alone."""
+    torch.set_num_threads(1)
+    world = torch.distributed.get_world_size()
+    mesh = mesh_of(sp=world)
+    ids = torch.randint(3, 97, (1, TOKENS), generator=torch.Generator().manual_seed(3))
+    whole = lasp.shard_batch({"input_ids": ids, "cu_seqlens": OFFSETS}, None)
+    reference = foreign.build(name)
+    pairs = list(zip(OFFSETS, OFFSETS[1:]))
+    logits = torch.cat([reference(ids[:, a:b], use_cache=False).logits for a, b in pairs], 1)
+    tokens = (whole["labels"] != -100).sum()
+    (loss_of(logits, whole["labels"]) / tokens).backward()
+
+    model = foreign.build(name)
+    lasp.parallelize(model, mesh["sp"])
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    local = lasp.shard_batch({"input_ids": ids, "cu_seqlens": OFFSETS}, mesh, pad=False)
+    got = model(local["input_ids"], layout=local["layout"]).logits
+    start, end = local["layout"].bounds(mesh["sp"].get_local_rank())
+    assert foreign.relative(got, logits[:, start:end]) < bound
+    (loss_of(got, local["labels"]) * world / tokens).backward()
+    lasp.sync_grads(model, mesh)
+    compared = zip(model.named_parameters(), reference.parameters())
+    worst = {name: foreign.relative(p.grad, r.grad) for (name, p), r in compared if r.grad is not None}
+    assert max(worst.values()) < bound, sorted(worst.items(), key=lambda x: -x[1])[:5]
+    assert lasp.verify(model, mesh, {"input_ids": ids, "cu_seqlens": OFFSETS}).ok
+
+
+@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("world", [2, 3])
+def test_packed_documents_are_as_alone(world, name):
+    run_ranks(world, compare_packed, name, world == 3)
+
+
+def verified(name, dtype, before):
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    model = foreign.build(name, dtype)
+    if not before:
+        lasp.parallelize(model, mesh["sp"])
+    found = lasp.verify(model, mesh)
+    assert found.ok, str(found)
+    return str(found)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", READY)
+def test_verify_compares_with_the_library_itself(name, before):
+    run_ranks(2, verified, name, torch.float32, before)

@@ -7,15 +7,18 @@ have a file each in this folder.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from lasp import arguments
+from lasp.adapters.border import Border
+from lasp.adapters.rebind import without_methods
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
 
@@ -154,9 +157,25 @@ def find(module: nn.Module) -> Adapter | None:
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     """What a library's layers need of the model around them, after they were split."""
+    for library in _libraries_of(model):
+        library.prepare(model, sequence)
+
+
+@contextlib.contextmanager
+def as_it_came(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_methods(model))
+        for library in _libraries_of(model):
+            stack.enter_context(library.as_it_came(model))
+        before, Border.off = Border.off, True
+        stack.callback(setattr, Border, "off", before)
+        yield
+
+
+def _libraries_of(model: nn.Module) -> list[Any]:
     names = {base.__module__.partition(".")[0] for m in model.modules() for base in type(m).__mro__}
-    for name in sorted(names & _LIBRARIES.keys()):
-        importlib.import_module(_LIBRARIES[name]).prepare(model, sequence)
+    return [importlib.import_module(_LIBRARIES[name]) for name in sorted(names & _LIBRARIES.keys())]
 
 
 def passes_ranks(adapter: Adapter) -> bool:

@@ -61,6 +61,7 @@ class Border:
     """Hooks around the forward of a model, and what it was called with."""
 
     facts: Facts | None = None  # of the forward that runs now
+    off = False  # for all: models run as their libraries made them (`as_it_came`)
 
     def __init__(self, sequence: SequenceParallel):
         self.sequence, self.depth = sequence, 0
@@ -75,6 +76,10 @@ class Border:
             self.depth += 1
             return args, kwargs
         call = _Arguments(model, args, dict(kwargs))
+        if Border.off:
+            call.kwargs.pop("layout", None)
+            call.no_cache()
+            return call.args, call.kwargs
         facts = call.facts(self.sequence)
         call.refuse_what_needs_the_whole()
         call.fill_in(facts, self.sequence)
@@ -92,6 +97,12 @@ class Border:
     def __reduce__(self):
         """Pickled with the model, which then is not split, it does nothing."""
         return of_a_pickle, ()
+
+
+def stands_before(model: nn.Module) -> bool:
+    """Whether the forward of a model, or of one that it wraps, takes its `layout` at a border."""
+    hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return any(isinstance(getattr(hook, "__self__", hook), (Border, OneRank)) for hook in hooks)
 
 
 class OneRank:
@@ -179,6 +190,10 @@ class _Arguments:
             )
         if "position_ids" in self.takes and self.given.get("position_ids") is None:
             self.set("position_ids", positions(facts.layout, sequence.rank, self._tokens().device))
+        self.no_cache()
+
+    def no_cache(self) -> None:
+        """Also where the config of a model would have one."""
         if "use_cache" in self.takes and not self.given.get("use_cache"):
             self.set("use_cache", False)
 

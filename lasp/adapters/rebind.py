@@ -98,8 +98,8 @@ TESTED = {"transformers": "5.24", "fla": "0.6.0"}
 
 
 @contextlib.contextmanager
-def as_it_came(model: nn.Module) -> Iterator[None]:
-    """Inside, all methods that were put into modules of the model are gone: it is what its library made."""
+def without_methods(model: nn.Module) -> Iterator[None]:
+    """Inside, all methods that were put into modules of the model are gone."""
     taken = []
     for module in model.modules():
         for name, value in list(vars(module).items()):

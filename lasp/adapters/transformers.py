@@ -15,9 +15,10 @@ out in a forward, the layer has an adapter of its own, by its class (`_CLASSES`)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -328,8 +329,36 @@ def _windows(function: Callable[..., Any]) -> list[int]:
     return [window for part in parts for window in _windows(part)]
 
 
-AttentionInterface.register("lasp", lasp_attention)
-AttentionMaskInterface.register("lasp", lasp_mask)
+_INSTEAD_OF: list[Any] = []  # what an `attn_implementation` of ours stands in the place of: "lasp", "lasp_1", ...
+
+
+def _name_instead_of(implementation: str | None) -> str:
+    """In the registries; one for each implementation that a model had, so that it can be put back."""
+    if implementation not in _INSTEAD_OF:
+        _INSTEAD_OF.append(implementation)
+        AttentionInterface.register(_name(implementation), lasp_attention)
+        AttentionMaskInterface.register(_name(implementation), lasp_mask)
+    return _name(implementation)
+
+
+def _name(implementation: str | None) -> str:
+    number = _INSTEAD_OF.index(implementation)
+    return f"lasp_{number}" if number else "lasp"
+
+
+@contextlib.contextmanager
+def as_it_came(model: nn.Module) -> Iterator[None]:
+    """Inside, the configs of the model name the attention that they did before."""
+    configs = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
+    names = {_name(x): x for x in _INSTEAD_OF}
+    found = [(c, now) for c in configs.values() if (now := getattr(c, "_attn_implementation", None)) in names]
+    try:
+        for config, now in found:
+            config._attn_implementation = names[now]
+        yield
+    finally:
+        for config, now in found:
+            config._attn_implementation = now
 
 
 # What a model computes over all tokens
@@ -369,7 +398,7 @@ def balance(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    if getattr(output, "aux_loss", None) is None:
+    if getattr(output, "aux_loss", None) is None or module.sequence.size == 1:
         return output
     chosen = probability = rows = 0
     mask = kwargs.get("attention_mask")
@@ -407,7 +436,7 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
         if hasattr(config, "_attn_implementation") and hasattr(module, "sequence"):
             _own(model, config, own)
     for config in own.values():
-        config._attn_implementation = "lasp"
+        config._attn_implementation = _name_instead_of(config._attn_implementation)
 
 
 def _own(model: nn.Module, config: Any, own: dict[int, Any]) -> None:
