@@ -105,7 +105,7 @@ def parallelize(
         for path, (module, adapter) in layers.items():
             own[path] = sequence.of_layer(path, border)
             adapter(module, own[path])
-            if adapter is not adapters.token_local and validate != "off":
+            if adapters.exchanges(adapter) and validate != "off":
                 watch(module, own[path])
                 before_step(compare_exchanges)
         if border is not None:
@@ -150,7 +150,7 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tup
             layers[path] = (module, adapter)
     if unused:
         raise ValueError(f"no layer matches the plan's {sorted(unused)}")
-    if not any(adapter is not adapters.token_local for _, adapter in layers.values()):
+    if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
         raise ValueError(
             f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no class "
             "given to lasp.register"

@@ -51,6 +51,8 @@ class Covering:
 class Foreign(Covering):
     """An adapter for a layer of a model that takes no `layout`: it is told at the model's border (border.py)."""
 
+    exchanges: bool = True  # whether the layer calls an operator with the ranks
+
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
 _BY_NAME: dict[str, Adapter] = {}  # patterns of dotted names of classes
@@ -150,8 +152,7 @@ def find(module: nn.Module) -> Adapter | None:
     for base in type(module).__mro__:
         library = _LIBRARIES.get(base.__module__.partition(".")[0])
         if library is not None:
-            found = importlib.import_module(library).adapter_of(module)
-            return None if found is None else Foreign(found, ())
+            return importlib.import_module(library).adapter_of(module)
     return None
 
 
@@ -176,6 +177,11 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
 def _libraries_of(model: nn.Module) -> list[Any]:
     names = {base.__module__.partition(".")[0] for m in model.modules() for base in type(m).__mro__}
     return [importlib.import_module(_LIBRARIES[name]) for name in sorted(names & _LIBRARIES.keys())]
+
+
+def exchanges(adapter: Adapter) -> bool:
+    """Whether a layer with this adapter calls an operator with the ranks."""
+    return adapter is not token_local and getattr(adapter, "exchanges", True)
 
 
 def passes_ranks(adapter: Adapter) -> bool:

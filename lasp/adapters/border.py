@@ -67,11 +67,11 @@ class Border:
         self.sequence, self.depth = sequence, 0
 
     def install(self, model: nn.Module) -> None:
-        """Stand before and behind its forward."""
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after, always_call=True)
+        """Stand before and behind its forward. (Objects as hooks, since a pickle takes no methods.)"""
+        model.register_forward_pre_hook(self, with_kwargs=True)
+        model.register_forward_hook(_Leave(self), always_call=True)
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:  # noqa: D102
         if self.facts is not None:  # a model within the model, which is given what this one makes of its arguments
             self.depth += 1
             return args, kwargs
@@ -86,11 +86,6 @@ class Border:
         self.facts, self.depth = facts, 1
         return call.args, call.kwargs
 
-    def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.depth -= 1
-        if self.depth <= 0:
-            self.facts = None
-
     def __deepcopy__(self, memo: object) -> Border:
         return self  # a copy of the model is split over the same ranks
 
@@ -99,10 +94,26 @@ class Border:
         return of_a_pickle, ()
 
 
+class _Leave:
+    """The hook behind a forward, however it ended."""
+
+    def __init__(self, border: Border):
+        self.border = border
+
+    def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self.border.depth -= 1
+        if self.border.depth <= 0:
+            self.border.facts = None
+
+    def __reduce__(self):
+        """As its border."""
+        return of_a_pickle, ()
+
+
 def stands_before(model: nn.Module) -> bool:
     """Whether the forward of a model, or of one that it wraps, takes its `layout` at a border."""
     hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
-    return any(isinstance(getattr(hook, "__self__", hook), (Border, OneRank)) for hook in hooks)
+    return any(isinstance(hook, (Border, OneRank)) for hook in hooks)
 
 
 class OneRank:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,7 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import AttentionMaskInterface
 
 from lasp import arguments
+from lasp.adapters import Foreign
 from lasp.adapters.border import facts_of
 from lasp.adapters.rebind import names_in, put, rebind, tested_with
 from lasp.batch import unshard_sequence
@@ -43,18 +46,22 @@ Adapter = Callable[[nn.Module, SequenceParallel], None]
 Make = Callable[[SequenceParallel], Callable[..., Any]]
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
+def adapter_of(module: nn.Module) -> Foreign | None:
     """The adapter of a module of this library; None if its forward calls nothing that looks along the sequence."""
     name = type(module).__name__
     if name in _CLASSES:
-        return _CLASSES[name]
+        return Foreign(_CLASSES[name], ())
     if type(module).forward is nn.Module.forward:
         return None
     uses = names_in(type(module).forward)
+    if any(_MIXES.search(name) for name in uses - _KNOWN if callable(_global(module, name))):
+        return None  # it does more than is known here
     if _BY_FUNCTION.keys() & uses:
-        return functools.partial(_rebind_known, uses=frozenset(uses))
+        return Foreign(functools.partial(_rebind_known, uses=frozenset(uses)), ())
     if "ALL_ATTENTION_FUNCTIONS" in uses and getattr(module, "is_causal", True):
-        return attention
+        return Foreign(attention, ())
+    if getattr(module, "rope_type", None) is not None and _is_dynamic(module):
+        return Foreign(dynamic_rotary, (), exchanges=False)
     return None
 
 
@@ -187,6 +194,16 @@ _STEPS = (  # of a token, with a cache
     "torch_recurrent_gated_delta_rule",
     "recurrent_kimi_delta_attention",
 )
+
+
+_KNOWN = {*_BY_FUNCTION, *_FUSED, *_STEPS, "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"}
+_MIXES = re.compile(
+    r"conv1d|scan|delta_rule|(?<!_)attention(_forward)?$|_attention\b|recurrent|rnn|gla\b|rwkv|retention"
+)
+
+
+def _global(module: nn.Module, name: str) -> Any:
+    return inspect.unwrap(type(module).forward).__globals__.get(name)
 
 
 # Classes
@@ -426,9 +443,7 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     another model; "lasp" is not saved with them.
     """
     for module in model.modules():
-        if getattr(module, "rope_type", None) is not None and _is_dynamic(module):
-            dynamic_rotary(module, sequence)
-        elif isinstance(module, PreTrainedModel) and "load_balancing_loss_func" in names_in(type(module).forward):
+        if isinstance(module, PreTrainedModel) and "load_balancing_loss_func" in names_in(type(module).forward):
             balance(module, sequence)
     own: dict[int, Any] = {}
     for module in model.modules():
