@@ -309,13 +309,15 @@ def lasp_attention(
     window = attention_mask.window
     if sliding_window is not None and window is not None and sliding_window != window:
         raise ValueError(f"sliding_window must be that of the mask, {window}, got {sliding_window}")
-    facts, mask = facts_of(module.sequence), None
-    if facts.masked:  # where all of this rank's tokens are real, others may have padding
-        mask = attention_mask.real
-        mask = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
+    layout, mask = None, attention_mask.real
+    if module.sequence is not None:  # it is None in a model that came from a pickle, which is not split
+        facts = facts_of(module.sequence)
+        layout = facts.layout
+        if facts.masked and mask is None:  # other ranks may have padding
+            mask = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
     o = softmax_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        layout=facts.layout,
+        layout=layout,
         sequence=module.sequence,
         window=window,
         scale=scaling,
