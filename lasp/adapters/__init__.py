@@ -17,10 +17,12 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from lasp import arguments
-from lasp.adapters.border import Border
-from lasp.adapters.rebind import without_methods
+from lasp.adapters.border import Border, layout_of
+from lasp.adapters.rebind import rebind, without_methods
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
+
+__all__ = ["layout_of", "linear", "rebind", "register", "token_local"]
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
 Covers = bool | tuple[str, ...]
@@ -43,7 +45,7 @@ class Covering:
     adapter: Adapter
     covers: Covers
 
-    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:  # noqa: D102
+    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:
         self.adapter(module, sequence)
 
 

@@ -57,6 +57,17 @@ def facts_of(sequence: SequenceParallel) -> Facts:
     return facts
 
 
+def layout_of(sequence: SequenceParallel) -> ShardLayout:
+    """How the tokens lie on the ranks in the call of the model in which a layer with this `sequence` runs now.
+
+    For adapters: what a function that `rebind` puts into a layer hands to an operator as `layout=`.
+
+    Raises:
+        RuntimeError: the layer ran outside of the forward of the model that was split.
+    """
+    return facts_of(sequence).layout
+
+
 class Border:
     """Hooks around the forward of a model, and what it was called with."""
 
@@ -165,8 +176,10 @@ class _Arguments:
         return Facts(layout, self.given.get("attention_mask") is not None)
 
     def _tokens(self) -> Tensor:
-        for name in ("input_ids", "inputs_embeds"):
-            if isinstance(x := self.given.get(name), Tensor) and x.ndim > 1:
+        named = [self.given.get(name) for name in ("input_ids", "inputs_embeds")]
+        others = self.given.values() if not {"input_ids", "inputs_embeds"} & self.takes else ()
+        for x in (*named, *others):
+            if isinstance(x, Tensor) and x.ndim > 1:
                 return x
         raise ValueError(f"input_ids [B, T] or inputs_embeds [B, T, D] are needed where {self.name} is split")
 

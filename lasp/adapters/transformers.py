@@ -33,7 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lasp import arguments
 from lasp.adapters import Foreign
-from lasp.adapters.border import facts_of
+from lasp.adapters.border import facts_of, layout_of
 from lasp.adapters.rebind import names_in, put, rebind, tested_with
 from lasp.batch import unshard_sequence
 from lasp.ops.attention import linear_attention
@@ -105,7 +105,7 @@ def _conv(sequence: SequenceParallel) -> Callable[..., Tensor]:
         """[B, C, T], weight [C, W]."""
         _no_states(initial_states=initial_states, return_final_states=return_final_states)
         x = hidden_states.to(weight.dtype).transpose(1, 2)
-        y = causal_conv(x, weight, bias, layout=facts_of(sequence).layout, sequence=sequence).transpose(1, 2)
+        y = causal_conv(x, weight, bias, layout=layout_of(sequence), sequence=sequence).transpose(1, 2)
         return (y if activation is None else ACT2FN[activation](y)).to(hidden_states.dtype)
 
     return causal_conv1d_fn
@@ -137,7 +137,7 @@ def _ssd(sequence: SequenceParallel) -> Callable[..., Tensor]:
         dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(wide)
         k, q = (y.to(x.dtype).repeat_interleave(x.shape[2] // y.shape[2], 2) for y in (B, C))
         v = (x * dt[..., None]).to(x.dtype)
-        layout = facts_of(sequence).layout
+        layout = layout_of(sequence)
         o, _state = linear_attention(q, k, v, log_decay=dt * A.to(wide), layout=layout, sequence=sequence)
         o = o if D is None else (o + D[:, None] * x).to(x.dtype)
         return (o if z is None else o * F.silu(z)).contiguous()  # FalconH1 views it
@@ -173,7 +173,7 @@ def _delta(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
             b,
             log_decay=g,
             scale=key.shape[-1] ** -0.5,
-            layout=facts_of(sequence).layout,
+            layout=layout_of(sequence),
             sequence=sequence,
         )
         return o.to(query.dtype).contiguous(), None
@@ -240,7 +240,7 @@ def _lightning_forward(
         k.contiguous(),
         v.contiguous(),
         log_decay=_slopes(self, q),
-        layout=facts_of(self.sequence).layout,
+        layout=layout_of(self.sequence),
         sequence=self.sequence,
     )
     o = self.norm(o.reshape(batch, tokens, -1))
@@ -393,7 +393,7 @@ def dynamic_rotary(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _dynamic_rotary_forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = facts_of(self.sequence).layout
+    layout = layout_of(self.sequence)
     offsets = layout.real.cu_seqlens or (0, layout.real.total)
     last = max(end - start for start, end in zip(offsets, offsets[1:])) - 1
     largest = position_ids.new_full((*position_ids.shape[:-1], 1), last)
