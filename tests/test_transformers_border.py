@@ -55,6 +55,8 @@ def refuses_what_needs_the_whole():
         model.model.layers[0].mamba(torch.zeros(2, ids.shape[1], 32))
     first = model(**ok).logits  # nothing is broken by what was refused
     assert torch.equal(first, model(ids, None, local["position_ids"], layout=layout).logits)
+    inner = model.model(**ok).last_hidden_state
+    assert torch.equal(first, model.lm_head(inner))
     hidden = model.get_input_embeddings()(ids)
     assert torch.equal(first, model(inputs_embeds=hidden, layout=layout).logits)
     assert torch.equal(first, model(**ok, return_dict=False)[0])

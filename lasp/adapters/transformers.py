@@ -445,6 +445,8 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     another model; "lasp" is not saved with them.
     """
     for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module is not model:  # it may be called by itself
+            sequence.border.install(module)
         if isinstance(module, PreTrainedModel) and "load_balancing_loss_func" in names_in(type(module).forward):
             balance(module, sequence)
     own: dict[int, Any] = {}
