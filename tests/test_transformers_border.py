@@ -262,3 +262,24 @@ def unknown_mask(name, more, message):
 )
 def test_a_mask_that_lasp_has_not_got_is_refused(name, more, message):
     run_ranks(2, unknown_mask, name, more, message)
+
+
+def compiled(name):
+    model, local, _ = split(name)
+    torch._dynamo.reset()
+    inputs = {"input_ids": local["input_ids"], "layout": local["layout"]}
+    expected = model(**inputs).logits
+    expected.square().mean().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    found = torch.compile(model, backend="aot_eager")(**inputs).logits
+    assert foreign.relative(found, expected) < 1e-5
+    found.square().mean().backward()
+    for p, g in zip(model.parameters(), gradients):
+        if g is not None:
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minimax", "bamba", "llama"])
+def test_compiled_models_are_the_same(name):
+    run_ranks(2, compiled, name)

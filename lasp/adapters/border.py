@@ -38,6 +38,7 @@ class Facts:
     masked: bool  # whether an attention_mask was given, on every rank or on none
 
 
+@torch.compiler.disable  # a graph ends here: what it would look at is another at each call
 def facts_of(sequence: SequenceParallel) -> Facts:
     """Of the call of the model in which a layer with this `sequence` runs now, or ran when this is a recompute.
 
