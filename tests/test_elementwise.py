@@ -314,6 +314,29 @@ def test_ranks_that_differ_raise_on_all():
     run_ranks(3, _differ)
 
 
+def _not_finite(operator):
+    rank = dist.get_rank()
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="scan", check_finite=True)
+    x, dy = example(operator, 6, resets=0.0)
+    assert results(operator, x, dy, sequence=sequence)["result"].isfinite().all()
+    lasp.assert_finite()
+    spoilt = x["x" if operator == "elementwise_recurrence" else "u"]
+    spoilt[:, 2] = math.nan if rank == 1 else 1.0
+    assert OPERATORS[operator](**x, sequence=sequence).isfinite().all() == (rank < 1)
+    with pytest.raises(FloatingPointError, match="rank 1: scan \\(forward\\); rank 2: scan \\(forward"):
+        lasp.assert_finite()
+    spoilt[:, 2] = 1.0
+    dy[:, 2] = math.nan if rank == 1 else 1.0
+    results(operator, x, dy, sequence=sequence)
+    with pytest.raises(FloatingPointError, match="rank 0: scan \\(backward\\); rank 1: scan \\(backward"):
+        lasp.assert_finite()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_is_not_finite_is_noted(operator):
+    run_ranks(3, _not_finite, operator)
+
+
 X = torch.zeros(2, 3, 4)
 
 

@@ -151,9 +151,9 @@ class ElementwiseSteps(ABC):
         length = self.segment_length
         return slice(first * length + j, (self.segments if end is None else end) * length, length)
 
-    def _cut(self, x: Tensor, places: slice, value: float = 0.0) -> Tensor:
-        """In place: x [B, n, ...] of tokens with which a document begins becomes `value`."""
-        return x if self._begins is None else _fill(x, self._begins[places], value)
+    def _cut(self, x: Tensor, places: slice) -> Tensor:
+        """In place: zeros in x [B, n, ...] for tokens with which a document begins."""
+        return x if self._begins is None else _clear(x, self._begins[places])
 
     def walk(
         self, x: Any, state: Tensor, first: int = 0, end: int | None = None
@@ -200,14 +200,14 @@ class ElementwiseSteps(ABC):
         return self._maps(carried, (log_decay for _, _, log_decay, _ in self.walk_back(x, dy, carried)))
 
     def _maps(self, state: Tensor, steps: Iterator[Tensor]) -> ElementwiseMaps:
-        """Walk, and add up the log-decays of the steps."""
+        """Walk, and add up the log-decays of the steps. (Where a document begins they are not looked at.)"""
         total = None
         for log_decay in steps:
             if total is None:
                 total = log_decay.new_zeros(self.batch, self.segments, *log_decay.shape[2:])
             total[:, : log_decay.shape[1]] += log_decay
         assert total is not None  # a segment has a token
-        return ElementwiseMaps(state, total if self._opens is None else _fill(total, self._opens, -math.inf))
+        return ElementwiseMaps(state, total)
 
     def run_map(self, maps: ElementwiseMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """What all tokens do to a state that passes, and leave in the run at their end (`reverse`: beginning)."""
@@ -236,7 +236,7 @@ class ElementwiseSteps(ABC):
         while reach <= self.segments:
             passed = factor[:, reach:] * state[:, :-reach]
             if opens is not None:
-                _fill(passed, opens[reach:], 0.0)
+                _clear(passed, opens[reach:])
                 opens = torch.cat([opens[:reach], opens[reach:] | opens[:-reach]])
             state[:, reach:] += passed
             factor[:, reach:] = factor[:, reach:] * factor[:, :-reach]
@@ -286,6 +286,6 @@ class RecurrenceSteps(ElementwiseSteps):
         return dx, d_decay
 
 
-def _fill(x: Tensor, where: Tensor, value: float) -> Tensor:
-    """In place: rows of x [B, n, ...]."""
-    return x.masked_fill_(where.view(-1, *[1] * (x.ndim - 2)), value)
+def _clear(x: Tensor, where: Tensor) -> Tensor:
+    """In place: zeros in rows of x [B, n, ...]. By no product, which would keep NaN."""
+    return x.masked_fill_(where.view(-1, *[1] * (x.ndim - 2)), 0.0)
