@@ -123,8 +123,8 @@ class ElementwiseSteps(ABC):
         zero, if it begins here."""
         padded = torch.zeros(self.segments, self.segment_length, dtype=torch.bool)
         padded.view(-1)[[n for n in bounds[1:-1] if n < self.tokens]] = True
-        self._begins = padded.view(-1)[: self.tokens].to(self.device)
-        self._opens = padded.any(1).to(self.device)
+        self._begins = padded.view(-1)[: self.tokens].to(self.device, non_blocking=True)
+        self._opens = padded.any(1).to(self.device, non_blocking=True)
 
     @abstractmethod
     def _token(self, x: Any, places: slice) -> tuple[Tensor, Tensor]:
