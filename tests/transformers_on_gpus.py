@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path("tests").resolve()))
-import foreign  # noqa: E402
+import foreign
 
-import lasp  # noqa: E402
+import lasp
 
 env = lasp.init(timeout=120.0)
 mesh = lasp.init_mesh(sp=env.world_size)
@@ -43,7 +43,11 @@ def split(name, dtype):
     (loss_of(logits, local["labels"]) * env.world_size / (labels != -100).sum()).backward()
     lasp.sync_grads(model, mesh)
     report = lasp.explain(model)
-    return logits.detach().float(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}, report
+    return (
+        logits.detach().float(),
+        {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None},
+        report,
+    )
 
 
 def worst(found, expected):

@@ -33,6 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lasp import arguments
 from lasp.adapters import Foreign
+from lasp.adapters._selective import rnn_scan, selective_scan
 from lasp.adapters.border import facts_of, layout_of
 from lasp.adapters.rebind import names_in, put, rebind, tested_with
 from lasp.batch import unshard_sequence
@@ -50,7 +51,7 @@ def adapter_of(module: nn.Module) -> Foreign | None:
     """The adapter of a module of this library; None if its forward calls nothing that looks along the sequence."""
     name = type(module).__name__
     if name in _CLASSES:
-        return Foreign(_CLASSES[name], ())
+        return _CLASSES[name]
     if type(module).forward is nn.Module.forward:
         return None
     uses = names_in(type(module).forward)
@@ -181,16 +182,42 @@ def _delta(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
     return chunk_rule
 
 
+def _selective(sequence: SequenceParallel) -> Callable[..., Tensor]:
+    """Mamba's scan (arXiv 2312.00752, algorithm 2): a state of N numbers a channel, each with a decay of its own."""
+
+    def mamba_selective_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **_: Any,
+    ) -> Tensor:
+        """x, dt and z [B, D, T], A [D, N], B and C [B, N, T]."""
+        _no_states(return_last_state=return_last_state)
+        given = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus)
+        return selective_scan(*given, layout=layout_of(sequence), sequence=sequence)
+
+    return mamba_selective_scan
+
+
 _BY_FUNCTION: dict[str, Make] = {
     "causal_conv1d_fn": _conv,
     "mamba2_chunk_scan": _ssd,
+    "mamba_selective_scan": _selective,
     "torch_chunk_gated_delta_rule": _delta,
     "chunk_kimi_delta_attention": _delta,
 }
-_FUSED = ("mamba2_split_conv1d_scan_combined",)  # paths around these functions
+_FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")  # paths around these functions
 _STEPS = (  # of a token, with a cache
     "causal_conv1d_update",
     "mamba2_selective_state_update",
+    "mamba_selective_state_update",
     "torch_recurrent_gated_delta_rule",
     "recurrent_kimi_delta_attention",
 )
@@ -198,7 +225,7 @@ _STEPS = (  # of a token, with a cache
 
 _KNOWN = {*_BY_FUNCTION, *_FUSED, *_STEPS, "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"}
 _MIXES = re.compile(
-    r"conv1d|scan|delta_rule|(?<!_)attention(_forward)?$|_attention\b|recurrent|rnn|gla\b|rwkv|retention"
+    r"inner_fn|fused|conv1d|scan|delta_rule|(?<!_)attention(_forward)?$|_attention\b|recurrent|rnn|gla\b|rwkv|retention"
 )
 
 
@@ -250,6 +277,38 @@ def _lightning_forward(
 def _slopes(module: Any, q: Tensor) -> Tensor:
     """[H]: from the layer's formula, not from its buffer, which a cast of the model has rounded."""
     return -module.get_slope_rate(device=q.device).flatten().to(torch.promote_types(q.dtype, torch.float32))
+
+
+def griffin(module: nn.Module, sequence: SequenceParallel) -> None:
+    """RecurrentGemma's recurrent block (arXiv 2402.19427, section 2.4): a convolution and an RG-LRU, both below it."""
+    block: Any = module
+    for part in (block, block.conv_1d, block.rg_lru):
+        part.sequence = sequence
+    if not hasattr(type(block.rg_lru), "_rnn_scan"):
+        raise ValueError(
+            f"{type(block.rg_lru).__qualname__} has no _rnn_scan: this adapter is for another version of transformers "
+            f"({tested_with('transformers')})"
+        )
+    put(block.rg_lru, "_rnn_scan", _rnn_scan)
+    put(block.conv_1d, "forward", _padded_conv)
+
+
+def _rnn_scan(
+    self: Any,
+    hidden_states: Tensor,
+    recurrent_gate: Tensor,
+    reset: Tensor,
+    recurrent_states: Tensor | None,
+    acc_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, None]:
+    _no_states(recurrent_states=recurrent_states)
+    return rnn_scan(hidden_states, recurrent_gate, reset, layout=layout_of(self.sequence), sequence=self.sequence), None
+
+
+def _padded_conv(self: Any, x: Tensor) -> Tensor:
+    """Of an nn.Conv1d that is padded on both sides, and of which its owner keeps the first T outputs."""
+    layout, weight = layout_of(self.sequence), self.weight.squeeze(1)
+    return causal_conv(x.transpose(1, 2), weight, self.bias, layout=layout, sequence=self.sequence).transpose(1, 2)
 
 
 # Softmax attention
@@ -435,7 +494,10 @@ def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
     return output
 
 
-_CLASSES: dict[str, Adapter] = {"MiniMaxLightningAttention": lightning}
+_CLASSES: dict[str, Foreign] = {
+    "MiniMaxLightningAttention": Foreign(lightning, ()),
+    "RecurrentGemmaRecurrentBlock": Foreign(griffin, ("conv_1d", "rg_lru")),
+}
 
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
