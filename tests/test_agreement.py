@@ -267,23 +267,31 @@ def test_compiled_calls_are_compared_too(differ):
     run_ranks(3, _compiled, differ)
 
 
-def _mixed_compiled():
-    """A rank may have fallen back to eager code: it computes the same."""
+def _mixed_compiled(decay):
+    """A rank may have fallen back to eager code: it computes the same, and tells the others the same."""
     sequence = lasp.SequenceParallel(dist.group.WORLD)
+    layout = lasp.ShardLayout((5, 5), padding=1)
 
-    def f(q, k, v):
-        return lasp.linear_attention(q, k, v, sequence=sequence)[0]
+    def f(q, k, v, log_decay):
+        return lasp.linear_attention(q, k, v, log_decay=log_decay, layout=layout, sequence=sequence)[0]
 
-    x = random_inputs("none", 5, state=False, dtype=torch.float32)
+    x = random_inputs("head" if decay != "none" else "none", 5, state=False, dtype=torch.float32)
     x.q.requires_grad_()
+    log_decay = None if decay == "none" else x.log_decay.requires_grad_(decay == "learned")
+    optimizer = torch.optim.SGD([x.q], lr=0.0)
     if dist.get_rank() == 1:
         f = torch.compile(f, backend="aot_eager", fullgraph=True)
-    f(x.q, x.k, x.v).sum().backward()
-    assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (1, 1)
+    for _ in range(2):
+        f(x.q, x.k, x.v, log_decay).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        f(x.q, x.k, x.v, log_decay)
+    assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (3, 2)
 
 
-def test_compiled_and_eager_ranks_agree():
-    run_ranks(2, _mixed_compiled)
+@pytest.mark.parametrize("decay", ["none", "fixed", "learned"])
+def test_compiled_and_eager_ranks_agree(decay):
+    run_ranks(2, _mixed_compiled, decay)
 
 
 # When

@@ -98,11 +98,10 @@ def test_another_fixed_decay_at_a_later_call():
 
 def _linear(sequence, **other):
     """A call, and what is called instead."""
-    options = {"scale": 1.0, "dtype": torch.float32, "layout": lasp.ShardLayout((T,) * 3, (0, 4, 15))} | other
-    q, k, v = (x[:1] for x in draw(dtype=options.pop("dtype")))
-    options = {name: x for name, x in options.items() if name != "heads"}
-    q = q.repeat(1, 1, other.get("heads", 1), 1)
-    decay = -torch.ones(H)
+    options = {"scale": 1.0, "layout": lasp.ShardLayout((T,) * 3, (0, 4, 15))} | other
+    heads, dtype, rate = (options.pop(name, x) for name, x in (("heads", 1), ("dtype", torch.float32), ("rate", -1.0)))
+    q, k, v = (x[:1] for x in draw(dtype=dtype))
+    q, decay = q.repeat(1, 1, heads, 1), torch.tensor([rate, -1.0])
     return lambda: lasp.linear_attention(q, k, v, log_decay=decay, sequence=sequence, **options)
 
 
@@ -121,6 +120,7 @@ FACTS = {
     "segment_length": (_linear, {"segment_length": 64}, "segment_length 64, the others None"),
     "16 bits": (_linear, {"dtype": torch.bfloat16}, "dtype torch.bfloat16, the others torch.float32"),
     "query heads": (_linear, {"heads": 2}, "query heads 4, the others 2"),
+    "decays": (_linear, {"rate": -0.5}, r"fixed decays \(-0.5, -1.0\), the others \(-1.0, -1.0\)"),
     "final state": (_linear, {"output_final_state": True}, "output_final_state True, the others False"),
     "scale of the delta rule": (_delta, {"scale": 0.25}, "scale 0.25, the others 1.0"),
     "window": (_softmax, {"window": 3}, "window 3, the others None"),
@@ -384,6 +384,9 @@ def test_a_new_kind_of_message_in_an_evaluation():
     run_ranks(3, _new_kind, 1, True)
 
 
+_NAMES = ("query heads", "fixed decays")  # of facts that are not those of an argument
+
+
 def _later_fact(name, odd):
     """The messages go; before the step all ranks know."""
     rank, (call, other, shown) = dist.get_rank(), FACTS[name]
@@ -396,8 +399,9 @@ def _later_fact(name, odd):
     if call is _linear and "layout" in other:
         shown = r'layouts since the last step "2, checksum \w{8}", the others "2, checksum'
     else:
-        fact, value = shown.split(", the others")[0].rsplit(" ", 1)
-        usual = shown.rsplit(" ", 1)[1]
+        value, usual = shown.split(", the others ")
+        fact = next(x for x in (*_NAMES, *other) if value.startswith(x))
+        value = value.removeprefix(f"{fact} ")
         several = ", ".join(sorted([value, usual]))
         shown = rf"a call's {fact} in layer 'deep' \(\w+\) {several}, the others {usual}$"
     with start, hosts:

@@ -120,36 +120,37 @@ def test_batches_are_cut_in_a_thread_of_their_own():
 def _two_threads():
     """The main thread, as for an evaluation, and another one count their batches apart; a third is refused."""
     rank, group = dist.get_rank(), fresh()
-    errors, free = [], threading.Event()
+    errors, cut, free = [], threading.Event(), threading.Event()
 
     def prefetch(batches):
         try:
-            with mock.patch.object(agreement, "EVERY", 3):
-                for n in range(batches):
-                    lasp.shard_batch({"input_ids": _ids(n)}, group)
-                    time.sleep(0.05 * rank)
+            for n in range(batches):
+                lasp.shard_batch({"input_ids": _ids(n)}, group)
+                cut.set()
+                time.sleep(0.05 * rank)
         except RuntimeError as error:
             errors.append(str(error))
-        if batches > 1:
-            free.wait()
+        free.wait() if batches > 1 else None
 
-    threads = [threading.Thread(target=prefetch, args=(n,), name=f"cutter of {n}") for n in (7, 1)]
-    threads[0].start()
+    def start(batches):
+        thread = threading.Thread(target=prefetch, args=(batches,), name=f"cutter of {batches}")
+        thread.start()
+        return thread
+
     with mock.patch.object(agreement, "EVERY", 3):
+        first = start(7)
         for n in range(5):
             lasp.shard_batch({"input_ids": _ids(100 + n)}, group)
             time.sleep(0.05 * (1 - rank))
-    assert errors == []
-    threads[1].start()
-    threads[1].join()
-    free.set()
-    threads[0].join()
-    assert len(errors) == 1
-    assert "shard_batch was called for the same ranks in the threads 'cutter of 7' and 'cutter of 1'" in errors[0]
-    after = threading.Thread(target=prefetch, args=(1,))  # when the other one is over
-    after.start()
-    after.join()
-    assert len(errors) == 1
+        assert cut.wait(SOON)
+        assert errors == []
+        start(1).join()
+        free.set()
+        first.join()
+        assert len(errors) == 1
+        assert "shard_batch was called for the same ranks in the threads 'cutter of 7' and 'cutter of 1'" in errors[0]
+        start(1).join()  # the other one is over
+        assert len(errors) == 1
 
 
 def test_batches_of_two_threads():

@@ -153,7 +153,7 @@ def linear_attention(
             segment_length=segment_length,
             ends=ends,
             rates=rates,
-            settings=settings_of(x, initial_state, output_final_state),
+            settings=settings_of(x, initial_state, output_final_state, rates),
         )
         if initial_state is not None:
             check_initial_state(initial_state, x.k, x.v, call)
@@ -170,13 +170,19 @@ def linear_attention(
         return _LinearAttention.apply(*x[:4], initial_state, facts, started)  # type: ignore[return-value]
 
 
-def settings_of(x: Operands, initial_state: Tensor | None, output_final_state: bool) -> Kind:
-    """Of a call, besides what its messages show; of operands that have been checked."""
+def settings_of(
+    x: Operands, initial_state: Tensor | None, output_final_state: bool, rates: tuple[float, ...] | None
+) -> Kind:
+    """Of a call, besides what its messages show; of operands that have been checked.
+
+    `rates` are the fixed decays if the host knows them. Of a GPU's it may in eager code and not in compiled.
+    """
     return (
         ("scale", x.scale),
         ("dtype", x.k.dtype),
         ("query heads", x.q.shape[2]),
         ("log_decay", None if x.log_decay is None else _FORMS[x.log_decay.ndim]),
+        ("fixed decays", rates if x.k.device.type == "cpu" else None),
         ("initial_state", "none" if initial_state is None else "given"),
         ("output_final_state", output_final_state),
     )

@@ -63,7 +63,8 @@ def linear_attention_op(
     with begin(attention.NAME, sequence_of_handle(sequence)) as ranks_agree:
         kernels.check_inputs(q, k, v, log_decay, segment_length)
         ends = initial_state is not None or output_final_state
-        settings = attention.settings_of(x, initial_state, output_final_state)
+        rates = None if decay_grad else decay.host_values(log_decay)
+        settings = attention.settings_of(x, initial_state, output_final_state, rates)
         call = _call(x, ends, lengths, cu_seqlens, sequence, segment_length, settings)
         if initial_state is not None:
             check_initial_state(initial_state, k, v, call)
