@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lasp import arguments
+from lasp.checks import agreement
 from lasp.ranks import RankMismatchError, grad_group, waiting
 
 
@@ -124,4 +125,6 @@ class _GlobalMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            agreement.note_loss(gradient)
         return gradient * weight, None, None
