@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, untyped
 
 from lasp import arguments
-from lasp.ranks.group import set_timeout, waiting
+from lasp.ranks.group import process, set_timeout, waiting
 from lasp.ranks.hosts import LOOPBACK, bind_to_loopback, choose_interfaces, interfaces, is_loopback, listen, this_host
 from lasp.ranks.meeting import Place, all_succeed, complete, connected, hosts_of, meet
 from lasp.ranks.presence import presence, tell_uncaught
@@ -172,6 +172,7 @@ def _leave() -> None:
     exception"): in 8 of 24 runs of a script that ended after an all_reduce, and in none of 24 that slept before.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
+        process.forget_meshes()
         dist.destroy_process_group()
     time.sleep(0.05)
 
