@@ -16,7 +16,7 @@ from lasp.checks import finite
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
 from lasp.checks.checksum import forms_of
 from lasp.checks.optimizers import before_step
-from lasp.checks.use import watch
+from lasp.checks.use import watch, watch_outputs
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis, waiting
 from lasp.strict import Asked, NeedsPositions, refuse_mixers
@@ -103,6 +103,8 @@ def parallelize(
             if adapter is not adapters.token_local and validate != "off":
                 watch(module, own[path])
                 before_step(compare_exchanges)
+        if validate != "off":
+            watch_outputs(model, sequence)
         if asked.positions:
             model.register_forward_pre_hook(NeedsPositions(model, asked.positions), with_kwargs=True)
     remember_model(sequence, model)

@@ -13,8 +13,8 @@ LASP, KERNELS = ROOT / "lasp", ROOT / "kernels" / "lasp_kernels"
 LAYERS = [
     {"lasp.arguments"},
     {"lasp.ranks", "lasp.decay", "lasp_kernels"},
-    {"lasp.exchange", "lasp.layout", "lasp.checks", "lasp.loss"},
-    {"lasp.batch"},
+    {"lasp.exchange", "lasp.layout", "lasp.checks"},
+    {"lasp.batch", "lasp.loss"},
     {"lasp.ops"},
     {"lasp.modules"},
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
