@@ -149,7 +149,8 @@ def _name(path: str, modules: Mapping[str, nn.Module]) -> str:
 def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers: Layers, answers: trial.Answers) -> str:
     listed = [f"{_name(path, modules)}: {how}" for path, how in found.items()]
     more = [f"and {len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
-    path = next((path for path, how in found.items() if how != trial.COUNTED), next(iter(found)))
+    told_apart = (trial.COUNTED, trial.DRAWS)
+    path = next((path for path, how in found.items() if how not in told_apart), next(iter(found)))
     advice = [
         "What mixes tokens by itself is wrong on a slice of the sequence. Let it call an operator of lasp, which takes "
         f"the ranks; for {path or 'the model'}:",
@@ -158,6 +159,12 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
         "covers=names_of_modules_in_it).",
         f"Only if it mixes no tokens: plan={{{path!r}: lasp.adapters.token_local}}.",
     ]
+    if all(how == trial.DRAWS for how in found.values()):
+        advice = [
+            "What it draws on a slice is not what it draws on the whole. Let it draw in training only, as "
+            "F.dropout(x, p, self.training) does, or, if it mixes no tokens by that, "
+            f"plan={{{path!r}: lasp.adapters.token_local}}."
+        ]
     if found[path] == trial.COUNTED:
         advice = ["Let forward take position_ids, and call it as model(local['input_ids'], local['position_ids'])."]
     why = "; ".join(dict.fromkeys(answers.silent.values()))

@@ -130,6 +130,19 @@ class _Process:
         self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
         self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
         self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
+        self._meshes: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})  # a weak reference to the world, and its own
+
+    def meshes_of_world(self) -> dict[tuple[int, ...], tuple[Any, list[ProcessGroup]]]:
+        """What `lasp.init_mesh` has made in this life of the process groups: by shape a mesh, and all its groups."""
+        world, meshes = self._meshes
+        if world is None or world() is not dist.group.WORLD:
+            meshes = {}
+            self._meshes = weakref.ref(dist.group.WORLD), meshes
+        return meshes
+
+    def forget_meshes(self) -> None:
+        """They keep their groups alive."""
+        self._meshes = (None, {})
 
 
 process = _Process()
