@@ -88,6 +88,11 @@ def parallelize(
         if is_parallelized(model):
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         asked = refuse_mixers(model, layers) if strict else Asked()
+        if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
+            raise ValueError(
+                f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no "
+                "class given to lasp.register"
+            )
         ranks_agree.settle(
             lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
         )
@@ -153,11 +158,6 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tup
             layers[path] = (module, adapter)
     if unused:
         raise ValueError(f"no layer matches the plan's {sorted(unused)}")
-    if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
-        raise ValueError(
-            f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no class "
-            "given to lasp.register"
-        )
     return layers
 
 

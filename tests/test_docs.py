@@ -29,8 +29,10 @@ def with_an_adapter(folder):
 
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(32, 32), TheirAttention(32, 4))
-        with pytest.raises(ValueError, match=r"1 \(TheirAttention\): on a slice of the sequence"):
+        with pytest.raises(ValueError, match=r"1 \(TheirAttention\): on a slice of the sequence") as refused:
             lasp.parallelize(model, torch.distributed.group.WORLD)
+        assert "rebind(module, scan=scan)  # its forward calls gated_scan, shifted" in str(refused.value)
+        assert "lasp.register('their_library.layers.TheirAttention', adapter=split)" in str(refused.value)
         exec(compile((folder / "prove.py").read_text(), "prove.py", "exec"), {"__name__": "__main__"})
     finally:
         sys.path.remove(str(folder))

@@ -18,11 +18,11 @@ from torch import nn
 
 from lasp import arguments
 from lasp.adapters.border import Border, layout_of
-from lasp.adapters.rebind import rebind, without_methods
+from lasp.adapters.rebind import is_function, names_in, rebind, without_methods
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
 
-__all__ = ["layout_of", "linear", "rebind", "register", "token_local"]
+__all__ = ["is_function", "layout_of", "linear", "names_in", "rebind", "register", "token_local"]
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
 Covers = bool | tuple[str, ...]
