@@ -117,6 +117,9 @@ class _Leave:
         if self.border.depth <= 0:
             self.border.facts = None
 
+    def __deepcopy__(self, memo: object) -> _Leave:
+        return self
+
     def __reduce__(self):
         """As its border."""
         return of_a_pickle, ()
@@ -140,6 +143,9 @@ class OneRank:
                 "or more, or give it one document at a time"
             )
         return args, kwargs
+
+    def __deepcopy__(self, memo: object) -> OneRank:
+        return self
 
     def __reduce__(self):
         """Pickled with the model, it does nothing."""
