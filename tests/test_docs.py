@@ -1,11 +1,13 @@
 """What the documentation shows runs as it stands there."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 from ranks import run_ranks
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -48,8 +50,20 @@ def test_the_page_about_adapters(tmp_path):
     run_ranks(2, with_an_adapter, tmp_path)
 
 
+def test_the_first_program_of_the_readme(tmp_path):
+    """What a newcomer starts first, on two ranks."""
+    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "verify_bamba.py"
+    script.write_text(dict(blocks)["verify_bamba.py"])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("2 ranks compute what one does") == 2
+
+
 def test_code_on_the_pages_parses():
-    for page in sorted(DOCS.glob("*.md")):
+    for page in sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]):
         for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
             compile(code, page.name, "exec")
 
