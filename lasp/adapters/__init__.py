@@ -114,7 +114,7 @@ def register(
             raise ValueError(f"cls must be a class or its dotted name such as 'library.file.Class', got {cls!r}")
         if adapter is linear:
             raise TypeError(f"{cls} is given by its name, so that it needs an adapter")
-        _BY_NAME[cls] = Foreign(adapter, covers)
+        _BY_NAME[cls] = adapter if adapter is token_local else Foreign(adapter, covers)
         return cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a class of torch.nn.Module or its dotted name, got {arguments.shown(cls)}")
