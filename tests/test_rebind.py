@@ -90,7 +90,7 @@ def test_a_version_that_an_adapter_was_not_written_for():
     transformers = pytest.importorskip("transformers", reason="needs the extra `transformers`")
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    config = transformers.BambaConfig(hidden_size=8, intermediate_size=8)
+    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2)
     with pytest.raises(
         ValueError, match=rf"does not use scan: .* \(tested with 5.24; here is {transformers.__version__}\)"
     ):
