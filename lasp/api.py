@@ -12,6 +12,7 @@ from torch import nn
 
 from lasp import adapters, arguments
 from lasp.adapters import Adapter
+from lasp.adapters.border import Border, OneRank
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
 from lasp.checks.checksum import forms_of
@@ -87,10 +88,18 @@ def parallelize(
         if is_parallelized(model):
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         asked = refuse_mixers(model, layers) if strict else Asked()
+        if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
+            raise ValueError(
+                f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no "
+                "class given to lasp.register"
+            )
         ranks_agree.settle(
             lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
         )
     own: dict[str, SequenceParallel] = {}
+    foreign = any(isinstance(adapter, adapters.Foreign) for _, adapter in layers.values())
+    if sequence.size == 1 and foreign:
+        model.register_forward_pre_hook(OneRank(), with_kwargs=True)
     if sequence.size > 1:
         if sequence.schedule is not None and sequence.schedule.reads:
             with waiting("parallelize: setting up memory that the ranks read from each other"):
@@ -98,15 +107,19 @@ def parallelize(
         if sequence.schedule is None or sequence.schedule.reads:
             with waiting("parallelize: the measurement of the network"):
                 cost.measure(sequence)
+        border = Border(sequence) if foreign else None
         for path, (module, adapter) in layers.items():
-            own[path] = replace(sequence, name=path)
+            own[path] = sequence.of_layer(path, border)
             adapter(module, own[path])
-            if adapter is not adapters.token_local and validate != "off":
+            if adapters.exchanges(adapter) and validate != "off":
                 watch(module, own[path])
                 before_step(compare_exchanges)
         if validate != "off":
             watch_outputs(model, sequence)
-        if asked.positions:
+        if border is not None:
+            adapters.prepare(model, sequence.of_layer("", border))
+            border.install(model)
+        elif asked.positions:
             model.register_forward_pre_hook(NeedsPositions(model, asked.positions), with_kwargs=True)
     remember_model(sequence, model)
     finite.watch(model, sequence, own.values())
@@ -145,11 +158,6 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tup
             layers[path] = (module, adapter)
     if unused:
         raise ValueError(f"no layer matches the plan's {sorted(unused)}")
-    if not any(adapter is not adapters.token_local for _, adapter in layers.values()):
-        raise ValueError(
-            f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no class "
-            "given to lasp.register"
-        )
     return layers
 
 

@@ -155,8 +155,8 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
         "What mixes tokens by itself is wrong on a slice of the sequence. Let it call an operator of lasp, which takes "
         f"the ranks; for {path or 'the model'}:",
         *(f"    {line}" for line in _three_lines(path, modules)),
-        "For a class of another library: lasp.register(Class, adapter=a_function_of_module_and_sequence, "
-        "covers=names_of_modules_in_it).",
+        "If that class is not yours, an adapter does the same from outside (docs/models.md):",
+        *(f"    {line}" for line in _adapter(path, modules)),
         f"Only if it mixes no tokens: plan={{{path!r}: lasp.adapters.token_local}}.",
     ]
     if all(how == trial.DRAWS for how in found.values()):
@@ -177,10 +177,31 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
     )
 
 
+def _around(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The path of a module, or for one of torch.nn that of the module around it whose forward can be changed."""
+    return next((p for p in _upwards(path) if not is_of_torch(modules[p])), "")
+
+
+def _adapter(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """An adapter for a class that another library made: which functions its forward calls is told."""
+    owner = type(modules[_around(path, modules)])
+    calls = [name for name in sorted(adapters.names_in(owner.forward)) if adapters.is_function(owner, name)]
+    name = calls[0] if len(calls) == 1 else "scan"
+    of = f"  # its forward calls {', '.join(calls[:_LISTED])}" if len(calls) > 1 else ""
+    return [
+        "def split(module, sequence):",
+        f"    def {name}(q, k, v):",
+        "        layout = lasp.adapters.layout_of(sequence)",
+        "        return lasp.linear_attention(q, k, v, layout=layout, sequence=sequence)[0]  # or what it is",
+        f"    lasp.adapters.rebind(module, {name}={name}){of}",
+        f"lasp.register({owner.__module__ + '.' + owner.__qualname__!r}, adapter=split)",
+    ]
+
+
 def _three_lines(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
     """A registered class for a module, with the operator that fits: its own, or for one of torch.nn the one around."""
     module = modules[path]
-    around = next((p for p in _upwards(path) if not is_of_torch(modules[p])), "")
+    around = _around(path, modules)
     owner = "MyLayer" if is_of_torch(modules[around]) else type(modules[around]).__name__
     below = path[len(around) :].lstrip(".")
     name = f"self.{below}" if below and owner != "MyLayer" else "self"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 import re
 import types
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lasp import arguments
+from lasp import adapters, arguments
+from lasp.adapters import border
 from lasp.api import is_parallelized, parallelize
 from lasp.batch import shard_batch
 from lasp.checks.agreement import Agreement
@@ -211,8 +213,15 @@ def verify(
             split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
             return _forward(split_model, call, local)
 
+        @contextlib.contextmanager
+        def as_one_rank() -> Iterator[None]:
+            # Packed documents are split by what stands in the model; its library may let them run into each other.
+            came = contextlib.nullcontext() if whole["layout"].packed else adapters.as_it_came(model)
+            with alone(), came, torch.compiler.set_stance("force_eager"):
+                yield
+
         def logits_of_whole() -> Tensor:
-            with alone(), torch.compiler.set_stance("force_eager"):
+            with as_one_rank():
                 return _forward(model, call, whole)
 
         def mean_of_all_ranks(*given: Tensor) -> Tensor:
@@ -222,7 +231,7 @@ def verify(
         of_split = _backward(_on_all_ranks(axis, logits_of_split), local["labels"], model, mean_of_all_ranks)
         _average(of_split.gradients, model, axis)
         logits = _on_all_ranks(axis, logits_of_whole)
-        with alone(), torch.compiler.set_stance("force_eager"):
+        with as_one_rank():
             of_whole = _backward(logits, whole["labels"], model, _mean_of_one_rank)
         drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
@@ -410,6 +419,8 @@ def _caller(model: nn.Module) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
 
     def call(called: nn.Module, batch: dict[str, Any]) -> Tensor:
         more = {name: batch[entry] for name, entry in taken.items() if entry in batch}
+        if border.stands_before(called):
+            more["layout"] = batch["layout"]
         return _logits(called(batch["input_ids"], **more))
 
     return call

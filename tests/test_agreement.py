@@ -19,6 +19,7 @@ from test_attention import check_against_oracle
 import lasp
 from lasp.checks import agreement
 from lasp.checks.agreement import judge
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import peers_of
 from lasp_kernels.chunked import ChunkedSteps
 
@@ -555,6 +556,8 @@ def _one_rank_fails_early():
         lambda bad, sequence: lasp.delta_rule(
             *[x.unsqueeze(2)] * 3, x[..., :0] if bad else x[..., :1], sequence=sequence
         ),
+        lambda bad, sequence: elementwise_recurrence(x, x[:, :3] if bad else x, sequence=sequence),
+        lambda bad, sequence: selective_scan(x, x, torch.zeros(2, 1 + bad), *[x[..., :1]] * 2, sequence=sequence),
     ):
         sequence = lasp.SequenceParallel(dist.group.WORLD, name="early")
         with pytest.raises(lasp.RankMismatchError, match="rank 1 failed before its exchange"):

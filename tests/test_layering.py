@@ -121,7 +121,7 @@ def test_kernels_and_exchange_meet_only_in_the_operators():
 
 def test_operators_do_not_know_each_other():
     """What they share is in call.py; compiled.py alone knows all."""
-    operators = {"attention", "delta", "halo", "softmax"}
+    operators = {"attention", "delta", "elementwise", "halo", "softmax"}
     for name in operators:
         for imported in imports(LASP / "ops" / f"{name}.py"):
             others = {f"lasp.ops.{other}" for other in operators - {name}}

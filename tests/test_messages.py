@@ -19,6 +19,7 @@ import lasp
 from lasp import exchange
 from lasp.checks import agreement, messages
 from lasp.ops import halo, softmax
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import SCHEDULES, peers_of
 from lasp.ranks.group import process, set_timeout, timeout_of
 
@@ -207,6 +208,13 @@ def _operators(x, bad, sequence):
         "softmax": lambda: lasp.softmax_attention(wide, wide, wide, sequence=sequence),
         "softmax layout": lambda: lasp.softmax_attention(wide, wide, wide, layout=layout, sequence=sequence),
         "dtype of softmax": lambda: lasp.softmax_attention(*[x.double() if bad else x] * 3, sequence=sequence),
+        "elementwise": lambda: elementwise_recurrence(wide, -wide, sequence=sequence),
+        "dtype of elementwise": lambda: elementwise_recurrence(
+            *[x.double() * 0 if bad else x * 0] * 2, sequence=sequence
+        ),
+        "selective": lambda: selective_scan(
+            x[..., 0], x[..., 0], -torch.ones(H, K + bad), *[x.new_zeros(B, T, K + bad)] * 2, sequence=sequence
+        ),
         "initial state": lambda: lasp.linear_attention(
             both, both, both, initial_state=more, log_decay=-beta.new_ones(H), sequence=sequence
         ),
@@ -223,6 +231,9 @@ OPERATORS = [
     "softmax",
     "softmax layout",
     "dtype of softmax",
+    "elementwise",
+    "dtype of elementwise",
+    "selective",
     "initial state",
     "unshard",
     "dtype of unshard",

@@ -7,15 +7,22 @@ have a file each in this folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from lasp import arguments
+from lasp.adapters.border import Border, layout_of
+from lasp.adapters.rebind import is_function, names_in, rebind, without_methods
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
+
+__all__ = ["is_function", "layout_of", "linear", "names_in", "rebind", "register", "token_local"]
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
 Covers = bool | tuple[str, ...]
@@ -38,11 +45,21 @@ class Covering:
     adapter: Adapter
     covers: Covers
 
-    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:  # noqa: D102
+    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:
         self.adapter(module, sequence)
 
 
+@dataclass(frozen=True)
+class Foreign(Covering):
+    """An adapter for a layer of a model that takes no `layout`: it is told at the model's border (border.py)."""
+
+    exchanges: bool = True  # whether the layer calls an operator with the ranks
+
+
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
+_BY_NAME: dict[str, Adapter] = {}  # patterns of dotted names of classes
+_LIBRARIES = {"transformers": "lasp.adapters.transformers"}
+"""Files for the layers of a library, by its first name: imported when a model has one."""
 
 
 @overload
@@ -50,11 +67,15 @@ def register(cls: ModuleClass, *, adapter: Adapter = ..., covers: bool | Iterabl
 
 
 @overload
+def register(cls: str, *, adapter: Adapter, covers: bool | Iterable[str] = ...) -> str: ...
+
+
+@overload
 def register(*, adapter: Adapter = ..., covers: bool | Iterable[str] = ...) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
 def register(
-    cls: type[nn.Module] | None = None, *, adapter: Adapter = linear, covers: bool | Iterable[str] = ()
+    cls: type[nn.Module] | str | None = None, *, adapter: Adapter = linear, covers: bool | Iterable[str] = ()
 ) -> Any:
     """Tell `parallelize` how a module class of yours is split. Also a class decorator.
 
@@ -69,9 +90,13 @@ def register(
                 o, _ = lasp.linear_attention(q, k, v, sequence=self.sequence)
 
     Anything else takes an `adapter`, a function of the module and the `lasp.SequenceParallel`. Subclasses inherit.
+    A class of another library is given by its dotted name, and nothing is imported (docs/models.md shows how to write
+    the adapter)::
+
+        lasp.register("their_library.layers.TheirAttention", adapter=split_their_attention)
 
     Args:
-        cls: the class.
+        cls: the class, or its dotted name, in which * stands for anything ("transformers_modules.*.TheirAttention").
         adapter: edits a module of that class in place. It answers for the module's own forward.
         covers: the modules below that the adapter takes care of as well, by their paths from the module, e.g.
             ("conv1d",), or True for all of them. The others must mix no tokens, or have an adapter of their own.
@@ -83,9 +108,16 @@ def register(
     arguments.function("adapter", adapter)
     if cls is None:
         return lambda c: register(c, adapter=adapter, covers=covers)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"cls must be a class of torch.nn.Module, got {arguments.shown(cls)}")
     covers = _checked(covers)
+    if isinstance(cls, str):
+        if not all(part == "*" or part.replace("*", "_").isidentifier() for part in cls.split(".")) or "." not in cls:
+            raise ValueError(f"cls must be a class or its dotted name such as 'library.file.Class', got {cls!r}")
+        if adapter is linear:
+            raise TypeError(f"{cls} is given by its name, so that it needs an adapter")
+        _BY_NAME[cls] = adapter if adapter is token_local else Foreign(adapter, covers)
+        return cls
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a class of torch.nn.Module or its dotted name, got {arguments.shown(cls)}")
     if adapter is linear and not hasattr(cls, "sequence"):
         raise TypeError(
             f"{cls.__name__} needs a class attribute `sequence = None` that its forward passes to "
@@ -111,8 +143,47 @@ def _checked(covers: bool | Iterable[str]) -> Covers:
 
 
 def find(module: nn.Module) -> Adapter | None:
-    """The adapter of a module's class or the nearest class it inherits from."""
-    return next((_ADAPTERS[base] for base in type(module).__mro__ if base in _ADAPTERS), None)
+    """The adapter of a module's class or the nearest class it inherits from, or else what is known of its library."""
+    for base in type(module).__mro__:
+        if base in _ADAPTERS:
+            return _ADAPTERS[base]
+        dotted = f"{base.__module__}.{base.__qualname__}"
+        for pattern, adapter in _BY_NAME.items():
+            if fnmatch.fnmatchcase(dotted, pattern):
+                return adapter
+    for base in type(module).__mro__:
+        library = _LIBRARIES.get(base.__module__.partition(".")[0])
+        if library is not None:
+            return importlib.import_module(library).adapter_of(module)
+    return None
+
+
+def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
+    """What a library's layers need of the model around them, after they were split."""
+    for library in _libraries_of(model):
+        library.prepare(model, sequence)
+
+
+@contextlib.contextmanager
+def as_it_came(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_methods(model))
+        for library in _libraries_of(model):
+            stack.enter_context(library.as_it_came(model))
+        before, Border.off = Border.off, True
+        stack.callback(setattr, Border, "off", before)
+        yield
+
+
+def _libraries_of(model: nn.Module) -> list[Any]:
+    names = {base.__module__.partition(".")[0] for m in model.modules() for base in type(m).__mro__}
+    return [importlib.import_module(_LIBRARIES[name]) for name in sorted(names & _LIBRARIES.keys())]
+
+
+def exchanges(adapter: Adapter) -> bool:
+    """Whether a layer with this adapter calls an operator with the ranks."""
+    return adapter is not token_local and getattr(adapter, "exchanges", True)
 
 
 def passes_ranks(adapter: Adapter) -> bool:

@@ -97,11 +97,29 @@ class _Kept:
         self.result: Tensor | None = None
 
 
-# What each frame's original forward has received; and how much of it each recompute has used, by its hook, since a
-# graph that is retained may be recomputed more than once.
+# Of each frame: what its original forward was told (`as_in_the_original`), and what it has received; and how much of
+# that each recompute has used, by its hook, since a graph that is retained may be recomputed more than once.
 _received: weakref.WeakKeyDictionary[Any, list[_Kept]] = weakref.WeakKeyDictionary()
 _used: weakref.WeakKeyDictionary[PackHook, int] = weakref.WeakKeyDictionary()
+_told: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _TAKES_PLACE = Reception("", None, [])
+
+
+def as_in_the_original(owner: Any, now: Any) -> Any:
+    """What the `owner` says now; in a recompute what it said when the original ran, maybe of an earlier batch.
+
+    Where PyTorch does not tell which call a recompute repeats, that is what it says now.
+    """
+    private = _private()
+    if private is None or private.top(True) is None:
+        return now
+    for pack in _pack_hooks():
+        frame, is_repeat = _frame_of(pack)
+        if frame is not None and is_repeat:
+            return _told.get(frame, {}).get(owner, now)
+        if frame is not None:
+            _told.setdefault(frame, {})[owner] = now
+    return now
 
 
 def reception(key: str) -> Reception:

@@ -71,6 +71,7 @@ class SequenceParallel:
     schedule: Any = field(init=False, repr=False)  # that `exchange` names, one of `SCHEDULES`; None chooses
     by_operator: dict[str, Traffic] = field(init=False, repr=False, default_factory=dict)
     kept: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)  # calls (lasp.ops), routes (exchange)
+    border: Any = field(init=False, repr=False, default=None)  # of the model around the layer (lasp.adapters.border)
     handle: Tensor = field(init=False, repr=False)  # a number that stands for this object in a custom op
     in_group: tuple[int, ...] = field(init=False, repr=False)  # rank, as the group counts it, at each place
     prev_rank: int | None = field(init=False, repr=False)  # as the group counts it; None on the first
@@ -96,6 +97,12 @@ class SequenceParallel:
         if found is None:
             found = self.by_operator[operator] = Traffic()
         return found
+
+    def of_layer(self, name: str, border: Any = None) -> SequenceParallel:
+        """The same ranks for a layer of this name, with counts of its own."""
+        own = replace(self, name=name)
+        object.__setattr__(own, "border", border)
+        return own
 
     @property
     def traffic(self) -> Traffic:

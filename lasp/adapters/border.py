@@ -1,0 +1,259 @@
+"""The border of a model that somebody else wrote: where its forward is called with a slice of a batch.
+
+Such a model takes no `layout`, counts positions from 0 if it is given none, would fill a cache, and shifts labels on
+its slice. Its layers take what they are given. So before its forward (a hook) the arguments are checked and filled in,
+and what the layers need to know is held here until it ends::
+
+    local = lasp.shard_batch(batch, mesh)
+    output = model(input_ids=local["input_ids"], position_ids=local["position_ids"], layout=local["layout"])
+
+A layer's functions ask `facts_of(sequence)`. In the recompute of a checkpoint they get what the original forward was
+told, whichever batch came since.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasp import arguments
+from lasp.checks.use import of_a_pickle
+from lasp.layout import ShardLayout
+from lasp.ops import recompute
+from lasp.ranks import SequenceParallel
+
+_CACHES = ("past_key_values", "cache", "cache_params")
+_DOCUMENTS = ("seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What every rank knows of a call."""
+
+    layout: ShardLayout
+    masked: bool  # whether an attention_mask was given, on every rank or on none
+
+
+@torch.compiler.disable  # a graph ends here: what it would look at is another at each call
+def facts_of(sequence: SequenceParallel) -> Facts:
+    """Of the call of the model in which a layer with this `sequence` runs now, or ran when this is a recompute.
+
+    Raises:
+        RuntimeError: neither.
+    """
+    border = sequence.border
+    facts = None if border is None else recompute.as_in_the_original(border, border.facts)
+    if facts is None:
+        repeats = (
+            "in backward, as a reentrant checkpoint does: pass use_reentrant=False" if recompute.under_way() else ""
+        )
+        raise RuntimeError(
+            f"layer {sequence.name!r} ran outside of the forward of the model that lasp.parallelize split"
+            + (f", {repeats}" if repeats else "; call that model, with layout=local['layout']")
+        )
+    return facts
+
+
+def layout_of(sequence: SequenceParallel) -> ShardLayout:
+    """How the tokens lie on the ranks in the call of the model in which a layer with this `sequence` runs now.
+
+    For adapters: what a function that `rebind` puts into a layer hands to an operator as `layout=`.
+
+    Raises:
+        RuntimeError: the layer ran outside of the forward of the model that was split.
+    """
+    return facts_of(sequence).layout
+
+
+class Border:
+    """Hooks around the forward of a model, and what it was called with."""
+
+    facts: Facts | None = None  # of the forward that runs now
+    off = False  # for all: models run as their libraries made them (`as_it_came`)
+
+    def __init__(self, sequence: SequenceParallel):
+        self.sequence, self.depth = sequence, 0
+
+    def install(self, model: nn.Module) -> None:
+        """Stand before and behind its forward. (Objects as hooks, since a pickle takes no methods.)"""
+        model.register_forward_pre_hook(self, with_kwargs=True)
+        model.register_forward_hook(_Leave(self), always_call=True)
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:  # noqa: D102
+        if self.facts is not None:  # a model within the model, which is given what this one makes of its arguments
+            self.depth += 1
+            return args, kwargs
+        call = _Arguments(model, args, dict(kwargs))
+        if Border.off:
+            call.kwargs.pop("layout", None)
+            call.no_cache()
+            return call.args, call.kwargs
+        facts = call.facts(self.sequence)
+        call.refuse_what_needs_the_whole()
+        call.fill_in(facts, self.sequence)
+        self.facts, self.depth = facts, 1
+        return call.args, call.kwargs
+
+    def __deepcopy__(self, memo: object) -> Border:
+        return self  # a copy of the model is split over the same ranks
+
+    def __reduce__(self):
+        """Pickled with the model, which then is not split, it does nothing."""
+        return of_a_pickle, ()
+
+
+class _Leave:
+    """The hook behind a forward, however it ended."""
+
+    def __init__(self, border: Border):
+        self.border = border
+
+    def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self.border.depth -= 1
+        if self.border.depth <= 0:
+            self.border.facts = None
+
+    def __deepcopy__(self, memo: object) -> _Leave:
+        return self
+
+    def __reduce__(self):
+        """As its border."""
+        return of_a_pickle, ()
+
+
+def stands_before(model: nn.Module) -> bool:
+    """Whether the forward of a model, or of one that it wraps, takes its `layout` at a border."""
+    hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return any(isinstance(hook, (Border, OneRank)) for hook in hooks)
+
+
+class OneRank:
+    """The hook of a model on one rank, which is as its library made it: takes away what only lasp understands."""
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:  # noqa: D102
+        layout = kwargs.pop("layout", None)
+        if isinstance(layout, ShardLayout) and layout.packed:
+            raise ValueError(
+                f"{type(model).__name__} is on one rank, where lasp leaves it as it is, and packed documents "
+                f"(cu_seqlens {arguments.shown(layout.cu_seqlens)}) might run into each other in it: pack on two ranks "
+                "or more, or give it one document at a time"
+            )
+        return args, kwargs
+
+    def __deepcopy__(self, memo: object) -> OneRank:
+        return self
+
+    def __reduce__(self):
+        """Pickled with the model, it does nothing."""
+        return of_a_pickle, ()
+
+
+class _Arguments:
+    """Those of one call of a model's forward."""
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        self.model, self.args, self.kwargs = model, args, kwargs
+        parameters = inspect.signature(model.forward).parameters
+        self.takes = _takes(model)
+        self.given = dict(zip(parameters, args)) | kwargs
+        self.name = type(model).__name__
+
+    def facts(self, sequence: SequenceParallel) -> Facts:
+        """What was announced; raises unless it fits what was given."""
+        layout = self.kwargs.pop("layout", None)
+        if layout is None:
+            raise ValueError(
+                f"layout is needed where the sequence of {self.name} is split: lasp.shard_batch makes it, pass "
+                "layout=local['layout']"
+            )
+        if not isinstance(layout, ShardLayout):
+            raise TypeError(f"layout must be a lasp.ShardLayout, got {arguments.shown(layout)}")
+        tokens = self._tokens()
+        if len(layout.lengths) != sequence.size or layout.lengths[sequence.rank] != tokens.shape[1]:
+            raise ValueError(
+                f"layout must be of {sequence.size} ranks and the {tokens.shape[1]} tokens of rank {sequence.rank}, "
+                f"got lengths {layout.lengths}"
+            )
+        if layout.packed and tokens.shape[0] != 1:
+            raise ValueError(f"packed documents need a batch of 1, got {tokens.shape[0]} rows")
+        return Facts(layout, self.given.get("attention_mask") is not None)
+
+    def _tokens(self) -> Tensor:
+        named = [self.given.get(name) for name in ("input_ids", "inputs_embeds")]
+        others = self.given.values() if not {"input_ids", "inputs_embeds"} & self.takes else ()
+        for x in (*named, *others):
+            if isinstance(x, Tensor) and x.ndim > 1:
+                return x
+        raise ValueError(f"input_ids [B, T] or inputs_embeds [B, T, D] are needed where {self.name} is split")
+
+    def refuse_what_needs_the_whole(self) -> None:
+        """Raise for what a forward on a slice cannot do."""
+        cache = next((name for name in _CACHES if self.given.get(name) is not None), None)
+        if cache is not None or self.given.get("use_cache"):
+            raise ValueError(
+                f"{cache or 'use_cache=True'} cannot be used where the sequence of {self.name} is split: generate() "
+                "and steps with a cache are for a model on one rank; training and evaluation need use_cache=False"
+            )
+        if self.given.get("labels") is not None and self.given.get("shift_labels") is None:
+            raise ValueError(
+                f"labels would be shifted by {self.name} on its slice alone, and the means of slices are not the mean: "
+                "leave labels out, and loss, tokens = lasp.token_loss(output.logits, local['labels'], mesh=mesh)"
+            )
+        if kept := self.given.get("logits_to_keep"):
+            raise ValueError(f"logits_to_keep would be of this rank's slice alone, got {arguments.shown(kept)}")
+        mask = self.given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError(
+                "attention_mask must be the [B, T] of this rank's tokens, 0 where they are padding, got "
+                f"{arguments.shown(mask)}"
+            )
+
+    def fill_in(self, facts: Facts, sequence: SequenceParallel) -> None:
+        """Positions, no cache; and without what the layout says already."""
+        documents = [name for name in _DOCUMENTS if self.kwargs.pop(name, None) is not None]
+        if documents and not facts.layout.packed:
+            raise ValueError(
+                f"{documents[0]} was given, but the layout is not of packed documents: give them to lasp.shard_batch"
+            )
+        if "position_ids" in self.takes and self.given.get("position_ids") is None:
+            self.set("position_ids", positions(facts.layout, sequence.rank, self._tokens().device))
+        self.no_cache()
+
+    def no_cache(self) -> None:
+        """Also where the config of a model would have one."""
+        if "use_cache" in self.takes and not self.given.get("use_cache"):
+            self.set("use_cache", False)
+
+    def set(self, name: str, value: Any) -> None:
+        """One more argument, or another one."""
+        names = list(inspect.signature(self.model.forward).parameters)
+        place = names.index(name) if name in names else len(names)
+        if place < len(self.args):
+            self.args = (*self.args[:place], value, *self.args[place + 1 :])
+        else:
+            self.kwargs[name] = value
+
+
+def _takes(model: nn.Module) -> set[str]:
+    """The names of what a forward takes, with those that it hands on to the model within it (**kwargs)."""
+    parameters = inspect.signature(model.forward).parameters
+    names = set(parameters)
+    inner = getattr(model, "base_model", model)
+    if inner is not model and any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        names |= _takes(inner)
+    return names
+
+
+def positions(layout: ShardLayout, rank: int, device: torch.device) -> Tensor:
+    """[1, T], int64: of a rank's tokens in the whole sequence, or in their documents."""
+    start, end = layout.bounds(rank)
+    found = torch.arange(start, end, device=device)
+    if layout.packed:
+        offsets = layout.facts[1].to(device)  # type: ignore[union-attr]
+        document = torch.searchsorted(offsets, found, right=True) - 1
+        found = found - offsets[document.clamp(max=len(offsets) - 1)]
+    return found[None]
