@@ -517,7 +517,17 @@ def test_the_arguments_that_the_rows_change_are_right(world):
 
 
 # Not called by users with values of their own, or a part of it is checked elsewhere (init: tests/test_init.py).
-NOT_CALLED = {"Env", "PeerError", "RankMismatchError", "adapters", "compiled", "decay", "init", "modules"}
+NOT_CALLED = {
+    "integrations",
+    "Env",
+    "PeerError",
+    "RankMismatchError",
+    "adapters",
+    "compiled",
+    "decay",
+    "init",
+    "modules",
+}
 METHODS = [lasp.ShardLayout.even, lasp.ShardLayout.bounds, lasp.ShardLayout.local, LightningAttention.forward]
 METHODS += [c.named for c in (models.TNLConfig, models.LinearTransformerConfig)]
 METHODS += [c.forward for c in (models.TNL, models.LinearTransformer)]
