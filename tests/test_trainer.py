@@ -84,11 +84,11 @@ def arguments(folder, **options):
     return TrainingArguments(folder, **given | {"lr_scheduler_type": "constant"} | options)
 
 
-def trainer_of(model, args, *, cls=None, **options):
+def trainer_of(model, args=None, *, cls=None, **options):
     from transformers import PrinterCallback
 
     torch.set_num_threads(1)
-    made = (cls or lasp.integrations.SequenceTrainer)(model, args, **options)
+    made = (cls or lasp.integrations.SequenceTrainer)(model, args=args, **options)
     made.remove_callback(PrinterCallback)
     return made
 
