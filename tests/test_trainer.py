@@ -146,6 +146,16 @@ def _stream(data):
     return Stream(data)
 
 
+def train_checkpointed(folder, sp):
+    return train("bamba", sp, folder, 2, activation_checkpointing=True, ragged=True, collator=_collate_padded)
+
+
+def test_checkpointed_and_padded(tmp_path):
+    [expected] = run_ranks(1, train_checkpointed, tmp_path, 1)
+    for found in run_ranks(2, train_checkpointed, tmp_path, 2):
+        assert_same(found, expected)
+
+
 def test_streams(tmp_path):
     [expected] = run_ranks(1, train, "bamba", 1, tmp_path, 2, _stream)
     for found in run_ranks(4, train, "bamba", 2, tmp_path, 2, _stream):

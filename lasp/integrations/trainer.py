@@ -181,8 +181,8 @@ class SequenceTrainer(Trainer):
             "parallelism_config is another way to split them; leave it out",
         )
         yield (
-            kind not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP),
-            f"{kind.value} is not tried; DDP and FSDP2 are",
+            kind not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
+            f"{kind.value} has not been tried with it; DDP has",
         )
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
