@@ -4,7 +4,7 @@
 whose size does not depend on the length.
 """
 
-from lasp import adapters, decay, modules
+from lasp import adapters, decay, integrations, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
@@ -37,6 +37,7 @@ __all__ = [
     "halo",
     "init",
     "init_mesh",
+    "integrations",
     "linear_attention",
     "modules",
     "parallelize",

@@ -17,6 +17,9 @@ from lasp.checks.messages import check_messages
 from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel, collectives, sequence_axis
 
+_OFFSETS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")  # names under which batches have those of packed sequences
+_OF_THE_WHOLE = (*_OFFSETS[1:], "seq_idx", "max_length_q", "max_length_k")  # wrong of a slice, or told by the layout
+
 
 def shard_batch(
     batch: Mapping[str, Any],
@@ -34,8 +37,8 @@ def shard_batch(
     anything else passes. Added or changed, before cutting (what is None counts as absent):
 
     - `labels` (int64): shifted by one over the *whole* sequence with `shift_labels` (so the last label of a shard is
-      the first token of the next), made from `input_ids` if absent. The last label, and with `cu_seqlens` the last of
-      each packed sequence, is `ignore_index`.
+      the first token of the next), made from `input_ids` if absent. The last label, and the last of each packed
+      sequence, is `ignore_index`.
     - `position_ids`: global, from 0 in each sequence; made if absent (int64, [B, T]). Given ones are integers [T],
       [B, T] or [n, B, T], such as the three of multimodal models, and are cut along T.
     - with `pad`, T is padded to a multiple of the ranks: token 0, label `ignore_index`, behind the last real token.
@@ -45,8 +48,16 @@ def shard_batch(
 
     Args:
         batch: has at least `input_ids`, an integer tensor such as [B, T]. `attention_mask`, if any, has its shape.
-            `cu_seqlens` (a list, tuple, NumPy array or integer tensor, [N + 1] or [1, N + 1]) are the offsets of packed
-            sequences, from 0 to T; then B = 1. It stays global.
+            Packed sequences (then B = 1) are given by any of these, which must not contradict each other:
+
+            - `cu_seqlens` (a list, tuple, NumPy array or integer tensor, [N + 1] or [1, N + 1]): their offsets, from 0
+              to T. It stays global. `cu_seq_lens_q` and `cu_seq_lens_k` of transformers say the same.
+            - `seq_idx`, integers of the shape of input_ids: a number for each sequence, which rises.
+            - without those, `position_ids` [T] or [1, T] that start again at 0 and count by one, where no
+              `attention_mask` is given.
+
+            On several ranks what holds for the whole only (`cu_seq_lens_q` and the like, `max_length_q`) and `seq_idx`
+            are left out: `layout` says where documents are.
         mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup or None.
         seq_dim: the dimension of T.
         shift_labels: False if the labels are already the next tokens.
@@ -58,9 +69,10 @@ def shard_batch(
             "off" does not.
 
     Raises:
-        ValueError, TypeError: what does not fit. Also positions that start again within a row of a batch without
-            `cu_seqlens`, whose documents would run into each other; positions where `attention_mask` is 0 do not
-            count. (To see that, the host waits for position_ids on a device; leave them out where they just count.)
+        ValueError, TypeError: what does not fit. Also positions that start again within a row and are not those of
+            packed sequences (see above), whose documents would run into each other; positions where `attention_mask`
+            is 0 do not count. (To see that, the host waits for position_ids on a device; leave them out where they
+            just count.)
         RankMismatchError: ranks were given different batches, or one of them failed; on every rank.
         PeerError: a rank did not call it within the timeout of the group.
         RuntimeError: a second thread beside the main one calls it: in which order the two do nobody knows.
@@ -75,7 +87,7 @@ def shard_batch(
 
 def _facts(batch: Mapping[str, Any], local: Mapping[str, Any]) -> dict[str, str]:
     """What ranks must hold alike: all that was cut, and the borders of packed sequences."""
-    whole = {name: x for name, x in batch.items() if isinstance(x, Tensor) and local[name] is not x}
+    whole = {name: x for name, x in batch.items() if isinstance(x, Tensor) and name in local and local[name] is not x}
     if local["layout"].packed:
         whole["cu_seqlens"] = local["layout"].facts[1]
     return checksums(whole)
@@ -105,12 +117,14 @@ def _local(
         sequence.peers.padded = lengths[0] if padding else None
 
     whole = {**batch, "layout": layout}
+    if sequence.size > 1:
+        whole = {name: x for name, x in whole.items() if name not in _OF_THE_WHOLE}
     whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
-    dims = {"position_ids": seq_dim, "cu_seqlens": None, "layout": None}
+    dims = {"position_ids": seq_dim, "layout": None, **dict.fromkeys(_OFFSETS)}
     if batch.get("position_ids") is None:
         whole["position_ids"] = _positions(ids, seq_dim, offsets or (0, tokens))
     else:
-        dims["position_ids"] = _dim_of_positions(batch, ids, seq_dim)
+        dims["position_ids"] = _dim_of_positions(batch, ids, seq_dim, packed=offsets is not None)
     start, end = layout.bounds(sequence.rank)
     local = {}
     for name, x in whole.items():
@@ -140,14 +154,53 @@ def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:
 
 
 def _offsets(batch: Mapping[str, Any], ids: Tensor, seq_dim: int) -> tuple[int, ...] | None:
-    """Of packed sequences; None if there are none."""
-    if batch.get("cu_seqlens") is None:
-        return None
+    """Of packed sequences, in whatever form they are given; None if there are none."""
+    given = [name for name in (*_OFFSETS, "seq_idx") if batch.get(name) is not None]
+    tokens = ids.shape[seq_dim]
     rows = math.prod(size for dim, size in enumerate(ids.shape) if dim != seq_dim)
-    if rows != 1:
-        got = arguments.shown(batch["cu_seqlens"])
-        raise ValueError(f"cu_seqlens need a batch of 1, but input_ids are {tuple(ids.shape)}; got cu_seqlens {got}")
-    return arguments.offsets("cu_seqlens", batch["cu_seqlens"], tokens=ids.shape[seq_dim], of="input_ids")
+    if given and rows != 1:
+        name, got = given[0], arguments.shown(batch[given[0]])
+        need = "needs" if name == "seq_idx" else "need"
+        raise ValueError(f"{name} {need} a batch of 1, but input_ids are {tuple(ids.shape)}; got {name} {got}")
+    if not given:
+        return _offsets_of_positions(batch, tokens) if rows == 1 else None
+    found = {
+        name: _offsets_of_numbers(batch[name], ids)
+        if name == "seq_idx"
+        else arguments.offsets(name, batch[name], tokens=tokens, of="input_ids")
+        for name in given
+    }
+    first, offsets = next(iter(found.items()))
+    for name, others in found.items():
+        if set(others) != set(offsets):  # an empty sequence has no number
+            raise ValueError(
+                f"{first} and {name} must be of the same packed sequences, got offsets {offsets} and {others}"
+            )
+    return offsets
+
+
+def _offsets_of_numbers(given: object, ids: Tensor) -> tuple[int, ...]:
+    numbers = arguments.integer_tensor("seq_idx", given, signed=True)
+    if numbers.shape != ids.shape:
+        raise ValueError(f"seq_idx must have the shape of input_ids {tuple(ids.shape)}, got {tuple(numbers.shape)}")
+    step = numbers.flatten().long().diff().cpu()
+    if (step < 0).any():
+        raise ValueError(f"seq_idx must rise from one packed sequence to the next, got {arguments.shown(numbers)}")
+    return (0, *((step > 0).nonzero().flatten() + 1).tolist(), ids.numel())
+
+
+def _offsets_of_positions(batch: Mapping[str, Any], tokens: int) -> tuple[int, ...] | None:
+    """Where positions start again at 0 and count by one, as transformers takes a batch of 1 without attention_mask."""
+    if batch.get("position_ids") is None or batch.get("attention_mask") is not None:
+        return None
+    positions = arguments.integer_tensor("position_ids", batch["position_ids"])
+    if positions.numel() != tokens or positions.ndim > 2 or tokens < 2:
+        return None
+    positions = positions.flatten().long().cpu()
+    starts = (positions.diff() != 1).nonzero().flatten() + 1
+    if positions[0] != 0 or not len(starts) or (positions[starts] != 0).any():
+        return None
+    return (0, *starts.tolist(), tokens)
 
 
 def _labels(batch: Mapping[str, Any], ids: Tensor, ignore_index: int) -> Tensor:
@@ -168,7 +221,7 @@ def _dim_of_tokens(name: str, x: object, seq_dim: int, tokens: int) -> int | Non
     return seq_dim
 
 
-def _dim_of_positions(batch: Mapping[str, Any], ids: Tensor, seq_dim: int) -> int:
+def _dim_of_positions(batch: Mapping[str, Any], ids: Tensor, seq_dim: int, *, packed: bool) -> int:
     """The dimension of T of given position_ids; raises where they do not fit or start again."""
     found = arguments.integer_tensor("position_ids", batch["position_ids"])
     tokens, planes = ids.shape[seq_dim], found.ndim == ids.ndim + 1
@@ -180,10 +233,11 @@ def _dim_of_positions(batch: Mapping[str, Any], ids: Tensor, seq_dim: int) -> in
             f"position_ids must be [T], [B, T] or [n, B, T] for input_ids {tuple(ids.shape)} with T = {tokens}, "
             f"got {tuple(found.shape)}"
         )
-    if batch.get("cu_seqlens") is None and tokens > 1 and _start_again(row, dim - planes, planes, batch, seq_dim):
+    if not packed and tokens > 1 and _start_again(row, dim - planes, planes, batch, seq_dim):
         raise ValueError(
             f"position_ids start again within a row, got {arguments.shown(found)}: packed documents need their offsets "
-            "as cu_seqlens (then B = 1), and padded tokens 0 in attention_mask"
+            "as cu_seqlens, or positions that start at 0 and count by one without attention_mask (then B = 1), and "
+            "padded tokens 0 in attention_mask"
         )
     return dim
 

@@ -164,6 +164,116 @@ def test_offsets_in_every_form(form, world):
     assert lasp.ShardLayout((5, 5), (0, 3, 3, 4, 10)) == lasp.ShardLayout.even(10, 2, cu_seqlens=_in_form(form))
 
 
+def _documents(form, offsets, seq_dim=1):
+    """What collators write for packed documents."""
+    offsets = torch.tensor(offsets, dtype=torch.int32)
+    lengths = offsets.diff()
+    numbers = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)
+    positions = torch.cat([torch.arange(int(length)) for length in lengths])
+    longest = int(lengths.max())
+    return {
+        "cu_seqlens": {"cu_seqlens": offsets},
+        "cu_seq_lens_q": {
+            "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets,
+            "max_length_q": longest,
+            "max_length_k": torch.tensor(longest),
+        },
+        "seq_idx": {"seq_idx": numbers[None] if seq_dim else numbers[:, None]},
+        "seq_idx with gaps": {"seq_idx": 3 * (numbers[None] if seq_dim else numbers[:, None]) - 5},
+        "position_ids": {"position_ids": positions},
+        "position_ids of a batch": {"position_ids": positions[None] if seq_dim else positions[:, None]},
+    }[form]
+
+
+DOCUMENTS = ["cu_seqlens", "cu_seq_lens_q", "seq_idx", "seq_idx with gaps", "position_ids", "position_ids of a batch"]
+
+
+@WORLDS
+@pytest.mark.parametrize("seq_dim", [1, 0])
+@pytest.mark.parametrize("offsets", [(0, 3, 4, 10), (0, 1, 2, 3, 10), (0, 9, 10)], ids=str)
+def test_every_form_of_packed_documents_gives_the_same(offsets, seq_dim, world):
+    tokens = ids(1, 10) if seq_dim else ids(10, 1)
+    padding = -10 % world
+    layout = lasp.ShardLayout(((10 + padding) // world,) * world, offsets, padding)
+    expected = next_tokens(tokens if seq_dim else tokens.T, padding=padding)
+    expected[0, [end - 1 for end in offsets[1:]]] = IGNORE
+    for form in DOCUMENTS:
+        batch = {"input_ids": tokens, **_documents(form, offsets, seq_dim)}
+        parts = shards(world, batch, seq_dim=seq_dim)
+        labels = joined(parts, "labels", seq_dim)
+        assert torch.equal(labels if seq_dim else labels.T, expected), form
+        positions = torch.cat([part["position_ids"].flatten() for part in parts])[:10]
+        assert torch.equal(positions, _documents("position_ids", offsets)["position_ids"]), form
+        for part in parts:
+            assert part["layout"] == layout, form
+            kept = {"input_ids", "labels", "position_ids", "layout"} | ({"cu_seqlens"} & batch.keys())
+            assert set(part) == (kept if world > 1 else kept | batch.keys()), form
+
+
+def test_on_one_rank_what_holds_for_the_whole_stays():
+    batch = {"input_ids": ids(1, 10), **_documents("cu_seq_lens_q", (0, 3, 10)), **_documents("seq_idx", (0, 3, 10))}
+    found = lasp.shard_batch(batch, None)
+    assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(x)) for name, x in batch.items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_without_documents_nothing_is_packed(world):
+    for positions in (torch.arange(7), torch.arange(7)[None] + 2, None):
+        for part in shards(world, {"input_ids": ids(1, 7), "position_ids": positions}):
+            assert not part["layout"].packed
+    [part] = shards(1, {"input_ids": ids(1, 7), "seq_idx": torch.zeros(1, 7).int()})
+    assert part["layout"] == lasp.ShardLayout((7,), (0, 7))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"seq_idx": torch.tensor([[0, 0, 1, 1, 0, 0]])}, r"seq_idx must rise from one packed sequence to the next"),
+        ({"seq_idx": torch.zeros(1, 5).int()}, r"seq_idx must have the shape of input_ids \(1, 6\), got \(1, 5\)"),
+        ({"input_ids": ids(2, 6), "seq_idx": torch.zeros(2, 6).int()}, r"seq_idx needs a batch of 1.*\(2, 6\)"),
+        ({"input_ids": ids(2, 6), "cu_seq_lens_q": [0, 6]}, r"cu_seq_lens_q need a batch of 1.*\(2, 6\)"),
+        ({"cu_seq_lens_q": [0, 2, 5]}, r"cu_seq_lens_q must rise from 0 to the 6 tokens of input_ids, got \[0, 2, 5\]"),
+        (
+            {"cu_seq_lens_q": [0, 2, 6], "cu_seq_lens_k": [0, 3, 6]},
+            r"cu_seq_lens_q and cu_seq_lens_k must be of the same packed sequences, got offsets \(0, 2, 6\) and",
+        ),
+        (
+            {"cu_seqlens": [0, 2, 2, 6], "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
+            r"cu_seqlens and seq_idx must be of the same packed sequences, got offsets \(0, 2, 2, 6\) and \(0, 3, 6\)",
+        ),
+        # Positions that transformers would not take for packed documents.
+        ({"position_ids": torch.tensor([[0, 1, 2, 1, 2, 3]])}, "position_ids start again within a row"),
+        ({"position_ids": torch.tensor([[2, 3, 4, 0, 1, 2]])}, "position_ids start again within a row"),
+        ({"position_ids": torch.tensor([[0, 1, 3, 0, 1, 2]])}, "position_ids start again within a row"),
+        ({"position_ids": torch.tensor([[[0, 1, 2, 0, 1, 2]]] * 3)}, "position_ids start again within a row"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "attention_mask": torch.ones(1, 6)},
+            "position_ids start again within a row",
+        ),
+        (
+            {"input_ids": ids(2, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
+            "position_ids start again within a row.*as cu_seqlens, or positions that start at 0 and count by one",
+        ),
+    ],
+)
+def test_packed_documents_that_are_not_clear_are_refused(batch, message):
+    with pytest.raises(ValueError, match=message):
+        lasp.shard_batch({"input_ids": ids(1, 6), **batch}, None)
+
+
+@pytest.mark.parametrize("form", [name for name in DOCUMENTS if name != "cu_seqlens"])
+def test_numbers_of_documents_in_another_type_are_refused(form):
+    batch = {name: x.float() for name, x in _documents(form, (0, 3, 10)).items() if isinstance(x, torch.Tensor)}
+    with pytest.raises(TypeError, match=f"{form.split()[0]} must be .*integers"):
+        lasp.shard_batch({"input_ids": ids(1, 10), **batch}, None)
+
+
+def test_an_empty_document_is_in_offsets_only():
+    batch = {"input_ids": ids(1, 6), "cu_seqlens": [0, 2, 2, 6], "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    assert lasp.shard_batch(batch, None)["layout"].cu_seqlens == (0, 2, 2, 6)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("seq_dim", [1, 0])
 def test_positions_in_the_three_shapes_that_models_use(seq_dim, world):

@@ -20,7 +20,7 @@ LAYERS = [
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
     {"lasp.strict"},
     {"lasp.api"},
-    {"lasp.verification"},
+    {"lasp.verification", "lasp.integrations"},
     {"lasp"},
     {"lasp.doctor", "lasp.verify_command"},
     {"lasp.__main__"},

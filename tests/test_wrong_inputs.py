@@ -185,7 +185,13 @@ BATCHES = [
             ("position_ids", torch.arange(T + 1), "(5,)"),
             ("position_ids", torch.arange(T).expand(2, T), "(2, 4)"),
             ("position_ids", torch.arange(T).expand(3, 2, T), "(3, 2, 4)"),
-            ("position_ids", torch.tensor([0, 1, 0, 1]), "(4,)"),
+            ("position_ids", torch.tensor([1, 2, 0, 1]), "(4,)"),
+            ("seq_idx", [[0, 0, 1, 1]], "[[0, 0, 1, 1]]"),
+            ("seq_idx", zeros(1, T), "float32"),
+            ("seq_idx", zeros(T).int(), "(4,)"),
+            ("seq_idx", torch.tensor([[0, 1, 0, 1]]), "(1, 4)"),
+            ("cu_seq_lens_q", torch.tensor([0, 3]), "(0, 3)"),
+            ("cu_seq_lens_k", [0.0, T], "[0.0, 4]"),
             ("x", zeros(1, T).to_sparse(), "sparse"),
         )
     ),
@@ -518,7 +524,17 @@ def test_the_arguments_that_the_rows_change_are_right(world):
 
 
 # Not called by users with values of their own, or a part of it is checked elsewhere (init: tests/test_init.py).
-NOT_CALLED = {"Env", "PeerError", "RankMismatchError", "adapters", "compiled", "decay", "init", "modules"}
+NOT_CALLED = {
+    "integrations",
+    "Env",
+    "PeerError",
+    "RankMismatchError",
+    "adapters",
+    "compiled",
+    "decay",
+    "init",
+    "modules",
+}
 METHODS = [lasp.ShardLayout.even, lasp.ShardLayout.bounds, lasp.ShardLayout.local, LightningAttention.forward]
 METHODS += [c.named for c in (models.TNLConfig, models.LinearTransformerConfig)]
 METHODS += [c.forward for c in (models.TNL, models.LinearTransformer)]

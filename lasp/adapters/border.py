@@ -168,7 +168,8 @@ class _Arguments:
         if layout is None:
             raise ValueError(
                 f"layout is needed where the sequence of {self.name} is split: lasp.shard_batch makes it, pass "
-                "layout=local['layout']"
+                "layout=local['layout']; in a Trainer take lasp.integrations.SequenceTrainer, a plain one would give "
+                "each rank other samples"
             )
         if not isinstance(layout, ShardLayout):
             raise TypeError(f"layout must be a lasp.ShardLayout, got {arguments.shown(layout)}")
@@ -201,7 +202,8 @@ class _Arguments:
         if self.given.get("labels") is not None and self.given.get("shift_labels") is None:
             raise ValueError(
                 f"labels would be shifted by {self.name} on its slice alone, and the means of slices are not the mean: "
-                "leave labels out, and loss, tokens = lasp.token_loss(output.logits, local['labels'], mesh=mesh)"
+                "leave labels out, and loss, tokens = lasp.token_loss(output.logits, local['labels'], mesh=mesh); "
+                "lasp.integrations.SequenceTrainer does so"
             )
         if kept := self.given.get("logits_to_keep"):
             raise ValueError(f"logits_to_keep would be of this rank's slice alone, got {arguments.shown(kept)}")
