@@ -19,7 +19,6 @@ pytest.importorskip("transformers", reason="needs the extra `transformers`")
 pytest.importorskip("accelerate", reason="needs the extra `transformers`")
 
 import foreign
-from test_transformers import READY
 
 TOKENS, VOCABULARY = 21, 97
 
@@ -363,7 +362,7 @@ def plain(name, folder):
                     called(**batch, **more)
 
 
-@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("name", foreign.MODELS)
 def test_a_split_model_in_a_plain_trainer_is_an_error_on_every_rank(name, tmp_path):
     run_ranks(2, plain, name, tmp_path)
 

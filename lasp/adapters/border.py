@@ -14,6 +14,7 @@ told, whichever batch came since.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,7 @@ class Facts:
     masked: bool  # whether an attention_mask was given, on every rank or on none
 
 
-@torch.compiler.disable  # a graph ends here: what it would look at is another at each call
-def facts_of(sequence: SequenceParallel) -> Facts:
+def _facts_of(sequence: SequenceParallel) -> Facts:
     """Of the call of the model in which a layer with this `sequence` runs now, or ran when this is a recompute.
 
     Raises:
@@ -56,6 +56,10 @@ def facts_of(sequence: SequenceParallel) -> Facts:
             + (f", {repeats}" if repeats else "; call that model, with layout=local['layout']")
         )
     return facts
+
+
+# A graph ends here: what it would look at is another at each call.
+facts_of: Callable[[SequenceParallel], Facts] = torch.compiler.disable(_facts_of)  # type: ignore[assignment]
 
 
 def layout_of(sequence: SequenceParallel) -> ShardLayout:
