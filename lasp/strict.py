@@ -120,6 +120,8 @@ def _by_class(path: str, module: nn.Module, layers: Layers) -> str:
     if is_of_torch(module):
         kinds = {"mixes": "its class mixes tokens", "depends": "its class may mix tokens, by how it is used"}
         return kinds.get(kind_of(module) or "", "")
+    if adapters.known_to_mix(module):
+        return "its class mixes tokens"
     name = type(module).__name__
     # A block that holds a known layer, such as an attention block around LightningAttention, mixes through it.
     if any(not path or known.startswith(f"{path}.") for known in layers):

@@ -51,7 +51,7 @@ class Foreign(Covering):
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
 _BY_NAME: dict[str, Adapter] = {}  # patterns of dotted names of classes
-_LIBRARIES = {"transformers": "lasp.adapters.transformers"}
+_LIBRARIES = {"fla": "lasp.adapters.fla", "transformers": "lasp.adapters.transformers"}
 """Files for the layers of a library, by its first name: imported when a model has one."""
 
 
@@ -148,8 +148,18 @@ def find(module: nn.Module) -> Adapter | None:
         library = _LIBRARIES.get(base.__module__.partition(".")[0])
         if library is not None:
             found = importlib.import_module(library).adapter_of(module)
-            return None if found is None else Foreign(found, ())
+            return None if found is None else Foreign(found, getattr(found, "covers", ()))
     return None
+
+
+def known_to_mix(module: nn.Module) -> bool:
+    """Whether its library's file says of its class that it mixes tokens, for where it cannot be asked."""
+    for base in type(module).__mro__:
+        library = _LIBRARIES.get(base.__module__.partition(".")[0])
+        if library is not None:
+            asked = getattr(importlib.import_module(library), "mixes", None)
+            return asked is not None and asked(module)
+    return False
 
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
