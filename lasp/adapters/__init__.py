@@ -51,7 +51,11 @@ class Foreign(Covering):
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
 _BY_NAME: dict[str, Adapter] = {}  # patterns of dotted names of classes
-_LIBRARIES = {"fla": "lasp.adapters.fla", "transformers": "lasp.adapters.transformers"}
+_LIBRARIES = {
+    "fla": "lasp.adapters.fla",
+    "transformers": "lasp.adapters.transformers",
+    "transformers_modules": "lasp.adapters.remote_code",
+}
 """Files for the layers of a library, by its first name: imported when a model has one."""
 
 
