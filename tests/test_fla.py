@@ -100,3 +100,113 @@ def test_packed_documents_are_each_alone(name):
 @pytest.mark.parametrize("name", ["gla", "gated_deltanet", "lightnet", "retnet"])
 def test_checkpointed(name):
     run_ranks(2, compare, name, batch_of(), None, True)
+
+
+def test_one_token_a_rank():
+    """For a single token without gradients fla's convolutions go another way."""
+    run_ranks(3, compare_short)
+
+
+def compare_short():
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=3)
+    ids = torch.tensor([[5, 8, 13]])
+    with torch.no_grad():
+        for name in ("gla", "gated_deltanet", "kda"):
+            model = fla_models.build(name)
+            whole = logits_of(model(ids))
+            lasp.parallelize(model, mesh["sp"])
+            local = lasp.shard_batch({"input_ids": ids}, mesh)
+            got = logits_of(model(local["input_ids"], layout=local["layout"]))
+            here = mesh["sp"].get_local_rank()
+            assert relative(got, whole[:, here : here + 1]) < 1e-10, name
+
+
+def refusals():
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(fla_models.build("gla"), mesh["sp"])
+    local = lasp.shard_batch(batch_of(), mesh)
+    given = {"input_ids": local["input_ids"], "layout": local["layout"]}
+    for labels in ({"labels": local["labels"]}, {"labels": local["labels"], "shift_labels": local["labels"]}):
+        with pytest.raises(ValueError, match="labels would be shifted by GLAForCausalLM on its slice alone"):
+            model(**given, **labels)
+    with pytest.raises(ValueError, match="use_cache=True cannot be used where the sequence of GLAForCausalLM is split"):
+        model(**given, use_cache=True)
+    holes = torch.ones_like(local["input_ids"])
+    holes[0, 3] = 0
+    with pytest.raises(ValueError, match="attention_mask has padding among the tokens of a row, which fla takes out"):
+        model(**given, attention_mask=holes)
+    layer = model.model.layers[0].attn
+    with pytest.raises(RuntimeError, match="initial_state of a layer of fla whose sequence is split"):
+        layer.forward.__func__.__globals__["chunk_gla"](*torch.ones(3, 1, 2, 2, 4), initial_state=torch.ones(1))
+
+
+def test_what_a_slice_cannot_do_is_refused():
+    run_ranks(2, refusals)
+
+
+def of_another_version():
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = fla_models.build("gla")
+    layer = type(model.model.layers[0].attn)
+
+    class Later(layer):
+        def forward(self, x, **_):
+            return chunk_gla_of_later(x)
+
+    Later.__module__, Later.__qualname__, Later.__name__ = layer.__module__, layer.__qualname__, layer.__name__
+    model.model.layers[0].attn.__class__ = Later
+    with pytest.raises(ValueError, match=r"GatedLinearAttention\.forward calls none of the functions that lasp knows"):
+        lasp.parallelize(model, mesh["sp"], strict=False)
+
+
+def chunk_gla_of_later(x):
+    return x
+
+
+def test_a_forward_that_calls_other_functions_is_an_error():
+    run_ranks(2, of_another_version)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, known, unknown):
+        super().__init__()
+        self.known, self.unknown = known, unknown
+
+    def forward(self, x):
+        return self.unknown(self.known(x)[0])
+
+
+def unknown_layers():
+    import fla.layers
+    from fla.models.rwkv6.modeling_rwkv6 import RWKV6FeedForward
+    from fla.models.rwkv7.modeling_rwkv7 import RWKV7FeedForward
+    from fla.modules import LongConvolution
+
+    listed = fla_models.importlib.import_module("lasp.adapters.fla")._LAYERS
+    every = [getattr(fla.layers, name) for name in fla.layers.__all__]
+    others = [cls for cls in every if cls.__name__ not in listed]
+    assert len(others) > 30
+    return [*others, RWKV6FeedForward, RWKV7FeedForward, LongConvolution]
+
+
+@pytest.mark.parametrize("cls", unknown_layers(), ids=lambda cls: cls.__name__)
+def test_an_unknown_layer_is_refused_by_its_class(cls):
+    """Its kernels do not run here, so that it cannot be asked."""
+    from fla.layers import GatedLinearAttention
+
+    unknown = cls.__new__(cls)
+    torch.nn.Module.__init__(unknown)
+    known = GatedLinearAttention(hidden_size=32, num_heads=2)
+    with pytest.raises(ValueError, match=rf"unknown \({cls.__name__}\): its class mixes tokens"):
+        lasp.parallelize(Block(known, unknown), None)
+
+
+def test_norms_and_multilayer_perceptrons_are_not_refused():
+    from fla.layers import GatedLinearAttention
+    from fla.modules import GatedMLP
+
+    model = Block(GatedLinearAttention(hidden_size=32, num_heads=2), GatedMLP(hidden_size=32))
+    lasp.parallelize(model, None)
