@@ -58,7 +58,7 @@ def whole(name, dtype):
 
 
 def split(name, dtype):
-    model = lasp.parallelize(model_of(name, dtype), mesh, strict=GPU)  # in a trial Triton's interpreter crashes
+    model = lasp.parallelize(model_of(name, dtype), mesh)
     return results(model, local["input_ids"], local["labels"], layout=local["layout"])
 
 

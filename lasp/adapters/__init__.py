@@ -7,9 +7,10 @@ have a file each in this folder.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -164,6 +165,23 @@ def known_to_mix(module: nn.Module) -> bool:
             asked = getattr(importlib.import_module(library), "mixes", None)
             return asked is not None and asked(module)
     return False
+
+
+@contextlib.contextmanager
+def standing_in(layers: Iterable[tuple[nn.Module, Adapter]]) -> Iterator[None]:
+    """For a trial: inside, a layer whose adapter has a `stand_in` does not compute along the sequence. The adapter
+    answers for that, and kernels of its library might first be compiled for minutes, or run on no such device."""
+    before = []
+    for module, adapter in layers:
+        stand_in = getattr(getattr(adapter, "adapter", None), "stand_in", None)
+        if stand_in is not None:
+            before.append((vars(module), vars(module).get("forward")))
+            stand_in(module)
+    try:
+        yield
+    finally:
+        for attributes, forward in before:
+            attributes.pop("forward", None) if forward is None else attributes.update(forward=forward)
 
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:

@@ -30,6 +30,7 @@ from lasp import arguments, decay
 from lasp.adapters.border import facts_of, positions
 from lasp.adapters.rebind import names_in, put, rebind, tested_with
 from lasp.ops.attention import linear_attention
+from lasp.ops.call import of_own_tokens
 from lasp.ops.delta import delta_rule
 from lasp.ops.halo import causal_conv
 from lasp.ranks import SequenceParallel
@@ -39,10 +40,11 @@ Make = Callable[[SequenceParallel], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class _Adapter:
-    """Splits a layer, and answers for what is below it at these paths."""
+    """Splits a layer, and answers for what is below it at these paths; `stand_in` makes it quick for a trial."""
 
     split: Callable[[nn.Module, SequenceParallel], None]
     covers: tuple[str, ...] = ()
+    stand_in: Callable[[nn.Module], None] | None = None
 
     def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:
         module.sequence = sequence  # type: ignore[assignment]
@@ -99,6 +101,24 @@ def _rebind_known(module: nn.Module, sequence: SequenceParallel) -> None:
     rebind(module, **known)
     if isinstance(rotary := getattr(module, "rotary", None), nn.Module):
         _rotary(rotary, sequence)
+
+
+def _stand_in(module: nn.Module) -> None:
+    """For a trial: each token by itself."""
+    uses = names_in(type(module).forward) & _BY_FUNCTION.keys() - _MASKS
+    rebind(module, **{name: _STAND_INS.get(_BY_FUNCTION[name], _each_token) for name in uses})
+
+
+def _each_token(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return of_own_tokens(q, k, v, v.shape[2]), None
+
+
+def _each_token_of_lightnet(**tensors: Any) -> tuple[Tensor, tuple[None, None]]:
+    return _each_token(**tensors)[0], (None, None)
+
+
+def _no_convolution(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return x, None
 
 
 # Padding
@@ -383,6 +403,7 @@ _BY_FUNCTION: dict[str, Make] = {
     "fused_recurrent_kda": _kda,
 }
 _MASKS = {"unpad_hidden_states", "repad_hidden_states"}
+_STAND_INS = {_lightnet: _each_token_of_lightnet, _conv: _no_convolution}
 
 
 # Modules
@@ -401,6 +422,10 @@ def _short_convolution(module: nn.Module, sequence: SequenceParallel) -> None:
     """As a whole: for a single token without gradients its own forward goes another way, with a cache of zeros."""
     _needs(module, "weight", "bias", "activation")
     put(module, "forward", _short_convolution_forward)
+
+
+def _short_convolution_in_trial(module: nn.Module) -> None:
+    put(module, "forward", lambda self, x, *_, **__: _no_convolution(x))
 
 
 def _short_convolution_forward(
@@ -443,7 +468,7 @@ def _rotary_forward(
     if not layout.packed:
         start, _end = layout.bounds(rank)
         return type(self).forward(self, q, k, seqlen_offset=start, max_seqlen=layout.total)
-    offsets = layout.real.cu_seqlens
+    offsets = layout.real.cu_seqlens or (0,)
     longest = max((end - start for start, end in zip(offsets, offsets[1:])), default=0)
     self._update_cos_sin_cache(max(longest, layout.padding), device=q.device, dtype=q.dtype)
     here = positions(layout, rank, q.device)[0]
@@ -498,15 +523,15 @@ def _of_heads(module: Any, x: Tensor) -> Tensor:
 
 
 _LAYERS = {
-    "LinearAttention": _Adapter(_rebind_known),
-    "MultiScaleRetention": _Adapter(_rebind_known, ("rotary",)),
-    "SimpleGatedLinearAttention": _Adapter(_rebind_known),
-    "GatedLinearAttention": _Adapter(_rebind_known),
-    "HGRN2Attention": _Adapter(_rebind_known),
-    "LightNetAttention": _Adapter(_rebind_known),
-    "DeltaNet": _Adapter(_rebind_known),
-    "GatedDeltaNet": _Adapter(_rebind_known),
-    "KimiDeltaAttention": _Adapter(_rebind_known),
+    "LinearAttention": _Adapter(_rebind_known, stand_in=_stand_in),
+    "MultiScaleRetention": _Adapter(_rebind_known, ("rotary",), _stand_in),
+    "SimpleGatedLinearAttention": _Adapter(_rebind_known, stand_in=_stand_in),
+    "GatedLinearAttention": _Adapter(_rebind_known, stand_in=_stand_in),
+    "HGRN2Attention": _Adapter(_rebind_known, stand_in=_stand_in),
+    "LightNetAttention": _Adapter(_rebind_known, stand_in=_stand_in),
+    "DeltaNet": _Adapter(_rebind_known, stand_in=_stand_in),
+    "GatedDeltaNet": _Adapter(_rebind_known, stand_in=_stand_in),
+    "KimiDeltaAttention": _Adapter(_rebind_known, stand_in=_stand_in),
     "Mamba2": _Adapter(_mamba2, ("conv1d",)),
-    "ShortConvolution": _Adapter(_short_convolution),
+    "ShortConvolution": _Adapter(_short_convolution, stand_in=_short_convolution_in_trial),
 }

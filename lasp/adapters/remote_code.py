@@ -55,16 +55,16 @@ def adapter_of(module: nn.Module) -> _Adapter | None:
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     """What goes around the layers: slopes in fp32, and no mask of all tokens by all tokens, which nobody reads."""
-    for module in model.modules():
-        if type(module).__module__.partition(".")[0] != _FOLDER:
-            continue
+    of_such_code: list[Any] = [m for m in model.modules() if type(m).__module__.partition(".")[0] == _FOLDER]
+    for module in of_such_code:
         slopes = getattr(module, "slopes", None)
         if isinstance(slopes, Tensor) and slopes.dtype.itemsize < 4 and hasattr(module, "_build_slope_tensor"):
-            module.slopes = _in_fp32(lambda: module._build_slope_tensor(len(slopes))).to(slopes.device)  # noqa: B023
+            make = functools.partial(module._build_slope_tensor, len(slopes))
+            module.slopes = _in_fp32(make).to(slopes.device)
         if hasattr(module, "_prepare_decoder_linear_attn_mask"):
             put(module, "_prepare_decoder_linear_attn_mask", _no_mask)
         if type(module).__name__ == "Lrpe":
-            module.sequence = sequence  # type: ignore[assignment]
+            module.sequence = sequence
             put(module, "forward", _lrpe_forward)
 
 
