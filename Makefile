@@ -19,7 +19,7 @@ FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,transformers,dev]'
 	touch $@
 
 # The oldest PyTorch brings Triton 3.6, whose interpreter fails with numpy 2.4.
@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	grep -v -E '^(torch|triton$(if $(filter $(OLDEST),$*),|numpy))==' constraints.txt > $(@D)/constraints.txt
 	$(if $(filter $(OLDEST),$*),echo 'numpy<2.4' >> $(@D)/constraints.txt)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch==$*
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[train,dev]' torch==$*
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[train,transformers,dev]' torch==$*
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compare it with one process

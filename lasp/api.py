@@ -17,7 +17,7 @@ from lasp.checks import finite
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
 from lasp.checks.checksum import forms_of
 from lasp.checks.optimizers import before_step
-from lasp.checks.use import watch
+from lasp.checks.use import watch, watch_outputs
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis, waiting
 from lasp.strict import Asked, NeedsPositions, refuse_mixers
@@ -55,7 +55,8 @@ def parallelize(
         softmax: how `lasp.softmax_attention` is split: "all_gather".
         strict: refuse a model in which anything mixes tokens that no adapter takes care of, inside of registered layers
             too: its result on a slice would be silently wrong. For that the model runs a few times on some 30 tokens,
-            in evaluation and in training, here and on this rank alone, and is left as it was. Where it cannot run so
+            in evaluation and in training, with gradients, and on some hundred if it is small, here and on this rank
+            alone, and is left as it was. Where it cannot run so
             (weights on the meta device or sharded, unusual inputs, more than about a second of work) classes and their
             names decide, and `explain` says so.
         validate: "first" compares on all ranks which layers and parameters were found, what each layer is about to
@@ -87,6 +88,11 @@ def parallelize(
         if is_parallelized(model):
             raise ValueError(f"this {type(model).__name__} is parallelized already")
         asked = refuse_mixers(model, layers) if strict else Asked()
+        if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
+            raise ValueError(
+                f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no "
+                "class given to lasp.register"
+            )
         ranks_agree.settle(
             lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
         )
@@ -105,9 +111,11 @@ def parallelize(
         for path, (module, adapter) in layers.items():
             own[path] = sequence.of_layer(path, border)
             adapter(module, own[path])
-            if adapter is not adapters.token_local and validate != "off":
+            if adapters.exchanges(adapter) and validate != "off":
                 watch(module, own[path])
                 before_step(compare_exchanges)
+        if validate != "off":
+            watch_outputs(model, sequence)
         if border is not None:
             adapters.prepare(model, sequence.of_layer("", border))
             border.install(model)
@@ -150,11 +158,6 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tup
             layers[path] = (module, adapter)
     if unused:
         raise ValueError(f"no layer matches the plan's {sorted(unused)}")
-    if not any(adapter is not adapters.token_local for _, adapter in layers.values()):
-        raise ValueError(
-            f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no class "
-            "given to lasp.register"
-        )
     return layers
 
 

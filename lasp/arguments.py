@@ -17,22 +17,31 @@ import torch
 from torch import Tensor, nn
 
 _SHOWN = 120  # characters of a value that a message holds
+_LARGEST = 2**63 - 1  # that an int64 holds, as tensors and kernels have them
 
 
 def shown(value: object) -> str:
     """A value, for a message: in full if it is short; of a tensor its form, since reading it may wait for a device."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype} on {value.device}"
-    text = re.sub(" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))  # all ranks say the same
+    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:  # Python may refuse to write it in digits
+        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} or more"
+    try:
+        text = repr(value)
+    except ValueError:  # such a number is in it
+        text = f"a {type(value).__name__} with numbers too long to be shown"
+    text = re.sub(" at 0x[0-9a-f]+", "", " ".join(text.split()))  # all ranks say the same
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def integer(name: str, value: Any, *, at_least: int | None = None) -> int:
-    """A whole number, Python's or NumPy's; no bool, and no float that happens to be whole."""
+    """A whole number of 64 bits, Python's or NumPy's; no bool, and no float that happens to be whole."""
     if type(value) is not int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be an integer, got {shown(value)}")
         value = int(value)
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name} must fit into 64 bits, got {shown(value)}")
     if at_least is not None and value < at_least:
         bound = {0: "must not be negative", 1: "must be positive"}.get(at_least, f"must be at least {at_least}")
         raise ValueError(f"{name} {bound}, got {value}")
@@ -143,12 +152,12 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
         value = value.tolist()
     if not isinstance(value, (list, tuple, range)):
         raise TypeError(f"{name} must be a sequence of integers, got {shown(given)}")
-    if not all(type(x) is int for x in value):
-        try:
-            value = [integer(name, x) for x in value]
-        except TypeError:
-            raise TypeError(f"{name} must be integers, got {shown(given)}") from None
-    return tuple(value)
+    try:
+        return tuple([integer(name, x) for x in value])
+    except TypeError:
+        raise TypeError(f"{name} must be integers, got {shown(given)}") from None
+    except ValueError:
+        raise ValueError(f"{name} must be integers of 64 bits, got {shown(given)}") from None
 
 
 def offsets(name: str, value: Any, *, tokens: int, of: str) -> tuple[int, ...]:

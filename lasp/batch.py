@@ -53,8 +53,9 @@ def shard_batch(
         pad: see above.
         ignore_index: the label that the loss skips.
         validate: "first" compares the batch and these options between the ranks of the sequence, at the first call and
-            at every 1000th: all of them must call, in the same order. (It may be in a thread that prepares batches. In
-            a worker process of a DataLoader nothing is compared.) "off" does not.
+            at every 1000th: all of them must call, in the same order. (It may be in a thread that prepares batches,
+            one beside the main thread, which counts its own. In a worker process of a DataLoader nothing is compared.)
+            "off" does not.
 
     Raises:
         ValueError, TypeError: what does not fit. Also positions that start again within a row of a batch without
@@ -62,6 +63,7 @@ def shard_batch(
             count. (To see that, the host waits for position_ids on a device; leave them out where they just count.)
         RankMismatchError: ranks were given different batches, or one of them failed; on every rank.
         PeerError: a rank did not call it within the timeout of the group.
+        RuntimeError: a second thread beside the main one calls it: in which order the two do nobody knows.
     """
     sequence = sequence_axis(mesh)
     options = {"seq_dim": seq_dim, "shift_labels": shift_labels, "pad": pad, "ignore_index": ignore_index}

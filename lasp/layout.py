@@ -53,7 +53,8 @@ class ShardLayout:
         lengths = arguments.integers("lengths", self.lengths)
         if not lengths or min(lengths) < 0:
             raise ValueError(f"lengths must be one non-negative number of tokens a rank, got {lengths}")
-        padding, total = arguments.integer("padding", self.padding, at_least=0), sum(lengths)
+        padding = arguments.integer("padding", self.padding, at_least=0)
+        total = arguments.integer("the sum of lengths", sum(lengths))
         if padding > total:
             raise ValueError(f"padding must be part of the {total} tokens of all ranks, got {padding}")
         found = {"lengths": lengths, "padding": padding}

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lasp import arguments
+from lasp.checks import agreement
+from lasp.checks.use import split_over
 from lasp.ranks import RankMismatchError, grad_group, waiting
 
 
@@ -21,7 +23,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     Args:
         logits: [..., vocabulary], this rank's tokens, any float dtype; the loss is taken in fp32, of fp64 in fp64.
         labels: [...], integers, already shifted (`shard_batch` does it); `ignore_index` marks tokens that do not count.
-        mesh: the whole mesh (dp_replicate x dp_shard x sp), one axis, a ProcessGroup, or None for one rank.
+        mesh: the whole mesh (dp_replicate x dp_shard x sp), one axis, a ProcessGroup, or None for one rank. It must
+            hold the ranks over which `parallelize` has split the model that gave the logits.
         ignore_index: the label that does not count.
 
     Returns:
@@ -30,7 +33,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         `sync_grads` form, is exact, however unequal the ranks' token counts. With no token at all the loss is 0.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, before any communication.
+        TypeError, ValueError: an argument that does not fit, before any communication; also a mesh (or None) that lacks
+            ranks of the sequence, as far as it can be seen (lasp.checks.use.split_over).
         ValueError: a label that is neither in the vocabulary nor `ignore_index`, on every rank, naming the rank that
             has it. On a GPU, and under torch.compile, where the host would have to wait to know, the loss and all
             gradients are NaN on every rank instead.
@@ -39,6 +43,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
     """
     _check(logits, labels, ignore_index)
     group, ranks = grad_group(mesh)
+    if not torch.compiler.is_compiling():
+        _check_ranks(logits, mesh, group)
     labels, vocabulary = labels.flatten().long(), logits.shape[-1]
     counted = labels != ignore_index
     outside = counted & ((labels < 0) | (labels >= vocabulary))
@@ -77,6 +83,21 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
+
+
+def _check_ranks(logits: Tensor, mesh: object, group: ProcessGroup | None) -> None:
+    """Raise if a mean over the ranks of the group leaves out ranks that hold tokens of the same sequences."""
+    sequence = split_over(logits)
+    if sequence is None or sequence.group is group:
+        return
+    of_group = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
+    if not set(sequence.ranks) <= set(of_group):
+        raise ValueError(
+            f"mesh must hold all ranks of the sequence, {sequence.ranks}, since these logits are of a model that "
+            f"lasp.parallelize has split over them, got {arguments.shown(mesh)} of the ranks {tuple(of_group)}: that "
+            "would be the mean of a part of the tokens. Pass the mesh that lasp.init_mesh made; if a mean of this "
+            "rank's tokens alone is meant, torch.nn.functional.cross_entropy gives it"
+        )
 
 
 def _compare(vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int) -> None:
@@ -124,4 +145,6 @@ class _GlobalMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            agreement.note_loss(gradient)
         return gradient * weight, None, None

@@ -152,15 +152,22 @@ def _name(path: str, modules: Mapping[str, nn.Module]) -> str:
 def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers: Layers, answers: trial.Answers) -> str:
     listed = [f"{_name(path, modules)}: {how}" for path, how in found.items()]
     more = [f"and {len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
-    path = next((path for path, how in found.items() if how != trial.COUNTED), next(iter(found)))
+    told_apart = (trial.COUNTED, trial.DRAWS)
+    path = next((path for path, how in found.items() if how not in told_apart), next(iter(found)))
     advice = [
         "What mixes tokens by itself is wrong on a slice of the sequence. Let it call an operator of lasp, which takes "
         f"the ranks; for {path or 'the model'}:",
         *(f"    {line}" for line in _three_lines(path, modules)),
-        "For a class of another library: lasp.register(Class, adapter=a_function_of_module_and_sequence, "
-        "covers=names_of_modules_in_it).",
+        "If that class is not yours, an adapter does the same from outside (docs/models.md):",
+        *(f"    {line}" for line in _adapter(path, modules)),
         f"Only if it mixes no tokens: plan={{{path!r}: lasp.adapters.token_local}}.",
     ]
+    if all(how == trial.DRAWS for how in found.values()):
+        advice = [
+            "What it draws on a slice is not what it draws on the whole. Let it draw in training only, as "
+            "F.dropout(x, p, self.training) does, or, if it mixes no tokens by that, "
+            f"plan={{{path!r}: lasp.adapters.token_local}}."
+        ]
     if found[path] == trial.COUNTED:
         advice = ["Let forward take position_ids, and call it as model(local['input_ids'], local['position_ids'])."]
     why = "; ".join(dict.fromkeys(answers.silent.values()))
@@ -173,10 +180,31 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
     )
 
 
+def _around(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The path of a module, or for one of torch.nn that of the module around it whose forward can be changed."""
+    return next((p for p in _upwards(path) if not is_of_torch(modules[p])), "")
+
+
+def _adapter(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """An adapter for a class that another library made: which functions its forward calls is told."""
+    owner = type(modules[_around(path, modules)])
+    calls = [name for name in sorted(adapters.names_in(owner.forward)) if adapters.is_function(owner, name)]
+    name = calls[0] if len(calls) == 1 else "scan"
+    of = f"  # its forward calls {', '.join(calls[:_LISTED])}" if len(calls) > 1 else ""
+    return [
+        "def split(module, sequence):",
+        f"    def {name}(q, k, v):",
+        "        layout = lasp.adapters.layout_of(sequence)",
+        "        return lasp.linear_attention(q, k, v, layout=layout, sequence=sequence)[0]  # or what it is",
+        f"    lasp.adapters.rebind(module, {name}={name}){of}",
+        f"lasp.register({owner.__module__ + '.' + owner.__qualname__!r}, adapter=split)",
+    ]
+
+
 def _three_lines(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
     """A registered class for a module, with the operator that fits: its own, or for one of torch.nn the one around."""
     module = modules[path]
-    around = next((p for p in _upwards(path) if not is_of_torch(modules[p])), "")
+    around = _around(path, modules)
     owner = "MyLayer" if is_of_torch(modules[around]) else type(modules[around]).__name__
     below = path[len(around) :].lstrip(".")
     name = f"self.{below}" if below and owner != "MyLayer" else "self"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 import re
 import types
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,14 +22,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lasp import arguments
+from lasp import adapters, arguments
+from lasp.adapters import border
 from lasp.api import is_parallelized, parallelize
 from lasp.batch import shard_batch
 from lasp.checks.agreement import Agreement
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
-from lasp.ranks import SequenceParallel, alone, axis_groups, sequence_axis, uncounted, waiting
+from lasp.ranks import (
+    PeerError,
+    RankMismatchError,
+    SequenceParallel,
+    alone,
+    axis_groups,
+    sequence_axis,
+    uncounted,
+    waiting,
+)
 
 Batch = Mapping[str, Any]
 
@@ -153,7 +165,8 @@ def verify(
         batch: as `lasp.shard_batch` takes it, whole on every rank of the sequence, also with `cu_seqlens`. By default
             2 sequences of random tokens, the same on all ranks.
         forward: calls a model that is called otherwise: a function of the model and this rank's slice of the batch,
-            which always holds "layout", to the logits.
+            which always holds "layout", to the logits. At first it is run up to its first call of a module, to see
+            that it comes there on every rank.
         tokens: length of the random sequences; by default 101 a rank and one more, or as many as an embedding of
             positions or `config.max_position_embeddings` allows.
         layers: for a model too large, take only so many of its blocks, the first of its longest `ModuleList`.
@@ -171,16 +184,21 @@ def verify(
     Raises:
         ValueError, TypeError: an argument that does not fit, before any communication; a model whose logits have
             another shape; a model that draws random numbers, which split and whole cannot share: call `model.eval()`.
-        RankMismatchError: ranks called it with something else, or one of them failed with one of the above.
+        RankMismatchError: ranks called it with something else, or one of them failed with one of the above, or in
+            `forward` or in the model; on every rank.
         PeerError: a rank did not come within the timeout of the group.
     """
     axis = sequence_axis(mesh)
-    with Agreement(axis, due=axis.size > 1) as ranks_agree:
+
+    def prepare() -> tuple[Batch, Callable, dict[str, Any]]:
         _check(model, axis, forward, layers, dtype, tolerance, options)
-        batch = _random_batch(model, axis, tokens) if batch is None else _on_device(batch, tokens, model)
-        call = _caller(model) if forward is None else forward
-        whole = shard_batch(batch, None)
-        ranks_agree.settle(lambda: _fingerprint(model, whole["input_ids"], layers, dtype, tolerance))
+        taken = _random_batch(model, axis, tokens) if batch is None else _on_device(batch, tokens, model)
+        return taken, _caller(model) if forward is None else forward, shard_batch(taken, None)
+
+    def alike(found: tuple[Batch, Callable, dict[str, Any]]) -> dict[str, object]:
+        return _fingerprint(model, found[2]["input_ids"], layers, dtype, tolerance)
+
+    batch, call, whole = _on_all_ranks(axis, prepare, alike)
     whole["layout"] = whole.get("layout") or ShardLayout((whole["input_ids"].shape[1],))
     local = shard_batch(batch, axis, pad=False)
     local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
@@ -188,13 +206,87 @@ def verify(
     with torch.enable_grad(), untouched(model), uncounted(), first_layers(model, layers), in_dtype(model, dtype):
         keep_all(model)
         random = random_state()
-        split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
-        of_split = _run(split_model, model, call, local, lambda *given: token_loss(*given, mesh=axis.group)[0])
+        if forward is not None:
+            _on_all_ranks(axis, lambda: _call_up_to_the_model(call, model, local))
+
+        def logits_of_split() -> Tensor:
+            split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
+            return _forward(split_model, call, local)
+
+        @contextlib.contextmanager
+        def as_one_rank() -> Iterator[None]:
+            # Packed documents are split by what stands in the model; its library may let them run into each other.
+            came = contextlib.nullcontext() if whole["layout"].packed else adapters.as_it_came(model)
+            with alone(), came, torch.compiler.set_stance("force_eager"):
+                yield
+
+        def logits_of_whole() -> Tensor:
+            with as_one_rank():
+                return _forward(model, call, whole)
+
+        def mean_of_all_ranks(*given: Tensor) -> Tensor:
+            return token_loss(*given, mesh=axis.group)[0]
+
+        # All ranks have come out of a forward before one begins with what follows.
+        of_split = _backward(_on_all_ranks(axis, logits_of_split), local["labels"], model, mean_of_all_ranks)
         _average(of_split.gradients, model, axis)
-        with alone(), torch.compiler.set_stance("force_eager"):
-            of_whole = _run(model, model, call, whole, _mean_loss)
+        logits = _on_all_ranks(axis, logits_of_whole)
+        with as_one_rank():
+            of_whole = _backward(logits, whole["labels"], model, _mean_of_one_rank)
         drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
+
+
+Found = TypeVar("Found")
+_KNOWN = (PeerError, RankMismatchError)  # what all ranks of the sequence have, if one of them has it
+
+
+def _on_all_ranks(
+    axis: SequenceParallel, step: Callable[[], Found], alike: Callable[[Found], Mapping[str, object]] = lambda _: {}
+) -> Found:
+    """What `step` gives, once it is done on every rank of the mesh; its error on one of them is an error on all.
+
+    Others may wait for that rank in the first call of a layer, where they hear of it, or come here. `alike` says what
+    must be the same on all ranks of the sequence.
+    """
+    found, failure = None, None
+    try:
+        found = step()
+    except Exception as error:
+        failure = error
+    others = [SequenceParallel(group) for group in axis_groups(axis.mesh) if group is not axis.group]
+    if axis.size > 1 and not isinstance(failure, _KNOWN):
+        others.insert(0, axis)
+    for ranks in others:
+        try:
+            with Agreement(ranks, due=True) as ranks_agree:
+                if failure is not None:
+                    raise failure
+                ranks_agree.settle(lambda ranks=ranks: alike(found) if ranks is axis else {})  # type: ignore[arg-type]
+        except Exception as error:
+            failure = failure if isinstance(failure, _KNOWN) else error
+    if failure is not None:
+        raise failure
+    return found  # type: ignore[return-value]
+
+
+class _Reached(BaseException):
+    """The model was called. No error, so that nobody's `except Exception` takes it for one."""
+
+
+def _call_up_to_the_model(call: Callable, model: nn.Module, batch: dict[str, Any]) -> None:
+    """What the user's function does before any module runs, and so before any rank could wait for another in it."""
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    handles = [module.register_forward_pre_hook(stop, prepend=True) for module in model.modules()]
+    try:
+        with torch.compiler.set_stance("force_eager"), suppress(_Reached):
+            call(model, dict(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, options: Mapping[str, Any]) -> None:
@@ -327,6 +419,8 @@ def _caller(model: nn.Module) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
 
     def call(called: nn.Module, batch: dict[str, Any]) -> Tensor:
         more = {name: batch[entry] for name, entry in taken.items() if entry in batch}
+        if border.stands_before(called):
+            more["layout"] = batch["layout"]
         return _logits(called(batch["input_ids"], **more))
 
     return call
@@ -363,14 +457,19 @@ class _Run:
     gradients: dict[str, Tensor | None]  # by the parameter's name
 
 
-def _run(called: nn.Module, model: nn.Module, call: Callable, batch: dict[str, Any], loss_of: Callable) -> _Run:
-    """Of `called`, which has the parameters of `model`."""
+def _forward(called: nn.Module, call: Callable, batch: dict[str, Any]) -> Tensor:
+    """The logits."""
     labels = batch["labels"]
     logits = call(called, dict(batch))
     if not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         expected = f"logits [B, T, vocabulary] of {tuple(labels.shape)} tokens"
         raise ValueError(f"the model must return {expected}, got {found}; for one that does otherwise pass forward")
+    return logits
+
+
+def _backward(logits: Tensor, labels: Tensor, model: nn.Module, loss_of: Callable) -> _Run:
+    """Of what has the parameters of `model`."""
     loss = loss_of(logits, labels)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -379,7 +478,7 @@ def _run(called: nn.Module, model: nn.Module, call: Callable, batch: dict[str, A
     return _Run(logits.detach(), loss.detach(), gradients)
 
 
-def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def _mean_of_one_rank(logits: Tensor, labels: Tensor) -> Tensor:
     exact = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(exact, labels.flatten(), reduction="sum") / (labels != -100).sum().clamp(min=1)
 

@@ -15,7 +15,10 @@ from small_model import VOCABULARY, SmallModel
 import lasp
 from lasp.ranks import all_peers
 
-WAYS = ("correct", "heads", "dtype", "swapped", "weights", "not averaged", "frozen", "step", "batch")
+WAYS = (
+    *("correct", "heads", "dtype", "swapped", "weights", "not averaged", "frozen", "step", "batch"),
+    *("scale", "evaluation", "learning rate", "loss"),
+)
 TIMEOUT = 20.0  # seconds
 
 
@@ -34,7 +37,7 @@ def train(way, env):
         local = lasp.shard_batch({"input_ids": ids}, mesh)
         loss, _ = lasp.token_loss(model(local["input_ids"], local["position_ids"]), local["labels"], mesh=mesh)
         optimizer.zero_grad()
-        loss.backward()
+        (2 * loss if way == "loss" and n == 1 and odd else loss).backward()
         if way != "not averaged":
             lasp.sync_grads(model, mesh)
         if way == "weights" and n == 1 and odd:
@@ -54,6 +57,12 @@ def differ(way, model, optimizer):
         model.blocks = torch.nn.ModuleList(list(model.blocks)[::-1])
     elif way == "frozen":
         model.tokens.requires_grad_(False)
+    elif way == "scale":
+        inner.scale = 0.25
+    elif way == "evaluation":
+        model.eval()
+    elif way == "learning rate":
+        optimizer.param_groups[0]["lr"] = 0.1
     elif way == "step":
         optimizer.step()
 

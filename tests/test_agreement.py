@@ -1,5 +1,6 @@
 """Ranks that are about to compute different things: every rank raises at once, and the group works afterwards."""
 
+import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from test_attention import check_against_oracle
 import lasp
 from lasp.checks import agreement
 from lasp.checks.agreement import judge
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import peers_of
 from lasp_kernels.chunked import ChunkedSteps
 
@@ -266,26 +268,77 @@ def test_compiled_calls_are_compared_too(differ):
     run_ranks(3, _compiled, differ)
 
 
-def _mixed_compiled():
-    """A rank may have fallen back to eager code: it computes the same."""
+def _mixed_compiled(decay):
+    """A rank may have fallen back to eager code: it computes the same, and tells the others the same."""
     sequence = lasp.SequenceParallel(dist.group.WORLD)
+    layout = lasp.ShardLayout((5, 5), padding=1)
 
-    def f(q, k, v):
-        return lasp.linear_attention(q, k, v, sequence=sequence)[0]
+    def f(q, k, v, log_decay):
+        return lasp.linear_attention(q, k, v, log_decay=log_decay, layout=layout, sequence=sequence)[0]
 
-    x = random_inputs("none", 5, state=False, dtype=torch.float32)
+    x = random_inputs("head" if decay != "none" else "none", 5, state=False, dtype=torch.float32)
     x.q.requires_grad_()
+    log_decay = None if decay == "none" else x.log_decay.requires_grad_(decay == "learned")
+    optimizer = torch.optim.SGD([x.q], lr=0.0)
     if dist.get_rank() == 1:
         f = torch.compile(f, backend="aot_eager", fullgraph=True)
-    f(x.q, x.k, x.v).sum().backward()
-    assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (1, 1)
+    for _ in range(2):
+        f(x.q, x.k, x.v, log_decay).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        f(x.q, x.k, x.v, log_decay)
+    assert (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges) == (3, 2)
 
 
-def test_compiled_and_eager_ranks_agree():
-    run_ranks(2, _mixed_compiled)
+@pytest.mark.parametrize("decay", ["none", "fixed", "learned"])
+def test_compiled_and_eager_ranks_agree(decay):
+    run_ranks(2, _mixed_compiled, decay)
 
 
 # When
+
+
+def _softmax_compiled():
+    """The same for softmax attention, whose settings its op must be told; and up to a step."""
+    group = dist.new_group([0, 1])
+    sequence, layout = lasp.SequenceParallel(group), lasp.ShardLayout((5, 5))
+
+    def f(x, window):
+        return lasp.softmax_attention(x, x, x, window=window, softcap=2.0, layout=layout, sequence=sequence)
+
+    x = random_inputs("none", 5, state=False, dtype=torch.float32).k.requires_grad_()
+    if dist.get_rank() == 1:
+        f = torch.compile(f, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for window in (None, 3, 3):
+            f(x, window).sum().backward()
+            optimizer.step()
+        with pytest.raises(lasp.RankMismatchError, match="rank 1 has window 4, the others 3"):
+            f(x, 3 + dist.get_rank())
+    f(x, 3).sum().backward()
+    optimizer.step()
+
+
+def test_compiled_and_eager_softmax_agree():
+    run_ranks(2, _softmax_compiled)
+
+
+def _autocast_only():
+    """Where q, k and v have 16 bits anyway it changes what lies between."""
+    rank, group = dist.get_rank(), dist.new_group([0, 1, 2])
+    sequence, weight = lasp.SequenceParallel(group), torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for n in range(4):
+        with torch.autocast("cpu", torch.bfloat16, enabled=n != 1 and not (n == 2 and rank == 1)):
+            lasp.linear_attention(**arguments(torch.bfloat16), sequence=sequence)
+        shown = r'rank 1 has autocast \["off"\], the others \["torch.bfloat16"\]'
+        with pytest.raises(lasp.RankMismatchError, match=shown) if n == 2 else nullcontext():
+            optimizer.step()
+
+
+def test_autocast_on_one_rank():
+    run_ranks(3, _autocast_only)
 
 
 def _schedule(every):
@@ -503,6 +556,8 @@ def _one_rank_fails_early():
         lambda bad, sequence: lasp.delta_rule(
             *[x.unsqueeze(2)] * 3, x[..., :0] if bad else x[..., :1], sequence=sequence
         ),
+        lambda bad, sequence: elementwise_recurrence(x, x[:, :3] if bad else x, sequence=sequence),
+        lambda bad, sequence: selective_scan(x, x, torch.zeros(2, 1 + bad), *[x[..., :1]] * 2, sequence=sequence),
     ):
         sequence = lasp.SequenceParallel(dist.group.WORLD, name="early")
         with pytest.raises(lasp.RankMismatchError, match="rank 1 failed before its exchange"):
@@ -594,3 +649,77 @@ def _other_step():
 
 def test_ranks_that_compare_different_things_are_told_so():
     run_ranks(3, _other_step)
+
+
+def _elsewhere(odd, met):
+    """One rank cuts a batch while the others are at a call: both wait in the store, under other names."""
+    rank, group = dist.get_rank(), dist.new_group([0, 1, 2])
+    sequence = lasp.SequenceParallel(group, name="b")
+    ids = torch.zeros(1, 6, dtype=torch.int64)
+    if met:
+        compare_scale(sequence, 1.0)
+        lasp.shard_batch({"input_ids": ids}, group)
+    shown = f'rank {odd} has come to "shard_batch", the others "parallelize"$'
+
+    def cut():
+        lasp.shard_batch({"input_ids": ids}, group)
+
+    with mock.patch.object(agreement, "EVERY", 1):
+        for _ in range(2):
+            time.sleep(0.4 * rank)
+            started = time.monotonic()
+            with pytest.raises(lasp.RankMismatchError, match=shown):
+                cut() if rank == odd else lasp.parallelize(SmallModel(), group)
+            assert time.monotonic() - started < SOON
+        for _ in range(2):
+            lasp.shard_batch({"input_ids": ids}, group)
+            compare_scale(sequence, 1.0)
+        with pytest.raises(lasp.RankMismatchError, match="rank 1 has batch input_ids"):
+            lasp.shard_batch({"input_ids": ids + (rank == 1)}, group)
+    works(sequence)
+
+
+@pytest.mark.parametrize("met", [False, True])
+@pytest.mark.parametrize("odd", range(3))
+def test_a_rank_at_a_batch_while_the_others_are_at_a_call(odd, met):
+    run_ranks(3, _elsewhere, odd, met)
+
+
+def _fails_elsewhere():
+    """A rank that fails at a batch while the others are at a call: the cause is told."""
+    rank, group = dist.get_rank(), dist.new_group([0, 1, 2])
+    with pytest.raises(lasp.RankMismatchError, match="rank 2 failed before its exchange: TypeError: "):
+        lasp.shard_batch({}, group) if rank == 2 else lasp.parallelize(SmallModel(), group)
+    lasp.parallelize(SmallModel(), group)
+
+
+def test_a_rank_that_fails_at_a_batch_while_the_others_are_at_a_call():
+    run_ranks(3, _fails_elsewhere)
+
+
+def _crosswise():
+    """A thread that cuts batches may wait long for one whose rank is at a call, and the call for the thread's rank."""
+    rank, group = dist.get_rank(), dist.new_group([0, 1])
+    sequence = lasp.SequenceParallel(group)
+    ids = torch.zeros(1, 6, dtype=torch.int64)
+
+    def cut():
+        with mock.patch.object(agreement, "EVERY", 1):
+            for _ in range(2):
+                lasp.shard_batch({"input_ids": ids}, group)
+                time.sleep(1.0 * rank)
+
+    thread = threading.Thread(target=cut)
+    if rank == 0:
+        thread.start()
+        time.sleep(1.5)
+    compare_scale(sequence, 1.0)
+    if rank == 1:
+        time.sleep(1.0)
+        thread.start()
+    compare_scale(sequence, 1.0)
+    thread.join()
+
+
+def test_a_thread_may_wait_for_another():
+    run_ranks(2, _crosswise)

@@ -201,8 +201,8 @@ def test_an_adapter_of_ones_own():
     ("cls", "message"),
     [
         (FooAttention, "FooAttention needs a class attribute `sequence = None`"),
-        (int, "cls must be a class of torch.nn.Module, got <class 'int'>"),
-        (FooAttention(), r"cls must be a class of torch.nn.Module, got FooAttention\(\)"),
+        (int, "cls must be a class of torch.nn.Module or its dotted name, got <class 'int'>"),
+        (FooAttention(), r"cls must be a class of torch.nn.Module or its dotted name, got FooAttention\(\)"),
     ],
 )
 def test_classes_that_cannot_be_registered(cls, message):

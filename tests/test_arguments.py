@@ -1,16 +1,21 @@
 """Bad arguments of the operator and of the ranks: each with its message, before any communication."""
 
 import functools
+import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import GLOO_TIMEOUT, run_ranks
+from small_model import SmallModel
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
+from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 from lasp.ranks import SCHEDULES, collectives
+from lasp.ranks.group import timeout_of
 
 B, T, H, K, V = 2, 5, 2, 3, 4
 
@@ -170,6 +175,52 @@ def _init_mesh():
 
 def test_init_mesh():
     run_ranks(4, _init_mesh)
+
+
+def _held():
+    """Threads, and open files and sockets, of this process."""
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def _asked_again():
+    sizes, found = {"dp_replicate": 2, "sp": 2}, []
+    for _ in range(20):
+        mesh = lasp.init_mesh(**sizes)
+        wrap_ddp(SmallModel(), mesh)
+        wrap_fsdp2(SmallModel(), mesh)  # which makes a group of its own
+        for group in [*mesh.get_all_groups(), lasp.grad_mesh(mesh).get_group()]:
+            one = torch.ones(1)
+            dist.all_reduce(one, group=group)
+            assert one.item() == dist.get_world_size(group)
+        found.append((_held(), mesh))
+        del mesh
+    assert all(held == found[0][0] for held, _ in found), [held for held, _ in found]
+    assert all(mesh is found[0][1] for _, mesh in found)
+    assert lasp.init_mesh(dp_shard=2, sp=2) is not found[0][1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what /proc tells")
+def test_a_mesh_that_is_asked_for_again_costs_nothing():
+    run_ranks(4, _asked_again)
+
+
+def _destroyed():
+    first = lasp.init_mesh(dp_shard=2, tp=2)
+    dist.destroy_process_group(first["tp"].get_group())
+    second = lasp.init_mesh(dp_shard=2, tp=2)
+    assert second is not first
+    lasp.init(timeout=11)
+    again = lasp.init_mesh(dp_shard=2, tp=2)
+    assert again is second
+    one = torch.ones(1)
+    dist.all_reduce(one, group=again["tp"].get_group())
+    assert one.item() == 2
+    assert all(timeout_of(group).total_seconds() == 11 for group in again.get_all_groups())
+    lasp.init(timeout=GLOO_TIMEOUT)  # for the tests that come
+
+
+def test_a_mesh_whose_group_was_destroyed_is_made_anew_and_one_that_is_kept_has_the_last_timeout():
+    run_ranks(4, _destroyed)
 
 
 def _connect(names):

@@ -9,6 +9,7 @@ from ranks import mesh_of, run_ranks
 
 import lasp
 from lasp.models import TNL, TNLConfig
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 
 
 def counting_backend():
@@ -56,12 +57,22 @@ def _convolution(x, **facts):
     return lasp.causal_conv(x.flatten(2), weight, bias, **facts).square().sum()
 
 
+def _selective(x, **facts):
+    u, A = x.flatten(2), -torch.linspace(0.1, 2, 16 * 8).view(16, 8)
+    return selective_scan(u, u.exp(), A * x.square().mean(), x[:, :, 0], x[:, :, 1], **facts).square().sum()
+
+
 OPERATORS = {
     "linear_attention": _linear,
     "delta_rule": lambda x, **facts: lasp.delta_rule(x, x, x, x[..., 0].sigmoid(), **facts)[0].square().sum(),
     "halo": lambda x, **facts: lasp.halo(x, 4, **facts).square().sum(),
     "causal_conv": _convolution,
     "softmax_attention": lambda x, **facts: lasp.softmax_attention(x, x, x, **facts).square().sum(),
+    "elementwise_recurrence": lambda x, **facts: (
+        elementwise_recurrence(x, -x[..., :1].square(), **facts).square().sum()
+    ),
+    "elementwise in bf16": lambda x, **facts: elementwise_recurrence(x.bfloat16(), -x.abs(), **facts).square().sum(),
+    "selective_scan": _selective,
     "softmax of a window": lambda x, **facts: lasp.softmax_attention(x, x, x, window=9, **facts).square().sum(),
 }
 PACKINGS = {

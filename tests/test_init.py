@@ -130,8 +130,9 @@ def test_mpirun_with_a_port_that_is_taken():
         ({"backend": ["gloo"]}, 'backend must be "nccl", "gloo" or None, got \\[\'gloo\'\\]'),
         *(
             ({"timeout": x}, rf"timeout must be a number of seconds from 0.001 to 2592000, got {x}")
-            for x in (0, -1.5, 1e-9, float("nan"), float("inf"), 1e10)
+            for x in (0, -1.5, 1e-9, float("nan"), float("inf"), 1e10, 2**70)
         ),
+        ({"timeout": 10**5000}, r"timeout must be a number of seconds from 0.001 to 2592000, got 2\*\*16609 or more"),
         *(({"timeout": x}, f"timeout must be a number of seconds, got {x!r}") for x in ("5", None, True, 1j)),
     ],
 )
@@ -411,6 +412,7 @@ PLAIN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host"}
             )
             for text in texts
         ),
+        ({**PLAIN, "WORLD_SIZE": "9" * 5000}, "variable WORLD_SIZE must be an integer of at least 1, got '9999"),
         ({"RANK": "1", "WORLD_SIZE": "1"}, r"RANK must be an integer from 0 to 0 \(WORLD_SIZE is 1\), got '1'"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}, "LOCAL_RANK must be an integer from 0 to 0"),
         ({**PLAIN, "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "3"}, r"from 0 to 0 \(LOCAL_WORLD_SIZE is 1\), got '3'"),

@@ -1,6 +1,9 @@
 """`lasp.token_loss`: the mean over the tokens of all ranks, equal on every rank, with the exact gradient."""
 
+import copy
 import functools
+import pickle
+import re
 
 import pytest
 import torch
@@ -8,8 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from inputs import assert_close
 from ranks import mesh_of, run_ranks
+from small_model import SmallModel
+from torch import nn
 
 import lasp
+from lasp import ranks
+from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 
 VOCABULARY = 7
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
@@ -245,3 +252,86 @@ def test_labels_of_any_signed_integers(dtype):
     found, expected = (lasp.token_loss(logits, x, mesh=None) for x in (labels.to(dtype), labels))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+# A mean that would leave out ranks of the sequence
+
+
+class Recast(nn.Module):
+    """A model whose logits come in another form."""
+
+    def __init__(self, model, form):
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, *args):
+        return self.form(self.model(*args))
+
+
+USES = {
+    "as it is": lambda x: x,
+    "in fp32": lambda x: x.float(),
+    "in bf16": lambda x: x.bfloat16(),
+    "flattened": lambda x: x.flatten(0, 1),
+    "of an object": lambda x: {"logits": x, "loss": None},
+}
+
+
+def _without_ranks(use, training):
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh, whole = mesh_of(dp_shard=world // 2, sp=2), SmallModel()
+    model = lasp.parallelize(Recast(SmallModel(), USES[use if use == "of an object" else "as it is"]), mesh)
+    batch = {"input_ids": torch.arange(11).view(1, 11) % 5}
+    local = lasp.shard_batch(batch, mesh, pad=False)
+    for called in (model, copy.deepcopy(model)):
+        with torch.set_grad_enabled(training):
+            logits = called(local["input_ids"], local["position_ids"])
+        logits = logits["logits"] if use == "of an object" else USES[use](logits)
+        labels = local["labels"].flatten() if use == "flattened" else local["labels"]
+        for wrong in (None, mesh["dp_shard"]) if world > 2 else (None,):
+            with pytest.raises(
+                ValueError, match=r"mesh must hold all ranks of the sequence, \(\d, \d\), .* got "
+            ) as raised:
+                lasp.token_loss(logits, labels, mesh=wrong)
+            assert re.search(rf"of the ranks \((\d, )?{rank}(, \d|,)?\)", str(raised.value))
+        for right in (mesh, mesh["sp"], mesh["sp"].get_group()):
+            assert lasp.token_loss(logits, labels, mesh=right)[0].isfinite()
+    # What is right, between the forward of a split model and its step
+    ids, positions = batch["input_ids"], torch.arange(11).view(1, 11)
+    assert lasp.token_loss(whole(ids, positions), ids, mesh=None)[0].isfinite()
+    gathered = model(local["input_ids"], local["position_ids"])
+    gathered = lasp.unshard_sequence(gathered["logits"] if use == "of an object" else gathered, mesh)
+    assert lasp.token_loss(gathered, ids, mesh=None)[0].isfinite()
+    if use == "as it is":
+        with ranks.alone():
+            assert lasp.token_loss(model(ids, positions), ids, mesh=None)[0].isfinite()
+    with pytest.warns(UserWarning, match="not split over ranks when it is loaded"):
+        loaded = pickle.loads(pickle.dumps(model.model))
+    assert lasp.token_loss(loaded(ids, positions), ids, mesh=None)[0].isfinite()
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_loss_of_a_split_model_without_its_ranks_is_an_error(world, use):
+    run_ranks(world, _without_ranks, use, True)
+
+
+@pytest.mark.parametrize("use", ["as it is", "flattened", "of an object"])
+def test_and_in_evaluation(use):
+    run_ranks(2, _without_ranks, use, False)
+
+
+def _wrapped():
+    mesh = mesh_of(sp=2)
+    ids = torch.arange(11).view(1, 11) % 5
+    local = lasp.shard_batch({"input_ids": ids}, mesh)
+    for wrap in (wrap_ddp, wrap_fsdp2):
+        model = lasp.parallelize(SmallModel(), mesh)
+        logits = wrap(model, mesh)(local["input_ids"], local["position_ids"])
+        with pytest.raises(ValueError, match="mesh must hold all ranks of the sequence"):
+            lasp.token_loss(logits, local["labels"], mesh=None)
+        lasp.token_loss(logits, local["labels"], mesh=mesh)[0].backward()
+
+
+def test_the_loss_of_a_wrapped_model_without_its_ranks_is_an_error():
+    run_ranks(2, _wrapped)

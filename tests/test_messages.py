@@ -19,6 +19,7 @@ import lasp
 from lasp import exchange
 from lasp.checks import agreement, messages
 from lasp.ops import halo, softmax
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import SCHEDULES, peers_of
 from lasp.ranks.group import process, set_timeout, timeout_of
 
@@ -96,6 +97,101 @@ def test_another_fixed_decay_at_a_later_call():
     run_ranks(3, _differ_in_decays)
 
 
+def _linear(sequence, **other):
+    """A call, and what is called instead."""
+    options = {"scale": 1.0, "layout": lasp.ShardLayout((T,) * 3, (0, 4, 15))} | other
+    heads, dtype, rate = (options.pop(name, x) for name, x in (("heads", 1), ("dtype", torch.float32), ("rate", -1.0)))
+    q, k, v = (x[:1] for x in draw(dtype=dtype))
+    q, decay = q.repeat(1, 1, heads, 1), torch.tensor([rate, -1.0])
+    return lambda: lasp.linear_attention(q, k, v, log_decay=decay, sequence=sequence, **options)
+
+
+def _softmax(sequence, **other):
+    q, k, v = draw()
+    return lambda: lasp.softmax_attention(q, k, v, sequence=sequence, **other)
+
+
+def _delta(sequence, **other):
+    q, k, v = draw()
+    return lambda: lasp.delta_rule(q, k, v, torch.ones(B, T, H), sequence=sequence, **other)
+
+
+FACTS = {
+    "scale": (_linear, {"scale": 0.25}, "scale 0.25, the others 1.0"),
+    "segment_length": (_linear, {"segment_length": 64}, "segment_length 64, the others None"),
+    "16 bits": (_linear, {"dtype": torch.bfloat16}, "dtype torch.bfloat16, the others torch.float32"),
+    "query heads": (_linear, {"heads": 2}, "query heads 4, the others 2"),
+    "decays": (_linear, {"rate": -0.5}, r"fixed decays \(-0.5, -1.0\), the others \(-1.0, -1.0\)"),
+    "final state": (_linear, {"output_final_state": True}, "output_final_state True, the others False"),
+    "scale of the delta rule": (_delta, {"scale": 0.25}, "scale 0.25, the others 1.0"),
+    "window": (_softmax, {"window": 3}, "window 3, the others None"),
+    "scale of softmax": (_softmax, {"scale": 2}, "scale 2.0, the others None"),
+    "softcap": (_softmax, {"softcap": 2.0}, "softcap 2.0, the others None"),
+    "dropout": (_softmax, {"dropout_p": 0.5}, "dropout_p 0.5, the others 0.0"),
+}
+LAYOUTS = {
+    "borders": ((0, 3, 15), "2 packed sequences over 3 ranks, checksum .*, the others 2 packed"),
+    "no documents": (None, "a batch over 3 ranks, checksum .*, the others 2 packed"),
+}
+FACTS |= {
+    name: (_linear, {"layout": lasp.ShardLayout((T,) * 3, offsets)}, f"layout {shown}")
+    for name, (offsets, shown) in LAYOUTS.items()
+}
+
+
+def _another_fact(name, odd):
+    """Messages are as they should be."""
+    rank, (call, other, shown) = dist.get_rank(), FACTS[name]
+    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange="ring", name="deep")
+    for _ in range(2):
+        call(sequence)()
+    sent, started = sequence.traffic.messages, time.monotonic()
+    for _ in range(2):
+        with pytest.raises(lasp.RankMismatchError, match=f"^layer 'deep', forward: .*: rank {odd} has {shown}"):
+            call(sequence, **(other if rank == odd else {}))()
+    assert time.monotonic() - started < SOON
+    assert sent == sequence.traffic.messages
+    call(sequence)()
+    works(sequence)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_another_fact_of_a_later_call(name):
+    run_ranks(3, _another_fact, name, list(FACTS).index(name) % 3)
+
+
+def _in_a_long_header():
+    """What does not fit into the first message is named all the same."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="x" * 300)
+    for n in range(3):
+        other = {"scale": 3.0} if n == 2 and dist.get_rank() == 1 else {}
+        with pytest.raises(lasp.RankMismatchError, match=r"rank 1 has scale 3\.0") if n == 2 else nullcontext():
+            _linear(sequence, **other)()
+
+
+def test_another_fact_beside_a_long_name():
+    run_ranks(3, _in_a_long_header)
+
+
+def _elsewhere_than_sync_grads(odd):
+    """Ranks that come to the sum of gradients do not wait for one that comes to a layer."""
+    rank, group = dist.get_rank(), dist.new_group([0, 1, 2])
+    model, sequence = SmallModel(), lasp.SequenceParallel(group, name="deep")
+    for _ in range(2):
+        lasp.sync_grads(model, group)
+        _linear(sequence)()
+    started = time.monotonic()
+    with raises(odd, "layer 'deep', forward: linear_attention", ""):
+        _linear(sequence)() if rank == odd else lasp.sync_grads(model, group)
+    assert time.monotonic() - started < SOON
+    lasp.sync_grads(model, group)
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_a_rank_that_is_elsewhere_than_at_the_sum_of_gradients(odd):
+    run_ranks(3, _elsewhere_than_sync_grads, odd)
+
+
 # What follows an exchange, and the other operators
 
 
@@ -112,6 +208,13 @@ def _operators(x, bad, sequence):
         "softmax": lambda: lasp.softmax_attention(wide, wide, wide, sequence=sequence),
         "softmax layout": lambda: lasp.softmax_attention(wide, wide, wide, layout=layout, sequence=sequence),
         "dtype of softmax": lambda: lasp.softmax_attention(*[x.double() if bad else x] * 3, sequence=sequence),
+        "elementwise": lambda: elementwise_recurrence(wide, -wide, sequence=sequence),
+        "dtype of elementwise": lambda: elementwise_recurrence(
+            *[x.double() * 0 if bad else x * 0] * 2, sequence=sequence
+        ),
+        "selective": lambda: selective_scan(
+            x[..., 0], x[..., 0], -torch.ones(H, K + bad), *[x.new_zeros(B, T, K + bad)] * 2, sequence=sequence
+        ),
         "initial state": lambda: lasp.linear_attention(
             both, both, both, initial_state=more, log_decay=-beta.new_ones(H), sequence=sequence
         ),
@@ -128,6 +231,9 @@ OPERATORS = [
     "softmax",
     "softmax layout",
     "dtype of softmax",
+    "elementwise",
+    "dtype of elementwise",
+    "selective",
     "initial state",
     "unshard",
     "dtype of unshard",
@@ -287,6 +393,44 @@ def test_a_kind_of_message_is_compared_once_where_the_host_does_not_wait(odd):
 
 def test_a_new_kind_of_message_in_an_evaluation():
     run_ranks(3, _new_kind, 1, True)
+
+
+_NAMES = ("query heads", "fixed decays")  # of facts that are not those of an argument
+
+
+def _later_fact(name, odd):
+    """The messages go; before the step all ranks know."""
+    rank, (call, other, shown) = dist.get_rank(), FACTS[name]
+    group = dist.new_group([0, 1, 2])
+    sequence = lasp.SequenceParallel(group, name="deep")
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.ones(())
+    start, hosts = on_nccl()
+    if call is _linear and "layout" in other:
+        shown = r'layouts since the last step "2, checksum \w{8}", the others "2, checksum'
+    else:
+        value, usual = shown.split(", the others ")
+        fact = next(x for x in (*_NAMES, *other) if value.startswith(x))
+        value = value.removeprefix(f"{fact} ")
+        several = ", ".join(sorted([value, usual]))
+        shown = rf"a call's {fact} in layer 'deep' \(\w+\) {several}, the others {usual}$"
+    with start, hosts:
+        for n in range(4):
+            before = weight.detach().clone()
+            for m in range(2):
+                call(sequence, **(other if (rank, n, m) == (odd, 2, 1) else {}))()
+            started = time.monotonic()
+            with pytest.raises(lasp.RankMismatchError, match=f"rank {odd} has {shown}") if n == 2 else nullcontext():
+                optimizer.step()
+            assert time.monotonic() - started < SOON
+            assert torch.equal(weight, before) == (n == 2)
+
+
+# One that sends more messages is found by these.
+@pytest.mark.parametrize("name", [name for name in FACTS if name != "final state"])
+def test_another_fact_where_the_host_does_not_wait(name):
+    run_ranks(3, _later_fact, name, list(FACTS).index(name) % 3)
 
 
 def _packed_batches():

@@ -4,7 +4,9 @@ import copy
 import inspect
 import pickle
 import re
+import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConf
 from lasp.modules import LightningAttention
 
 D, IDS = 8, 17
+IN_BACKWARD = "in backward it gives something else on a slice of the sequence than on the whole"
 WRONG = "on a slice of the sequence it gives something else than on the whole"
 OTHER_LENGTH = "it returns another number of tokens than it is given"
 BY_CLASS, UNCLEAR = "its class mixes tokens", "its class may mix tokens, by how it is used"
@@ -305,6 +308,59 @@ class KnowsDocuments(Model):
         return self.tokens(ids) + (ids == self.ends).cumsum(1).unsqueeze(-1)
 
 
+class EndsByAnAttribute(KnowsDocuments):
+    """The id of a document's end stands in the middle of the vocabulary, as that of many tokenizers whose table is
+    rounded up."""
+
+    def __init__(self, holder):
+        super().__init__(50_304, 50_256)
+        ends, self.ends = self.ends, None
+        self.config = types.SimpleNamespace(vocab_size=50_304, eos_token_id=[7, ends] if holder == "list" else ends)
+
+    def start(self, ids):
+        ends = self.config.eos_token_id
+        ends = ends[-1] if isinstance(ends, list) else ends
+        return self.tokens(ids) + (ids == ends).cumsum(1).unsqueeze(-1)
+
+
+EOS = 31_337
+
+
+class EndsByAConstant(EndsByAnAttribute):
+    """Nobody but its code knows the id."""
+
+    def __init__(self):
+        super().__init__("")
+        del self.config
+
+    def start(self, ids):
+        return self.tokens(ids) + (ids == EOS).cumsum(1).unsqueeze(-1)
+
+
+class InBackwardOnly(torch.autograd.Function):
+    """As one that smooths gradients; `backward` mixes tokens, and forward does not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.cumsum(1)
+
+
+def of_long_sequences(mix):
+    """What a trial of some 30 tokens does not come to."""
+    return lambda s, x: mix(x) if x.shape[1] > 64 else x
+
+
+class DrawsInEvaluation(nn.Module):
+    """Noise of its own on every token, also in evaluation."""
+
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x)
+
+
 class CountsByMask(Model):
     """Counts positions from 0 where a mask is given."""
 
@@ -391,6 +447,44 @@ MIXING = {
     "documents, few ids": (KnowsDocuments(17, 0), {"the model itself (KnowsDocuments)": WRONG}),
     "documents, many ids": (KnowsDocuments(50_000, 0), {"the model itself (KnowsDocuments)": WRONG}),
     "documents, the last id": (KnowsDocuments(50_000, -1), {"the model itself (KnowsDocuments)": WRONG}),
+    "documents, an id of the configuration": (
+        EndsByAnAttribute(""),
+        {"the model itself (EndsByAnAttribute)": WRONG},
+    ),
+    "documents, several ids": (EndsByAnAttribute("list"), {"the model itself (EndsByAnAttribute)": WRONG}),
+    "documents, an id in the code": (EndsByAConstant(), {"the model itself (EndsByAConstant)": WRONG}),
+    "shift by 100": (Model(Own(lambda s, x: F.pad(x, (0, 0, 100, 0))[:, : x.shape[1]])), {"layers.1 (Own)": WRONG}),
+    "dilated conv": (
+        Model(
+            Own(
+                lambda s, x: F.conv1d(F.pad(x.mT, (180, 0)), s.conv.weight, dilation=90).mT,
+                conv=nn.Conv1d(D, D, 3),
+            )
+        ),
+        {"layers.1 (Own)": WRONG},
+    ),
+    "dilated Conv1d": (
+        Model(Channels(nn.Sequential(nn.Conv1d(D, D, 3, dilation=40, padding=40)))),
+        {"layers.1.inner.0 (Conv1d)": WRONG},
+    ),
+    "roll by 50 where there are so many": (
+        Model(Own(lambda s, x: x.roll(50, 1) if x.shape[1] > 50 else x)),
+        {"layers.1 (Own)": WRONG},
+    ),
+    "mean of long sequences": (
+        Model(Own(of_long_sequences(lambda x: x - x.mean(1, keepdim=True)))),
+        {"layers.1 (Own)": WRONG},
+    ),
+    "rows for tokens": (
+        Model(Own(lambda s, x: x.reshape(x.shape[1], x.shape[0], D).transpose(0, 1))),
+        {"layers.1 (Own)": WRONG},
+    ),
+    "in backward only": (Model(Own(lambda s, x: InBackwardOnly.apply(x))), {"layers.1 (Own)": IN_BACKWARD}),
+    "in backward only, after a layer": (
+        Model(Own(lambda s, x: s.after(InBackwardOnly.apply(s.before(x))), before=nn.Linear(D, D), after=nn.GELU())),
+        {"layers.1 (Own)": IN_BACKWARD},
+    ),
+    "random numbers in evaluation": (Model(DrawsInEvaluation()), {"layers.1 (DrawsInEvaluation)": trial.DRAWS}),
     "positions by a mask": (CountsByMask(), {"the model itself (CountsByMask)": WRONG}),
     "identity at first": (Model(Channels(dirac())), {"layers.1.inner (Conv1d)": WRONG}),
     "ZeroPad2d": (Model(nn.ZeroPad2d((0, 0, 1, -1))), {"layers.1 (ZeroPad2d)": WRONG}),
@@ -493,6 +587,11 @@ SOUND = {
     "LinearTransformer": LinearTransformer(LinearTransformerConfig(IDS, layers=2, width=32, heads=2, mlp_width=48)),
     "example": nn.Sequential(nn.Embedding(16, D), Registered(), Registered(), nn.Linear(D, 16)),
     "no embedding": nn.Sequential(nn.LayerNorm(D), Registered()),
+    "a row alone": Model(Own(lambda s, x: x.squeeze(0).unsqueeze(0) * (1 if len(x) == 1 else s.no_rows))),
+    "no gradient": Model(Own(lambda s, x: x + x.detach().round())),
+    "in place": Model(Own(lambda s, x: (x * 2).mul_(3).add_(x))),
+    "of both rows": Model(Own(lambda s, x: x + x.mean(0, keepdim=True))),
+    "a gain of its own": Model(Own(lambda s, x: x * s.gain(x.new_ones(1, D)), gain=nn.Linear(D, D))),
     "long": Model(Own(lambda s, x: s.conv(x.mT).mT, conv=nn.Conv1d(D, D, 1, dilation=64))),
 }
 
@@ -801,6 +900,37 @@ def test_an_adapter_answers_for_its_module_and_for_what_it_covers():
     lasp.parallelize(Model(Named()), None)
     assert refused(Model(Named(shift))) == {"layers.1.norm (ZeroPad2d)": WRONG}
     lasp.parallelize(Model(Everything(shift)), None)
+
+
+def test_the_refusal_of_random_numbers_says_what_to_do():
+    text = refusal(Model(DrawsInEvaluation()))
+    assert "layers.1 (DrawsInEvaluation): it draws random numbers in evaluation mode" in text
+    assert "Let it draw in training only, as F.dropout(x, p, self.training) does" in text
+    assert "@lasp.register" not in text
+    lasp.parallelize(Model(DrawsInEvaluation()), None, plan={"layers.1": lasp.adapters.token_local})
+    both = refusal(Model(DrawsInEvaluation(), MHA()))
+    assert "o = lasp.softmax_attention" in both
+
+
+def test_a_second_look_is_in_proportion():
+    """Of a large model, or one that takes long, there is none at many tokens."""
+    seen = []
+
+    class Notes(nn.Module):
+        def __init__(self, numbers):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1).expand(numbers))
+
+        def forward(self, x):
+            seen.append(tuple(x.shape[:2]))
+            return x
+
+    for numbers, most in ((1, (1, 1031)), (1_000_000, (1, 263)), (30_000_000, (2, 29))):
+        seen.clear()
+        model = Model(Notes(numbers))
+        with mock.patch.object(trial, "_MORE", [(tokens, cut, 9.0) for tokens, cut, _ in trial._MORE]):
+            lasp.parallelize(model, None)
+        assert max(seen, key=lambda shape: shape[0] * shape[1]) == most
 
 
 def test_the_nearest_adapter_decides():

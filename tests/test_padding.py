@@ -10,6 +10,7 @@ from inputs import assert_close
 from ranks import run_ranks, sequence_of_all
 
 import lasp
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 
 B, H, K, V, WIDTH = 2, 2, 3, 4, 3
 CONTIGUOUS = torch.contiguous_format
@@ -48,6 +49,11 @@ def operator(name, x, **options):
     if name == "softmax_attention":
         return lasp.softmax_attention(x["q"], x["k"], x["v"], window=4, key_mask=x["mask"], **options), None
     y = x["k"].flatten(2)
+    if name == "elementwise_recurrence":
+        return elementwise_recurrence(x["v"], x["g"].unsqueeze(-1), **options), None
+    if name == "selective_scan":
+        A = -x["rate"].exp().unsqueeze(1).expand(H, K)
+        return selective_scan(x["v"][..., 0], x["beta"], A, x["q"][:, :, 0], x["k"][:, :, 1], **options), None
     if name == "halo":
         return lasp.halo(y, WIDTH, **options), None
     return lasp.causal_conv(y, x["weight"], **options), None
@@ -123,6 +129,7 @@ def _as_without_padding(name, T, cu_seqlens, compiled):
 
 
 OPERATORS = ["linear_attention", "queries made later", "delta_rule", "softmax_attention", "halo", "causal_conv"]
+OPERATORS += ["elementwise_recurrence", "selective_scan"]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -1,6 +1,8 @@
 """What ranks hold alike: batches, parameters, decays, initial states, steps. A difference is an error on every rank."""
 
+import copy
 import os
+import re
 import select
 import threading
 import time
@@ -80,7 +82,7 @@ def _batches_of_replicas():
     """Two sequences have two batches."""
     mesh = mesh_of(sp=2)
     ids = _ids(mesh.get_local_rank("dp_shard"))
-    peers_of(mesh["sp"].get_group()).batches = 0
+    peers_of(mesh["sp"].get_group()).batches.clear()
     lasp.shard_batch({"input_ids": ids}, mesh)
 
 
@@ -113,6 +115,46 @@ def _prefetched():
 
 def test_batches_are_cut_in_a_thread_of_their_own():
     run_ranks(2, _prefetched)
+
+
+def _two_threads():
+    """The main thread, as for an evaluation, and another one count their batches apart; a third is refused."""
+    rank, group = dist.get_rank(), fresh()
+    errors, cut, free = [], threading.Event(), threading.Event()
+
+    def prefetch(batches):
+        try:
+            for n in range(batches):
+                lasp.shard_batch({"input_ids": _ids(n)}, group)
+                cut.set()
+                time.sleep(0.05 * rank)
+        except RuntimeError as error:
+            errors.append(str(error))
+        free.wait() if batches > 1 else None
+
+    def start(batches):
+        thread = threading.Thread(target=prefetch, args=(batches,), name=f"cutter of {batches}")
+        thread.start()
+        return thread
+
+    with mock.patch.object(agreement, "EVERY", 3):
+        first = start(7)
+        for n in range(5):
+            lasp.shard_batch({"input_ids": _ids(100 + n)}, group)
+            time.sleep(0.05 * (1 - rank))
+        assert cut.wait(SOON)
+        assert errors == []
+        start(1).join()
+        free.set()
+        first.join()
+        assert len(errors) == 1
+        assert "shard_batch was called for the same ranks in the threads 'cutter of 7' and 'cutter of 1'" in errors[0]
+        start(1).join()  # the other one is over
+        assert len(errors) == 1
+
+
+def test_batches_of_two_threads():
+    run_ranks(2, _two_threads)
 
 
 def _forked(known):
@@ -398,6 +440,152 @@ def _in_another_order():
 
 def test_the_order_of_exchanges_is_compared_before_a_step():
     run_ranks(3, _in_another_order)
+
+
+# What a step depends on besides
+
+
+class Counting(SmallModel):
+    """With buffers: one is saved, one is not, and one counts tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.arange(3.0))
+        self.blocks[1].register_buffer("unsaved", torch.arange(4), persistent=False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, input_ids, position_ids, layout=None):
+        self.seen += input_ids.sum()
+        return super().forward(input_ids, position_ids, layout) * self.kept.mean()
+
+
+def _buffers(odd, name):
+    """Before the first step; what is counted afterwards is each rank's own."""
+    rank, group = dist.get_rank(), fresh()
+    for sound in (True, False):
+        model = lasp.parallelize(Counting(), group)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if not sound and rank == odd:
+            model.get_buffer(name).view(-1)[-1] += 1
+        before = [p.detach().clone() for p in model.parameters()]
+        started = time.monotonic()
+        with (
+            nullcontext() if sound else raises(rf"rank {odd} has buffer {name} .* checksum .*, the others .*on its own")
+        ):
+            _step(model, optimizer, group)
+        assert time.monotonic() - started < SOON
+        assert sound or all(torch.equal(x, p) for x, p in zip(before, model.parameters()))
+        _step(model, optimizer, group)  # once it was told, all go on
+        copied = copy.deepcopy(model)
+        copied(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4))
+    assert len({*map(int, _of_all(model.seen, group))}) > 1
+
+
+def _of_all(x, group):
+    found = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(found, x, group=group)
+    return found
+
+
+@pytest.mark.parametrize(("odd", "name"), [(0, "kept"), (1, "blocks.1.unsaved"), (2, "seen")])
+def test_other_buffers_before_the_first_step(odd, name):
+    run_ranks(3, _buffers, odd, name)
+
+
+def _evaluating(odd, part):
+    rank, group = dist.get_rank(), fresh()
+    model = lasp.parallelize(SmallModel(), group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    module, shown = {
+        "model": (model, f"{len(list(model.modules()))}: the model; tokens; "),
+        "a part": (model.blocks[1].mlp[2], "1: blocks.1.mlp.2; checksum "),
+    }[part]
+    for n in range(5):
+        model.train()
+        model.blocks[0].norm.eval()  # on all ranks: as they like
+        if n == 2:
+            model.blocks[0].norm.train()
+            module.train(rank != odd)
+        elif n == 3:
+            model.eval()
+        before = model.head.weight.detach().clone()
+        with (
+            raises(rf"rank {odd} has modules in evaluation mode \"{shown}.*, the others \"none")
+            if n == 2
+            else nullcontext()
+        ):
+            _step(model, optimizer, group)
+        assert torch.equal(before, model.head.weight) == (n == 2)
+
+
+@pytest.mark.parametrize(("odd", "part"), [(0, "model"), (1, "a part"), (2, "model")])
+def test_modules_in_evaluation_mode_on_one_rank(odd, part):
+    run_ranks(3, _evaluating, odd, part)
+
+
+def _settings(name, odd):
+    """Also of a second optimizer, whose steps are not compared by themselves."""
+    rank, group = dist.get_rank(), fresh()
+    model = lasp.parallelize(SmallModel(), group)
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[1::2]}, {"params": parameters[2::2], "lr": torch.tensor(0.25)}]
+    first, second = torch.optim.AdamW(groups, lr=0.5), torch.optim.SGD(parameters[:1], lr=0.125, momentum=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(first, 2)
+    changed, number, value = {
+        "lr": (first, 0, 0.75),
+        "betas": (first, 0, (0.5, 0.999)),
+        "lr of the second group": (first, 1, torch.tensor(0.75)),
+        "momentum": (second, 0, 0.75),
+    }[name]
+    entry = name.split(" ")[0]
+    usual = changed.param_groups[number][entry]
+    shown = str(value.item() if isinstance(value, torch.Tensor) else value)
+    kind = type(changed).__name__
+    shown = rf"rank {odd} has the optimizer's {entry} of group {number} \({kind}\) {re.escape(shown)}, the others"
+    for n in range(4):
+        if n == 1 and rank == odd:
+            changed.param_groups[number][entry] = value
+        before = parameters[1].detach().clone()
+        wrong = n == (2 if changed is second else 1)
+        with raises(shown) if wrong else nullcontext():
+            _step(model, first, group)
+        assert torch.equal(before, parameters[1]) == wrong
+        if wrong:
+            changed.param_groups[number][entry] = usual
+        second.step()
+        if n == 2:
+            schedule.step()  # on all ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"), [("lr", 0), ("betas", 1), ("lr of the second group", 2), ("momentum", 1), ("lr", 2)]
+)
+def test_an_optimizer_that_is_told_something_else_on_one_rank(name, odd):
+    run_ranks(3, _settings, name, odd)
+
+
+def _scaled_loss(odd):
+    rank, group = dist.get_rank(), fresh()
+    model = lasp.parallelize(SmallModel(), group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for n in range(5):
+        optimizer.zero_grad()
+        local = lasp.shard_batch({"input_ids": _ids(n)}, group)
+        logits = model(local["input_ids"], local["position_ids"])
+        loss, _ = lasp.token_loss(logits, local["labels"], mesh=group)
+        factor = 1.0 if n == 4 else 0.5  # which all ranks may change
+        (loss * (2 * factor if (rank, n) == (odd, 3) else factor)).backward()
+        lasp.sync_grads(model, group)
+        before = model.head.weight.detach().clone()
+        shown = rf"rank {odd} has the gradient that reached the loss 1.0, the others 0.5"
+        with raises(shown) if n == 3 else nullcontext():
+            optimizer.step()
+        assert torch.equal(before, model.head.weight) == (n == 3)
+
+
+@pytest.mark.parametrize("odd", range(3))
+def test_a_loss_that_is_scaled_on_one_rank(odd):
+    run_ranks(3, _scaled_loss, odd)
 
 
 # Arguments that every rank holds whole

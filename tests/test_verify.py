@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import pytest
@@ -63,6 +64,7 @@ class Left:
         self.kinds = [(type(x), x.dtype, x.data_ptr()) for x in self.tensors()]
         self.modes = [m.training for m in model.modules()]
         self.held = [getattr(m, "sequence", None) for m in model.modules()]
+        self.sizes = [None if s is None else s.size for s in self.held]
         self.random, self.told = torch.get_rng_state(), str(lasp.explain(model))
         self.children = [name for name, _ in model.named_modules()]
 
@@ -79,7 +81,7 @@ class Left:
         assert [(type(x), x.dtype, x.data_ptr()) for x in self.tensors()] == self.kinds
         assert [m.training for m in self.model.modules()] == self.modes
         assert [getattr(m, "sequence", None) for m in self.model.modules()] == self.held
-        assert all(s is None or s.size == dist.get_world_size() for s in self.held)
+        assert [None if s is None else s.size for s in self.held] == self.sizes
         assert torch.equal(torch.get_rng_state(), self.random)
         assert str(lasp.explain(self.model)) == self.told
         assert [name for name, _ in self.model.named_modules()] == self.children
@@ -496,7 +498,7 @@ def _odd_models():
     batch = {"input_ids": ids, "labels": labels}
     assert lasp.verify(Odd("tuple"), dist.group.WORLD, batch, forward=forward, tolerance=SHARP).ok
     names = ["input_ids", "labels", "layout", "position_ids"]
-    assert seen == [(names, (4, 3)), (names, (7,))]
+    assert seen == [(names, (4, 3)), (names, (4, 3)), (names, (7,))]  # first only up to the model
 
 
 def test_models_that_are_called_otherwise():
@@ -680,6 +682,87 @@ def test_an_error_on_the_way_leaves_nothing_behind():
     run_ranks(2, _broken)
 
 
+class FailsInside(nn.Module):
+    """Between two layers, on one rank alone."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, x, *_):
+        if dist.get_rank() == self.rank:
+            raise KeyError("broken")
+        return x
+
+
+def _one_rank_fails(factors, scheme, where):
+    """In the function that calls the model, before or behind that, or in the model; before and after a step."""
+    mesh, odd = mesh_of(dp_shard=factors[0], sp=factors[1]), dist.get_rank() == 1
+    model = small()
+    if scheme:
+        lasp.parallelize(model, mesh)
+        model = {"ddp": wrap_ddp, "fsdp2": wrap_fsdp2}.get(scheme, lambda m, _: m)(model, mesh)
+        batch = lasp.shard_batch({"input_ids": torch.arange(13)[None]}, mesh)
+        model(batch["input_ids"], batch["position_ids"]).sum().backward()  # no call of a layer is its first
+        for peers in process.peers.values():
+            peers.forget_step()
+
+    def forward(called, batch):
+        is_whole = batch["input_ids"].shape[1] == 41
+        fails = odd and is_whole == (where == "whole")
+        if fails and where == "before":
+            raise KeyError("broken")
+        logits = called(batch["input_ids"], batch["position_ids"], batch["layout"])
+        if fails and where in ("behind", "whole"):
+            raise KeyError("broken")
+        return logits
+
+    if where == "inside":
+        model.blocks.insert(1, FailsInside(1))
+        forward = None
+    left, started = Left(model), time.monotonic()
+    with pytest.raises(
+        lasp.RankMismatchError, match=r"rank \d( \(global rank 1\))? failed .*KeyError: 'broken'"
+    ) as raised:
+        lasp.verify(model, mesh, tokens=41, forward=forward)
+    assert time.monotonic() - started < 15  # half of the group's timeout
+    assert isinstance(raised.value.__cause__, KeyError) == odd
+    left.check()
+    if where == "inside":
+        del model.blocks[1]
+    assert lasp.verify(model, mesh, tokens=41).ok
+
+
+@pytest.mark.parametrize(
+    ("factors", "scheme", "where"),
+    [
+        *(((1, 3), scheme, where) for scheme in ("", "plain") for where in ("before", "inside", "behind", "whole")),
+        *(((1, 2), scheme, where) for scheme in ("ddp", "fsdp2") for where in ("before", "behind", "whole")),
+        ((2, 2), "", "before"),
+        ((2, 2), "", "whole"),
+        ((2, 2), "fsdp2", "before"),
+        ((2, 1), "ddp", "whole"),
+    ],
+)
+def test_a_rank_that_fails_on_the_way_keeps_no_other_waiting(factors, scheme, where):
+    run_ranks(math.prod(factors), _one_rank_fails, factors, scheme, where)
+
+
+def _one_replica_is_called_otherwise():
+    """Along an axis that is not the sequence's."""
+    mesh, odd = mesh_of(dp_shard=2, sp=2), dist.get_rank() > 1
+    started = time.monotonic()
+    with pytest.raises(lasp.RankMismatchError, match=r"failed .*layers must be an integer of at least") as raised:
+        lasp.verify(small(), mesh, layers=9 if odd else None)
+    assert isinstance(raised.value.__cause__, ValueError) == odd
+    assert time.monotonic() - started < 15
+    assert lasp.verify(small(), mesh, tokens=41).ok
+
+
+def test_an_argument_that_is_wrong_in_one_replica_is_an_error_in_all():
+    run_ranks(4, _one_replica_is_called_otherwise)
+
+
 # The command line
 
 
@@ -712,7 +795,7 @@ def test_the_command_fails_for_a_model_that_is_wrong(tmp_path):
         "    def forward(self, ids):\n"
         "        x = self.tokens(ids).unsqueeze(2)\n"
         "        x = self.mix(x, x, x)\n"
-        "        if x.shape[1] > 50:  # so that parallelize, which tries fewer, cannot see it\n"
+        "        if x.shape[1] == 203:  # so that parallelize, which tries other lengths, cannot see it\n"
         "            x = nn.functional.pad(x, (0, 0, 0, 0, 1, -1))\n"
         "        return self.head(x.squeeze(2))\n"
     )

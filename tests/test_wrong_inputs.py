@@ -36,8 +36,9 @@ def zeros(*shape, **options):
 
 # Values by the kind of argument that they are wrong for
 
-NO_INTEGER = ("2", 2.0, np.float32(2), None, True, [2], torch.tensor(2))
-NO_NUMBER = ("2", None, [2.0], True, 2j, torch.tensor(2.0), float("nan"), float("inf"), 10**400)
+HUGE = (2**63, -(2**70), 10**5000)  # more than 64 bits; the last Python does not even write
+NO_INTEGER = ("2", 2.0, np.float32(2), None, True, [2], torch.tensor(2), *HUGE)
+NO_NUMBER = ("2", None, [2.0], True, 2j, torch.tensor(2.0), float("nan"), float("inf"), 10**400, 10**5000)
 NO_FLAG = ("no", 0, 1, None, np.bool_(True), torch.tensor(True))
 NO_TEXT = (5, None, ["ring"], b"ring")
 NO_MESH = ("sp", 3, [0, 1], torch.zeros(2), object)
@@ -78,6 +79,8 @@ OFFSETS = (
     (0, 5),
     (0, -1, 4),
     (0, 2.0, 4),
+    (0, 2**70),
+    (0, 10**5000),
     ("0", "4"),
     [0, True, 4],
     np.array([0.0, 4.0]),
@@ -277,7 +280,10 @@ TABLE = {
         lasp.ShardLayout,
         lambda ranks: {"lengths": (2, 2)},
         {
-            "lengths": [None, 4, "22", (), (2.5, 1.5), (True, 3), ("2", "2"), (5, -1), torch.tensor([2.0, 2.0])],
+            "lengths": [
+                *(None, 4, "22", (), (2.5, 1.5), (True, 3), ("2", "2"), (5, -1), torch.tensor([2.0, 2.0])),
+                *((6, 2**70), (1, -(10**5000)), Wrong((2**62, 2**62), str(2**63))),
+            ],
             "cu_seqlens": [x for x in OFFSETS if not isinstance(x, torch.Tensor)],
             "padding": [*NO_INTEGER, -1, 5],
         },
@@ -451,7 +457,8 @@ def parts_of(value):
         return {str(tuple(value.shape)), str(value.dtype)}
     if isinstance(value, dict):  # of one wrong entry
         return {arguments.shown(value), *(arguments.shown(x) for x in value.values()), *map(repr, value)}
-    return {arguments.shown(value)} | ({f"got {value}"} if isinstance(value, (int, float)) else set())
+    short = isinstance(value, (int, float)) and abs(value) < 2**64
+    return {arguments.shown(value)} | ({f"got {value}"} if short else set())
 
 
 def problem_of(name, argument, number, ranks):

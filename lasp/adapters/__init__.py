@@ -17,8 +17,12 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from lasp import arguments
+from lasp.adapters.border import Border, layout_of
+from lasp.adapters.rebind import is_function, names_in, rebind, without_methods
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
+
+__all__ = ["is_function", "layout_of", "linear", "names_in", "rebind", "register", "token_local"]
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
 Covers = bool | tuple[str, ...]
@@ -41,13 +45,15 @@ class Covering:
     adapter: Adapter
     covers: Covers
 
-    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:  # noqa: D102
+    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:
         self.adapter(module, sequence)
 
 
 @dataclass(frozen=True)
 class Foreign(Covering):
     """An adapter for a layer of a model that takes no `layout`: it is told at the model's border (border.py)."""
+
+    exchanges: bool = True  # whether the layer calls an operator with the ranks
 
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
@@ -112,7 +118,7 @@ def register(
             raise ValueError(f"cls must be a class or its dotted name such as 'library.file.Class', got {cls!r}")
         if adapter is linear:
             raise TypeError(f"{cls} is given by its name, so that it needs an adapter")
-        _BY_NAME[cls] = Foreign(adapter, covers)
+        _BY_NAME[cls] = adapter if adapter is token_local else Foreign(adapter, covers)
         return cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a class of torch.nn.Module or its dotted name, got {arguments.shown(cls)}")
@@ -152,8 +158,7 @@ def find(module: nn.Module) -> Adapter | None:
     for base in type(module).__mro__:
         library = _LIBRARIES.get(base.__module__.partition(".")[0])
         if library is not None:
-            found = importlib.import_module(library).adapter_of(module)
-            return None if found is None else Foreign(found, getattr(found, "covers", ()))
+            return importlib.import_module(library).adapter_of(module)
     return None
 
 
@@ -186,9 +191,30 @@ def standing_in(layers: Iterable[tuple[nn.Module, Adapter]]) -> Iterator[None]:
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     """What a library's layers need of the model around them, after they were split."""
+    for library in _libraries_of(model):
+        library.prepare(model, sequence)
+
+
+@contextlib.contextmanager
+def as_it_came(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_methods(model))
+        for library in _libraries_of(model):
+            stack.enter_context(library.as_it_came(model))
+        before, Border.off = Border.off, True
+        stack.callback(setattr, Border, "off", before)
+        yield
+
+
+def _libraries_of(model: nn.Module) -> list[Any]:
     names = {base.__module__.partition(".")[0] for m in model.modules() for base in type(m).__mro__}
-    for name in sorted(names & _LIBRARIES.keys()):
-        importlib.import_module(_LIBRARIES[name]).prepare(model, sequence)
+    return [importlib.import_module(_LIBRARIES[name]) for name in sorted(names & _LIBRARIES.keys())]
+
+
+def exchanges(adapter: Adapter) -> bool:
+    """Whether a layer with this adapter calls an operator with the ranks."""
+    return adapter is not token_local and getattr(adapter, "exchanges", True)
 
 
 def passes_ranks(adapter: Adapter) -> bool:

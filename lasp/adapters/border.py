@@ -39,6 +39,7 @@ class Facts:
     real: Tensor | None = None  # and then which of this rank's tokens are no padding, [B, T]
 
 
+@torch.compiler.disable  # a graph ends here: what it would look at is another at each call
 def facts_of(sequence: SequenceParallel) -> Facts:
     """Of the call of the model in which a layer with this `sequence` runs now, or ran when this is a recompute.
 
@@ -58,34 +59,45 @@ def facts_of(sequence: SequenceParallel) -> Facts:
     return facts
 
 
+def layout_of(sequence: SequenceParallel) -> ShardLayout:
+    """How the tokens lie on the ranks in the call of the model in which a layer with this `sequence` runs now.
+
+    For adapters: what a function that `rebind` puts into a layer hands to an operator as `layout=`.
+
+    Raises:
+        RuntimeError: the layer ran outside of the forward of the model that was split.
+    """
+    return facts_of(sequence).layout
+
+
 class Border:
     """Hooks around the forward of a model, and what it was called with."""
 
     facts: Facts | None = None  # of the forward that runs now
+    off = False  # for all: models run as their libraries made them (`as_it_came`)
 
     def __init__(self, sequence: SequenceParallel):
         self.sequence, self.depth = sequence, 0
 
     def install(self, model: nn.Module) -> None:
-        """Stand before and behind its forward."""
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after, always_call=True)
+        """Stand before and behind its forward. (Objects as hooks, since a pickle takes no methods.)"""
+        model.register_forward_pre_hook(self, with_kwargs=True)
+        model.register_forward_hook(_Leave(self), always_call=True)
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:  # noqa: D102
         if self.facts is not None:  # a model within the model, which is given what this one makes of its arguments
             self.depth += 1
             return args, kwargs
         call = _Arguments(model, args, dict(kwargs))
+        if Border.off:
+            call.kwargs.pop("layout", None)
+            call.no_cache()
+            return call.args, call.kwargs
         facts = call.facts(self.sequence)
         call.refuse_what_needs_the_whole()
         call.fill_in(facts, self.sequence)
         self.facts, self.depth = facts, 1
         return call.args, call.kwargs
-
-    def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.depth -= 1
-        if self.depth <= 0:
-            self.facts = None
 
     def __deepcopy__(self, memo: object) -> Border:
         return self  # a copy of the model is split over the same ranks
@@ -93,6 +105,31 @@ class Border:
     def __reduce__(self):
         """Pickled with the model, which then is not split, it does nothing."""
         return of_a_pickle, ()
+
+
+class _Leave:
+    """The hook behind a forward, however it ended."""
+
+    def __init__(self, border: Border):
+        self.border = border
+
+    def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self.border.depth -= 1
+        if self.border.depth <= 0:
+            self.border.facts = None
+
+    def __deepcopy__(self, memo: object) -> _Leave:
+        return self
+
+    def __reduce__(self):
+        """As its border."""
+        return of_a_pickle, ()
+
+
+def stands_before(model: nn.Module) -> bool:
+    """Whether the forward of a model, or of one that it wraps, takes its `layout` at a border."""
+    hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return any(isinstance(hook, (Border, OneRank)) for hook in hooks)
 
 
 class OneRank:
@@ -107,6 +144,9 @@ class OneRank:
                 "or more, or give it one document at a time"
             )
         return args, kwargs
+
+    def __deepcopy__(self, memo: object) -> OneRank:
+        return self
 
     def __reduce__(self):
         """Pickled with the model, it does nothing."""
@@ -145,8 +185,10 @@ class _Arguments:
         return Facts(layout, mask is not None, mask != 0 if isinstance(mask, Tensor) else None)
 
     def _tokens(self) -> Tensor:
-        for name in ("input_ids", "inputs_embeds"):
-            if isinstance(x := self.given.get(name), Tensor) and x.ndim > 1:
+        named = [self.given.get(name) for name in ("input_ids", "inputs_embeds")]
+        others = self.given.values() if not {"input_ids", "inputs_embeds"} & self.takes else ()
+        for x in (*named, *others):
+            if isinstance(x, Tensor) and x.ndim > 1:
                 return x
         raise ValueError(f"input_ids [B, T] or inputs_embeds [B, T, D] are needed where {self.name} is split")
 
@@ -181,6 +223,10 @@ class _Arguments:
             )
         if "position_ids" in self.takes and self.given.get("position_ids") is None:
             self.set("position_ids", positions(facts.layout, sequence.rank, self._tokens().device))
+        self.no_cache()
+
+    def no_cache(self) -> None:
+        """Also where the config of a model would have one."""
         if "use_cache" in self.takes and not self.given.get("use_cache"):
             self.set("use_cache", False)
 

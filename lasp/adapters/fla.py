@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ from fla.modules.rotary.ops import rotary_embedding_ref
 from torch import Tensor, nn
 
 from lasp import arguments, decay
-from lasp.adapters.border import facts_of, positions
+from lasp.adapters import Foreign
+from lasp.adapters.border import layout_of, positions
 from lasp.adapters.rebind import names_in, put, rebind, tested_with
 from lasp.ops.attention import linear_attention
 from lasp.ops.call import of_own_tokens
@@ -51,11 +53,12 @@ class _Adapter:
         self.split(module, sequence)
 
 
-def adapter_of(module: nn.Module) -> _Adapter | None:
+def adapter_of(module: nn.Module) -> Foreign | None:
     """The adapter of a module of this library; None for one that is in no list, or whose class has another forward."""
     for base in type(module).__mro__:
         if _is_of_fla(base) and base.__name__ in _LAYERS:
-            return _LAYERS[base.__name__]
+            found = _LAYERS[base.__name__]
+            return Foreign(found, found.covers)
         if "forward" in vars(base):
             return None
     return None
@@ -79,6 +82,11 @@ def _is_of_fla(cls: type) -> bool:
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     """A model of fla shifts labels on its slice, whatever else it is given."""
     model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
+
+
+def as_it_came(model: nn.Module) -> AbstractContextManager:
+    """Nothing is changed but methods."""
+    return nullcontext()
 
 
 def _refuse_labels(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -222,7 +230,7 @@ def _linear(sequence: SequenceParallel, fixed: Callable[[int, torch.device], Ten
             v,
             log_decay=g,
             scale=k.shape[-1] ** -0.5 if scale is None else scale,
-            layout=facts_of(sequence).layout,
+            layout=layout_of(sequence),
             sequence=sequence,
         )
         if normalize:
@@ -263,7 +271,7 @@ def _lightnet(sequence: SequenceParallel) -> Callable[..., Any]:
         _check(cu_seqlens, initial_state, output_final_state, others)
         (weight,) = _without_padding(cu_seqlens, k.double().exp())
         one = torch.ones_like(weight[..., :1])
-        layout = facts_of(sequence).layout
+        layout = layout_of(sequence)
         total, _state = linear_attention(one, one, weight, layout=layout, sequence=sequence)
         share = weight / torch.where(total > 0, total, 1.0)  # before the first token that is no padding
         g = torch.log1p(-share.clamp(max=1 - 1e-12)).to(_wide(q))  # the first token forgets what is not there
@@ -317,7 +325,7 @@ def _delta(sequence: SequenceParallel, gate: Callable[..., Tensor] | None = None
             b,
             log_decay=g,
             scale=k.shape[-1] ** -0.5 if scale is None else scale,
-            layout=facts_of(sequence).layout,
+            layout=layout_of(sequence),
             sequence=sequence,
         )
         return o.to(dtype).contiguous(), None
@@ -366,7 +374,7 @@ def _conv(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
         """x [B, T, C], weight [C, W]."""
         _check(cu_seqlens, initial_state, output_final_state, others)
         (x,) = _without_padding(cu_seqlens, x)
-        y = causal_conv(x, weight, bias, layout=facts_of(sequence).layout, sequence=sequence)
+        y = causal_conv(x, weight, bias, layout=layout_of(sequence), sequence=sequence)
         y = y if activation is None else F.silu(y)
         return (y if residual is None else y + residual), None
 
@@ -464,7 +472,7 @@ def _rotary_forward(
     self: Any, q: Tensor, k: Tensor, seqlen_offset: int = 0, cu_seqlens: Any = None, max_seqlen: Any = None
 ) -> tuple[Tensor, Tensor]:
     """q and k [B, T, H, D]."""
-    layout, rank = facts_of(self.sequence).layout, self.sequence.rank
+    layout, rank = layout_of(self.sequence), self.sequence.rank
     if not layout.packed:
         start, _end = layout.bounds(rank)
         return type(self).forward(self, q, k, seqlen_offset=start, max_seqlen=layout.total)
@@ -498,7 +506,7 @@ def _mamba2_forward(
     (x,) = _without_padding(real, hidden_states)
     gate, x, dt = self.in_proj(x).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
     (x,) = _without_padding(real, x)
-    layout, sequence = facts_of(self.sequence).layout, self.sequence
+    layout, sequence = layout_of(self.sequence), self.sequence
     x = self.act(causal_conv(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, layout=layout, sequence=sequence))
     (x,) = _without_padding(real, x)
     state = self.n_groups * self.ssm_state_size

@@ -81,6 +81,12 @@ def names_in(function: Callable[..., Any]) -> set[str]:
     return names(code)
 
 
+def is_function(cls: type[nn.Module], name: str) -> bool:
+    """Whether a name that the forward of a class uses is a function of its file, or of one that it imports from."""
+    found = inspect.unwrap(cls.forward).__globals__.get(name)
+    return callable(found) and not isinstance(found, type)
+
+
 def tested_with(module: str) -> str:
     """In words, the versions of a library that adapters were tested with, and the one that is here."""
     from importlib.metadata import PackageNotFoundError, version
@@ -98,8 +104,8 @@ TESTED = {"transformers": "5.24", "fla": "0.6.0"}
 
 
 @contextlib.contextmanager
-def as_it_came(model: nn.Module) -> Iterator[None]:
-    """Inside, all methods that were put into modules of the model are gone: it is what its library made."""
+def without_methods(model: nn.Module) -> Iterator[None]:
+    """Inside, all methods that were put into modules of the model are gone."""
     taken = []
     for module in model.modules():
         for name, value in list(vars(module).items()):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lasp import decay
-from lasp.adapters.border import facts_of, positions
+from lasp.adapters import Foreign
+from lasp.adapters.border import facts_of, layout_of, positions
 from lasp.adapters.rebind import put
 from lasp.ops.attention import linear_attention
 from lasp.ops.softmax import softmax_attention
@@ -45,11 +47,12 @@ class _Adapter:
         put(module, "forward", self.forward)
 
 
-def adapter_of(module: nn.Module) -> _Adapter | None:
+def adapter_of(module: nn.Module) -> Foreign | None:
     """The adapter of a module of such code; None for a class that is not known."""
     for base in type(module).__mro__:
         if base.__module__.partition(".")[0] == _FOLDER and base.__name__ in _CLASSES:
-            return _CLASSES[base.__name__]
+            found = _CLASSES[base.__name__]
+            return Foreign(found, found.covers)
     return None
 
 
@@ -66,6 +69,11 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
         if type(module).__name__ == "Lrpe":
             module.sequence = sequence
             put(module, "forward", _lrpe_forward)
+
+
+def as_it_came(model: nn.Module) -> AbstractContextManager:
+    """Nothing is changed but methods, and slopes that are more precise than they were."""
+    return nullcontext()
 
 
 def _no_mask(self: Any, *_: Any, **__: Any) -> None:
@@ -139,7 +147,7 @@ def _simple_gla(module: Any, sequence: SequenceParallel) -> Callable[..., tuple[
             v.contiguous(),
             log_decay=_bailing_decay(module, q.device) if hasattr(module, "slope") else g[0, 0].to(_wide(q)),
             scale=k.shape[-1] ** -0.5 if scale is None else scale,
-            layout=facts_of(sequence).layout,
+            layout=layout_of(sequence),
             sequence=sequence,
         )
         return o, None
@@ -195,7 +203,7 @@ def _lightning(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
         k.contiguous(),
         v.contiguous(),
         log_decay=-slope_rate.flatten().to(q.device, _wide(q)),
-        layout=facts_of(module.sequence).layout,
+        layout=layout_of(module.sequence),
         sequence=module.sequence,
     )
     return o
@@ -226,7 +234,7 @@ def _transnormer_forward(
 
 def _lrpe_forward(self: Any, x: Tensor, offset: int = 0) -> Tensor:
     """x [B, H, T, D] turned by theta p into [B, H, T, 2 D]; p counts over all ranks, and is in the dtype of x."""
-    place = positions(facts_of(self.sequence).layout, self.sequence.rank, x.device)[0].to(x.dtype)
+    place = positions(layout_of(self.sequence), self.sequence.rank, x.device)[0].to(x.dtype)
     angle = self.theta * place[:, None]
     return torch.cat([x * torch.cos(angle), x * torch.sin(angle)], -1)
 

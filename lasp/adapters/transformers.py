@@ -15,9 +15,12 @@ out in a forward, the layer has an adapter of its own, by its class (`_CLASSES`)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +32,9 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import AttentionMaskInterface
 
 from lasp import arguments
-from lasp.adapters.border import facts_of
+from lasp.adapters import Foreign
+from lasp.adapters._selective import rnn_scan, selective_scan
+from lasp.adapters.border import facts_of, layout_of
 from lasp.adapters.rebind import names_in, put, rebind, tested_with
 from lasp.batch import unshard_sequence
 from lasp.ops.attention import linear_attention
@@ -42,7 +47,7 @@ Adapter = Callable[[nn.Module, SequenceParallel], None]
 Make = Callable[[SequenceParallel], Callable[..., Any]]
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
+def adapter_of(module: nn.Module) -> Foreign | None:
     """The adapter of a module of this library; None if its forward calls nothing that looks along the sequence."""
     name = type(module).__name__
     if name in _CLASSES:
@@ -50,10 +55,14 @@ def adapter_of(module: nn.Module) -> Adapter | None:
     if type(module).forward is nn.Module.forward:
         return None
     uses = names_in(type(module).forward)
+    if any(_MIXES.search(name) for name in uses - _KNOWN if callable(_global(module, name))):
+        return None  # it does more than is known here
     if _BY_FUNCTION.keys() & uses:
-        return functools.partial(_rebind_known, uses=frozenset(uses))
+        return Foreign(functools.partial(_rebind_known, uses=frozenset(uses)), ())
     if "ALL_ATTENTION_FUNCTIONS" in uses and getattr(module, "is_causal", True):
-        return attention
+        return Foreign(attention, ())
+    if getattr(module, "rope_type", None) is not None and _is_dynamic(module):
+        return Foreign(dynamic_rotary, (), exchanges=False)
     return None
 
 
@@ -97,7 +106,7 @@ def _conv(sequence: SequenceParallel) -> Callable[..., Tensor]:
         """[B, C, T], weight [C, W]."""
         _no_states(initial_states=initial_states, return_final_states=return_final_states)
         x = hidden_states.to(weight.dtype).transpose(1, 2)
-        y = causal_conv(x, weight, bias, layout=facts_of(sequence).layout, sequence=sequence).transpose(1, 2)
+        y = causal_conv(x, weight, bias, layout=layout_of(sequence), sequence=sequence).transpose(1, 2)
         return (y if activation is None else ACT2FN[activation](y)).to(hidden_states.dtype)
 
     return causal_conv1d_fn
@@ -129,7 +138,7 @@ def _ssd(sequence: SequenceParallel) -> Callable[..., Tensor]:
         dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(wide)
         k, q = (y.to(x.dtype).repeat_interleave(x.shape[2] // y.shape[2], 2) for y in (B, C))
         v = (x * dt[..., None]).to(x.dtype)
-        layout = facts_of(sequence).layout
+        layout = layout_of(sequence)
         o, _state = linear_attention(q, k, v, log_decay=dt * A.to(wide), layout=layout, sequence=sequence)
         o = o if D is None else (o + D[:, None] * x).to(x.dtype)
         return (o if z is None else o * F.silu(z)).contiguous()  # FalconH1 views it
@@ -165,7 +174,7 @@ def _delta(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
             b,
             log_decay=g,
             scale=key.shape[-1] ** -0.5,
-            layout=facts_of(sequence).layout,
+            layout=layout_of(sequence),
             sequence=sequence,
         )
         return o.to(query.dtype).contiguous(), None
@@ -173,19 +182,55 @@ def _delta(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
     return chunk_rule
 
 
+def _selective(sequence: SequenceParallel) -> Callable[..., Tensor]:
+    """Mamba's scan (arXiv 2312.00752, algorithm 2): a state of N numbers a channel, each with a decay of its own."""
+
+    def mamba_selective_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **_: Any,
+    ) -> Tensor:
+        """x, dt and z [B, D, T], A [D, N], B and C [B, N, T]."""
+        _no_states(return_last_state=return_last_state)
+        given = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus)
+        return selective_scan(*given, layout=layout_of(sequence), sequence=sequence)
+
+    return mamba_selective_scan
+
+
 _BY_FUNCTION: dict[str, Make] = {
     "causal_conv1d_fn": _conv,
     "mamba2_chunk_scan": _ssd,
+    "mamba_selective_scan": _selective,
     "torch_chunk_gated_delta_rule": _delta,
     "chunk_kimi_delta_attention": _delta,
 }
-_FUSED = ("mamba2_split_conv1d_scan_combined",)  # paths around these functions
+_FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")  # paths around these functions
 _STEPS = (  # of a token, with a cache
     "causal_conv1d_update",
     "mamba2_selective_state_update",
+    "mamba_selective_state_update",
     "torch_recurrent_gated_delta_rule",
     "recurrent_kimi_delta_attention",
 )
+
+
+_KNOWN = {*_BY_FUNCTION, *_FUSED, *_STEPS, "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"}
+_MIXES = re.compile(
+    r"inner_fn|fused|conv1d|scan|delta_rule|(?<!_)attention(_forward)?$|_attention\b|recurrent|rnn|gla\b|rwkv|retention"
+)
+
+
+def _global(module: nn.Module, name: str) -> Any:
+    return inspect.unwrap(type(module).forward).__globals__.get(name)
 
 
 # Classes
@@ -222,7 +267,7 @@ def _lightning_forward(
         k.contiguous(),
         v.contiguous(),
         log_decay=_slopes(self, q),
-        layout=facts_of(self.sequence).layout,
+        layout=layout_of(self.sequence),
         sequence=self.sequence,
     )
     o = self.norm(o.reshape(batch, tokens, -1))
@@ -232,6 +277,38 @@ def _lightning_forward(
 def _slopes(module: Any, q: Tensor) -> Tensor:
     """[H]: from the layer's formula, not from its buffer, which a cast of the model has rounded."""
     return -module.get_slope_rate(device=q.device).flatten().to(torch.promote_types(q.dtype, torch.float32))
+
+
+def griffin(module: nn.Module, sequence: SequenceParallel) -> None:
+    """RecurrentGemma's recurrent block (arXiv 2402.19427, section 2.4): a convolution and an RG-LRU, both below it."""
+    block: Any = module
+    for part in (block, block.conv_1d, block.rg_lru):
+        part.sequence = sequence
+    if not hasattr(type(block.rg_lru), "_rnn_scan"):
+        raise ValueError(
+            f"{type(block.rg_lru).__qualname__} has no _rnn_scan: this adapter is for another version of transformers "
+            f"({tested_with('transformers')})"
+        )
+    put(block.rg_lru, "_rnn_scan", _rnn_scan)
+    put(block.conv_1d, "forward", _padded_conv)
+
+
+def _rnn_scan(
+    self: Any,
+    hidden_states: Tensor,
+    recurrent_gate: Tensor,
+    reset: Tensor,
+    recurrent_states: Tensor | None,
+    acc_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, None]:
+    _no_states(recurrent_states=recurrent_states)
+    return rnn_scan(hidden_states, recurrent_gate, reset, layout=layout_of(self.sequence), sequence=self.sequence), None
+
+
+def _padded_conv(self: Any, x: Tensor) -> Tensor:
+    """Of an nn.Conv1d that is padded on both sides, and of which its owner keeps the first T outputs."""
+    layout, weight = layout_of(self.sequence), self.weight.squeeze(1)
+    return causal_conv(x.transpose(1, 2), weight, self.bias, layout=layout, sequence=self.sequence).transpose(1, 2)
 
 
 # Softmax attention
@@ -291,13 +368,15 @@ def lasp_attention(
     window = attention_mask.window
     if sliding_window is not None and window is not None and sliding_window != window:
         raise ValueError(f"sliding_window must be that of the mask, {window}, got {sliding_window}")
-    facts, mask = facts_of(module.sequence), None
-    if facts.masked:  # where all of this rank's tokens are real, others may have padding
-        mask = attention_mask.real
-        mask = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
+    layout, mask = None, attention_mask.real
+    if module.sequence is not None:  # it is None in a model that came from a pickle, which is not split
+        facts = facts_of(module.sequence)
+        layout = facts.layout
+        if facts.masked and mask is None:  # other ranks may have padding
+            mask = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
     o = softmax_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        layout=facts.layout,
+        layout=layout,
         sequence=module.sequence,
         window=window,
         scale=scaling,
@@ -328,8 +407,36 @@ def _windows(function: Callable[..., Any]) -> list[int]:
     return [window for part in parts for window in _windows(part)]
 
 
-AttentionInterface.register("lasp", lasp_attention)
-AttentionMaskInterface.register("lasp", lasp_mask)
+_INSTEAD_OF: list[Any] = []  # what an `attn_implementation` of ours stands in the place of: "lasp", "lasp_1", ...
+
+
+def _name_instead_of(implementation: str | None) -> str:
+    """In the registries; one for each implementation that a model had, so that it can be put back."""
+    if implementation not in _INSTEAD_OF:
+        _INSTEAD_OF.append(implementation)
+        AttentionInterface.register(_name(implementation), lasp_attention)
+        AttentionMaskInterface.register(_name(implementation), lasp_mask)
+    return _name(implementation)
+
+
+def _name(implementation: str | None) -> str:
+    number = _INSTEAD_OF.index(implementation)
+    return f"lasp_{number}" if number else "lasp"
+
+
+@contextlib.contextmanager
+def as_it_came(model: nn.Module) -> Iterator[None]:
+    """Inside, the configs of the model name the attention that they did before."""
+    configs = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
+    names = {_name(x): x for x in _INSTEAD_OF}
+    found = [(c, now) for c in configs.values() if (now := getattr(c, "_attn_implementation", None)) in names]
+    try:
+        for config, now in found:
+            config._attn_implementation = names[now]
+        yield
+    finally:
+        for config, now in found:
+            config._attn_implementation = now
 
 
 # What a model computes over all tokens
@@ -345,7 +452,7 @@ def dynamic_rotary(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _dynamic_rotary_forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = facts_of(self.sequence).layout
+    layout = layout_of(self.sequence)
     offsets = layout.real.cu_seqlens or (0, layout.real.total)
     last = max(end - start for start, end in zip(offsets, offsets[1:])) - 1
     largest = position_ids.new_full((*position_ids.shape[:-1], 1), last)
@@ -369,7 +476,7 @@ def balance(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    if getattr(output, "aux_loss", None) is None:
+    if getattr(output, "aux_loss", None) is None or module.sequence.size == 1:
         return output
     chosen = probability = rows = 0
     mask = kwargs.get("attention_mask")
@@ -387,7 +494,10 @@ def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
     return output
 
 
-_CLASSES: dict[str, Adapter] = {"MiniMaxLightningAttention": lightning}
+_CLASSES: dict[str, Foreign] = {
+    "MiniMaxLightningAttention": Foreign(lightning, ()),
+    "RecurrentGemmaRecurrentBlock": Foreign(griffin, ("conv_1d", "rg_lru")),
+}
 
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
@@ -397,9 +507,9 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     another model; "lasp" is not saved with them.
     """
     for module in model.modules():
-        if getattr(module, "rope_type", None) is not None and _is_dynamic(module):
-            dynamic_rotary(module, sequence)
-        elif isinstance(module, PreTrainedModel) and "load_balancing_loss_func" in names_in(type(module).forward):
+        if isinstance(module, PreTrainedModel) and module is not model:  # it may be called by itself
+            sequence.border.install(module)
+        if isinstance(module, PreTrainedModel) and "load_balancing_loss_func" in names_in(type(module).forward):
             balance(module, sequence)
     own: dict[int, Any] = {}
     for module in model.modules():
@@ -407,7 +517,7 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
         if hasattr(config, "_attn_implementation") and hasattr(module, "sequence"):
             _own(model, config, own)
     for config in own.values():
-        config._attn_implementation = "lasp"
+        config._attn_implementation = _name_instead_of(config._attn_implementation)
 
 
 def _own(model: nn.Module, config: Any, own: dict[int, Any]) -> None:

@@ -9,11 +9,14 @@ A layer's first call is compared, then every `EVERY`-th. The count of calls deci
 what a rank happens to have seen before is not. (`messages.py` is for the calls between.) Before an optimizer steps,
 ranks also compare how many exchanges each layer has made, and in which order: over NCCL a small message waits for
 whoever asks next, so that a rank that left one out, in backward say, would take those of other layers for its own, and
-nobody would ever wait. With it they compare how often they have stepped, and now and then their weights.
+nobody would ever wait. With it they compare all that changes no message and yet what is trained: settings of the calls
+since the last step and the layouts that they were given, which modules are in evaluation mode, what the optimizers were
+told; once, buffers; and now and then the weights.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -31,12 +34,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, untyped
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lasp import arguments
 from lasp.checks import use
-from lasp.checks.checksum import checksums, whole_parameters
-from lasp.checks.optimizers import before_step
+from lasp.checks.checksum import checksums, whole_buffers, whole_parameters
+from lasp.checks.optimizers import before_step, note_settings
 from lasp.ranks import PeerError, Peers, RankMismatchError, SequenceParallel, Traffic, all_peers, peers_of
+from lasp.ranks.group import process
 from lasp.ranks.presence import presence
 from lasp.ranks.watch import watch
 
@@ -48,14 +53,19 @@ _LEAST_ANSWER, _ANSWER = timedelta(seconds=1.5), timedelta(seconds=10)
 _FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.0005, 0.05, 1.3  # seconds, seconds, factor
 _BETWEEN_LOOKS = 0.25  # seconds
 _NAMED = 4  # differences that a message lists; of 1,000 ranks all may differ
+_REMEMBERED = 4096  # kinds of calls between two steps
 
 Listing = Mapping[str, str]
 """Many things by name, of which ranks compare a checksum first, and each only where that differs."""
 
 BATCH = "batch"
 WEIGHTS = "values of"  # parameters; a listing of their checksums
+_BUFFERS = "buffer"  # before the first forward
+_CALLS = "a call's"  # settings
+_SETTINGS = "the optimizer's"
 _HINTS = {
     BATCH: "the ranks of a sequence cut one batch: draw it by the place in data parallelism, not by the global rank",
+    _BUFFERS: "ranks of a sequence start with the same buffers; afterwards each may count on its own",
     WEIGHTS: "ranks of a sequence start with the same weights, and average gradients over lasp.grad_mesh(mesh) "
     '(sync_grads, DDP, FSDP2); if some are meant to differ (expert parallelism), validate="off"',
 }
@@ -154,7 +164,7 @@ def _ask(first: _Round, fields: Mapping[str, object], listings: Mapping[str, Lis
     if odd:
         items = {f"{name} {item}": value for name in odd for item, value in listings[name].items()}
         items |= {f"the order of {name}": f"checksum {checksum(listings[name])}" for name in odd}
-        second = _Round(first.sequence, first.before, first.kind).compare({"fields": items, "complete": True})
+        second = first.again().compare({"fields": items, "complete": True})
         verdict = second if second["found"] != "agreement" else verdict
         verdict["text"] += "".join(f"; {_HINTS[name]}" for name in odd if name in _HINTS)
     return verdict
@@ -190,27 +200,86 @@ def of_batch(sequence: SequenceParallel, *, validate: str) -> Agreement:
         return Agreement(None, due=False)
 
     def count() -> None:
-        peers.batches += 1
+        peers.batches[kind] += 1
 
-    if peers.batches % EVERY == 0:
-        return Agreement(sequence, due=True, count=count, before="shard_batch", kind="batch")
+    kind = _kind_of_batch(peers)
+    if peers.batches[kind] % EVERY == 0:
+        return Agreement(sequence, due=True, count=count, before="shard_batch", kind=kind)
     count()
     return Agreement(None, due=False)
+
+
+def _kind_of_batch(peers: Peers) -> str:
+    """Of the comparison. The main thread counts its batches by itself, and so does one other: of more of these nobody
+    knows which is which on another rank."""
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return _KINDS[1]
+    known = None if peers.cuts_batches is None else peers.cuts_batches()
+    if known is not thread and known is not None and known.is_alive():
+        raise RuntimeError(
+            f"shard_batch was called for the same ranks in the threads {known.name!r} and {thread.name!r}, whose order "
+            'may be another on each rank: cut all batches in one of them, or pass validate="off"'
+        )
+    peers.cuts_batches = weakref.ref(thread)
+    return _KINDS[2]
 
 
 def remember_model(sequence: SequenceParallel, model: nn.Module) -> None:
     """From now on its weights are compared (see `compare_exchanges`), unless `validate` is "off"."""
     if sequence.size > 1 and sequence.validate == "first":
         sequence.peers.models.append(weakref.ref(model))
+        process.buffers[model] = model.register_forward_pre_hook(_note_buffers)
+
+
+def _note_buffers(model: nn.Module, _: Any) -> None:
+    """Before the first forward, since models may count in buffers what their own tokens are. (Not of a model that
+    torch.compile looks at, nor of a copy.)"""
+    if torch.compiler.is_compiling() or capturing():
+        return
+    handle = process.buffers.get(model)
+    if isinstance(handle, RemovableHandle):
+        handle.remove()
+        process.buffers[model] = checksums(whole_buffers(model))
+
+
+def note_call(sequence: SequenceParallel, operator: str, facts: tuple, layout: str | None) -> None:
+    """A call is about to exchange; of its layout what `layout` says in short."""
+    peers = sequence.peers
+    if len(peers.facts) >= _REMEMBERED:  # without a step: on all ranks at the same call
+        peers.facts.clear()
+    peers.facts[sequence.name, operator, facts] = None
+    if layout is not None:
+        count, mark = peers.layouts
+        peers.layouts = (count + 1, zlib.crc32(layout.encode(), mark))
+
+
+def note_loss(gradient: Tensor) -> None:
+    """That a loss got, which is the same on all ranks whose gradients are averaged."""
+    if not capturing():  # in whose memory something else may lie later
+        process.loss_gradient = gradient.detach()
+
+
+def note_autocast(sequence: SequenceParallel, device: str | None) -> None:
+    """Under which autocast a call runs on a device; None where the call is compiled, and cannot tell."""
+    if sequence.validate == "off":
+        return
+    mode = None
+    if device is not None:
+        mode = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
+    sequence.peers.autocast[mode] = None
 
 
 def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     """Raise on every rank if one of them has done something else since the last step that was compared.
 
-    That is: a layer has made more exchanges there, or they came in another order, or optimizers have stepped more often
-    that hold parameters of a model which `parallelize` has split. Before the first two such steps and every `EVERY`-th
-    ranks also compare the weights of the model that each of them holds whole. (Before the second it shows if gradients
-    are not averaged over all ranks.) The host waits for the device then, and at no other step.
+    That is: a layer has made more exchanges there, or they came in another order, or its calls had other settings,
+    layouts or autocast, or optimizers have stepped more often that hold parameters of a model which `parallelize` has
+    split. Of such a model also: a module is in evaluation mode, the optimizer has another learning rate or setting,
+    another gradient has reached `token_loss`, and before the first step its buffers were others before its first
+    forward. Before the first two such steps and every `EVERY`-th ranks also compare the weights of the model that each
+    of them holds whole. (Before the second it shows if gradients are not averaged over all ranks.) The host waits for
+    the device then, and at no other step; so a learning rate or a gradient on a device is compared then only.
 
     Optimizers call it before they step (all of `torch.optim`, and what derives from it). Only hosts meet here, through
     the key-value store. A step is compared if layers have exchanged since the last comparison, or if it is one more
@@ -234,18 +303,18 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     for peers in all_peers():
         models = _models_of(peers, parameters)
         peers.steps += bool(models)
+        if models:
+            note_settings(peers.settings, optimizer, read=is_due(peers.compared_steps))  # type: ignore[arg-type]
         if peers not in unused and not peers.exchanges and (not models or peers.steps <= peers.usual_steps):
             continue
         rounds.append(_Round(SequenceParallel(peers.group), "the step of the optimizer"))
-        done = {
-            "exchanges since the last step": _in_short(peers),
-            "optimizer steps since the last comparison": peers.steps,
-        }
-        records.append(done | ({"error": unused[peers]} if peers in unused else {}))
-        listings.append({WEIGHTS: _weights(models)} if is_due(peers.compared_steps) else {})
+        due = is_due(peers.compared_steps)
+        records.append(_done(peers, models, due) | ({"error": unused[peers]} if peers in unused else {}))
+        listings.append(_listings(peers, models, due))
         peers.forget_step()
     if not rounds:
         return
+    process.loss_gradient = None
     with ThreadPoolExecutor(len(rounds)) as pool:  # ranks may know their groups in different orders
         verdicts = list(pool.map(_ask, rounds, records, listings))
     for verdict in verdicts:
@@ -263,6 +332,52 @@ def _models_of(peers: Peers, parameters: set[int]) -> list[nn.Module]:
     """Those split over these ranks that have one of the parameters."""
     living = [model for known in peers.models if (model := known()) is not None]
     return [model for model in living if any(id(p) in parameters for p in model.parameters())]
+
+
+def _done(peers: Peers, models: list[nn.Module], due: bool) -> dict[str, object]:
+    """What a rank has done since the last comparison. `due`: the host waits for the device in any case."""
+    done = {
+        "exchanges since the last step": _in_short(peers),
+        "optimizer steps since the last comparison": peers.steps,
+        "layouts since the last step": "{}, checksum {:08x}".format(*peers.layouts),
+        "modules in evaluation mode": _evaluating(models),
+    }
+    loss_gradient = process.loss_gradient
+    if None not in peers.autocast:
+        done["autocast"] = sorted(map(str, peers.autocast))
+    if models and loss_gradient is not None and (due or loss_gradient.device.type == "cpu"):
+        done["the gradient that reached the loss"] = loss_gradient.item()
+    return done
+
+
+def _evaluating(models: list[nn.Module]) -> str:
+    if all(module.training for model in models for module in model.modules()):
+        return "none"
+    names = [name or "the model" for model in models for name, module in model.named_modules() if not module.training]
+    return f"{len(names)}: {_list(names)}; checksum {checksum(names)}"
+
+
+def _listings(peers: Peers, models: list[nn.Module], due: bool) -> dict[str, Listing]:
+    listings: dict[str, Listing] = {_CALLS: _facts_of_calls(peers)}
+    if models:
+        listings[_SETTINGS] = {name: ", ".join(values) for name, values in peers.settings.items()}
+    if due:
+        listings[WEIGHTS] = _weights(models)
+    noted = [process.buffers.pop(model) for model in models if isinstance(process.buffers.get(model), dict)]
+    if noted:
+        listings[_BUFFERS] = {name: mark for buffers in noted for name, mark in buffers.items()}
+    return listings
+
+
+def _facts_of_calls(peers: Peers) -> Listing:
+    """What was told of each layer's calls; several values where they were of several kinds."""
+    found: dict[str, list[str]] = {}
+    for layer, operator, facts in peers.facts:
+        for name, value in facts:
+            values = found.setdefault(f"{name} in layer {layer!r} ({operator})", [])
+            if str(value) not in values:
+                values.append(str(value))
+    return {name: ", ".join(sorted(values)) for name, values in found.items()}
 
 
 def is_due(count: int) -> bool:
@@ -313,24 +428,40 @@ class _Round:
     def __init__(self, sequence: SequenceParallel, before: str = "the exchange", kind: str = "call"):
         self.sequence, self.peers, self.before, self.kind = sequence, sequence.peers, before, kind
         self.rank, self.size = self.peers.rank, self.peers.size
-        self.number = self.peers.rounds[kind]
-        self.peers.rounds[kind] += 1
+        here, main = threading.get_ident(), threading.main_thread().ident
+        known = {_KINDS[0]: main, _KINDS[1]: main} | self.peers.threads
+        self.holds_up = [other for other in _KINDS if other != kind and known.get(other) == here]
+        self.peers.threads[kind] = here
+        self._count()
+
+    def _count(self) -> None:
+        self.number = self.peers.rounds[self.kind]
+        self.peers.rounds[self.kind] += 1
         self.life = self.peers.life
 
-    def compare(self, record: dict[str, Any]) -> dict[str, str]:
+    def again(self) -> _Round:
+        """The next one, of the same thread and about the same."""
+        found = copy.copy(self)
+        found._count()
+        return found
+
+    def compare(self, record: dict[str, Any]) -> dict[str, Any]:
         """The verdict on all ranks' records."""
         if self.peers.fake:
             return {"found": "agreement", "text": ""}
         if "fields" in record and "complete" not in record:
             record = record | {"fields": {"come to": json.dumps(self.before), **record["fields"]}}
+        record = record | {"holds up": self.holds_up}
         self.timeout = self.peers.timeout
-        verdicts: list[dict[str, str] | Exception] = []
+        verdicts: list[dict[str, Any] | Exception] = []
         # In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped.
         thread = threading.Thread(target=self._talk, args=(record, verdicts), daemon=True)
         thread.start()
         thread.join((self.timeout + min(max(self.timeout / 5, _LEAST_ANSWER), _ANSWER)).total_seconds())
         verdict = verdicts[0] if verdicts else TimeoutError("no answer")
         if isinstance(verdict, dict):
+            for kind, number in verdict.get("rounds", {}).items():  # that are over without this rank
+                self.peers.rounds[kind] = max(self.peers.rounds[kind], number)
             return verdict
         if not isinstance(verdict, (dist.DistError, TimeoutError)):
             raise verdict
@@ -349,33 +480,54 @@ class _Round:
         except Exception as error:
             verdicts.append(error)
 
-    def _judge(self, record: dict[str, Any], started: float) -> dict[str, str]:
+    def _judge(self, record: dict[str, Any], started: float) -> dict[str, Any]:
         if self.life is None:
             self.life = self.peers.life = self.peers.token
             self.store.set(_LIFE, self.life)
         self._tell(record)
         keys = {rank: self._key(rank) for rank in range(self.size)}
-        tokens = []
-        if self._wait(keys):
-            records = [json.loads(x) for x in self.store.multi_get(list(keys.values()))]
-            verdict = judge({self._name(r): x for r, x in enumerate(records)})
-            tokens = [x["token"] for x in records if "token" in x]
+        there = None
+        if self._wait(keys) or (there := self._others_there()):
+            at = keys if there is None else {rank: there.get(rank, key) for rank, key in keys.items()}
+            found = [json.loads(x) for x in self.store.multi_get(list(at.values()))]
+            verdict = judge({self._name(r): x for r, x in enumerate(found)})
+            verdict |= {"tokens": [x["token"] for x in found if "token" in x]}
         else:
-            verdict = self._absent(started)
-        agreed = verdict["found"] == "agreement"
-        readers = 0 if agreed else sum(self.store.check([key]) for key in keys.values()) - 1
-        self.store.set(self._key("verdict"), json.dumps(verdict | {"tokens": tokens}))
-        self._let_read(readers)
-        self._clean()
+            verdict = self._absent(started) | {"tokens": []}
+        self._publish(verdict, keys, there)
+        self._clean(verdict)
         return verdict
 
-    def _let_read(self, readers: int) -> None:
-        """Wait until so many have the verdict: this process may hold the store, and end with the error that follows."""
+    def _publish(self, verdict: dict[str, Any], keys: dict[int, str], there: dict[int, str] | None) -> None:
+        """The verdict; in another round too, if ranks wait `there`, and neither then takes place any more."""
+        agreed = verdict["found"] == "agreement"
+        readers = {self._key(""): 0 if agreed else sum(self.store.check([key]) for key in keys.values()) - 1}
+        if there:
+            other = next(iter(there.values())).rpartition("/")[0] + "/"
+            readers[other] = len(there)
+            rounds = {kind: int(number) + 1 for _, kind, number, _ in (path.split("/") for path in readers)}
+            verdict |= {"rounds": rounds, "readers": {other: len(there), self._key(""): self.size - len(there)}}
+        for path in readers:
+            self.store.set(f"{path}verdict", json.dumps(verdict))
+        # Until they have it: this process may hold the store, and end with the error that follows.
         until = time.monotonic() + min(self.timeout / 10, _READ).total_seconds()
-        while readers and self.store.add(self._key("readers"), 0) < readers and time.monotonic() < until:
-            time.sleep(0.001)
+        for path, count in readers.items():
+            while count and self.store.add(f"{path}readers", 0) < count and time.monotonic() < until:
+                time.sleep(0.001)
 
-    def _read(self, record: dict[str, Any], started: float) -> dict[str, str]:
+    def _others_there(self) -> dict[int, str] | None:
+        """The keys of ranks that wait at a comparison of another kind, while all others are here, if that has no end:
+        no thread is left that would come to the others."""
+        missing = [rank for rank in range(self.size) if not self.store.check([self._key(rank)])]
+        for kind in self.holds_up:
+            keys = {rank: f"{self.life}/{kind}/{self.peers.rounds[kind]}/{rank}" for rank in missing}
+            if keys and self.store.check(list(keys.values())):
+                records = map(json.loads, self.store.multi_get(list(keys.values())))
+                if all(self.kind in record["holds up"] for record in records):
+                    return keys
+        return None
+
+    def _read(self, record: dict[str, Any], started: float) -> dict[str, Any]:
         verdict = self._received(record) if self.life else self._received_in_new_life(record, started)
         if verdict is None:
             absent = self._absent(started)
@@ -387,7 +539,7 @@ class _Round:
                 return absent
             verdict = json.loads(self.store.get(self._key("verdict")))
         with suppress(dist.DistError):  # the first rank, which may hold the store, need not wait for what follows
-            self._clean()
+            self._clean(verdict)
         return verdict
 
     def _received(self, record: dict[str, Any], limit: timedelta | None = None) -> dict[str, str] | None:
@@ -427,17 +579,23 @@ class _Round:
         if self.number == 0:
             presence.learn(ranks)
         pause, look = _FIRST_PAUSE, time.monotonic() + _BETWEEN_LOOKS
+        rest, look_there = _BETWEEN_LOOKS, look
         while not (here := self.store.check(list(keys.values()))) and time.monotonic() < until:
             if time.monotonic() > look:
                 presence.learn(ranks)  # those that had not announced themselves
                 if not all(self.store.check([ranks[rank]]) for rank in presence.ended(ranks)):
                     break
                 look = time.monotonic() + _BETWEEN_LOOKS
+            if self.rank == 0 and time.monotonic() > look_there:
+                if self._others_there():
+                    break
+                rest *= 2  # of many ranks it asks the store for each
+                look_there = time.monotonic() + rest
             time.sleep(pause)
             pause = min(pause * _GROWTH, _LONGEST_PAUSE)
         return here or self.store.check(list(keys.values()))
 
-    def _absent(self, started: float) -> dict[str, str]:
+    def _absent(self, started: float) -> dict[str, Any]:
         ranks = range(self.size) if self.life is not None else [0]
         missing = [r for r in ranks if self.life is None or not self.store.check([self._key(r)])]
         who = ", ".join(map(self._named, missing)) or f"the verdict of {self._named(0)}"
@@ -448,9 +606,9 @@ class _Round:
         ended = presence.ended([dist.get_global_rank(self.peers.group, rank)])
         return self._name(rank) + (" (its process has ended)" if ended else "")
 
-    def _clean(self) -> None:
+    def _clean(self, verdict: Mapping[str, Any]) -> None:
         self.store.delete_key(self._key(self.rank))
-        if self.store.add(self._key("readers"), 1) == self.size:
+        if self.store.add(self._key("readers"), 1) == verdict.get("readers", {}).get(self._key(""), self.size):
             self.store.delete_key(self._key("verdict"))
             self.store.delete_key(self._key("readers"))
 
@@ -464,6 +622,9 @@ class _Round:
         return f"layer {self.sequence.name!r}: " if self.sequence.name else ""
 
 
+# Comparisons of each have an order on every rank: before calls and steps, of batches that the main thread cuts, and of
+# those that another one cuts.
+_KINDS = ("call", "batch", "batch of a thread")
 _LIFE = "life"  # a key: the token of the first rank
 _READ = timedelta(seconds=2)  # for ranks that wait for a verdict to read it; a tenth of the timeout, if less
 _LOOK_AGAIN = timedelta(seconds=0.5)  # for it, until it is known to be of this life
@@ -473,7 +634,8 @@ def judge(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The verdict on the records of all ranks, by the name of the rank.
 
     The value that most ranks have is taken for the right one; of as many, the first rank's. Ranks that have come to
-    different things are not compared further. Where only listings differ, their names are told.
+    different things are not compared further. Where only listings differ, their names are told; else the listings,
+    whose checksums say little, are left out.
     """
     failed = {rank: record["error"] for rank, record in records.items() if "error" in record}
     if len(failed) == len(records):
@@ -484,20 +646,22 @@ def judge(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     fields = {rank: record["fields"] for rank, record in records.items()}
     complete = all(record.get("complete") for record in records.values())  # what one leaves out the others lack
     layer = _most([x.get("layer") for x in fields.values()])
-    different, odd = [], []
+    different: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for x in fields.values() for name in x):
         values = {rank: x.get(name, "nothing") for rank, x in fields.items() if name in x or complete}
         usual = _most(list(values.values()))
         found = [f"{rank} has {name} {x}, the others {usual}" for rank, x in values.items() if x != usual]
-        different += found
-        odd += [name] * bool(found)
+        if found:
+            different[name] = found
         if found and name == "come to":
             break
     if not different:
         return {"found": "agreement", "text": ""}
-    verdict: dict[str, Any] = {"found": "mismatch", "text": (f"layer {layer}: " if layer else "") + _list(different)}
-    listings = [name for name in odd if all(name in record.get("listings", ()) for record in records.values())]
-    return verdict | ({"listings": listings} if listings == odd else {})
+    listings = [name for name in different if all(name in x.get("listings", ()) for x in records.values())]
+    told = [text for name, found in different.items() if name not in listings for text in found]
+    text = _list(told or [text for found in different.values() for text in found])
+    verdict: dict[str, Any] = {"found": "mismatch", "text": (f"layer {layer}: " if layer else "") + text}
+    return verdict | ({} if told else {"listings": listings})
 
 
 def _most(values: list) -> Any:

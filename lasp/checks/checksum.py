@@ -66,6 +66,15 @@ def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def whole_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that a rank holds whole, also what is in no state_dict; none without memory, and no sparse ones."""
+    return {
+        name: b
+        for name, b in model.named_buffers()
+        if not is_lazy(b) and type(b.data) is Tensor and not b.is_meta and b.layout is torch.strided
+    }
+
+
 def _of_fsdp1(p: Tensor) -> bool:
     """Whether it is a part of what PyTorch's first FSDP has laid end to end."""
     return getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False)

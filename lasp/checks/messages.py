@@ -6,10 +6,14 @@ all see the same difference, and nothing has been sent. NCCL's messages cannot b
 waiting. There the ranks agree on each kind of message once, through the key-value store, and remember it: a rank that
 comes with a kind on which none has agreed asks the others first, finds them elsewhere or not at all, and sends nothing.
 What differs from batch to batch, such as the borders of packed sequences, makes no new kind.
+
+Messages may fit and mean something else: another scale, other borders of packed sequences. Such facts of a call are
+compared with the messages over gloo; over NCCL before the next step of an optimizer (`agreement.py`).
 """
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +28,9 @@ from lasp.ranks import RankMismatchError, SequenceParallel, waiting
 Kind = tuple[tuple[str, object], ...]
 """All that decides how many messages there are, how long, and what they mean, by name; the same on every rank."""
 
-_HEADER = 256  # bytes
-_TAG = 2  # of these messages; those of an exchange have 0 and 1
+_HEADER, _IN_FULL = 256, 8192  # bytes
+_TAGS = {_HEADER: 2, _IN_FULL: 3}  # of these messages; those of an exchange have 0 and 1
+_SHOWN = 300  # characters of a value
 _KINDS = 4096  # that are remembered of a group
 
 
@@ -35,6 +40,7 @@ def check_messages(
     kind: Kind,
     device: torch.device,
     *,
+    facts: Kind = (),
     where: str = "",
     explain: Callable[[], None] | None = None,
 ) -> None:
@@ -45,18 +51,19 @@ def check_messages(
         what: is about to be exchanged; a word for all messages of a kind.
         kind: see `Kind`.
         device: on which the messages lie.
+        facts: what else must be the same on every rank, though messages fit without; compared on hosts only.
         where: in which layer and direction.
-        explain: called where ranks differ; may raise an error that says it better.
+        explain: called where ranks differ that are about to exchange the same; may raise an error that says it better.
 
     Raises:
-        RankMismatchError: a rank is about to send something else; on every rank.
+        RankMismatchError: a rank is about to send something else, or has other facts; on every rank.
         PeerError: a rank did not come within the timeout of the group.
     """
     peers = sequence.peers
     if sequence.validate == "off" or peers.fake:
         return
     if on_hosts(sequence, device):
-        _meet(sequence, f"{where}: {what}" if where else what, kind, explain)
+        _meet(sequence, f"{where}: {what}" if where else what, kind, facts, explain)
     elif (what, kind) not in peers.agreed and not agreement.capturing():
         agreement.compare(sequence, {"layer": sequence.name, **dict(kind)}, before=f"a new kind of message, {what}")
         if len(peers.agreed) >= _KINDS:  # on all ranks at the same call
@@ -73,28 +80,36 @@ def on_hosts(sequence: SequenceParallel, device: torch.device) -> bool:
     return found
 
 
-def _meet(sequence: SequenceParallel, what: str, kind: Kind, explain: Callable[[], None] | None) -> None:
-    text = f"{what} ({', '.join(f'{name} {value}' for name, value in kind)})".encode()
-    header = (zlib.crc32(text).to_bytes(4, "big") + text)[:_HEADER].ljust(_HEADER)
+def _meet(sequence: SequenceParallel, what: str, kind: Kind, facts: Kind, explain: Callable[[], None] | None) -> None:
+    text = f"{what} ({', '.join(f'{name} {value}' for name, value in kind)})"
+    mark = zlib.crc32(repr(facts).encode(), zlib.crc32(text.encode()))
+    header = (mark.to_bytes(4, "big") + text.encode())[:_HEADER].ljust(_HEADER)
     headers = _of_all(header, what, sequence)
     if headers == [header] * sequence.size:
         return
-    if explain is not None:
+    told = [header[4:].decode(errors="replace").rstrip() for header in headers]  # the same on every rank
+    if explain is not None and len({text.split(" (")[0] for text in told}) == 1:
         explain()
-    told = [header[4:].decode(errors="replace").rstrip() for header in headers]
-    if len(set(told)) == 1:  # they differ where a header is at its end
-        told = [f"{text}..., checksum {header[:4].hex()}" for text, header in zip(told, headers)]
-    verdict = judge({sequence.name_of(r): {"fields": {"come to": text}} for r, text in enumerate(told)})
-    raise RankMismatchError(verdict["text"])
+    found = [{"come to": text} for text in told]
+    if len(set(told)) == 1:  # they differ where a header is at its end, or in the facts
+        mine = json.dumps({name: _in_short(str(value)) for name, value in (("come to", text), *facts)}).encode()
+        found = [json.loads(x) for x in _of_all(mine.ljust(_IN_FULL), what, sequence)]
+    verdict = judge({sequence.name_of(rank): {"fields": fields} for rank, fields in enumerate(found)})
+    came_to_the_same = len({fields["come to"] for fields in found}) == 1
+    raise RankMismatchError((f"{what}: " if came_to_the_same else "") + verdict["text"])
+
+
+def _in_short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..., checksum {zlib.crc32(text.encode()):08x}"
 
 
 def _of_all(header: bytes, what: str, sequence: SequenceParallel) -> list[bytes]:
     """From each rank, as the group counts them.
 
-    One message from rank to rank, so that an error names who is missing, under a tag of their own, so that all messages
-    that can come are equally long.
+    One message from rank to rank, so that an error names who is missing, under a tag of their length, so that all
+    messages that can come are equally long.
     """
-    group, peers, me = sequence.group, sequence.peers, sequence.peers.rank
+    group, peers, me, tag = sequence.group, sequence.peers, sequence.peers.rank, _TAGS[len(header)]
     mine = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     theirs = {rank: torch.empty_like(mine) for rank in range(sequence.size) if rank != me}
 
@@ -105,8 +120,8 @@ def _of_all(header: bytes, what: str, sequence: SequenceParallel) -> list[bytes]
                 found[rank] = act(rank)
         return found
 
-    arriving = of_each(lambda rank: dist.irecv(theirs[rank], group=group, group_src=rank, tag=_TAG))
-    leaving = of_each(lambda rank: dist.isend(mine, group=group, group_dst=rank, tag=_TAG))
+    arriving = of_each(lambda rank: dist.irecv(theirs[rank], group=group, group_src=rank, tag=tag))
+    leaving = of_each(lambda rank: dist.isend(mine, group=group, group_dst=rank, tag=tag))
     of_each(lambda rank: peers.wait(arriving[rank]))
     of_each(lambda rank: peers.wait(leaving[rank]))
     return [bytes((theirs[rank] if rank != me else mine).tolist()) for rank in range(sequence.size)]

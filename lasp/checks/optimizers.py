@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -29,3 +31,26 @@ def before_step(check: Callable[[Optimizer], None], *, last: bool = False) -> No
 def _call_checks(optimizer: Optimizer, *_: object) -> None:
     for check in (*_checks, *_last_checks):
         check(optimizer)
+
+
+def note_settings(noted: dict[str, list[str]], optimizer: Optimizer, *, read: bool) -> None:
+    """Add what an optimizer is about to step with: numbers, such as the learning rate, of each group of parameters.
+
+    Of one that is a tensor on another device the host would have to wait; only if it may be `read`.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            told = _told(value, read)
+            if name != "params" and told is not None:
+                values = noted.setdefault(f"{name} of group {number} ({type(optimizer).__name__})", [])
+                if told not in values:
+                    values.append(told)
+
+
+def _told(value: Any, read: bool) -> str | None:
+    if isinstance(value, Tensor) and value.numel() == 1 and (read or value.device.type == "cpu"):
+        return str(value.item())
+    if isinstance(value, (tuple, list)) and all(isinstance(x, (int, float, Tensor)) for x in value):
+        parts = [_told(x, read) for x in value]
+        return None if None in parts else f"({', '.join(map(str, parts))})"
+    return str(value) if isinstance(value, (bool, int, float)) else None

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 _DROPS = re.compile(r"drop_?(out|path|connect|block)|stochastic_?depth", re.IGNORECASE)
 
@@ -28,6 +29,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 p.grad = None
             yield
         finally:
+            for module in modules:
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # after a forward without backward its weights are whole
             for p, gradient in zip(parameters, gradients):
                 p.grad = gradient
             for module, training, held in zip(modules, modes, buffers):

@@ -27,6 +27,7 @@ import lasp_kernels as kernels
 from lasp import arguments, decay, exchange
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement
+from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
@@ -135,7 +136,7 @@ def linear_attention(
         x = _prepare(q, k, v, log_decay, initial_state, scale)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
-    with begin(NAME, sequence) as ranks_agree:
+    with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
         # What ranks compare must be there before they exchange, and without ranks nothing travels meanwhile.
         if callable(q) and (alone or ranks_agree is not None):
@@ -144,7 +145,16 @@ def linear_attention(
         x = _prepare(q, k, v, log_decay, initial_state, scale)
         kernels.check_inputs(x.q, x.k, x.v, log_decay, segment_length)
         ends, rates = initial_state is not None or output_final_state, decay.host_values(log_decay)
-        call = call_of(NAME, x.k, layout, sequence, segment_length=segment_length, ends=ends, rates=rates)
+        call = call_of(
+            NAME,
+            x.k,
+            layout,
+            sequence,
+            segment_length=segment_length,
+            ends=ends,
+            rates=rates,
+            settings=settings_of(x, initial_state, output_final_state, rates),
+        )
         if initial_state is not None:
             check_initial_state(initial_state, x.k, x.v, call)
         grad_mode = torch.is_grad_enabled()
@@ -158,6 +168,27 @@ def linear_attention(
             x = x._replace(q=_made_meanwhile(later, k, started, call))
         facts = (call, scale, needs, ranks_agree)
         return _LinearAttention.apply(*x[:4], initial_state, facts, started)  # type: ignore[return-value]
+
+
+def settings_of(
+    x: Operands, initial_state: Tensor | None, output_final_state: bool, rates: tuple[float, ...] | None
+) -> Kind:
+    """Of a call, besides what its messages show; of operands that have been checked.
+
+    `rates` are the fixed decays if the host knows them. Of a GPU's it may in eager code and not in compiled.
+    """
+    return (
+        ("scale", x.scale),
+        ("dtype", x.k.dtype),
+        ("query heads", x.q.shape[2]),
+        ("log_decay", None if x.log_decay is None else _FORMS[x.log_decay.ndim]),
+        ("fixed decays", rates if x.k.device.type == "cpu" else None),
+        ("initial_state", "none" if initial_state is None else "given"),
+        ("output_final_state", output_final_state),
+    )
+
+
+_FORMS = {1: "[H]", 3: "[B, T, H]", 4: "[B, T, H, K]"}
 
 
 class Needs(NamedTuple):

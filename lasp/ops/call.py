@@ -52,8 +52,12 @@ class MapSteps(Protocol):
     def border_maps(self, maps: Any, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]: ...  # noqa: D102
 
 
-def begin(operator: str, sequence: SequenceParallel | None) -> AbstractContextManager[Agreement | None]:
+def begin(
+    operator: str, sequence: SequenceParallel | None, x: Tensor | None = None
+) -> AbstractContextManager[Agreement | None]:
     """Count a forward call of an operator. A context around it; it gives the `Agreement` that the ranks must come to.
+
+    x is one of its tensors; none in compiled code, which does not see how autocast is set.
 
     None where nothing is to be compared: on one rank, in a recompute, and at most calls (see `lasp.checks.agreement`).
     """
@@ -66,6 +70,7 @@ def begin(operator: str, sequence: SequenceParallel | None) -> AbstractContextMa
         raise RuntimeError("the function that makes q must not exchange anything among the same ranks")
     if recompute.under_way():
         return _NOTHING
+    agreement.note_autocast(sequence, None if not isinstance(x, Tensor) or x.is_meta else x.device.type)
     traffic = sequence.by_operator.get(operator) or sequence.traffic_of(operator)
     if traffic.calls % agreement.EVERY == 0 and (due := agreement.of_call(sequence, traffic)) is not None:
         return due  # which counts the call once the ranks have agreed
@@ -86,6 +91,8 @@ class Call:
         segment_length: as asked for.
         ends: whether there is an initial or final state.
         rates: the fixed log-decay of each head, where the host knows it.
+        settings: what else all ranks must call with, though messages fit without, by name; the same of eager and of
+            compiled code.
     """
 
     operator: str
@@ -93,9 +100,12 @@ class Call:
     segment_length: int | None = None
     ends: bool = False
     rates: tuple[float, ...] | None = None
+    settings: Kind = ()
     sequence: SequenceParallel | None = field(init=False)  # the ranks; None where there is nothing to exchange
     traffic: Traffic = field(init=False, repr=False)  # what this operator has exchanged in its layer
     _terms: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
+    facts: Kind = field(init=False, repr=False)  # what ranks compare at every call; a layout beside it
+    layout_in_short: str | None = field(init=False, repr=False)
     _key: str = field(init=False, repr=False)  # by which a recompute finds its original
 
     def __post_init__(self) -> None:
@@ -107,6 +117,8 @@ class Call:
         for name, value in (
             ("sequence", sequence),
             ("traffic", traffic),
+            ("facts", (*self.settings, ("segment_length", self.segment_length))),
+            ("layout_in_short", None if self.shard.layout is None else _in_short(self.shard.layout)),
             ("_key", f"{self.operator} of layer {layer}"),
         ):
             object.__setattr__(self, name, value)
@@ -123,7 +135,7 @@ class Call:
 
     def fingerprint(self, tensors: dict[str, Tensor | None], **settings: object) -> dict[str, object]:
         """What must be the same on all ranks, lest their messages differ in size, number or meaning."""
-        sequence, layout, traffic = self.sequence, self.shard.layout, self.traffic
+        sequence, traffic = self.sequence, self.traffic
         assert sequence is not None
         total = sequence.traffic
         return {
@@ -135,7 +147,7 @@ class Call:
             "exchange": [sequence.exchange, *astuple(exchange.cost.network_of(sequence))],
             **{name: _form(x, name) for name, x in tensors.items()},
             **_values_held_alike(tensors, self.rates),
-            "layout": None if layout is None else _in_short(layout),
+            "layout": self.layout_in_short,
             "segment_length": self.segment_length,
             "tokens": next(x.shape[1] for x in tensors.values() if x is not None) if self.needs_equal_tokens else None,
             "decay_on_host": self.rates,
@@ -231,7 +243,13 @@ class Call:
         assert sequence is not None
         if sequence.validate == "first":
             where = f"layer {sequence.name!r}, {'backward' if reverse else 'forward'}"
-            check_messages(sequence, f"{self.operator}, {thing}", kind, x.device, where=where)
+            what = f"{self.operator}, {thing}"
+            if reverse:  # of a forward whose facts were compared
+                check_messages(sequence, what, kind, x.device, where=where)
+            else:
+                facts = (*self.facts, ("layout", self.layout_in_short))
+                check_messages(sequence, what, kind, x.device, facts=facts, where=where)
+                agreement.note_call(sequence, self.operator, self.facts, self.layout_in_short)
 
     def reception(self) -> recompute.Reception:
         """Of a communication of this call's forward: does it take place, or is its result known?"""
@@ -372,6 +390,7 @@ def call_of(
     segment_length: int | None = None,
     ends: bool = False,
     rates: tuple[float, ...] | None = None,
+    settings: Kind = (),
     name: str = "k",
 ) -> Call:
     """The `Call` of an operator whose tensor `name` is x [B, T, ...]; raises where the arguments do not fit."""
@@ -379,10 +398,10 @@ def call_of(
         return _alone(operator, x.shape[0], segment_length, ends, rates)
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1 or not isinstance(layout, _LAYOUTS):
         return Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates)
-    key = (operator, x.shape[:2], layout, segment_length, ends, rates)
+    key = (operator, x.shape[:2], layout, segment_length, ends, rates, settings)
     known = sequence.kept.get(key)
     if known is None:
-        known = Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates)
+        known = Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates, settings)
         if len(sequence.kept) > exchange.KEPT:
             sequence.kept.clear()
         sequence.kept[key] = known

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import lasp_kernels as kernels
 from lasp import decay
+from lasp.checks.messages import Kind
 from lasp.layout import ShardLayout
-from lasp.ops import attention, delta, halo, softmax
+from lasp.ops import attention, delta, elementwise, halo, softmax
 from lasp.ops.call import Call, begin, call_of, check_initial_state
 from lasp.ranks import sequence_of_handle
 from lasp_kernels import Operands, convolution
@@ -33,10 +34,12 @@ def _call(
     cu_seqlens: MaybeTensor,
     sequence: MaybeTensor,
     segment_length: MaybeInt,
+    settings: Kind = (),
 ) -> Call:
     layout, ranks = ShardLayout.of_facts(lengths, cu_seqlens), sequence_of_handle(sequence)
     rates = decay.host_values(x.log_decay)
-    return call_of(attention.NAME, x.k, layout, ranks, segment_length=segment_length, ends=ends, rates=rates)
+    options = {"segment_length": segment_length, "ends": ends, "rates": rates, "settings": settings}
+    return call_of(attention.NAME, x.k, layout, ranks, **options)
 
 
 @torch.library.custom_op("lasp::linear_attention", mutates_args=())
@@ -60,7 +63,9 @@ def linear_attention_op(
     with begin(attention.NAME, sequence_of_handle(sequence)) as ranks_agree:
         kernels.check_inputs(q, k, v, log_decay, segment_length)
         ends = initial_state is not None or output_final_state
-        call = _call(x, ends, lengths, cu_seqlens, sequence, segment_length)
+        rates = None if decay_grad else decay.host_values(log_decay)
+        settings = attention.settings_of(x, initial_state, output_final_state, rates)
+        call = _call(x, ends, lengths, cu_seqlens, sequence, segment_length, settings)
         if initial_state is not None:
             check_initial_state(initial_state, k, v, call)
         needs = attention.Needs(output_final_state, decay_grad)
@@ -251,12 +256,85 @@ def _delta_gradients(ctx, do, d_final_state, *_):
 delta_rule_op.register_autograd(_delta_gradients, setup_context=_setup_delta)
 
 
+# Channels that decay each by itself: one op for both operators, which differ in their tensors
+
+
+@torch.library.custom_op("lasp::elementwise", mutates_args=())
+def elementwise_op(
+    operator: str, tensors: Sequence[Tensor], lengths: MaybeTensor, cu_seqlens: MaybeTensor, sequence: MaybeTensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result and what backward needs: the states of segments and of all tokens.
+
+    These are empty where they are the result, or where backward makes them again.
+    """
+    x, layout = elementwise.operands_of(operator, tensors), ShardLayout.of_facts(lengths, cu_seqlens)
+    call, started = elementwise.start(x, layout, sequence_of_handle(sequence))
+    y, states, kept = elementwise.forward(x, call, started)
+    kept = y.new_empty(0) if kept is None or elementwise.keeps_result(x) else kept
+    return y.to(tensors[0].dtype), states.contiguous(), kept
+
+
+@elementwise_op.register_fake
+def _(operator, tensors, lengths, cu_seqlens, sequence):
+    x, y = elementwise.operands_of(operator, tensors), tensors[0]
+    kept_shape = (0,) if elementwise.keeps_result(x) or operator != elementwise.RECURRENCE else y.shape
+    dtype, segments = kernels.state_dtype(y.dtype), torch.library.get_ctx().new_dynamic_size()
+    states = y.new_empty(y.shape[0], segments, *elementwise.state_shape(x), dtype=dtype)
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device), states, y.new_empty(kept_shape, dtype=dtype)
+
+
+@torch.library.custom_op("lasp::elementwise_backward", mutates_args=())
+def elementwise_backward_op(
+    operator: str,
+    tensors: Sequence[Tensor],
+    states: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+) -> list[Tensor]:
+    """The gradients of all tensors."""
+    x, layout = elementwise.operands_of(operator, tensors), ShardLayout.of_facts(lengths, cu_seqlens)
+    call = elementwise.checked_call(x, layout, sequence_of_handle(sequence))
+    found = elementwise.backward(x, (states, kept), dy, call, (True,) * len(tensors))
+    return [d.contiguous() for d in found if d is not None]
+
+
+@elementwise_backward_op.register_fake
+def _(operator, tensors, *_):
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+
+
+def _setup_elementwise(ctx, inputs, output):
+    ctx.operator, tensors, *facts = inputs
+    y, states, kept = output
+    kept = y if elementwise.keeps_result(elementwise.operands_of(ctx.operator, tensors)) else kept
+    ctx.save_for_backward(*tensors, states, kept, *facts)
+
+
+def _elementwise_gradients(ctx, dy, *_):
+    *tensors, states, kept, lengths, cu_seqlens, sequence = ctx.saved_tensors
+    found = elementwise_backward_op(ctx.operator, tensors, states, kept, dy, lengths, cu_seqlens, sequence)
+    return None, found, None, None, None
+
+
+elementwise_op.register_autograd(_elementwise_gradients, setup_context=_setup_elementwise)
+
+
 # Tokens of other ranks
 
 
-def _token_call(operator: str, x: Tensor, lengths: MaybeTensor, cu_seqlens: MaybeTensor, sequence: MaybeTensor) -> Call:
+def _token_call(
+    operator: str,
+    x: Tensor,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    settings: Kind = (),
+) -> Call:
     layout = ShardLayout.of_facts(lengths, cu_seqlens)
-    return call_of(operator, x, layout, sequence_of_handle(sequence), name="x")
+    return call_of(operator, x, layout, sequence_of_handle(sequence), settings=settings, name="x")
 
 
 @torch.library.custom_op("lasp::halo", mutates_args=())
@@ -302,18 +380,31 @@ halo_op.register_autograd(_halo_gradient, setup_context=_setup_halo)
 
 
 @torch.library.custom_op("lasp::gather_tokens", mutates_args=())
-def gather_tokens_op(x: Tensor, lengths: Tensor, cu_seqlens: MaybeTensor, total: int, sequence: Tensor) -> Tensor:
-    """x of all ranks, which is `total` tokens."""
+def gather_tokens_op(
+    x: Tensor,
+    lengths: Tensor,
+    cu_seqlens: MaybeTensor,
+    total: int,
+    sequence: Tensor,
+    window: MaybeInt,
+    scale: MaybeFloat,
+    softcap: MaybeFloat,
+    dropout_p: float,
+    heads: int,
+    masked: bool,
+) -> Tensor:
+    """x of all ranks, which is `total` tokens; for a `softmax_attention` of these settings."""
     ranks = sequence_of_handle(sequence)
     with begin(softmax.NAME, ranks) as ranks_agree:
-        call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence)
+        settings = softmax.settings_of(window, scale, softcap, dropout_p, heads, masked)
+        call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence, settings)
         if ranks_agree is not None:
             ranks_agree.settle(lambda: call.fingerprint({"x": x}))
     return softmax.gather(x, tuple(lengths.tolist()), call).contiguous()
 
 
 @gather_tokens_op.register_fake
-def _(x, lengths, cu_seqlens, total, sequence):
+def _(x, lengths, cu_seqlens, total, sequence, *settings):
     return x.new_empty(x.shape[0], total, *x.shape[2:])
 
 
@@ -333,13 +424,13 @@ def _(dx, tokens, lengths, cu_seqlens, sequence):
 
 
 def _setup_gather(ctx, inputs, output):
-    x, lengths, cu_seqlens, _, sequence = inputs
+    x, lengths, cu_seqlens, _, sequence, *_ = inputs
     ctx.tokens = x.shape[1]
     ctx.save_for_backward(lengths, cu_seqlens, sequence)
 
 
 def _gather_gradient(ctx, dx):
-    return scatter_tokens_op(dx, ctx.tokens, *ctx.saved_tensors), None, None, None, None
+    return scatter_tokens_op(dx, ctx.tokens, *ctx.saved_tensors), *[None] * 10
 
 
 gather_tokens_op.register_autograd(_gather_gradient, setup_context=_setup_gather)

@@ -107,7 +107,7 @@ def delta_rule(
     if torch.compiler.is_compiling():
         x = _prepare(q, k, v, beta, log_decay, scale)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
-    with begin(NAME, sequence) as ranks_agree:
+    with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
         x = _prepare(q, k, v, beta, log_decay, scale)
         call = checked_call(x, initial_state, output_final_state, layout, sequence, segment_length)
@@ -143,7 +143,14 @@ def checked_call(
     """The call of these arguments; raises where they do not fit."""
     check_delta_inputs(*x[:5], segment_length)
     ends = initial_state is not None or output_final_state
-    call = call_of(NAME, x.k, layout, sequence, segment_length=segment_length, ends=ends)
+    settings = (
+        ("scale", x.scale),
+        ("dtype", x.k.dtype),
+        ("log_decay", "none" if x.log_decay is None else "given"),
+        ("initial_state", "none" if initial_state is None else "given"),
+        ("output_final_state", output_final_state),
+    )
+    call = call_of(NAME, x.k, layout, sequence, segment_length=segment_length, ends=ends, settings=settings)
     if initial_state is not None:
         check_initial_state(initial_state, x.k, x.v, call)
     return call

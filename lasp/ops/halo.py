@@ -90,7 +90,7 @@ def _bring(
     check_arguments: Callable[[], None],
 ) -> tuple[Tensor, tuple[int, ...] | None]:
     """x with the tokens before it, and the borders of packed documents among this rank's tokens."""
-    with begin(NAME, sequence) as ranks_agree:
+    with begin(NAME, sequence, x) as ranks_agree:
         check_arguments()
         width = int(width)  # which NumPy's may be
         call = call_of(NAME, x, layout, sequence, name="x")

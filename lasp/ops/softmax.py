@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lasp import arguments, exchange
+from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
 from lasp.ops.call import (
@@ -102,9 +103,10 @@ def softmax_attention(
         q, k, v, settings = _checked(q, k, v, key_mask, settings)
         documents = Shard.of(k, layout, sequence).runs.cu_seqlens
         return local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
-    with begin(NAME, sequence) as ranks_agree:
+    with begin(NAME, sequence, k) as ranks_agree:
         q, k, v, settings = _checked(q, k, v, key_mask, settings)
-        call = call_of(NAME, k, layout, sequence)
+        told = settings_of(*settings.values(), q.shape[2], key_mask is not None)
+        call = call_of(NAME, k, layout, sequence, settings=told)
         gradient = wants_gradient(q, k, v)
         if ranks_agree is not None:
             tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask}
@@ -118,6 +120,11 @@ def softmax_attention(
         key_mask = gather(key_mask.to(torch.uint8), lengths, call).bool()
     o = _attend(q, both, k.shape[3], key_mask, ShardLayout(lengths, layout and layout.cu_seqlens), sequence, settings)
     return _Join.apply(o, both)  # type: ignore[return-value]
+
+
+def settings_of(*values: object) -> Kind:
+    """Of a call, besides what its messages show."""
+    return tuple(zip(("window", "scale", "softcap", "dropout_p", "query heads", "key_mask"), values))
 
 
 def _in_graph(
@@ -134,7 +141,8 @@ def _in_graph(
     if isinstance(sequence, SequenceParallel) and sequence.size > 1:
         if layout is None:
             raise ValueError("under torch.compile softmax_attention over several ranks needs layout=")
-        facts = (*layout.facts, layout.total, sequence.handle)
+        told = (*settings.values(), q.shape[2], key_mask is not None)
+        facts = (*layout.facts, layout.total, sequence.handle, *told)
         both = torch.ops.lasp.gather_tokens(torch.cat([k, v], -1), *facts)
         k, v = both.split([k.shape[3], v.shape[3]], 3)
         if key_mask is not None:

@@ -47,12 +47,16 @@ def uncounted() -> Iterator[None]:
 
     `explain`, the calls that ranks compare, what they compare before an optimizer steps (exchanges, layers that ran,
     models), and the flags of states that were not finite are as before. All ranks must leave it at the same place.
+    Inside, the first call of each layer is compared again, so that a rank that fails before it keeps none waiting.
     """
     held = living_sequences()
     traffic = [{operator: replace(found) for operator, found in s.by_operator.items()} for s in held]
     compared = {id(x): (Counter(x.exchanges), x.order, list(x.models)) for x in process.peers.values()}
     noted, ran = dict(process.noted), dict(process.ran)
     flags = {s: flag.clone() for s, flag in process.not_finite.items()}
+    for sequence in held:
+        for found in sequence.by_operator.values():
+            found.calls = 0
     try:
         yield
     finally:

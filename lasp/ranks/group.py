@@ -54,18 +54,24 @@ class Peers:
         # What ranks compare (lasp.checks)
         self.exchanges: Counter[tuple[str, bool]] = Counter()  # of a layer, in a direction, since the last comparison
         self.order = 0  # a checksum of their order
+        self.facts: dict[Any, None] = {}  # layers, operators and what was told of their calls, since then
+        self.layouts: tuple[int, int] = (0, 0)  # how many calls had one, and a checksum of these
+        self.autocast: dict[str | None, None] = {}  # modes of calls since then; None: it is not known of compiled code
+        self.settings: dict[str, list[str]] = {}  # of optimizers that have stepped since then
         self.steps = 0  # of optimizers of split models since the last comparison
         self.usual_steps = 1  # of them from one comparison to the next
         self.compared_steps = 0
         self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
-        self.batches = 0  # that were cut for these ranks
+        self.batches: Counter[str] = Counter()  # that were cut for these ranks, by the kind of comparison
+        self.cuts_batches: Any = None  # a weak reference to the thread that does, beside the main one
         self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
         self.agreed: set[Any] = set()  # kinds of messages
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
         # How: rounds of comparison in the group's key-value store
         self.rounds: Counter[str] = Counter()  # of a kind, so far
         self.stores: dict[str, Any] = {}  # a connection of our own for each kind
+        self.threads: dict[str, int] = {}  # in which the last round of a kind was
         self.life: str | None = None  # stands before the keys of this group; None: the first rank has yet to tell
         self.token = os.urandom(8).hex()
 
@@ -73,6 +79,10 @@ class Peers:
         """What was exchanged so far is no concern of the next comparison before a step."""
         self.exchanges.clear()
         self.order = 0
+        self.facts.clear()
+        self.layouts = (0, 0)
+        self.autocast.clear()
+        self.settings.clear()
         self.steps = 0
 
     @property
@@ -113,10 +123,26 @@ class _Process:
         self.meetings = 0  # to set up symmetric memory, in all groups (see lasp.exchange.board)
         self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags of a layer
         self.ran: dict[Any, None] = {}  # layers that ran in training since the last step (lasp.checks.use)
+        # Buffers as they were before the first forward, of models whose ranks have yet to compare them; a hook before.
+        self.buffers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.loss_gradient: Any = None  # that a loss got last, since the last step (lasp.loss)
         self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
         self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
         self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
         self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
+        self._meshes: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})  # a weak reference to the world, and its own
+
+    def meshes_of_world(self) -> dict[tuple[int, ...], tuple[Any, list[ProcessGroup]]]:
+        """What `lasp.init_mesh` has made in this life of the process groups: by shape a mesh, and all its groups."""
+        world, meshes = self._meshes
+        if world is None or world() is not dist.group.WORLD:
+            meshes = {}
+            self._meshes = weakref.ref(dist.group.WORLD), meshes
+        return meshes
+
+    def forget_meshes(self) -> None:
+        """They keep their groups alive."""
+        self._meshes = (None, {})
 
 
 process = _Process()
@@ -149,6 +175,7 @@ def forget_steps() -> None:
     """What was exchanged so far, and whether it was finite, is no concern of the next step of an optimizer."""
     process.noted.clear()
     process.ran.clear()
+    process.loss_gradient = None
     for peers in process.peers.values():
         peers.forget_step()
         peers.models.clear()

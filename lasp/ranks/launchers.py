@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, untyped
 
-from lasp.ranks.group import set_timeout, waiting
+from lasp import arguments
+from lasp.ranks.group import process, set_timeout, waiting
 from lasp.ranks.hosts import LOOPBACK, bind_to_loopback, choose_interfaces, interfaces, is_loopback, listen, this_host
 from lasp.ranks.meeting import Place, all_succeed, complete, connected, hosts_of, meet
 from lasp.ranks.presence import presence, tell_uncaught
@@ -102,9 +103,10 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
 def _check_arguments(backend: object, timeout: object) -> str:
     """The backend to use."""
     if not isinstance(timeout, numbers.Real) or isinstance(timeout, bool):
-        raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
-    if not 0.001 <= float(timeout) <= _LONGEST:  # so that NaN is refused as well
-        raise ValueError(f"timeout must be a number of seconds from 0.001 to {_LONGEST:.0f}, got {timeout}")
+        raise TypeError(f"timeout must be a number of seconds, got {arguments.shown(timeout)}")
+    if not 0.001 <= timeout <= _LONGEST:  # type: ignore[operator]  # so that NaN is refused as well
+        got = arguments.shown(timeout)
+        raise ValueError(f"timeout must be a number of seconds from 0.001 to {_LONGEST:.0f}, got {got}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f'backend must be "nccl", "gloo" or None, got {backend!r}')
     if backend is None:
@@ -170,6 +172,7 @@ def _leave() -> None:
     exception"): in 8 of 24 runs of a script that ended after an all_reduce, and in none of 24 that slept before.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
+        process.forget_meshes()
         dist.destroy_process_group()
     time.sleep(0.05)
 
@@ -413,11 +416,12 @@ def _integer(name: str, lowest: int = 0, below: tuple[str, int] | None = None) -
     if text is None:
         return None
     digits = text.strip()
-    value = int(digits) if digits.isascii() and digits.isdigit() else -1
+    value = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 19 else -1  # of 64 bits
     if value < lowest or (below is not None and value >= below[1]):
         upto = f"of at least {lowest}" if below is None else f"from {lowest} to {below[1] - 1}"
         limit = f" ({below[0]} is {os.environ[below[0]]})" if below is not None and below[0] else ""
-        raise ValueError(f"the environment variable {name} must be an integer {upto}{limit}, got {text!r}")
+        got = arguments.shown(text)
+        raise ValueError(f"the environment variable {name} must be an integer {upto}{limit}, got {got}")
     return value
 
 

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lasp import arguments
 from lasp.ranks import collectives
-from lasp.ranks.group import making_groups, peers_of
+from lasp.ranks.group import making_groups, peers_of, process
 from lasp.ranks.sequence import SequenceParallel
 
 MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
@@ -19,6 +19,8 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
 
     Neighbours on the sequence axis are neighbours in rank, so with 8 GPUs a node they share a node. All ranks must call
     it, and over NCCL those of `grad_mesh` meet here, so that no step of training connects them (`collectives.connect`).
+    Asked again for the same sizes it gives the same mesh: PyTorch keeps threads and sockets of a process group to the
+    end of the process, whoever needs it.
     """
     if not dist.is_initialized():
         raise RuntimeError("call lasp.init() before lasp.init_mesh()")
@@ -37,12 +39,20 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     if world % known or (not open_axes and world != known):
         raise ValueError(f"{sizes} does not divide {world} ranks")
     shape = tuple(world // known if size == -1 else size for size in sizes.values())
+    made = process.meshes_of_world()
+    mesh, groups = made.get(shape, (None, []))
+    if mesh is not None and all(peers_of(group).exists for group in groups):  # else one was destroyed
+        return mesh
     device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
     with making_groups("lasp.init_mesh: making the process groups of all ranks"):
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
     group, _ = grad_group(mesh)  # made here, where all ranks come, and not by the first loss
     if device_type == "cuda":
         collectives.connect(group, device_type)
+    groups = [*mesh.get_all_groups(), *([] if group is None else [group])]
+    for group in groups:
+        peers_of(group)  # so that the timeout of another `lasp.init` is theirs
+    made[shape] = mesh, groups
     return mesh
 
 

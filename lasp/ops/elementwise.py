@@ -1,0 +1,250 @@
+"""`elementwise_recurrence`: channels that decay each by itself (RG-LRU, HGRN); and Mamba's `selective_scan` on it.
+
+The four steps are those of `linear_attention` (attention.py): local maps, exchange, scan, outputs, and backward the
+same in reverse order. What travels is one number a channel of the state, and where maps travel too (all_gather, direct)
+its log-decay: to an exchange it is one head's state with all channels as rows and one column, which decays by row.
+
+The arithmetic is PyTorch's on every device for now (`lasp_kernels.elementwise`): exact, and slower than fused kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lasp.checks import finite
+from lasp.checks.trial import operator
+from lasp.layout import ShardLayout
+from lasp.ops.call import Call, begin, call_of, facts_of, no_autocast, padding_of, wants_gradient
+from lasp.ranks import SequenceParallel
+from lasp_kernels.elementwise import (
+    ElementwiseMaps,
+    ElementwiseSteps,
+    RecurrenceOperands,
+    RecurrenceSteps,
+    check_recurrence_inputs,
+)
+from lasp_kernels.reference import state_dtype
+from lasp_kernels.selective_scan import SelectiveOperands, SelectiveSteps, check_selective_inputs
+
+RECURRENCE, SELECTIVE = "elementwise_recurrence", "selective_scan"
+
+Operands: TypeAlias = RecurrenceOperands | SelectiveOperands
+
+
+def _its_input(x: Tensor, log_decay: Tensor, **_: Any) -> Tensor:
+    """For a trial."""
+    return x
+
+
+def _its_u(u: Tensor, *_: Any, **__: Any) -> Tensor:
+    """For a trial."""
+    return u
+
+
+@operator(_its_input)
+def elementwise_recurrence(
+    x: Tensor, log_decay: Tensor, *, layout: ShardLayout | None = None, sequence: SequenceParallel | None = None
+) -> Tensor:
+    """h_t = exp(log_decay_t) * h_{t-1} + x_t for each channel, over a sequence that may be split over ranks.
+
+    Args:
+        x: [B, T, ...], this rank's tokens, of any float dtype; T may differ between ranks, down to zero.
+        log_decay: <= 0, of the shape of x, or with 1 in dimensions behind [B, T]; usually fp32. -inf is a reset: of the
+            state before nothing is left, and the gradient there is zero. Values are looked at on a CPU only.
+        layout: how tokens lie on the ranks; needed for packed documents (then B = 1), whose state starts anew, and
+            where some tokens are padding, whose h is zero.
+        sequence: the ranks; None is one rank, before which the state is zero. All of them must call it.
+
+    Returns:
+        h in the shape and dtype of x. Inside, states are fp32 (fp64 for fp64 inputs), and that is what is kept for
+        backward.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before any communication.
+        RankMismatchError, PeerError, RuntimeError: as `lasp.linear_attention`.
+    """
+    padding = padding_of(x, layout, sequence)
+    if padding is not None:
+        h = elementwise_recurrence(padding.cut(x), padding.cut(log_decay), layout=padding.layout, sequence=sequence)
+        return padding.fill(h)
+    return _run(RecurrenceOperands(x, log_decay), layout, sequence)
+
+
+@operator(_its_u)
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    layout: ShardLayout | None = None,
+    sequence: SequenceParallel | None = None,
+) -> Tensor:
+    """Mamba's scan (arXiv 2312.00752) over a sequence that may be split over ranks.
+
+    For each channel and each of the N numbers of its state: h_t = exp(dt_t A) * h_{t-1} + dt_t u_t B_t, and
+    y_t = sum_N h_t C_t. Neither states nor decays of all tokens are ever in memory: see `lasp_kernels.selective_scan`.
+
+    Args:
+        u: [B, T, D], this rank's tokens, of any float dtype; T may differ between ranks, down to zero.
+        dt: [B, T, D], >= 0: after its bias and softplus; better fp32 than bf16, since it makes the decays.
+        A: [D, N], <= 0. Like any parameter, the same on all ranks; each gets what its own tokens give to the gradient.
+        B: [B, T, N].
+        C: [B, T, N].
+        layout: how tokens lie on the ranks; needed for packed documents (then B = 1), whose state starts anew, and
+            where some tokens are padding, whose y is zero.
+        sequence: the ranks; None is one rank, before which the state is zero. All of them must call it.
+
+    Returns:
+        y [B, T, D] in the dtype of u. States are fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before any communication.
+        RankMismatchError, PeerError, RuntimeError: as `lasp.linear_attention`.
+    """
+    padding = padding_of(u, layout, sequence)
+    if padding is not None:
+        u, dt, B, C = (padding.cut(x) for x in (u, dt, B, C))
+        return padding.fill(selective_scan(u, dt, A, B, C, layout=padding.layout, sequence=sequence))
+    return _run(SelectiveOperands(u, dt, A, B, C), layout, sequence)
+
+
+class Kind(NamedTuple):
+    """What differs between the two operators."""
+
+    operands: type[Operands]
+    check: Callable[[Any], None]
+    steps: Callable[..., ElementwiseSteps]
+    of_tokens: tuple[str, ...]  # the tensors [B, T, ...]; the others all ranks hold whole
+
+
+_KINDS = {
+    RECURRENCE: Kind(RecurrenceOperands, lambda x: check_recurrence_inputs(*x), RecurrenceSteps, ("x", "log_decay")),
+    SELECTIVE: Kind(SelectiveOperands, check_selective_inputs, SelectiveSteps, ("u", "dt", "B", "C")),
+}
+
+
+def name_of(x: Operands) -> str:
+    """Of the operator."""
+    return RECURRENCE if isinstance(x, RecurrenceOperands) else SELECTIVE
+
+
+def operands_of(operator: str, tensors: Sequence[Tensor]) -> Operands:
+    """The inverse of `name_of` and `list`."""
+    return _KINDS[operator].operands(*tensors)
+
+
+def keeps_result(x: Operands) -> bool:
+    """Whether what backward needs of all tokens is the result itself."""
+    return isinstance(x, RecurrenceOperands) and x.x.dtype == state_dtype(x.x.dtype)
+
+
+def state_shape(x: Operands) -> tuple[int, ...]:
+    """Without batch and tokens."""
+    return tuple(x.x.shape[2:] if isinstance(x, RecurrenceOperands) else x.A.shape)
+
+
+class Started(NamedTuple):
+    """A forward whose state travels."""
+
+    steps: ElementwiseSteps
+    maps: ElementwiseMaps  # of this rank's segments
+    wait: Callable[[], Tensor | None]  # for the state that enters them
+
+
+def checked_call(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Call:
+    """The call of these arguments; raises where they do not fit."""
+    operator = name_of(x)
+    _KINDS[operator].check(x)
+    return call_of(operator, x[0], layout, sequence, name=x._fields[0])
+
+
+def steps_of(x: Operands, call: Call) -> ElementwiseSteps:
+    """The steps on this device."""
+    return _KINDS[name_of(x)].steps(x, cu_seqlens=call.shard.runs.cu_seqlens)
+
+
+def start(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> tuple[Call, Started]:
+    """What forward does before it must wait."""
+    with begin(name_of(x), sequence) as ranks_agree:
+        call = checked_call(x, layout, sequence)
+        gradient = wants_gradient(*x)
+        with torch.no_grad(), no_autocast(x[0].device.type):
+            steps = steps_of(x, call)
+            maps = steps.local_maps(x)
+            if ranks_agree is not None:
+                ranks_agree.settle(lambda: _fingerprint(x, call, gradient))
+            if call.sequence is not None:
+                call.traffic.kernels = "reference"
+            return call, Started(steps, maps, call.enter(steps, maps, None, at_once=True))
+
+
+def _fingerprint(x: Operands, call: Call, gradient: bool) -> dict[str, object]:
+    tensors, of_tokens = x._asdict(), _KINDS[call.operator].of_tokens
+    whole = {name: [*y.shape, str(y.dtype)] for name, y in tensors.items() if name not in of_tokens}
+    return call.fingerprint({name: tensors[name] for name in of_tokens}, **whole, gradient=gradient)
+
+
+class Forward(NamedTuple):
+    """A result, and what backward needs beside the inputs."""
+
+    y: Tensor  # in the state's dtype
+    states: Tensor  # that enter segments
+    kept: Tensor | None
+
+
+def forward(x: Operands, call: Call, started: Started) -> Forward:
+    """Wait for the state that enters, and compute the outputs."""
+    steps, maps, wait = started
+    with torch.no_grad(), no_autocast(x[0].device.type):
+        states, behind = steps.scan(maps, wait())
+        finite.note(call.sequence, behind)
+        y, kept = steps.outputs(x, states)
+    return Forward(y, states, kept)
+
+
+def backward(
+    x: Operands, saved: tuple[Tensor, Tensor | None], dy: Tensor, call: Call, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, in the dtypes of these, from the states and what else `forward` kept."""
+    states, kept = saved
+    with torch.no_grad(), no_autocast(dy.device.type):
+        steps = steps_of(x, call)
+        maps = steps.gradient_maps(x, dy)
+        # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
+        wait = call.enter(steps, maps, None, reverse=True)
+        d_states, d_first = steps.scan(maps, wait(), reverse=True)
+        finite.note(call.sequence, d_first, reverse=True)
+        found = steps.gradients(x, dy, states, kept, d_states, needed)
+    return tuple(None if d is None else d.to(y.dtype) for d, y in zip(found, x))
+
+
+def _run(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.lasp.elementwise(name_of(x), list(x), *facts_of(layout, sequence))[0]
+    call, started = start(x, layout, sequence)
+    return _Elementwise.apply(call, [started], *x)  # type: ignore[return-value]
+
+
+class _Elementwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, started, *tensors):
+        ctx.call = call
+        x = operands_of(call.operator, tensors)
+        y, states, kept = forward(x, call, started.pop())
+        out = y.to(tensors[0].dtype)
+        ctx.save_for_backward(*tensors, states, out if keeps_result(x) else kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{ctx.call.operator} has no second derivative: call backward without create_graph")
+        *tensors, states, kept = ctx.saved_tensors
+        x = operands_of(ctx.call.operator, tensors)
+        return None, None, *backward(x, (states, kept), dy, ctx.call, ctx.needs_input_grad[2:])

@@ -1,0 +1,285 @@
+"""What a split model of transformers is called with, what it refuses, and what else one does with such a model."""
+
+import copy
+import importlib
+import io
+
+import pytest
+import torch
+from ranks import mesh_of, run_ranks
+
+import lasp
+
+pytest.importorskip("transformers", reason="needs the extra `transformers`")
+
+import foreign
+
+IDS = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(5))
+
+
+def split(name, **more):
+    """On each rank: the model, and the slice of a batch."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    model = foreign.build(name, torch.float32, **more)
+    lasp.parallelize(model, mesh["sp"])
+    return model, lasp.shard_batch({"input_ids": IDS}, mesh, pad=False), mesh
+
+
+def refuses_what_needs_the_whole():
+    model, local, _ = split("bamba")
+    ids, layout = local["input_ids"], local["layout"]
+    ok = {"input_ids": ids, "layout": layout}
+    other = lasp.ShardLayout((1, 40))
+    wrong = [
+        ({"layout": None}, ValueError, "layout is needed"),
+        ({"layout": (21, 20)}, TypeError, r"layout must be a lasp.ShardLayout, got \(21, 20\)"),
+        ({"layout": other}, ValueError, r"got lengths \(1, 40\)"),
+        ({"layout": lasp.ShardLayout((*layout.lengths, 0))}, ValueError, "layout must be of 2 ranks"),
+        ({"layout": lasp.ShardLayout(layout.lengths, (0, 3, 41))}, ValueError, "a batch of 1, got 2 rows"),
+        ({"use_cache": True}, ValueError, "use_cache=True cannot be used where the sequence of BambaForCausalLM"),
+        ({"cache": object()}, ValueError, "cache cannot be used"),
+        ({"past_key_values": object()}, ValueError, "past_key_values cannot be used"),
+        ({"labels": ids}, ValueError, r"lasp.token_loss\(output.logits"),
+        ({"logits_to_keep": 1}, ValueError, "logits_to_keep .* got 1"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, ValueError, "attention_mask must be the"),
+        ({"seq_idx": torch.zeros(1, 1)}, ValueError, "seq_idx was given, but the layout is not of packed"),
+        ({"input_ids": None}, ValueError, "input_ids .* or inputs_embeds .* are needed"),
+    ]
+    for change, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            model(**{**ok, **change})
+    with pytest.raises((ValueError, TypeError), match=r"layout|use_cache"):
+        model.generate(ids, max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="ran outside of the forward of the model"):
+        model.model.layers[0].mamba(torch.zeros(2, ids.shape[1], 32))
+    first = model(**ok).logits  # nothing is broken by what was refused
+    assert torch.equal(first, model(ids, None, local["position_ids"], layout=layout).logits)
+    inner = model.model(**ok).last_hidden_state
+    assert torch.equal(first, model.lm_head(inner))
+    hidden = model.get_input_embeddings()(ids)
+    assert torch.equal(first, model(inputs_embeds=hidden, layout=layout).logits)
+    assert torch.equal(first, model(**ok, return_dict=False)[0])
+
+
+def test_what_needs_the_whole_sequence_is_refused():
+    run_ranks(2, refuses_what_needs_the_whole)
+
+
+def own_batch_in_every_recompute():
+    """Two batches of other lengths, both forward before either backward: each recompute sees its own layout."""
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    batches = [
+        {"input_ids": IDS[:1], "cu_seqlens": (0, 7, 30, 41)},
+        {"input_ids": IDS[1:], "cu_seqlens": (0, 25, 41)},
+    ]
+    gradients = []
+    for checkpointed in (False, True):
+        model, _, _ = split("minimax")
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        outputs = []
+        for batch in batches:
+            local = lasp.shard_batch(batch, mesh, pad=False)
+            outputs.append(model(local["input_ids"], layout=local["layout"]).logits.square().mean())
+        for loss in outputs:
+            loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_recompute_sees_its_own_batch():
+    run_ranks(2, own_batch_in_every_recompute)
+
+
+def reentrant_is_an_error():
+    model, local, _ = split("minimax")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    loss = model(local["input_ids"], layout=local["layout"]).logits.square().mean()
+    with pytest.raises(RuntimeError, match="pass use_reentrant=False"):
+        loss.backward()
+
+
+def test_a_reentrant_checkpoint_is_an_error():
+    run_ranks(2, reentrant_is_an_error)
+
+
+def balanced(name):
+    """The router's loss over all ranks, and its gradients."""
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    mask = torch.ones(2, 41, dtype=torch.int64)
+    mask[1, 30:] = 0
+    for batch in ({"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask}):
+        reference = foreign.build(name, torch.float32)
+        whole = reference(**batch, use_cache=False, output_router_logits=True).aux_loss
+        whole.backward()
+        model, _, _ = split(name)
+        local = lasp.shard_batch(batch, mesh, pad=False)
+        inputs = {key: local[key] for key in ("input_ids", "attention_mask", "layout") if key in local}
+        loss = model(**inputs, output_router_logits=True).aux_loss
+        torch.testing.assert_close(loss, whole)
+        loss.backward()
+        lasp.sync_grads(model, mesh)
+        for (key, p), r in zip(model.named_parameters(), reference.parameters()):
+            if r.grad is not None and float(r.grad.abs().max()) > 1e-5:
+                assert foreign.relative(p.grad, r.grad) < 1e-4, key
+    # A mean of what ranks would get alone is another loss.
+    alone = reference(IDS[:, :20], use_cache=False, output_router_logits=True).aux_loss
+    assert abs(float(alone - whole)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["minimax", "qwen3_next", "qwen3_5_moe", "jamba", "granitemoehybrid"])
+def test_the_router_s_loss_is_over_all_ranks(name):
+    run_ranks(2, balanced, name)
+
+
+def rotary(kind):
+    """Frequencies follow the largest position of all ranks."""
+    long = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0] * 4, "original_max_position_embeddings": 24}
+    more = {
+        "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **(long if kind == "longrope" else {"factor": 2.0})}
+    }
+    more["max_position_embeddings"] = 24
+    reference = foreign.build("llama", torch.float32, **more)
+    whole = reference(IDS, use_cache=False).logits
+    model, local, mesh = split("llama", **more)
+    start, end = local["layout"].bounds(mesh["sp"].get_local_rank())
+    got = model(local["input_ids"], layout=local["layout"]).logits
+    assert foreign.relative(got, whole[:, start:end]) < 1e-5
+    short = reference(IDS[:, :20], use_cache=False).logits
+    assert foreign.relative(short, whole[:, :20]) > 1e-3  # as a slice would have had it
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_that_follows_the_length_has_the_whole_one(kind):
+    run_ranks(2, rotary, kind)
+
+
+def kept_and_copied(folder):
+    from transformers import AutoModelForCausalLM
+
+    model, local, mesh = split("bamba")
+    before = foreign.build("bamba", torch.float32)
+    assert list(model.state_dict()) == list(before.state_dict())
+    call = {"input_ids": local["input_ids"], "layout": local["layout"]}
+    expected = model(**call).logits
+
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(copied(**call).logits, expected)
+
+    copied.save_pretrained(folder)  # rank 0 does
+    torch.distributed.barrier()
+    assert "lasp" not in (folder / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert again.config._attn_implementation == "sdpa"
+    whole = again(IDS, use_cache=False).logits
+    start, end = local["layout"].bounds(mesh["sp"].get_local_rank())
+    assert foreign.relative(expected, whole[:, start:end]) < 1e-4
+    lasp.parallelize(again, mesh["sp"])
+    assert foreign.relative(again(**call).logits, expected) < 1e-5
+
+    file = io.BytesIO()
+    torch.save(copied, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)  # not split
+    assert foreign.relative(loaded(IDS, use_cache=False).logits, whole) < 1e-5
+
+
+def test_saved_loaded_copied(tmp_path):
+    run_ranks(2, kept_and_copied, tmp_path)
+
+
+def others_stay_as_they_are():
+    from transformers.models.bamba import modeling_bamba
+
+    config = foreign.config_of("bamba")
+    names = dict(vars(modeling_bamba))
+    model, other = (modeling_bamba.BambaForCausalLM(config).eval() for _ in range(2))
+    before = other(IDS, use_cache=False).logits
+    lasp.parallelize(model, mesh_of(sp=torch.distributed.get_world_size())["sp"])
+    assert config._attn_implementation == "sdpa"
+    assert torch.equal(other(IDS, use_cache=False).logits, before)
+    assert all(vars(modeling_bamba)[key] is x for key, x in names.items())
+
+
+def test_nothing_is_patched_for_other_models():
+    run_ranks(2, others_stay_as_they_are)
+
+
+def told():
+    model, local, _ = split("qwen3_next")
+    model(local["input_ids"], layout=local["layout"])
+    report = str(lasp.explain(model))
+    assert "delta_rule" in report
+    assert "softmax_attention" in report
+    assert "halo" in report
+
+
+def test_explain_tells_every_operator():
+    run_ranks(2, told)
+
+
+def test_one_rank_is_the_model_itself():
+    model = foreign.build("minimax", torch.float32)
+    expected = model(IDS, use_cache=False).logits
+    lasp.parallelize(model, None)
+    batch = lasp.shard_batch({"input_ids": IDS}, None)
+    assert torch.equal(model(batch["input_ids"], layout=batch["layout"], use_cache=False).logits, expected)
+    packed = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": (0, 7, 41)}, None)
+    with pytest.raises(ValueError, match=r"might run into each other .* pack on two ranks"):
+        model(packed["input_ids"], layout=packed["layout"])
+
+
+def unknown_mask(name, more, message):
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    configs = importlib.import_module(foreign.file_of(name, "configuration"))
+    prefix = {"gpt_oss": "GptOss", "gemma3": "Gemma3", "llama4": "Llama4"}[name]
+    kind = getattr(configs, f"{prefix}TextConfig", None) or getattr(configs, f"{prefix}Config")
+    config = kind(**{**foreign.COMMON, "head_dim": 8, **more})
+    model = getattr(importlib.import_module(foreign.file_of(name)), f"{prefix}ForCausalLM")(config)
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    local = lasp.shard_batch({"input_ids": IDS}, mesh, pad=False)
+    if message is None:
+        assert lasp.verify(model, mesh).ok
+        return
+    with pytest.raises(ValueError, match=message):
+        model(local["input_ids"], layout=local["layout"])
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}, "s_aux"),
+        ("llama4", {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 16}, "chunked_overlay"),
+        ("gemma3", {"sliding_window": 9, "query_pre_attn_scalar": 8}, None),
+    ],
+)
+def test_a_mask_that_lasp_has_not_got_is_refused(name, more, message):
+    run_ranks(2, unknown_mask, name, more, message)
+
+
+def compiled(name):
+    model, local, _ = split(name)
+    torch._dynamo.reset()
+    inputs = {"input_ids": local["input_ids"], "layout": local["layout"]}
+    expected = model(**inputs).logits
+    expected.square().mean().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    found = torch.compile(model, backend="aot_eager")(**inputs).logits
+    assert foreign.relative(found, expected) < 1e-5
+    found.square().mean().backward()
+    for p, g in zip(model.parameters(), gradients):
+        if g is not None:
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["minimax", "bamba", "llama"])
+def test_compiled_models_are_the_same(name):
+    run_ranks(2, compiled, name)
