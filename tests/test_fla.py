@@ -210,3 +210,16 @@ def test_norms_and_multilayer_perceptrons_are_not_refused():
 
     model = Block(GatedLinearAttention(hidden_size=32, num_heads=2), GatedMLP(hidden_size=32))
     lasp.parallelize(model, None)
+
+
+def verified(name):
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(fla_models.build(name), mesh["sp"])
+    found = lasp.verify(model, mesh, tokens=40)
+    assert found.ok, found
+
+
+@pytest.mark.parametrize("name", ["retnet", "gated_deltanet", "mamba2"])
+def test_verify_runs_the_whole_as_it_came(name):
+    run_ranks(2, verified, name)

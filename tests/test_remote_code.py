@@ -138,3 +138,15 @@ def refusals():
 
 def test_what_cannot_be_split_is_refused():
     run_ranks(2, refusals)
+
+
+def verified(name):
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(remote_models.build(name), mesh["sp"])
+    found = lasp.verify(model, mesh)
+    assert found.ok, found
+
+
+@pytest.mark.parametrize("name", remote_models.MODELS)
+def test_verify_runs_the_whole_as_it_came(name):
+    run_ranks(2, verified, name)
