@@ -46,7 +46,8 @@ class Asked:
 def refuse_mixers(model: nn.Module, layers: Layers) -> Asked:
     """Raise `ValueError` if a module mixes tokens and no adapter takes care of it."""
     split = {path: module for path, (module, adapter) in layers.items() if adapters.passes_ranks(adapter)}
-    answers = trial.ask(model, split)
+    with adapters.standing_in(layers.values()):
+        answers = trial.ask(model, split)
     modules = dict(model.named_modules())
     found = {path: how for path, how in answers.mixing.items() if not _covered(path, layers)}
     for path, name in answers.forgot_ranks.items():
@@ -120,6 +121,8 @@ def _by_class(path: str, module: nn.Module, layers: Layers) -> str:
     if is_of_torch(module):
         kinds = {"mixes": "its class mixes tokens", "depends": "its class may mix tokens, by how it is used"}
         return kinds.get(kind_of(module) or "", "")
+    if adapters.known_to_mix(module):
+        return "its class mixes tokens"
     name = type(module).__name__
     # A block that holds a known layer, such as an attention block around LightningAttention, mixes through it.
     if any(not path or known.startswith(f"{path}.") for known in layers):

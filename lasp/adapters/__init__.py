@@ -58,7 +58,11 @@ class Foreign(Covering):
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
 _BY_NAME: dict[str, Adapter] = {}  # patterns of dotted names of classes
-_LIBRARIES = {"transformers": "lasp.adapters.transformers"}
+_LIBRARIES = {
+    "fla": "lasp.adapters.fla",
+    "transformers": "lasp.adapters.transformers",
+    "transformers_modules": "lasp.adapters.remote_code",
+}
 """Files for the layers of a library, by its first name: imported when a model has one."""
 
 
@@ -156,6 +160,33 @@ def find(module: nn.Module) -> Adapter | None:
         if library is not None:
             return importlib.import_module(library).adapter_of(module)
     return None
+
+
+def known_to_mix(module: nn.Module) -> bool:
+    """Whether its library's file says of its class that it mixes tokens, for where it cannot be asked."""
+    for base in type(module).__mro__:
+        library = _LIBRARIES.get(base.__module__.partition(".")[0])
+        if library is not None:
+            asked = getattr(importlib.import_module(library), "mixes", None)
+            return asked is not None and asked(module)
+    return False
+
+
+@contextlib.contextmanager
+def standing_in(layers: Iterable[tuple[nn.Module, Adapter]]) -> Iterator[None]:
+    """For a trial: inside, a layer whose adapter has a `stand_in` does not compute along the sequence. The adapter
+    answers for that, and kernels of its library might first be compiled for minutes, or run on no such device."""
+    before = []
+    for module, adapter in layers:
+        stand_in = getattr(getattr(adapter, "adapter", None), "stand_in", None)
+        if stand_in is not None:
+            before.append((vars(module), vars(module).get("forward")))
+            stand_in(module)
+    try:
+        yield
+    finally:
+        for attributes, forward in before:
+            attributes.pop("forward", None) if forward is None else attributes.update(forward=forward)
 
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:

@@ -37,6 +37,7 @@ class Facts:
 
     layout: ShardLayout
     masked: bool  # whether an attention_mask was given, on every rank or on none
+    real: Tensor | None = None  # and then which of this rank's tokens are no padding, [B, T]
 
 
 def _facts_of(sequence: SequenceParallel) -> Facts:
@@ -185,7 +186,8 @@ class _Arguments:
             )
         if layout.packed and tokens.shape[0] != 1:
             raise ValueError(f"packed documents need a batch of 1, got {tokens.shape[0]} rows")
-        return Facts(layout, self.given.get("attention_mask") is not None)
+        mask = self.given.get("attention_mask")
+        return Facts(layout, mask is not None, mask != 0 if isinstance(mask, Tensor) else None)
 
     def _tokens(self) -> Tensor:
         named = [self.given.get(name) for name in ("input_ids", "inputs_embeds")]

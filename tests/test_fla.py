@@ -1,0 +1,225 @@
+"""Models of flash-linear-attention on slices of a sequence: logits and every gradient against one process, in fp64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import mesh_of, run_ranks
+
+import lasp
+
+pytest.importorskip("fla", reason="needs flash-linear-attention 0.6.0")
+
+import fla_models
+from fla_models import logits_of
+from foreign import relative
+
+TOKENS = 37
+
+
+def loss_of(logits, labels):
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def batch_of(mask=None, cu_seqlens=None):
+    rows = 2 if cu_seqlens is None else 1
+    ids = torch.randint(0, 97, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
+    batch = {"input_ids": ids}
+    if mask is not None:
+        batch |= {"attention_mask": mask, "labels": torch.where(mask == 0, -100, ids)}
+    if cu_seqlens is not None:
+        batch["cu_seqlens"] = cu_seqlens
+    return batch
+
+
+def reference_of(name, batch):
+    """One process, each document alone: the model with gradients of the mean loss, and its logits."""
+    model, whole = fla_models.build(name), lasp.shard_batch(batch, None)
+    given = {key: whole[key] for key in ("attention_mask",) if key in whole}
+    offsets = batch.get("cu_seqlens", (0, TOKENS))
+    pairs = [(a, b) for a, b in zip(offsets, offsets[1:]) if b > a]
+    logits = torch.cat([logits_of(model(whole["input_ids"][:, a:b], **given)) for a, b in pairs], 1)
+    (loss_of(logits, whole["labels"]) / (whole["labels"] != -100).sum()).backward()
+    return model, logits.detach()
+
+
+def compare(name, batch, lengths=None, checkpointing=False, bound=1e-10, **options):
+    torch.set_num_threads(1)
+    fla_models.without_kernels()
+    world = torch.distributed.get_world_size()
+    mesh = mesh_of(sp=world)
+    reference, logits = reference_of(name, batch)
+    model = fla_models.build(name)
+    lasp.parallelize(model, mesh["sp"], **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    local = lasp.shard_batch(batch, mesh, pad="labels" not in batch)
+    given = {key: local[key] for key in ("input_ids", "attention_mask") if key in local}
+    got = logits_of(model(**given, layout=local["layout"]))
+    start, end = local["layout"].bounds(mesh["sp"].get_local_rank())
+    real = local["layout"].total - local["layout"].padding
+    here = slice(0, max(0, min(end, real) - start))
+    kept = torch.ones(got[:, here].shape[:2], dtype=torch.bool)
+    kept = kept if "attention_mask" not in batch else local["attention_mask"][:, here] != 0
+    off = relative(got[:, here][kept], logits[:, start : min(end, real)][kept])
+    assert off < bound, off
+    tokens = (lasp.shard_batch(batch, None)["labels"] != -100).sum()
+    (loss_of(got, local["labels"]) * world / tokens).backward()
+    lasp.sync_grads(model, mesh)
+    pairs = list(zip(model.named_parameters(), reference.parameters()))
+    assert all(p.grad is not None for (_, p), r in pairs if r.grad is not None)
+    worst = {key: relative(p.grad, r.grad) for (key, p), r in pairs if r.grad is not None}
+    assert max(worst.values()) < bound, sorted(worst.items(), key=lambda x: -x[1])[:5]
+    assert set(model.state_dict()) == set(reference.state_dict())
+    with torch.no_grad():  # and without gradients the layers take other functions of fla
+        assert torch.equal(logits_of(copy.deepcopy(model)(**given, layout=local["layout"])), got)
+    return max(worst.values())
+
+
+@pytest.mark.parametrize("name", fla_models.NAMES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_one_process_and_slices_agree(world, name):
+    run_ranks(world, compare, name, batch_of())
+
+
+@pytest.mark.parametrize("name", fla_models.NAMES)
+def test_padding_before_and_behind(name):
+    mask = torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[0, :15] = 0  # more than the first rank holds
+    mask[1, 30:] = 0
+    bound = 1e-6 if name == "retnet" else 1e-10  # fla turns by angles in fp32, and counts from the first real token
+    run_ranks(3, compare, name, batch_of(mask), None, False, bound)
+
+
+@pytest.mark.parametrize("name", fla_models.NAMES)
+def test_packed_documents_are_each_alone(name):
+    run_ranks(3, compare, name, batch_of(cu_seqlens=[0, 5, 6, 20, 20, 29, TOKENS]))
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "lightnet", "retnet"])
+def test_checkpointed(name):
+    run_ranks(2, compare, name, batch_of(), None, True)
+
+
+def test_one_token_a_rank():
+    """For a single token without gradients fla's convolutions go another way."""
+    run_ranks(3, compare_short)
+
+
+def compare_short():
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=3)
+    ids = torch.tensor([[5, 8, 13]])
+    with torch.no_grad():
+        for name in ("gla", "gated_deltanet", "kda"):
+            model = fla_models.build(name)
+            whole = logits_of(model(ids))
+            lasp.parallelize(model, mesh["sp"])
+            local = lasp.shard_batch({"input_ids": ids}, mesh)
+            got = logits_of(model(local["input_ids"], layout=local["layout"]))
+            here = mesh["sp"].get_local_rank()
+            assert relative(got, whole[:, here : here + 1]) < 1e-10, name
+
+
+def refusals():
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(fla_models.build("gla"), mesh["sp"])
+    local = lasp.shard_batch(batch_of(), mesh)
+    given = {"input_ids": local["input_ids"], "layout": local["layout"]}
+    for labels in ({"labels": local["labels"]}, {"labels": local["labels"], "shift_labels": local["labels"]}):
+        with pytest.raises(ValueError, match="labels would be shifted by GLAForCausalLM on its slice alone"):
+            model(**given, **labels)
+    with pytest.raises(ValueError, match="use_cache=True cannot be used where the sequence of GLAForCausalLM is split"):
+        model(**given, use_cache=True)
+    holes = torch.ones_like(local["input_ids"])
+    holes[0, 3] = 0
+    with pytest.raises(ValueError, match="attention_mask has padding among the tokens of a row, which fla takes out"):
+        model(**given, attention_mask=holes)
+    layer = model.model.layers[0].attn
+    with pytest.raises(RuntimeError, match="initial_state of a layer of fla whose sequence is split"):
+        layer.forward.__func__.__globals__["chunk_gla"](*torch.ones(3, 1, 2, 2, 4), initial_state=torch.ones(1))
+
+
+def test_what_a_slice_cannot_do_is_refused():
+    run_ranks(2, refusals)
+
+
+def of_another_version():
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = fla_models.build("gla")
+    layer = type(model.model.layers[0].attn)
+
+    class Later(layer):
+        def forward(self, x, **_):
+            return chunk_gla_of_later(x)
+
+    Later.__module__, Later.__qualname__, Later.__name__ = layer.__module__, layer.__qualname__, layer.__name__
+    model.model.layers[0].attn.__class__ = Later
+    with pytest.raises(ValueError, match=r"GatedLinearAttention\.forward calls none of the functions that lasp knows"):
+        lasp.parallelize(model, mesh["sp"], strict=False)
+
+
+def chunk_gla_of_later(x):
+    return x
+
+
+def test_a_forward_that_calls_other_functions_is_an_error():
+    run_ranks(2, of_another_version)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, known, unknown):
+        super().__init__()
+        self.known, self.unknown = known, unknown
+
+    def forward(self, x):
+        return self.unknown(self.known(x)[0])
+
+
+def unknown_layers():
+    import fla.layers
+    from fla.models.rwkv6.modeling_rwkv6 import RWKV6FeedForward
+    from fla.models.rwkv7.modeling_rwkv7 import RWKV7FeedForward
+    from fla.modules import LongConvolution
+
+    listed = fla_models.importlib.import_module("lasp.adapters.fla")._LAYERS
+    every = [getattr(fla.layers, name) for name in fla.layers.__all__]
+    others = [cls for cls in every if cls.__name__ not in listed]
+    assert len(others) > 30
+    return [*others, RWKV6FeedForward, RWKV7FeedForward, LongConvolution]
+
+
+@pytest.mark.parametrize("cls", unknown_layers(), ids=lambda cls: cls.__name__)
+def test_an_unknown_layer_is_refused_by_its_class(cls):
+    """Its kernels do not run here, so that it cannot be asked."""
+    from fla.layers import GatedLinearAttention
+
+    unknown = cls.__new__(cls)
+    torch.nn.Module.__init__(unknown)
+    known = GatedLinearAttention(hidden_size=32, num_heads=2)
+    with pytest.raises(ValueError, match=rf"unknown \({cls.__name__}\): its class mixes tokens"):
+        lasp.parallelize(Block(known, unknown), None)
+
+
+def test_norms_and_multilayer_perceptrons_are_not_refused():
+    from fla.layers import GatedLinearAttention
+    from fla.modules import GatedMLP
+
+    model = Block(GatedLinearAttention(hidden_size=32, num_heads=2), GatedMLP(hidden_size=32))
+    lasp.parallelize(model, None)
+
+
+def verified(name):
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(fla_models.build(name), mesh["sp"])
+    found = lasp.verify(model, mesh, tokens=40)
+    assert found.ok, found
+
+
+@pytest.mark.parametrize("name", ["retnet", "gated_deltanet", "mamba2"])
+def test_verify_runs_the_whole_as_it_came(name):
+    run_ranks(2, verified, name)
