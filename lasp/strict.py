@@ -46,7 +46,7 @@ class Asked:
 def refuse_mixers(model: nn.Module, layers: Layers) -> Asked:
     """Raise `ValueError` if a module mixes tokens and no adapter takes care of it."""
     split = {path: module for path, (module, adapter) in layers.items() if adapters.passes_ranks(adapter)}
-    with adapters.standing_in(layers.values()):
+    with adapters.standing_in(model, layers.values()):
         answers = trial.ask(model, split)
     modules = dict(model.named_modules())
     found = {path: how for path, how in answers.mixing.items() if not _covered(path, layers)}

@@ -115,10 +115,10 @@ def balanced(name):
         reference = foreign.build(name, torch.float32)
         whole = reference(**batch, use_cache=False, output_router_logits=True).aux_loss
         whole.backward()
-        model, _, _ = split(name)
+        model, _, _ = split(name, output_router_logits=True)
         local = lasp.shard_batch(batch, mesh, pad=False)
         inputs = {key: local[key] for key in ("input_ids", "attention_mask", "layout") if key in local}
-        loss = model(**inputs, output_router_logits=True).aux_loss
+        loss = model(**inputs).aux_loss
         torch.testing.assert_close(loss, whole)
         loss.backward()
         lasp.sync_grads(model, mesh)

@@ -173,20 +173,25 @@ def known_to_mix(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def standing_in(layers: Iterable[tuple[nn.Module, Adapter]]) -> Iterator[None]:
+def standing_in(model: nn.Module, layers: Iterable[tuple[nn.Module, Adapter]]) -> Iterator[None]:
     """For a trial: inside, a layer whose adapter has a `stand_in` does not compute along the sequence. The adapter
-    answers for that, and kernels of its library might first be compiled for minutes, or run on no such device."""
+    answers for that, and kernels of its library might first be compiled for minutes, or run on no such device. Nor does
+    a model return what its library's file puts right."""
     before = []
-    for module, adapter in layers:
-        stand_in = getattr(getattr(adapter, "adapter", None), "stand_in", None)
-        if stand_in is not None:
-            before.append((vars(module), vars(module).get("forward")))
-            stand_in(module)
-    try:
-        yield
-    finally:
-        for attributes, forward in before:
-            attributes.pop("forward", None) if forward is None else attributes.update(forward=forward)
+    with contextlib.ExitStack() as stack:
+        for library in _libraries_of(model):
+            if hasattr(library, "for_trial"):
+                stack.enter_context(library.for_trial(model))
+        for module, adapter in layers:
+            stand_in = getattr(getattr(adapter, "adapter", None), "stand_in", None)
+            if stand_in is not None:
+                before.append((vars(module), vars(module).get("forward")))
+                stand_in(module)
+        try:
+            yield
+        finally:
+            for attributes, forward in before:
+                attributes.pop("forward", None) if forward is None else attributes.update(forward=forward)
 
 
 def prepare(model: nn.Module, sequence: SequenceParallel) -> None:

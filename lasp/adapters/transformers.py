@@ -442,6 +442,20 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
 # What a model computes over all tokens
 
 
+@contextlib.contextmanager
+def for_trial(model: nn.Module) -> Iterator[None]:
+    """Inside, no router's loss is returned: it is of all tokens, and `balance` sees to that."""
+    configs = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
+    asked = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
+    try:
+        for config in asked:
+            config.output_router_logits = False
+        yield
+    finally:
+        for config in asked:
+            config.output_router_logits = True
+
+
 def dynamic_rotary(module: nn.Module, sequence: SequenceParallel) -> None:
     """Rotary positions whose frequencies follow the largest position: that of all ranks, not of a slice.
 

@@ -63,6 +63,7 @@ from ranks import workers  # noqa: E402
 from lasp.ranks import SCHEDULES as REGISTERED  # noqa: E402
 
 SCHEDULES = tuple(REGISTERED)
+FIRST_START = 30.0  # seconds more for the runs without fault, which load libraries from disk and make NCCL's caches
 
 
 def random_faults(
@@ -129,7 +130,7 @@ def inject(
         free.put(sets[number % len(sets)])
     until = time.monotonic() + within
 
-    def run(fault: Fault):
+    def run(fault: Fault, timeout: float = timeout):
         devices = free.get()
         try:
             return run_with(context, fault, ranks, backend, timeout, devices, dp)
@@ -138,7 +139,7 @@ def inject(
 
     losses = {}  # without fault, by scheme; all schedules give the same bits
     for scheme in {fault.scheme for fault in faults}:
-        reference = run(Fault("none", scheme=scheme))
+        reference = run(Fault("none", scheme=scheme), timeout + FIRST_START)
         if reference.problem:
             raise RuntimeError(f"the run without fault failed: {reference.problem}")
         losses[scheme] = reference.losses[0]
