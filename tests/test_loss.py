@@ -321,17 +321,20 @@ def test_and_in_evaluation(use):
     run_ranks(2, _without_ranks, use, False)
 
 
-def _wrapped():
+def _wrapped(compiled):
     mesh = mesh_of(sp=2)
     ids = torch.arange(11).view(1, 11) % 5
     local = lasp.shard_batch({"input_ids": ids}, mesh)
     for wrap in (wrap_ddp, wrap_fsdp2):
         model = lasp.parallelize(SmallModel(), mesh)
+        for block in model.blocks if compiled else ():
+            block.compile(backend="aot_eager")
         logits = wrap(model, mesh)(local["input_ids"], local["position_ids"])
         with pytest.raises(ValueError, match="mesh must hold all ranks of the sequence"):
             lasp.token_loss(logits, local["labels"], mesh=None)
         lasp.token_loss(logits, local["labels"], mesh=mesh)[0].backward()
 
 
-def test_the_loss_of_a_wrapped_model_without_its_ranks_is_an_error():
-    run_ranks(2, _wrapped)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_of_a_wrapped_model_without_its_ranks_is_an_error(compiled):
+    run_ranks(2, _wrapped, compiled)
