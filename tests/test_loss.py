@@ -13,6 +13,7 @@ from inputs import assert_close
 from ranks import mesh_of, run_ranks
 from small_model import SmallModel
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import lasp
 from lasp import ranks
@@ -210,6 +211,34 @@ def _outside_where_the_host_must_not_wait():
 
 def test_where_the_host_must_not_wait_such_a_label_makes_all_ranks_nan():
     run_ranks(2, _outside_where_the_host_must_not_wait)
+
+
+MESHES = {
+    "of init_mesh": lambda: mesh_of(sp=3),
+    "sp of init_mesh": lambda: mesh_of(sp=3)["sp"],
+    "a group that lasp has not seen": lambda: dist.new_group([0, 1, 2]),
+    "of PyTorch": lambda: init_device_mesh("cpu", (3,)),
+}
+
+
+def _in_a_graph(kind):
+    torch._dynamo.reset()
+    mesh, rank = MESHES[kind](), dist.get_rank()
+    in_graph = torch.compile(functools.partial(lasp.token_loss, mesh=mesh), backend="aot_eager", fullgraph=True)
+    logits, labels = batch((2, 0, 5), (3, 4, 7), -100)
+    found, expected = (logits[rank].clone().requires_grad_() for _ in range(2))
+    loss, tokens = in_graph(found, labels[rank])
+    loss.backward()
+    eager, _ = lasp.token_loss(expected, labels[rank], mesh=mesh)
+    eager.backward()
+    assert tokens.item() == 14
+    assert_close(loss, eager, "loss", **CLOSE)
+    assert_close(found.grad, expected.grad, "gradient", **CLOSE)
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_in_a_graph_over_any_mesh(kind):
+    run_ranks(3, _in_a_graph, kind)
 
 
 def _fp64():
