@@ -20,7 +20,12 @@ from lasp.ranks import SequenceParallel, collectives, sequence_axis
 _OFFSETS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")  # names under which batches have those of packed sequences
 _OF_THE_WHOLE = (*_OFFSETS[1:], "seq_idx", "max_length_q", "max_length_k")  # wrong of a slice, or told by the layout
 
+# What asks other ranks is no part of a graph, which ends here. (The public decorator would import the compiler; see
+# checks/optimizers.py.)
+_no_graph = torch._disable_dynamo  # type: ignore[attr-defined,reportPrivateImportUsage]
 
+
+@_no_graph
 def shard_batch(
     batch: Mapping[str, Any],
     mesh,
@@ -273,6 +278,7 @@ def _shift(labels: Tensor, seq_dim: int, offsets: Sequence[int], ignore_index: i
     return shifted
 
 
+@_no_graph
 def shard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
     """This rank's slice along `dim` of a tensor that every rank holds whole; the inverse of `unshard_sequence`.
 
@@ -288,6 +294,7 @@ def shard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
     return x if sequence.size == 1 else _ShardSequence.apply(x, sequence, dim)  # type: ignore[return-value]
 
 
+@_no_graph
 def unshard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
     """The whole tensor on every rank from its slices along `dim`, which may differ in length.
 

@@ -560,3 +560,28 @@ def test_every_sequence_begins_and_ends_on_one_rank(lengths, cu_seqlens):
         ended += own[:-1] if local.continued else own
     everything = list(range(len(cu_seqlens) - 1))
     assert begun == ended == everything
+
+
+# In what torch.compile compiles
+
+
+def _compiled():
+    torch._dynamo.reset()
+    mesh, ids = mesh_of(sp=3), torch.arange(22).view(2, 11)
+
+    def step(weight):
+        local = lasp.shard_batch({"input_ids": ids}, mesh, pad=False)
+        x = weight[local["input_ids"]] * 2 + lasp.shard_sequence(weight[ids], mesh)
+        whole = lasp.unshard_sequence(x.sin(), mesh) * weight[ids]
+        return whole.square().sum(), local["labels"]
+
+    leaves = [torch.linspace(-1, 1, 22 * 3).view(22, 3).requires_grad_() for _ in range(2)]
+    (expected, labels), (found, of_graph) = (f(x) for f, x in zip((step, torch.compile(step, backend="eager")), leaves))
+    assert torch.equal(of_graph, labels)
+    assert_close(found, expected, "loss", rtol=1e-6)
+    gradients = [torch.autograd.grad(loss, x)[0] for loss, x in zip((expected, found), leaves)]
+    assert_close(gradients[1], gradients[0], "gradient", rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_step_that_cuts_and_gathers():
+    run_ranks(3, _compiled)

@@ -1,5 +1,8 @@
 """Training over dp x sp with `sync_grads`, DDP and FSDP2: gradients and parameters are those of one process."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
+from lasp.ranks.group import process
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # all is in fp64
 
@@ -285,3 +289,35 @@ def _grad_mesh():
 
 def test_grad_mesh_is_dp_and_sp_without_tp():
     run_ranks(4, _grad_mesh)
+
+
+def _dropped_wrapper(collecting):
+    """Nobody keeps the wrapper, and Python's collector comes by on some ranks between forward and backward."""
+    gc.disable()
+    try:
+        mesh, batch = mesh_of(dp_shard=1, sp=3), whole_batch()
+        alone, model = SmallModel().double(), lasp.parallelize(SmallModel().double(), mesh)
+        for _ in range(2):  # the second wrapper takes the place of the first
+            expected = loss_of(alone, batch, None)
+            expected.backward()
+            wrapped = wrap_ddp(model, mesh)
+            loss, wrapper = loss_of(wrapped, batch, mesh), weakref.ref(wrapped)
+            del wrapped
+            if dist.get_rank() in collecting:
+                gc.collect()
+                assert wrapper() is None
+            loss.backward()
+            assert_same_parameters(model, alone, lambda p: p.grad)
+        reducers = process.reducers
+        assert model in reducers
+        kept = len(reducers)
+        del model
+        gc.collect()
+        assert len(reducers) < kept, "what averages outlives its model"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("collecting", [(0, 1, 2), (1,)])
+def test_gradients_are_averaged_also_where_nobody_keeps_ddp_itself(collecting):
+    run_ranks(3, _dropped_wrapper, collecting)

@@ -13,6 +13,7 @@ from inputs import assert_close
 from ranks import mesh_of, run_ranks
 from small_model import SmallModel
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import lasp
 from lasp import ranks
@@ -212,6 +213,34 @@ def test_where_the_host_must_not_wait_such_a_label_makes_all_ranks_nan():
     run_ranks(2, _outside_where_the_host_must_not_wait)
 
 
+MESHES = {
+    "of init_mesh": lambda: mesh_of(sp=3),
+    "sp of init_mesh": lambda: mesh_of(sp=3)["sp"],
+    "a group that lasp has not seen": lambda: dist.new_group([0, 1, 2]),
+    "of PyTorch": lambda: init_device_mesh("cpu", (3,)),
+}
+
+
+def _in_a_graph(kind):
+    torch._dynamo.reset()
+    mesh, rank = MESHES[kind](), dist.get_rank()
+    in_graph = torch.compile(functools.partial(lasp.token_loss, mesh=mesh), backend="aot_eager", fullgraph=True)
+    logits, labels = batch((2, 0, 5), (3, 4, 7), -100)
+    found, expected = (logits[rank].clone().requires_grad_() for _ in range(2))
+    loss, tokens = in_graph(found, labels[rank])
+    loss.backward()
+    eager, _ = lasp.token_loss(expected, labels[rank], mesh=mesh)
+    eager.backward()
+    assert tokens.item() == 14
+    assert_close(loss, eager, "loss", **CLOSE)
+    assert_close(found.grad, expected.grad, "gradient", **CLOSE)
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_in_a_graph_over_any_mesh(kind):
+    run_ranks(3, _in_a_graph, kind)
+
+
 def _fp64():
     draw = torch.Generator().manual_seed(dist.get_rank())
     logits = torch.randn(1, 5, VOCABULARY, generator=draw, dtype=torch.float64, requires_grad=True)
@@ -321,17 +350,20 @@ def test_and_in_evaluation(use):
     run_ranks(2, _without_ranks, use, False)
 
 
-def _wrapped():
+def _wrapped(compiled):
     mesh = mesh_of(sp=2)
     ids = torch.arange(11).view(1, 11) % 5
     local = lasp.shard_batch({"input_ids": ids}, mesh)
     for wrap in (wrap_ddp, wrap_fsdp2):
         model = lasp.parallelize(SmallModel(), mesh)
+        for block in model.blocks if compiled else ():
+            block.compile(backend="aot_eager")
         logits = wrap(model, mesh)(local["input_ids"], local["position_ids"])
         with pytest.raises(ValueError, match="mesh must hold all ranks of the sequence"):
             lasp.token_loss(logits, local["labels"], mesh=None)
         lasp.token_loss(logits, local["labels"], mesh=mesh)[0].backward()
 
 
-def test_the_loss_of_a_wrapped_model_without_its_ranks_is_an_error():
-    run_ranks(2, _wrapped)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_of_a_wrapped_model_without_its_ranks_is_an_error(compiled):
+    run_ranks(2, _wrapped, compiled)

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lasp import arguments
 from lasp.checks.replicas import compare_parameters
 from lasp.ranks import grad_group, waiting
+from lasp.ranks.group import process
 
 
 def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> nn.Module:
@@ -15,6 +16,9 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
 
     With a loss from `lasp.token_loss` every parameter's gradient is that of the whole batch. Unless `validate` is
     "off", ranks compare the names, shapes and dtypes of the parameters first, and which are trained.
+
+    Of what went through the wrapper, gradients are averaged as long as the model lives, also if nobody keeps the
+    wrapper until backward.
 
     Raises:
         RankMismatchError: ranks hold other parameters; on every rank.
@@ -26,4 +30,9 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
         return model
     compare_parameters(model, group, "wrap_ddp", validate=validate)
     with waiting("wrap_ddp: comparing and sending the parameters of all ranks"):
-        return DistributedDataParallel(model, process_group=group, **options)
+        wrapped = DistributedDataParallel(model, process_group=group, **options)
+    # What averages goes with the wrapper: mostly at once, and then no rank averages; where a cycle holds it (the first
+    # in a process, compiled blocks) when Python's collector comes by, at another moment on each rank: then that rank
+    # averages nothing, and the others wait for it in backward.
+    process.reducers[model] = wrapped.reducer
+    return wrapped

@@ -127,6 +127,7 @@ class _Process:
         self.buffers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self.loss_gradient: Any = None  # that a loss got last, since the last step (lasp.loss)
         self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
+        self.reducers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of DDP, by the model in it
         self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
         self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
         self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -72,7 +75,8 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
 
     Pass it to `fully_shard(mesh=...)`, or its group to DDP. With a loss from `token_loss` the average over these
     ranks is the exact gradient; leaving out sp is a mistake that no loss curve shows. A 1-D mesh, a group or None
-    is returned as it is.
+    is returned as it is. Of a mesh that `init_mesh` has not made, the first call makes a process group: all ranks call
+    it, and before a graph of torch.compile does.
     """
     if not isinstance(mesh, DeviceMesh):
         if mesh is not None and not isinstance(mesh, ProcessGroup):
@@ -85,7 +89,9 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
         raise ValueError(f'the mesh has no axis "sp", only {mesh.mesh_dim_names}')
     if names == ("sp",):
         return mesh["sp"]
-    with making_groups("lasp.grad_mesh: making the process group of dp x sp"):
+    # In a graph, which can read no clock, the group is there: `init_mesh` has made it.
+    in_graph = torch.compiler.is_compiling()
+    with nullcontext() if in_graph else making_groups("lasp.grad_mesh: making the process group of dp x sp"):
         return mesh[names]._flatten("grad")
 
 
@@ -93,8 +99,8 @@ def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | N
     """The process group of `grad_mesh`, and its size."""
     axis = grad_mesh(mesh)
     group = axis.get_group() if isinstance(axis, DeviceMesh) else axis
-    if group is not None:
-        peers_of(group)  # for its timeout, if it is the user's
+    if group is not None and not torch.compiler.is_compiling():
+        peers_of(group)  # for its timeout, if it is the user's; making a `Peers` is no part of a graph
     return group, dist.get_world_size(group) if group is not None else 1
 
 
