@@ -60,7 +60,7 @@ def _facts_of(sequence: SequenceParallel) -> Facts:
 
 
 # A graph ends here: what it would look at is another at each call.
-facts_of: Callable[[SequenceParallel], Facts] = torch.compiler.disable(_facts_of)  # type: ignore[assignment]
+facts_of: Callable[[SequenceParallel], Facts] = torch._disable_dynamo(_facts_of)  # type: ignore[attr-defined]
 
 
 def layout_of(sequence: SequenceParallel) -> ShardLayout:
