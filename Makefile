@@ -14,7 +14,11 @@ LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py attention.py checkpoint
 FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py layering.py loss.py)
 
 .PRECIOUS: .venv-torch-%/.installed
-.PHONY: demo test test-fast test-matrix test-newest lint bench doctor clean
+# What needs libraries that must not be beside the others: transformers takes fla's kernels wherever it finds them, and
+# these need a GPU.
+OTHERS := $(addprefix tests/test_,fla.py fla_gpu.py trl.py loops.py)
+
+.PHONY: demo test test-fast test-matrix test-newest test-others lint bench doctor clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,6 +52,15 @@ test-torch-%: .venv-torch-%/.installed
 test-newest: .venv-torch-$(NEWEST)/.installed  ## on the newest PyTorch what leans on its insides
 	.venv-torch-$(NEWEST)/bin/python -m pytest $(LEANS_ON_PYTORCH)
 
+.venv-others/.installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,fla,others,dev]'
+	touch $@
+
+test-others: .venv-others/.installed  ## layers of fla, TRL's trainers, Lightning Fabric
+	.venv-others/bin/python -m pytest $(OTHERS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +73,4 @@ bench: $(VENV)/.installed  ## the CPU benchmarks; the others name their hardware
 	$(BIN)/python bench/reference.py
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .venv-torch-* .venv-others build *.egg-info kernels/*.egg-info
