@@ -170,6 +170,8 @@ def of_model(name: str, options: argparse.Namespace, mesh) -> tuple[list, list]:
                 "peak GiB": peak,
             }
         )
+        if dist.get_rank() == 0:
+            print(rows[-1], flush=True)
         gc.collect()
         torch.cuda.empty_cache()
 

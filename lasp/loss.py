@@ -74,6 +74,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+    if not isinstance(logits, Tensor) and hasattr(logits, "logits"):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: pass its .logits")
     arguments.float_tensor("logits", logits)
     arguments.integer_tensor("labels", labels, signed=True)  # of unsigned ones -100 is none
     arguments.integer("ignore_index", ignore_index)

@@ -189,15 +189,23 @@ def _adapter(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
     """An adapter for a class that another library made: which functions its forward calls is told."""
     owner = type(modules[_around(path, modules)])
     calls = [name for name in sorted(adapters.names_in(owner.forward)) if adapters.is_function(owner, name)]
-    name = calls[0] if len(calls) == 1 else "scan"
+    register = f"lasp.register({owner.__module__ + '.' + owner.__qualname__!r}, adapter=split)"
+    if not calls:
+        return [
+            "def forward(self, x): ...  # its forward again, with operators of lasp that take sequence=self.sequence",
+            "def split(module, sequence):",
+            "    module.sequence, module.forward = sequence, types.MethodType(forward, module)",
+            register,
+        ]
     of = f"  # its forward calls {', '.join(calls[:_LISTED])}" if len(calls) > 1 else ""
+    name = next((name for name in calls if _MIXER_NAMES.search(name)), "scan" if len(calls) > 1 else calls[0])
     return [
         "def split(module, sequence):",
-        f"    def {name}(q, k, v):",
+        f"    def {name}(q, k, v):  # whatever it takes",
         "        layout = lasp.adapters.layout_of(sequence)",
         "        return lasp.linear_attention(q, k, v, layout=layout, sequence=sequence)[0]  # or what it is",
         f"    lasp.adapters.rebind(module, {name}={name}){of}",
-        f"lasp.register({owner.__module__ + '.' + owner.__qualname__!r}, adapter=split)",
+        register,
     ]
 
 

@@ -27,6 +27,7 @@ from lasp.adapters import border
 from lasp.api import is_parallelized, parallelize
 from lasp.batch import shard_batch
 from lasp.checks.agreement import Agreement
+from lasp.checks.checksum import checksums
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
@@ -347,8 +348,11 @@ def _fingerprint(
 ) -> dict[str, object]:
     """What must be the same on all ranks."""
     parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    whole = {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+    values = zlib.crc32(repr(checksums(whole)).encode())
     return {
         "model": [type(model).__name__, len(parameters), f"checksum {zlib.crc32(repr(parameters).encode()):08x}"],
+        "values of the weights (seed before the model is built)": f"checksum {values:08x}",
         "input_ids": [*ids.shape, f"checksum {zlib.crc32(ids.cpu().contiguous().numpy().tobytes()):08x}"],
         "parallelized": is_parallelized(model),
         "layers": layers,

@@ -59,7 +59,7 @@ def test_the_first_program_of_the_readme(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("2 ranks compute what one does") == 2
+    assert done.stdout.count("2 ranks compute what one does") == 1
 
 
 def test_code_on_the_pages_parses():

@@ -3,9 +3,13 @@
 import copy
 import importlib
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from processes import ROOT
 from ranks import mesh_of, run_ranks
 
 import lasp
@@ -41,6 +45,7 @@ def refuses_what_needs_the_whole():
         ({"cache": object()}, ValueError, "cache cannot be used"),
         ({"past_key_values": object()}, ValueError, "past_key_values cannot be used"),
         ({"labels": ids}, ValueError, r"lasp.token_loss\(output.logits"),
+        ({"labels": ids, "shift_labels": ids}, ValueError, r"lasp.token_loss\(output.logits"),
         ({"logits_to_keep": 1}, ValueError, "logits_to_keep .* got 1"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, ValueError, "attention_mask must be the"),
         ({"seq_idx": torch.zeros(1, 1)}, ValueError, "seq_idx was given, but the layout is not of packed"),
@@ -243,6 +248,10 @@ def unknown_mask(name, more, message):
     kind = getattr(configs, f"{prefix}TextConfig", None) or getattr(configs, f"{prefix}Config")
     config = kind(**{**foreign.COMMON, "head_dim": 8, **more})
     model = getattr(importlib.import_module(foreign.file_of(name)), f"{prefix}ForCausalLM")(config)
+    if name == "llama4":
+        with pytest.raises(ValueError, match=message):
+            lasp.parallelize(model, mesh["sp"], strict=False)
+        return
     lasp.parallelize(model, mesh["sp"], strict=False)
     local = lasp.shard_batch({"input_ids": IDS}, mesh, pad=False)
     if message is None:
@@ -256,12 +265,118 @@ def unknown_mask(name, more, message):
     ("name", "more", "message"),
     [
         ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}, "s_aux"),
-        ("llama4", {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 16}, "chunked_overlay"),
+        ("llama4", {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 16}, "no layer"),
         ("gemma3", {"sliding_window": 9, "query_pre_attn_scalar": 8}, None),
     ],
 )
 def test_a_mask_that_lasp_has_not_got_is_refused(name, more, message):
     run_ranks(2, unknown_mask, name, more, message)
+
+
+def interrupted():
+    """After Ctrl-C in a forward, of which PyTorch tells no hook, the next call is a call of its own."""
+    model, local, _ = split("mamba2")
+    call = {"input_ids": local["input_ids"], "layout": local["layout"]}
+    expected = model(**call).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.backbone.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**call)
+    handle.remove()
+    with pytest.raises(ValueError, match="layout is needed"):
+        model(local["input_ids"])
+    assert torch.equal(model(**call).logits, expected)
+
+
+def test_an_interrupt_leaves_nothing_behind():
+    run_ranks(2, interrupted)
+
+
+def taken_out():
+    model, local, _ = split("llama")
+    call = {"input_ids": local["input_ids"], "layout": local["layout"]}
+    model(**call)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"attn_implementation must stay .*, got 'sdpa'"):
+        model(**call)
+
+
+def test_attention_that_is_taken_out_of_the_registry_is_an_error():
+    run_ranks(2, taken_out)
+
+
+def router_of_padding():
+    """The layout's padding is no token, a mask may be positional, and a tuple would hide the loss of a slice."""
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    mask = torch.ones(2, 41, dtype=torch.int64)
+    mask[1, 30:] = 0
+    reference = foreign.build("qwen3_next", torch.float32)
+    whole = [reference(**x, use_cache=False, output_router_logits=True).aux_loss for x in _with_and_without(mask)]
+    model, _, _ = split("qwen3_next")
+    found = []
+    for batch in _with_and_without(mask):
+        local = lasp.shard_batch(batch, mesh)  # 41 tokens are padded to 42
+        given = (local["input_ids"], local["attention_mask"]) if "attention_mask" in local else (local["input_ids"],)
+        found.append(model(*given, layout=local["layout"], output_router_logits=True).aux_loss)
+    torch.testing.assert_close(found, whole)
+    with pytest.raises(ValueError, match="output_router_logits needs return_dict=True"):
+        model(*given, layout=local["layout"], output_router_logits=True, return_dict=False)
+
+
+def _with_and_without(mask):
+    return {"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask}
+
+
+def test_the_router_s_loss_counts_no_padding():
+    run_ranks(2, router_of_padding)
+
+
+def given_positions():
+    """Positions that a user gives decide over frequencies that follow the largest."""
+    more = {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "max_position_embeddings": 24,
+    }
+    positions = (torch.arange(41) - 12).clamp(min=0).expand(2, -1)
+    mask = (torch.arange(41) >= 12).long().expand(2, -1)
+    batch = {"input_ids": IDS, "position_ids": positions, "attention_mask": mask}
+    whole = foreign.build("llama", torch.float32, **more)(**batch, use_cache=False).logits
+    model, _, mesh = split("llama", **more)
+    local = lasp.shard_batch(batch, mesh, pad=False)
+    got = model(**{key: local[key] for key in (*batch, "layout")}).logits
+    start, end = local["layout"].bounds(mesh["sp"].get_local_rank())
+    real = local["attention_mask"] != 0
+    assert foreign.relative(got[real], whole[:, start:end][real]) < 1e-5
+
+
+def test_rotary_that_follows_given_positions():
+    run_ranks(2, given_positions)
+
+
+def saved_for_another_process(path):
+    model, _, _ = split("llama")
+    if torch.distributed.get_rank() == 0:
+        torch.save(model.eval(), path / "model.pt")
+        torch.save(foreign.build("llama", torch.float32).eval()(IDS, use_cache=False).logits, path / "logits.pt")
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    run_ranks(2, saved_for_another_process, tmp_path)
+    code = (
+        "import sys, torch\n"
+        "folder = sys.argv[1]\n"
+        "model = torch.load(f'{folder}/model.pt', weights_only=False)\n"
+        "ids = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(5))\n"
+        "torch.testing.assert_close(model(ids, use_cache=False).logits, torch.load(f'{folder}/logits.pt'))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env, timeout=90
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def compiled(name):

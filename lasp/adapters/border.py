@@ -81,7 +81,10 @@ class Border:
     off = False  # for all: models run as their libraries made them (`as_it_came`)
 
     def __init__(self, sequence: SequenceParallel):
-        self.sequence, self.depth = sequence, 0
+        self.sequence = sequence
+        self.when_pickled: Callable[[], tuple] = lambda: (of_a_pickle, ())  # what takes its place
+        self.checks: list[Callable[[nn.Module], None]] = []  # by libraries, before each forward; on the host, and quick
+        self.opened_by: int | None = None  # the model whose forward runs; others within it are given what it makes
 
     def install(self, model: nn.Module) -> None:
         """Stand before and behind its forward. (Objects as hooks, since a pickle takes no methods.)"""
@@ -89,8 +92,8 @@ class Border:
         model.register_forward_hook(_Leave(self), always_call=True)
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:  # noqa: D102
-        if self.facts is not None:  # a model within the model, which is given what this one makes of its arguments
-            self.depth += 1
+        # The same model once more: an interrupt ended its last forward, and PyTorch ran no hook behind that.
+        if self.facts is not None and self.opened_by != id(model):
             return args, kwargs
         call = _Arguments(model, args, dict(kwargs))
         if Border.off:
@@ -100,7 +103,9 @@ class Border:
         facts = call.facts(self.sequence)
         call.refuse_what_needs_the_whole()
         call.fill_in(facts, self.sequence)
-        self.facts, self.depth = facts, 1
+        for check in self.checks:
+            check(model)
+        self.facts, self.opened_by = facts, id(model)
         return call.args, call.kwargs
 
     def __deepcopy__(self, memo: object) -> Border:
@@ -108,7 +113,7 @@ class Border:
 
     def __reduce__(self):
         """Pickled with the model, which then is not split, it does nothing."""
-        return of_a_pickle, ()
+        return self.when_pickled()
 
 
 class _Leave:
@@ -118,9 +123,8 @@ class _Leave:
         self.border = border
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.border.depth -= 1
-        if self.border.depth <= 0:
-            self.border.facts = None
+        if self.border.opened_by == id(model):
+            self.border.facts = self.border.opened_by = None
 
     def __deepcopy__(self, memo: object) -> _Leave:
         return self
@@ -174,7 +178,7 @@ class _Arguments:
             raise ValueError(
                 f"layout is needed where the sequence of {self.name} is split: lasp.shard_batch makes it, pass "
                 "layout=local['layout']; in a Trainer take lasp.integrations.SequenceTrainer, a plain one would give "
-                "each rank other samples"
+                "each rank other samples. (generate() is for a model on one rank)"
             )
         if not isinstance(layout, ShardLayout):
             raise TypeError(f"layout must be a lasp.ShardLayout, got {arguments.shown(layout)}")
@@ -205,7 +209,10 @@ class _Arguments:
                 f"{cache or 'use_cache=True'} cannot be used where the sequence of {self.name} is split: generate() "
                 "and steps with a cache are for a model on one rank; training and evaluation need use_cache=False"
             )
-        if self.given.get("labels") is not None and self.given.get("shift_labels") is None:
+        of_whole = self.given.get("shift_labels") is not None and (
+            self.given.get("num_items_in_batch") is not None or self.given.get("fused_lm_head")
+        )
+        if not of_whole and (self.given.get("labels") is not None or self.given.get("shift_labels") is not None):
             raise ValueError(
                 f"labels would be shifted by {self.name} on its slice alone, and the means of slices are not the mean: "
                 "leave labels out, and loss, tokens = lasp.token_loss(output.logits, local['labels'], mesh=mesh); "

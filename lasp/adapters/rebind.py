@@ -45,10 +45,12 @@ def rebind(module: nn.Module, method: str = "forward", /, **names: Any) -> None:
         raise TypeError(f"{type(module).__qualname__} checkpoints itself around its forward, which would be lost")
     used = names_in(function)
     if missing := sorted(set(names) - used):
+        library = function.__module__.partition(".")[0]
+        version = f": this adapter is for another version of {library} ({tested_with(library)})"
         raise ValueError(
-            f"{type(module).__qualname__}.{method} does not use {', '.join(missing)}: this adapter is for another "
-            f"version of {function.__module__.partition('.')[0]} ({tested_with(function.__module__)}); what it uses is "
-            f"{', '.join(sorted(used & function.__globals__.keys()))}"
+            f"{type(module).__qualname__}.{method} does not use {', '.join(missing)}"
+            + (version if library in TESTED else "")
+            + f"; what it uses is {', '.join(sorted(used & function.__globals__.keys()))}"
         )
     # A code object of its own: what torch.compile keeps of a function, it keeps by that.
     own = types.FunctionType(

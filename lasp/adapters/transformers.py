@@ -37,11 +37,13 @@ from lasp.adapters._selective import rnn_scan, selective_scan
 from lasp.adapters.border import facts_of, layout_of
 from lasp.adapters.rebind import names_in, put, rebind, tested_with
 from lasp.batch import unshard_sequence
+from lasp.checks.use import of_a_pickle
 from lasp.ops.attention import linear_attention
 from lasp.ops.delta import delta_rule
 from lasp.ops.halo import causal_conv
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
+from lasp.ranks.collectives import gather_tokens
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
 Make = Callable[[SequenceParallel], Callable[..., Any]]
@@ -60,6 +62,8 @@ def adapter_of(module: nn.Module) -> Foreign | None:
     if _BY_FUNCTION.keys() & uses:
         return Foreign(functools.partial(_rebind_known, uses=frozenset(uses)), ())
     if "ALL_ATTENTION_FUNCTIONS" in uses and getattr(module, "is_causal", True):
+        if uses & {"arange", "cumsum", "get_seq_length"} and name not in _POSITIONS_FROM_CACHE:
+            return None  # it counts tokens by itself
         return Foreign(attention, ())
     if getattr(module, "rope_type", None) is not None and _is_dynamic(module):
         return Foreign(dynamic_rotary, (), exchanges=False)
@@ -70,12 +74,12 @@ def _rebind_known(module: nn.Module, sequence: SequenceParallel, uses: frozenset
     """Put lasp's operators in the place of the functions that the forward calls, and close what goes around them."""
     module.sequence = sequence  # type: ignore[assignment]
     names = {name: make(sequence) for name, make in _BY_FUNCTION.items() if name in uses}
-    names |= {name: functools.partial(_no_fused_path, module_name=name) for name in _FUSED if name in uses}
+    names |= {name: _no_fused_path for name in _FUSED if name in uses}
     names |= {name: _refuse_step for name in _STEPS if name in uses}
     rebind(module, **names)
 
 
-def _no_fused_path(*_: Any, module_name: str, **__: Any) -> None:
+def _no_fused_path(*_: Any, **__: Any) -> None:
     """What the library's own fallback returns: the forward then goes step by step, through the functions above."""
 
 
@@ -223,6 +227,7 @@ _STEPS = (  # of a token, with a cache
 )
 
 
+_POSITIONS_FROM_CACHE = {"IdeficsAttention", "Pix2StructTextAttention"}  # which ask a cache for its length, and no more
 _KNOWN = {*_BY_FUNCTION, *_FUSED, *_STEPS, "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"}
 _MIXES = re.compile(
     r"inner_fn|fused|conv1d|scan|delta_rule|(?<!_)attention(_forward)?$|_attention\b|recurrent|rnn|gla\b|rwkv|retention"
@@ -407,32 +412,42 @@ def _windows(function: Callable[..., Any]) -> list[int]:
     return [window for part in parts for window in _windows(part)]
 
 
-_INSTEAD_OF: list[Any] = []  # what an `attn_implementation` of ours stands in the place of: "lasp", "lasp_1", ...
+_INSTEAD_OF: dict[str, Any] = {}  # "lasp", "lasp_1", ...: what each stands in the place of, so that it can be put back
 
 
 def _name_instead_of(implementation: str | None) -> str:
-    """In the registries; one for each implementation that a model had, so that it can be put back."""
-    if implementation not in _INSTEAD_OF:
-        _INSTEAD_OF.append(implementation)
-        AttentionInterface.register(_name(implementation), lasp_attention)
-        AttentionMaskInterface.register(_name(implementation), lasp_mask)
-    return _name(implementation)
+    """In the registries; one for each implementation that a model had."""
+    for name, other in _INSTEAD_OF.items():
+        if other == implementation:
+            return name
+    name = f"lasp_{len(_INSTEAD_OF)}" if _INSTEAD_OF else "lasp"
+    _enter(name, implementation)
+    return name
 
 
-def _name(implementation: str | None) -> str:
-    number = _INSTEAD_OF.index(implementation)
-    return f"lasp_{number}" if number else "lasp"
+def _enter(name: str, implementation: str | None) -> None:
+    _INSTEAD_OF[name] = implementation
+    AttentionInterface.register(name, lasp_attention)
+    AttentionMaskInterface.register(name, lasp_mask)
+
+
+def _of_a_pickle(names: dict[str, str | None]) -> Callable[..., None]:
+    """In place of the border of a pickled model, whose configs still have these names: the registries of this process
+    get them."""
+    for name, implementation in names.items():
+        if name not in _INSTEAD_OF:
+            _enter(name, implementation)
+    return of_a_pickle()
 
 
 @contextlib.contextmanager
 def as_it_came(model: nn.Module) -> Iterator[None]:
     """Inside, the configs of the model name the attention that they did before."""
     configs = {id(config): config for m in model.modules() if (config := vars(m).get("config")) is not None}
-    names = {_name(x): x for x in _INSTEAD_OF}
-    found = [(c, now) for c in configs.values() if (now := getattr(c, "_attn_implementation", None)) in names]
+    found = [(c, now) for c in configs.values() if (now := getattr(c, "_attn_implementation", None)) in _INSTEAD_OF]
     try:
         for config, now in found:
-            config._attn_implementation = names[now]
+            config._attn_implementation = _INSTEAD_OF[now]
         yield
     finally:
         for config, now in found:
@@ -466,11 +481,14 @@ def dynamic_rotary(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _dynamic_rotary_forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layout = layout_of(self.sequence)
-    offsets = layout.real.cu_seqlens or (0, layout.real.total)
-    last = max(end - start for start, end in zip(offsets, offsets[1:])) - 1
-    largest = position_ids.new_full((*position_ids.shape[:-1], 1), last)
+    mine = torch.cat([position_ids.flatten(), position_ids.new_zeros(1)]).amax().reshape(1)
+    sequence = self.sequence
+    if sequence.size > 1:
+        mine = gather_tokens(mine, (1,) * sequence.size, sequence, lambda: "the largest position of all ranks", dim=0)
+    largest = mine.amax().expand(*position_ids.shape[:-1], 1)
     found = type(self).forward(self, x, torch.cat([position_ids, largest], -1), *args, **kwargs)
+    if not isinstance(found, tuple):
+        raise ValueError(f"{type(self).__name__} gives something else than cosines and sines: lasp does not know it")
     return tuple(y[..., :-1, :] for y in found)
 
 
@@ -486,18 +504,24 @@ def balance(module: nn.Module, sequence: SequenceParallel) -> None:
     would get alone is another loss.
     """
     module.sequence = sequence  # type: ignore[assignment]
-    module.register_forward_hook(_balance, with_kwargs=True)
+    module.register_forward_hook(_balance, with_kwargs=True, prepend=True)  # the border behind it is still open
 
 
 def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    if getattr(output, "aux_loss", None) is None or module.sequence.size == 1:
+    if module.sequence is None or module.sequence.size == 1:  # a model from a pickle, or `alone`
         return output
+    if isinstance(output, tuple):
+        if not kwargs.get("output_router_logits"):
+            return output
+        raise ValueError("output_router_logits needs return_dict=True where the sequence is split")
+    if getattr(output, "aux_loss", None) is None:
+        return output
+    counted = _counted(module.sequence, len(output.router_logits[0]), output.router_logits[0].device)
     chosen = probability = rows = 0
-    mask = kwargs.get("attention_mask")
     for logits in output.router_logits:
-        p = logits.float().softmax(-1) if logits.dtype != torch.float64 else logits.softmax(-1)
-        weight = p.new_ones(len(p)) if mask is None else mask.reshape(-1).to(p)
+        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         among = F.one_hot(p.topk(module.num_experts_per_tok, -1).indices, module.num_experts).sum(1).to(p)
+        weight = counted.to(p)
         chosen = chosen + weight @ among
         probability, rows = probability + weight @ p, rows + weight.sum()
     sums = torch.cat([chosen, probability, rows[None]])  # type: ignore[index]
@@ -506,6 +530,15 @@ def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
     )
     output.aux_loss = (chosen / rows * probability / rows).sum() * module.num_experts
     return output
+
+
+def _counted(sequence: SequenceParallel, rows: int, device: torch.device) -> Tensor:
+    """[B * T], 1 for the tokens of this rank that are no padding, of the batch or of its layout."""
+    facts = facts_of(sequence)
+    tokens, real = facts.layout.lengths[sequence.rank], facts.layout.real.lengths[sequence.rank]
+    counted = torch.ones(rows // max(tokens, 1), tokens, device=device)
+    counted[:, real:] = 0
+    return (counted if facts.real is None else counted * facts.real).flatten()
 
 
 _CLASSES: dict[str, Foreign] = {
@@ -532,6 +565,29 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
             _own(model, config, own)
     for config in own.values():
         config._attn_implementation = _name_instead_of(config._attn_implementation)
+    sequence.border.checks.append(_still_ours)
+    sequence.border.when_pickled = lambda: (_of_a_pickle, (dict(_INSTEAD_OF),))
+
+
+def _still_ours(model: nn.Module) -> None:
+    """Raise if attention has been taken out of our hands since."""
+    for module in model.modules():
+        if "ALL_ATTENTION_FUNCTIONS" in _uses(type(module)) and isinstance(
+            getattr(module, "sequence", None), SequenceParallel
+        ):
+            now = module.config._attn_implementation  # type: ignore[union-attr]
+            if now not in _INSTEAD_OF:
+                raise ValueError(
+                    f"attn_implementation must stay as lasp.parallelize set it, got {now!r}: another one sees no more "
+                    "than a slice"
+                )
+            return
+
+
+@functools.lru_cache(maxsize=4096)
+def _uses(cls: type[nn.Module]) -> frozenset[str]:
+    """The names that the forward of a class uses."""
+    return frozenset() if cls.forward is nn.Module.forward else frozenset(names_in(cls.forward))
 
 
 def _own(model: nn.Module, config: Any, own: dict[int, Any]) -> None:

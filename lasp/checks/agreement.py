@@ -346,7 +346,7 @@ def _done(peers: Peers, models: list[nn.Module], due: bool) -> dict[str, object]
     if None not in peers.autocast:
         done["autocast"] = sorted(map(str, peers.autocast))
     if models and loss_gradient is not None and (due or loss_gradient.device.type == "cpu"):
-        done["the gradient that reached the loss"] = loss_gradient.item()
+        done["the gradient that reached the loss"] = str(loss_gradient.item())  # NaN is like NaN
     return done
 
 

@@ -76,10 +76,11 @@ class WholeCalls:
 
 def split_models(model: nn.Module) -> list[tuple[nn.Module, Border]]:
     """Those in it that `parallelize` has split and whose forward needs a layout, with what stands before it."""
-    found = []
-    for module in model.modules():
-        hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-        found += [(module, hook) for hook in hooks if isinstance(hook, Border)]
+    found: list[tuple[nn.Module, Border]] = []
+    for module in model.modules():  # the outer ones first, whose borders stand before models in them too
+        if any(module in set(outer.modules()) for outer, _ in found):
+            continue
+        found += [(module, hook) for hook in module._forward_pre_hooks.values() if isinstance(hook, Border)]
     return found
 
 

@@ -161,7 +161,8 @@ def checked_call(x: Operands, layout: ShardLayout | None, sequence: SequencePara
     """The call of these arguments; raises where they do not fit."""
     operator = name_of(x)
     _KINDS[operator].check(x)
-    return call_of(operator, x[0], layout, sequence, name=x._fields[0])
+    settings = tuple((f"dtype of {name}", str(y.dtype)) for name, y in x._asdict().items())
+    return call_of(operator, x[0], layout, sequence, name=x._fields[0], settings=settings)
 
 
 def steps_of(x: Operands, call: Call) -> ElementwiseSteps:
@@ -171,7 +172,7 @@ def steps_of(x: Operands, call: Call) -> ElementwiseSteps:
 
 def start(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> tuple[Call, Started]:
     """What forward does before it must wait."""
-    with begin(name_of(x), sequence) as ranks_agree:
+    with begin(name_of(x), sequence, x[0]) as ranks_agree:
         call = checked_call(x, layout, sequence)
         gradient = wants_gradient(*x)
         with torch.no_grad(), no_autocast(x[0].device.type):

@@ -40,7 +40,8 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     for size in sizes.values():
         known *= 1 if size == -1 else size
     if world % known or (not open_axes and world != known):
-        raise ValueError(f"{sizes} does not divide {world} ranks")
+        alone = "; start as many with torchrun --nproc-per-node, mpirun or srun" if world == 1 else ""
+        raise ValueError(f"{sizes} does not divide {world} ranks{alone}")
     shape = tuple(world // known if size == -1 else size for size in sizes.values())
     made = process.meshes_of_world()
     mesh, groups = made.get(shape, (None, []))
