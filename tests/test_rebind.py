@@ -74,7 +74,7 @@ def test_one_instance_has_another_function():
             "forward",
             {"triple": abs},
             ValueError,
-            "Layer.forward does not use triple: this adapter is for another",
+            "Layer.forward does not use triple; what it uses is double",
         ),
         (Layer(), "nothing", {"double": abs}, TypeError, "Layer has no method 'nothing'"),
         (Checkpointed(), "forward", {"double": abs}, TypeError, "Checkpointed checkpoints itself around its forward"),

@@ -374,7 +374,8 @@ def test_the_same_layer_without_the_mistake_passes():
 
 def _other_weights():
     model = SmallModel(seed=dist.get_rank())
-    assert not lasp.verify(model, dist.group.WORLD).ok
+    with pytest.raises(lasp.RankMismatchError, match=r"rank 1 has values of the weights .seed before"):
+        lasp.verify(model, dist.group.WORLD)
 
 
 def test_weights_that_differ_between_ranks_are_found():
