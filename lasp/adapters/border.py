@@ -13,6 +13,7 @@ told, whichever batch came since.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -235,7 +236,7 @@ class _Arguments:
                 f"{documents[0]} was given, but the layout is not of packed documents: give them to lasp.shard_batch"
             )
         if "position_ids" in self.takes and self.given.get("position_ids") is None:
-            self.set("position_ids", positions(facts.layout, sequence.rank, self._tokens().device))
+            self.set("position_ids", positions(facts.layout, sequence.rank, self._tokens().device).clone())
         self.no_cache()
 
     def no_cache(self) -> None:
@@ -263,12 +264,14 @@ def _takes(model: nn.Module) -> set[str]:
     return names
 
 
+@functools.lru_cache(maxsize=8)  # the layers of a model ask for the same ones
 def positions(layout: ShardLayout, rank: int, device: torch.device) -> Tensor:
-    """[1, T], int64: of a rank's tokens in the whole sequence, or in their documents."""
+    """[1, T], int64: of a rank's tokens in the whole sequence, or in their documents. Not to be written to."""
     start, end = layout.bounds(rank)
-    found = torch.arange(start, end, device=device)
-    if layout.packed:
-        offsets = layout.facts[1].to(device)  # type: ignore[union-attr]
-        document = torch.searchsorted(offsets, found, right=True) - 1
-        found = found - offsets[document.clamp(max=len(offsets) - 1)]
-    return found[None]
+    with torch.inference_mode(False):  # those of an evaluation may serve a training
+        found = torch.arange(start, end, device=device)
+        if layout.packed:
+            offsets = layout.facts[1].to(device)  # type: ignore[union-attr]
+            document = torch.searchsorted(offsets, found, right=True) - 1
+            found = found - offsets[document.clamp(max=len(offsets) - 1)]
+        return found[None]
