@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import threading
 import time
 import weakref
@@ -346,7 +347,8 @@ def _done(peers: Peers, models: list[nn.Module], due: bool) -> dict[str, object]
     if None not in peers.autocast:
         done["autocast"] = sorted(map(str, peers.autocast))
     if models and loss_gradient is not None and (due or loss_gradient.device.type == "cpu"):
-        done["the gradient that reached the loss"] = str(loss_gradient.item())  # NaN is like NaN
+        value = loss_gradient.item()
+        done["the gradient that reached the loss"] = "NaN" if math.isnan(value) else value  # NaN is like NaN
     return done
 
 
