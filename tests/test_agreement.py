@@ -24,7 +24,7 @@ from lasp.ranks import peers_of
 from lasp_kernels.chunked import ChunkedSteps
 
 B, T, H, K, V = 2, 5, 2, 3, 4
-SOON = 5.0  # seconds within which a difference is known on every rank
+SOON = 8.0  # seconds; a second store in the process of the tests can stall one for 5 (torch 2.13)
 
 
 def arguments(dtype=torch.float32, **changed):
