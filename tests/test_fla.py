@@ -209,7 +209,7 @@ def test_norms_and_multilayer_perceptrons_are_not_refused():
     from fla.modules import GatedMLP
 
     model = Block(GatedLinearAttention(hidden_size=32, num_heads=2), GatedMLP(hidden_size=32))
-    lasp.parallelize(model, None)
+    assert lasp.parallelize(model, None) is model  # and raises nothing
 
 
 def verified(name):

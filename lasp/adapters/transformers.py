@@ -190,22 +190,15 @@ def _selective(sequence: SequenceParallel) -> Callable[..., Tensor]:
     """Mamba's scan (arXiv 2312.00752, algorithm 2): a state of N numbers a channel, each with a decay of its own."""
 
     def mamba_selective_scan(
-        hidden_states: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None = None,
-        z: Tensor | None = None,
-        delta_bias: Tensor | None = None,
-        delta_softplus: bool = False,
+        *given: Any,
         return_last_state: bool = False,
-        **_: Any,
+        use_mambapy: bool = False,
+        use_associative_scan: bool = False,
+        **more: Any,
     ) -> Tensor:
-        """x, dt and z [B, D, T], A [D, N], B and C [B, N, T]."""
+        """x, dt and z [B, D, T], A [D, N], B and C [B, N, T]; the last two choose how the library would scan."""
         _no_states(return_last_state=return_last_state)
-        given = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus)
-        return selective_scan(*given, layout=layout_of(sequence), sequence=sequence)
+        return selective_scan(*given, **more, layout=layout_of(sequence), sequence=sequence)
 
     return mamba_selective_scan
 
