@@ -7,8 +7,8 @@ Random weights, about a billion parameters, bf16, gradient checkpointing, forwar
 - `original`: the model as the library made it, on each GPU by itself, with as many tokens as a rank has
 - `one rank`: the same after `parallelize` on one rank, which leaves it as it is
 - `split`: one sequence of tokens x ranks, over all ranks
-- `split, softmax by heads`: the same, but its softmax layers deal out heads with an all-to-all, as DeepSpeed-Ulysses
-  does, which transformers offers for such layers; for linear ones it offers nothing
+- `split, K and V gathered`: the same without an all-to-all over the heads of softmax layers (transformers offers that
+  too, through DeepSpeed; for linear layers it offers nothing)
 - `split, no exchange`: the same layers and shards, each rank by itself (linear layers do the same work; softmax layers
   see a shorter sequence)
 
@@ -24,19 +24,19 @@ import importlib
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
-from peers.ulysses import ToHeads, ToTokens
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 import lasp
 from lasp.adapters.border import Facts
-from lasp.adapters.transformers import Mask, lasp_attention
+from lasp.adapters.transformers import Mask
+from lasp.ops import tokens
 from lasp.ranks import alone
 
 COMMON = {
@@ -145,30 +145,6 @@ def training_step(model: torch.nn.Module, local: dict, split: bool) -> Callable[
     return step
 
 
-def softmax_by_heads(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **given
-) -> tuple[Tensor, None]:
-    """Causal softmax attention of one document, [B, H, T, D], by an all-to-all over heads; it gives tokens first."""
-    sequence = module.sequence
-    to_heads = [ToHeads.apply(x.transpose(1, 2).unsqueeze(0), sequence).squeeze(0) for x in (query, key, value)]
-    q, k, v = (x.transpose(1, 2) for x in to_heads)
-    o = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=given.get("scaling"), enable_gqa=True
-    )
-    return ToTokens.apply(o.transpose(1, 2).unsqueeze(0), sequence).squeeze(0), None
-
-
-@contextlib.contextmanager
-def by_heads(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the softmax layers of a split model exchange heads instead of keys and values."""
-    name = model.config._attn_implementation
-    AttentionInterface.register(name, softmax_by_heads)
-    try:
-        yield
-    finally:
-        AttentionInterface.register(name, lasp_attention)
-
-
 def part(head: torch.nn.Module, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = head(h).float().flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
@@ -213,8 +189,8 @@ def of_model(name: str, options: argparse.Namespace, mesh) -> tuple[list, list]:
     lasp.parallelize(model, mesh["sp"])
     model.gradient_checkpointing_enable()
     row("split", training_step(model, local, True), options.tokens, ranks)
-    with by_heads(model):
-        row("split, softmax by heads", training_step(model, local, True), options.tokens, ranks)
+    with mock.patch.object(tokens, "heads_divide", return_value=False):
+        row("split, K and V gathered", training_step(model, local, True), options.tokens, ranks)
     with alone():
         row("split, no exchange", training_step(model, by_itself, True), options.tokens, ranks)
     return rows, of_layers(name, model, options, local, by_itself)

@@ -29,9 +29,9 @@ class Ulysses(Contiguous):
         log_decay = lasp.decay.fixed(slopes, shape.device)
 
         def attention(x: Inputs) -> Tensor:
-            q, k, v = ToHeads.apply(torch.stack([x.q, x.k, x.v]), sequence).unbind()  # type: ignore[union-attr]
+            q, k, v = _ToHeads.apply(torch.stack([x.q, x.k, x.v]), sequence).unbind()  # type: ignore[union-attr]
             o, _ = lasp.linear_attention(q, k, v, log_decay=log_decay)
-            return ToTokens.apply(o.unsqueeze(0), sequence).squeeze(0)  # type: ignore[union-attr]
+            return _ToTokens.apply(o.unsqueeze(0), sequence).squeeze(0)  # type: ignore[union-attr]
 
         return attention
 
@@ -39,7 +39,7 @@ class Ulysses(Contiguous):
         return Lasp().one_process(inputs)
 
 
-class ToHeads(torch.autograd.Function):
+class _ToHeads(torch.autograd.Function):
     """[n, B, T, H, D] of this rank's tokens to [n, B, W * T, H / W, D]."""
 
     @staticmethod
@@ -52,8 +52,8 @@ class ToHeads(torch.autograd.Function):
         return _heads_to_tokens(dx, ctx.sequence), None
 
 
-class ToTokens(torch.autograd.Function):
-    """The inverse of `ToHeads`."""
+class _ToTokens(torch.autograd.Function):
+    """The inverse of `_ToHeads`."""
 
     @staticmethod
     def forward(ctx, x, sequence):
