@@ -11,7 +11,7 @@ from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
 from lasp.data_parallel import sync_grads
 from lasp.layout import ShardLayout
-from lasp.loss import token_loss
+from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
 from lasp.ops.attention import linear_attention
 from lasp.ops.delta import delta_rule
@@ -39,6 +39,7 @@ __all__ = [
     "init_mesh",
     "integrations",
     "linear_attention",
+    "linear_token_loss",
     "modules",
     "parallelize",
     "register",

@@ -343,6 +343,27 @@ TABLE = {
             "ignore_index": NO_INTEGER,
         },
     ),
+    "linear_token_loss": (
+        lasp.linear_token_loss,
+        lambda ranks: {
+            "hidden": zeros(1, T, 4),
+            "weight": zeros(WORDS, 4),
+            "labels": zeros(1, T).long(),
+            "mesh": mesh_of(ranks),
+        },
+        {
+            "hidden": [*no_tensor((1, T, 4)), zeros(4), zeros(1, T, 0), zeros(1, T + 1, 4), zeros(1, T, 5)],
+            "weight": [*no_tensor((WORDS, 4)), zeros(WORDS), zeros(WORDS, 5), zeros(WORDS, 4).double()],
+            "labels": [
+                *("x", None, [[1]], zeros(1, T), zeros(1, T).bool(), zeros(1, T, 1).long()),
+                Wrong(torch.tensor([[0, WORDS, 1, -100]]), f"got {WORDS}"),
+                Wrong(zeros(1, T, dtype=torch.int64, device="meta"), "meta"),
+            ],
+            "bias": ["x", zeros(WORDS + 1), zeros(WORDS, 1), zeros(WORDS).double(), zeros(WORDS).long()],
+            "mesh": NO_MESH,
+            "ignore_index": NO_INTEGER,
+        },
+    ),
     "parallelize": (
         lasp.parallelize,
         lambda ranks: {"model": model(), "mesh": mesh_of(ranks)},
