@@ -20,7 +20,7 @@ from lasp.checks.optimizers import before_step
 from lasp.checks.use import watch, watch_outputs
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis, waiting
-from lasp.strict import Asked, NeedsPositions, refuse_mixers
+from lasp.strict import Asked, Layers, NeedsPositions, refuse_mixers
 
 _parallelized: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 """Models, and what of them could not be asked whether it mixes tokens."""
@@ -41,31 +41,23 @@ def parallelize(
 
     Finds every `lasp.modules.LightningAttention` and every class given to `lasp.register`. Parameters, buffers and
     `state_dict` keys stay as they are. On one rank the model is left untouched, and only `check_finite` is heeded, also
-    where the other axes of the mesh have several. Compose in this order: `parallelize`,
-    activation checkpointing, `torch.compile`, data parallelism (over `lasp.grad_mesh`).
+    where the other axes of the mesh have several. Compose in this order: `parallelize`, activation checkpointing,
+    `torch.compile`, data parallelism (over `lasp.grad_mesh`).
 
     Args:
         model: single-device code that knows no ranks.
         mesh: `mesh["sp"]`, the whole mesh (its "sp" axis is used), a ProcessGroup, or None.
         plan: adapters for layers by the pattern of their path, e.g. `{"blocks.*.conv": lasp.adapters.token_local}`;
-            it goes before what is registered. (Of an adapter that also answers for modules below its own, see
-            `covers` of `lasp.register`.)
+            it goes before what is registered.
         exchange: how a state travels: "ring", "all_gather", "pipeline", "direct" (ranks of one host read each other's
             memory), or "auto", one of them by a cost model, for which the network is measured here, once.
         softmax: how `lasp.softmax_attention` is split: "all_gather".
         strict: refuse a model in which anything mixes tokens that no adapter takes care of, inside of registered layers
-            too: its result on a slice would be silently wrong. For that the model runs a few times on some 30 tokens,
-            in evaluation and in training, with gradients, and on some hundred if it is small, here and on this rank
-            alone, and is left as it was. Where it cannot run so
-            (weights on the meta device or sharded, unusual inputs, more than about a second of work) classes and their
-            names decide, and `explain` says so.
-        validate: "first" compares on all ranks which layers and parameters were found, what each layer is about to
-            compute at its first call and at every 1000th, what it is about to send at every call, and before an
-            optimizer steps how often each layer has exchanged, and now and then the weights (see
-            `lasp.checks.agreement`); "off" does not.
-        check_finite: before an optimizer steps that has parameters of the model, every rank raises
-            `FloatingPointError` with the names, if a gradient that it would use is NaN or Inf on any rank, or if the
-            state of a split layer or its gradient was (see `lasp.assert_finite`).
+            too: its result on a slice would be silently wrong. Its modules are asked by a trial (lasp.strict).
+        validate: "first" compares on all ranks what they found and what each of their layers computes
+            (lasp.checks.agreement); "off" does not.
+        check_finite: before an optimizer steps that has parameters of the model, raise `FloatingPointError` on every
+            rank if a gradient, or a state of a split layer, is NaN or Inf on any of them (see `lasp.assert_finite`).
 
     Returns:
         The same model.
@@ -85,46 +77,64 @@ def parallelize(
         arguments.choice("softmax", softmax, ("all_gather",))
         sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
         layers = _find_layers(model, _checked(plan))
-        if is_parallelized(model):
-            raise ValueError(f"this {type(model).__name__} is parallelized already")
-        asked = refuse_mixers(model, layers) if strict else Asked()
-        if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
-            raise ValueError(
-                f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no "
-                "class given to lasp.register"
-            )
+        asked = _asked(model, layers, strict)
         ranks_agree.settle(
             lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
         )
-    own: dict[str, SequenceParallel] = {}
-    foreign = any(isinstance(adapter, adapters.Foreign) for _, adapter in layers.values())
-    if sequence.size == 1 and foreign:
-        model.register_forward_pre_hook(OneRank(), with_kwargs=True)
-    if sequence.size > 1:
-        if sequence.schedule is not None and sequence.schedule.reads:
-            with waiting("parallelize: setting up memory that the ranks read from each other"):
-                cost.require_direct(sequence)
-        if sequence.schedule is None or sequence.schedule.reads:
-            with waiting("parallelize: the measurement of the network"):
-                cost.measure(sequence)
-        border = Border(sequence) if foreign else None
-        for path, (module, adapter) in layers.items():
-            own[path] = sequence.of_layer(path, border)
-            adapter(module, own[path])
-            if adapters.exchanges(adapter) and validate != "off":
-                watch(module, own[path])
-                before_step(compare_exchanges)
-        if validate != "off":
-            watch_outputs(model, sequence)
-        if border is not None:
-            adapters.prepare(model, sequence.of_layer("", border))
-            border.install(model)
-        elif asked.positions:
-            model.register_forward_pre_hook(NeedsPositions(model, asked.positions), with_kwargs=True)
+    own = _split(model, sequence, layers, asked)
     remember_model(sequence, model)
-    finite.watch(model, sequence, own.values())
+    finite.watch(model, sequence, own)
     _parallelized[model] = asked.not_asked
     return model
+
+
+def _asked(model: nn.Module, layers: Layers, strict: bool) -> Asked:
+    """Raise unless the model can be split by these layers; what came out of a trial, if it is to be strict."""
+    if is_parallelized(model):
+        raise ValueError(f"this {type(model).__name__} is parallelized already")
+    asked = refuse_mixers(model, layers) if strict else Asked()
+    if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
+        raise ValueError(
+            f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no "
+            "class given to lasp.register"
+        )
+    return asked
+
+
+def _split(model: nn.Module, sequence: SequenceParallel, layers: Layers, asked: Asked) -> list[SequenceParallel]:
+    """Give the ranks to the layers, and what stands before the forward of the model; the layers' own ranks."""
+    foreign = any(isinstance(adapter, adapters.Foreign) for _, adapter in layers.values())
+    if sequence.size == 1:
+        if foreign:
+            model.register_forward_pre_hook(OneRank(), with_kwargs=True)
+        return []
+    _set_up(sequence)
+    own: dict[str, SequenceParallel] = {}
+    border = Border(sequence) if foreign else None
+    for path, (module, adapter) in layers.items():
+        own[path] = sequence.of_layer(path, border)
+        adapter(module, own[path])
+        if adapters.exchanges(adapter) and sequence.validate != "off":
+            watch(module, own[path])
+            before_step(compare_exchanges)
+    if sequence.validate != "off":
+        watch_outputs(model, sequence)
+    if border is not None:
+        adapters.prepare(model, sequence.of_layer("", border))
+        border.install(model)
+    elif asked.positions:
+        model.register_forward_pre_hook(NeedsPositions(model, asked.positions), with_kwargs=True)
+    return list(own.values())
+
+
+def _set_up(sequence: SequenceParallel) -> None:
+    """What the schedule needs of the network, once."""
+    if sequence.schedule is not None and sequence.schedule.reads:
+        with waiting("parallelize: setting up memory that the ranks read from each other"):
+            cost.require_direct(sequence)
+    if sequence.schedule is None or sequence.schedule.reads:
+        with waiting("parallelize: the measurement of the network"):
+            cost.measure(sequence)
 
 
 def is_parallelized(model: nn.Module) -> bool:
@@ -147,7 +157,7 @@ def _checked(plan: object) -> Mapping[str, Adapter]:
     return plan
 
 
-def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tuple[nn.Module, Adapter]]:
+def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> Layers:
     layers: dict[str, tuple[nn.Module, Adapter]] = {}
     unused = set(plan)
     for path, module in model.named_modules():
@@ -161,7 +171,7 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tup
     return layers
 
 
-def _fingerprint(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> dict[str, object]:
+def _fingerprint(sequence: SequenceParallel, layers: Layers) -> dict[str, object]:
     """What must be the same on all ranks: the layers, in order, and how their states travel."""
     kinds = [f"{path}: {type(module).__name__}" for path, (module, _) in layers.items()]
     options = {"exchange": sequence.exchange, "check_finite": sequence.check_finite}

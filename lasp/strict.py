@@ -1,7 +1,9 @@
 """`strict` of `parallelize`: refuse what mixes tokens and has no adapter.
 
-The modules are asked (lasp.checks.trial). Where that is not possible their class decides: for those of torch.nn a
-table, for others the names that such layers go by.
+The modules are asked (lasp.checks.trial): the model runs a few times on some 30 tokens, in evaluation and in training,
+with gradients, and on some hundred if it is small, on this rank alone, and is left as it was. Where it cannot run so
+(weights on the meta device or sharded, unusual inputs, more than about a second of work) its classes decide, and
+`explain` says so: for those of torch.nn a table, for others the names that such layers go by.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 
 import lasp
@@ -12,25 +11,15 @@ import lasp
 pytest.importorskip("fla", reason="needs flash-linear-attention 0.6.0")
 
 import fla_models
+import foreign
 from fla_models import logits_of
-from foreign import relative
+from foreign import loss_of, relative
 
 TOKENS = 37
 
 
-def loss_of(logits, labels):
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-
-
 def batch_of(mask=None, cu_seqlens=None):
-    rows = 2 if cu_seqlens is None else 1
-    ids = torch.randint(0, 97, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
-    batch = {"input_ids": ids}
-    if mask is not None:
-        batch |= {"attention_mask": mask, "labels": torch.where(mask == 0, -100, ids)}
-    if cu_seqlens is not None:
-        batch["cu_seqlens"] = cu_seqlens
-    return batch
+    return foreign.batch_of(TOKENS, mask, cu_seqlens)
 
 
 def reference_of(name, batch):
@@ -122,6 +111,23 @@ def compare_short():
             assert relative(got, whole[:, here : here + 1]) < 1e-10, name
 
 
+def trained_after_an_evaluation(name):
+    """What an evaluation under inference_mode made once serves a training."""
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(fla_models.build(name), mesh["sp"])
+    local = lasp.shard_batch(batch_of(cu_seqlens=[0, 5, 20, TOKENS]), mesh)
+    with torch.inference_mode():
+        evaluated = logits_of(model(local["input_ids"], layout=local["layout"]))
+    trained = logits_of(model(local["input_ids"], layout=local["layout"]))
+    trained.sum().backward()
+    assert torch.equal(trained, evaluated)
+
+
+def test_an_evaluation_leaves_what_a_training_can_use():
+    run_ranks(2, trained_after_an_evaluation, "retnet")
+
+
 def refusals():
     fla_models.without_kernels()
     mesh = mesh_of(sp=2)
@@ -138,7 +144,7 @@ def refusals():
     with pytest.raises(ValueError, match="attention_mask has padding among the tokens of a row, which fla takes out"):
         model(**given, attention_mask=holes)
     layer = model.model.layers[0].attn
-    with pytest.raises(RuntimeError, match="initial_state of a layer of fla whose sequence is split"):
+    with pytest.raises(RuntimeError, match="initial_state of a layer whose sequence is split"):
         layer.forward.__func__.__globals__["chunk_gla"](*torch.ones(3, 1, 2, 2, 4), initial_state=torch.ones(1))
 
 

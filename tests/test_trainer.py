@@ -314,26 +314,85 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path):
 
 
 class Own(torch.utils.data.Dataset):
-    """Each rank draws its own samples, as if it knew only its rank."""
+    """Each rank draws its own samples from the n-th on, as if it knew only its rank."""
+
+    def __init__(self, first):
+        self.first = first
 
     def __len__(self):
         return 8
 
     def __getitem__(self, n):
-        return samples(8)[(n + dist.get_rank()) % 8]
+        return samples(8)[(n + dist.get_rank() * (n >= self.first)) % 8]
 
 
-def own_samples(folder):
+def own_samples(folder, first, accumulated):
     with launched():
         model, mesh = split("llama", 2)
-        trainer = trainer_of(model, arguments(folder), train_dataset=Own(), eval_dataset=Own(), mesh=mesh)
-        for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(Own())):
+        args = arguments(
+            folder,
+            gradient_accumulation_steps=accumulated,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            train_sampling_strategy="sequential",
+            max_steps=1,
+        )
+        trainer = trainer_of(model, args, train_dataset=Own(first), eval_dataset=Own(first), mesh=mesh)
+        before = weights_of(model)
+        for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(Own(first))):
             with pytest.raises(lasp.RankMismatchError, match="ranks of a sequence cut one batch"):
                 run()
+        assert all(torch.equal(x, before[name]) for name, x in weights_of(model).items())
 
 
-def test_other_samples_on_ranks_of_a_sequence_are_an_error_at_each_batch(tmp_path):
-    run_ranks(2, own_samples, tmp_path)
+@pytest.mark.parametrize(("first", "accumulated"), [(0, 1), (3, 4)])
+def test_other_samples_on_ranks_of_a_sequence_are_an_error_before_they_count(first, accumulated, tmp_path):
+    run_ranks(2, own_samples, tmp_path, first, accumulated)
+
+
+def visits(folder):
+    """Of the store, by batches: one a step, whatever it accumulates; of an evaluation two batches, and its end."""
+    from lasp.checks import agreement
+
+    with launched():
+        model, mesh = split("llama", 2)
+        args = arguments(folder, gradient_accumulation_steps=4, per_device_eval_batch_size=1, max_steps=2)
+        trainer = trainer_of(model, args, train_dataset=samples(16), eval_dataset=samples(5), mesh=mesh)
+        seen, genuine = [], agreement.compare
+
+        def compare(*args, before, **kwargs):
+            seen.append(before) if kwargs.get("kind") == "batch of a Trainer" else None
+            genuine(*args, before=before, **kwargs)
+
+        with mock.patch.object(agreement, "compare", compare):
+            trainer.train()
+            assert seen == ["the forward of a batch"] * 2
+            trainer.evaluate()
+            assert seen[2:] == ["the forward of a batch"] * 2 + ["the end of an evaluation"]
+
+
+def test_batches_are_compared_once_a_step(tmp_path):
+    run_ranks(2, visits, tmp_path)
+
+
+class Shorter(torch.utils.data.IterableDataset):
+    """That of the second rank ends earlier."""
+
+    def __iter__(self):
+        return iter(samples(8)[: 8 - 3 * dist.get_rank()])
+
+
+def ends_earlier(folder):
+    with launched():
+        model, mesh = split("llama", 2)
+        args = arguments(folder, gradient_accumulation_steps=4, per_device_train_batch_size=1, max_steps=2)
+        trainer = trainer_of(model, args, train_dataset=Shorter(), mesh=mesh)
+        with pytest.raises(lasp.RankMismatchError, match="rank 1 has batches 1, the others 4"):
+            trainer.train()
+
+
+def test_data_that_end_earlier_on_a_rank(tmp_path):
+    run_ranks(2, ends_earlier, tmp_path)
 
 
 def plain(name, folder):

@@ -8,7 +8,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 
 import lasp
@@ -16,6 +15,7 @@ import lasp
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 
 import foreign
+from foreign import loss_of
 
 TOKENS = 83
 OFFSETS = (0, 11, 12, 40, 71, 83)  # of packed documents; on three ranks one of them lies on two borders
@@ -32,10 +32,6 @@ def batches():
         labels = torch.where((mask == 0) | first, -100, ids)
         found[side] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return found | {"packed": {"input_ids": ids[:1], "cu_seqlens": OFFSETS}}
-
-
-def loss_of(logits, labels):
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 def gradients_of(model):

@@ -8,9 +8,10 @@ else, so that nothing outlives a group and tests can begin anew.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -64,7 +65,7 @@ class Peers:
         self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
         self.batches: Counter[str] = Counter()  # that were cut for these ranks, by the kind of comparison
-        self.cuts_batches: Any = None  # a weak reference to the thread that does, beside the main one
+        self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
         self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
         self.agreed: set[Any] = set()  # kinds of messages
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
