@@ -24,11 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lasp import adapters, arguments
 from lasp.adapters import border
-from lasp.api import is_parallelized, parallelize
+from lasp.api import parallelize
 from lasp.batch import shard_batch
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
+from lasp.checks.use import is_split
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
 from lasp.ranks import (
@@ -201,17 +202,16 @@ def verify(
 
     batch, call, whole = _on_all_ranks(axis, prepare, alike)
     whole["layout"] = whole.get("layout") or ShardLayout((whole["input_ids"].shape[1],))
-    local = shard_batch(batch, axis, pad=False)
-    local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
-
     with torch.enable_grad(), untouched(model), uncounted(), first_layers(model, layers), in_dtype(model, dtype):
+        local = shard_batch(batch, axis, pad=False)
+        local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
         keep_all(model)
         random = random_state()
         if forward is not None:
             _on_all_ranks(axis, lambda: _call_up_to_the_model(call, model, local))
 
         def logits_of_split() -> Tensor:
-            split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
+            split_model = model if is_split(model) else parallelize(_same_weights(model), mesh, **options)
             return _forward(split_model, call, local)
 
         @contextlib.contextmanager
@@ -315,7 +315,7 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
         _check_integer("layers", layers, 1, len(blocks))
     if tolerance is not None:
         arguments.number("tolerance", tolerance, positive=True)
-    if is_parallelized(model):
+    if is_split(model):
         if options:
             raise ValueError(f"{sorted(options)} are options of parallelize, but this model is parallelized already")
         for path, module in model.named_modules():
@@ -354,7 +354,7 @@ def _fingerprint(
         "model": [type(model).__name__, len(parameters), f"checksum {zlib.crc32(repr(parameters).encode()):08x}"],
         "values of the weights (seed before the model is built)": f"checksum {values:08x}",
         "input_ids": [*ids.shape, f"checksum {zlib.crc32(ids.cpu().contiguous().numpy().tobytes()):08x}"],
-        "parallelized": is_parallelized(model),
+        "parallelized": is_split(model),
         "layers": layers,
         "dtype": str(dtype),
         "tolerance": None if tolerance is None else float(tolerance),
