@@ -41,6 +41,8 @@ def name_of(adapter: Callable[..., Any]) -> str:
     function = _function_of(adapter)
     file = getattr(function, "__module__", type(function).__module__)
     name = getattr(function, "__qualname__", type(function).__qualname__)
+    if file is None:  # of text that was run
+        return name
     return file if file.startswith("lasp.adapters.") else f"{file}.{name}"
 
 
