@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -98,6 +99,8 @@ def parallelize(
     foreign = any(isinstance(adapter, adapters.Foreign) for _, adapter in layers.values())
     if sequence.size == 1 and foreign:
         model.register_forward_pre_hook(OneRank(), with_kwargs=True)
+        for text in adapters.on_one_rank(model):
+            warnings.warn(text, stacklevel=2)
     if sequence.size > 1:
         if sequence.schedule is not None and sequence.schedule.reads:
             with waiting("parallelize: setting up memory that the ranks read from each other"):

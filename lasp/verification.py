@@ -218,7 +218,7 @@ def verify(
         def as_one_rank() -> Iterator[None]:
             # Packed documents are split by what stands in the model; its library may let them run into each other.
             came = contextlib.nullcontext() if whole["layout"].packed else adapters.as_it_came(model)
-            with alone(), came, torch.compiler.set_stance("force_eager"):
+            with alone(), came, torch.compiler.set_stance("force_eager"), _of_its_library(model):
                 yield
 
         def logits_of_whole() -> Tensor:
@@ -236,6 +236,23 @@ def verify(
             of_whole = _backward(logits, whole["labels"], model, _mean_of_one_rank)
         drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
+
+
+@contextlib.contextmanager
+def _of_its_library(model: nn.Module) -> Iterator[None]:
+    """Around what runs a model's own code: its error says whose it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        libraries = adapters.libraries_of(model)
+        if not libraries or isinstance(error, (*_KNOWN, torch.OutOfMemoryError)):
+            raise
+        more = "".join(f"; {text}" for text in adapters.on_one_rank(model))
+        raise RuntimeError(
+            f"the whole model runs its library's own code ({', '.join(libraries)}) on one rank, which failed: {error}. "
+            "That says nothing of the split one, in which lasp's operators take the place of the library's kernels along "
+            f"the sequence{more}"
+        ) from error
 
 
 Found = TypeVar("Found")
