@@ -16,7 +16,7 @@ FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py
 .PRECIOUS: .venv-torch-%/.installed
 # What needs libraries that must not be beside the others: transformers takes fla's kernels wherever it finds them, and
 # these need a GPU.
-OTHERS := $(addprefix tests/test_,fla.py trl.py loops.py)
+OTHERS := $(addprefix tests/test_,fla.py trl.py peft.py loops.py)
 
 .PHONY: demo test test-fast test-matrix test-newest test-others lint bench doctor clean
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import weakref
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lasp import adapters, arguments
-from lasp.adapters import Adapter
+from lasp.adapters import Adapter, outlook
 from lasp.adapters.border import Border, OneRank
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
 from lasp.checks.checksum import forms_of
 from lasp.checks.optimizers import before_step
-from lasp.checks.use import watch, watch_outputs
+from lasp.checks.use import is_split, keep_whole, split_models, watch, watch_outputs
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis, waiting
+from lasp.ranks.group import process
 from lasp.strict import Asked, Layers, NeedsPositions, refuse_mixers
-
-_parallelized: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Models, and what of them could not be asked whether it mixes tokens."""
 
 
 def parallelize(
@@ -84,19 +82,23 @@ def parallelize(
     own = _split(model, sequence, layers, asked)
     remember_model(sequence, model)
     finite.watch(model, sequence, own)
-    _parallelized[model] = asked.not_asked
+    if sequence.size > 1 or check_finite:
+        keep_whole(model)
+    process.split |= sequence.size > 1
+    split_models[model] = asked.not_asked
     return model
 
 
 def _asked(model: nn.Module, layers: Layers, strict: bool) -> Asked:
     """Raise unless the model can be split by these layers; what came out of a trial, if it is to be strict."""
-    if is_parallelized(model):
+    if is_split(model):
         raise ValueError(f"this {type(model).__name__} is parallelized already")
     asked = refuse_mixers(model, layers) if strict else Asked()
-    if not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
+    token_local = "" in layers and layers[""][1] is adapters.token_local  # as the user says of the model itself
+    if not token_local and not any(adapters.exchanges(adapter) for _, adapter in layers.values()):
         raise ValueError(
             f"{type(model).__name__} has no layer that can be split: no lasp.modules.LightningAttention and no "
-            "class given to lasp.register"
+            "class given to lasp.register; if nothing in it mixes tokens, plan={'': lasp.adapters.token_local}"
         )
     return asked
 
@@ -107,6 +109,8 @@ def _split(model: nn.Module, sequence: SequenceParallel, layers: Layers, asked: 
     if sequence.size == 1:
         if foreign:
             model.register_forward_pre_hook(OneRank(), with_kwargs=True)
+            for text in adapters.on_one_rank(model):
+                warnings.warn(text, stacklevel=3)
         return []
     _set_up(sequence)
     own: dict[str, SequenceParallel] = {}
@@ -114,6 +118,8 @@ def _split(model: nn.Module, sequence: SequenceParallel, layers: Layers, asked: 
     for path, (module, adapter) in layers.items():
         own[path] = sequence.of_layer(path, border)
         adapter(module, own[path])
+        if adapters.exchanges(adapter):
+            vars(module)[_SPLIT] = _Split(own[path], outlook.name_of(adapter), outlook.operators_of(module, adapter))
         if adapters.exchanges(adapter) and sequence.validate != "off":
             watch(module, own[path])
             before_step(compare_exchanges)
@@ -135,14 +141,6 @@ def _set_up(sequence: SequenceParallel) -> None:
     if sequence.schedule is None or sequence.schedule.reads:
         with waiting("parallelize: the measurement of the network"):
             cost.measure(sequence)
-
-
-def is_parallelized(model: nn.Module) -> bool:
-    """Whether `parallelize` was called with this model, or with one that it holds or is a copy of."""
-    return any(
-        module in _parallelized or isinstance(getattr(module, "sequence", None), SequenceParallel)
-        for module in model.modules()
-    )
 
 
 def _checked(plan: object) -> Mapping[str, Adapter]:
@@ -178,6 +176,18 @@ def _fingerprint(sequence: SequenceParallel, layers: Layers) -> dict[str, object
     return {"ranks": sequence.ranks, **options, "layers": kinds}
 
 
+_SPLIT = "_lasp_split"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """An attribute of a layer: what `explain` has to tell of it before it has run."""
+
+    sequence: SequenceParallel | None  # None of a pickled one, which is not split
+    adapter: str
+    operators: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One row of `explain`: one operator of one layer."""
@@ -194,11 +204,13 @@ class LayerReport:
     predicted_seconds: float  # for it, by the cost model
     kernels: str  # what computed the layer, "triton" or "reference"
     repeats: str  # why a recompute repeats the exchange; empty if it does not
+    adapter: str = ""  # where it stands: a function, of lasp's own the file
+    expected: tuple[str, ...] = ()  # operators that the code of layer and adapter names
 
     @classmethod
     def of(cls, path: str, module: nn.Module, operator: str, sequence: SequenceParallel) -> LayerReport:
         """As it is now."""
-        found = sequence.traffic_of(operator) if operator else Traffic()
+        found, split = sequence.traffic_of(operator) if operator else Traffic(), vars(module).get(_SPLIT)
         return cls(
             path,
             type(module).__name__,
@@ -212,6 +224,8 @@ class LayerReport:
             found.predicted_seconds,
             found.kernels,
             found.repeats,
+            split.adapter if isinstance(split, _Split) else "",
+            split.operators if isinstance(split, _Split) else (),
         )
 
     @property
@@ -227,8 +241,16 @@ class LayerReport:
         how += f" in {self.blocks} blocks" if self.blocks > 1 else ""
         known = sent is not None and 0 < self.predicted_seconds < math.inf
         predicted = f"{self.predicted_seconds * 1e6:,.0f} us" if known else ""
-        told = "run a step" if sent is None else f"{sent:,.0f}"
-        return (self.path, self.module, self.operator, how, str(self.ranks), predicted, told, self.kernels)
+        crosses = "; ".join(dict.fromkeys(outlook.CROSSES[name] for name in self.expected))
+        told = (crosses or "run a step") if sent is None else f"{sent:,.0f}"
+        operator = self.operator or ", ".join(self.expected)
+        return (self.path, self.module, self.adapter, operator, how, str(self.ranks), predicted, told, self.kernels)
+
+
+_AFTER_A_STEP = (
+    "of layers that have not run, operators and what they send are told from the code of the layer and its adapter; "
+    "schedule, bytes and kernels are known after a step"
+)
 
 
 class Explanation(list[LayerReport]):
@@ -241,24 +263,33 @@ class Explanation(list[LayerReport]):
         if not self:
             return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
-        rows = [("layer", "module", "operator", "exchange", "ranks", "predicted", sent, "kernels")]
+        rows = [("layer", "module", "adapter", "operator", "exchange", "ranks", "predicted", sent, "kernels")]
         rows += [layer.cells for layer in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         repeats = dict.fromkeys(layer.repeats for layer in self if layer.repeats)
+        if any(layer.bytes_per_step is None for layer in self):
+            notes.insert(0, _AFTER_A_STEP)
         return "\n".join([*lines, *(f"a recompute repeats its exchanges: {why}" for why in repeats), *notes])
 
 
 def explain(model: nn.Module) -> Explanation:
     """Which layers are split, how their states travel, how long that should take, and the bytes that were counted.
 
-    A row for each operator of a layer; a layer that has not run yet has one row.
+    A row for each operator of a layer. A layer that has not run yet has one row: with the adapter that split it, the
+    operators that its code and the adapter's name, and what these send; the rest is known after a step.
     """
     report = Explanation()
     arguments.module("model", model)
-    report.not_asked = _parallelized.get(model, "")
+    report.not_asked = split_models.get(model, "")
+    layers = any(isinstance(vars(m).get(_SPLIT), _Split) for m in model.modules())
     for path, module in model.named_modules():
-        sequence = getattr(module, "sequence", None)
-        if isinstance(sequence, SequenceParallel):
-            report += [LayerReport.of(path, module, name, sequence) for name in sequence.by_operator or ("",)]
+        split, sequence = vars(module).get(_SPLIT), getattr(module, "sequence", None)
+        if isinstance(split, _Split) and not isinstance(sequence, SequenceParallel):  # what an adapter holds elsewhere
+            sequence = split.sequence
+        if not isinstance(sequence, SequenceParallel):
+            continue
+        only_helps = layers and not isinstance(split, _Split)  # an adapter gave it ranks, for a layer around it
+        for name in sequence.by_operator or (() if only_helps else ("",)):
+            report.append(LayerReport.of(path, module, name, sequence))
     return report

@@ -14,6 +14,7 @@ from lasp import arguments
 from lasp.checks import agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
+from lasp.checks.optimizers import before_step
 from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel, collectives, sequence_axis
 
@@ -122,6 +123,8 @@ def _local(
     layout = ShardLayout(lengths, offsets, padding)
     if sequence.size > 1:
         sequence.peers.padded = lengths[0] if padding else None
+        sequence.peers.cut = True
+        before_step(agreement.compare_exchanges)
 
     whole = {**batch, "layout": layout}
     if sequence.size > 1:

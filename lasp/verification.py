@@ -24,11 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lasp import adapters, arguments
 from lasp.adapters import border
-from lasp.api import is_parallelized, parallelize
+from lasp.api import parallelize
 from lasp.batch import shard_batch
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
+from lasp.checks.use import is_split
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
 from lasp.ranks import (
@@ -192,11 +193,11 @@ def verify(
         return _fingerprint(model, found[2]["input_ids"], layers, dtype, tolerance)
 
     def split() -> nn.Module:
-        return model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
+        return model if is_split(model) else parallelize(_same_weights(model), mesh, **options)
 
     batch, call, whole = _on_all_ranks(axis, prepare, alike)
-    local = _slice(batch, whole, axis)
     with torch.enable_grad(), untouched(model), uncounted(), first_layers(model, layers), in_dtype(model, dtype):
+        local = _slice(batch, whole, axis)
         keep_all(model)
         random = random_state()
         if forward is not None:
@@ -205,6 +206,24 @@ def verify(
         of_whole = _run_whole(model, call, whole, axis)
         drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
+
+
+@contextlib.contextmanager
+def _of_its_library(model: nn.Module) -> Iterator[None]:
+    """Around what runs a model's own code: its error says whose it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        libraries = adapters.libraries_of(model)
+        if not libraries or isinstance(error, (*_KNOWN, torch.OutOfMemoryError)):
+            raise
+        more = "".join(f"; {text}" for text in adapters.on_one_rank(model))
+        raise RuntimeError(
+            f"the whole model runs its library's own code ({', '.join(libraries)}) on one rank, which failed: "
+            f"{error}. "
+            "That says nothing of the split one, in which lasp's operators take the place of the library's kernels "
+            f"along the sequence{more}"
+        ) from error
 
 
 Found = TypeVar("Found")
@@ -285,7 +304,7 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
         _check_integer("layers", layers, 1, len(blocks))
     if tolerance is not None:
         arguments.number("tolerance", tolerance, positive=True)
-    if is_parallelized(model):
+    if is_split(model):
         if options:
             raise ValueError(f"{sorted(options)} are options of parallelize, but this model is parallelized already")
         for path, module in model.named_modules():
@@ -324,7 +343,7 @@ def _fingerprint(
         "model": [type(model).__name__, len(parameters), f"checksum {zlib.crc32(repr(parameters).encode()):08x}"],
         "values of the weights (seed before the model is built)": f"checksum {values:08x}",
         "input_ids": [*ids.shape, f"checksum {zlib.crc32(ids.cpu().contiguous().numpy().tobytes()):08x}"],
-        "parallelized": is_parallelized(model),
+        "parallelized": is_split(model),
         "layers": layers,
         "dtype": str(dtype),
         "tolerance": None if tolerance is None else float(tolerance),
@@ -460,7 +479,7 @@ def _run_whole(model: nn.Module, call: Callable, whole: dict[str, Any], axis: Se
     def as_one_rank() -> Iterator[None]:
         # Packed documents are split by what stands in the model; its library may let them run into each other.
         came = contextlib.nullcontext() if whole["layout"].packed else adapters.as_it_came(model)
-        with alone(), came, torch.compiler.set_stance("force_eager"):
+        with alone(), came, torch.compiler.set_stance("force_eager"), _of_its_library(model):
             yield
 
     def logits_of_whole() -> Tensor:

@@ -210,6 +210,56 @@ def test_an_unknown_layer_is_refused_by_its_class(cls):
         lasp.parallelize(Block(known, unknown), None)
 
 
+def refuses_backward(*_, **__):
+    raise RuntimeError("Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results")
+
+
+class Refuses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuses_backward()
+
+
+def kernels_that_refuse():
+    from unittest import mock
+
+    from fla import utils
+    from fla.layers import gated_deltanet
+
+    fla_models.without_kernels()
+    model, mesh = fla_models.build("gated_deltanet"), mesh_of(sp=torch.distributed.get_world_size())
+    here = {"IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True, "TRITON_ABOVE_3_7_1": False}
+    own = gated_deltanet.chunk_gated_delta_rule
+
+    def chunk_gated_delta_rule(**given):
+        return own(**given | {"v": Refuses.apply(given["v"])})
+
+    with (
+        mock.patch.multiple(utils, **here),
+        mock.patch.object(gated_deltanet, "chunk_gated_delta_rule", chunk_gated_delta_rule),
+    ):
+        if mesh.size() == 1:
+            with pytest.warns(UserWarning, match=r"On one rank the model is fla's own.*take Triton 3\.7\.1 or newer"):
+                lasp.parallelize(model, mesh)
+            return
+        message = (
+            r"library's own code \(fla, transformers\) on one rank, which failed: Triton >= 3\.4\.0.*\. That says nothing "
+            r"of the split one.*; fla's own backward of Gated DeltaNet does not run on this GPU"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            lasp.verify(model, mesh)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.timeout(300)  # of a loaded machine
+def test_it_is_said_where_the_librarys_own_kernels_refuse(world):
+    run_ranks(world, kernels_that_refuse, timeout=200.0)
+
+
 def test_norms_and_multilayer_perceptrons_are_not_refused():
     from fla.layers import GatedLinearAttention
     from fla.modules import GatedMLP

@@ -141,6 +141,18 @@ def test_training_is_that_of_one_process(world, sp, name, tmp_path):
         assert_same(found, expected)
 
 
+def train_compiled(name, folder):
+    return train(name, 2, folder, 2, torch_compile=True, torch_compile_backend="aot_eager")[:2]
+
+
+@pytest.mark.parametrize("name", ["bamba", "llama"])
+@pytest.mark.timeout(600)  # of a loaded machine
+def test_compiled_training_is_that_of_one_process(name, tmp_path):
+    [expected] = run_ranks(1, train, name, 1, tmp_path, 2)
+    for found in run_ranks(2, train_compiled, name, tmp_path, timeout=400.0):
+        assert_same(found, expected)
+
+
 def _stream(data):
     return Stream(data)
 
@@ -439,6 +451,7 @@ OPTIONS = {
 
 
 def refused(folder):
+    from accelerate.utils import DistributedType
     from transformers import Trainer
 
     with launched():
@@ -455,6 +468,15 @@ def refused(folder):
             trainer_of(whole, arguments(folder), mesh=mesh)
         with pytest.raises(TypeError, match="mesh must be"):
             trainer_of(model, arguments(folder), mesh="sp")
+
+        trainer = trainer_of(model, arguments(folder), train_dataset=samples(4), mesh=mesh)
+        for kind in ("FSDP", "DEEPSPEED"):
+            sharded = mock.PropertyMock(return_value=DistributedType[kind])
+            with (
+                mock.patch.object(type(trainer.accelerator), "distributed_type", sharded),
+                pytest.raises(ValueError, match=rf"{kind} through Trainer .*DDP has; .*wrap_fsdp2\(model, mesh\)"),
+            ):
+                trainer._validate_args()
 
         class Theirs(Trainer):
             def compute_loss(self, *args, **kwargs):

@@ -93,6 +93,35 @@ def test_slices_and_one_process_agree(world, name):
     run_ranks(world, agree, name)
 
 
+def told_before(model, mesh, batch=None):
+    """What `explain` says of each layer before it has run is what then runs, wherever below the layer."""
+    before = {layer.path: set(layer.expected) for layer in lasp.explain(model)}
+    assert before
+    assert all(before.values())
+    assert all(layer.adapter.startswith("lasp.adapters.") for layer in lasp.explain(model))
+    assert "known after a step" in str(lasp.explain(model))
+    local = lasp.shard_batch(batch or batches()["dense"], mesh)
+    model(local["input_ids"], layout=local["layout"])
+    assert "known after a step" not in str(lasp.explain(model))
+    found = {path: set() for path in before}
+    for row in lasp.explain(model):
+        path = next((p for p in before if f"{row.path}.".startswith(f"{p}.")), None)
+        if path is not None:
+            found[path].add(row.operator)
+    assert found == {path: {{"causal_conv": "halo"}.get(x, x) for x in names} for path, names in before.items()}
+
+
+def explained(name):
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    told_before(lasp.parallelize(foreign.build(name), mesh["sp"]), mesh)
+
+
+@pytest.mark.parametrize("name", foreign.MODELS)
+def test_explain_tells_what_will_run(name):
+    run_ranks(2, explained, name)
+
+
 def verified(name):
     torch.set_num_threads(1)
     mesh = mesh_of(sp=torch.distributed.get_world_size())

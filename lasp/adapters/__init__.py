@@ -212,9 +212,21 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def on_one_rank(model: nn.Module) -> list[str]:
+    """What libraries' files have to say of a model that stays as its library made it."""
+    told = [library.on_one_rank(model) for library in _libraries_of(model) if hasattr(library, "on_one_rank")]
+    return [text for text in told if text]
+
+
+def libraries_of(model: nn.Module) -> list[str]:
+    """The libraries whose layers `parallelize` changes, and which the model has."""
+    return sorted(
+        _LIBRARIES.keys() & {b.__module__.partition(".")[0] for m in model.modules() for b in type(m).__mro__}
+    )
+
+
 def _libraries_of(model: nn.Module) -> list[Any]:
-    names = {base.__module__.partition(".")[0] for m in model.modules() for base in type(m).__mro__}
-    return [importlib.import_module(_LIBRARIES[name]) for name in sorted(names & _LIBRARIES.keys())]
+    return [importlib.import_module(_LIBRARIES[name]) for name in libraries_of(model)]
 
 
 def exchanges(adapter: Adapter) -> bool:

@@ -17,6 +17,7 @@ at on a CPU only: on a GPU the host would have to wait).
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fla import utils
 from fla.modules.rotary.ops import rotary_embedding_ref
 from torch import Tensor, nn
 
@@ -75,6 +77,21 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
 def as_it_came(model: nn.Module) -> AbstractContextManager:
     """Nothing is changed but methods."""
     return nullcontext()
+
+
+def on_one_rank(model: nn.Module) -> str:
+    """What to say of a model that stays fla's own: of the gated delta rule its backward may refuse the Triton here."""
+    names = ("IS_NVIDIA_HOPPER", "TRITON_ABOVE_3_4_0", "TRITON_ABOVE_3_7_1")
+    known = [getattr(utils, name, None) for name in names]
+    classes = {base for m in model.modules() for base in type(m).__mro__ if base.__name__ == "GatedDeltaNet"}
+    gated = any(_is_of_fla(cls) for cls in classes)
+    if not gated or known != [True, True, False] or importlib.util.find_spec("tilelang") is not None:
+        return ""
+    return (
+        "fla's own backward of Gated DeltaNet does not run on this GPU with Triton 3.4.0 to before 3.7.1. On one rank "
+        "the model is fla's own, as it is the whole that lasp.verify compares with: take Triton 3.7.1 or "
+        "newer, or install tilelang. (Over two ranks or more lasp's steps take the place of these kernels)"
+    )
 
 
 def _refuse_labels(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

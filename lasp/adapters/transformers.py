@@ -344,6 +344,9 @@ def lasp_attention(
     return o.contiguous(), None
 
 
+attention.calls = lasp_attention  # type: ignore[attr-defined]  # for `explain`: by a name in the config
+
+
 def lasp_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Mask:
     """For the registry of masks: what a layer's mask allows, if that is something that lasp can split."""
     windows = _windows(mask_function)

@@ -284,6 +284,7 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     Raises:
         RankMismatchError: naming rank and layer, or rank and parameter.
         RuntimeError: on all ranks a split layer ran that called no operator with its ranks; it is named.
+        ValueError: batches were cut for these ranks, but no model was split over them.
         PeerError: a rank did not come within the timeout of its group.
     """
     if capturing():
@@ -292,8 +293,10 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         watch.note_current("what came before the step of the optimizer (as the averaging of gradients)")
     parameters = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
     rounds, records, listings = [], [], []
+    use.refuse_nothing_split(parameters=parameters)
     unused = use.without_operator()
     for peers in all_peers():
+        peers.cut = False
         models = _models_of(peers, parameters)
         peers.steps += bool(models)
         if models:

@@ -185,7 +185,8 @@ class SequenceTrainer(Trainer):
         )
         yield (
             kind not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
-            f"{kind.value} has not been tried with it; DDP has",
+            f"{kind.value} through Trainer has not been tried with it, DDP has; leave it out, or where weights must "
+            "be sharded take a loop of your own with lasp.data_parallel.wrap_fsdp2(model, mesh) and lasp.token_loss",
         )
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -72,6 +72,7 @@ class SequenceParallel:
     by_operator: dict[str, Traffic] = field(init=False, repr=False, default_factory=dict)
     kept: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)  # calls (lasp.ops), routes (exchange)
     border: Any = field(init=False, repr=False, default=None)  # of the model around the layer (lasp.adapters.border)
+    of_model: bool = field(init=False, repr=False, default=False)  # whether `parallelize` made it, for a layer
     handle: Tensor = field(init=False, repr=False)  # a number that stands for this object in a custom op
     in_group: tuple[int, ...] = field(init=False, repr=False)  # rank, as the group counts it, at each place
     prev_rank: int | None = field(init=False, repr=False)  # as the group counts it; None on the first
@@ -102,6 +103,7 @@ class SequenceParallel:
         """The same ranks for a layer of this name, with counts of its own."""
         own = replace(self, name=name)
         object.__setattr__(own, "border", border)
+        object.__setattr__(own, "of_model", True)
         return own
 
     @property
