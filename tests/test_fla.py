@@ -247,8 +247,8 @@ def kernels_that_refuse():
                 lasp.parallelize(model, mesh)
             return
         message = (
-            r"library's own code \(fla, transformers\) on one rank, which failed: Triton >= 3\.4\.0.*\. That says nothing "
-            r"of the split one.*; fla's own backward of Gated DeltaNet does not run on this GPU"
+            r"library's own code \(fla, transformers\) on one rank, which failed: Triton >= 3\.4\.0.*\. That says "
+            r"nothing of the split one.*; fla's own backward of Gated DeltaNet does not run on this GPU"
         )
         with pytest.raises(RuntimeError, match=message):
             lasp.verify(model, mesh)
