@@ -114,6 +114,7 @@ def _right(kind, packed):
     return str(found[0])
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("kind", MODELS)
@@ -734,6 +735,7 @@ def _one_rank_fails(factors, scheme, where):
     assert lasp.verify(model, mesh, tokens=41).ok
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize(
     ("factors", "scheme", "where"),
     [
