@@ -787,6 +787,7 @@ def test_the_command_verifies_a_tnl_on_two_ranks():
     assert "blocks.1" not in done.stdout
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.timeout(300)
 def test_the_command_fails_for_a_model_that_is_wrong(tmp_path):
     (tmp_path / "wrong.py").write_text(
