@@ -1,4 +1,4 @@
-"""One thread, poisoned memory, and an end for the worker processes."""
+"""One thread, poisoned memory, an end for the worker processes, and how many files run at once."""
 
 import os
 
@@ -18,5 +18,10 @@ def pytest_xdist_auto_num_workers():
 def _session():
     torch.set_num_threads(1)  # two cores run up to four ranks
     poison.install()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks():
+    """Each file has workers of its own: they grow to 0.5 GB each, and a file finds nothing of those before it."""
     yield
     ranks.shutdown()
