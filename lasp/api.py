@@ -30,7 +30,7 @@ def parallelize(
     *,
     plan: Mapping[str, Adapter] | None = None,
     exchange: str = "auto",
-    softmax: str = "all_gather",
+    softmax: str = "auto",
     strict: bool = True,
     validate: str = "first",
     check_finite: bool = False,
@@ -49,7 +49,8 @@ def parallelize(
             it goes before what is registered.
         exchange: how a state travels: "ring", "all_gather", "pipeline", "direct" (ranks of one host read each other's
             memory), or "auto", one of them by a cost model, for which the network is measured here, once.
-        softmax: how `lasp.softmax_attention` is split: "all_gather".
+        softmax: how `lasp.softmax_attention` is split: "auto", by heads where the ranks divide them, so that all do as
+            much; or "all_gather", the keys and values of all tokens on every rank (docs/exchange.md).
         strict: refuse a model in which anything mixes tokens that no adapter takes care of, inside of registered layers
             too: its result on a slice would be silently wrong. Its modules are asked by a trial (lasp.strict).
         validate: "first" compares on all ranks what they found and what each of their layers computes
@@ -72,8 +73,7 @@ def parallelize(
     with Agreement(axis, due=validate != "off" and axis.size > 1, before="parallelize") as ranks_agree:
         arguments.module("model", model)
         arguments.flag("strict", strict)
-        arguments.choice("softmax", softmax, ("all_gather",))
-        sequence = replace(axis, exchange=exchange, validate=validate, check_finite=check_finite)
+        sequence = replace(axis, exchange=exchange, softmax=softmax, validate=validate, check_finite=check_finite)
         layers = _find_layers(model, _checked(plan))
         asked = _asked(model, layers, strict)
         ranks_agree.settle(
@@ -172,7 +172,7 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> Layers:
 def _fingerprint(sequence: SequenceParallel, layers: Layers) -> dict[str, object]:
     """What must be the same on all ranks: the layers, in order, and how their states travel."""
     kinds = [f"{path}: {type(module).__name__}" for path, (module, _) in layers.items()]
-    options = {"exchange": sequence.exchange, "check_finite": sequence.check_finite}
+    options = {"exchange": sequence.exchange, "softmax": sequence.softmax, "check_finite": sequence.check_finite}
     return {"ranks": sequence.ranks, **options, "layers": kinds}
 
 

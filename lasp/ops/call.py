@@ -148,6 +148,7 @@ class Call:
             "exchanges": [total.forward_exchanges, total.reverse_exchanges],
             "ranks": sequence.ranks,
             "exchange": [sequence.exchange, *astuple(exchange.cost.network_of(sequence))],
+            "softmax": sequence.softmax,
             **{name: _form(x, name) for name, x in tensors.items()},
             **_values_held_alike(tensors, self.rates),
             "layout": self.layout_in_short,
