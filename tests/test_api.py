@@ -320,7 +320,7 @@ def test_a_split_model_can_be_saved_whole(kind):
             r"no layer matches the plan's \['nothing",
         ),
         (WithLayer(nn.Identity()), {"exchange": "pigeon"}, "exchange must be one of .*'ring'.*, got 'pigeon'"),
-        (WithLayer(nn.Identity()), {"softmax": "ring"}, "softmax must be \"all_gather\", got 'ring'"),
+        (WithLayer(nn.Identity()), {"softmax": "ring"}, 'softmax must be "auto" or "all_gather", got \'ring\''),
         (WithLayer(nn.Identity()), {"validate": "always"}, 'validate must be "first" or "off", got \'always\''),
     ],
 )

@@ -157,7 +157,7 @@ def _all_gather():
         found.append((o, *torch.autograd.grad(o.cos().sum(), x)))
         assert sequence.traffic.schedule == {"auto": "all_to_all"}.get(softmax, softmax)
     torch.testing.assert_close(*found)
-    with pytest.raises(ValueError, match="softmax must be .auto. or .all_gather., got 'ring'"):
+    with pytest.raises(ValueError, match=r"softmax must be .auto. or .all_gather., got 'ring'"):
         lasp.SequenceParallel(dist.group.WORLD, softmax="ring")
 
 
