@@ -214,7 +214,7 @@ def of_layers(name: str, model: torch.nn.Module, options: argparse.Namespace, lo
                 if "scaling" not in vars(layer):  # no softmax
                     given["attention_mask"] = None
                 given = {key: value for key, value in given.items() if key in takes}
-                layer.sequence.border.facts = Facts(batch["layout"], False)
+                layer.sequence.border.facts = Facts(batch["layout"])
 
                 def step(given=given, layer=layer, x=x) -> None:
                     out = layer(x, **given)
