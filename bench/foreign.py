@@ -25,7 +25,6 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,7 +35,6 @@ from transformers import PreTrainedModel
 import lasp
 from lasp.adapters.border import Facts
 from lasp.adapters.transformers import Mask
-from lasp.ops import tokens
 from lasp.ranks import alone
 
 COMMON = {
@@ -189,10 +187,13 @@ def of_model(name: str, options: argparse.Namespace, mesh) -> tuple[list, list]:
     lasp.parallelize(model, mesh["sp"])
     model.gradient_checkpointing_enable()
     row("split", training_step(model, local, True), options.tokens, ranks)
-    with mock.patch.object(tokens, "heads_divide", return_value=False):
-        row("split, K and V gathered", training_step(model, local, True), options.tokens, ranks)
     with alone():
         row("split, no exchange", training_step(model, by_itself, True), options.tokens, ranks)
+    gathered = build(name)
+    lasp.parallelize(gathered, mesh["sp"], softmax="all_gather")
+    gathered.gradient_checkpointing_enable()
+    row("split, K and V gathered", training_step(gathered, local, True), options.tokens, ranks)
+    del gathered
     return rows, of_layers(name, model, options, local, by_itself)
 
 
@@ -213,7 +214,7 @@ def of_layers(name: str, model: torch.nn.Module, options: argparse.Namespace, lo
                 if "scaling" not in vars(layer):  # no softmax
                     given["attention_mask"] = None
                 given = {key: value for key, value in given.items() if key in takes}
-                layer.sequence.border.facts = Facts(batch["layout"], False)
+                layer.sequence.border.facts = Facts(batch["layout"])
 
                 def step(given=given, layer=layer, x=x) -> None:
                     out = layer(x, **given)

@@ -9,7 +9,6 @@ is all that counts. "% of ideal" is one rank's time for the whole sequence over 
 from __future__ import annotations
 
 import argparse
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,6 @@ from common import add_report_arguments, command_line, report
 from timing import _on_cpu, _on_gpu
 
 import lasp
-from lasp.ops import tokens
 
 HEADS_OF_KEYS = 4  # a quarter of the query heads, as in hybrids
 
@@ -31,15 +29,14 @@ def main(argv: list[str] | None = None) -> None:
     add_report_arguments(parser)
     options = parser.parse_args(argv)
     env = lasp.init()
-    sequence = lasp.SequenceParallel(dist.group.WORLD, name="softmax")
-    rows = [row for length in options.tokens for row in measure(length, env, sequence, options)]
+    rows = [row for length in options.tokens for row in measure(length, env, options)]
     if env.rank == 0:
         name = f"softmax_{env.world_size}x{env.device.type}"
         command = command_line("softmax.py", argv, env.world_size)
         report(name, command, rows, save=options.save, out=options.out, commit=options.commit, markdown=True)
 
 
-def measure(length: int, env: lasp.Env, sequence: lasp.SequenceParallel, options: argparse.Namespace) -> list[dict]:
+def measure(length: int, env: lasp.Env, options: argparse.Namespace) -> list[dict]:
     """A row for each direction and way."""
     ranks, dtype = env.world_size, torch.bfloat16 if env.device.type == "cuda" else torch.float32
     layout = lasp.ShardLayout((length,) * ranks)
@@ -52,11 +49,11 @@ def measure(length: int, env: lasp.Env, sequence: lasp.SequenceParallel, options
     rows = []
     for direction in ("forward", "backward"):
         alone_ms, *_ = times(lambda: lasp.softmax_attention(*alone), direction, env, options.repetitions)
-        for way in ("by heads", "gathered"):
-            with mock.patch.object(tokens, "heads_divide", return_value=way == "by heads"):
-                check(split, layout, sequence)
-                call = lambda: lasp.softmax_attention(*split, layout=layout, sequence=sequence)  # noqa: E731
-                split_ms = times(call, direction, env, options.repetitions)
+        for way, softmax in (("by heads", "auto"), ("gathered", "all_gather")):
+            sequence = lasp.SequenceParallel(dist.group.WORLD, name="softmax", softmax=softmax)
+            check(split, layout, sequence)
+            call = lambda: lasp.softmax_attention(*split, layout=layout, sequence=sequence)  # noqa: B023, E731
+            split_ms = times(call, direction, env, options.repetitions)
             slowest, mean = max(split_ms), sum(split_ms) / ranks
             rows.append(
                 {

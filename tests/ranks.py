@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-TIMEOUT = 60.0  # seconds that a job may take
+TIMEOUT = 100.0  # seconds that a job may take; the first that compiles takes 12 of a core
 GRACE = 3.0  # seconds that the other ranks have after one has failed
 GROUPS = 12  # that a worker may hold after a job: each is a thread that wakes up a hundred times a second, for ever
 GLOO_TIMEOUT = 30.0  # seconds after which gloo itself gives up, with a traceback

@@ -146,6 +146,25 @@ def test_keys_that_are_trained_on_one_rank_only(heads):
     run_ranks(2, _keys_of_one_rank, heads)
 
 
+def _all_gather():
+    """The user may ask for keys and values on every rank."""
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    x = [torch.randn(1, 3 + dist.get_rank(), 2, 4, generator=draw).double().requires_grad_() for _ in range(3)]
+    found = []
+    for softmax in ("auto", "all_gather"):
+        sequence = lasp.SequenceParallel(dist.group.WORLD, softmax=softmax)
+        o = lasp.softmax_attention(*x, sequence=sequence)
+        found.append((o, *torch.autograd.grad(o.cos().sum(), x)))
+        assert sequence.traffic.schedule == {"auto": "all_to_all"}.get(softmax, softmax)
+    torch.testing.assert_close(*found)
+    with pytest.raises(ValueError, match=r"softmax must be .auto. or .all_gather., got 'ring'"):
+        lasp.SequenceParallel(dist.group.WORLD, softmax="ring")
+
+
+def test_keys_and_values_of_all_on_every_rank():
+    run_ranks(2, _all_gather)
+
+
 def _frozen(heads):
     """A rank whose loss needs no gradient of its own tokens still gives the others theirs."""
     rank, sequence = dist.get_rank(), lasp.SequenceParallel(dist.group.WORLD)

@@ -118,7 +118,7 @@ def softmax_attention(
             tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask}
             ranks_agree.settle(lambda: call.fingerprint(tensors, gradient=gradient, **settings))
     lengths = _lengths(k, call)
-    if tokens.heads_divide(q, k, sequence.size):
+    if tokens.by_heads(q, k, sequence):
         return _by_heads(q, k, v, key_mask, lengths, call, settings)
     both = torch.cat([k, v], -1)
     if gradient and not both.requires_grad:  # ranks whose keys are trained wait for what this one did with them
@@ -165,7 +165,7 @@ def _in_graph(
             raise ValueError("under torch.compile softmax_attention over several ranks needs layout=")
         told = (*settings.values(), q.shape[2], key_mask is not None)
         facts = (*layout.facts, layout.total, sequence.handle, *told)
-        if tokens.heads_divide(q, k, sequence.size):
+        if tokens.by_heads(q, k, sequence):
             return _by_heads_in_graph(q, k, v, key_mask, layout, facts, settings)
         both = torch.ops.lasp.gather_tokens(torch.cat([k, v], -1), *facts)
         k, v = both.split([k.shape[3], v.shape[3]], 3)

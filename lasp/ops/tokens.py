@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lasp import exchange
 from lasp.ops.call import Call, kind_of_tokens
-from lasp.ranks import collectives
+from lasp.ranks import SequenceParallel, collectives
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Shares:
         return [x.unflatten(2, d) for x, d in zip(packed.split([math.prod(d) for d in dims], 2), dims)]
 
 
-def heads_divide(q: Tensor, k: Tensor, ranks: int) -> bool:
-    """Whether each rank can have a share of the heads: whole heads of k and v, or one that it shares with others."""
-    heads = k.shape[2]
-    return q.shape[2] % ranks == 0 and (heads % ranks == 0 or ranks % heads == 0)
+def by_heads(q: Tensor, k: Tensor, sequence: SequenceParallel) -> bool:
+    """Whether each rank gets a share of the heads: whole heads of k and v, or one that it shares with others."""
+    heads, ranks = k.shape[2], sequence.size
+    return sequence.softmax == "auto" and q.shape[2] % ranks == 0 and (heads % ranks == 0 or ranks % heads == 0)
 
 
 def shares_of(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> Shares:
