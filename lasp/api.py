@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from lasp import adapters, arguments
 from lasp.adapters import Adapter
 from lasp.adapters.border import Border, OneRank
+from lasp.adapters.handles import Handles
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
 from lasp.checks.checksum import forms_of
@@ -22,8 +24,38 @@ from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis, waiting
 from lasp.strict import Asked, NeedsPositions, refuse_mixers
 
-_parallelized: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Models, and what of them could not be asked whether it mixes tokens."""
+Layers = dict[str, tuple[nn.Module, Adapter]]
+
+
+class Split:
+    """What is known of a model that `parallelize` was called with."""
+
+    def __init__(self, model: nn.Module, sequence: SequenceParallel, layers: Layers, own: Iterable[SequenceParallel]):
+        self.sequence, self._model = sequence, weakref.ref(model)
+        self.not_asked = ""  # what could not be asked whether it mixes tokens
+        self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
+        self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
+        self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
+        self._handles: Handles | None = None
+
+    def with_ranks(self) -> AbstractContextManager[None]:
+        """Inside, its layers call the operators with their ranks, on one rank too."""
+        if self.sequence.size > 1:
+            return nullcontext()
+        if self._handles is None:
+            model, layers = self._model(), [(path, module(), adapter) for path, module, adapter in self._layers]
+            assert model is not None
+            self._handles = Handles(model, [x for x in layers if x[1] is not None], self.sequence)  # type: ignore[misc]
+            self.own = self._handles.own
+        return self._handles.inside()
+
+
+_parallelized: weakref.WeakKeyDictionary[nn.Module, Split] = weakref.WeakKeyDictionary()
+
+
+def splits_of(model: nn.Module) -> list[Split]:
+    """Of the model and of those that it holds, what `parallelize` was called with in this process."""
+    return [_parallelized[module] for module in model.modules() if module in _parallelized]
 
 
 def parallelize(
@@ -123,7 +155,8 @@ def parallelize(
             model.register_forward_pre_hook(NeedsPositions(model, asked.positions), with_kwargs=True)
     remember_model(sequence, model)
     finite.watch(model, sequence, own.values())
-    _parallelized[model] = asked.not_asked
+    _parallelized[model] = Split(model, sequence, layers, own.values())
+    _parallelized[model].not_asked = asked.not_asked
     return model
 
 
@@ -147,8 +180,8 @@ def _checked(plan: object) -> Mapping[str, Adapter]:
     return plan
 
 
-def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tuple[nn.Module, Adapter]]:
-    layers: dict[str, tuple[nn.Module, Adapter]] = {}
+def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> Layers:
+    layers: Layers = {}
     unused = set(plan)
     for path, module in model.named_modules():
         pattern = next((p for p in plan if fnmatch.fnmatchcase(path, p)), None)
@@ -161,7 +194,7 @@ def _find_layers(model: nn.Module, plan: Mapping[str, Adapter]) -> dict[str, tup
     return layers
 
 
-def _fingerprint(sequence: SequenceParallel, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> dict[str, object]:
+def _fingerprint(sequence: SequenceParallel, layers: Layers) -> dict[str, object]:
     """What must be the same on all ranks: the layers, in order, and how their states travel."""
     kinds = [f"{path}: {type(module).__name__}" for path, (module, _) in layers.items()]
     options = {"exchange": sequence.exchange, "check_finite": sequence.check_finite}
@@ -225,9 +258,12 @@ class Explanation(list[LayerReport]):
     """The rows of `explain`; prints as a table."""
 
     not_asked: str = ""  # what in the model could not be asked whether it mixes tokens, and why
+    streamed: str = (
+        ""  # of the last sequence that went through it in segments: how many, and what crossed their borders
+    )
 
     def __str__(self) -> str:
-        notes = [self.not_asked] if self.not_asked else []
+        notes = [x for x in (self.streamed, self.not_asked) if x]
         if not self:
             return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
@@ -246,7 +282,9 @@ def explain(model: nn.Module) -> Explanation:
     """
     report = Explanation()
     arguments.module("model", model)
-    report.not_asked = _parallelized.get(model, "")
+    for split in splits_of(model):
+        report.not_asked = report.not_asked or split.not_asked
+        report.streamed = report.streamed or split.streamed
     for path, module in model.named_modules():
         sequence = getattr(module, "sequence", None)
         if isinstance(sequence, SequenceParallel):

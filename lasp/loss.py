@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,19 +42,54 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         RankMismatchError: ranks have another vocabulary or ignore_index; on every rank. (On a GPU NaN, as above.)
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
-    _check(logits, labels, ignore_index)
     group, ranks = grad_group(mesh)
-    if not torch.compiler.is_compiling():
-        _check_ranks(logits, mesh, group)
-    labels, vocabulary = labels.flatten().long(), logits.shape[-1]
-    counted = labels != ignore_index
-    outside = counted & ((labels < 0) | (labels >= vocabulary))
+    check_loss(logits, labels, ignore_index, mesh, group)
+    local, counted, outside = sum_of_slice(logits, labels, ignore_index)
+    found = totals(local, labels, counted, outside, logits.shape[-1], ignore_index, group, ranks)
+    count = found.tokens.clamp(min=1)
+    mean, weight = (found.sound * found.loss / count).to(local.dtype), (found.sound * ranks / count).to(local.dtype)
+    return _GlobalMean.apply(local, mean, weight), found.tokens.long()  # type: ignore[return-value]
+
+
+def sum_of_slice(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the cross entropy of these tokens; which of them count, and which labels are outside, both [T]."""
+    labels = labels.flatten().long()
+    counted, outside = which_labels(labels, logits.shape[-1], ignore_index)
     wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     # One label outside would end the process on a GPU, and on a CPU leave the other ranks waiting.
     known = labels.masked_fill(outside, ignore_index)
-    local = F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum")
-    # One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
-    # be the same on all of them, the sum and that of squares tell whether it is.
+    return F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum"), counted, outside
+
+
+def which_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which of them count, and which of these are outside of the vocabulary."""
+    counted = labels != ignore_index
+    return counted, counted & ((labels < 0) | (labels >= vocabulary))
+
+
+class Totals(NamedTuple):
+    """Of all ranks, in fp64."""
+
+    loss: Tensor
+    tokens: Tensor
+    sound: Tensor  # 1, or NaN where a label is outside or ranks differ, and the host cannot wait to know it
+
+
+def totals(
+    local: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    outside: Tensor,
+    vocabulary: int,
+    ignore_index: int,
+    group: ProcessGroup | None,
+    ranks: int,
+) -> Totals:
+    """What the ranks hold together; raises on every rank, where the host can know it, if they do not fit.
+
+    One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
+    be the same on all of them, the sum and that of squares tell whether it is.
+    """
     terms = (vocabulary * 1021 + ignore_index) % 4093
     told = [local.new_full((), x, dtype=torch.float64) for x in (terms, terms**2)]  # for a copy the host would wait
     numbers = torch.stack([*(x.detach().double() for x in (local, counted.sum(), outside.sum())), *told])
@@ -63,17 +99,15 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
             dist.all_reduce(numbers, group=group)
     total, tokens, wrong, of_terms, of_squares = numbers.unbind()
     differ = ranks * of_squares != of_terms**2
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong):
+    if local.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong):
         if differ:
             _compare(vocabulary, ignore_index, group, ranks)
-        _refuse(labels[outside], vocabulary, ignore_index, group, ranks)
-    sound = torch.where(differ | (wrong > 0), torch.nan, 1.0)
-    count = tokens.clamp(min=1)
-    mean, weight = (sound * total / count).to(local.dtype), (sound * ranks / count).to(local.dtype)
-    return _GlobalMean.apply(local, mean, weight), tokens.long()  # type: ignore[return-value]
+        _refuse(labels.flatten()[outside], vocabulary, ignore_index, group, ranks)
+    return Totals(total, tokens, torch.where(differ | (wrong > 0), torch.nan, 1.0))
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+def check_loss(logits: Tensor, labels: Tensor, ignore_index: int, mesh: object, group: ProcessGroup | None) -> None:
+    """Raise for what does not fit, as far as one rank can see it."""
     if not isinstance(logits, Tensor) and hasattr(logits, "logits"):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: pass its .logits")
     arguments.float_tensor("logits", logits)
@@ -85,6 +119,8 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
+    if not torch.compiler.is_compiling():
+        _check_ranks(logits, mesh, group)
 
 
 def _check_ranks(logits: Tensor, mesh: object, group: ProcessGroup | None) -> None:

@@ -190,8 +190,8 @@ def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
     return Agreement(sequence, due=True, count=count)
 
 
-def of_batch(sequence: SequenceParallel, *, validate: str) -> Agreement:
-    """Of the first batch that is cut for these ranks, and of every `EVERY`-th.
+def of_batch(sequence: SequenceParallel, *, validate: str, before: str = "shard_batch") -> Agreement:
+    """Of the first batch that is cut for these ranks, and of every `EVERY`-th; `before` is who cuts it.
 
     A thread of its own may do that. In a process that was forked for it there are no ranks to ask.
     """
@@ -205,7 +205,7 @@ def of_batch(sequence: SequenceParallel, *, validate: str) -> Agreement:
 
     kind = _kind_of_batch(peers)
     if peers.batches[kind] % EVERY == 0:
-        return Agreement(sequence, due=True, count=count, before="shard_batch", kind=kind)
+        return Agreement(sequence, due=True, count=count, before=before, kind=kind)
     count()
     return Agreement(None, due=False)
 
