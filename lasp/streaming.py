@@ -94,7 +94,7 @@ def stream_backward(
         ranks_agree.settle(
             lambda: {**options, "segments": len(segments)}, lambda: {agreement.BATCH: _facts(whole, sequence)}
         )
-    stream = Stream()
+    stream = Stream(segments)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_gradients_kept(model))
         for split in splits:
@@ -116,6 +116,7 @@ def _told(segments: list[Segment], stream: Stream) -> str:
     return (
         f"streamed last: {segments[-1].end:,} tokens in {len(segments)} segments of {longest:,}; at a border "
         f"{stream.crossings} states or last tokens, {stream.bytes:,} bytes kept of all borders by this rank"
+        + (f", and {stream.bytes_of_tokens:,} of keys and values" if stream.bytes_of_tokens else "")
     )
 
 

@@ -153,6 +153,16 @@ class Window(Softmax):
     window = 9
 
 
+@lasp.register
+class Grouped(Layer):
+    """Heads of queries that share keys, with a cap on scores."""
+
+    def forward(self, x, layout=None):
+        q, k, v = self.split(x)
+        options = {"layout": layout, "sequence": self.sequence, "softcap": 0.7, "scale": 0.9}
+        return lasp.softmax_attention(q, k[:, :, :1], v[:, :, 1:2], **options).flatten(-2)
+
+
 def lasp_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -160,6 +170,7 @@ def lasp_dtype(x):
 LINEAR = (PerHead, NoDecay, PerToken, PerChannel)
 SHORT = (Conv, Shift)
 STATES = (Delta, Elementwise, Selective)
+HYBRID = (PerHead, Softmax, Window, Conv, Grouped)
 
 
 class Model(nn.Module):

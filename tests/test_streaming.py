@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
-from streamed_models import LINEAR, SHORT, STATES, VOCABULARY, Initial, Layer, Model
+from streamed_models import HYBRID, LINEAR, SHORT, STATES, VOCABULARY, Initial, Layer, Model
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
@@ -87,6 +87,12 @@ def test_linear_attention_of_every_decay(world, packed):
 @pytest.mark.parametrize("layers", [(Initial,), SHORT, STATES], ids=["initial", "short", "states"])
 def test_every_operator(world, layers, packed):
     run_ranks(world, streamed_as_one_pass, layers, packed)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_softmax_layers_of_hybrids(world, packed):
+    run_ranks(world, streamed_as_one_pass, HYBRID, packed)
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "pipeline"])

@@ -15,8 +15,9 @@ called in the segment so far; in the recompute of a checkpoint that is what its 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -64,7 +65,8 @@ class Key(NamedTuple):
 class Stream:
     """A sequence under way. A layer finds it at its ranks (`SequenceParallel.stream`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = segments
         self.segment: Segment | None = None  # that runs now
         self.sweeping = False  # forward alone, to learn what enters the segments
         self._counts: Counter[tuple[int, str]] = Counter()
@@ -73,7 +75,10 @@ class Stream:
         self._entering: dict[int, dict[Key, Kept]] = {}  # by segment
         self._given: dict[Key, Tensor] = {}  # gradients of what entered the segment that runs
         self._wanted: dict[Key, Tensor] = {}  # of what entered the one behind it, and so leaves this one
+        self._tokens: dict[int, dict[Key, tuple[Kept, ...]]] = {}  # of segments, which those behind look at
+        self._of_tokens: dict[tuple[int, Key], Kept] = {}  # their gradients, as far as they have come
         self.bytes = 0  # kept of all borders
+        self.bytes_of_tokens = 0  # kept of all segments
         self.crossings = 0  # of the border that holds most
 
     # What the sweep over the segments does
@@ -109,9 +114,11 @@ class Stream:
 
     def end_backward(self) -> None:
         """The segment is done with."""
-        segment = self._segment()
-        self._entering.pop(segment.number, None)
+        number = self._segment().number
+        self._entering.pop(number, None)
         self._wanted = {}
+        for key in self._tokens.pop(number, {}):
+            self._of_tokens.pop((number, key), None)
 
     def _segment(self) -> Segment:
         assert self.segment is not None
@@ -169,6 +176,86 @@ class Stream:
     def wanted(self, key: Key) -> Tensor | None:
         """The gradient of what left, from the segment behind; None if nothing came from there."""
         return self._wanted.pop(key, None)
+
+    # Tokens that are looked at again
+
+    def keep_tokens(self, key: Key, tensors: Sequence[Tensor]) -> None:
+        """Of the segment that runs, for those behind."""
+        if self.sweeping and self._segment().continued:
+            kept = tuple(Kept(x) for x in tensors)
+            for x in kept:
+                x.put_away()
+            self._tokens.setdefault(self._segment().number, {})[key] = kept
+            self.bytes_of_tokens += sum(x.nbytes for x in tensors)
+
+    def tokens(self, number: int, key: Key) -> tuple[Kept, ...]:
+        """What was kept of an earlier segment."""
+        kept = self._tokens.get(number, {}).get(key)
+        if kept is None:
+            raise RuntimeError(
+                f"{key.operator} of layer {self._names[key.layer]!r} is called in segment {self._segment().number} of "
+                f"lasp.stream_backward as number {key.count}, but was not in segment {number}: a model must call its "
+                "operators in every segment alike"
+            )
+        return kept
+
+    def add_of_tokens(self, number: int, key: Key, gradient: Tensor) -> None:
+        """To the gradient of what was kept of an earlier segment."""
+        kept = self._of_tokens.get((number, key))
+        if kept is None:
+            self._of_tokens[number, key] = Kept(gradient)
+            self._of_tokens[number, key].put_away()
+        else:
+            kept.add(gradient)
+
+    def take_of_tokens(self, key: Key) -> Tensor | None:
+        """The gradient of what was kept of the segment that runs: all segments behind it have added to it."""
+        kept = self._of_tokens.pop((self._segment().number, key), None)
+        return None if kept is None else kept.get()
+
+
+class Earlier:
+    """The tokens of earlier segments that a call of an operator looks at."""
+
+    def __init__(self, stream: Stream, key: Key):
+        assert stream.segment is not None
+        self._stream, self._key, self.segment = stream, key, stream.segment
+
+    def visible(self, reach: int | None) -> list[Segment]:
+        """Earlier segments in which a token of this one sees something; `reach` tokens before itself, None is all."""
+        first = self.segment.start - min(self.segment.before, self.segment.before if reach is None else reach)
+        return [x for x in self._stream.segments[: self.segment.number] if x.end > first]
+
+    def keep(self, *tensors: Tensor) -> None:
+        """This call's own, for segments behind this one."""
+        self._stream.keep_tokens(self._key, tensors)
+
+    @contextlib.contextmanager
+    def of(self, segment: Segment, following: Segment | None) -> Iterator[tuple[Tensor, ...]]:
+        """What was kept of an earlier segment; meanwhile the following begins to come."""
+        kept = self._stream.tokens(segment.number, self._key)
+        found = tuple(x.get() for x in kept)
+        if following is not None:
+            for x in self._stream.tokens(following.number, self._key):
+                x.fetch()
+        try:
+            yield found
+        finally:
+            for x in kept:
+                x.put_away()
+
+    def add(self, segment: Segment, gradient: Tensor) -> None:
+        """To the gradient of what was kept of an earlier segment."""
+        self._stream.add_of_tokens(segment.number, self._key, gradient)
+
+    def gradient(self) -> Tensor | None:
+        """Of this call's own, from all segments behind this one."""
+        return self._stream.take_of_tokens(self._key)
+
+
+def earlier(operator: str, sequence: SequenceParallel) -> Earlier:
+    """Of the call that begins, of an operator that looks at all tokens before."""
+    return Earlier(sequence.stream, sequence.stream.key_of(sequence, operator))
 
 
 class Crossing:
@@ -293,13 +380,17 @@ class Kept:
         self._host: Tensor | None = None
         self._device, self._event = x.device, None
         if x.is_cuda:
-            side = _side_stream(x.device.index)
-            side.wait_stream(torch.cuda.current_stream(x.device))
             self._host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
-            with torch.cuda.stream(side):
-                self._host.copy_(self._here, non_blocking=True)
-                self._event = side.record_event()
-            self._here.record_stream(side)
+            self._copy_to_host(self._here)
+
+    def _copy_to_host(self, x: Tensor) -> None:
+        assert self._host is not None
+        side = _side_stream(self._device.index)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            self._host.copy_(x, non_blocking=True)
+            self._event = side.record_event()
+        x.record_stream(side)
 
     def put_away(self) -> None:
         """From the GPU, until it is fetched."""
@@ -311,8 +402,7 @@ class Kept:
         if self._here is None:
             assert self._host is not None
             side = _side_stream(self._device.index)
-            with torch.cuda.stream(side):
-                side.wait_event(self._event)  # type: ignore[arg-type]
+            with torch.cuda.stream(side):  # behind the copy to the host
                 self._here = self._host.to(self._device, non_blocking=True)
                 self._event = side.record_event()
 
@@ -325,6 +415,13 @@ class Kept:
             current.wait_event(self._event)
             self._here.record_stream(current)
         return self._here
+
+    def add(self, x: Tensor) -> None:
+        """In place."""
+        total = self.get().add_(x)
+        if self._host is not None:
+            self._copy_to_host(total)
+            self._here = None
 
 
 @lru_cache
