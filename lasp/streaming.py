@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -94,7 +95,7 @@ def stream_backward(
         ranks_agree.settle(
             lambda: {**options, "segments": len(segments)}, lambda: {agreement.BATCH: _facts(whole, sequence)}
         )
-    stream = Stream(segments)
+    stream = Stream(segments, functools.cache(lambda: int(whole.values["position_ids"].max())))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_gradients_kept(model))
         for split in splits:
@@ -239,7 +240,9 @@ class _Run:
                 output, labels = self._forward(self.model, segment, sweeping=False)
                 after = after or _Random(self.device)  # that of the last segment: as after one pass
                 part = self.loss.part(output, labels)
-                del output
+                if (balance := self._balance(output)) is not None:
+                    part = part + self.loss.beside(balance)
+                del output, balance
                 with torch.autocast(self.device.type, enabled=False):
                     part.backward()
             self.stream.end_backward()
@@ -254,6 +257,19 @@ class _Run:
         output = self.call(model, local)
         self.stream.end_forward()
         return output, local["labels"]
+
+    def _balance(self, output: Any) -> Tensor | None:
+        """The router's load-balancing loss, if the model gives one: its part of that over all segments."""
+        given = getattr(output, "aux_loss", None)
+        if given is None:
+            return None
+        coefficients = [m.router_aux_loss_coef for m in self.model.modules() if hasattr(m, "router_aux_loss_coef")]
+        if not self.stream.has_sums or not coefficients:
+            raise ValueError(
+                f"{type(self.model).__name__} returns an aux_loss that lasp does not know: over segments it may be "
+                "another; leave it out (output_router_logits=False), or take it into loss_fn"
+            )
+        return coefficients[0] * given
 
 
 class _Random:
@@ -323,6 +339,7 @@ class _Loss:
         self.mesh, self.scale = mesh, scale
         self.group, self.ranks = grad_group(mesh)
         self._sum: Tensor | None = None
+        self._beside: Tensor | None = None  # that is no mean over tokens
         self._tokens: Tensor | None = None
         self._sound: Tensor | float = 1.0
 
@@ -338,6 +355,12 @@ class _Loss:
         self._dtype = local.dtype
         return local * weight.to(local.dtype)
 
+    def beside(self, loss: Tensor) -> Tensor:
+        """Likewise, of a part of a loss that all ranks of a sequence hold alike."""
+        now = loss.detach().double()
+        self._beside = now if self._beside is None else self._beside + now
+        return loss * self.scale
+
     def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -345,8 +368,11 @@ class _Loss:
         """The loss, and the number of tokens."""
         assert self._sum is not None
         assert self._tokens is not None
-        total = self._over_ranks(self._sum, "the loss")
-        return (self._sound * total / self._tokens.clamp(min=1)).to(self._dtype), self._tokens.round().long()
+        mean = self._sum / self._tokens.clamp(min=1)
+        if self._beside is not None:
+            mean = mean + self._beside / self.ranks
+        mean = self._sound * self._over_ranks(mean, "the loss")
+        return mean.to(self._dtype), self._tokens.round().long()
 
     def _over_ranks(self, x: Tensor, what: str) -> Tensor:
         if self.ranks > 1:

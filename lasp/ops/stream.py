@@ -65,8 +65,9 @@ class Key(NamedTuple):
 class Stream:
     """A sequence under way. A layer finds it at its ranks (`SequenceParallel.stream`)."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], largest_position: Callable[[], int] = lambda: 0) -> None:
         self.segments = segments
+        self.largest_position = largest_position  # of the whole sequence
         self.segment: Segment | None = None  # that runs now
         self.sweeping = False  # forward alone, to learn what enters the segments
         self._counts: Counter[tuple[int, str]] = Counter()
@@ -77,6 +78,7 @@ class Stream:
         self._wanted: dict[Key, Tensor] = {}  # of what entered the one behind it, and so leaves this one
         self._tokens: dict[int, dict[Key, tuple[Kept, ...]]] = {}  # of segments, which those behind look at
         self._of_tokens: dict[tuple[int, Key], Kept] = {}  # their gradients, as far as they have come
+        self._sums: dict[int, Tensor] = {}  # over segments, by what adds them up
         self.bytes = 0  # kept of all borders
         self.bytes_of_tokens = 0  # kept of all segments
         self.crossings = 0  # of the border that holds most
@@ -176,6 +178,21 @@ class Stream:
     def wanted(self, key: Key) -> Tensor | None:
         """The gradient of what left, from the segment behind; None if nothing came from there."""
         return self._wanted.pop(key, None)
+
+    # Sums over all tokens, whose product is no sum over segments
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether there are such."""
+        return bool(self._sums)
+
+    def over_segments(self, sequence: SequenceParallel, of_segment: Tensor) -> Tensor:
+        """The sum over all segments of a tensor without gradient, known in the runs with backward. In the sweep the sum
+        so far, of which nothing is used."""
+        layer, number = int(sequence.handle), self._segment().number
+        if self.sweeping or number == len(self.segments) - 1:  # over which no sweep goes
+            self._sums[layer] = of_segment if layer not in self._sums else self._sums[layer] + of_segment
+        return self._sums[layer]
 
     # Tokens that are looked at again
 
