@@ -35,6 +35,7 @@ class Split:
         self.not_asked = ""  # what could not be asked whether it mixes tokens
         self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
         self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
+        self.fitting = 0  # the most tokens of a segment for which there is memory; 0: not tried yet
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._handles: Handles | None = None
 

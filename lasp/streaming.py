@@ -31,11 +31,14 @@ from lasp.batch import Whole, whole_batch
 from lasp.calls import caller, logits_of
 from lasp.checks import agreement
 from lasp.checks.checksum import checksums
+from lasp.checks.memory import bytes_of_training, free_bytes, measured
 from lasp.data_parallel.once import AveragedOnce
 from lasp.layout import ShardLayout
 from lasp.loss import check_loss, sum_of_slice, totals, which_labels
 from lasp.ops.stream import Segment, Stream
 from lasp.ranks import SequenceParallel, grad_group, sequence_axis, waiting
+from lasp.ranks.aside import uncounted
+from lasp.ranks.collectives import device_of
 
 LossFunction = Callable[[Any, Tensor], tuple[Tensor, Any]]
 
@@ -50,6 +53,7 @@ def stream_backward(
     loss_scale: float | Tensor = 1.0,
     shift_labels: bool = True,
     ignore_index: int = -100,
+    progress: bool = False,
     validate: str = "first",
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of the mean loss over a sequence of any length, in the memory of one segment.
@@ -63,7 +67,8 @@ def stream_backward(
             the host, from where each segment goes to the device of the model.
         mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup, or None for one rank.
         segment: tokens of a segment, of all ranks together; rounded up to a multiple of the ranks. The last may be
-            shorter.
+            shorter. None takes as many as fit: at the first call for a model two short sequences are tried, to see what
+            a token takes, and room is left for gradients and the moments of Adam.
         loss_fn: a function of what the model returns for this rank's slice of a segment and of its labels (already
             shifted), which returns the sum of the loss over the labels that count, and how many these are. It is called
             in both forwards. By default the cross entropy of the logits: `token_loss` of the whole.
@@ -71,6 +76,7 @@ def stream_backward(
             `scaler.get_scale()` of a GradScaler.
         shift_labels: False if the labels are already the next tokens.
         ignore_index: the label that the loss skips.
+        progress: show a bar, on the first rank (needs tqdm).
         validate: "first" compares the batch and these options between the ranks of the sequence, at the first call and
             at every 1000th; "off" does not.
 
@@ -87,27 +93,17 @@ def stream_backward(
     sequence = sequence_axis(mesh)
     with agreement.of_batch(sequence, validate=validate, before="stream_backward") as ranks_agree:
         splits = _splits(model, sequence)
-        whole, segments = _segments(batch, sequence, segment, shift_labels=shift_labels, ignore_index=ignore_index)
+        whole = _whole(batch, shift_labels, ignore_index)
+        step = None if segment is None else arguments.integer("segment", segment, at_least=1)
         scale = _scale(loss_scale)
-        loss = _loss(loss_fn, ignore_index, mesh, scale)
-        call = caller(model, ask="stream_backward cannot call it")
+        make_loss = _loss(loss_fn, ignore_index, mesh, scale)
+        bar = _Bar(progress)
+        run = Run(model, splits, sequence)
         options = {"segment": segment, "shift_labels": shift_labels, "ignore_index": ignore_index}
-        ranks_agree.settle(
-            lambda: {**options, "segments": len(segments)}, lambda: {agreement.BATCH: _facts(whole, sequence)}
-        )
-    stream = Stream(segments, functools.cache(lambda: int(whole.values["position_ids"].max())))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_gradients_kept(model))
-        for split in splits:
-            stack.enter_context(split.with_ranks())
-        stack.enter_context(_under_way(stream, splits, model))
-        run = _Run(model, call, whole, segments, sequence, stream, loss)
-        stack.enter_context(run.averaged.step())
-        run.sweep()
-        run.back()
+        ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(whole)})
+    loss = make_loss()
+    run.backward(whole, run.fitting(whole, make_loss) if step is None else step, loss, bar)
     agreement.note_loss(scale if isinstance(scale, Tensor) else torch.tensor(scale))
-    for split in splits:
-        split.streamed = _told(segments, stream)
     return loss.mean()
 
 
@@ -148,7 +144,7 @@ def _scale(value: Any) -> float | Tensor:
     return arguments.number("loss_scale", value)
 
 
-def _facts(whole: Whole, sequence: SequenceParallel) -> dict[str, str]:
+def _facts(whole: Whole) -> dict[str, str]:
     """What ranks must hold alike."""
     tensors = {name: x for name, x in whole.values.items() if whole.dims[name] is not None}
     if whole.offsets is not None:
@@ -156,20 +152,17 @@ def _facts(whole: Whole, sequence: SequenceParallel) -> dict[str, str]:
     return checksums(tensors)
 
 
-def _segments(
-    batch: Mapping[str, Any], sequence: SequenceParallel, segment: Any, *, shift_labels: bool, ignore_index: int
-) -> tuple[Whole, list[Segment]]:
+def _whole(batch: Mapping[str, Any], shift_labels: bool, ignore_index: int) -> Whole:
     whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index)
     if not whole.tokens:
         raise ValueError("batch must have tokens, got input_ids of 0")
-    if segment is None:
-        raise ValueError("segment must be a number of tokens")
-    step = -(-arguments.integer("segment", segment, at_least=1) // sequence.size) * sequence.size
-    return whole, cut(whole.tokens, whole.offsets, step, sequence.size)
+    return whole
 
 
 def cut(tokens: int, offsets: tuple[int, ...] | None, step: int, ranks: int) -> list[Segment]:
-    """The segments of so many tokens, with packed documents at these offsets; `step` is a multiple of the ranks."""
+    """Of so many tokens, with packed documents at these offsets, segments of `step`, rounded up to a multiple of the
+    ranks."""
+    step = -(-step // ranks) * ranks
     starts = range(0, tokens, step)
     before = [
         start if offsets is None else start - offsets[bisect.bisect_right(offsets, start) - 1] for start in starts
@@ -190,25 +183,72 @@ def cut(tokens: int, offsets: tuple[int, ...] | None, step: int, ranks: int) -> 
 # The run
 
 
-class _Run:
-    """A model that goes over the segments of a batch."""
+class Run:
+    """A model that goes over the segments of a sequence."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        call: Callable[[nn.Module, dict[str, Any]], Any],
-        whole: Whole,
-        segments: list[Segment],
-        sequence: SequenceParallel,
-        stream: Stream,
-        loss: _Loss,
-    ):
-        self.model, self.call, self.whole, self.segments = model, call, whole, segments
-        self.sequence, self.stream, self.loss = sequence, stream, loss
+    def __init__(self, model: nn.Module, splits: list[Split], sequence: SequenceParallel):
+        self.model, self.splits, self.sequence = model, splits, sequence
+        self.call = caller(model, ask="stream_backward cannot call it")
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.averaged = AveragedOnce(model)
-        loss.labels = torch.cat([self._cut(x)["labels"].flatten() for x in segments])
+
+    def backward(self, whole: Whole, step: int, loss: Loss, bar: _Bar, *, trial: bool = False) -> None:
+        """Leave the gradients of a loss over segments of `step` tokens; a `trial` averages nothing."""
+        self.whole, self.loss, self.trial = whole, loss, trial
+        self.segments = cut(whole.tokens, whole.offsets, step, self.sequence.size)
+        self.stream = Stream(self.segments, functools.cache(lambda: int(whole.values["position_ids"].max())))
+        loss.labels = torch.cat([self._cut(x)["labels"].flatten() for x in self.segments])
         self._random: list[_Random] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_gradients_kept(self.model))
+                for split in self.splits:
+                    stack.enter_context(split.with_ranks())
+                stack.enter_context(_under_way(self.stream, self.splits, self.model))
+                stack.enter_context(self.averaged.step())
+                stack.enter_context(bar.over(2 * len(self.segments) - 1))
+                self._sweep(bar)
+                self._back(bar)
+                if trial:
+                    raise _Tried
+        except _Tried:
+            return
+        for split in self.splits:
+            split.streamed = _told(self.segments, self.stream)
+
+    def fitting(self, whole: Whole, make_loss: Callable[[], Loss]) -> int:
+        """The most tokens of a segment for which there is memory, the same on all ranks of the sequence.
+
+        All ranks over which gradients are averaged come here together: FSDP2 gathers weights in a trial.
+        """
+        ranks, split = self.sequence.size, self.splits[0]
+        few, more = (n * ranks for n in _TRIED)
+        of_loss = make_loss()
+        longest, untried = of_loss.greatest(whole.tokens, 0 if split.fitting else 1)
+        if longest <= more:
+            return whole.tokens
+        if untried:
+            split.fitting = self._most(whole, few, more, make_loss)
+        return min(split.fitting, whole.tokens)
+
+    def _most(self, whole: Whole, few: int, more: int, make_loss: Callable[[], Loss]) -> int:
+        lengths, used = [min(few, whole.tokens), min(more, whole.tokens)], []
+        random = _Random(self.device)
+        with uncounted():
+            for length in lengths:
+                with measured(self.device) as peak:
+                    self.backward(_first(whole, length), length, make_loss(), _Bar(False), trial=True)
+                used.append(peak.bytes)
+        random.restore()
+        ranks = self.sequence.size
+        tokens = [-(-length // ranks) for length in lengths]
+        local = _NO_LIMIT
+        if tokens[1] > tokens[0]:
+            of_token = max(1.0, (used[1] - used[0]) / (tokens[1] - tokens[0]))
+            fixed = max(0.0, used[0] - of_token * tokens[0])
+            room = _SHARE * free_bytes(self.device, ranks) - fixed - bytes_of_training(self.model.parameters())
+            local = int(room / of_token) // _STEP * _STEP
+        return make_loss().least(max(_STEP, local)) * ranks
 
     def _cut(self, segment: Segment) -> dict[str, Any]:
         first, last = segment.layout.bounds(self.sequence.rank)
@@ -222,21 +262,23 @@ class _Run:
         }
         return {**found, "layout": segment.layout}
 
-    def sweep(self) -> None:
+    def _sweep(self, bar: _Bar) -> None:
         """Forward over all but the last, for what enters the next."""
         with torch.no_grad():
             for segment in self.segments[:-1]:
                 self._random.append(_Random(self.device))
                 output, labels = self._forward(self.averaged.without_backward, segment, sweeping=True)
                 self.loss.look(output, labels)
+                bar.step()
 
-    def back(self) -> None:
+    def _back(self, bar: _Bar) -> None:
         """Forward and backward, from the last to the first."""
         after = None
         for segment in reversed(self.segments):
             if segment.number < len(self._random):
                 self._random.pop().restore()
-            with self.averaged.part(last=segment.number == 0), torch.enable_grad():
+            last = segment.number == 0 and not self.trial
+            with self.averaged.part(last=last), torch.enable_grad():
                 output, labels = self._forward(self.model, segment, sweeping=False)
                 after = after or _Random(self.device)  # that of the last segment: as after one pass
                 part = self.loss.part(output, labels)
@@ -246,6 +288,7 @@ class _Run:
                 with torch.autocast(self.device.type, enabled=False):
                     part.backward()
             self.stream.end_backward()
+            bar.step()
         assert after is not None
         after.restore()
 
@@ -270,6 +313,48 @@ class _Run:
                 "another; leave it out (output_router_logits=False), or take it into loss_fn"
             )
         return coefficients[0] * given
+
+
+# For a segment that fits: tokens a rank of two trials, how much of the free memory may be taken, and what is rounded to
+_TRIED, _SHARE, _STEP, _NO_LIMIT = (256, 1024), 0.85, 256, 2**40
+
+
+class _Tried(Exception):
+    """The end of a trial, after which gradients are what they were."""
+
+
+def _first(whole: Whole, tokens: int) -> Whole:
+    offsets = whole.offsets and (*(x for x in whole.offsets if x < tokens), tokens)
+    return whole._replace(values=whole.cut(0, tokens), tokens=tokens, offsets=offsets)
+
+
+class _Bar:
+    """The progress of the process with the first rank, in forwards."""
+
+    def __init__(self, shown: Any):
+        self._bar: Any = None
+        self._tqdm: Any = None
+        if arguments.flag("progress", shown):
+            try:
+                from tqdm.auto import tqdm
+            except ImportError as error:
+                raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+            self._tqdm = tqdm
+
+    @contextlib.contextmanager
+    def over(self, total: int) -> Iterator[None]:
+        """Inside, it is there."""
+        if self._tqdm is None or (dist.is_initialized() and dist.get_rank() != 0):
+            yield
+            return
+        with self._tqdm(total=total, unit="segment", desc="stream_backward", leave=False) as self._bar:
+            yield
+        self._bar = None
+
+    def step(self) -> None:
+        """One forward more. (On a GPU what was queued may still run.)"""
+        if self._bar is not None:
+            self._bar.update()
 
 
 class _Random:
@@ -327,7 +412,7 @@ def _own(gradient: Tensor) -> Tensor:
 # The loss
 
 
-class _Loss:
+class Loss:
     """The mean over the tokens of all ranks, of which each segment has a part.
 
     Only the sum of a segment needs to be known in its turn; the number of tokens must be before the first backward.
@@ -374,6 +459,18 @@ class _Loss:
         mean = self._sound * self._over_ranks(mean, "the loss")
         return mean.to(self._dtype), self._tokens.round().long()
 
+    def greatest(self, *numbers: int) -> tuple[int, ...]:
+        """Each the greatest of all ranks over which gradients are averaged."""
+        found = torch.tensor(numbers, device=torch.device("cpu") if self.group is None else device_of(self.group))
+        if self.ranks > 1:
+            with waiting("stream_backward: the choice of a segment that fits"):
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return tuple(found.tolist())
+
+    def least(self, number: int) -> int:
+        """The least of them."""
+        return -self.greatest(-number)[0]
+
     def _over_ranks(self, x: Tensor, what: str) -> Tensor:
         if self.ranks > 1:
             with waiting(f"stream_backward: the sum of {what} over all ranks"):
@@ -381,7 +478,7 @@ class _Loss:
         return x
 
 
-class _TokenLoss(_Loss):
+class TokenLoss(Loss):
     """`token_loss` of all logits."""
 
     def __init__(self, mesh, scale: float | Tensor, ignore_index: int):
@@ -406,7 +503,7 @@ class _TokenLoss(_Loss):
         return sum_of_slice(logits, labels, self.ignore_index)[0]
 
 
-class _OwnLoss(_Loss):
+class _OwnLoss(Loss):
     """Of a function of the caller's."""
 
     def __init__(self, mesh, scale: float | Tensor, function: LossFunction):
@@ -438,8 +535,10 @@ class _OwnLoss(_Loss):
         return total
 
 
-def _loss(loss_fn: Any, ignore_index: Any, mesh, scale: float | Tensor) -> _Loss:
+def _loss(loss_fn: Any, ignore_index: Any, mesh, scale: float | Tensor) -> Callable[[], Loss]:
     arguments.integer("ignore_index", ignore_index)
+    grad_group(mesh)  # raises for what is no mesh
     if loss_fn is None:
-        return _TokenLoss(mesh, scale, ignore_index)
-    return _OwnLoss(mesh, scale, arguments.function("loss_fn", loss_fn))
+        return lambda: TokenLoss(mesh, scale, ignore_index)
+    function = arguments.function("loss_fn", loss_fn)
+    return lambda: _OwnLoss(mesh, scale, function)

@@ -1,7 +1,9 @@
 """`stream_backward`: gradients of a sequence in segments are those of one pass over all of it."""
 
 import copy
+import re
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 import lasp
+from lasp import streaming
 from lasp.data_parallel import fsdp2, wrap_ddp, wrap_fsdp2
 
 TOKENS = 61
@@ -465,3 +468,43 @@ def in_bf16():
 
 def test_autocast_around_it():
     run_ranks(2, in_bf16)
+
+
+# A segment that fits
+
+
+def chosen(tried, share):
+    torch.set_num_threads(1)
+    mesh = mesh_of(dp_shard=2, sp=2)
+    rank = dist.get_rank()
+    reference = Model(*LINEAR, *SHORT).double()
+    model = copy.deepcopy(reference)
+    lasp.parallelize(model, mesh, strict=False)
+    wrap_fsdp2(model, mesh, blocks=[*model.layers])
+    batches = batches_of_replicas()
+    _, _, expected = mean_of_replicas(reference, batches)
+    measured = []
+
+    def free(device, sharing):
+        measured.append(sharing)
+        return 2**17 if rank == 3 else 2**40  # the rank with the least memory decides
+
+    random = torch.get_rng_state()
+    with mock.patch.multiple(streaming, free_bytes=free, _TRIED=tried, _STEP=2, _SHARE=share):
+        lasp.stream_backward(model, batches[rank // 2], mesh=mesh, progress=rank == 0)
+        assert_same(full_gradients_of(model), expected)
+        lasp.stream_backward(model, batches[rank // 2], mesh=mesh)
+        assert_same(full_gradients_of(model), expected)
+    assert torch.equal(random, torch.get_rng_state())
+    return len(measured), re.search("in [0-9]+ segments", lasp.explain(model).streamed)[0]
+
+
+def test_the_rank_with_least_memory_chooses_the_segment():
+    found = run_ranks(4, chosen, (3, 9), 0.85)
+    assert [n for n, _ in found] == [1] * 4, "tried once"
+    assert found[0][1] == found[1][1] != "in 1 segments"
+    assert found[2][1] == found[3][1]
+
+
+def test_what_is_short_is_one_segment():
+    assert run_ranks(4, chosen, (256, 1024), 0.85) == [(0, "in 1 segments")] * 4

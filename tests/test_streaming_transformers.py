@@ -9,9 +9,11 @@ import lasp
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 
 import foreign
-from test_transformers import BOUND, TOKENS, batches, by_the_library, gradients_of
+from test_transformers import BOUND, batches, by_the_library, gradients_of
 
-SEGMENTS = (TOKENS, 32, 20)
+SEGMENTS = (32, 20)
+ON_RANKS = ("minimax", "bamba", "qwen3_next", "falcon_mamba", "recurrent_gemma", "mistral")
+ON_ONE = sorted(set(foreign.MODELS) - {"kimi_linear"})  # which is as bailing_hybrid, and slow
 
 
 def agree(name, kinds, checkpointed=False):
@@ -34,11 +36,10 @@ def agree(name, kinds, checkpointed=False):
         ids = batches()["dense"]["input_ids"][:, :20]
         with torch.no_grad():
             assert torch.equal(model(ids).logits, reference(ids).logits)
-            assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 23)
+            assert model.generate(ids[:1], min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 23)
 
 
-@pytest.mark.parametrize("name", foreign.MODELS)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "name"), [(1, x) for x in ON_ONE] + [(2, x) for x in ON_RANKS])
 def test_streamed_and_one_process_agree(world, name):
     run_ranks(world, agree, name, ("dense", "left", "packed"))
 
@@ -73,8 +74,7 @@ def balanced(name):
             assert max(worst.values()) < BOUND, (kind, segment, sorted(worst.items(), key=lambda x: -x[1])[:5])
 
 
-@pytest.mark.parametrize("name", ["minimax", "qwen3_next", "jamba"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "name"), [(1, "jamba"), (2, "minimax"), (2, "qwen3_next")])
 def test_the_router_s_loss_is_over_all_segments(world, name):
     run_ranks(world, balanced, name)
 

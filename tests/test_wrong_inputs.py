@@ -384,6 +384,7 @@ TABLE = {
             "loss_scale": [*(x for x in NO_NUMBER if not isinstance(x, torch.Tensor)), zeros(2), zeros(1).long()],
             "shift_labels": NO_FLAG,
             "ignore_index": NO_INTEGER,
+            "progress": NO_FLAG,
             "validate": [*NO_TEXT, "always"],
         },
     ),
