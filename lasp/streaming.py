@@ -92,13 +92,11 @@ def stream_backward(
     """
     sequence = sequence_axis(mesh)
     with agreement.of_batch(sequence, validate=validate, before="stream_backward") as ranks_agree:
-        splits = _splits(model, sequence)
-        whole = _whole(batch, shift_labels, ignore_index)
+        run, whole = prepared(model, batch, sequence, shift_labels=shift_labels, ignore_index=ignore_index)
         step = None if segment is None else arguments.integer("segment", segment, at_least=1)
         scale = _scale(loss_scale)
         make_loss = _loss(loss_fn, ignore_index, mesh, scale)
         bar = _Bar(progress)
-        run = Run(model, splits, sequence)
         options = {"segment": segment, "shift_labels": shift_labels, "ignore_index": ignore_index}
         ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(whole)})
     loss = make_loss()
@@ -115,6 +113,22 @@ def _told(segments: list[Segment], stream: Stream) -> str:
         f"{stream.crossings} states or last tokens, {stream.bytes:,} bytes kept of all borders by this rank"
         + (f", and {stream.bytes_of_tokens:,} of keys and values" if stream.bytes_of_tokens else "")
     )
+
+
+def prepared(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    sequence: SequenceParallel,
+    *,
+    shift_labels: bool = True,
+    ignore_index: int = -100,
+) -> tuple[Run, Whole]:
+    """A model and a batch, looked through, for `Run.backward`; raises for what does not fit."""
+    run = Run(model, _splits(model, sequence), sequence)
+    whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index)
+    if not whole.tokens:
+        raise ValueError("batch must have tokens, got input_ids of 0")
+    return run, whole
 
 
 # Arguments
@@ -152,13 +166,6 @@ def _facts(whole: Whole) -> dict[str, str]:
     return checksums(tensors)
 
 
-def _whole(batch: Mapping[str, Any], shift_labels: bool, ignore_index: int) -> Whole:
-    whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index)
-    if not whole.tokens:
-        raise ValueError("batch must have tokens, got input_ids of 0")
-    return whole
-
-
 def cut(tokens: int, offsets: tuple[int, ...] | None, step: int, ranks: int) -> list[Segment]:
     """Of so many tokens, with packed documents at these offsets, segments of `step`, rounded up to a multiple of the
     ranks."""
@@ -192,9 +199,10 @@ class Run:
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.averaged = AveragedOnce(model)
 
-    def backward(self, whole: Whole, step: int, loss: Loss, bar: _Bar, *, trial: bool = False) -> None:
+    def backward(self, whole: Whole, step: int, loss: Loss, bar: _Bar | None = None, *, trial: bool = False) -> None:
         """Leave the gradients of a loss over segments of `step` tokens; a `trial` averages nothing."""
         self.whole, self.loss, self.trial = whole, loss, trial
+        bar = bar or _Bar(False)
         self.segments = cut(whole.tokens, whole.offsets, step, self.sequence.size)
         self.stream = Stream(self.segments, functools.cache(lambda: int(whole.values["position_ids"].max())))
         loss.labels = torch.cat([self._cut(x)["labels"].flatten() for x in self.segments])
@@ -237,7 +245,7 @@ class Run:
         with uncounted():
             for length in lengths:
                 with measured(self.device) as peak:
-                    self.backward(_first(whole, length), length, make_loss(), _Bar(False), trial=True)
+                    self.backward(_first(whole, length), length, make_loss(), trial=True)
                 used.append(peak.bytes)
         random.restore()
         ranks = self.sequence.size
@@ -419,6 +427,7 @@ class Loss:
     """
 
     labels: Tensor  # of this rank, of all segments
+    scale_beside: float | Tensor | None = None  # of what is no mean over tokens, if another
 
     def __init__(self, mesh, scale: float | Tensor):
         self.mesh, self.scale = mesh, scale
@@ -444,7 +453,7 @@ class Loss:
         """Likewise, of a part of a loss that all ranks of a sequence hold alike."""
         now = loss.detach().double()
         self._beside = now if self._beside is None else self._beside + now
-        return loss * self.scale
+        return loss * (self.scale if self.scale_beside is None else self.scale_beside)
 
     def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
         raise NotImplementedError
@@ -458,6 +467,10 @@ class Loss:
             mean = mean + self._beside / self.ranks
         mean = self._sound * self._over_ranks(mean, "the loss")
         return mean.to(self._dtype), self._tokens.round().long()
+
+    def beside_mean(self) -> Tensor | float:
+        """What of that is no mean over tokens, on this rank."""
+        return 0.0 if self._beside is None else self._beside
 
     def greatest(self, *numbers: int) -> tuple[int, ...]:
         """Each the greatest of all ranks over which gradients are averaged."""

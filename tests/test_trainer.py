@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import multiprocessing
 import os
 import random
@@ -139,6 +140,26 @@ def test_training_is_that_of_one_process(world, sp, name, tmp_path):
     assert expected[0][0][1] > 0.5  # it is clipped
     for found in run_ranks(world, train, name, sp, tmp_path, 2):
         assert_same(found, expected)
+
+
+def train_in_segments(name, sp, folder, segment, config=None, ragged=False):
+    """By `lasp.stream_backward`, on one rank too."""
+    made = functools.partial(trainer_of, segment=segment)
+    collator = _collate_padded if ragged else None
+    with mock.patch.dict(globals(), trainer_of=made):
+        return train(name, sp, folder, 2, config=config, ragged=ragged, collator=collator)
+
+
+@pytest.mark.parametrize("name", ["bamba", "minimax"])
+def test_training_in_segments_is_that_of_one_pass(name, tmp_path):
+    """Padded samples, accumulation, clipping, the router's loss; DDP over dp x sp; on one rank, too."""
+    more = {"output_router_logits": True, "router_aux_loss_coef": 0.5} if name == "minimax" else None
+    ragged = name == "bamba"
+    options = (_same, more, ragged, _collate_padded if ragged else None)
+    [expected] = run_ranks(1, train, name, 1, tmp_path, 2, *options)
+    for world, sp in ((1, 1), (2, 2), (4, 2)):
+        for found in run_ranks(world, train_in_segments, name, sp, tmp_path, 7, more, ragged):
+            assert_same(found, expected)
 
 
 def _stream(data):
