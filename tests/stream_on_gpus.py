@@ -17,7 +17,7 @@ import time
 import streamed_models
 import torch
 import torch.distributed as dist
-from streamed_models import HYBRID, LINEAR, SHORT, STATES, Model
+from streamed_models import HYBRID, LINEAR, SHORT, STATES, Model, PerHead, SharedHeads, Softmax
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,6 +73,7 @@ def checks(mesh, device):
             lasp.sync_grads(model, mesh)
             compare(f"{name}, {kind}, fp32", gradients_of(model), expected, 1e-3)
             assert abs(found - loss) < 1e-4
+    in_bf16(mesh, device, batches)
     config = TNLConfig(1000, layers=4, width=256, heads=4, glu_width=512)
     ids = torch.randint(1000, (1, 8192), generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)
@@ -113,6 +114,20 @@ def checks(mesh, device):
     assert all(torch.equal(x, results[1][name]) for name, x in results[0].items()), "bits repeat"
     say(str(lasp.explain(model)).splitlines()[-1])
     memory_is_constant(mesh, reference)
+
+
+def in_bf16(mesh, device, batches):
+    """Softmax layers by flash kernels, whose pieces are merged."""
+    reference = Model(PerHead, Softmax, SharedHeads, Softmax).to(device)
+    model = copy.deepcopy(reference)
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    for kind, batch in batches.items():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, expected = one_pass(reference, batch)
+            found, _ = lasp.stream_backward(model, batch, mesh=mesh, segment=32)
+        lasp.sync_grads(model, mesh)
+        compare(f"softmax, {kind}, bf16 autocast", gradients_of(model), expected, 0.1)
+        assert abs(found - loss) < 2e-2
 
 
 def memory_is_constant(mesh, reference):

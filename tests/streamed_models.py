@@ -163,6 +163,16 @@ class Grouped(Layer):
         return lasp.softmax_attention(q, k[:, :, :1], v[:, :, 1:2], **options).flatten(-2)
 
 
+@lasp.register
+class SharedHeads(Layer):
+    def forward(self, x, layout=None):
+        q, k, v = self.split(x)
+        options = {"layout": layout, "sequence": self.sequence}
+        return (
+            lasp.softmax_attention(q, k[:, :, :1], v[:, :, 1:2, :3], **options).repeat(1, 1, 1, 2)[..., :4].flatten(-2)
+        )
+
+
 def lasp_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 

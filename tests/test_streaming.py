@@ -10,13 +10,27 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
-from streamed_models import HYBRID, LINEAR, SHORT, STATES, VOCABULARY, Initial, Layer, Model
+from streamed_models import (
+    HYBRID,
+    LINEAR,
+    SHORT,
+    STATES,
+    VOCABULARY,
+    Grouped,
+    Initial,
+    Layer,
+    Model,
+    SharedHeads,
+    Softmax,
+    Window,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp import streaming
 from lasp.data_parallel import fsdp2, wrap_ddp, wrap_fsdp2
+from lasp_kernels import softmax_pieces
 
 TOKENS = 61
 OFFSETS = (0, 7, 8, 8, 30, 31, 61)  # of packed documents; one is empty, one crosses several borders
@@ -96,6 +110,45 @@ def test_every_operator(world, layers, packed):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_softmax_layers_of_hybrids(world, packed):
     run_ranks(world, streamed_as_one_pass, HYBRID, packed)
+
+
+def by_flash(world_packed):
+    """The way of a GPU's kernels, with these written out."""
+    called = []
+
+    def scores_of(q, k, causal, scale):
+        called.append(causal)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = scale * q @ k.mT
+        if causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        return scores, k
+
+    def forward(q, k, v, causal, scale):
+        scores, _ = scores_of(q, k, causal, scale)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+    def backward(do, q, k, v, o, lse, causal, scale):
+        heads = k.shape[1]
+        scores, k = scores_of(q, k, causal, scale)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        weights = (scores - lse[..., None]).exp()
+        of_scores = weights * (do @ v.mT - (do * o).sum(-1, keepdim=True)) * scale
+        dk, dv = of_scores.mT @ q, weights.mT @ do
+        return of_scores @ k, *(x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+
+    functions = {"has_flash": lambda q, piece: True, "flash_forward": forward, "flash_backward": backward}
+    with mock.patch.multiple(softmax_pieces, **functions):
+        streamed_as_one_pass((Softmax, Grouped, Window, SharedHeads), world_packed)
+    assert set(called) == {True, False}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_softmax_layers_by_flash_kernels(world, packed):
+    run_ranks(world, by_flash, packed)
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "pipeline"])

@@ -5,7 +5,11 @@ merged into both. Backward takes the pieces one by one as well, in any order: th
 with the lse of all keys, whichever piece it is in (FlashAttention-2, arXiv 2307.08691, section 3).
 
 A query at global position p sees the keys from its `first` visible one to p. That is all there is to causality, packed
-documents and windows here. Scores are formed in fp32 (fp64 for fp64 inputs), a block of queries at a time.
+documents and windows here.
+
+There are two ways, as in softmax.py. Where PyTorch has a flash kernel for the tensors of a GPU, it is one call for the
+queries of a document and a piece. Anything else (windows, caps, padding) forms the scores of a block of queries, in
+fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -14,11 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from lasp_kernels.reference import state_dtype
+from lasp_kernels.softmax import ALIGNMENT
 
 BOUND = 2**24  # scores of a block, 64 MiB in fp32
+MANY = 64  # documents of queries, each a call of its own, or one of so many tokens
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,22 @@ class Attended:
 
     def see(self, piece: Piece) -> None:
         """Merge one more piece."""
+        parts = _parts(self._q, piece, self._queries)
+        if parts is None:
+            return self._see_by_scores(piece)
+        k, v = (x.transpose(1, 2) for x in (piece.k, piece.v))
+        for rows, keys, causal in parts:
+            q = self._q[..., rows, :].flatten(1, 2)
+            found = flash_forward(q, k[:, :, keys], v[:, :, keys], causal, self._queries.scale)
+            o, more = (x.unflatten(1, self._q.shape[1:3]).to(self.o.dtype) for x in found)
+            lse = self.lse[..., rows]
+            now = torch.logaddexp(lse, more)
+            kept, added = ((x - now).exp().unsqueeze(-1) for x in (lse, more))
+            self.o[..., rows, :] = self.o[..., rows, :] * kept + o * added
+            self.lse[..., rows] = now
+        return None
+
+    def _see_by_scores(self, piece: Piece) -> None:
         k, v = (x.transpose(1, 2).unsqueeze(2).to(self.o.dtype) for x in (piece.k, piece.v))
         for rows, keys in _blocks(self._q, piece, self._queries):
             q = self._q[..., rows, :].to(self.o.dtype)
@@ -93,13 +117,29 @@ class Gradients:
 
     def __init__(self, q: Tensor, o: Tensor, lse: Tensor, do: Tensor, queries: Queries):
         self._dtype, self._queries, self._shape = state_dtype(q.dtype), queries, q.shape
-        self._q, self._do = _heads_first(q, queries), _heads_first(do, queries)
+        self._q, self._do, self._o = (_heads_first(x, queries) for x in (q, do, o))
         self._lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        self._delta = (self._do.to(self._dtype) * _heads_first(o, queries).to(self._dtype)).sum(-1)
+        self._delta = (self._do.to(self._dtype) * self._o.to(self._dtype)).sum(-1)
         self._dq = torch.zeros(self._q.shape, dtype=self._dtype, device=q.device)
 
     def of(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """dk and dv of a piece, in its shapes and the states' dtype."""
+        parts = _parts(self._q, piece, self._queries)
+        if parts is None:
+            return self._of_scores(piece)
+        k, v = (x.transpose(1, 2) for x in (piece.k, piece.v))
+        dk, dv = (torch.zeros(x.shape, dtype=self._dtype, device=x.device) for x in (k, v))
+        for rows, keys, causal in parts:
+            q, do, o = (x[..., rows, :].flatten(1, 2) for x in (self._q, self._do, self._o))
+            lse = self._lse[..., rows].flatten(1, 2)
+            pair = (k[:, :, keys], v[:, :, keys])
+            of_q, of_k, of_v = flash_backward(do, q, *pair, o, lse, causal, self._queries.scale)
+            self._dq[..., rows, :] += of_q.unflatten(1, self._q.shape[1:3])
+            dk[:, :, keys] += of_k
+            dv[:, :, keys] += of_v
+        return dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _of_scores(self, piece: Piece) -> tuple[Tensor, Tensor]:
         k, v = (x.transpose(1, 2).unsqueeze(2).to(self._dtype) for x in (piece.k, piece.v))
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys in _blocks(self._q, piece, self._queries):
@@ -122,6 +162,66 @@ class Gradients:
 def _heads_first(x: Tensor, queries: Queries) -> Tensor:
     """[B, T, H * G, ...] to [B, H, G, T, ...]."""
     return x.unflatten(2, (-1, queries.groups)).permute(0, 2, 3, 1, 4)
+
+
+def _parts(q: Tensor, piece: Piece, queries: Queries) -> list[tuple[slice, slice, bool]] | None:
+    """Rows of queries of one document, the keys of the piece that they see, and whether the last of these is the last
+    row's own (else every row sees all); None where no flash kernel does it."""
+    if piece.real is not None or queries.softcap is not None or not q.shape[3] or not has_flash(q, piece):
+        return None
+    firsts, counts = torch.unique_consecutive(queries.first, return_counts=True)
+    if len(firsts) > max(MANY, len(queries.first) // MANY):  # windows: another first key for each query
+        return None
+    found, row = [], 0
+    for first, count in zip(firsts.tolist(), counts.tolist()):
+        end = queries.start + row + count
+        low, high = max(0, first - piece.start), min(piece.k.shape[1], end - piece.start)
+        if low < high:
+            found.append((slice(row, row + count), slice(low, high), piece.start + high == end))
+        row += count
+    return found
+
+
+def has_flash(q: Tensor, piece: Piece) -> bool:
+    """Whether PyTorch has a kernel for q [B, H, G, T, K] and a piece; the user's `sdpa_kernel` decides, too."""
+    if q.device.type == "cpu" or q.shape[4] == 0:
+        return False
+    q, k, v = _aligned(q.flatten(1, 2), piece.k.transpose(1, 2), piece.v.transpose(1, 2))
+    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1]))
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """o [B, Hq, T, V] and lse [B, Hq, T] of q [B, Hq, T, K], k and v [B, H, S, ...]; causal up to the last key."""
+    dim, (q, k, v) = v.shape[3], _aligned(q, k, v)
+    o, lse, *_ = _flash(q, k, v, 0.0, is_causal=causal, return_debug_mask=False, scale=scale)
+    return o[..., :dim], lse
+
+
+def flash_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, where o and lse are of these and other keys."""
+    dims = [x.shape[3] for x in (q, k, v)]
+    q, k, v = _aligned(q, k, v)
+    do, o = (F.pad(x, (0, q.shape[3] - x.shape[3])) for x in (do.to(q.dtype), o))
+    # What the kernel wants besides depends on the version of PyTorch; without dropout it says nothing.
+    one = _flash(q[:, :, :1], k[:, :, :1], v[:, :, :1], 0.0, is_causal=False, return_debug_mask=False, scale=scale)
+    cum_q, cum_k, seed, offset = one[2], one[3], one[6], one[7]
+    found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, o, lse.contiguous(), cum_q, cum_k, q.shape[2], k.shape[2], 0.0, causal, seed, offset, scale=scale
+    )
+    return tuple(x[..., :dim] for x, dim in zip(found, dims))  # type: ignore[return-value]
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention
+
+
+def _aligned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros behind K and V, which change no score, up to one head dim that kernels take."""
+    dim = max(q.shape[3], v.shape[3])
+    dim += -dim % ALIGNMENT
+    q, k, v = (x if x.shape[3] == dim else F.pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
+    return q, k, v
 
 
 def _blocks(q: Tensor, piece: Piece, queries: Queries) -> Iterator[tuple[slice, slice]]:

@@ -87,13 +87,12 @@ class Stream:
 
     def begin(self, segment: Segment, *, sweeping: bool) -> None:
         """The model is about to run on it, forward, or `sweeping` forward and backward."""
-        for number, kept in self._entering.items():
-            if number != segment.number:
-                for x in kept.values():
-                    x.put_away()
         if not sweeping:
             self._wanted, self._given = self._given, {}
-            for x in self._entering.get(segment.number - 1, {}).values():
+        for x in self._entering.get(segment.number - 1, {}).values():
+            if sweeping:
+                x.put_away()
+            else:
                 x.fetch()  # while this one runs
         self.segment, self.sweeping = segment, sweeping
         self._counts.clear()
@@ -395,7 +394,7 @@ class Kept:
     def __init__(self, x: Tensor):
         self._here: Tensor | None = x.detach()
         self._host: Tensor | None = None
-        self._device, self._event = x.device, None
+        self._device, self._arrives = x.device, None
         if x.is_cuda:
             self._host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
             self._copy_to_host(self._here)
@@ -406,13 +405,12 @@ class Kept:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             self._host.copy_(x, non_blocking=True)
-            self._event = side.record_event()
         x.record_stream(side)
 
     def put_away(self) -> None:
         """From the GPU, until it is fetched."""
         if self._host is not None:
-            self._here = None
+            self._here = self._arrives = None
 
     def fetch(self) -> None:
         """Begin to bring it back."""
@@ -421,15 +419,15 @@ class Kept:
             side = _side_stream(self._device.index)
             with torch.cuda.stream(side):  # behind the copy to the host
                 self._here = self._host.to(self._device, non_blocking=True)
-                self._event = side.record_event()
+                self._arrives = side.record_event()
 
     def get(self) -> Tensor:
         """It, on its device."""
         self.fetch()
         assert self._here is not None
-        if self._event is not None:
+        if self._arrives is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_event(self._event)
+            current.wait_event(self._arrives)
             self._here.record_stream(current)
         return self._here
 
@@ -438,7 +436,7 @@ class Kept:
         total = self.get().add_(x)
         if self._host is not None:
             self._copy_to_host(total)
-            self._here = None
+            self.put_away()
 
 
 @lru_cache
