@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from lasp import arguments
 from lasp.api import Split, splits_of
@@ -491,6 +492,9 @@ class Loss:
         return x
 
 
+_PART = 4096  # tokens
+
+
 class TokenLoss(Loss):
     """`token_loss` of all logits."""
 
@@ -513,6 +517,17 @@ class TokenLoss(Loss):
         self.look(output, labels)
         logits = logits_of(output)
         check_loss(logits, labels, self.ignore_index, self.mesh, self.group)
+        # A part at a time, of which nothing is kept but the logits: their fp32 copy and softmax would be most of all.
+        parts = zip(logits.flatten(0, -2).split(_PART), labels.flatten().split(_PART))
+        sums = [
+            checkpoint(self._sum_of_part, *part, use_reentrant=False, preserve_rng_state=False)
+            if len(labels.flatten()) > _PART
+            else self._sum_of_part(*part)
+            for part in parts
+        ]
+        return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+
+    def _sum_of_part(self, logits: Tensor, labels: Tensor) -> Tensor:
         return sum_of_slice(logits, labels, self.ignore_index)[0]
 
 

@@ -86,7 +86,8 @@ def streamed_as_one_pass(layers, packed, exchange="auto"):
     batch = batch_of(packed)
     loss, tokens, expected = one_pass(reference, batch)
     for segment in SEGMENTS:
-        found = lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
+        with mock.patch.object(streaming, "_PART", 7 if segment == 13 else 4096):  # tokens of the loss at a time
+            found = lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
         assert abs(found[0] - loss) < BOUND
         assert found[1] == tokens
         lasp.sync_grads(model, mesh)
@@ -561,3 +562,77 @@ def test_the_rank_with_least_memory_chooses_the_segment():
 
 def test_what_is_short_is_one_segment():
     assert run_ranks(4, chosen, (256, 1024), 0.85) == [(0, "in 1 segments")] * 4
+
+
+# What goes around it
+
+
+def compiled_as_one_pass(whole):
+    reference, model, mesh = pair(*LINEAR, *SHORT, *STATES)
+    _, _, expected = one_pass(reference, batch_of(True))
+    called = torch.compile(model, backend="aot_eager") if whole else model
+    if not whole:
+        for layer in (*model.layers, *model.mlps):
+            layer.compile(backend="aot_eager")
+    for _ in range(2):
+        lasp.stream_backward(called, batch_of(True), mesh=mesh, segment=16)
+        lasp.sync_grads(model, mesh)
+        assert_same(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_graphs_end_at_the_operators(whole):
+    run_ranks(2, compiled_as_one_pass, whole)
+
+
+def trained():
+    """Steps of an optimizer, before which ranks compare what they have exchanged, and whether it was finite."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=dist.get_world_size())
+    losses = []
+    for segment in (61, 16):
+        model = Model(*LINEAR, *SHORT, *STATES).double()
+        lasp.parallelize(model, mesh["sp"], strict=False, check_finite=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        losses.append([])
+        for _ in range(4):
+            loss, _ = lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=segment)
+            lasp.sync_grads(model, mesh)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(float(loss))
+    assert max(abs(a - b) for a, b in zip(*losses)) < 1e-9
+    assert losses[0][-1] < losses[0][0]
+    spoilt = Model(*LINEAR[:2]).double()
+    lasp.parallelize(spoilt, mesh["sp"], strict=False, check_finite=True)
+    optimizer = torch.optim.AdamW(spoilt.parameters(), lr=0.01)
+    with torch.no_grad():
+        spoilt.layers[1].qkv.weight.fill_(torch.nan)
+    lasp.stream_backward(spoilt, batch_of(False), mesh=mesh, segment=16)
+    lasp.sync_grads(spoilt, mesh)
+    with pytest.raises(FloatingPointError, match=r"a state or a gradient was NaN or Inf before this step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_of_an_optimizer(world):
+    run_ranks(world, trained)
+
+
+def frozen():
+    """Layers whose keys get no gradients, and adapters that are trained alone."""
+    for names in (("tokens", "positions", "layers.0", "norms.0", "mlps.0"), ("tokens", "positions", "layers", "head")):
+        reference, model, mesh = pair(*LINEAR, *SHORT, *STATES, *HYBRID[1:2])
+        for each in (reference, model):
+            for name, p in each.named_parameters():
+                p.requires_grad_(not name.startswith(names))
+        _, _, expected = one_pass(reference, batch_of(True))
+        lasp.stream_backward(model, batch_of(True), mesh=mesh, segment=16)
+        lasp.sync_grads(model, mesh)
+        assert_same(gradients_of(model), expected)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_frozen_layers(world):
+    run_ranks(world, frozen)

@@ -249,10 +249,10 @@ def backward(
 
 
 def _run(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.ops.lasp.elementwise(name_of(x), list(x), *facts_of(layout, sequence))[0]
     if stream.under_way(sequence):
         return _streamed(x, layout, sequence)
+    if torch.compiler.is_compiling():
+        return torch.ops.lasp.elementwise(name_of(x), list(x), *facts_of(layout, sequence))[0]
     call, started = start(x, layout, sequence)
     return _Elementwise.apply(call, [started], False, None, *x)[0]  # type: ignore[index]
 

@@ -65,6 +65,8 @@ def halo(
     if padding is not None:
         return padding.fill(halo(padding.cut(x), width, layout=padding.layout, sequence=sequence))
     check_arguments = functools.partial(check, x, width)
+    if stream.under_way(sequence):
+        return _streamed(x, width, layout, sequence, check_arguments)[0]
     if torch.compiler.is_compiling():
         return _in_graph(x, width, layout, sequence, check_arguments)
     return _bring(x, width, layout, sequence, check_arguments)[0]
@@ -91,8 +93,6 @@ def _bring(
     check_arguments: Callable[[], None],
 ) -> tuple[Tensor, tuple[int, ...] | None]:
     """x with the tokens before it, and the borders of packed documents among this rank's tokens."""
-    if stream.under_way(sequence):
-        return _streamed(x, width, layout, sequence, check_arguments)
     call = _checked_call(x, width, layout, sequence, check_arguments)
     return _Halo.apply(x, int(width), call, None)[0], call.shard.runs.cu_seqlens  # type: ignore[index]
 
@@ -113,6 +113,20 @@ def _streamed(
     border = Border(entering is not None, crossing.segment.before, crossing.leaves)
     y, tail = _Halo.apply(x, int(width), call, border, entering)  # type: ignore[misc]
     return crossing.leave(y, tail), call.shard.runs.cu_seqlens
+
+
+@stream.in_eager
+def _streamed_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    width: int,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    check_arguments: Callable[[], None],
+) -> Tensor:
+    with_before, runs = _streamed(x, width, layout, sequence, check_arguments)
+    return convolution.causal_conv(with_before, weight, bias, cu_seqlens=runs)
 
 
 def _checked_call(
@@ -172,6 +186,8 @@ def causal_conv(
         return padding.fill(y)
     check_arguments = functools.partial(convolution.check_weight, x, weight, bias)
     width = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else 1  # which is an error
+    if stream.under_way(sequence):
+        return _streamed_conv(x, weight, bias, width, layout, sequence, check_arguments)
     if torch.compiler.is_compiling():
         with_before = _in_graph(x, width, layout, sequence, check_arguments)
         if layout is not None and layout.packed:
