@@ -304,8 +304,7 @@ class Run:
     def _forward(self, model: nn.Module, segment: Segment, *, sweeping: bool) -> tuple[Any, Tensor]:
         local = self._local(segment)
         self.stream.begin(segment, sweeping=sweeping)
-        # Of weights; those of a forward without autograd have no gradients, and those of another segment no graph.
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # copies of weights, which else would live until the caller's context ends
         output = self.call(model, local)
         self.stream.end_forward()
         return output, local["labels"]

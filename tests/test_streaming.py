@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import lasp
 from lasp import streaming
 from lasp.data_parallel import fsdp2, wrap_ddp, wrap_fsdp2
+from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig
 from lasp_kernels import softmax_pieces
 
 TOKENS = 61
@@ -98,6 +99,37 @@ def streamed_as_one_pass(layers, packed, exchange="auto"):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_linear_attention_of_every_decay(world, packed):
     run_ranks(world, streamed_as_one_pass, LINEAR, packed)
+
+
+def published_models():
+    """The library's own, as they are; LRPE turns in fp32, also backwards."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=dist.get_world_size())
+    sizes = {"vocab_size": VOCABULARY, "layers": 2, "width": 16, "heads": 2}
+    for make in (lambda: TNL(TNLConfig(glu_width=24, **sizes)), lambda: LinearTransformer(transformer(sizes))):
+        torch.manual_seed(0)
+        reference = make().double()
+        model = copy.deepcopy(reference)
+        lasp.parallelize(model, mesh["sp"])
+        for packed in (False, True):
+            loss, _, expected = one_pass(reference, batch_of(packed))
+            for segment in (16, 5):
+                found, _ = lasp.stream_backward(model, batch_of(packed), mesh=mesh, segment=segment)
+                assert abs(found - loss) < BOUND
+                lasp.sync_grads(model, mesh)
+                gradients = gradients_of(model)
+                turned = [name for name in gradients if name.endswith("delta")]
+                assert_same({name: gradients.pop(name) for name in turned}, {n: expected[n] for n in turned}, 1e-5)
+                assert_same(gradients, {name: x for name, x in expected.items() if name not in turned})
+
+
+def transformer(sizes):
+    return LinearTransformerConfig(mlp_width=24, **sizes)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_librarys_models(world):
+    run_ranks(world, published_models)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
