@@ -278,6 +278,7 @@ class Run:
                 self._random.append(_Random(self.device))
                 output, labels = self._forward(self.averaged.without_backward, segment, sweeping=True)
                 self.loss.look(output, labels)
+                del output  # logits, beside which the next would lie
                 bar.step()
 
     def _back(self, bar: _Bar) -> None:

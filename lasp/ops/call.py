@@ -161,7 +161,9 @@ class Call:
         It only seems so: an error of the ranks that hold as many tokens by chance would leave the others waiting.
         """
         sequence = self.sequence
-        if sequence is not None and self.shard.layout is None and sequence.peers.padded == x.shape[1]:
+        if sequence is None or sequence.stream is not None:  # of which only the last segment is padded
+            return
+        if self.shard.layout is None and sequence.peers.padded == x.shape[1]:
             warnings.warn(
                 "output_final_state needs layout=local['layout']: the batch that shard_batch cut last is padded, and "
                 f"these {x.shape[1]} tokens are as many as a slice of it; if they are one, the padding is part of the "

@@ -107,6 +107,8 @@ def _streamed(
 ) -> tuple[Tensor, tuple[int, ...] | None]:
     """The same on a segment of a sequence: the last tokens of the segment before stand before the first rank's."""
     call = _checked_call(x, width, layout, sequence, check_arguments)
+    if int(width) == 1:  # the token itself
+        return x, call.shard.runs.cu_seqlens
     crossing = stream.crossing(NAME, sequence)
     assert crossing is not None
     entering = crossing.enter(None, x)
