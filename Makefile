@@ -8,15 +8,20 @@ OLDEST := 2.11.0
 NEWEST := 2.14.1
 
 # What leans on parts of PyTorch that change: collectives, launchers, compiled graphs, hooks of autograd, FSDP2,
-# checkpoints.
+# checkpoints. In these files tests are marked any_pytorch that take long and do not.
 LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py attention.py checkpoint.py compiled.py data_parallel.py \
 	exchange.py finite.py launchers.py mixing.py recompute.py softmax.py verify.py)
 FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py layering.py loss.py)
 
+# Some files at once, each in one process from its first test to its last: tests of a file share what takes long. How
+# many is said by tests/conftest.py.
+WORKERS ?= auto
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+
 .PRECIOUS: .venv-torch-%/.installed
 # What needs libraries that must not be beside the others: transformers takes fla's kernels wherever it finds them, and
 # these need a GPU.
-OTHERS := $(addprefix tests/test_,fla.py trl.py loops.py)
+OTHERS := $(addprefix tests/test_,fla.py trl.py peft.py loops.py)
 
 .PHONY: demo test test-fast test-matrix test-newest test-others lint bench doctor clean
 
@@ -39,18 +44,18 @@ demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compa
 	$(BIN)/python examples/train.py --verify
 
 test: lint  ## lint, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-fast: $(VENV)/.installed  ## within a minute what concerns most changes; CONTRIBUTING.md says what it leaves out
-	$(BIN)/python -m pytest $(FAST)
+	$(BIN)/python $(PYTEST) $(FAST)
 
 test-matrix: test-torch-$(OLDEST) test-torch-$(NEWEST)  ## all tests on the oldest and the newest PyTorch
 
 test-torch-%: .venv-torch-%/.installed
-	.venv-torch-$*/bin/python -m pytest
+	.venv-torch-$*/bin/python $(PYTEST)
 
 test-newest: .venv-torch-$(NEWEST)/.installed  ## on the newest PyTorch what leans on its insides
-	.venv-torch-$(NEWEST)/bin/python -m pytest $(LEANS_ON_PYTORCH)
+	.venv-torch-$(NEWEST)/bin/python $(PYTEST) -m 'not any_pytorch' $(LEANS_ON_PYTORCH)
 
 .venv-others/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -59,7 +64,7 @@ test-newest: .venv-torch-$(NEWEST)/.installed  ## on the newest PyTorch what lea
 	touch $@
 
 test-others: .venv-others/.installed  ## layers of fla, TRL's trainers, Lightning Fabric
-	.venv-others/bin/python -m pytest $(OTHERS)
+	.venv-others/bin/python $(PYTEST) $(OTHERS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

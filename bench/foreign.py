@@ -7,6 +7,8 @@ Random weights, about a billion parameters, bf16, gradient checkpointing, forwar
 - `original`: the model as the library made it, on each GPU by itself, with as many tokens as a rank has
 - `one rank`: the same after `parallelize` on one rank, which leaves it as it is
 - `split`: one sequence of tokens x ranks, over all ranks
+- `split, K and V gathered`: the same without an all-to-all over the heads of softmax layers (transformers offers that
+  too, through DeepSpeed; for linear layers it offers nothing)
 - `split, no exchange`: the same layers and shards, each rank by itself (linear layers do the same work; softmax layers
   see a shorter sequence)
 
@@ -187,6 +189,11 @@ def of_model(name: str, options: argparse.Namespace, mesh) -> tuple[list, list]:
     row("split", training_step(model, local, True), options.tokens, ranks)
     with alone():
         row("split, no exchange", training_step(model, by_itself, True), options.tokens, ranks)
+    gathered = build(name)
+    lasp.parallelize(gathered, mesh["sp"], softmax="all_gather")
+    gathered.gradient_checkpointing_enable()
+    row("split, K and V gathered", training_step(gathered, local, True), options.tokens, ranks)
+    del gathered
     return rows, of_layers(name, model, options, local, by_itself)
 
 
@@ -207,7 +214,7 @@ def of_layers(name: str, model: torch.nn.Module, options: argparse.Namespace, lo
                 if "scaling" not in vars(layer):  # no softmax
                     given["attention_mask"] = None
                 given = {key: value for key, value in given.items() if key in takes}
-                layer.sequence.border.facts = Facts(batch["layout"], False)
+                layer.sequence.border.facts = Facts(batch["layout"])
 
                 def step(given=given, layer=layer, x=x) -> None:
                     out = layer(x, **given)

@@ -1,4 +1,4 @@
-"""Softmax attention over ranks with contiguous shards: later ranks see more keys, and the others wait for them.
+"""Softmax attention over ranks, both ways: by heads, and with all keys and values gathered (later ranks then see more).
 
     torchrun --nproc-per-node 2 bench/softmax.py --save      # GPUs; on a CPU: --tokens 512 --heads 2 --repetitions 3
 
@@ -29,46 +29,43 @@ def main(argv: list[str] | None = None) -> None:
     add_report_arguments(parser)
     options = parser.parse_args(argv)
     env = lasp.init()
-    sequence = lasp.SequenceParallel(dist.group.WORLD, name="softmax")
-    rows = [row for tokens in options.tokens for row in measure(tokens, env, sequence, options)]
+    rows = [row for length in options.tokens for row in measure(length, env, options)]
     if env.rank == 0:
         name = f"softmax_{env.world_size}x{env.device.type}"
         command = command_line("softmax.py", argv, env.world_size)
         report(name, command, rows, save=options.save, out=options.out, commit=options.commit, markdown=True)
 
 
-def measure(tokens: int, env: lasp.Env, sequence: lasp.SequenceParallel, options: argparse.Namespace) -> list[dict]:
-    """A row for forward, and one for backward."""
+def measure(length: int, env: lasp.Env, options: argparse.Namespace) -> list[dict]:
+    """A row for each direction and way."""
     ranks, dtype = env.world_size, torch.bfloat16 if env.device.type == "cuda" else torch.float32
-    layout = lasp.ShardLayout((tokens,) * ranks)
+    layout = lasp.ShardLayout((length,) * ranks)
 
-    def inputs(length: int) -> list[torch.Tensor]:
+    def inputs(n: int) -> list[torch.Tensor]:
         heads = (options.heads, HEADS_OF_KEYS, HEADS_OF_KEYS)
-        return [
-            torch.randn(1, length, h, options.dim, device=env.device, dtype=dtype, requires_grad=True) for h in heads
-        ]
+        return [torch.randn(1, n, h, options.dim, device=env.device, dtype=dtype, requires_grad=True) for h in heads]
 
-    split, alone = inputs(tokens), inputs(tokens * ranks)
-    check(split, layout, sequence)
-    calls = {
-        "split": lambda: lasp.softmax_attention(*split, layout=layout, sequence=sequence),
-        "alone": lambda: lasp.softmax_attention(*alone),
-    }
+    split, alone = inputs(length), inputs(length * ranks)
     rows = []
     for direction in ("forward", "backward"):
-        found = {name: times(call, direction, env, options.repetitions) for name, call in calls.items()}
-        split_ms, (alone_ms, *_) = found["split"], found["alone"]
-        slowest, mean = max(split_ms), sum(split_ms) / ranks
-        rows.append(
-            {
-                "tokens a rank": tokens,
-                "direction": direction,
-                **{f"rank {r} ms": ms for r, ms in enumerate(split_ms)},
-                "share": slowest / mean,
-                "whole on one rank ms": alone_ms,
-                "% of ideal": 100 * alone_ms / (ranks * slowest),
-            }
-        )
+        alone_ms, *_ = times(lambda: lasp.softmax_attention(*alone), direction, env, options.repetitions)
+        for way, softmax in (("by heads", "auto"), ("gathered", "all_gather")):
+            sequence = lasp.SequenceParallel(dist.group.WORLD, name="softmax", softmax=softmax)
+            check(split, layout, sequence)
+            call = lambda: lasp.softmax_attention(*split, layout=layout, sequence=sequence)  # noqa: B023, E731
+            split_ms = times(call, direction, env, options.repetitions)
+            slowest, mean = max(split_ms), sum(split_ms) / ranks
+            rows.append(
+                {
+                    "tokens a rank": length,
+                    "direction": direction,
+                    "way": way,
+                    **{f"rank {r} ms": ms for r, ms in enumerate(split_ms)},
+                    "share": slowest / mean,
+                    "whole on one rank ms": alone_ms,
+                    "% of ideal": 100 * alone_ms / (ranks * slowest),
+                }
+            )
     return rows
 
 

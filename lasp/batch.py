@@ -14,6 +14,7 @@ from lasp import arguments
 from lasp.checks import agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
+from lasp.checks.optimizers import before_step
 from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel, collectives, sequence_axis
 
@@ -51,6 +52,10 @@ def shard_batch(
     - `layout`: the `ShardLayout`, which says what all ranks hold and how much of it is padding. Pass it to the model
       and the operators: without it they take padding for tokens, which then are part of a final state.
 
+    The layout lies on the host, which must therefore read what tells documents. If `cu_seqlens`, `seq_idx` or
+    `position_ids` is on a GPU the host waits for it, and but for comparisons for nothing else: leave the first two on
+    the CPU, and positions that just count out.
+
     Args:
         batch: has at least `input_ids`, an integer tensor such as [B, T]. `attention_mask`, if any, has its shape.
             Packed sequences (then B = 1) are given by any of these, which must not contradict each other:
@@ -69,18 +74,16 @@ def shard_batch(
         pad: see above.
         ignore_index: the label that the loss skips.
         validate: "first" compares the batch and these options between the ranks of the sequence, at the first call and
-            at every 1000th: all of them must call, in the same order. (It may be in a thread that prepares batches,
-            one beside the main thread, which counts its own. In a worker process of a DataLoader nothing is compared.)
-            "off" does not.
+            at every 1000th: all of them must call, in the same order. (It may be in a thread that prepares batches;
+            the main thread counts its own. In a worker process of a DataLoader nothing is compared.) "off" does not.
 
     Raises:
         ValueError, TypeError: what does not fit. Also positions that start again within a row and are not those of
             packed sequences (see above), whose documents would run into each other; positions where `attention_mask`
-            is 0 do not count. (To see that, the host waits for position_ids on a device; leave them out where they
-            just count.)
-        RankMismatchError: ranks were given different batches, or one of them failed; on every rank.
+            is 0 do not count.
+        RankMismatchError: ranks were given different batches, or in another order, or one of them failed; on every
+            rank.
         PeerError: a rank did not call it within the timeout of the group.
-        RuntimeError: a second thread beside the main one calls it: in which order the two do nobody knows.
     """
     sequence = sequence_axis(mesh)
     options = {"seq_dim": seq_dim, "shift_labels": shift_labels, "pad": pad, "ignore_index": ignore_index}
@@ -115,6 +118,8 @@ def _local(
     layout = ShardLayout(lengths, whole.offsets, padding)
     if sequence.size > 1:
         sequence.peers.padded = lengths[0] if padding else None
+        sequence.peers.cut = True
+        before_step(agreement.compare_exchanges)
     local = whole.cut(*layout.bounds(sequence.rank))
     if sequence.size > 1:
         local = {name: x for name, x in local.items() if name not in _OF_THE_WHOLE}

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from lasp import arguments
 from lasp.checks import agreement
-from lasp.checks.use import split_over
+from lasp.checks.use import refuse_nothing_split, split_over
 from lasp.ranks import RankMismatchError, grad_group, waiting
 
 
@@ -35,7 +35,8 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before any communication; also a mesh (or None) that lacks
-            ranks of the sequence, as far as it can be seen (lasp.checks.use.split_over).
+            ranks of the sequence, as far as it can be seen (lasp.checks.use.split_over), and batches that `shard_batch`
+            has cut over ranks of the mesh, though no model was split and no operator called.
         ValueError: a label that is neither in the vocabulary nor `ignore_index`, on every rank, naming the rank that
             has it. On a GPU, and under torch.compile, where the host would have to wait to know, the loss and all
             gradients are NaN on every rank instead.
@@ -126,6 +127,8 @@ def check_loss(logits: Tensor, labels: Tensor, ignore_index: int, mesh: object, 
 def _check_ranks(logits: Tensor, mesh: object, group: ProcessGroup | None) -> None:
     """Raise if a mean over the ranks of the group leaves out ranks that hold tokens of the same sequences."""
     sequence = split_over(logits)
+    if sequence is None and group is not None:
+        refuse_nothing_split(group)
     if sequence is None or sequence.group is group:
         return
     of_group = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)

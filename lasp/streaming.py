@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lasp import arguments
-from lasp.api import Split, splits_of
+from lasp.adapters.handles import Parallelized, held_by
 from lasp.batch import Whole, whole_batch
 from lasp.calls import caller, logits_of
 from lasp.checks import agreement
@@ -135,8 +135,8 @@ def prepared(
 # Arguments
 
 
-def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Split]:
-    splits = splits_of(arguments.module("model", model))
+def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Parallelized]:
+    splits = held_by(arguments.module("model", model))
     if not splits:
         raise ValueError(
             f"model must be one that lasp.parallelize was called with, on one rank too, got a {type(model).__name__} "
@@ -194,7 +194,7 @@ def cut(tokens: int, offsets: tuple[int, ...] | None, step: int, ranks: int) -> 
 class Run:
     """A model that goes over the segments of a sequence."""
 
-    def __init__(self, model: nn.Module, splits: list[Split], sequence: SequenceParallel):
+    def __init__(self, model: nn.Module, splits: list[Parallelized], sequence: SequenceParallel):
         self.model, self.splits, self.sequence = model, splits, sequence
         self.call = caller(model, ask="stream_backward cannot call it")
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -382,7 +382,7 @@ class _Random:
 
 
 @contextlib.contextmanager
-def _under_way(stream: Stream, splits: list[Split], model: nn.Module) -> Iterator[None]:
+def _under_way(stream: Stream, splits: list[Parallelized], model: nn.Module) -> Iterator[None]:
     """Inside, the layers of the model find the stream at their ranks."""
     held = {id(x): x for m in model.modules() if isinstance(x := getattr(m, "sequence", None), SequenceParallel)}
     held |= {id(x): x for split in splits for x in split.own}

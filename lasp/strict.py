@@ -1,7 +1,9 @@
 """`strict` of `parallelize`: refuse what mixes tokens and has no adapter.
 
-The modules are asked (lasp.checks.trial). Where that is not possible their class decides: for those of torch.nn a
-table, for others the names that such layers go by.
+The modules are asked (lasp.checks.trial): the model runs a few times on some 30 tokens, in evaluation and in training,
+with gradients, and on some hundred if it is small, on this rank alone, and is left as it was. Where it cannot run so
+(weights on the meta device or sharded, unusual inputs, more than about a second of work) its classes decide, and
+`explain` says so: for those of torch.nn a table, for others the names that such layers go by.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lasp import adapters
-from lasp.adapters import Adapter
+from lasp.adapters import Adapter, sketch
 from lasp.checks import trial
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.use import of_a_pickle
@@ -72,6 +74,8 @@ class NeedsPositions:
     """A hook before the forward of a model that would count positions from 0 where none are given."""
 
     def __init__(self, model: nn.Module, argument: str):
+        while argument not in inspect.signature(model.forward).parameters:  # it hands on what it is given, as PEFT's
+            model = model.base_model  # type: ignore[assignment]
         self.argument, self.place = argument, list(inspect.signature(model.forward).parameters).index(argument)
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:  # noqa: D102
@@ -158,8 +162,10 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
         "What mixes tokens by itself is wrong on a slice of the sequence. Let it call an operator of lasp, which takes "
         f"the ranks; for {path or 'the model'}:",
         *(f"    {line}" for line in _three_lines(path, modules)),
-        "If that class is not yours, an adapter does the same from outside (docs/models.md):",
-        *(f"    {line}" for line in _adapter(path, modules)),
+        "If that class is not yours, an adapter does the same from outside (docs/models.md): a file to be completed,",
+        "",
+        *sketch.adapter_for(type(modules[_around(path, modules)])),
+        "",
         f"Only if it mixes no tokens: plan={{{path!r}: lasp.adapters.token_local}}.",
     ]
     if all(how == trial.DRAWS for how in found.values()):
@@ -183,30 +189,6 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
 def _around(path: str, modules: Mapping[str, nn.Module]) -> str:
     """The path of a module, or for one of torch.nn that of the module around it whose forward can be changed."""
     return next((p for p in _upwards(path) if not is_of_torch(modules[p])), "")
-
-
-def _adapter(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """An adapter for a class that another library made: which functions its forward calls is told."""
-    owner = type(modules[_around(path, modules)])
-    calls = [name for name in sorted(adapters.names_in(owner.forward)) if adapters.is_function(owner, name)]
-    register = f"lasp.register({owner.__module__ + '.' + owner.__qualname__!r}, adapter=split)"
-    if not calls:
-        return [
-            "def forward(self, x): ...  # its forward again, with operators of lasp that take sequence=self.sequence",
-            "def split(module, sequence):",
-            "    module.sequence, module.forward = sequence, types.MethodType(forward, module)",
-            register,
-        ]
-    of = f"  # its forward calls {', '.join(calls[:_LISTED])}" if len(calls) > 1 else ""
-    name = next((name for name in calls if _MIXER_NAMES.search(name)), "scan" if len(calls) > 1 else calls[0])
-    return [
-        "def split(module, sequence):",
-        f"    def {name}(q, k, v):  # whatever it takes",
-        "        layout = lasp.adapters.layout_of(sequence)",
-        "        return lasp.linear_attention(q, k, v, layout=layout, sequence=sequence)[0]  # or what it is",
-        f"    lasp.adapters.rebind(module, {name}={name}){of}",
-        register,
-    ]
 
 
 def _three_lines(path: str, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -23,12 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp import adapters, arguments
-from lasp.api import is_parallelized, parallelize
+from lasp.api import parallelize
 from lasp.batch import shard_batch
 from lasp.calls import caller, logits_of
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
+from lasp.checks.use import is_split
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
 from lasp.ranks import (
@@ -149,38 +150,30 @@ def verify(
     """Compare the model split over the ranks with the whole model on each of them: logits, loss and every gradient.
 
     All ranks of the mesh call it, before `parallelize` or after it, also after `torch.compile`, activation
-    checkpointing, DDP and FSDP2: then what these do to the gradients is part of what is compared, as that DDP averages
-    over the sequence axis too. The whole is the same weights with all tokens on every rank, without any exchange and
-    without `torch.compile`; before `parallelize` it is the model itself, which stays as it is, against a copy with the
-    same weights that is split. Layers that drop at random do not; all others are in the mode that they are in.
-
-    Gradients, buffers, modes, random numbers, and what `explain` counts are afterwards what they were. It takes a
-    forward and a backward of the whole model on each rank, and memory for its gradients twice.
+    checkpointing, DDP and FSDP2: then what these do to the gradients is part of what is compared. The whole is the same
+    weights with all tokens on every rank, without any exchange and without `torch.compile`; before `parallelize` it is
+    the model itself, against a copy with the same weights that is split. Layers that drop at random do not; all others
+    are in the mode that they are in. It takes a forward and a backward of the whole model on each rank, and memory for
+    its gradients twice; afterwards all is what it was.
 
     Args:
         model: returns logits [B, T, vocabulary], or an object, mapping or tuple that has them as `logits` or as its
-            first. It is called with `input_ids` as the first argument, and with what else of the batch its forward
-            names: `position_ids` (or `positions`), `layout`, `attention_mask`, ..., but not `labels`.
-        mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup, or None. The worst of all ranks of the mesh counts, also
-            along its other axes.
+            first. It is called with `input_ids` first, and what else of the batch its forward names, but not `labels`.
+        mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup, or None. The worst of all ranks of the mesh counts.
         batch: as `lasp.shard_batch` takes it, whole on every rank of the sequence, also with `cu_seqlens`. By default
             2 sequences of random tokens, the same on all ranks.
         forward: calls a model that is called otherwise: a function of the model and this rank's slice of the batch,
-            which always holds "layout", to the logits. At first it is run up to its first call of a module, to see
-            that it comes there on every rank.
-        tokens: length of the random sequences; by default 101 a rank and one more, or as many as an embedding of
-            positions or `config.max_position_embeddings` allows.
-        layers: for a model too large, take only so many of its blocks, the first of its longest `ModuleList`.
-        dtype: compute in this one, e.g. torch.float64, which shows mistakes that bf16 hides. By default as the model
-            is. Needs memory for the weights in that dtype. For a model that no DDP or FSDP2 holds yet, as `layers`.
+            which always holds "layout", to the logits.
+        tokens: length of the random sequences; by default 101 a rank and one more, or as many as the model allows.
+        layers: take only so many of its blocks, the first of its longest `ModuleList`, where no DDP or FSDP2 holds it.
+        dtype: compute in this one, e.g. torch.float64, which shows mistakes that bf16 hides; likewise.
         tolerance: the difference allowed, as a part of the largest entry of a tensor; by default by the coarsest
             dtype of weights and logits: fp64 1e-6, fp32 1e-4, TF32 and fp16 1e-2, bf16 5e-2.
         options: of `lasp.parallelize` (plan, strict, exchange, ...), before it was called.
 
     Returns:
-        What was found, the same on every rank: `ok`, and a table when printed. A mistake in a layer whose output does
-        not reach the loss (weights of zeros behind it) cannot be seen; the table names the parameters that no gradient
-        came to. For one rank nothing is compared.
+        What was found, the same on every rank: `ok`, and a table when printed, which names parameters that no gradient
+        came to, about which nothing was shown. For one rank nothing is compared.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, before any communication; a model whose logits have
@@ -199,43 +192,38 @@ def verify(
     def alike(found: tuple[Batch, Callable, dict[str, Any]]) -> dict[str, object]:
         return _fingerprint(model, found[2]["input_ids"], layers, dtype, tolerance)
 
-    batch, call, whole = _on_all_ranks(axis, prepare, alike)
-    whole["layout"] = whole.get("layout") or ShardLayout((whole["input_ids"].shape[1],))
-    local = shard_batch(batch, axis, pad=False)
-    local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
+    def split() -> nn.Module:
+        return model if is_split(model) else parallelize(_same_weights(model), mesh, **options)
 
+    batch, call, whole = _on_all_ranks(axis, prepare, alike)
     with torch.enable_grad(), untouched(model), uncounted(), first_layers(model, layers), in_dtype(model, dtype):
+        local = _slice(batch, whole, axis)
         keep_all(model)
         random = random_state()
         if forward is not None:
             _on_all_ranks(axis, lambda: _call_up_to_the_model(call, model, local))
-
-        def logits_of_split() -> Tensor:
-            split_model = model if is_parallelized(model) else parallelize(_same_weights(model), mesh, **options)
-            return _forward(split_model, call, local)
-
-        @contextlib.contextmanager
-        def as_one_rank() -> Iterator[None]:
-            # Packed documents are split by what stands in the model; its library may let them run into each other.
-            came = contextlib.nullcontext() if whole["layout"].packed else adapters.as_it_came(model)
-            with alone(), came, torch.compiler.set_stance("force_eager"):
-                yield
-
-        def logits_of_whole() -> Tensor:
-            with as_one_rank():
-                return _forward(model, call, whole)
-
-        def mean_of_all_ranks(*given: Tensor) -> Tensor:
-            return token_loss(*given, mesh=axis.group)[0]
-
-        # All ranks have come out of a forward before one begins with what follows.
-        of_split = _backward(_on_all_ranks(axis, logits_of_split), local["labels"], model, mean_of_all_ranks)
-        _average(of_split.gradients, model, axis)
-        logits = _on_all_ranks(axis, logits_of_whole)
-        with as_one_rank():
-            of_whole = _backward(logits, whole["labels"], model, _mean_of_one_rank)
+        of_split = _run_split(model, split, call, local, axis)
+        of_whole = _run_whole(model, call, whole, axis)
         drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)
+
+
+@contextlib.contextmanager
+def _of_its_library(model: nn.Module) -> Iterator[None]:
+    """Around what runs a model's own code: its error says whose it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        libraries = adapters.libraries_of(model)
+        if not libraries or isinstance(error, (*_KNOWN, torch.OutOfMemoryError)):
+            raise
+        more = "".join(f"; {text}" for text in adapters.on_one_rank(model))
+        raise RuntimeError(
+            f"the whole model runs its library's own code ({', '.join(libraries)}) on one rank, which failed: "
+            f"{error}. "
+            "That says nothing of the split one, in which lasp's operators take the place of the library's kernels "
+            f"along the sequence{more}"
+        ) from error
 
 
 Found = TypeVar("Found")
@@ -272,7 +260,8 @@ def _on_all_ranks(
 
 
 class _Reached(BaseException):
-    """The model was called. No error, so that nobody's `except Exception` takes it for one."""
+    """The model was called, which is all that `forward` is run for at first. No error, so that nobody's
+    `except Exception` takes it for one."""
 
 
 def _call_up_to_the_model(call: Callable, model: nn.Module, batch: dict[str, Any]) -> None:
@@ -315,7 +304,7 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
         _check_integer("layers", layers, 1, len(blocks))
     if tolerance is not None:
         arguments.number("tolerance", tolerance, positive=True)
-    if is_parallelized(model):
+    if is_split(model):
         if options:
             raise ValueError(f"{sorted(options)} are options of parallelize, but this model is parallelized already")
         for path, module in model.named_modules():
@@ -354,7 +343,7 @@ def _fingerprint(
         "model": [type(model).__name__, len(parameters), f"checksum {zlib.crc32(repr(parameters).encode()):08x}"],
         "values of the weights (seed before the model is built)": f"checksum {values:08x}",
         "input_ids": [*ids.shape, f"checksum {zlib.crc32(ids.cpu().contiguous().numpy().tobytes()):08x}"],
-        "parallelized": is_parallelized(model),
+        "parallelized": is_split(model),
         "layers": layers,
         "dtype": str(dtype),
         "tolerance": None if tolerance is None else float(tolerance),
@@ -383,6 +372,14 @@ def _random_batch(model: nn.Module, axis: SequenceParallel, tokens: int | None) 
     _check_integer("tokens", length, max(2, axis.size), most)
     draw = torch.Generator().manual_seed(0)
     return {"input_ids": torch.randint(_vocabulary(model), (2, length), generator=draw).to(_device(model))}
+
+
+def _slice(batch: Batch, whole: dict[str, Any], axis: SequenceParallel) -> dict[str, Any]:
+    """This rank's, without padding; both get the layouts that their calls are given."""
+    whole["layout"] = whole.get("layout") or ShardLayout((whole["input_ids"].shape[1],))
+    local = shard_batch(batch, axis, pad=False)
+    local["layout"] = ShardLayout.even(whole["layout"].total, axis.size, cu_seqlens=whole["layout"].cu_seqlens)
+    return local
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -431,6 +428,39 @@ class _Run:
     logits: Tensor  # [B, T, vocabulary]
     loss: Tensor
     gradients: dict[str, Tensor | None]  # by the parameter's name
+
+
+def _run_split(
+    model: nn.Module, split: Callable[[], nn.Module], call: Callable, local: dict[str, Any], axis: SequenceParallel
+) -> _Run:
+    """On this rank's slice. All ranks have come out of the forward before one begins with what follows."""
+
+    def mean_of_all_ranks(*given: Tensor) -> Tensor:
+        return token_loss(*given, mesh=axis.group)[0]
+
+    logits = _on_all_ranks(axis, lambda: _forward(split(), call, local))
+    run = _backward(logits, local["labels"], model, mean_of_all_ranks)
+    _average(run.gradients, model, axis)
+    return run
+
+
+def _run_whole(model: nn.Module, call: Callable, whole: dict[str, Any], axis: SequenceParallel) -> _Run:
+    """All tokens on this rank."""
+
+    @contextlib.contextmanager
+    def as_one_rank() -> Iterator[None]:
+        # Packed documents are split by what stands in the model; its library may let them run into each other.
+        came = contextlib.nullcontext() if whole["layout"].packed else adapters.as_it_came(model)
+        with alone(), came, torch.compiler.set_stance("force_eager"), _of_its_library(model):
+            yield
+
+    def logits_of_whole() -> Tensor:
+        with as_one_rank():
+            return _forward(model, call, whole)
+
+    logits = _on_all_ranks(axis, logits_of_whole)
+    with as_one_rank():
+        return _backward(logits, whole["labels"], model, _mean_of_one_rank)
 
 
 def _forward(called: nn.Module, call: Callable, batch: dict[str, Any]) -> Tensor:

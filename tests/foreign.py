@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 COMMON = {
     "vocab_size": 97,
@@ -137,6 +138,24 @@ MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {"head_dim": 8}),
     "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 9}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
+    "deepseek_v2": (  # rotary positions as complex numbers, and heads of values narrower than those of keys
+        "DeepseekV2",
+        {
+            "moe_intermediate_size": 16,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
 }
 
 
@@ -195,3 +214,17 @@ def build(name: str, dtype: torch.dtype = torch.float64, **more):
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference, over the largest entry."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def batch_of(tokens, mask=None, cu_seqlens=None):
+    """Two rows of random tokens, of which none is predicted where `mask` is 0, or one of packed documents."""
+    rows = 2 if cu_seqlens is None else 1
+    ids = torch.randint(3, 97, (rows, tokens), generator=torch.Generator().manual_seed(3))
+    if mask is not None:
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 0, -100, ids)}
+    return {"input_ids": ids} if cu_seqlens is None else {"input_ids": ids, "cu_seqlens": cu_seqlens}
+
+
+def loss_of(logits, labels):
+    """The sum over the tokens that are predicted."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")

@@ -1,4 +1,4 @@
-"""A pool of worker processes that stays up for the whole session, so that a distributed test costs milliseconds.
+"""A pool of worker processes that stays up for all tests of a file, so that a distributed test costs milliseconds.
 
 `run_ranks(world, fn, *args)` calls a top-level function on `world` ranks at once, each in a process of its own whose
 default process group (gloo) has exactly those ranks. What the ranks return comes back as a list. An exception on any
@@ -19,9 +19,11 @@ from multiprocessing.connection import wait
 import poison
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-TIMEOUT = 60.0  # seconds that a job may take
+TIMEOUT = 100.0  # seconds that a job may take; the first that compiles takes 12 of a core
 GRACE = 3.0  # seconds that the other ranks have after one has failed
+GROUPS = 12  # that a worker may hold after a job: each is a thread that wakes up a hundred times a second, for ever
 GLOO_TIMEOUT = 30.0  # seconds after which gloo itself gives up, with a traceback
 
 _pools: dict[int, "_Pool"] = {}
@@ -35,11 +37,15 @@ def run_ranks(world, fn, *args, timeout=TIMEOUT):
     """Call `fn(*args)` on ranks 0 to world - 1; returns what each of them returned."""
     if world not in _pools:
         _pools[world] = _Pool(world)
+    pool = _pools[world]
     try:
-        return _pools[world].run(fn, args, timeout)
+        results = pool.run(fn, args, timeout)
     except BaseException:
         _pools.pop(world).kill()  # its groups may be in the middle of anything
         raise
+    if pool.groups > GROUPS:
+        _pools.pop(world).kill()
+    return results
 
 
 def workers():
@@ -77,7 +83,7 @@ class _Pool:
     def __init__(self, world):
         context = workers()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.workers, self.pipes = [], []
+        self.workers, self.pipes, self.groups = [], [], 0
         for rank in range(world):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(rank, world, self.store.port, theirs), daemon=True)
@@ -100,7 +106,8 @@ class _Pool:
             for pipe in ready:
                 rank = self.pipes.index(pipe)
                 try:
-                    done, value = pickle.loads(pipe.recv_bytes())
+                    done, value, groups = pickle.loads(pipe.recv_bytes())
+                    self.groups = max(self.groups, groups)
                 except (EOFError, ConnectionError):
                     self.workers[rank].join(1)
                     done, value = False, f"the process died, exit code {self.workers[rank].exitcode}"
@@ -146,9 +153,9 @@ def _work(rank, world, port, pipe):
             if "lasp" in sys.modules:  # what an earlier job exchanged is no concern of this one's optimizers
                 sys.modules["lasp"].ranks.group.forget_steps()
                 sys.modules["lasp"].ranks.group.process.timeout = None  # nor is the timeout that its lasp.init was told
-            answer = pickle.dumps((True, fn(*args)))
+            answer = pickle.dumps((True, fn(*args), len(distributed_c10d._world.pg_map)))
         except BaseException:
-            answer = pickle.dumps((False, traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc(), 0))
         pipe.send_bytes(answer)
 
 

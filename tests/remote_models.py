@@ -1,8 +1,9 @@
 """Small stand-ins for models whose code comes with their weights: the published forwards in other words.
 
 Classes, attributes and what calls what with which arguments are as in the published files. What these take from
-flash-linear-attention, or from kernels of their own, is written out token by token. transformers would import each as
-`transformers_modules.<...>`, which here only says it.
+flash-linear-attention, or from kernels of their own, is written out token by token. What several of them have alike is
+here once: the frame around the layers, and softmax attention but for its projections and turns. transformers would
+import each as `transformers_modules.<...>`, which here only says it.
 """
 
 import math
@@ -64,6 +65,64 @@ class Norm(nn.Module):
     def forward(self, x):
         y = x.unflatten(-1, (self.groups, -1))
         return (y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()).flatten(-2) * self.weight
+
+
+class Softmax(nn.Module):
+    """Grouped-query attention, whose `heads` and `turn` are those of a model."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx, self.attention_dropout = config, layer_idx, 0.0
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_key_value_heads = config.num_key_value_heads
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        past_key_value=None,
+        output_attentions=False,
+        use_cache=False,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        q, k, v = (x.transpose(1, 2) for x in self.heads(hidden_states))
+        q, k = self.turn(q, k, position_ids, position_embeddings)
+        o = causal(q, k, v, attention_mask, self.head_dim**-0.5).transpose(1, 2).flatten(-2)
+        return (self.dense if hasattr(self, "dense") else self.o_proj)(o), None, past_key_value
+
+
+class Decoder(nn.Module):
+    """Layers with norms and residuals between an embedding and logits; `make` gives layer i."""
+
+    def __init__(self, config, make):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(make(i) for i in range(config.num_hidden_layers))
+        self.norms = nn.ModuleList(Norm(config.hidden_size) for _ in self.layers)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def logits(self, x, **of_layer):
+        """`of_layer`: what layer i is given by name, as a function of i, or the same for all."""
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
+            x = x + layer(norm(x), **{name: y(i) if callable(y) else y for name, y in of_layer.items()})[0]
+        return CausalLMOutput(logits=self.lm_head(x))
+
+
+class WithSlopes(Decoder):
+    """Of which each layer is given its decays."""
+
+    def __init__(self, config, make):
+        super().__init__(config, make)
+        self.slopes = self._build_slope_tensor(config.num_attention_heads)
+
+    @staticmethod
+    def _build_slope_tensor(n_attention_heads):
+        return torch.tensor(alibi(n_attention_heads)).reshape(-1, 1, 1)
+
+    def slope_rate(self, i):
+        return self.slopes * (1 - i / (len(self.layers) - 1) + 1e-5)
 
 
 # Ring-linear-2.0
@@ -139,57 +198,40 @@ class BailingMoeV2LinearAttention(nn.Module):
         return self.dense(o), None, past_key_value
 
 
-class BailingMoeV2Attention(nn.Module):
+class BailingMoeV2Attention(Softmax):
     def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.layer_idx, self.attention_dropout = config, layer_idx, 0.0
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.num_key_value_heads = config.num_key_value_heads
+        super().__init__(config, layer_idx)
         heads = self.num_heads + 2 * self.num_key_value_heads
         self.query_key_value = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
         self.query_layernorm, self.key_layernorm = Norm(self.head_dim), Norm(self.head_dim)
         self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        position_ids=None,
-        past_key_value=None,
-        output_attentions=False,
-        use_cache=False,
-        position_embeddings=None,
-        **kwargs,
-    ):
+    def heads(self, x):
         heads, groups = self.num_heads, self.num_key_value_heads
-        qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
-        q, k, v = (x.transpose(1, 2) for x in qkv.split([heads, groups, groups], dim=-2))
-        q, k = self.query_layernorm(q), self.key_layernorm(k)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        o = causal(q, k, v, attention_mask, self.head_dim**-0.5)
-        return self.dense(o.transpose(1, 2).flatten(-2)), None, past_key_value
+        q, k, v = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).split([heads, groups, groups], dim=-2)
+        return self.query_layernorm(q), self.key_layernorm(k), v
+
+    def turn(self, q, k, position_ids, position_embeddings):
+        return apply_rotary_pos_emb(q, k, *position_embeddings)
 
 
-class BailingMoeLinearV2ForCausalLM(nn.Module):
+class BailingMoeLinearV2ForCausalLM(Decoder):
     def __init__(self, config):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         kinds = (BailingMoeV2LinearAttention, BailingMoeV2Attention)
-        self.layers = nn.ModuleList(
-            kinds[(i + 1) % config.layer_group_size == 0](config, i) for i in range(config.num_hidden_layers)
-        )
-        self.norms = nn.ModuleList(Norm(config.hidden_size) for _ in self.layers)
+        super().__init__(config, lambda i: kinds[(i + 1) % config.layer_group_size == 0](config, i))
         self.rotary_emb = BailingMoeV2RotaryEmbedding(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
-        x = self.word_embeddings(input_ids)
         if position_ids is None:
-            position_ids = torch.arange(x.shape[1])[None]
-        turns = self.rotary_emb(x, position_ids)
-        for norm, layer in zip(self.norms, self.layers):
-            x = x + layer(norm(x), attention_mask, position_ids, use_cache=use_cache, position_embeddings=turns)[0]
-        return CausalLMOutput(logits=self.lm_head(x))
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        x = self.embed_tokens(input_ids)
+        return self.logits(
+            x,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            position_embeddings=self.rotary_emb(x, position_ids),
+        )
 
 
 # MiniMax-Text-01
@@ -240,12 +282,9 @@ class MiniMaxText01RotaryEmbedding(nn.Module):
         return angle.cos().to(x), angle.sin().to(x)
 
 
-class MiniMaxText01Attention(nn.Module):
+class MiniMaxText01Attention(Softmax):
     def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.layer_idx, self.attention_dropout = config, layer_idx, 0.0
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.num_key_value_heads = config.num_key_value_heads
+        super().__init__(config, layer_idx)
         width, narrow = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=False)
@@ -253,49 +292,29 @@ class MiniMaxText01Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.rotary_emb = MiniMaxText01RotaryEmbedding(self.head_dim // 2)
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        position_ids=None,
-        past_key_value=None,
-        output_attentions=False,
-        use_cache=False,
-        **kwargs,
-    ):
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (y(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
-        cos, sin = self.rotary_emb(v, seq_len=k.shape[-2])
-        q, k = apply_rotary_pos_emb(q, k, cos, sin, position_ids)
-        o = causal(q, k, v, attention_mask, self.head_dim**-0.5)
-        return self.o_proj(o.transpose(1, 2).flatten(-2)), None, past_key_value
+    def heads(self, x):
+        return (y(x).unflatten(-1, (-1, self.head_dim)) for y in (self.q_proj, self.k_proj, self.v_proj))
+
+    def turn(self, q, k, position_ids, position_embeddings):
+        return apply_rotary_pos_emb(q, k, *self.rotary_emb(k, seq_len=k.shape[-2]), position_ids)
 
 
-class MiniMaxText01ForCausalLM(nn.Module):
+class MiniMaxText01ForCausalLM(WithSlopes):
     def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        kinds = (MiniMaxText01Attention, MiniMaxText01LightningAttention)
-        self.linear = [i % 2 == 0 for i in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(kinds[linear](config, i) for i, linear in enumerate(self.linear))
-        self.norms = nn.ModuleList(Norm(config.hidden_size) for _ in self.layers)
-        self.slopes = self._build_slope_tensor(config.num_attention_heads)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @staticmethod
-    def _build_slope_tensor(n_attention_heads):
-        return torch.tensor(alibi(n_attention_heads), dtype=torch.float32).reshape(-1, 1, 1)
+        kinds = (MiniMaxText01LightningAttention, MiniMaxText01Attention)
+        super().__init__(config, lambda i: kinds[i % 2](config, i))
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
-        x = self.embed_tokens(input_ids)
         if position_ids is None:
-            position_ids = torch.arange(x.shape[1])[None]
-        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
-            slope_rate = self.slopes * (1 - i / (len(self.layers) - 1) + 1e-5)
-            mask = {"attn_mask" if self.linear[i] else "attention_mask": attention_mask}
-            given = {"position_ids": position_ids, "use_cache": use_cache, "slope_rate": slope_rate}
-            x = x + layer(hidden_states=norm(x), **mask, **given)[0]
-        return CausalLMOutput(logits=self.lm_head(x))
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        return self.logits(
+            self.embed_tokens(input_ids),
+            attn_mask=lambda i: None if i % 2 else attention_mask,
+            attention_mask=lambda i: attention_mask if i % 2 else None,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            slope_rate=self.slope_rate,
+        )
 
 
 # TransNormerLLM
@@ -348,22 +367,10 @@ class NormLinearAttention(nn.Module):
         return self.out_proj(u * o), None, None
 
 
-class TransnormerForCausalLM(nn.Module):
+class TransnormerForCausalLM(WithSlopes):
     def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         heads, width = config.num_attention_heads, config.num_attention_heads * config.head_dim
-        self.layers = nn.ModuleList(
-            NormLinearAttention(config.hidden_size, width, heads, linear_use_lrpe=i == 0)
-            for i in range(config.num_hidden_layers)
-        )
-        self.norms = nn.ModuleList(Norm(config.hidden_size) for _ in self.layers)
-        self.slopes = self._build_slope_tensor(heads)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @staticmethod
-    def _build_slope_tensor(n_attention_heads):
-        return torch.tensor(alibi(n_attention_heads)).reshape(-1, 1, 1)
+        super().__init__(config, lambda i: NormLinearAttention(config.hidden_size, width, heads, i == 0))
 
     def _prepare_decoder_linear_attn_mask(self, input_shape, inputs_embeds, past_key_values_length):
         here = torch.arange(input_shape[1])
@@ -373,10 +380,7 @@ class TransnormerForCausalLM(nn.Module):
     def forward(self, input_ids, attention_mask=None, use_cache=None):
         x = self.embed_tokens(input_ids)
         mask = self._prepare_decoder_linear_attn_mask(input_ids.shape, x, 0)
-        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
-            slope_rate = self.slopes * (1 - i / (len(self.layers) - 1) + 1e-5)
-            x = x + layer(x=norm(x), attn_mask=mask, attn_padding_mask=attention_mask, slope_rate=slope_rate)[0]
-        return CausalLMOutput(logits=self.lm_head(x))
+        return self.logits(x, attn_mask=mask, attn_padding_mask=attention_mask, slope_rate=self.slope_rate)
 
 
 for name, kind in list(globals().items()):

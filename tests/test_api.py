@@ -320,7 +320,7 @@ def test_a_split_model_can_be_saved_whole(kind):
             r"no layer matches the plan's \['nothing",
         ),
         (WithLayer(nn.Identity()), {"exchange": "pigeon"}, "exchange must be one of .*'ring'.*, got 'pigeon'"),
-        (WithLayer(nn.Identity()), {"softmax": "ring"}, "softmax must be \"all_gather\", got 'ring'"),
+        (WithLayer(nn.Identity()), {"softmax": "ring"}, 'softmax must be "auto" or "all_gather", got \'ring\''),
         (WithLayer(nn.Identity()), {"validate": "always"}, 'validate must be "first" or "off", got \'always\''),
     ],
 )
@@ -369,7 +369,11 @@ def _explain():
     assert [layer.path for layer in before] == ["blocks.0.mixer.inner", "blocks.1.mixer.inner"]
     assert {(layer.module, layer.exchange, layer.ranks) for layer in before} == {("LightningAttention", "ring", world)}
     assert [layer.bytes_per_step for layer in before] == [None, None]
-    assert str(before).count("run a step") == 2
+    assert [(layer.adapter, layer.expected) for layer in before] == [
+        ("lasp.adapters.linear", ("linear_attention",))
+    ] * 2
+    assert str(before).count("linear_attention  ring      3                 a state") == 2
+    assert str(before).count("are known after a step") == 1
     for _ in range(2):
         logits_of(model, tokens(), mesh).sum().backward()
     head = WIDTH // HEADS
@@ -383,6 +387,7 @@ def _explain():
         assert (layer.schedule, layer.blocks, layer.kernels) == ("ring", 1, "reference")
         assert layer.predicted_seconds == SCHEDULES["ring"].seconds(Sizes(message, None, None, 1), world, network)
     assert f"{hops * message:,}" in str(lasp.explain(model))
+    assert "after a step" not in str(lasp.explain(model))
 
 
 def _explain_auto():
@@ -476,6 +481,40 @@ def _explain_operators():
         "softmax_attention": (2, "all_gather", 2 * 2 * 4 * 5 * 8),
     }
     assert all(name in str(report) for name in found)
+
+
+def _shift(x):
+    return x.roll(1, 1)
+
+
+class _Shifted(nn.Module):
+    def forward(self, x):
+        return x + _shift(x)
+
+
+def _explain_closures():
+    """An adapter that leaves no `sequence` in the layer."""
+
+    def split(module, sequence):
+        def _shift(x):
+            return lasp.halo(x, 2, sequence=sequence)[:, :-1]
+
+        lasp.adapters.rebind(module, _shift=_shift)
+
+    model = lasp.parallelize(nn.Sequential(_Shifted(), nn.Linear(4, 4)), dist.group.WORLD, plan={"0": split})
+    twin = copy.deepcopy(model)
+    for split_model in (model, twin):
+        [row] = lasp.explain(split_model)
+        assert (row.path, row.operator, row.expected, row.exchanges) == ("0", "", ("halo",), 0)
+        assert row.adapter.endswith("test_api._explain_closures.<locals>.split")
+        assert "halo      auto      3                 the last tokens" in str(lasp.explain(split_model))
+    model(torch.randn(1, 5, 4)).sum().backward()
+    [row] = lasp.explain(model)
+    assert (row.operator, row.exchanges) == ("halo", 1)
+
+
+def test_explain_tells_of_layers_whose_adapter_holds_the_ranks():
+    run_ranks(3, _explain_closures)
 
 
 def test_explain_tells_every_operator_of_a_layer():

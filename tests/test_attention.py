@@ -107,6 +107,7 @@ def _packed(lengths, form, groups):
         check_against_oracle(x, lengths, sequence_of_all(), cu_seqlens=cu_seqlens)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_packed(lengths, form):

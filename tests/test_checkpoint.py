@@ -472,6 +472,7 @@ except lasp.PeerError as error:
 """
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize(("odd", "place"), [(1, "while it writes its part"), (0, "before LATEST names it")])
 def test_a_rank_that_is_killed_while_it_saves(tmp_path, odd, place):
     paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT, ROOT / "kernels")))

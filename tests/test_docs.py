@@ -19,11 +19,27 @@ def files_of(page):
     return dict(blocks)
 
 
+def printed_file(message):
+    """The file that a refusal prints."""
+    return re.search(r"^import .*?^lasp\.register\(.*?\)$", message, re.DOTALL | re.MULTILINE).group()
+
+
+def filled_in(text, **bodies):
+    for name, body in bodies.items():
+        text, count = re.subn(rf'raise NotImplementedError\("[^"]*\b{name}\b[^"]*"\)', body, text)
+        assert count == 1
+    return text
+
+
 def with_an_adapter(folder):
-    """On two ranks: refused without the adapter, and right with it."""
+    """On two ranks: refused without the adapter, and right with it, that of the page and the one that is printed."""
     import torch
 
     import lasp
+
+    def prove(text):
+        program = (folder / "prove.py").read_text().replace("import split_their_library\n", f"{text}\n")
+        exec(compile(program, "prove.py", "exec"), {"__name__": "__main__"})
 
     sys.path.insert(0, str(folder))
     try:
@@ -33,15 +49,28 @@ def with_an_adapter(folder):
         model = torch.nn.Sequential(torch.nn.Linear(32, 32), TheirAttention(32, 4))
         with pytest.raises(ValueError, match=r"1 \(TheirAttention\): on a slice of the sequence") as refused:
             lasp.parallelize(model, torch.distributed.group.WORLD)
-        assert "rebind(module, scan=scan)  # its forward calls gated_scan, shifted" in str(refused.value)
-        assert "lasp.register('their_library.layers.TheirAttention', adapter=split)" in str(refused.value)
-        exec(compile((folder / "prove.py").read_text(), "prove.py", "exec"), {"__name__": "__main__"})
+        printed = printed_file(str(refused.value))
+        assert "def gated_scan(q, k, v, gate):" in printed
+        assert "TheirAttention.forward(self, x) calls these" in printed
+        with pytest.raises(NotImplementedError, match="shifted: TheirAttention"):
+            prove(printed)
+        options = "layout=layout_of(sequence), sequence=sequence"
+        prove(
+            filled_in(
+                printed,
+                shifted=f"return lasp.halo(x, 2, {options})[:, :-1]",
+                gated_scan=f"return lasp.linear_attention(q, k, v, log_decay=gate.float(), {options})[0]",
+            )
+        )
+        prove((folder / "split_their_library.py").read_text())
     finally:
         sys.path.remove(str(folder))
+        lasp.adapters._BY_NAME.pop("their_library.layers.TheirAttention", None)
 
 
 def test_the_page_about_adapters(tmp_path):
     files = files_of("models.md")
+    files.pop("with_trainer.py")  # below
     assert set(files) == {"their_library/layers.py", "split_their_library.py", "prove.py"}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -50,16 +79,32 @@ def test_the_page_about_adapters(tmp_path):
     run_ranks(2, with_an_adapter, tmp_path)
 
 
+def launched(text, folder, name):
+    """What a program prints on two ranks."""
+    (folder / name).write_text(text)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(300)  # of a loaded machine, on which each rank imports all this
 def test_the_first_program_of_the_readme(tmp_path):
     """What a newcomer starts first, on two ranks."""
     blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
-    script = tmp_path / "verify_bamba.py"
-    script.write_text(dict(blocks)["verify_bamba.py"])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("2 ranks compute what one does") == 1
+    printed = launched(dict(blocks)["verify_bamba.py"], tmp_path, "verify_bamba.py")
+    assert printed.count("2 ranks compute what one does") == 1
+
+
+@pytest.mark.timeout(300)
+def test_the_program_with_a_trainer(tmp_path):
+    printed = launched(files_of("models.md")["with_trainer.py"], tmp_path, "with_trainer.py")
+    losses = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert len(losses) >= 3
+    assert all(5.5 < loss < 7.5 for loss in losses)  # log(512) is 6.24
+    for layer in ("linear_attention", "halo", "softmax_attention"):
+        assert printed.count(f"  {layer} ") == 1
 
 
 def test_code_on_the_pages_parses():

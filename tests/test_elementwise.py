@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lasp
 import lasp_kernels.selective_scan as kernel
-from lasp.adapters import _selective
+from lasp.adapters import _scans
 from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import SCHEDULES
 from lasp_kernels.elementwise import recurrent_elementwise
@@ -413,7 +413,7 @@ def _as_mamba(lengths, dtype):
     mine = {n: (y if n in ("A", "D", "delta_bias") else y[..., start:end]).clone() for n, y in inputs.items()}
     mine = {name: y.requires_grad_() for name, y in mine.items()}
     layout = lasp.ShardLayout(lengths)
-    y = _selective.selective_scan(**mine, delta_softplus=True, layout=layout, sequence=sequence_of_all())
+    y = _scans.selective_scan(**mine, delta_softplus=True, layout=layout, sequence=sequence_of_all())
     assert y.dtype == dtype
     found = dict(zip(mine, torch.autograd.grad(y, tuple(mine.values()), dy[..., start:end])))
     assert_near(y, expected[..., start:end], TOLERANCE[dtype] * 3, "y")
@@ -449,7 +449,7 @@ def _as_rg_lru(lengths):
     wanted = torch.autograd.grad(expected, whole, dy)
     start, end = sum(lengths[:rank]), sum(lengths[: rank + 1])
     mine = [y[:, start:end].clone().requires_grad_() for y in (x, rates)]
-    h = _selective.rnn_scan(mine[0], (-mine[1]).exp(), reset[:, start:end], sequence=sequence_of_all())
+    h = _scans.rnn_scan(mine[0], (-mine[1]).exp(), reset[:, start:end], sequence=sequence_of_all())
     assert_near(h, expected[:, start:end], 1e-12, "h")
     for found, gradient in zip(torch.autograd.grad(h, mine, dy[:, start:end]), wanted):
         assert_near(found, gradient[:, start:end], 1e-12, "gradient")
@@ -465,7 +465,7 @@ def test_they_are_the_functions_of_transformers():
     gemma = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma")
     inputs, _ = mamba_inputs(37, torch.float32, torch.Generator().manual_seed(5))
     theirs = mamba.mamba_selective_scan(*inputs.values(), delta_softplus=True)
-    assert_near(_selective.selective_scan(**inputs, delta_softplus=True), theirs.double(), 2e-6, "y")
+    assert_near(_scans.selective_scan(**inputs, delta_softplus=True), theirs.double(), 2e-6, "y")
     x, gate, reset = torch.randn(2, 37, 5), torch.rand(2, 37, 5), torch.rand(2, 37, 1) < 0.1
     theirs, _ = gemma.RecurrentGemmaRglru._rnn_scan(None, x, gate, reset, None)
-    assert_near(_selective.rnn_scan(x, gate, reset), theirs.double(), 2e-6, "h")
+    assert_near(_scans.rnn_scan(x, gate, reset), theirs.double(), 2e-6, "h")

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 
 import lasp
@@ -12,25 +11,15 @@ import lasp
 pytest.importorskip("fla", reason="needs flash-linear-attention 0.6.0")
 
 import fla_models
+import foreign
 from fla_models import logits_of
-from foreign import relative
+from foreign import loss_of, relative
 
 TOKENS = 37
 
 
-def loss_of(logits, labels):
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-
-
 def batch_of(mask=None, cu_seqlens=None):
-    rows = 2 if cu_seqlens is None else 1
-    ids = torch.randint(0, 97, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
-    batch = {"input_ids": ids}
-    if mask is not None:
-        batch |= {"attention_mask": mask, "labels": torch.where(mask == 0, -100, ids)}
-    if cu_seqlens is not None:
-        batch["cu_seqlens"] = cu_seqlens
-    return batch
+    return foreign.batch_of(TOKENS, mask, cu_seqlens)
 
 
 def reference_of(name, batch):
@@ -122,6 +111,23 @@ def compare_short():
             assert relative(got, whole[:, here : here + 1]) < 1e-10, name
 
 
+def trained_after_an_evaluation(name):
+    """What an evaluation under inference_mode made once serves a training."""
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(fla_models.build(name), mesh["sp"])
+    local = lasp.shard_batch(batch_of(cu_seqlens=[0, 5, 20, TOKENS]), mesh)
+    with torch.inference_mode():
+        evaluated = logits_of(model(local["input_ids"], layout=local["layout"]))
+    trained = logits_of(model(local["input_ids"], layout=local["layout"]))
+    trained.sum().backward()
+    assert torch.equal(trained, evaluated)
+
+
+def test_an_evaluation_leaves_what_a_training_can_use():
+    run_ranks(2, trained_after_an_evaluation, "retnet")
+
+
 def refusals():
     fla_models.without_kernels()
     mesh = mesh_of(sp=2)
@@ -138,7 +144,7 @@ def refusals():
     with pytest.raises(ValueError, match="attention_mask has padding among the tokens of a row, which fla takes out"):
         model(**given, attention_mask=holes)
     layer = model.model.layers[0].attn
-    with pytest.raises(RuntimeError, match="initial_state of a layer of fla whose sequence is split"):
+    with pytest.raises(RuntimeError, match="initial_state of a layer whose sequence is split"):
         layer.forward.__func__.__globals__["chunk_gla"](*torch.ones(3, 1, 2, 2, 4), initial_state=torch.ones(1))
 
 
@@ -202,6 +208,56 @@ def test_an_unknown_layer_is_refused_by_its_class(cls):
     known = GatedLinearAttention(hidden_size=32, num_heads=2)
     with pytest.raises(ValueError, match=rf"unknown \({cls.__name__}\): its class mixes tokens"):
         lasp.parallelize(Block(known, unknown), None)
+
+
+def refuses_backward(*_, **__):
+    raise RuntimeError("Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results")
+
+
+class Refuses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuses_backward()
+
+
+def kernels_that_refuse():
+    from unittest import mock
+
+    from fla import utils
+    from fla.layers import gated_deltanet
+
+    fla_models.without_kernels()
+    model, mesh = fla_models.build("gated_deltanet"), mesh_of(sp=torch.distributed.get_world_size())
+    here = {"IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True, "TRITON_ABOVE_3_7_1": False}
+    own = gated_deltanet.chunk_gated_delta_rule
+
+    def chunk_gated_delta_rule(**given):
+        return own(**given | {"v": Refuses.apply(given["v"])})
+
+    with (
+        mock.patch.multiple(utils, **here),
+        mock.patch.object(gated_deltanet, "chunk_gated_delta_rule", chunk_gated_delta_rule),
+    ):
+        if mesh.size() == 1:
+            with pytest.warns(UserWarning, match=r"On one rank the model is fla's own.*take Triton 3\.7\.1 or newer"):
+                lasp.parallelize(model, mesh)
+            return
+        message = (
+            r"library's own code \(fla, transformers\) on one rank, which failed: Triton >= 3\.4\.0.*\. That says "
+            r"nothing of the split one.*; fla's own backward of Gated DeltaNet does not run on this GPU"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            lasp.verify(model, mesh)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.timeout(300)  # of a loaded machine
+def test_it_is_said_where_the_librarys_own_kernels_refuse(world):
+    run_ranks(world, kernels_that_refuse, timeout=200.0)
 
 
 def test_norms_and_multilayer_perceptrons_are_not_refused():

@@ -129,7 +129,7 @@ def test_operators_do_not_know_each_other():
             assert not any(imported.startswith(other) for other in others), f"{name}.py imports {imported}"
 
 
-@pytest.mark.parametrize("names", [{"ring", "pipeline", "all_gather", "direct"}], ids=str)
+@pytest.mark.parametrize("names", [{"ring", "pipeline", "all_gather", "direct"}])
 def test_schedules_are_told_apart_by_their_class_and_not_by_their_name(names):
     """Each is written once, where it is registered; what depends on it asks the class."""
     for path in files(LASP):

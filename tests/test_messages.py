@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import lasp
 from lasp import exchange
 from lasp.checks import agreement, messages
-from lasp.ops import halo, softmax
+from lasp.ops import halo, softmax, tokens
 from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import SCHEDULES, peers_of
 from lasp.ranks.group import process, set_timeout, timeout_of
@@ -463,7 +463,9 @@ def _other_kinds():
     call = lasp.ops.call.call_of(softmax.NAME, x, None, sequence)
     with mock.patch.object(messages, "on_hosts", return_value=False):
         with pytest.raises(lasp.RankMismatchError, match=r'"deep": rank 1 has most tokens 7, the others 6'):
-            softmax.gather(x, (6, 6, 6 + (rank == 1)), call)
+            tokens.gather(x, (6, 6, 6 + (rank == 1)), call)
+        with pytest.raises(lasp.RankMismatchError, match=r'"deep": rank 1 has most tokens 7, the others 6'):
+            tokens.deal(torch.ones(B, 6, 3, K), (6, 6, 6 + (rank == 1)), call)
         with pytest.raises(lasp.RankMismatchError, match="rank 1 has shape"):
             halo.with_halo(x[:, :, : H - (rank == 1)], 3, lasp.ops.call.call_of(halo.NAME, x, None, sequence))
         with pytest.raises(lasp.RankMismatchError, match="rank 1 has dtype"):

@@ -4,32 +4,23 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 
 import lasp
 
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 
+import foreign
 import remote_models
-from foreign import relative
+from foreign import loss_of, relative
 
 from lasp.adapters import remote_code
 
 TOKENS = 83
 
 
-def loss_of(logits, labels):
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-
-
 def batch_of(mask=None, cu_seqlens=None):
-    rows = 2 if cu_seqlens is None else 1
-    ids = torch.randint(0, 97, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
-    batch = {"input_ids": ids}
-    if mask is not None:
-        batch |= {"attention_mask": mask, "labels": torch.where(mask == 0, -100, ids)}
-    return batch if cu_seqlens is None else {**batch, "cu_seqlens": cu_seqlens}
+    return foreign.batch_of(TOKENS, mask, cu_seqlens)
 
 
 def compare(name, batch):
@@ -118,6 +109,30 @@ def test_decays_are_those_of_the_formula_in_16_bits(name):
     run_ranks(2, decays_seen, name, torch.bfloat16)
 
 
+def made_once():
+    """Decays of Ring-linear are made of the code's formula once, and those of an evaluation serve a training."""
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(remote_models.build("ring"), mesh["sp"], strict=False)
+    local = lasp.shard_batch(batch_of(), mesh)
+    kind = next(type(m) for m in model.layers if hasattr(m, "build_slope_tensor"))
+    formula, made = kind.build_slope_tensor, []
+    kind.build_slope_tensor = staticmethod(lambda heads: made.append(heads) or formula(heads))
+    try:
+        with torch.inference_mode():
+            evaluated = model(local["input_ids"], layout=local["layout"]).logits
+        for _ in range(2):
+            trained = model(local["input_ids"], layout=local["layout"]).logits
+            trained.sum().backward()
+    finally:
+        kind.build_slope_tensor = staticmethod(formula)
+    assert made == [6, 6]  # of two layers
+    assert torch.equal(trained, evaluated)
+
+
+def test_decays_are_made_once():
+    run_ranks(2, made_once)
+
+
 def refusals():
     mesh = mesh_of(sp=2)
     local = lasp.shard_batch(batch_of(), mesh)
@@ -132,7 +147,7 @@ def refusals():
         model(local["input_ids"], layout=local["layout"])
     other = remote_models.build("minimax")
     del other.layers[0].output_gate
-    with pytest.raises(ValueError, match="has no output_gate: the adapter for its name is for another version"):
+    with pytest.raises(ValueError, match="has no output_gate: its adapter is for another version of that code"):
         lasp.parallelize(other, mesh["sp"], strict=False)
 
 

@@ -117,44 +117,49 @@ def test_batches_are_cut_in_a_thread_of_their_own():
     run_ranks(2, _prefetched)
 
 
-def _two_threads():
-    """The main thread, as for an evaluation, and another one count their batches apart; a third is refused."""
+def _threads(other_order):
+    """The main thread, as for an evaluation, counts its batches apart from those of two others, which take turns."""
     rank, group = dist.get_rank(), fresh()
-    errors, cut, free = [], threading.Event(), threading.Event()
+    errors, turn = [], threading.Barrier(2)
 
-    def prefetch(batches):
-        try:
-            for n in range(batches):
-                lasp.shard_batch({"input_ids": _ids(n)}, group)
-                cut.set()
-                time.sleep(0.05 * rank)
-        except RuntimeError as error:
-            errors.append(str(error))
-        free.wait() if batches > 1 else None
+    def prefetch(number):
+        first = number == (rank if other_order else 0)  # which of the two is at the first batch, which is compared
+        first or turn.wait(SOON)
+        for n in range(2):
+            try:
+                lasp.shard_batch({"input_ids": _ids(10 * number + n)}, group)
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
+            not first or n or turn.wait(SOON)
 
-    def start(batches):
-        thread = threading.Thread(target=prefetch, args=(batches,), name=f"cutter of {batches}")
-        thread.start()
-        return thread
-
-    with mock.patch.object(agreement, "EVERY", 3):
-        first = start(7)
+    threads = [threading.Thread(target=prefetch, args=(number,)) for number in range(2)]
+    with mock.patch.object(agreement, "EVERY", 5):
+        for thread in threads:
+            thread.start()
         for n in range(5):
             lasp.shard_batch({"input_ids": _ids(100 + n)}, group)
             time.sleep(0.05 * (1 - rank))
-        assert cut.wait(SOON)
-        assert errors == []
-        start(1).join()
-        free.set()
-        first.join()
-        assert len(errors) == 1
-        assert "shard_batch was called for the same ranks in the threads 'cutter of 7' and 'cutter of 1'" in errors[0]
-        start(1).join()  # the other one is over
-        assert len(errors) == 1
+        for thread in threads:
+            thread.join()
+    return errors
 
 
-def test_batches_of_two_threads():
-    run_ranks(2, _two_threads)
+def _turns():
+    assert _threads(other_order=False) == []
+
+
+def test_batches_of_several_threads():
+    run_ranks(2, _turns)
+
+
+def _other_turns():
+    errors = _threads(other_order=True)
+    assert errors[0].startswith("RankMismatchError: rank 1 has batch input_ids")
+    assert "draw it by the place in data parallelism, not by the global rank, and cut all of them in one" in errors[0]
+
+
+def test_threads_that_cut_batches_in_another_order_are_an_error_on_every_rank():
+    run_ranks(2, _other_turns)
 
 
 def _forked(known):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 import lasp
@@ -18,6 +19,8 @@ CASES = {
     "grouped": {"heads": 4},
     "window": {"window": 5},
     "softcap": {"softcap": 2.0, "scale": 0.7},
+    "more heads": {"heads": 12, "key_heads": 4},
+    "one head of keys": {"heads": 12, "key_heads": 1},
     "packed": {"cu_seqlens": (0, 4, 5, 14, 14, 23)},
     "packed window": {"cu_seqlens": (0, 11, 23), "window": 3},
     "padded left": {"padding": (4, 0)},
@@ -44,13 +47,16 @@ def formula(q, k, v, *, cu_seqlens=None, window=None, scale=None, softcap=None, 
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def _split(lengths, name, known, wrap):
-    rank, T = dist.get_rank(), sum(lengths)
+def _split(lengths, name, known, wrap, order=None):
+    order = order or list(range(len(lengths)))
+    sequence = lasp.SequenceParallel(DeviceMesh("cpu", order, mesh_dim_names=("sp",)))
+    rank, T = sequence.rank, sum(lengths)
     case = dict(CASES[name])
     heads, padding, cu_seqlens = case.pop("heads", 2), case.pop("padding", None), case.pop("cu_seqlens", None)
     draw, B = torch.Generator().manual_seed(0), 1 if cu_seqlens else 2
+    kept = case.pop("key_heads", 2)
     q, k, v, do = (
-        torch.randn(B, T, h, n, generator=draw).double() for h, n in ((heads, 6), (2, 6), (2, 4), (heads, 4))
+        torch.randn(B, T, h, n, generator=draw).double() for h, n in ((heads, 6), (kept, 6), (kept, 4), (heads, 4))
     )
     mask = None
     if padding is not None:
@@ -63,7 +69,6 @@ def _split(lengths, name, known, wrap):
 
     here = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
     mine = [x[:, here].clone().requires_grad_() for x in (q, k, v)]
-    sequence = lasp.SequenceParallel(dist.group.WORLD)
     layout = lasp.ShardLayout(lengths, cu_seqlens) if known or cu_seqlens else None
     key_mask = None if mask is None else mask[:, here]
     call = lambda *x: lasp.softmax_attention(*x, layout=layout, sequence=sequence, key_mask=key_mask, **case)  # noqa: E731
@@ -75,12 +80,21 @@ def _split(lengths, name, known, wrap):
     torch.testing.assert_close(o[real], o_true[:, here][real])
     for x, y in zip(found, expected):
         torch.testing.assert_close(x, y[:, here])
+    ranks = len(lengths)
+    if ranks == 1:
+        assert sequence.traffic.bytes_sent == 0
+        return
+    by_heads = heads % ranks == 0 and (kept % ranks == 0 or ranks % kept == 0)
     counts = (sequence.traffic.forward_exchanges, sequence.traffic.reverse_exchanges)
-    ranks = len(lengths) > 1
-    assert counts == (ranks * (1 + (mask is not None)), ranks)
-    if ranks and mask is None:
-        bytes_of_slice = 8 * B * max(lengths) * 2 * (6 + 4)
-        assert sequence.traffic.bytes_sent == pytest.approx(2 * (len(lengths) - 1) * bytes_of_slice)
+    assert counts == (1 + by_heads + (mask is not None), 1 + by_heads)
+    if mask is None and by_heads:
+        there, back = (heads + max(kept, ranks)) * 6 + max(kept, ranks) * 4, heads * 4
+        given_away = lengths[rank] * (ranks - 1), T - lengths[rank]
+        twice = (there * given_away[0] + back * given_away[1], there * given_away[1] + back * given_away[0])
+        assert sequence.traffic.bytes_sent == 8 * B * sum(twice) // ranks
+    elif mask is None:
+        bytes_of_slice = 8 * B * max(lengths) * kept * (6 + 4)
+        assert sequence.traffic.bytes_sent == pytest.approx(2 * (ranks - 1) * bytes_of_slice)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,10 +109,15 @@ def test_a_recompute_exchanges_nothing(known):
     run_ranks(3, _split, (5, 1, 17), "padded left", known, True)
 
 
-def _compiled():
+@pytest.mark.parametrize("name", ["plain", "one head of keys"])
+def test_ranks_in_another_order_than_their_group(name):
+    run_ranks(3, _split, (5, 1, 17), name, True, False, [2, 0, 1])
+
+
+def _compiled(heads):
     rank, lengths = dist.get_rank(), (5, 8)
     draw = torch.Generator().manual_seed(rank)
-    q, k, v = (torch.randn(2, lengths[rank], 2, 8, generator=draw).double().requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(2, lengths[rank], heads, 8, generator=draw).double().requires_grad_() for _ in range(3))
     sequence, layout = lasp.SequenceParallel(dist.group.WORLD), lasp.ShardLayout(lengths)
     f = lambda *x: lasp.softmax_attention(*x, layout=layout, sequence=sequence, window=4).cos().sum()  # noqa: E731
     # Compiled first: nothing that an eager call leaves behind may be needed.
@@ -107,36 +126,58 @@ def _compiled():
     torch.testing.assert_close(found, expected)
 
 
-def test_compiled():
-    run_ranks(2, _compiled)
+@pytest.mark.parametrize("heads", [2, 3])
+def test_compiled(heads):
+    run_ranks(2, _compiled, heads)
 
 
-def _keys_of_one_rank():
-    """Keys are trained on one rank only: all of them come to its reduce-scatter."""
+def _keys_of_one_rank(heads):
+    """Keys are trained on one rank only: all of them come to the exchange of its gradients."""
     rank, sequence = dist.get_rank(), lasp.SequenceParallel(dist.group.WORLD)
-    q = torch.ones(1, 3, 1, 4, requires_grad=True)
-    k, v = (torch.randn(1, 3, 1, 4, requires_grad=rank == 0) for _ in range(2))
+    q = torch.ones(1, 3, heads, 4, requires_grad=True)
+    k, v = (torch.randn(1, 3, heads, 4, requires_grad=rank == 0) for _ in range(2))
     lasp.softmax_attention(q, k, v, sequence=sequence).sum().backward()
-    assert sequence.traffic.reverse_exchanges == 1
+    assert sequence.traffic.reverse_exchanges == heads
     assert (v.grad is not None) == (rank == 0)
 
 
-def test_keys_that_are_trained_on_one_rank_only():
-    run_ranks(2, _keys_of_one_rank)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_keys_that_are_trained_on_one_rank_only(heads):
+    run_ranks(2, _keys_of_one_rank, heads)
 
 
-def _frozen():
+def _all_gather():
+    """The user may ask for keys and values on every rank."""
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    x = [torch.randn(1, 3 + dist.get_rank(), 2, 4, generator=draw).double().requires_grad_() for _ in range(3)]
+    found = []
+    for softmax in ("auto", "all_gather"):
+        sequence = lasp.SequenceParallel(dist.group.WORLD, softmax=softmax)
+        o = lasp.softmax_attention(*x, sequence=sequence)
+        found.append((o, *torch.autograd.grad(o.cos().sum(), x)))
+        assert sequence.traffic.schedule == {"auto": "all_to_all"}.get(softmax, softmax)
+    torch.testing.assert_close(*found)
+    with pytest.raises(ValueError, match=r"softmax must be .auto. or .all_gather., got 'ring'"):
+        lasp.SequenceParallel(dist.group.WORLD, softmax="ring")
+
+
+def test_keys_and_values_of_all_on_every_rank():
+    run_ranks(2, _all_gather)
+
+
+def _frozen(heads):
     """A rank whose loss needs no gradient of its own tokens still gives the others theirs."""
     rank, sequence = dist.get_rank(), lasp.SequenceParallel(dist.group.WORLD)
-    q, k, v = (torch.ones(1, 3, 1, 4, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.ones(1, 3, heads, 4, requires_grad=True) for _ in range(3))
     o = lasp.softmax_attention(q, k, v, sequence=sequence)
     (o * (rank == 2)).sum().backward()
     assert (v.grad > 0).all()  # the last rank's tokens see all
-    assert sequence.traffic.reverse_exchanges == 1
+    assert sequence.traffic.reverse_exchanges == (1 if heads == 1 else 2)
 
 
-def test_loss_of_one_rank_only():
-    run_ranks(3, _frozen)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_loss_of_one_rank_only(heads):
+    run_ranks(3, _frozen, heads)
 
 
 def _differ():

@@ -101,17 +101,18 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def split(name, sp, **more):
+def split(name, sp, *, strict=True, **more):
+    """Whether they mix tokens all these models were asked in test_transformers.py, which takes most of the time."""
     model = foreign.build(name, **more)
     mesh = mesh_of(dp_shard=-1, sp=sp)
-    lasp.parallelize(model, mesh["sp"])
+    lasp.parallelize(model, mesh["sp"], strict=strict)
     return model, mesh
 
 
 def train(name, sp, folder, batches, make=lambda data: data, config=None, ragged=False, collator=None, **options):
     """Losses and gradient norms of each step, and the weights; `batches` of 2 samples a step."""
     with launched():
-        model, mesh = split(name, sp)
+        model, mesh = split(name, sp, strict=False)
         vars(model.config).update(config or {})
         vars(model).update({key: x for key, x in (config or {}).items() if hasattr(model, key)})
         args = arguments(folder, gradient_accumulation_steps=batches // mesh["dp_shard"].size(), **options)
@@ -160,6 +161,18 @@ def test_training_in_segments_is_that_of_one_pass(name, tmp_path):
     for world, sp in ((1, 1), (2, 2), (4, 2)):
         for found in run_ranks(world, train_in_segments, name, sp, tmp_path, 7, more, ragged):
             assert_same(found, expected)
+
+
+def train_compiled(name, folder):
+    return train(name, 2, folder, 2, torch_compile=True, torch_compile_backend="aot_eager")[:2]
+
+
+@pytest.mark.parametrize("name", ["bamba", "llama"])
+@pytest.mark.timeout(600)  # of a loaded machine
+def test_compiled_training_is_that_of_one_process(name, tmp_path):
+    [expected] = run_ranks(1, train, name, 1, tmp_path, 2)
+    for found in run_ranks(2, train_compiled, name, tmp_path, timeout=400.0):
+        assert_same(found, expected)
 
 
 def _stream(data):
@@ -230,7 +243,7 @@ def metrics(prediction):
 def evaluate(name, sp, folder, batch, ragged=False, **options):
     """7 samples, so that the last batch is not full: loss alone, metrics, predictions, all in one call of each."""
     with launched():
-        model, mesh = split(name, sp)
+        model, mesh = split(name, sp, strict=False)
         args = arguments(folder, per_device_eval_batch_size=batch, **options)
         collator = _collate_padded if ragged else None
         trainer = trainer_of(model, args, eval_dataset=samples(7, ragged=ragged), mesh=mesh, data_collator=collator)
@@ -271,7 +284,7 @@ def resume(sp, folder, data, count, options):
     runs = []
     with launched():
         for begin in (None, f"{folder}/checkpoint-5"):
-            model, mesh = split("bamba", sp, attention_dropout=0.3)
+            model, mesh = split("bamba", sp, strict=False, attention_dropout=0.3)
             options = options | {"max_steps": 7, "save_strategy": "steps", "save_steps": 5, "optim": "adamw_torch"}
             steps = 4 // mesh["dp_shard"].size()
             args = arguments(
@@ -335,26 +348,85 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(tmp_path):
 
 
 class Own(torch.utils.data.Dataset):
-    """Each rank draws its own samples, as if it knew only its rank."""
+    """Each rank draws its own samples from the n-th on, as if it knew only its rank."""
+
+    def __init__(self, first):
+        self.first = first
 
     def __len__(self):
         return 8
 
     def __getitem__(self, n):
-        return samples(8)[(n + dist.get_rank()) % 8]
+        return samples(8)[(n + dist.get_rank() * (n >= self.first)) % 8]
 
 
-def own_samples(folder):
+def own_samples(folder, first, accumulated):
     with launched():
         model, mesh = split("llama", 2)
-        trainer = trainer_of(model, arguments(folder), train_dataset=Own(), eval_dataset=Own(), mesh=mesh)
-        for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(Own())):
+        args = arguments(
+            folder,
+            gradient_accumulation_steps=accumulated,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            train_sampling_strategy="sequential",
+            max_steps=1,
+        )
+        trainer = trainer_of(model, args, train_dataset=Own(first), eval_dataset=Own(first), mesh=mesh)
+        before = weights_of(model)
+        for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(Own(first))):
             with pytest.raises(lasp.RankMismatchError, match="ranks of a sequence cut one batch"):
                 run()
+        assert all(torch.equal(x, before[name]) for name, x in weights_of(model).items())
 
 
-def test_other_samples_on_ranks_of_a_sequence_are_an_error_at_each_batch(tmp_path):
-    run_ranks(2, own_samples, tmp_path)
+@pytest.mark.parametrize(("first", "accumulated"), [(0, 1), (3, 4)])
+def test_other_samples_on_ranks_of_a_sequence_are_an_error_before_they_count(first, accumulated, tmp_path):
+    run_ranks(2, own_samples, tmp_path, first, accumulated)
+
+
+def visits(folder):
+    """Of the store, by batches: one a step, whatever it accumulates; of an evaluation two batches, and its end."""
+    from lasp.checks import agreement
+
+    with launched():
+        model, mesh = split("llama", 2)
+        args = arguments(folder, gradient_accumulation_steps=4, per_device_eval_batch_size=1, max_steps=2)
+        trainer = trainer_of(model, args, train_dataset=samples(16), eval_dataset=samples(5), mesh=mesh)
+        seen, genuine = [], agreement.compare
+
+        def compare(*args, before, **kwargs):
+            seen.append(before) if kwargs.get("kind") == "batch of a Trainer" else None
+            genuine(*args, before=before, **kwargs)
+
+        with mock.patch.object(agreement, "compare", compare):
+            trainer.train()
+            assert seen == ["the forward of a batch"] * 2
+            trainer.evaluate()
+            assert seen[2:] == ["the forward of a batch"] * 2 + ["the end of an evaluation"]
+
+
+def test_batches_are_compared_once_a_step(tmp_path):
+    run_ranks(2, visits, tmp_path)
+
+
+class Shorter(torch.utils.data.IterableDataset):
+    """That of the second rank ends earlier."""
+
+    def __iter__(self):
+        return iter(samples(8)[: 8 - 3 * dist.get_rank()])
+
+
+def ends_earlier(folder):
+    with launched():
+        model, mesh = split("llama", 2)
+        args = arguments(folder, gradient_accumulation_steps=4, per_device_train_batch_size=1, max_steps=2)
+        trainer = trainer_of(model, args, train_dataset=Shorter(), mesh=mesh)
+        with pytest.raises(lasp.RankMismatchError, match="rank 1 has batches 1, the others 4"):
+            trainer.train()
+
+
+def test_data_that_end_earlier_on_a_rank(tmp_path):
+    run_ranks(2, ends_earlier, tmp_path)
 
 
 def plain(name, folder):
@@ -364,7 +436,7 @@ def plain(name, folder):
     from transformers import Trainer
 
     with launched():
-        model, _mesh = split(name, 2)
+        model, _mesh = split(name, 2, strict=False)
         options = {"max_steps": 1, "ddp_find_unused_parameters": True}
         data = samples(4)
         unlabelled = [{"input_ids": sample["input_ids"]} for sample in data]
@@ -401,6 +473,7 @@ OPTIONS = {
 
 
 def refused(folder):
+    from accelerate.utils import DistributedType
     from transformers import Trainer
 
     with launched():
@@ -417,6 +490,15 @@ def refused(folder):
             trainer_of(whole, arguments(folder), mesh=mesh)
         with pytest.raises(TypeError, match="mesh must be"):
             trainer_of(model, arguments(folder), mesh="sp")
+
+        trainer = trainer_of(model, arguments(folder), train_dataset=samples(4), mesh=mesh)
+        for kind in ("FSDP", "DEEPSPEED"):
+            sharded = mock.PropertyMock(return_value=DistributedType[kind])
+            with (
+                mock.patch.object(type(trainer.accelerator), "distributed_type", sharded),
+                pytest.raises(ValueError, match=rf"{kind} through Trainer .*DDP has; .*wrap_fsdp2\(model, mesh\)"),
+            ):
+                trainer._validate_args()
 
         class Theirs(Trainer):
             def compute_loss(self, *args, **kwargs):

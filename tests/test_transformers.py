@@ -8,7 +8,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 
 import lasp
@@ -16,6 +15,7 @@ import lasp
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 
 import foreign
+from foreign import loss_of
 
 TOKENS = 83
 OFFSETS = (0, 11, 12, 40, 71, 83)  # of packed documents; on three ranks one of them lies on two borders
@@ -32,10 +32,6 @@ def batches():
         labels = torch.where((mask == 0) | first, -100, ids)
         found[side] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return found | {"packed": {"input_ids": ids[:1], "cu_seqlens": OFFSETS}}
-
-
-def loss_of(logits, labels):
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 def gradients_of(model):
@@ -95,6 +91,35 @@ def agree(name):
 @pytest.mark.parametrize("world", [2, 3])
 def test_slices_and_one_process_agree(world, name):
     run_ranks(world, agree, name)
+
+
+def told_before(model, mesh, batch=None):
+    """What `explain` says of each layer before it has run is what then runs, wherever below the layer."""
+    before = {layer.path: set(layer.expected) for layer in lasp.explain(model)}
+    assert before
+    assert all(before.values())
+    assert all(layer.adapter.startswith("lasp.adapters.") for layer in lasp.explain(model))
+    assert "known after a step" in str(lasp.explain(model))
+    local = lasp.shard_batch(batch or batches()["dense"], mesh)
+    model(local["input_ids"], layout=local["layout"])
+    assert "known after a step" not in str(lasp.explain(model))
+    found = {path: set() for path in before}
+    for row in lasp.explain(model):
+        path = next((p for p in before if f"{row.path}.".startswith(f"{p}.")), None)
+        if path is not None:
+            found[path].add(row.operator)
+    assert found == {path: {{"causal_conv": "halo"}.get(x, x) for x in names} for path, names in before.items()}
+
+
+def explained(name):
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    told_before(lasp.parallelize(foreign.build(name), mesh["sp"]), mesh)
+
+
+@pytest.mark.parametrize("name", foreign.MODELS)
+def test_explain_tells_what_will_run(name):
+    run_ranks(2, explained, name)
 
 
 def verified(name):

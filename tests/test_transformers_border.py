@@ -140,16 +140,16 @@ def test_the_router_s_loss_is_over_all_ranks(name):
     run_ranks(2, balanced, name)
 
 
-def rotary(kind):
+def rotary(kind, name):
     """Frequencies follow the largest position of all ranks."""
     long = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0] * 4, "original_max_position_embeddings": 24}
     more = {
         "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **(long if kind == "longrope" else {"factor": 2.0})}
     }
     more["max_position_embeddings"] = 24
-    reference = foreign.build("llama", torch.float32, **more)
+    reference = foreign.build(name, torch.float32, **more)
     whole = reference(IDS, use_cache=False).logits
-    model, local, mesh = split("llama", **more)
+    model, local, mesh = split(name, **more)
     start, end = local["layout"].bounds(mesh["sp"].get_local_rank())
     got = model(local["input_ids"], layout=local["layout"]).logits
     assert foreign.relative(got, whole[:, start:end]) < 1e-5
@@ -157,9 +157,12 @@ def rotary(kind):
     assert foreign.relative(short, whole[:, :20]) > 1e-3  # as a slice would have had it
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotary_that_follows_the_length_has_the_whole_one(kind):
-    run_ranks(2, rotary, kind)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("dynamic", "llama"), ("longrope", "llama"), ("dynamic", "deepseek_v2")],  # whose rotary is of complex numbers
+)
+def test_rotary_that_follows_the_length_has_the_whole_one(kind, name):
+    run_ranks(2, rotary, kind, name)
 
 
 def kept_and_copied(folder):
@@ -332,6 +335,28 @@ def _with_and_without(mask):
 
 def test_the_router_s_loss_counts_no_padding():
     run_ranks(2, router_of_padding)
+
+
+def decays_made_once():
+    """MiniMax's are made of the layer's formula once, and those of an evaluation serve a training."""
+    model, local, _ = split("minimax")
+    kind = next(type(m) for m in model.modules() if hasattr(m, "get_slope_rate"))
+    formula, made = kind.get_slope_rate, []
+    kind.get_slope_rate = lambda self, device=None: made.append(self.layer_idx) or formula(self, device)
+    try:
+        with torch.inference_mode():
+            evaluated = model(local["input_ids"], layout=local["layout"]).logits
+        for _ in range(2):
+            trained = model(local["input_ids"], layout=local["layout"]).logits
+            trained.sum().backward()
+    finally:
+        kind.get_slope_rate = formula
+    assert made == [0, 2]  # the layers that are linear
+    assert torch.equal(trained, evaluated)
+
+
+def test_decays_are_made_once():
+    run_ranks(2, decays_made_once)
 
 
 def given_positions():

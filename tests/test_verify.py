@@ -114,6 +114,7 @@ def _right(kind, packed):
     return str(found[0])
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("kind", MODELS)
@@ -734,6 +735,7 @@ def _one_rank_fails(factors, scheme, where):
     assert lasp.verify(model, mesh, tokens=41).ok
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize(
     ("factors", "scheme", "where"),
     [
@@ -785,6 +787,7 @@ def test_the_command_verifies_a_tnl_on_two_ranks():
     assert "blocks.1" not in done.stdout
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.timeout(300)
 def test_the_command_fails_for_a_model_that_is_wrong(tmp_path):
     (tmp_path / "wrong.py").write_text(

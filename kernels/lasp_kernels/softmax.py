@@ -191,9 +191,20 @@ def _flash(part: Block, options: Options) -> bool:
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     """o [B, Hq, rows, V] of a part.
 
-    The operator that `torch.nn.attention.bias.causal_lower_right` stands for: its `is_causal` lets the last query see
-    the last key. That bias is a subclass of Tensor which cannot be made in a graph of `torch.compile`.
+    With as many queries as keys PyTorch chooses the kernel, on Hopper that of cuDNN; not in a graph of `torch.compile`
+    (see `BACKENDS`). With fewer it is the operator that `torch.nn.attention.bias.causal_lower_right` stands for: its
+    `is_causal` lets the last query see the last key. That bias is a subclass of Tensor, which no graph can make.
     """
+    if q.shape[2] == k.shape[2] and not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            dropout_p=options.dropout_p,
+            scale=options.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     return torch.ops.aten._scaled_dot_product_flash_attention(
         q, k, v, options.dropout_p, is_causal=True, return_debug_mask=False, scale=options.scale
     )[0]

@@ -54,6 +54,7 @@ class Foreign(Covering):
     """An adapter for a layer of a model that takes no `layout`: it is told at the model's border (border.py)."""
 
     exchanges: bool = True  # whether the layer calls an operator with the ranks
+    stand_in: Callable[[nn.Module], None] | None = None  # for a trial: gives it a quick forward, each token by itself
 
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {LightningAttention: linear}
@@ -183,10 +184,9 @@ def standing_in(model: nn.Module, layers: Iterable[tuple[nn.Module, Adapter]]) -
             if hasattr(library, "for_trial"):
                 stack.enter_context(library.for_trial(model))
         for module, adapter in layers:
-            stand_in = getattr(getattr(adapter, "adapter", None), "stand_in", None)
-            if stand_in is not None:
+            if isinstance(adapter, Foreign) and adapter.stand_in is not None:
                 before.append((vars(module), vars(module).get("forward")))
-                stand_in(module)
+                adapter.stand_in(module)
         try:
             yield
         finally:
@@ -212,9 +212,21 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def on_one_rank(model: nn.Module) -> list[str]:
+    """What libraries' files have to say of a model that stays as its library made it."""
+    told = [library.on_one_rank(model) for library in _libraries_of(model) if hasattr(library, "on_one_rank")]
+    return [text for text in told if text]
+
+
+def libraries_of(model: nn.Module) -> list[str]:
+    """The libraries whose layers `parallelize` changes, and which the model has."""
+    return sorted(
+        _LIBRARIES.keys() & {b.__module__.partition(".")[0] for m in model.modules() for b in type(m).__mro__}
+    )
+
+
 def _libraries_of(model: nn.Module) -> list[Any]:
-    names = {base.__module__.partition(".")[0] for m in model.modules() for base in type(m).__mro__}
-    return [importlib.import_module(_LIBRARIES[name]) for name in sorted(names & _LIBRARIES.keys())]
+    return [importlib.import_module(_LIBRARIES[name]) for name in libraries_of(model)]
 
 
 def exchanges(adapter: Adapter) -> bool:

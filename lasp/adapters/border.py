@@ -37,8 +37,7 @@ class Facts:
     """What every rank knows of a call."""
 
     layout: ShardLayout
-    masked: bool  # whether an attention_mask was given, on every rank or on none
-    real: Tensor | None = None  # and then which of this rank's tokens are no padding, [B, T]
+    real: Tensor | None = None  # which of this rank's tokens are no padding, [B, T]; None on all ranks without a mask
 
 
 def _facts_of(sequence: SequenceParallel) -> Facts:
@@ -192,7 +191,7 @@ class _Arguments:
         if layout.packed and tokens.shape[0] != 1:
             raise ValueError(f"packed documents need a batch of 1, got {tokens.shape[0]} rows")
         mask = self.given.get("attention_mask")
-        return Facts(layout, mask is not None, mask != 0 if isinstance(mask, Tensor) else None)
+        return Facts(layout, mask != 0 if isinstance(mask, Tensor) else None)
 
     def _tokens(self) -> Tensor:
         named = [self.given.get(name) for name in ("input_ids", "inputs_embeds")]
@@ -271,7 +270,15 @@ def positions(layout: ShardLayout, rank: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # those of an evaluation may serve a training
         found = torch.arange(start, end, device=device)
         if layout.packed:
-            offsets = layout.facts[1].to(device)  # type: ignore[union-attr]
+            offsets: Tensor = layout.facts[1]  # type: ignore[assignment]
+            if device.type == "cuda":  # from pinned memory, so that the host need not wait for the device
+                offsets = offsets.pin_memory().to(device, non_blocking=True)
             document = torch.searchsorted(offsets, found, right=True) - 1
             found = found - offsets[document.clamp(max=len(offsets) - 1)]
         return found[None]
+
+
+def longest_document(layout: ShardLayout) -> int:
+    """How many positions there are: the tokens of the longest document, or of all where there are none."""
+    offsets = layout.real.cu_seqlens or (0, layout.total)
+    return max(layout.padding, *(end - start for start, end in zip(offsets, offsets[1:])))

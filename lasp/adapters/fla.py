@@ -17,6 +17,7 @@ at on a CPU only: on a GPU the host would have to wait).
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,41 +25,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fla import utils
 from fla.modules.rotary.ops import rotary_embedding_ref
 from torch import Tensor, nn
 
 from lasp import arguments, decay
 from lasp.adapters import Foreign
-from lasp.adapters.border import layout_of, positions
-from lasp.adapters.rebind import names_in, put, rebind, tested_with
+from lasp.adapters._common import needs, no_cache, with_forward
+from lasp.adapters._scans import gated_delta_rule, mamba2_scan
+from lasp.adapters.border import layout_of, longest_document, positions
+from lasp.adapters.rebind import names_in, of_another_version, put, rebind
 from lasp.ops.attention import linear_attention
 from lasp.ops.call import of_own_tokens
-from lasp.ops.delta import delta_rule
 from lasp.ops.halo import causal_conv
 from lasp.ranks import SequenceParallel
+from lasp_kernels import state_dtype
 
 Make = Callable[[SequenceParallel], Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """Splits a layer, and answers for what is below it at these paths; `stand_in` makes it quick for a trial."""
-
-    split: Callable[[nn.Module, SequenceParallel], None]
-    covers: tuple[str, ...] = ()
-    stand_in: Callable[[nn.Module], None] | None = None
-
-    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:
-        module.sequence = sequence  # type: ignore[assignment]
-        self.split(module, sequence)
 
 
 def adapter_of(module: nn.Module) -> Foreign | None:
     """The adapter of a module of this library; None for one that is in no list, or whose class has another forward."""
     for base in type(module).__mro__:
         if _is_of_fla(base) and base.__name__ in _LAYERS:
-            found = _LAYERS[base.__name__]
-            return Foreign(found, found.covers)
+            return _LAYERS[base.__name__]
         if "forward" in vars(base):
             return None
     return None
@@ -89,6 +79,21 @@ def as_it_came(model: nn.Module) -> AbstractContextManager:
     return nullcontext()
 
 
+def on_one_rank(model: nn.Module) -> str:
+    """What to say of a model that stays fla's own: of the gated delta rule its backward may refuse the Triton here."""
+    names = ("IS_NVIDIA_HOPPER", "TRITON_ABOVE_3_4_0", "TRITON_ABOVE_3_7_1")
+    known = [getattr(utils, name, None) for name in names]
+    classes = {base for m in model.modules() for base in type(m).__mro__ if base.__name__ == "GatedDeltaNet"}
+    gated = any(_is_of_fla(cls) for cls in classes)
+    if not gated or known != [True, True, False] or importlib.util.find_spec("tilelang") is not None:
+        return ""
+    return (
+        "fla's own backward of Gated DeltaNet does not run on this GPU with Triton 3.4.0 to before 3.7.1. On one rank "
+        "the model is fla's own, as it is the whole that lasp.verify compares with: take Triton 3.7.1 or "
+        "newer, or install tilelang. (Over two ranks or more lasp's steps take the place of these kernels)"
+    )
+
+
 def _refuse_labels(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if any(kwargs.get(name) is not None for name in ("labels", "shift_labels")):
         raise ValueError(
@@ -99,12 +104,13 @@ def _refuse_labels(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
 
 
 def _rebind_known(module: nn.Module, sequence: SequenceParallel) -> None:
+    module.sequence = sequence  # type: ignore[assignment]
     uses = names_in(type(module).forward)
     known = {name: make(sequence) for name, make in _BY_FUNCTION.items() if name in uses}
     if not known.keys() - _MASKS:
         raise ValueError(
-            f"{type(module).__qualname__}.forward calls none of the functions that lasp knows: this adapter is for "
-            f"another version of fla ({tested_with('fla')})"
+            f"{type(module).__qualname__}.forward calls none of the functions that lasp knows: "
+            f"{of_another_version('fla')}"
         )
     rebind(module, **known)
     if isinstance(rotary := getattr(module, "rotary", None), nn.Module):
@@ -147,7 +153,7 @@ def _unpad(_: SequenceParallel) -> Callable[..., Any]:
     def unpad_hidden_states(
         hidden_states: Tensor, cu_seqlens: Any, attention_mask: Tensor | None, q_len: int
     ) -> tuple[Tensor, _Real | None, _Real | None]:
-        _no_more(cu_seqlens=cu_seqlens)
+        _not_known(cu_seqlens=cu_seqlens)
         real = None if attention_mask is None else _Real(_padded_at_ends(attention_mask))
         return hidden_states, real, real
 
@@ -175,24 +181,20 @@ def _without_padding(real: _Real | None, *tensors: Tensor) -> tuple[Tensor, ...]
     return tensors if real is None else tuple(real.of(x) for x in tensors)
 
 
-def _no_more(**given: Any) -> None:
-    """Raise for arguments that belong to a cache, or that lasp does not know."""
+def _not_known(**given: Any) -> None:
+    """Raise for arguments that lasp does not know."""
     for name, value in given.items():
         if value is not None and value is not False:
-            raise RuntimeError(
-                f"{name} of a layer of fla whose sequence is split: a cache needs one rank, other arguments a version "
-                f"of fla that lasp knows ({tested_with('fla')})"
-            )
+            raise RuntimeError(f"{name} of a layer of fla whose sequence is split: {of_another_version('fla')}")
 
 
-_HARMLESS = {"state_v_first", "chunk_size", "safe_gate", "cu_seqlens_cpu"}  # how a kernel computes
+_OF_KERNELS = {"state_v_first", "chunk_size", "safe_gate", "cu_seqlens_cpu"}  # how one computes
 
 
 def _check(real: object, initial_state: object, output_final_state: object, others: dict[str, Any]) -> None:
-    if real is not None and not isinstance(real, _Real):
-        _no_more(cu_seqlens=real)
-    _no_more(initial_state=initial_state, output_final_state=output_final_state)
-    _no_more(**{name: x for name, x in others.items() if name not in _HARMLESS})
+    no_cache(initial_state=initial_state, output_final_state=output_final_state)
+    _not_known(cu_seqlens=None if isinstance(real, _Real) else real)
+    _not_known(**{name: x for name, x in others.items() if name not in _OF_KERNELS})
 
 
 # Functions
@@ -219,7 +221,7 @@ def _linear(sequence: SequenceParallel, fixed: Callable[[int, torch.device], Ten
         k, v = _without_padding(cu_seqlens, k, v)
         g = gk if g is None else g
         if g is not None:
-            (g,) = _without_padding(cu_seqlens, g.to(_wide(q)))
+            (g,) = _without_padding(cu_seqlens, g.to(state_dtype(q.dtype)))
         elif fixed is not None:
             g = fixed(q.shape[2], q.device)
         if normalize:  # by the sum of the keys: what a value of 1 would be
@@ -247,7 +249,8 @@ def _retention(sequence: SequenceParallel) -> Callable[..., Any]:
 @functools.lru_cache(maxsize=64)
 def _retention_decay(heads: int, device: torch.device) -> Tensor:
     """[H]: as fla's chunk_retention has it, in fp32."""
-    return decay.fixed((1 - 2.0 ** (-5.0 - torch.arange(heads, dtype=torch.float, device="cpu"))).log(), device)
+    with torch.inference_mode(False):  # what an evaluation makes may serve a training
+        return decay.fixed((1 - 2.0 ** (-5.0 - torch.arange(heads, dtype=torch.float, device="cpu"))).log(), device)
 
 
 def _lightnet(sequence: SequenceParallel) -> Callable[..., Any]:
@@ -274,7 +277,7 @@ def _lightnet(sequence: SequenceParallel) -> Callable[..., Any]:
         layout = layout_of(sequence)
         total, _state = linear_attention(one, one, weight, layout=layout, sequence=sequence)
         share = weight / torch.where(total > 0, total, 1.0)  # before the first token that is no padding
-        g = torch.log1p(-share.clamp(max=1 - 1e-12)).to(_wide(q))  # the first token forgets what is not there
+        g = torch.log1p(-share.clamp(max=1 - 1e-12))  # the first token forgets what is not there
         o, _none = attend(q, share.to(k.dtype), v, g=g, scale=scale, cu_seqlens=cu_seqlens)
         return o, (None, None)
 
@@ -305,10 +308,8 @@ def _delta(sequence: SequenceParallel, gate: Callable[..., Tensor] | None = None
     ) -> tuple[Tensor, None]:
         """q and k [B, T, H, K], v [B, T, G*H, V], beta [B, T, G*H], g [B, T, G*H] or [B, T, G*H, K]."""
         _check(cu_seqlens, initial_state, output_final_state, others)
-        wide, dtype = _wide(v), v.dtype
-        q, k, v, b = (x.to(wide) for x in (q, k, v, torch.ones_like(v[..., 0]) if beta is None else beta))
-        if use_qk_l2norm_in_kernel:
-            q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+        wide, dtype = state_dtype(v.dtype), v.dtype
+        b = torch.ones_like(v[..., 0]) if beta is None else beta.to(wide)
         if use_beta_sigmoid_in_kernel:
             b = b.sigmoid() * (2 if allow_neg_eigval else 1)
         if g is not None:
@@ -318,16 +319,8 @@ def _delta(sequence: SequenceParallel, gate: Callable[..., Tensor] | None = None
                 g = gate(g, A_log, dt_bias, lower_bound)
             (g,) = _without_padding(cu_seqlens, g)
         k, v, b = _without_padding(cu_seqlens, k, v, b)
-        o, _state = delta_rule(
-            q,
-            k,
-            v,
-            b,
-            log_decay=g,
-            scale=k.shape[-1] ** -0.5 if scale is None else scale,
-            layout=layout_of(sequence),
-            sequence=sequence,
-        )
+        layout, normalize = layout_of(sequence), use_qk_l2norm_in_kernel
+        o = gated_delta_rule(q, k, v, b, g, scale=scale, normalize=normalize, layout=layout, sequence=sequence)
         return o.to(dtype).contiguous(), None
 
     return rule
@@ -343,7 +336,7 @@ def _kda(sequence: SequenceParallel) -> Callable[..., Any]:
 
 def _gdn_gate(g: Tensor, a_log: Tensor, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
     """[B, T, H], from logits: -exp(A_log) softplus(g + bias)."""
-    _no_more(lower_bound=lower_bound)
+    _not_known(lower_bound=lower_bound)
     g = g if dt_bias is None else g + dt_bias.to(g.dtype)
     return -a_log.to(g.dtype).exp() * F.softplus(g)
 
@@ -381,10 +374,6 @@ def _conv(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
     return causal_conv1d
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 _BY_FUNCTION: dict[str, Make] = {
     "unpad_hidden_states": _unpad,
     "repad_hidden_states": _repad,
@@ -417,21 +406,6 @@ _STAND_INS = {_lightnet: _each_token_of_lightnet, _conv: _no_convolution}
 # Modules
 
 
-def _needs(module: nn.Module, *names: str) -> None:
-    """Raise unless a module whose forward is replaced as a whole has what the new one uses."""
-    if missing := [name for name in names if not hasattr(module, name)]:
-        raise ValueError(
-            f"{type(module).__qualname__} has no {', '.join(missing)}: this adapter is for another version of fla "
-            f"({tested_with('fla')})"
-        )
-
-
-def _short_convolution(module: nn.Module, sequence: SequenceParallel) -> None:
-    """As a whole: for a single token without gradients its own forward goes another way, with a cache of zeros."""
-    _needs(module, "weight", "bias", "activation")
-    put(module, "forward", _short_convolution_forward)
-
-
 def _short_convolution_in_trial(module: nn.Module) -> None:
     put(module, "forward", lambda self, x, *_, **__: _no_convolution(x))
 
@@ -462,10 +436,9 @@ def _short_convolution_forward(
 
 def _rotary(module: nn.Module, sequence: SequenceParallel) -> None:
     """Rotary positions, which fla counts from the length of a cache: from where the slice begins."""
-    _needs(module, "_update_cos_sin_cache", "scale", "interleaved")
-    _no_more(scale_base=module.scale)  # decays from the middle of the tokens that it sees
-    module.sequence = sequence  # type: ignore[assignment]
-    put(module, "forward", _rotary_forward)
+    needs(module, "scale")
+    _not_known(scale_base=module.scale)  # decays from the middle of the tokens that it sees
+    with_forward(_rotary_forward, "_update_cos_sin_cache", "interleaved")(module, sequence)
 
 
 def _rotary_forward(
@@ -476,18 +449,10 @@ def _rotary_forward(
     if not layout.packed:
         start, _end = layout.bounds(rank)
         return type(self).forward(self, q, k, seqlen_offset=start, max_seqlen=layout.total)
-    offsets = layout.real.cu_seqlens or (0,)
-    longest = max((end - start for start, end in zip(offsets, offsets[1:])), default=0)
-    self._update_cos_sin_cache(max(longest, layout.padding), device=q.device, dtype=q.dtype)
+    self._update_cos_sin_cache(longest_document(layout), device=q.device, dtype=q.dtype)
     here = positions(layout, rank, q.device)[0]
     cos, sin = self._cos_cached[here], self._sin_cached[here]
     return tuple(rotary_embedding_ref(x, cos, sin, self.interleaved) for x in (q, k))  # type: ignore[return-value]
-
-
-def _mamba2(module: nn.Module, sequence: SequenceParallel) -> None:
-    """As a whole: its scan is written out in a method, and another path fuses it with all around it."""
-    _needs(module, "in_proj", "conv1d", "out_proj", "norm", "act", "dt_bias", "A_log", "dt_limit", "n_groups", "_get_D")
-    put(module, "forward", _mamba2_forward)
 
 
 def _mamba2_forward(
@@ -499,8 +464,9 @@ def _mamba2_forward(
     output_attentions: bool | None = False,
     **others: Any,
 ) -> tuple[Tensor, None, None]:
-    """Mamba-2 (arXiv 2405.21060, equation 16): q = C, k = B, v = dt x, log_decay = dt A; and D x is added."""
-    _no_more(past_key_values=past_key_values, use_cache=use_cache, cu_seqlens=others.get("cu_seqlens"))
+    """Mamba-2, whose scan is written out in a method, and fused with all around it on another path."""
+    no_cache(past_key_values=past_key_values, use_cache=use_cache)
+    _not_known(cu_seqlens=others.get("cu_seqlens"))
     real = None if attention_mask is None else _Real(_padded_at_ends(attention_mask))
     batch, tokens, _ = hidden_states.shape
     (x,) = _without_padding(real, hidden_states)
@@ -510,14 +476,13 @@ def _mamba2_forward(
     x = self.act(causal_conv(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, layout=layout, sequence=sequence))
     (x,) = _without_padding(real, x)
     state = self.n_groups * self.ssm_state_size
-    x, k, q = x.split([self.intermediate_size, state, state], -1)
+    x, B, C = x.split([self.intermediate_size, state, state], -1)
     x = x.view(batch, tokens, self.num_heads, self.head_dim)
-    k, q = (_of_heads(self, y.view(batch, tokens, self.n_groups, -1)) for y in (k, q))
-    dt = F.softplus(dt.to(_wide(x)) + self.dt_bias.to(_wide(x))).clamp(*self.dt_limit)
-    rate = -self.A_log.to(_wide(x)).exp()
-    v = (x * dt[..., None]).to(x.dtype)
-    o, _state = linear_attention(q, k, v, log_decay=dt * rate, layout=layout, sequence=sequence)
-    o = (o + self._get_D(expand_to_head_dim=True) * x).to(x.dtype).reshape(batch, tokens, -1)
+    B, C = (_of_heads(self, y.view(batch, tokens, self.n_groups, -1)) for y in (B, C))
+    wide = state_dtype(x.dtype)
+    dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
+    A = -self.A_log.to(wide).exp()
+    o = mamba2_scan(x, dt, A, B, C, self._get_D(), layout=layout, sequence=sequence).reshape(batch, tokens, -1)
     o = self.norm(o, gate) if self.rmsnorm else o * self.act(gate)
     return self.out_proj(o.to(hidden_states.dtype)), None, None
 
@@ -530,16 +495,28 @@ def _of_heads(module: Any, x: Tensor) -> Tensor:
     return x.repeat_interleave(each, 2) if kernels else x.repeat(1, 1, each, 1)
 
 
+_REBOUND = Foreign(_rebind_known, (), stand_in=_stand_in)
 _LAYERS = {
-    "LinearAttention": _Adapter(_rebind_known, stand_in=_stand_in),
-    "MultiScaleRetention": _Adapter(_rebind_known, ("rotary",), _stand_in),
-    "SimpleGatedLinearAttention": _Adapter(_rebind_known, stand_in=_stand_in),
-    "GatedLinearAttention": _Adapter(_rebind_known, stand_in=_stand_in),
-    "HGRN2Attention": _Adapter(_rebind_known, stand_in=_stand_in),
-    "LightNetAttention": _Adapter(_rebind_known, stand_in=_stand_in),
-    "DeltaNet": _Adapter(_rebind_known, stand_in=_stand_in),
-    "GatedDeltaNet": _Adapter(_rebind_known, stand_in=_stand_in),
-    "KimiDeltaAttention": _Adapter(_rebind_known, stand_in=_stand_in),
-    "Mamba2": _Adapter(_mamba2, ("conv1d",)),
-    "ShortConvolution": _Adapter(_short_convolution, stand_in=_short_convolution_in_trial),
+    "LinearAttention": _REBOUND,
+    "MultiScaleRetention": Foreign(_rebind_known, ("rotary",), stand_in=_stand_in),
+    "SimpleGatedLinearAttention": _REBOUND,
+    "GatedLinearAttention": _REBOUND,
+    "HGRN2Attention": _REBOUND,
+    "LightNetAttention": _REBOUND,
+    "DeltaNet": _REBOUND,
+    "GatedDeltaNet": _REBOUND,
+    "KimiDeltaAttention": _REBOUND,
+    "Mamba2": Foreign(
+        with_forward(
+            _mamba2_forward,
+            *("in_proj", "conv1d", "out_proj", "norm", "act", "dt_bias", "A_log", "dt_limit", "n_groups", "_get_D"),
+        ),
+        ("conv1d",),
+    ),
+    # As a whole: for a single token without gradients its own forward goes another way, with a cache of zeros.
+    "ShortConvolution": Foreign(
+        with_forward(_short_convolution_forward, "weight", "bias", "activation"),
+        (),
+        stand_in=_short_convolution_in_trial,
+    ),
 }

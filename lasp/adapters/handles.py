@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,54 @@ class Handles:
                     values.pop(name, None)
                 else:
                     values[name] = value
+
+
+class Parallelized:
+    """What is known of a model that `parallelize` was called with."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sequence: SequenceParallel,
+        layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
+        own: Iterable[SequenceParallel],
+    ):
+        self.sequence, self._model = sequence, weakref.ref(model)
+        self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
+        self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
+        self.fitting = 0  # the most tokens of a segment for which there is memory; 0: not tried yet
+        self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
+        self._handles: Handles | None = None
+
+    def with_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, its layers call the operators with their ranks, on one rank too."""
+        if self.sequence.size > 1:
+            return contextlib.nullcontext()
+        if self._handles is None:
+            model = self._model()
+            assert model is not None
+            living = [(path, module, adapter) for path, held, adapter in self._layers if (module := held()) is not None]
+            self._handles = Handles(model, living, self.sequence)
+            self.own = self._handles.own
+        return self._handles.inside()
+
+
+_parallelized: weakref.WeakKeyDictionary[nn.Module, Parallelized] = weakref.WeakKeyDictionary()
+
+
+def remember(
+    model: nn.Module,
+    sequence: SequenceParallel,
+    layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
+    own: Iterable[SequenceParallel],
+) -> None:
+    """What `parallelize` was called with."""
+    _parallelized[model] = Parallelized(model, sequence, layers, own)
+
+
+def held_by(model: nn.Module) -> list[Parallelized]:
+    """Of the model and of those in it, what `parallelize` was called with in this process."""
+    return [_parallelized[module] for module in model.modules() if module in _parallelized]
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,9 @@ def rebind(module: nn.Module, method: str = "forward", /, **names: Any) -> None:
     used = names_in(function)
     if missing := sorted(set(names) - used):
         library = function.__module__.partition(".")[0]
-        version = f": this adapter is for another version of {library} ({tested_with(library)})"
         raise ValueError(
             f"{type(module).__qualname__}.{method} does not use {', '.join(missing)}"
-            + (version if library in TESTED else "")
+            + (f": {of_another_version(library)}" if library in TESTED else "")
             + f"; what it uses is {', '.join(sorted(used & function.__globals__.keys()))}"
         )
     # A code object of its own: what torch.compile keeps of a function, it keeps by that.
@@ -89,11 +88,15 @@ def is_function(cls: type[nn.Module], name: str) -> bool:
     return callable(found) and not isinstance(found, type)
 
 
-def tested_with(module: str) -> str:
-    """In words, the versions of a library that adapters were tested with, and the one that is here."""
+def of_another_version(library: str) -> str:
+    """That an adapter is, in words, with what it was tested with."""
+    return f"this adapter is for another version of {library} ({tested_with(library)})"
+
+
+def tested_with(library: str) -> str:
+    """In words, the version of a library that adapters were tested with, and the one that is here."""
     from importlib.metadata import PackageNotFoundError, version
 
-    library = module.partition(".")[0]
     try:
         here = version({"fla": "flash-linear-attention"}.get(library, library))
     except PackageNotFoundError:

@@ -16,43 +16,28 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lasp import decay
 from lasp.adapters import Foreign
-from lasp.adapters.border import facts_of, layout_of, positions
+from lasp.adapters._common import fixed_decay, in_fp32, no_cache, with_forward
+from lasp.adapters.border import facts_of, layout_of, longest_document, positions
 from lasp.adapters.rebind import put
 from lasp.ops.attention import linear_attention
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
+from lasp_kernels import state_dtype
 
 _FOLDER = "transformers_modules"
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """Gives a layer another forward, which uses these attributes, and answers for what is below it at these paths."""
-
-    forward: Callable[..., Any]
-    needs: tuple[str, ...]
-    covers: tuple[str, ...] = ()
-
-    def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:
-        _needs(module, *self.needs)
-        module.sequence = sequence  # type: ignore[assignment]
-        put(module, "forward", self.forward)
 
 
 def adapter_of(module: nn.Module) -> Foreign | None:
     """The adapter of a module of such code; None for a class that is not known."""
     for base in type(module).__mro__:
         if base.__module__.partition(".")[0] == _FOLDER and base.__name__ in _CLASSES:
-            found = _CLASSES[base.__name__]
-            return Foreign(found, found.covers)
+            return _CLASSES[base.__name__]
     return None
 
 
@@ -60,10 +45,11 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
     """What goes around the layers: slopes in fp32, and no mask of all tokens by all tokens, which nobody reads."""
     of_such_code: list[Any] = [m for m in model.modules() if type(m).__module__.partition(".")[0] == _FOLDER]
     for module in of_such_code:
-        slopes = getattr(module, "slopes", None)
-        if isinstance(slopes, Tensor) and slopes.dtype.itemsize < 4 and hasattr(module, "_build_slope_tensor"):
-            make = functools.partial(module._build_slope_tensor, len(slopes))
-            module.slopes = _in_fp32(make).to(slopes.device)
+        if isinstance(slopes := getattr(module, "slopes", None), Tensor) and hasattr(module, "_build_slope_tensor"):
+            if slopes.dtype.itemsize < 4:
+                slopes = in_fp32(functools.partial(module._build_slope_tensor, len(slopes)))
+            # Beside the weights: the model copies them from elsewhere at each call, for which the host would wait.
+            module.slopes = slopes.to(next(module.parameters(), slopes).device)
         if hasattr(module, "_prepare_decoder_linear_attn_mask"):
             put(module, "_prepare_decoder_linear_attn_mask", _no_mask)
         if type(module).__name__ == "Lrpe":
@@ -72,40 +58,12 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def as_it_came(model: nn.Module) -> AbstractContextManager:
-    """Nothing is changed but methods, and slopes that are more precise than they were."""
+    """Nothing is changed but methods, and slopes that are more precise than they were, and where the weights are."""
     return nullcontext()
 
 
 def _no_mask(self: Any, *_: Any, **__: Any) -> None:
     return None
-
-
-def _in_fp32(make: Callable[[], Tensor]) -> Tensor:
-    """What a function makes while fp32 is the default, as it is not where a model is made in 16 bits."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        return make().float()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _needs(module: nn.Module, *names: str) -> None:
-    if missing := [name for name in names if not hasattr(module, name)]:
-        raise ValueError(
-            f"{type(module).__module__}.{type(module).__qualname__} has no {', '.join(missing)}: the adapter for its "
-            "name is for another version of that code; write one (lasp.register)"
-        )
-
-
-def _no_cache(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None and value is not False:
-            raise RuntimeError(f"{name} of a layer whose sequence is split: pass use_cache=False, one rank can decode")
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 # Ring-linear-2.0
@@ -140,12 +98,13 @@ def _simple_gla(module: Any, sequence: SequenceParallel) -> Callable[..., tuple[
         **others: Any,
     ) -> tuple[Tensor, None]:
         """q, k and v [B, T, H, D], g [B, T, H], which is the same for all tokens."""
-        _no_cache(initial_state=initial_state, output_final_state=output_final_state, head_first=head_first, **others)
+        no_cache(initial_state=initial_state, output_final_state=output_final_state, head_first=head_first, **others)
+        known = hasattr(module, "slope")  # made by the formula
         o, _state = linear_attention(
             q.contiguous(),
             k.contiguous(),
             v.contiguous(),
-            log_decay=_bailing_decay(module, q.device) if hasattr(module, "slope") else g[0, 0].to(_wide(q)),
+            log_decay=fixed_decay(module, _bailing_formula, q) if known else g[0, 0].to(state_dtype(q.dtype)),
             scale=k.shape[-1] ** -0.5 if scale is None else scale,
             layout=layout_of(sequence),
             sequence=sequence,
@@ -155,16 +114,10 @@ def _simple_gla(module: Any, sequence: SequenceParallel) -> Callable[..., tuple[
     return simple_gla
 
 
-def _bailing_decay(module: Any, device: torch.device) -> Tensor:
+def _bailing_formula(module: Any) -> Tensor:
     """[H]: slopes as ALiBi's times 1 - (l - 1) / (L - 1) + 1e-5 for the layer l, from 0."""
     factor = 1 - (module.layer_idx - 1) / (module.config.num_hidden_layers - 1) + 1e-5
-    slopes = _in_fp32(lambda: torch.as_tensor(module.build_slope_tensor(module.num_heads)))
-    return _fixed(tuple((-slopes.flatten() * factor).tolist()), device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _fixed(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return decay.fixed(values, device)
+    return -torch.as_tensor(module.build_slope_tensor(module.num_heads)).flatten() * factor
 
 
 # MiniMax-Text-01
@@ -182,7 +135,7 @@ def _minimax_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None, None]:
     """Lightning attention, in training too, for which the published forward has nothing."""
-    _no_cache(output_attentions=output_attentions, past_key_value=past_key_value, use_cache=use_cache)
+    no_cache(output_attentions=output_attentions, past_key_value=past_key_value, use_cache=use_cache)
     mask = attn_mask if attn_mask is not None else kwargs.get("attention_mask")
     q, k, v = self.act(self.qkv_proj(hidden_states)).unflatten(-1, (self.num_heads, -1)).split(self.head_dim, -1)
     o = _lightning(self, q, k, v, mask, slope_rate)
@@ -202,7 +155,7 @@ def _lightning(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        log_decay=-slope_rate.flatten().to(q.device, _wide(q)),
+        log_decay=-slope_rate.flatten().to(q.device, state_dtype(q.dtype)),
         layout=layout_of(module.sequence),
         sequence=module.sequence,
     )
@@ -223,7 +176,7 @@ def _transnormer_forward(
     slope_rate: Tensor | None = None,
 ) -> tuple[Tensor, None, None]:
     """NormAttention: linear attention whose output is normalized, in training and evaluation alike."""
-    _no_cache(output_attentions=output_attentions, past_key_value=past_key_value, use_cache=use_cache)
+    no_cache(output_attentions=output_attentions, past_key_value=past_key_value, use_cache=use_cache)
     q, k, v, u = (y.unflatten(-1, (self.num_heads, -1)) for y in self.qkvu_proj(x).chunk(4, -1))
     q, k = self.act(q), self.act(k)
     if self.linear_use_lrpe:
@@ -255,14 +208,14 @@ def _softmax_forward(
 ) -> tuple[Tensor, None, None]:
     """Attention of these files, eager, SDPA and flash alike. Padding comes from the model's border: a mask of
     [T, T] is of this rank's tokens alone."""
-    _no_cache(output_attentions=output_attentions, past_key_value=past_key_value, use_cache=use_cache)
-    _no_cache(sliding_window=getattr(self.config, "sliding_window", None))
+    no_cache(output_attentions=output_attentions, past_key_value=past_key_value, use_cache=use_cache)
+    no_cache(sliding_window=getattr(self.config, "sliding_window", None))
     q, k, v = (y.transpose(1, 2) for y in _heads(self, hidden_states))
     facts, rotate = facts_of(self.sequence), type(self).forward.__globals__["apply_rotary_pos_emb"]
     if position_embeddings is not None:
         q, k = rotate(q, k, *position_embeddings)
     else:
-        q, k = rotate(q, k, *self.rotary_emb(v, seq_len=_longest(facts.layout)), position_ids)
+        q, k = rotate(q, k, *self.rotary_emb(v, seq_len=longest_document(facts.layout)), position_ids)
     o = softmax_attention(
         *(y.transpose(1, 2) for y in (q, k, v)),
         layout=facts.layout,
@@ -289,22 +242,18 @@ def _heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _longest(layout: Any) -> int:
-    """Positions that there are, in the longest document."""
-    offsets = layout.real.cu_seqlens or (0, layout.total)
-    return max(layout.padding, *(end - start for start, end in zip(offsets, offsets[1:])))
-
-
-_BAILING = _Adapter(_bailing_forward, ("lightning_attn_ops", "query_key_value", "g_proj", "g_norm", "layer_idx"))
-_MINIMAX = _Adapter(_minimax_forward, ("act", "qkv_proj", "num_heads", "head_dim", "norm", "output_gate", "out_proj"))
-_TRANSNORMER = _Adapter(
-    _transnormer_forward,
-    ("qkvu_proj", "act", "num_heads", "linear_use_lrpe", "norm", "out_proj"),
+_BAILING = Foreign(
+    with_forward(_bailing_forward, "lightning_attn_ops", "query_key_value", "g_proj", "g_norm", "layer_idx"), ()
+)
+_MINIMAX = Foreign(
+    with_forward(_minimax_forward, "act", "qkv_proj", "num_heads", "head_dim", "norm", "output_gate", "out_proj"), ()
+)
+_TRANSNORMER = Foreign(
+    with_forward(_transnormer_forward, "qkvu_proj", "act", "num_heads", "linear_use_lrpe", "norm", "out_proj"),
     ("lrpe",),
 )
-_SOFTMAX = _Adapter(
-    _softmax_forward,
-    ("num_heads", "num_key_value_heads", "head_dim", "attention_dropout", "config"),
+_SOFTMAX = Foreign(
+    with_forward(_softmax_forward, "num_heads", "num_key_value_heads", "head_dim", "attention_dropout", "config"),
     ("rotary_emb",),
 )
 _CLASSES = {

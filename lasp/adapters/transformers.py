@@ -33,17 +33,18 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lasp import arguments
 from lasp.adapters import Foreign
-from lasp.adapters._selective import rnn_scan, selective_scan
+from lasp.adapters._common import fixed_decay, needs, no_cache, with_forward
+from lasp.adapters._scans import gated_delta_rule, mamba2_scan, rnn_scan, selective_scan
 from lasp.adapters.border import facts_of, layout_of
-from lasp.adapters.rebind import names_in, put, rebind, tested_with
+from lasp.adapters.rebind import names_in, put, rebind
 from lasp.batch import unshard_sequence
 from lasp.checks.use import of_a_pickle
 from lasp.ops.attention import linear_attention
-from lasp.ops.delta import delta_rule
 from lasp.ops.halo import causal_conv
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
 from lasp.ranks.collectives import gather_tokens
+from lasp_kernels import state_dtype
 
 Adapter = Callable[[nn.Module, SequenceParallel], None]
 Make = Callable[[SequenceParallel], Callable[..., Any]]
@@ -87,13 +88,6 @@ def _refuse_step(*_: Any, **__: Any) -> None:
     raise RuntimeError("a decoding step of a layer whose sequence is split: pass use_cache=False, one rank can decode")
 
 
-def _no_states(**given: Any) -> None:
-    """Raise for arguments that belong to a cache."""
-    for name, value in given.items():
-        if value is not None and value is not False:
-            raise RuntimeError(f"{name} of a layer whose sequence is split: pass use_cache=False, one rank can decode")
-
-
 # Functions
 
 
@@ -108,7 +102,7 @@ def _conv(sequence: SequenceParallel) -> Callable[..., Tensor]:
         **_: Any,
     ) -> Tensor:
         """[B, C, T], weight [C, W]."""
-        _no_states(initial_states=initial_states, return_final_states=return_final_states)
+        no_cache(initial_states=initial_states, return_final_states=return_final_states)
         x = hidden_states.to(weight.dtype).transpose(1, 2)
         y = causal_conv(x, weight, bias, layout=layout_of(sequence), sequence=sequence).transpose(1, 2)
         return (y if activation is None else ACT2FN[activation](y)).to(hidden_states.dtype)
@@ -117,8 +111,6 @@ def _conv(sequence: SequenceParallel) -> Callable[..., Tensor]:
 
 
 def _ssd(sequence: SequenceParallel) -> Callable[..., Tensor]:
-    """Mamba-2's scan (arXiv 2405.21060, equation 16): q = C, k = B, v = dt x, log_decay = dt A; and D x is added."""
-
     def mamba2_chunk_scan(
         hidden_states: Tensor,
         dt: Tensor,
@@ -136,23 +128,18 @@ def _ssd(sequence: SequenceParallel) -> Callable[..., Tensor]:
         **_: Any,
     ) -> Tensor:
         """x [B, T, H, P], dt [B, T, H], A [H], B and C [B, T, G, N]; fp32 where the library computes in it."""
-        _no_states(initial_states=initial_states, return_final_states=return_final_states)
-        x, wide = hidden_states, torch.promote_types(hidden_states.dtype, torch.float32)
+        no_cache(initial_states=initial_states, return_final_states=return_final_states)
+        x, wide = hidden_states, state_dtype(hidden_states.dtype)
         dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(wide)
-        k, q = (y.to(x.dtype).repeat_interleave(x.shape[2] // y.shape[2], 2) for y in (B, C))
-        v = (x * dt[..., None]).to(x.dtype)
-        layout = layout_of(sequence)
-        o, _state = linear_attention(q, k, v, log_decay=dt * A.to(wide), layout=layout, sequence=sequence)
-        o = o if D is None else (o + D[:, None] * x).to(x.dtype)
-        return (o if z is None else o * F.silu(z)).contiguous()  # FalconH1 views it
+        B, C = (y.to(x.dtype).repeat_interleave(x.shape[2] // y.shape[2], 2) for y in (B, C))
+        y = mamba2_scan(x, dt, A.to(wide), B, C, D, layout=layout_of(sequence), sequence=sequence)
+        return (y if z is None else y * F.silu(z)).contiguous()  # FalconH1 views it
 
     return mamba2_chunk_scan
 
 
 def _delta(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
-    """The gated delta rule (arXiv 2412.06464), and with a gate per channel KDA (arXiv 2510.26692)."""
-
     def chunk_rule(
         query: Tensor,
         key: Tensor,
@@ -166,21 +153,9 @@ def _delta(sequence: SequenceParallel) -> Callable[..., tuple[Tensor, None]]:
         **_: Any,
     ) -> tuple[Tensor, None]:
         """q and k [B, T, H, K], v [B, T, H, V], beta [B, T, H], g [B, T, H] or [B, T, H, K]."""
-        _no_states(initial_state=initial_state, output_final_state=output_final_state)
-        wide = torch.promote_types(value.dtype, torch.float32)
-        q, k, v, b, g = (x.to(wide) for x in (query, key, value, beta, g))
-        if use_qk_l2norm_in_kernel:
-            q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-        o, _state = delta_rule(
-            q,
-            k,
-            v,
-            b,
-            log_decay=g,
-            scale=key.shape[-1] ** -0.5,
-            layout=layout_of(sequence),
-            sequence=sequence,
-        )
+        no_cache(initial_state=initial_state, output_final_state=output_final_state)
+        layout, normalize = layout_of(sequence), use_qk_l2norm_in_kernel
+        o = gated_delta_rule(query, key, value, beta, g, normalize=normalize, layout=layout, sequence=sequence)
         return o.to(query.dtype).contiguous(), None
 
     return chunk_rule
@@ -197,7 +172,7 @@ def _selective(sequence: SequenceParallel) -> Callable[..., Tensor]:
         **more: Any,
     ) -> Tensor:
         """x, dt and z [B, D, T], A [D, N], B and C [B, N, T]; the last two choose how the library would scan."""
-        _no_states(return_last_state=return_last_state)
+        no_cache(return_last_state=return_last_state)
         return selective_scan(*given, **more, layout=layout_of(sequence), sequence=sequence)
 
     return mamba_selective_scan
@@ -234,18 +209,6 @@ def _global(module: nn.Module, name: str) -> Any:
 # Classes
 
 
-def lightning(module: nn.Module, sequence: SequenceParallel) -> None:
-    """MiniMax: its loop over blocks is written out in its forward, so that is replaced as a whole."""
-    module.sequence = sequence  # type: ignore[assignment]
-    needed = {"act_fn", "qkv_proj", "norm", "output_gate", "out_proj", "num_attention_heads", "head_dim"}
-    if missing := sorted(name for name in needed | {"get_slope_rate"} if not hasattr(module, name)):
-        raise ValueError(
-            f"{type(module).__qualname__} has no {', '.join(missing)}: this adapter is for another version of "
-            f"transformers ({tested_with('transformers')})"
-        )
-    put(module, "forward", _lightning_forward)
-
-
 def _lightning_forward(
     self: Any,
     hidden_states: Tensor,
@@ -253,8 +216,9 @@ def _lightning_forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Lightning attention with its fixed decays; activation, norm over all heads and gate as the layer has them."""
-    _no_states(cache=kwargs.get("cache"), past_key_values=kwargs.get("past_key_values"))
+    """MiniMax, whose loop over blocks is written out in its forward: lightning attention with its fixed decays;
+    activation, norm over all heads and gate as the layer has them."""
+    no_cache(cache=kwargs.get("cache"), past_key_values=kwargs.get("past_key_values"))
     batch, tokens, _ = hidden_states.shape
     qkv = self.act_fn(self.qkv_proj(hidden_states))
     if attention_mask is not None:
@@ -264,7 +228,7 @@ def _lightning_forward(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        log_decay=_slopes(self, q),
+        log_decay=fixed_decay(self, _formula, q),
         layout=layout_of(self.sequence),
         sequence=self.sequence,
     )
@@ -272,9 +236,9 @@ def _lightning_forward(
     return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * o), None
 
 
-def _slopes(module: Any, q: Tensor) -> Tensor:
-    """[H]: from the layer's formula, not from its buffer, which a cast of the model has rounded."""
-    return -module.get_slope_rate(device=q.device).flatten().to(torch.promote_types(q.dtype, torch.float32))
+def _formula(module: Any) -> Tensor:
+    """For its decays; the layer's buffer may have been rounded by a cast of the model."""
+    return -module.get_slope_rate()
 
 
 def griffin(module: nn.Module, sequence: SequenceParallel) -> None:
@@ -282,11 +246,7 @@ def griffin(module: nn.Module, sequence: SequenceParallel) -> None:
     block: Any = module
     for part in (block, block.conv_1d, block.rg_lru):
         part.sequence = sequence
-    if not hasattr(type(block.rg_lru), "_rnn_scan"):
-        raise ValueError(
-            f"{type(block.rg_lru).__qualname__} has no _rnn_scan: this adapter is for another version of transformers "
-            f"({tested_with('transformers')})"
-        )
+    needs(block.rg_lru, "_rnn_scan")
     put(block.rg_lru, "_rnn_scan", _rnn_scan)
     put(block.conv_1d, "forward", _padded_conv)
 
@@ -299,7 +259,7 @@ def _rnn_scan(
     recurrent_states: Tensor | None,
     acc_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, None]:
-    _no_states(recurrent_states=recurrent_states)
+    no_cache(recurrent_states=recurrent_states)
     return rnn_scan(hidden_states, recurrent_gate, reset, layout=layout_of(self.sequence), sequence=self.sequence), None
 
 
@@ -321,7 +281,7 @@ class Mask:
 
 
 _MASKS = ("and_masks", "sliding_window_overlay", "packed_sequence_mask_function", "remap_positions_for_packed_sequence")
-_HARMLESS = {
+_NOT_OF_ATTENTION = {  # arguments of a model that it hands on to its layers
     "position_ids",
     "cache_position",
     "use_cache",
@@ -359,7 +319,7 @@ def lasp_attention(
             f"{type(module).__name__} was given a mask of its own making, which lasp does not know how to split: "
             f"{arguments.shown(attention_mask)}"
         )
-    unknown = [name for name, x in others.items() if name not in _HARMLESS and x is not None and x is not False]
+    unknown = [name for name, x in others.items() if name not in _NOT_OF_ATTENTION and x is not None and x is not False]
     if unknown or others.get("is_causal") is False or others.get("output_attentions"):
         what = ", ".join(unknown) or "attention that is not causal, or its weights"
         raise ValueError(f"{type(module).__name__} asks for {what}, which lasp.softmax_attention has not got")
@@ -370,8 +330,7 @@ def lasp_attention(
     if module.sequence is not None:  # it is None in a model that came from a pickle, which is not split
         facts = facts_of(module.sequence)
         layout = facts.layout
-        if facts.masked and mask is None:  # other ranks may have padding
-            mask = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
+        mask = facts.real if mask is None else mask  # transformers drops one of no padding; other ranks may have some
     o = softmax_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         layout=layout,
@@ -383,6 +342,9 @@ def lasp_attention(
         dropout_p=dropout,
     )
     return o.contiguous(), None
+
+
+attention.calls = lasp_attention  # type: ignore[attr-defined]  # for `explain`: by a name in the config
 
 
 def lasp_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Mask:
@@ -482,9 +444,13 @@ def _dynamic_rotary_forward(self: Any, x: Tensor, position_ids: Tensor, *args: A
         mine = gather_tokens(mine, (1,) * sequence.size, sequence, lambda: "the largest position of all ranks", dim=0)
     largest = mine.amax().expand(*position_ids.shape[:-1], 1)
     found = type(self).forward(self, x, torch.cat([position_ids, largest], -1), *args, **kwargs)
-    if not isinstance(found, tuple):
-        raise ValueError(f"{type(self).__name__} gives something else than cosines and sines: lasp does not know it")
-    return tuple(y[..., :-1, :] for y in found)
+    turns = found if isinstance(found, tuple) else (found,)  # cosines and sines, or complex numbers (DeepSeek-V2)
+    if not all(isinstance(y, Tensor) and y.shape[-2:-1] == (position_ids.shape[-1] + 1,) for y in turns):
+        raise ValueError(
+            f"{type(self).__name__} gives something else than a row a position, [.., T, D]: lasp does not know it"
+        )
+    mine = tuple(y[..., :-1, :] for y in turns)
+    return mine if isinstance(found, tuple) else mine[0]
 
 
 def _is_dynamic(module: Any) -> bool:
@@ -515,7 +481,7 @@ def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
     counted = _counted(module.sequence, len(output.router_logits[0]), output.router_logits[0].device)
     chosen = probability = rows = 0
     for logits in output.router_logits:
-        p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        p = logits.softmax(-1, dtype=state_dtype(logits.dtype))
         among = F.one_hot(p.topk(module.num_experts_per_tok, -1).indices, module.num_experts).sum(1).to(p)
         weight = counted.to(p)
         chosen = chosen + weight @ among
@@ -540,8 +506,12 @@ def _counted(sequence: SequenceParallel, rows: int, device: torch.device) -> Ten
     return (counted if facts.real is None else counted * facts.real).flatten()
 
 
+_LIGHTNING = with_forward(
+    _lightning_forward,
+    *("act_fn", "qkv_proj", "norm", "output_gate", "out_proj", "num_attention_heads", "head_dim", "get_slope_rate"),
+)
 _CLASSES: dict[str, Foreign] = {
-    "MiniMaxLightningAttention": Foreign(lightning, ()),
+    "MiniMaxLightningAttention": Foreign(_LIGHTNING, ()),
     "RecurrentGemmaRecurrentBlock": Foreign(griffin, ("conv_1d", "rg_lru")),
 }
 

@@ -24,9 +24,9 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -65,7 +65,8 @@ _BUFFERS = "buffer"  # before the first forward
 _CALLS = "a call's"  # settings
 _SETTINGS = "the optimizer's"
 _HINTS = {
-    BATCH: "the ranks of a sequence cut one batch: draw it by the place in data parallelism, not by the global rank",
+    BATCH: "the ranks of a sequence cut one batch: draw it by the place in data parallelism, not by the global rank, "
+    "and cut all of them in one thread",
     _BUFFERS: "ranks of a sequence start with the same buffers; afterwards each may count on its own",
     WEIGHTS: "ranks of a sequence start with the same weights, and average gradients over lasp.grad_mesh(mesh) "
     '(sync_grads, DDP, FSDP2); if some are meant to differ (expert parallelism), validate="off"',
@@ -190,40 +191,31 @@ def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
     return Agreement(sequence, due=True, count=count)
 
 
-def of_batch(sequence: SequenceParallel, *, validate: str, before: str = "shard_batch") -> Agreement:
-    """Of the first batch that is cut for these ranks, and of every `EVERY`-th; `before` is who cuts it.
+@contextmanager
+def of_batch(sequence: SequenceParallel, *, validate: str, before: str = "shard_batch") -> Iterator[Agreement]:
+    """Around the first batch that is cut for these ranks, and every `EVERY`-th; `before` is who cuts it.
 
-    A thread of its own may do that. In a process that was forked for it there are no ranks to ask.
+    Threads may do that beside the main one, which counts its batches by itself. They share one count and take turns at
+    a comparison, so that each rank comes to as many: if their order is another there, that is a difference of batches,
+    on every rank. In a process that was forked for it there are no ranks to ask.
     """
     arguments.choice("validate", validate, ("first", "off"))
-    peers = sequence.peers
     if validate == "off" or sequence.validate == "off" or sequence.size == 1 or presence.forked:
-        return Agreement(None, due=False)
+        yield Agreement(None, due=False)
+        return
+    peers = sequence.peers
+    kind = _KINDS[1] if threading.current_thread() is threading.main_thread() else _KINDS[2]
 
     def count() -> None:
         peers.batches[kind] += 1
 
-    kind = _kind_of_batch(peers)
-    if peers.batches[kind] % EVERY == 0:
-        return Agreement(sequence, due=True, count=count, before=before, kind=kind)
-    count()
-    return Agreement(None, due=False)
-
-
-def _kind_of_batch(peers: Peers) -> str:
-    """Of the comparison. The main thread counts its batches by itself, and so does one other: of more of these nobody
-    knows which is which on another rank."""
-    thread = threading.current_thread()
-    if thread is threading.main_thread():
-        return _KINDS[1]
-    known = None if peers.cuts_batches is None else peers.cuts_batches()
-    if known is not thread and known is not None and known.is_alive():
-        raise RuntimeError(
-            f"shard_batch was called for the same ranks in the threads {known.name!r} and {thread.name!r}, whose order "
-            'may be another on each rank: cut all batches in one of them, or pass validate="off"'
-        )
-    peers.cuts_batches = weakref.ref(thread)
-    return _KINDS[2]
+    with peers.cutting[kind]:
+        if peers.batches[kind] % EVERY == 0:
+            with Agreement(sequence, due=True, count=count, before=before, kind=kind) as ranks_agree:
+                yield ranks_agree
+            return
+        count()
+    yield Agreement(None, due=False)
 
 
 def remember_model(sequence: SequenceParallel, model: nn.Module) -> None:
@@ -292,6 +284,7 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
     Raises:
         RankMismatchError: naming rank and layer, or rank and parameter.
         RuntimeError: on all ranks a split layer ran that called no operator with its ranks; it is named.
+        ValueError: batches were cut for these ranks, but no model was split over them.
         PeerError: a rank did not come within the timeout of its group.
     """
     if capturing():
@@ -300,8 +293,10 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
         watch.note_current("what came before the step of the optimizer (as the averaging of gradients)")
     parameters = {id(p) for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]}
     rounds, records, listings = [], [], []
+    use.refuse_nothing_split(parameters=parameters)
     unused = use.without_operator()
     for peers in all_peers():
+        peers.cut = False
         models = _models_of(peers, parameters)
         peers.steps += bool(models)
         if models:
@@ -625,7 +620,7 @@ class _Round:
 
 
 # Comparisons of each have an order on every rank: before calls and steps, of batches that the main thread cuts, and of
-# those that another one cuts.
+# those that others cut.
 _KINDS = ("call", "batch", "batch of a thread")
 _LIFE = "life"  # a key: the token of the first rank
 _READ = timedelta(seconds=2)  # for ranks that wait for a verdict to read it; a tenth of the timeout, if less

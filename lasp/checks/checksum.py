@@ -6,6 +6,7 @@ modulo 2^64, which is exact in any order and on any device. Numbers that have ch
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -26,6 +27,32 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         on.setdefault(x.device, []).append(name)
     numbers = {name: n for names in on.values() for name, n in zip(names, _to_host([found[name] for name in names]))}
     return {name: f"{form(x)} checksum {numbers[name] % 2**64:016x}" for name, x in tensors.items()}
+
+
+class RunningChecksums:
+    """Of many batches by the names of their tensors, for which no host waits before it reads them."""
+
+    def __init__(self):
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._forms: dict[str, int] = {}
+
+    @torch.no_grad()
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """One more batch; their order counts."""
+        self.count += 1
+        for name, x in tensors.items():
+            now = _sum(x.detach())
+            before = self._sums.get(name, now.new_zeros(())).to(now.device)
+            self._sums[name] = before * _WEIGHT + now
+            self._forms[name] = zlib.crc32(f"{self.count} {form(x)}".encode(), self._forms.get(name, 0))
+
+    def read(self) -> dict[str, str]:
+        """Of each name; the host waits for the device."""
+        return {
+            name: f"shapes {self._forms[name]:08x} checksum {int(x) % 2**64:016x} of {self.count} batches"
+            for name, x in self._sums.items()
+        }
 
 
 def _to_host(sums: list[Tensor]) -> list[int]:

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from lasp.checks.agreement import WEIGHTS, checksum, compare, is_due
 from lasp.checks.checksum import checksums, forms_of, whole_parameters
 from lasp.checks.messages import check_messages
+from lasp.checks.use import refuse_whole
 from lasp.ranks import SequenceParallel
 from lasp.ranks.collectives import device_of
 
@@ -27,8 +28,9 @@ def compare_parameters(model: nn.Module, group: ProcessGroup | None, before: str
 def check_gradients(model: nn.Module, group: ProcessGroup | None, before: str, *, validate: str = "first") -> None:
     """The same before each time that gradients meet; of the first two and of every 1000th also the values."""
     ranks = SequenceParallel(group, validate=validate)
-    if ranks.size == 1 or validate == "off":
+    if group is None or ranks.size == 1 or validate == "off":
         return
+    refuse_whole(model, group)
     parameters = dict(model.named_parameters())
     forms, calls = forms_of(parameters.items()), ranks.peers.counted.get(model, 0)
 

@@ -288,7 +288,7 @@ Weights = dict[str, Tensor]  # parameters and buffers in whose place others are 
 
 def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., Inputs]]:
     """Ways to make its inputs from a number of tokens, the likeliest first: ids, or numbers of some width."""
-    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+    parameters = [p for p in parameters_of(module) if p.kind != p.VAR_KEYWORD]
     if not parameters:
         return
     used = (weights.get(name, x) for name, x in (*module.named_parameters(), *module.named_buffers()))
@@ -306,8 +306,20 @@ def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., In
 
 def _optional(module: nn.Module, names: re.Pattern[str]) -> list[str]:
     """The arguments of its forward with such a name that need not be given."""
-    _, *others = inspect.signature(module.forward).parameters.values()
+    _, *others = parameters_of(module)
     return [p.name for p in others if names.fullmatch(p.name) and p.default is not p.empty]
+
+
+def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
+    """Of its forward; of one that hands on whatever it is given (PEFT's) also some of the model within it."""
+    own = list(inspect.signature(module.forward).parameters.values())
+    inner = getattr(module, "base_model", None)
+    if not isinstance(inner, nn.Module) or inner is module or all(p.kind != p.VAR_KEYWORD for p in own):
+        return own
+    named = {p.name for p in own}
+    handed_on = [p for p in parameters_of(inner) if _POSITIONS.fullmatch(p.name) or _MASKS.fullmatch(p.name)]
+    handed_on += [p for p in parameters_of(inner) if p.name == "use_cache"]
+    return own + [p for p in handed_on if p.name not in named]
 
 
 def _widths_of(module: nn.Module) -> list[int]:

@@ -1,7 +1,8 @@
 """What is done with a split model, against what it needs.
 
-Layers that were split and have run, but called no operator with their ranks: asked before an optimizer steps. And the
-tensors that a split model gives, which are a rank's tokens only: asked by the loss that is to take them.
+Layers that were split and have run, but called no operator with their ranks: asked before an optimizer steps. The
+tensors that a split model gives, which are a rank's tokens only: asked by the loss that is to take them. And models
+that were never split, though the batches were.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import re
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
-from lasp.ranks import SequenceParallel
+from lasp.ranks import SequenceParallel, all_peers
 from lasp.ranks.group import Peers, process
+
+split_models: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Those that were given to `parallelize`, and what of them could not be asked whether it mixes tokens."""
 
 
 def watch(module: nn.Module, sequence: SequenceParallel) -> None:
@@ -121,6 +127,86 @@ def split_over(x: Tensor) -> SequenceParallel | None:
 def _notes(node: Any) -> dict[str, Any]:
     """That belong to a node of autograd's graph, and go with it."""
     return node.metadata
+
+
+# Models that were never split
+
+
+def keep_whole(model: nn.Module) -> None:
+    """Who keeps a part of the model from now on keeps the model.
+
+    Ranks compare what they do with it, and it must not depend on when Python's collector comes by whether a rank still
+    has it: of a frame around what is trained, or a head that nobody uses, nothing else may be left.
+    """
+    for module in model.modules():
+        known = vars(module).get(_WHOLE)
+        vars(module)[_WHOLE] = _Whole(*(known.models if isinstance(known, _Whole) else ()), model)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether `parallelize` was called with this model, or with one that it holds, is a part of or is a copy of."""
+    return isinstance(vars(model).get(_WHOLE), _Whole) or any(
+        module in split_models or isinstance(getattr(module, "sequence", None), SequenceParallel)
+        for module in model.modules()
+    )
+
+
+_WHOLE = "_lasp_whole"
+
+
+class _Whole:
+    """An attribute of a module: the models that it is a part of."""
+
+    def __init__(self, *models: nn.Module):
+        self.models = models
+
+    def __deepcopy__(self, memo: Any) -> _Whole:
+        return _Whole()  # a copy is split as well, and does not keep the original
+
+    def __reduce__(self):
+        return of_a_pickle, ()
+
+
+def refuse_whole(model: nn.Module, group: ProcessGroup) -> None:
+    """Raise if gradients of this model are to be averaged over ranks that share sequences, but it was never split."""
+    if not process.by_hand and _cut_over(group) and not is_split(model):
+        raise ValueError(_never_split(f"this {type(model).__name__} was never", _cut_over(group)))
+
+
+def note_averaged(model: nn.Module, group: ProcessGroup) -> None:
+    """Ask the same before an optimizer steps that has parameters of the model."""
+    if not is_split(model):
+        process.averaged[model] = group
+
+
+def refuse_nothing_split(group: ProcessGroup | None = None, parameters: Container[int] = ()) -> None:
+    """Raise if batches were cut over ranks of this group (None: over any), but nothing was split, and no operator
+    called; or if the parameters with one of these ids are of a model that `note_averaged` knows."""
+    if process.by_hand or not any(peers.cut for peers in process.peers.values()):
+        return
+    if not process.split and (ranks := _cut_over(group)):
+        raise ValueError(_never_split("no model was", ranks))
+    for model, averaged_over in list(process.averaged.items()):
+        if any(id(p) in parameters for p in model.parameters()):
+            refuse_whole(model, averaged_over)
+
+
+def _cut_over(group: ProcessGroup | None) -> tuple[int, ...]:
+    """The ranks among these over which batches were cut; none if there were no such batches."""
+    of_group = None if group is None else set(dist.get_process_group_ranks(group))
+    for peers in all_peers():
+        ranks = dist.get_process_group_ranks(peers.group) if peers.cut else []
+        if ranks and (of_group is None or of_group.issuperset(ranks)):
+            return tuple(ranks)
+    return ()
+
+
+def _never_split(what: str, ranks: tuple[int, ...]) -> str:
+    return (
+        f"{what} given to lasp.parallelize, but lasp.shard_batch has cut batches over the ranks {ranks}: each would "
+        "take its slice for the whole sequence. Call lasp.parallelize(model, mesh['sp']) first, with the model that is "
+        "trained; of one that mixes no tokens with plan={'': lasp.adapters.token_local}"
+    )
 
 
 def of_a_pickle() -> Callable[..., None]:

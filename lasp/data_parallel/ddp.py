@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lasp import arguments
 from lasp.checks.replicas import compare_parameters
+from lasp.checks.use import note_averaged
 from lasp.ranks import grad_group, waiting
 from lasp.ranks.group import process
 
@@ -29,6 +30,8 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     if group is None:
         return model
     compare_parameters(model, group, "wrap_ddp", validate=validate)
+    if validate != "off":
+        note_averaged(model, group)
     with waiting("wrap_ddp: comparing and sending the parameters of all ranks"):
         wrapped = DistributedDataParallel(model, process_group=group, **options)
     # What averages goes with the wrapper: mostly at once, and then no rank averages; where a cycle holds it (the first

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lasp import arguments
 from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
+from lasp.checks.use import note_averaged
 from lasp.ranks import SequenceParallel, collectives, grad_mesh, waiting
 from lasp.ranks.group import making_groups
 
@@ -41,6 +42,8 @@ def wrap_fsdp2(
     if not isinstance(axis, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh for FSDP2, got {arguments.shown(mesh)}")
     compare_parameters(model, axis.get_group(), "wrap_fsdp2", validate=validate)
+    if validate != "off":
+        note_averaged(model, axis.get_group())
     if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
         with making_groups("wrap_fsdp2: making the process group of dp_shard x sp"):
             shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")

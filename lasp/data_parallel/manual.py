@@ -28,7 +28,8 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
             values; "off" does not.
 
     Raises:
-        ValueError: the model is sharded by FSDP2, which averages by itself.
+        ValueError: the model is sharded by FSDP2, which averages by itself; or it was never given to `parallelize`,
+            though `shard_batch` has cut batches over some of these ranks (unless `validate` is "off").
         RankMismatchError: ranks hold other parameters; on every rank, before anything is sent.
         PeerError: a rank did not come within the timeout of the group.
     """

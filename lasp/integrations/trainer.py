@@ -8,7 +8,8 @@ and of it are changed: who gets which samples, how often a token is counted, and
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers import Trainer
 from lasp import arguments
 from lasp.batch import shard_batch
 from lasp.checks import agreement
-from lasp.checks.checksum import checksums
+from lasp.checks.checksum import RunningChecksums, checksums
 from lasp.integrations.whole import WholeCalls, split_models
 from lasp.ranks import sequence_axis
 from lasp.streaming import TokenLoss, prepared
@@ -102,13 +103,15 @@ class SequenceTrainer(Trainer):
     Raises:
         ValueError: a model that is not split over the sequence axis of `mesh`, ranks that are not those of the
             Trainer, or an option that would be wrong on slices.
-        RankMismatchError: at a batch, if ranks of a sequence were given different ones; on each of them.
+        RankMismatchError: before a step, and at the latest at the end of an evaluation, if ranks of a sequence were
+            given different batches; on each of them.
     """
 
     def __init__(self, *args: Any, mesh: DeviceMesh | None, segment: int | None = None, **kwargs: Any):
         self.place = Place(mesh)
         self.segment = None if segment is None else arguments.integer("segment", segment, at_least=1)
         self.whole_calls = WholeCalls(self.place.sequence)
+        self.evaluated = RunningChecksums()  # the batches of the evaluation that runs
         if self.place.split and self._loss_of().__module__ == _DPO:
             self._install_reference(*args, **kwargs)
         super().__init__(*args, **kwargs)
@@ -197,7 +200,8 @@ class SequenceTrainer(Trainer):
         )
         yield (
             kind not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
-            f"{kind.value} has not been tried with it; DDP has",
+            f"{kind.value} through Trainer has not been tried with it, DDP has; leave it out, or where weights must "
+            "be sharded take a loop of your own with lasp.data_parallel.wrap_fsdp2(model, mesh) and lasp.token_loss",
         )
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -225,19 +229,38 @@ class SequenceTrainer(Trainer):
             self.accelerator.seed_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Compare them with what the other ranks of the sequence were given: at every batch, other than shard_batch."""
-        inputs = super()._prepare_inputs(inputs)
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """Of an optimizer step: compared all at once with what the other ranks of the sequence were given."""
         if self.place.split:
-            tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-            agreement.compare(
-                self.place.sequence,
-                {},
-                {agreement.BATCH: checksums(tensors)},
-                before="the forward of a batch",
-                kind="batch of a Trainer",
-            )
-        return inputs
+            batches = list(itertools.islice(epoch_iterator, num_batches))
+            self._compare_batches("the forward of a batch", batches)
+            epoch_iterator = iter(batches)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Also of `predict`. Its batches are compared as well, most of them behind the last one."""
+        self.evaluated = RunningChecksums()
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.place.split:
+            self._compare_batches("the end of an evaluation", evaluated=self.evaluated)
+        return output
+
+    def _compare_batches(
+        self, before: str, batches: Sequence[Mapping] = (), evaluated: RunningChecksums | None = None
+    ) -> None:
+        """At each step, other than shard_batch: here it is not the user's code that gives ranks their batches."""
+        listing = {} if evaluated is None else evaluated.read()
+        for number, batch in enumerate(batches):
+            of = f" of micro-batch {number}" if len(batches) > 1 else ""
+            listing |= {f"{name}{of}": x for name, x in checksums(_tensors_of(batch)).items()}
+        count = len(batches) if evaluated is None else evaluated.count
+        agreement.compare(
+            self.place.sequence,
+            {"batches": count},
+            {agreement.BATCH: listing},
+            before=before,
+            kind="batch of a Trainer",
+        )
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Weights that a checkpoint lacks are an error: training would go on from others."""
@@ -333,6 +356,10 @@ class SequenceTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
         """Loss, logits and labels of the whole sequences."""
+        if self.place.split:
+            if agreement.is_due(self.evaluated.count):
+                self._compare_batches("the forward of a batch", [inputs])
+            self.evaluated.add(_tensors_of(inputs))
         with self.whole_calls.calls(logits=not prediction_loss_only):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
@@ -340,6 +367,10 @@ class SequenceTrainer(Trainer):
         """Of DPO."""
         with self.whole_calls.calls(logits=False):
             return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
+
+
+def _tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x for name, x in batch.items() if isinstance(x, Tensor)}
 
 
 class _Accelerator(Accelerator):

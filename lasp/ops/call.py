@@ -34,6 +34,7 @@ from lasp.exchange import HeadRuns, StateMap, Terms, horizon
 from lasp.layout import LocalRuns, Shard, ShardLayout, crossed_tokens
 from lasp.ops import recompute
 from lasp.ranks import SequenceParallel, Traffic, waiting
+from lasp.ranks.group import process
 
 
 class MapSteps(Protocol):
@@ -66,6 +67,8 @@ def begin(
     finite.note_call(sequence)
     if sequence.size == 1:
         return _NOTHING
+    if not sequence.of_model:
+        process.by_hand = True
     if sequence.peers.busy:
         raise RuntimeError("the function that makes q must not exchange anything among the same ranks")
     if recompute.under_way():
@@ -145,6 +148,7 @@ class Call:
             "exchanges": [total.forward_exchanges, total.reverse_exchanges],
             "ranks": sequence.ranks,
             "exchange": [sequence.exchange, *astuple(exchange.cost.network_of(sequence))],
+            "softmax": sequence.softmax,
             **{name: _form(x, name) for name, x in tensors.items()},
             **_values_held_alike(tensors, self.rates),
             "layout": self.layout_in_short,

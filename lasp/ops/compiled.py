@@ -16,7 +16,7 @@ import lasp_kernels as kernels
 from lasp import decay
 from lasp.checks.messages import Kind
 from lasp.layout import ShardLayout
-from lasp.ops import attention, delta, elementwise, halo, softmax
+from lasp.ops import attention, delta, elementwise, halo, softmax, tokens
 from lasp.ops.call import Call, begin, call_of, check_initial_state
 from lasp.ranks import sequence_of_handle
 from lasp_kernels import Operands, convolution
@@ -400,7 +400,7 @@ def gather_tokens_op(
         call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence, settings)
         if ranks_agree is not None:
             ranks_agree.settle(lambda: call.fingerprint({"x": x}))
-    return softmax.gather(x, tuple(lengths.tolist()), call).contiguous()
+    return tokens.gather(x, tuple(lengths.tolist()), call).contiguous()
 
 
 @gather_tokens_op.register_fake
@@ -409,18 +409,15 @@ def _(x, lengths, cu_seqlens, total, sequence, *settings):
 
 
 @torch.library.custom_op("lasp::scatter_tokens", mutates_args=())
-def scatter_tokens_op(dx: Tensor, tokens: int, lengths: Tensor, cu_seqlens: MaybeTensor, sequence: Tensor) -> Tensor:
-    """The sum over ranks, of which this rank gets its `tokens`."""
-    ranks = sequence_of_handle(sequence)
-    assert ranks is not None
-    first = sum(lengths.tolist()[: ranks.rank])
-    call = _token_call(softmax.NAME, dx[:, first : first + tokens], lengths, cu_seqlens, sequence)
-    return softmax.scatter(dx, tuple(lengths.tolist()), call).contiguous()
+def scatter_tokens_op(dx: Tensor, here: int, lengths: Tensor, cu_seqlens: MaybeTensor, sequence: Tensor) -> Tensor:
+    """The sum over ranks, of which this rank gets its tokens, as many as are `here`."""
+    call = _whole_call(dx, here, lengths, cu_seqlens, sequence)
+    return tokens.scatter(dx, tuple(lengths.tolist()), call).contiguous()
 
 
 @scatter_tokens_op.register_fake
-def _(dx, tokens, lengths, cu_seqlens, sequence):
-    return dx.new_empty(dx.shape[0], tokens, *dx.shape[2:])
+def _(dx, here, lengths, cu_seqlens, sequence):
+    return dx.new_empty(dx.shape[0], here, *dx.shape[2:])
 
 
 def _setup_gather(ctx, inputs, output):
@@ -434,6 +431,110 @@ def _gather_gradient(ctx, dx):
 
 
 gather_tokens_op.register_autograd(_gather_gradient, setup_context=_setup_gather)
+
+
+@torch.library.custom_op("lasp::deal", mutates_args=())
+def deal_op(
+    x: Tensor,
+    lengths: Tensor,
+    cu_seqlens: MaybeTensor,
+    total: int,
+    sequence: Tensor,
+    window: MaybeInt,
+    scale: MaybeFloat,
+    softcap: MaybeFloat,
+    dropout_p: float,
+    heads: int,
+    masked: bool,
+) -> Tensor:
+    """All `total` tokens of this rank's share of x [B, T, ranks, n]; for a `softmax_attention` of these settings."""
+    ranks = sequence_of_handle(sequence)
+    with begin(softmax.NAME, ranks) as ranks_agree:
+        settings = softmax.settings_of(window, scale, softcap, dropout_p, heads, masked)
+        call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence, settings)
+        if ranks_agree is not None:
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}))
+    return tokens.deal(x, tuple(lengths.tolist()), call).contiguous()
+
+
+@deal_op.register_fake
+def _(x, lengths, cu_seqlens, total, sequence, *settings):
+    return x.new_empty(x.shape[0], total, x.shape[3])
+
+
+@torch.library.custom_op("lasp::collect", mutates_args=())
+def collect_op(
+    x: Tensor,
+    here: int,
+    ranks: int,
+    lengths: Tensor,
+    cu_seqlens: MaybeTensor,
+    sequence: Tensor,
+    window: MaybeInt = None,
+    scale: MaybeFloat = None,
+    softcap: MaybeFloat = None,
+    dropout_p: float = 0.0,
+    heads: int = 0,
+    masked: bool = False,
+    reverse: bool = False,
+) -> Tensor:
+    """The tokens of this rank, as many as are `here`, of all shares; x [B, T of all ranks, n]."""
+    settings = softmax.settings_of(window, scale, softcap, dropout_p, heads, masked)
+    call = _whole_call(x, here, lengths, cu_seqlens, sequence, settings)
+    return tokens.collect(x, tuple(lengths.tolist()), call, reverse=reverse).contiguous()
+
+
+def _whole_call(
+    x: Tensor, here: int, lengths: Tensor, cu_seqlens: MaybeTensor, sequence: Tensor, settings: Kind = ()
+) -> Call:
+    """The call of a rank that holds the tokens x of all ranks."""
+    ranks = sequence_of_handle(sequence)
+    assert ranks is not None
+    first = sum(lengths.tolist()[: ranks.rank])
+    return _token_call(softmax.NAME, x[:, first : first + here], lengths, cu_seqlens, sequence, settings)
+
+
+@collect_op.register_fake
+def _(x, here, ranks, *rest):
+    return x.new_empty(x.shape[0], here, ranks, x.shape[2])
+
+
+@torch.library.custom_op("lasp::deal_gradient", mutates_args=())
+def deal_gradient_op(dx: Tensor, total: int, lengths: Tensor, cu_seqlens: MaybeTensor, sequence: Tensor) -> Tensor:
+    """The gradient of what `collect` was given."""
+    call = _token_call(softmax.NAME, dx, lengths, cu_seqlens, sequence)
+    return tokens.deal(dx, tuple(lengths.tolist()), call, reverse=True).contiguous()
+
+
+@deal_gradient_op.register_fake
+def _(dx, total, lengths, cu_seqlens, sequence):
+    return dx.new_empty(dx.shape[0], total, dx.shape[3])
+
+
+def _setup_deal(ctx, inputs, output):
+    x, lengths, cu_seqlens, _, sequence, *_ = inputs
+    ctx.tokens = x.shape[1:3]
+    ctx.save_for_backward(lengths, cu_seqlens, sequence)
+
+
+def _deal_gradient(ctx, dx):
+    return collect_op(dx, *ctx.tokens, *ctx.saved_tensors, reverse=True), *[None] * 10
+
+
+deal_op.register_autograd(_deal_gradient, setup_context=_setup_deal)
+
+
+def _setup_collect(ctx, inputs, output):
+    x, _, _, lengths, cu_seqlens, sequence, *_ = inputs
+    ctx.total = x.shape[1]
+    ctx.save_for_backward(lengths, cu_seqlens, sequence)
+
+
+def _collect_gradient(ctx, dx):
+    return deal_gradient_op(dx, ctx.total, *ctx.saved_tensors), *[None] * 12
+
+
+collect_op.register_autograd(_collect_gradient, setup_context=_setup_collect)
 
 
 # Packed documents on one device: recomputed in backward, since an op cannot keep what autograd would

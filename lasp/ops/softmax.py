@@ -1,28 +1,33 @@
 """`softmax_attention`: the softmax layers of hybrid models, over the keys and values of all earlier ranks.
 
-What crosses is K and V, all of them: unlike a state they grow with the sequence (LASP-2H, arXiv 2502.07563, section 3).
-Forward gathers both in one message; backward adds up what every rank did with them, and each gets the part of its own
-tokens (reduce-scatter). The arithmetic between the two is PyTorch's, on one device (`lasp_kernels.softmax`).
+Unlike a state, what crosses grows with the sequence. There are two ways; the arithmetic between their exchanges is
+PyTorch's, on one device (`lasp_kernels.softmax`).
 
-Shards are contiguous, so later ranks have more to see: of P ranks with as many tokens the last one does 2 - 1 / P times
-the mean of the work, and the others wait for it (docs/exchange.md has what that costs).
+    by heads    Where the ranks divide the heads of k and v (or the other way round), each rank gives away the tokens of
+                all heads but its share, and gets all tokens of its share (all-to-all; DeepSpeed-Ulysses, arXiv
+                2309.14509); so does the output on its way back. All ranks do as much.
+    gathered    Else forward gathers K and V of all tokens (LASP-2H, arXiv 2502.07563, section 3); backward adds up what
+                every rank did with them, and each gets the part of its own tokens (reduce-scatter). Later ranks have
+                more to see: of P ranks with as many tokens the last does 2 - 1 / P times the mean of the work, and the
+                others wait for it.
+
+docs/exchange.md has what both cost.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lasp import arguments, exchange
+from lasp import arguments
 from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
-from lasp.ops import stream
+from lasp.ops import stream, tokens
 from lasp.ops.call import (
     Call,
     autocast,
@@ -119,14 +124,30 @@ def softmax_attention(
             tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask}
             ranks_agree.settle(lambda: call.fingerprint(tensors, gradient=gradient, **settings))
     lengths = _lengths(k, call)
+    if tokens.by_heads(q, k, sequence):
+        return _by_heads(q, k, v, key_mask, lengths, call, settings)
     both = torch.cat([k, v], -1)
     if gradient and not both.requires_grad:  # ranks whose keys are trained wait for what this one did with them
         both.requires_grad_()
-    both = _Gather.apply(both, lengths, call)
+    both = tokens.gathered(both, lengths, call)
     if key_mask is not None:
-        key_mask = gather(key_mask.to(torch.uint8), lengths, call).bool()
+        key_mask = tokens.gather(key_mask.to(torch.uint8), lengths, call).bool()
     o = _attend(q, both, k.shape[3], key_mask, ShardLayout(lengths, layout and layout.cu_seqlens), sequence, settings)
     return _Join.apply(o, both)  # type: ignore[return-value]
+
+
+def _by_heads(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, lengths: tuple[int, ...], call: Call, settings: dict
+) -> Tensor:
+    """All tokens of this rank's share of the heads, there and back."""
+    shares = tokens.shares_of(q, k, v, call.shard.sequence.size)  # type: ignore[union-attr]
+    q, k, v = shares.of_one_rank(tokens.dealt(shares.packed, lengths, call))  # type: ignore[arg-type]
+    if key_mask is not None:
+        key_mask = tokens.gather(key_mask.to(torch.uint8), lengths, call).bool()
+    layout = call.shard.layout
+    documents = None if layout is None else layout.cu_seqlens
+    o = local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
+    return tokens.collected(o.flatten(2), lengths, call).reshape(*shares.output)  # type: ignore[union-attr]
 
 
 @stream.in_eager
@@ -166,11 +187,11 @@ def _streamed(
 
 
 def _queries(
-    tokens: int, heads: int, lengths: tuple[int, ...], rank: int, segment: stream.Segment, q: Tensor, settings: dict
+    count: int, heads: int, lengths: tuple[int, ...], rank: int, segment: stream.Segment, q: Tensor, settings: dict
 ) -> Queries:
     """Where this rank's queries stand in the whole sequence, and what they see."""
     start = sum(lengths[:rank])
-    positions = torch.arange(start, start + tokens, device="cpu")
+    positions = torch.arange(start, start + count, device="cpu")
     first = torch.full_like(positions, -segment.before)
     if segment.layout.packed:
         offsets = segment.layout.facts[1]
@@ -213,7 +234,7 @@ class _Facts(NamedTuple):
 
 
 def _of_all(x: Tensor, lengths: tuple[int, ...], call: Call, *, reverse: bool) -> Tensor:
-    return x if call.sequence is None else _gathered(x, lengths, call, reverse=reverse)
+    return x if call.sequence is None else tokens.gather_now(x, lengths, call, reverse=reverse)
 
 
 class _Streamed(torch.autograd.Function):
@@ -244,7 +265,7 @@ class _Streamed(torch.autograd.Function):
             for segment, lengths, piece in facts.pieces(both, real, reverse=True):
                 mine = torch.cat(found.of(piece), -1)
                 if facts.call.sequence is not None:
-                    mine = scatter(mine, lengths, facts.call)
+                    mine = tokens.scatter(mine, lengths, facts.call)
                 if segment is not facts.earlier.segment:
                     facts.earlier.add(segment, mine)
         assert mine is not None
@@ -274,6 +295,8 @@ def _in_graph(
             raise ValueError("under torch.compile softmax_attention over several ranks needs layout=")
         told = (*settings.values(), q.shape[2], key_mask is not None)
         facts = (*layout.facts, layout.total, sequence.handle, *told)
+        if tokens.by_heads(q, k, sequence):
+            return _by_heads_in_graph(q, k, v, key_mask, layout, facts, settings)
         both = torch.ops.lasp.gather_tokens(torch.cat([k, v], -1), *facts)
         k, v = both.split([k.shape[3], v.shape[3]], 3)
         if key_mask is not None:
@@ -282,13 +305,41 @@ def _in_graph(
             return _attend(q, both, q.shape[3], key_mask, layout, sequence, settings)
     if layout is None or not layout.packed:
         Shard.of(k, layout, sequence)
+    return _attend_in_graph(q, k, v, key_mask, facts_of(layout, sequence), settings)
+
+
+def _attend_in_graph(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    facts: tuple[Tensor | None, Tensor | None, Tensor | None],
+    settings: dict,
+) -> Tensor:
+    """Of the rank whose facts these are; see `facts_of`."""
+    if facts[1] is None:
         return local.softmax_attention(q, k, v, key_mask=key_mask, **settings)
     if settings["dropout_p"]:
         raise ValueError(
             f"under torch.compile softmax_attention of packed documents takes no dropout, got {settings['dropout_p']}"
         )
     options = settings["window"], settings["scale"], settings["softcap"]
-    return torch.ops.lasp.packed_softmax(q, k, v, key_mask, *options, *facts_of(layout, sequence))
+    return torch.ops.lasp.packed_softmax(q, k, v, key_mask, *options, *facts)
+
+
+def _by_heads_in_graph(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: ShardLayout, facts: tuple, settings: dict
+) -> Tensor:
+    """As `_by_heads`; `facts` are what the ops take of the layout, the ranks and the settings."""
+    (lengths, cu_seqlens), (here, ranks) = facts[:2], (q.shape[1], len(layout.lengths))
+    shares = tokens.shares_of(q, k, v, ranks)
+    q, k, v = shares.of_one_rank(torch.ops.lasp.deal(shares.packed, *facts))
+    if key_mask is not None:
+        key_mask = torch.ops.lasp.gather_tokens(key_mask.to(k.dtype), *facts) > 0
+    whole = lengths.sum(0, keepdim=True), cu_seqlens, None
+    o = _attend_in_graph(q, k, v, key_mask, whole, settings)
+    o = torch.ops.lasp.collect(o.flatten(2), here, ranks, lengths, cu_seqlens, *facts[3:])
+    return o.reshape(*shares.output)
 
 
 def attend_packed(
@@ -330,7 +381,9 @@ def _lengths(k: Tensor, call: Call) -> tuple[int, ...]:
         return tuple(reception.result.tolist())
     assert call.sequence is not None
     call.check_messages("the numbers of tokens", kind_of_tokens(k), k, reverse=False)
-    lengths = collectives.lengths_of(k, call.sequence, lambda: _what(call, "the numbers of tokens", reverse=False))
+    lengths = collectives.lengths_of(
+        k, call.sequence, lambda: tokens.name_of(call, "the numbers of tokens", reverse=False)
+    )
     reception.keep(torch.tensor(lengths, device="cpu"))
     return lengths
 
@@ -349,62 +402,6 @@ def _attend(
     k, v = both[:, :end, :, :key_dim], both[:, :end, :, key_dim:]
     key_mask = None if key_mask is None else key_mask[:, :end]
     return local.softmax_attention(q, k, v, start=start, cu_seqlens=layout.cu_seqlens, key_mask=key_mask, **settings)
-
-
-def _what(call: Call, thing: str, *, reverse: bool) -> str:
-    assert call.sequence is not None
-    direction = "backward" if reverse else "forward"
-    return f"layer {call.sequence.name!r}, {direction}: the exchange of {thing} with the other ranks"
-
-
-def gather(x: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
-    """[B, T of all ranks, ...]; in a recompute what the original forward received."""
-    reception = call.reception()
-    if reception.result is not None:
-        return reception.result
-    return reception.keep(_gathered(x, lengths, call, reverse=False))
-
-
-def _gathered(x: Tensor, lengths: tuple[int, ...], call: Call, *, reverse: bool) -> Tensor:
-    sequence, traffic = call.sequence, call.traffic
-    assert sequence is not None
-    call.check_messages("keys and values", kind_of_tokens(x, lengths), x, reverse=reverse)
-    exchange.count_exchange(sequence, traffic, reverse=reverse)
-    found = collectives.gather_tokens(x, lengths, sequence, lambda: _what(call, "keys and values", reverse=reverse))
-    _count(x, x.element_size(), lengths, call)
-    return found
-
-
-def scatter(dx: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
-    """This rank's slice of the sum over ranks."""
-    sequence, traffic = call.sequence, call.traffic
-    assert sequence is not None
-    what = "the gradients of keys and values"
-    call.check_messages(what, kind_of_tokens(dx, lengths), dx, reverse=True)
-    exchange.count_exchange(sequence, traffic, reverse=True)
-    found = collectives.scatter_tokens(dx, lengths, sequence, lambda: _what(call, what, reverse=True))
-    _count(found, max(4, found.element_size()), lengths, call)  # 16-bit numbers are summed in fp32
-    return found
-
-
-def _count(mine: Tensor, itemsize: int, lengths: tuple[int, ...], call: Call) -> None:
-    """What a rank sends or passes on: as many slices as there are other ranks, each padded to the longest."""
-    traffic, numbers_of_token = call.traffic, mine.shape[0] * math.prod(mine.shape[2:])
-    traffic.schedule = "all_gather"
-    traffic.messages += 1
-    traffic.bytes_sent += (len(lengths) - 1) * max(lengths) * numbers_of_token * itemsize
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, lengths, call):
-        ctx.lengths, ctx.call = lengths, call
-        return gather(x, lengths, call).detach()  # a recompute may get the same memory again
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dx):
-        return scatter(dx, ctx.lengths, ctx.call), None, None
 
 
 class _Join(torch.autograd.Function):

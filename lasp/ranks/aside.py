@@ -46,13 +46,13 @@ def uncounted() -> Iterator[None]:
     """Afterwards nothing tells that something was exchanged inside.
 
     `explain`, the calls that ranks compare, what they compare before an optimizer steps (exchanges, layers that ran,
-    models), and the flags of states that were not finite are as before. All ranks must leave it at the same place.
+    models, batches), and the flags of states that were not finite are as before. All ranks must leave it together.
     Inside, the first call of each layer is compared again, so that a rank that fails before it keeps none waiting.
     """
     held = living_sequences()
     traffic = [{operator: replace(found) for operator, found in s.by_operator.items()} for s in held]
-    compared = {id(x): (Counter(x.exchanges), x.order, list(x.models)) for x in process.peers.values()}
-    noted, ran = dict(process.noted), dict(process.ran)
+    compared = {id(x): (Counter(x.exchanges), x.order, list(x.models), x.cut) for x in process.peers.values()}
+    noted, ran, split = dict(process.noted), dict(process.ran), process.split
     flags = {s: flag.clone() for s, flag in process.not_finite.items()}
     for sequence in held:
         for found in sequence.by_operator.values():
@@ -68,7 +68,7 @@ def uncounted() -> Iterator[None]:
                 else:
                     del sequence.by_operator[operator]
         for peers in process.peers.values():
-            peers.exchanges, peers.order, peers.models = compared.get(id(peers), (Counter(), 0, []))
-        process.noted, process.ran = noted, ran
+            peers.exchanges, peers.order, peers.models, peers.cut = compared.get(id(peers), (Counter(), 0, [], False))
+        process.noted, process.ran, process.split = noted, ran, split
         process.not_finite.clear()
         process.not_finite.update(flags)

@@ -70,6 +70,48 @@ def scatter_tokens(
     return mine[: lengths[sequence.rank]].movedim(0, dim).to(x.dtype)
 
 
+def tokens_to_heads(x: Tensor, lengths: Sequence[int], sequence: SequenceParallel, what: Callable[[], str]) -> Tensor:
+    """The tokens of all ranks of this rank's share, [B, T of all ranks, n], from each rank's x [B, T, ranks, n]."""
+    B, T, ranks, n = x.shape
+    out = x.permute(2, 1, 0, 3)
+    if sequence.in_group != tuple(range(ranks)):
+        out = out[_places(sequence.in_group)]
+    out = out.contiguous().view(ranks * T, B, n)
+    arrived = x.new_empty(sum(lengths), B, n)
+    theirs = [0] * ranks
+    for rank, place in enumerate(sequence.in_group):
+        theirs[place] = lengths[rank]
+    if arrived.numel():
+        with waiting(what):
+            dist.all_to_all_single(arrived, out, theirs, [T] * ranks, group=sequence.group)
+    if sequence.in_group != tuple(range(ranks)):
+        parts = arrived.split(theirs)
+        arrived = torch.cat([parts[place] for place in sequence.in_group])
+    return arrived.transpose(0, 1)
+
+
+def heads_to_tokens(x: Tensor, lengths: Sequence[int], sequence: SequenceParallel, what: Callable[[], str]) -> Tensor:
+    """[B, T, ranks, n] from each rank's share of all tokens, x [B, T of all ranks, n]: `tokens_to_heads` in reverse."""
+    B, _, n = x.shape
+    ranks, T = sequence.size, lengths[sequence.rank]
+    out, sent = x.transpose(0, 1), list(lengths)
+    if sequence.in_group != tuple(range(ranks)):
+        parts, order = out.split(sent), _places(sequence.in_group)
+        out, sent = torch.cat([parts[rank] for rank in order]), [lengths[rank] for rank in order]
+    arrived = x.new_empty(ranks, T, B, n)
+    if x.numel():
+        with waiting(what):
+            dist.all_to_all_single(arrived.flatten(0, 1), out.contiguous(), [T] * ranks, sent, group=sequence.group)
+    if sequence.in_group != tuple(range(ranks)):
+        arrived = arrived[list(sequence.in_group)]
+    return arrived.permute(2, 1, 0, 3)
+
+
+def _places(in_group: Sequence[int]) -> list[int]:
+    """Which rank of the sequence stands at each place of its group."""
+    return sorted(range(len(in_group)), key=lambda rank: in_group[rank])
+
+
 def lengths_of(x: Tensor, sequence: SequenceParallel, what: Callable[[], str], *, dim: int = 1) -> tuple[int, ...]:
     """How many tokens each rank holds, where no layout tells: the host waits for an exchange of these numbers."""
     mine = torch.tensor([x.shape[dim]], device=x.device)

@@ -8,9 +8,10 @@ else, so that nothing outlives a group and tests can begin anew.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -64,8 +65,9 @@ class Peers:
         self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
         self.batches: Counter[str] = Counter()  # that were cut for these ranks, by the kind of comparison
-        self.cuts_batches: Any = None  # a weak reference to the thread that does, beside the main one
+        self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
         self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
+        self.cut = False  # whether there was one since the last step of an optimizer
         self.agreed: set[Any] = set()  # kinds of messages
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
         # How: rounds of comparison in the group's key-value store
@@ -84,6 +86,7 @@ class Peers:
         self.autocast.clear()
         self.settings.clear()
         self.steps = 0
+        self.cut = False
 
     @property
     def group(self) -> ProcessGroup:
@@ -130,6 +133,9 @@ class _Process:
         self.reducers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of DDP, by the model in it
         self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
         self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
+        self.split = False  # whether `parallelize` has split a model (lasp.checks.use)
+        self.by_hand = False  # whether an operator was called with ranks of the user's own making
+        self.averaged: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by DDP or FSDP2
         self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
         self._meshes: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})  # a weak reference to the world, and its own
 
@@ -168,6 +174,7 @@ def reset() -> None:
     """Forget what was exchanged, measured and made in every group; on all ranks, and only between calls (for tests)."""
     process.noted.clear()
     process.ran.clear()
+    process.split = process.by_hand = False
     for peers in process.peers.values():
         peers.reset()
 

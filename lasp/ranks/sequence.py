@@ -50,6 +50,7 @@ class SequenceParallel:
         mesh: a 1-D `DeviceMesh` such as `mesh["sp"]`, a `ProcessGroup`, or None for one rank.
         exchange: how a state travels (docs/exchange.md): "ring", "all_gather", "pipeline", "direct" (ranks of one
             host), or "auto", one of them by a cost model, for which the network is measured at the first exchange.
+        softmax: how `softmax_attention` is split: "auto", by heads where the ranks divide them; "all_gather", never so.
         name: the layer, for messages.
         validate: "first" compares what the ranks are about to compute before the first exchange and then every 1000th,
             what they are about to send before each, and before an optimizer steps how many exchanges they made (see
@@ -60,6 +61,7 @@ class SequenceParallel:
 
     mesh: DeviceMesh | ProcessGroup | None
     exchange: str = field(default="auto", kw_only=True)
+    softmax: str = field(default="auto", kw_only=True)
     name: str = field(default="", kw_only=True)
     validate: str = field(default="first", kw_only=True)
     check_finite: bool = field(default=False, kw_only=True)
@@ -73,6 +75,7 @@ class SequenceParallel:
     kept: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)  # calls (lasp.ops), routes (exchange)
     border: Any = field(init=False, repr=False, default=None)  # of the model around the layer (lasp.adapters.border)
     stream: Any = field(init=False, repr=False, default=None)  # what crosses borders of segments (lasp.ops.stream)
+    of_model: bool = field(init=False, repr=False, default=False)  # whether `parallelize` made it, for a layer
     handle: Tensor = field(init=False, repr=False)  # a number that stands for this object in a custom op
     in_group: tuple[int, ...] = field(init=False, repr=False)  # rank, as the group counts it, at each place
     prev_rank: int | None = field(init=False, repr=False)  # as the group counts it; None on the first
@@ -80,6 +83,7 @@ class SequenceParallel:
 
     def __post_init__(self):
         arguments.choice("exchange", self.exchange, ("auto", *SCHEDULES))
+        arguments.choice("softmax", self.softmax, ("auto", "all_gather"))
         arguments.text("name", self.name)
         arguments.choice("validate", self.validate, ("first", "off"))
         arguments.flag("check_finite", self.check_finite)
@@ -103,6 +107,7 @@ class SequenceParallel:
         """The same ranks for a layer of this name, with counts of its own."""
         own = replace(self, name=name)
         object.__setattr__(own, "border", border)
+        object.__setattr__(own, "of_model", True)
         return own
 
     @property

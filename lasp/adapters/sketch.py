@@ -1,0 +1,91 @@
+"""The file that an adapter for a class of another library begins as: what `parallelize` prints where it refuses one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lasp.adapters.rebind import is_function, names_in
+
+_MOST = 8  # functions that it has a place for
+
+
+def adapter_for(cls: type[nn.Module]) -> list[str]:
+    """Lines of Python that stand by themselves. What is to be written raises until it is."""
+    calls = [name for name in sorted(names_in(cls.forward)) if is_function(cls, name)][:_MOST]
+    return (
+        [*_of_functions(cls, calls), "", "", _register(cls)] if calls else [*_of_forward(cls), "", "", _register(cls)]
+    )
+
+
+def _of_functions(cls: type[nn.Module], calls: list[str]) -> list[str]:
+    names_held = inspect.unwrap(cls.forward).__globals__
+    lines = [
+        "import lasp",
+        "from lasp.adapters import layout_of, rebind",
+        "",
+        "",
+        "def split(module, sequence):",
+        f"    # {cls.__name__}.forward{signature_of(cls.forward)} calls these.",
+        "    # Those that look along the sequence become one of lasp.linear_attention, delta_rule, softmax_attention,",
+        "    # causal_conv, halo, with layout=layout_of(sequence), sequence=sequence; delete the others, here and in",
+        "    # the last line. What is written out in the forward itself needs one of its own (docs/models.md).",
+    ]
+    for name in calls:
+        lines += [
+            f"    def {name}{signature_of(names_held[name])}:",
+            f'        raise NotImplementedError("{name}: {cls.__name__}")',
+            "",
+        ]
+    return [*lines, f"    rebind(module, {', '.join(f'{name}={name}' for name in calls)})"]
+
+
+def _of_forward(cls: type[nn.Module]) -> list[str]:
+    return [
+        "import types",
+        "",
+        "import lasp",
+        "from lasp.adapters import layout_of",
+        "",
+        "",
+        f"def forward{signature_of(cls.forward)}:",
+        f"    # That of {cls.__name__} again, in which what looks along the sequence is one of lasp.linear_attention,",
+        "    # delta_rule, softmax_attention, causal_conv, halo, with these two:",
+        "    sequence, layout = self.sequence, layout_of(self.sequence)",
+        f'    raise NotImplementedError("the forward of {cls.__name__}")',
+        "",
+        "",
+        "def split(module, sequence):",
+        "    module.sequence, module.forward = sequence, types.MethodType(forward, module)",
+    ]
+
+
+def _register(cls: type[nn.Module]) -> str:
+    """By its dotted name, in which * stands for a function that made the class."""
+    name = f"*.{cls.__name__}" if "<locals>" in cls.__qualname__ else cls.__qualname__
+    return f"lasp.register({cls.__module__ + '.' + name!r}, adapter=split)"
+
+
+def signature_of(function: Callable[..., Any]) -> str:
+    """Of a function as it is written, without types; a default that is no plain value is `...`."""
+    try:
+        found = inspect.signature(function)
+    except (TypeError, ValueError):  # one that is not written in Python
+        return "(*args, **kwargs)"
+    plain = [
+        p.replace(annotation=p.empty, default=p.default if _is_plain(p.default) else ...)
+        for p in found.parameters.values()
+    ]
+    text = str(found.replace(parameters=plain, return_annotation=found.empty))
+    return text.replace("Ellipsis", "...")
+
+
+def _is_plain(value: object) -> bool:
+    return value is inspect.Parameter.empty or value is None or isinstance(value, (bool, int, str)) or _is_finite(value)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float) and value - value == 0
