@@ -258,7 +258,9 @@ class Explanation(list[LayerReport]):
     """The rows of `explain`; prints as a table."""
 
     not_asked: str = ""  # what in the model could not be asked whether it mixes tokens, and why
-    streamed: str = ""  # of the last sequence that went through it in segments: how many, and what crossed their borders
+    streamed: str = (
+        ""  # of the last sequence that went through it in segments: how many, and what crossed their borders
+    )
 
     def __str__(self) -> str:
         notes = [x for x in (self.streamed, self.not_asked) if x]

@@ -205,7 +205,10 @@ class Run:
         self.whole, self.loss, self.trial = whole, loss, trial
         bar = bar or _Bar(False)
         self.segments = cut(whole.tokens, whole.offsets, step, self.sequence.size)
-        self.stream = Stream(self.segments, functools.cache(lambda: int(whole.values["position_ids"].max())))
+        offsets = whole.offsets or (0, whole.tokens)
+        longest = max(end - start for start, end in itertools.pairwise(offsets)) + self.segments[-1].layout.padding
+        largest = functools.cache(lambda: int(whole.values["position_ids"].max()))
+        self.stream = Stream(self.segments, longest, largest)
         loss.labels = torch.cat([self._cut(x)["labels"].flatten() for x in self.segments])
         self._random: list[_Random] = []
         try:

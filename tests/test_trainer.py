@@ -163,6 +163,29 @@ def test_training_in_segments_is_that_of_one_pass(name, tmp_path):
             assert_same(found, expected)
 
 
+def segments_refused(folder):
+    class Mine(lasp.integrations.SequenceTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    with launched():
+        model, mesh = split("llama", dist.get_world_size())
+        for options, message in (
+            ({"segment": 0}, "segment must be positive, got 0"),
+            ({"segment": 7, "cls": Mine}, "segment=7 is for the loss of transformers' Trainer; the one of Mine"),
+            ({"segment": 7, "compute_loss_func": print}, "the one of compute_loss_func needs the whole sequence"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                trainer_of(model, arguments(folder), mesh=mesh, **options)
+        with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 does not go with segment"):
+            trainer_of(model, arguments(folder, label_smoothing_factor=0.1), mesh=mesh, segment=7)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_losses_that_need_the_whole_sequence_are_refused_in_segments(world, tmp_path):
+    run_ranks(world, segments_refused, tmp_path)
+
+
 def train_compiled(name, folder):
     return train(name, 2, folder, 2, torch_compile=True, torch_compile_backend="aot_eager")[:2]
 

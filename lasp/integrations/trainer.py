@@ -157,11 +157,13 @@ class SequenceTrainer(Trainer):
     def _validate_args(self) -> None:
         super()._validate_args()
         if self.segment is not None:
-            owner = self._loss_of()
+            owner = next(cls for cls in type(self).__mro__ if "compute_loss" in vars(cls))
+            owner = self._loss_of() if owner is SequenceTrainer else owner
             if owner.__module__ != "transformers.trainer" or self.compute_loss_func is not None:
+                whose = owner.__name__ if self.compute_loss_func is None else "compute_loss_func"
                 raise ValueError(
-                    f"segment={self.segment} is for the loss of transformers' Trainer; the one of {owner.__name__} "
-                    "needs the whole sequence at once: leave it out"
+                    f"segment={self.segment} is for the loss of transformers' Trainer; the one of {whose} needs the "
+                    "whole sequence at once: leave it out"
                 )
             for name in ("label_smoothing_factor", "neftune_noise_alpha"):
                 if getattr(self.args, name, None):

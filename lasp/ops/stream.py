@@ -65,8 +65,8 @@ class Key(NamedTuple):
 class Stream:
     """A sequence under way. A layer finds it at its ranks (`SequenceParallel.stream`)."""
 
-    def __init__(self, segments: Sequence[Segment], largest_position: Callable[[], int] = lambda: 0) -> None:
-        self.segments = segments
+    def __init__(self, segments: Sequence[Segment], longest_document: int, largest_position: Callable[[], int]) -> None:
+        self.segments, self.longest_document = segments, longest_document
         self.largest_position = largest_position  # of the whole sequence
         self.segment: Segment | None = None  # that runs now
         self.sweeping = False  # forward alone, to learn what enters the segments
