@@ -31,6 +31,7 @@ import lasp
 from lasp import streaming
 from lasp.data_parallel import fsdp2, wrap_ddp, wrap_fsdp2
 from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig
+from lasp.ops import recompute
 from lasp_kernels import softmax_pieces
 
 TOKENS = 61
@@ -668,3 +669,52 @@ def frozen():
 @pytest.mark.parametrize("world", [1, 2])
 def test_frozen_layers(world):
     run_ranks(world, frozen)
+
+
+class FailsOnce(torch.nn.Module):
+    """In the backward of a segment in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        if x.requires_grad and not recompute.under_way():
+            self.calls += 1
+            if self.calls == 2:
+                x = x.clone()
+                x.register_hook(self.fail)
+        return x
+
+    def fail(self, gradient):
+        raise OSError("in the middle")
+
+
+def error_under_fsdp2():
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    reference = Model(*LINEAR, *SHORT).double()
+    model = Checkpointed(*LINEAR, *SHORT).double()
+    model.dropout = FailsOnce()
+    lasp.parallelize(model, mesh, strict=False)
+    wrap_fsdp2(model, mesh, blocks=[*model.layers, *model.mlps])
+    _, _, expected = one_pass(reference, batch_of(False))
+    model.dropout.calls = -len(model.layers)  # the last segment is done with then
+    with pytest.raises(OSError, match="in the middle"):
+        lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    assert all(p.grad is None for p in model.parameters())
+    lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    assert_same(full_gradients_of(model), expected)
+    # What was accumulated before stays.
+    model.set_requires_gradient_sync(False)
+    lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16, loss_scale=0.25)
+    model.set_requires_gradient_sync(True)
+    model.dropout.calls = -len(model.layers)
+    with pytest.raises(OSError, match="in the middle"):
+        lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16, loss_scale=0.75)
+    assert_same(full_gradients_of(model), expected)
+
+
+def test_an_error_under_fsdp2_leaves_nothing_behind():
+    run_ranks(2, error_under_fsdp2)
