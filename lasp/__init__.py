@@ -18,6 +18,7 @@ from lasp.ops.delta import delta_rule
 from lasp.ops.halo import causal_conv, halo
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
+from lasp.streaming import stream_backward
 from lasp.verification import verify
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "shard_batch",
     "shard_sequence",
     "softmax_attention",
+    "stream_backward",
     "sync_grads",
     "token_loss",
     "unshard_sequence",

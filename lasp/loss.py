@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,15 +45,11 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         RankMismatchError: ranks have another vocabulary or ignore_index; on every rank. (On a GPU NaN, as above.)
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
-    _check(logits, labels, ignore_index)
     group, ranks = grad_group(mesh)
-    if not torch.compiler.is_compiling():
-        _check_ranks(logits, mesh, group)
-    labels, vocabulary = labels.flatten().long(), logits.shape[-1]
-    counted, outside, known = _sorted_out(labels, vocabulary, ignore_index)
-    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    local = F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum")
-    return _mean(local, labels, counted, outside, vocabulary, ignore_index, group, ranks, "token_loss")
+    check_loss(logits, labels, ignore_index, mesh, group)
+    local, counted, outside = sum_of_slice(logits, labels, ignore_index)
+    found = totals(local, labels, counted, outside, logits.shape[-1], ignore_index, group, ranks)
+    return found.mean_of(local, ranks)
 
 
 def linear_token_loss(
@@ -75,31 +72,52 @@ def linear_token_loss(
     Returns, Raises: as `token_loss`. The loss is in fp32 of 16-bit inputs, and logits are rounded to their dtype.
     """
     _check_linear(hidden, weight, bias)
-    _check(hidden, labels, ignore_index, name="hidden")
     group, ranks = grad_group(mesh)
-    if not torch.compiler.is_compiling():
-        _check_ranks(hidden, mesh, group)
+    check_loss(hidden, labels, ignore_index, mesh, group, name="hidden")
     kind = hidden.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     labels, vocabulary = labels.flatten().long(), len(weight)
-    counted, outside, known = _sorted_out(labels, vocabulary, ignore_index)
+    counted, outside = which_labels(labels, vocabulary, ignore_index)
+    known = labels.masked_fill(outside, ignore_index)
     local = linear_cross_entropy(hidden.flatten(0, -2), weight, known, bias=bias, ignore_index=ignore_index)
-    return _mean(local, labels, counted, outside, vocabulary, ignore_index, group, ranks, "linear_token_loss")
+    name = "linear_token_loss"
+    found = totals(local, labels, counted, outside, vocabulary, ignore_index, group, ranks, name=name)
+    return found.mean_of(local, ranks)
 
 
-def _sorted_out(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which labels count, which are no words, and the labels with these left out.
+def sum_of_slice(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the cross entropy of these tokens; which of them count, and which labels are outside, both [T]."""
+    labels = labels.flatten().long()
+    counted, outside = which_labels(labels, logits.shape[-1], ignore_index)
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    # One label outside would end the process on a GPU, and on a CPU leave the other ranks waiting.
+    known = labels.masked_fill(outside, ignore_index)
+    return F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum"), counted, outside
 
-    One label outside would end the process on a GPU, and on a CPU leave the other ranks waiting.
-    """
+
+def which_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which of them count, and which of these are outside of the vocabulary."""
     counted = labels != ignore_index
-    outside = counted & ((labels < 0) | (labels >= vocabulary))
-    return counted, outside, labels.masked_fill(outside, ignore_index)
+    return counted, counted & ((labels < 0) | (labels >= vocabulary))
 
 
-def _mean(
+class Totals(NamedTuple):
+    """Of all ranks, in fp64."""
+
+    loss: Tensor
+    tokens: Tensor
+    sound: Tensor  # 1, or NaN where a label is outside or ranks differ, and the host cannot wait to know it
+
+    def mean_of(self, local: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+        """The mean over all tokens, with the gradient of `local`, the sum over those of this rank; and how many."""
+        count = self.tokens.clamp(min=1)
+        mean, weight = (self.sound * self.loss / count).to(local.dtype), (self.sound * ranks / count).to(local.dtype)
+        return _GlobalMean.apply(local, mean, weight), self.tokens.long()  # type: ignore[return-value]
+
+
+def totals(
     local: Tensor,
     labels: Tensor,
     counted: Tensor,
@@ -108,11 +126,14 @@ def _mean(
     ignore_index: int,
     group: ProcessGroup | None,
     ranks: int,
-    name: str,
-) -> tuple[Tensor, Tensor]:
-    """Over all tokens of all ranks, from the sum of this rank's losses."""
-    # One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
-    # be the same on all of them, the sum and that of squares tell whether it is.
+    *,
+    name: str = "token_loss",
+) -> Totals:
+    """What the ranks hold together; raises on every rank, where the host can know it, if they do not fit.
+
+    One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
+    be the same on all of them, the sum and that of squares tell whether it is.
+    """
     terms = (vocabulary * 1021 + ignore_index) % 4093
     told = [local.new_full((), x, dtype=torch.float64) for x in (terms, terms**2)]  # for a copy the host would wait
     numbers = torch.stack([*(x.detach().double() for x in (local, counted.sum(), outside.sum())), *told])
@@ -125,14 +146,20 @@ def _mean(
     if local.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong):
         if differ:
             _compare(vocabulary, ignore_index, group, ranks, name)
-        _refuse(labels[outside], vocabulary, ignore_index, group, ranks, name)
-    sound = torch.where(differ | (wrong > 0), torch.nan, 1.0)
-    count = tokens.clamp(min=1)
-    mean, weight = (sound * total / count).to(local.dtype), (sound * ranks / count).to(local.dtype)
-    return _GlobalMean.apply(local, mean, weight), tokens.long()  # type: ignore[return-value]
+        _refuse(labels.flatten()[outside], vocabulary, ignore_index, group, ranks, name)
+    return Totals(total, tokens, torch.where(differ | (wrong > 0), torch.nan, 1.0))
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: int, *, name: str = "logits") -> None:
+def check_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    mesh: object,
+    group: ProcessGroup | None,
+    *,
+    name: str = "logits",
+) -> None:
+    """Raise for what does not fit, as far as one rank can see it."""
     if not isinstance(logits, Tensor) and hasattr(logits, "logits"):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}: pass its .logits")
     arguments.float_tensor(name, logits)
@@ -145,6 +172,8 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, *, name: str = "lo
         raise ValueError(f"{name} {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the device of {name}, {logits.device}, got {labels.device}")
+    if not torch.compiler.is_compiling():
+        _check_ranks(logits, mesh, group)
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
