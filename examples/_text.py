@@ -62,8 +62,14 @@ def batch_of_step(
     """Whole sequences [batch / dp, seq_len], int64, of one data-parallel rank.
 
     Every rank draws the places of the whole batch from (seed, step) and takes its rows. So any dp x sp sees the same
-    batch, and a resumed run goes on with the batch that an uninterrupted one would have had.
+    batch, and a resumed run goes on with the batch that an uninterrupted one would have had. A text shorter than a
+    sequence is repeated.
     """
-    starts = np.random.default_rng([seed, step]).integers(0, len(text) - seq_len + 1, size=batch)
+    starts = np.random.default_rng([seed, step]).integers(0, max(1, len(text) - seq_len + 1), size=batch)
     rows = starts[dp_rank * batch // dp : (dp_rank + 1) * batch // dp]
-    return torch.from_numpy(np.stack([text[start : start + seq_len] for start in rows]).astype(np.int64))
+    return torch.from_numpy(np.stack([_from(text, start, seq_len) for start in rows]).astype(np.int64))
+
+
+def _from(text: np.ndarray, start: int, seq_len: int) -> np.ndarray:
+    """So many bytes; behind the end the text begins again."""
+    return text[start : start + seq_len] if start + seq_len <= len(text) else np.resize(text, seq_len)

@@ -3,6 +3,9 @@
     python examples/train.py --verify            # all GPUs, or 2 CPU processes where there are none
     python examples/train.py --data my_texts/ --model 385M --seq-len 65536 --parallel fsdp2 --dtype bfloat16
     torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2
+    python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --segment 16384 --batch 1 --dtype bfloat16
+
+The last streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
 of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one.
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from tqdm import trange
 
@@ -55,7 +59,9 @@ class Options:
     sp: int | None
     seq_len: int
     batch: int
+    segment: int
     model: str
+    vocab: int
     decay: str
     steps: int
     lr: float
@@ -68,6 +74,8 @@ class Options:
     out: Path | None
     resume: bool
     save_every: int
+    save: bool
+    repeat_text: bool
     verify: bool
     ranks: int | None
 
@@ -77,7 +85,9 @@ def main(
     sp: Annotated[int | None, typer.Option(min=1, help="Ranks that share a sequence; default: all.")] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a whole sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, of all ranks together.")] = 2,
+    segment: Annotated[int, typer.Option(min=0, help="Stream it in segments of so many tokens; 0: in one.")] = 0,
     model: Annotated[Literal["tiny", "385M", "1B", "7B"], typer.Option(help="Size.")] = "tiny",
+    vocab: Annotated[int, typer.Option(min=256, help="Words that the model knows; bytes are the first 256.")] = 256,
     decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule.")] = "alibi",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the whole run.")] = 80,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default: by model.")] = None,
@@ -92,6 +102,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only at the end.")] = 0,
+    save: Annotated[bool, typer.Option(help="Save the weights at the end.")] = True,
+    repeat_text: Annotated[
+        bool, typer.Option("--repeat-text", help="Let sequences longer than the text start it again.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare with training in one process.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; default: GPUs, or 2.")] = None,
 ) -> None:
@@ -138,8 +152,9 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
     exchanges = ("auto", *SCHEDULES)
     if options.exchange not in exchanges:
         refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
-    if options.seq_len > len(text):
-        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text")
+    if options.seq_len > len(text) and not (options.repeat_text and len(text)):
+        hint = "; --repeat-text starts it again" if len(text) else ""
+        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text{hint}")
     latest = None if options.out is None else options.out / "LATEST"
     if options.resume and latest is None:
         refuse("--resume", "needs --out, the folder of the run to go on with")
@@ -172,7 +187,7 @@ def check_same_run(options: Options, text: np.ndarray) -> None:
         _checkpoint.newest(options.out)
         run_before = read_object(file)
         before, digest = run_before.get("options"), run_before.get("text")
-        names = ("model", "decay", "seq_len", "batch", "steps", "lr", "dtype", "seed")
+        names = ("model", "vocab", "decay", "seq_len", "batch", "steps", "lr", "dtype", "seed")
         if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*names, "data"}:
             raise FileError(f"{file} is not what a run writes: options and a digest of its text are not in it")
     except FileError as error:
@@ -220,7 +235,7 @@ def run(options: Options) -> None:
     folder = options.out or Path(on_rank_0("naming the folder for results", new_folder))
 
     model = build_model(options, mesh, env.device)
-    optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
+    optimizer = optimizer_of(model, options, env.device)
     same = {"text": digest}
     first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
     entropy = unigram_entropy(text)
@@ -231,7 +246,7 @@ def run(options: Options) -> None:
             raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
         report.step(step, loss.item(), int(tokens))
         due = options.save_every and (step + 1) % options.save_every == 0
-        if due or step + 1 == options.steps:
+        if due or (options.save and step + 1 == options.steps):
             report.sync()
             _checkpoint.save(folder, step + 1, model, optimizer, run=same)
             report.restart_clock()
@@ -280,7 +295,7 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
     """The model on this rank; without a mesh the plain one."""
     torch.manual_seed(options.seed)  # the same weights on every rank
     with device:
-        model = TNL(TNLConfig.named(options.model, vocab_size=256, decay=options.decay))
+        model = TNL(TNLConfig.named(options.model, vocab_size=options.vocab, decay=options.decay))
     if mesh is not None:
         lasp.parallelize(model, mesh["sp"], exchange=options.exchange, check_finite=True)
     if options.checkpoint_activations:
@@ -299,6 +314,11 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
     return wrap_fsdp2(model, mesh, blocks=model.blocks, mp_policy=policy)
 
 
+def optimizer_of(model: nn.Module, options: Options, device: torch.device) -> Optimizer:
+    """AdamW, on a GPU in one kernel."""
+    return AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
 def train_step(
     options: Options,
     step: int,
@@ -313,13 +333,19 @@ def train_step(
     ids = batch_of_step(
         text, seed=options.seed, step=step, batch=options.batch, seq_len=options.seq_len, dp_rank=dp_rank, dp=dp
     )
-    local = lasp.shard_batch({"input_ids": ids.to(device)}, mesh)  # this rank's slice, its labels and its positions
-    sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
-    with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded):
-        logits = model(local["input_ids"], local["position_ids"], local["layout"])
-    loss, tokens = lasp.token_loss(logits, local["labels"], mesh=mesh)
     optimizer.zero_grad()
-    loss.backward()  # DDP and FSDP2 average the gradients over dp x sp
+    sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
+    if options.segment and mesh is not None:
+        with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
+            loss, tokens = lasp.stream_backward(model, {"input_ids": ids}, mesh=mesh, segment=options.segment)
+    else:
+        local = lasp.shard_batch({"input_ids": ids.to(device)}, mesh)  # this rank's slice, labels, positions, layout
+        head = (model.module if isinstance(model, DistributedDataParallel) else model).head
+        with autocast:
+            hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
+            loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=mesh)  # type: ignore[union-attr,arg-type]
+        loss.backward()  # DDP and FSDP2 average the gradients over dp x sp
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(options, step)
@@ -343,7 +369,7 @@ def verify(options: Options, text: np.ndarray, split: dict[int, float], device: 
         raise typer.Exit(1)
     print("The same training in one process, for comparison:")
     model = build_model(options, None, device)
-    optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
+    optimizer = optimizer_of(model, options, device)
     single = []
     for step in trange(options.steps, unit="step", dynamic_ncols=True):
         loss, _ = train_step(options, step, text, model, optimizer, None, device)

@@ -11,13 +11,14 @@ from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
 from lasp.data_parallel import sync_grads
 from lasp.layout import ShardLayout
-from lasp.loss import token_loss
+from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
 from lasp.ops.attention import linear_attention
 from lasp.ops.delta import delta_rule
 from lasp.ops.halo import causal_conv, halo
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
+from lasp.streaming import stream_backward
 from lasp.verification import verify
 
 __all__ = [
@@ -39,12 +40,14 @@ __all__ = [
     "init_mesh",
     "integrations",
     "linear_attention",
+    "linear_token_loss",
     "modules",
     "parallelize",
     "register",
     "shard_batch",
     "shard_sequence",
     "softmax_attention",
+    "stream_backward",
     "sync_grads",
     "token_loss",
     "unshard_sequence",

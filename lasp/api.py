@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lasp import adapters, arguments
-from lasp.adapters import Adapter, outlook
+from lasp.adapters import Adapter, handles, outlook
 from lasp.adapters.border import Border, OneRank
 from lasp.checks import finite
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
@@ -86,6 +86,7 @@ def parallelize(
         keep_whole(model)
     process.split |= sequence.size > 1
     split_models[model] = asked.not_asked
+    handles.remember(model, sequence, layers, own)
     return model
 
 
@@ -257,9 +258,12 @@ class Explanation(list[LayerReport]):
     """The rows of `explain`; prints as a table."""
 
     not_asked: str = ""  # what in the model could not be asked whether it mixes tokens, and why
+    streamed: str = (
+        ""  # of the last sequence that went through it in segments: how many, and what crossed their borders
+    )
 
     def __str__(self) -> str:
-        notes = [self.not_asked] if self.not_asked else []
+        notes = [x for x in (self.streamed, self.not_asked) if x]
         if not self:
             return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
@@ -282,6 +286,7 @@ def explain(model: nn.Module) -> Explanation:
     report = Explanation()
     arguments.module("model", model)
     report.not_asked = split_models.get(model, "")
+    report.streamed = next((x.streamed for x in handles.held_by(model) if x.streamed), "")
     layers = any(isinstance(vars(m).get(_SPLIT), _Split) for m in model.modules())
     for path, module in model.named_modules():
         split, sequence = vars(module).get(_SPLIT), getattr(module, "sequence", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,40 +111,69 @@ def _local(
     ignore_index: int,
 ) -> dict[str, Any]:
     """The work of `shard_batch`."""
-    arguments.mapping("batch", batch)
-    arguments.flag("shift_labels", shift_labels)
     arguments.flag("pad", pad)
-    ids, seq_dim = _ids(batch, seq_dim)
-    tokens = ids.shape[seq_dim]
-    offsets = _offsets(batch, ids, seq_dim)
-    labels = _labels(batch, ids, ignore_index)
-    padding = -tokens % sequence.size if pad else 0
-    lengths = ShardLayout.even(tokens + padding, sequence.size).lengths
-    layout = ShardLayout(lengths, offsets, padding)
+    whole = whole_batch(batch, seq_dim=seq_dim, shift_labels=shift_labels, ignore_index=ignore_index)
+    padding = -whole.tokens % sequence.size if pad else 0
+    lengths = ShardLayout.even(whole.tokens + padding, sequence.size).lengths
+    layout = ShardLayout(lengths, whole.offsets, padding)
     if sequence.size > 1:
         sequence.peers.padded = lengths[0] if padding else None
         sequence.peers.cut = True
         before_step(agreement.compare_exchanges)
-
-    whole = {**batch, "layout": layout}
+    local = whole.cut(*layout.bounds(sequence.rank))
     if sequence.size > 1:
-        whole = {name: x for name, x in whole.items() if name not in _OF_THE_WHOLE}
+        local = {name: x for name, x in local.items() if name not in _OF_THE_WHOLE}
+    return {**local, "layout": layout}
+
+
+class Whole(NamedTuple):
+    """A batch that was looked through, with labels and positions of the whole sequence."""
+
+    values: dict[str, Any]
+    dims: dict[str, int | None]  # along which each of them is cut; None: not at all
+    tokens: int
+    offsets: tuple[int, ...] | None  # of packed sequences
+    ignore_index: int
+
+    def cut(self, start: int, end: int) -> dict[str, Any]:
+        """The tokens from start to end. Those behind the last are padding: token 0, label `ignore_index`."""
+        found = {}
+        first, last = min(start, self.tokens), min(end, self.tokens)
+        padding = end - start - (last - first)
+        for name, x in self.values.items():
+            dim = self.dims[name]
+            if dim is not None:
+                fill = self.ignore_index if name == "labels" else 0
+                x = x.narrow(dim, first, last - first)
+                x = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, padding), value=fill) if padding else x
+                x = x.contiguous()  # models view them
+            found[name] = x
+        return found
+
+    def of_segment(self, start: int, end: int) -> dict[str, Any]:
+        """Likewise, without what says where the documents of all tokens are."""
+        return {name: x for name, x in self.cut(start, end).items() if name not in (*_OF_THE_WHOLE, "cu_seqlens")}
+
+
+def whole_batch(batch: Mapping[str, Any], *, seq_dim: int, shift_labels: bool, ignore_index: int) -> Whole:
+    """The batch as `shard_batch` takes it, before it is cut; raises for what does not fit."""
+    arguments.mapping("batch", batch)
+    arguments.flag("shift_labels", shift_labels)
+    ids, seq_dim = _ids(batch, seq_dim)
+    tokens = ids.shape[seq_dim]
+    offsets = _offsets(batch, ids, seq_dim)
+    labels = _labels(batch, ids, ignore_index)
+    whole = {**batch}
     whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
-    dims = {"position_ids": seq_dim, "layout": None, **dict.fromkeys(_OFFSETS)}
+    dims = {"position_ids": seq_dim, **dict.fromkeys(_OFFSETS)}
     if batch.get("position_ids") is None:
         whole["position_ids"] = _positions(ids, seq_dim, offsets or (0, tokens))
     else:
         dims["position_ids"] = _dim_of_positions(batch, ids, seq_dim, packed=offsets is not None)
-    start, end = layout.bounds(sequence.rank)
-    local = {}
     for name, x in whole.items():
-        dim = dims[name] if name in dims else _dim_of_tokens(name, x, seq_dim, tokens)
-        if dim is not None:
-            fill = ignore_index if name == "labels" else 0
-            x = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, padding), value=fill) if padding else x
-            x = x.narrow(dim, start, end - start).contiguous()  # models view them
-        local[name] = x
-    return local
+        if name not in dims:
+            dims[name] = _dim_of_tokens(name, x, seq_dim, tokens)
+    return Whole(whole, dims, tokens, offsets, ignore_index)
 
 
 def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:

@@ -148,13 +148,22 @@ class Shard:
     sequence: SequenceParallel | None  # None: nothing to exchange
     num_sequences: int  # N, of all ranks
     layout: ShardLayout | None = None
+    edges: bool = False  # of packed sequences only the states before the first and after the last count, [1, H, K, V]
     packed: bool = field(init=False)  # whether the tokens are several sequences, in a batch of 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "packed", self.runs.cu_seqlens is not None)
 
     @classmethod
-    def of(cls, x: Tensor, layout: ShardLayout | None, sequence: SequenceParallel | None, name: str = "k") -> Shard:
+    def of(
+        cls,
+        x: Tensor,
+        layout: ShardLayout | None,
+        sequence: SequenceParallel | None,
+        name: str = "k",
+        *,
+        edges: bool = False,
+    ) -> Shard:
         """From the arguments of an operator whose tensor `name` is x [B, T, ...]; raises where they do not fit."""
         if sequence is not None and not isinstance(sequence, SequenceParallel):
             raise TypeError(f"sequence must be a lasp.SequenceParallel or None, got {arguments.shown(sequence)}")
@@ -170,8 +179,8 @@ class Shard:
             raise ValueError(f"layout gives rank {rank} {layout.lengths[rank]} tokens, but {name} has {x.shape[1]}")
         if layout.cu_seqlens is not None and x.shape[0] != 1:
             raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {x.shape[0]}")
-        count = x.shape[0] if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
-        return cls(layout.local(rank), sequence, count, layout)
+        count = x.shape[0] if layout.cu_seqlens is None or edges else len(layout.cu_seqlens) - 1
+        return cls(layout.local(rank), sequence, count, layout, edges and layout.cu_seqlens is not None)
 
     @property
     def first_token(self) -> int:
@@ -199,14 +208,14 @@ class Shard:
         """
         if states is not None:
             here, there = self._ends(first)
-            zeros[here] = states[there].to(zeros.dtype)
+            zeros[self._row(here, zeros)] = states[there].to(zeros.dtype)
         return zeros
 
     def all_states(self, own: Tensor, *, first: bool) -> Tensor:
         """The inverse: states of local runs at the place of their sequence, zero for those of other ranks."""
         states = own.new_zeros(self.num_sequences, *own.shape[1:])
         here, there = self._ends(first)
-        states[there] = own[here]
+        states[there] = own[self._row(here, own)]
         return states
 
     def _ends(self, first: bool) -> tuple[slice, slice]:
@@ -216,9 +225,20 @@ class Shard:
             rows = slice(0, 0 if elsewhere else None)
             return rows, rows
         count = len(self.runs.sequences)
+        if self.edges:
+            assert self.layout is not None
+            assert self.layout.cu_seqlens is not None
+            last = len(self.layout.cu_seqlens) - 1
+            if elsewhere or not count or (self.runs.sequences.start if first else self.runs.sequences.stop - last):
+                return slice(0, 0), slice(0, 0)
+            return (slice(0, 1) if first else slice(count - 1, count)), slice(0, 1)
         low, high = (int(elsewhere), count) if first else (0, count - int(elsewhere))
         start = self.runs.sequences.start
         return slice(low, max(low, high)), slice(start + low, start + max(low, high))
+
+    def _row(self, here: slice, states: Tensor) -> slice:
+        """Operators of one state a channel have only that of the run at a border of the tokens."""
+        return slice(0, here.stop - here.start) if self.edges and len(states) == 1 else here
 
     def lets_pass(self, *, reverse: bool) -> bool:
         """Whether a state that comes from before this rank goes on behind it: no sequence begins here."""
@@ -238,6 +258,12 @@ class Shard:
     def at_border(self, x: Tensor, *, reverse: bool) -> Tensor:
         """Of [runs, ...] the run that the next rank (`reverse`: the previous) goes on with; dense, all of them."""
         return x[slice(0, 1) if reverse else slice(-1, None)] if self.packed else x
+
+    def own_at_border(self, own: Tensor, *, reverse: bool) -> Tensor:
+        """Of own states that one. If it is the only one, it is of the run at the other end."""
+        if self.edges and len(own) == 1 and len(self.runs.sequences) > 1:
+            return torch.zeros_like(own)
+        return self.at_border(own, reverse=reverse)
 
     def enter(self, own: Tensor | None, received: Tensor, *, reverse: bool) -> Tensor | None:
         """The state that enters every run: what was received, where a run began elsewhere; else its own."""

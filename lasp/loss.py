@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from lasp import arguments
 from lasp.checks import agreement
 from lasp.checks.use import refuse_nothing_split, split_over
 from lasp.ranks import RankMismatchError, grad_group, waiting
+from lasp_kernels.linear_loss import linear_cross_entropy
 
 
 def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -42,50 +45,160 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         RankMismatchError: ranks have another vocabulary or ignore_index; on every rank. (On a GPU NaN, as above.)
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
-    _check(logits, labels, ignore_index)
     group, ranks = grad_group(mesh)
-    if not torch.compiler.is_compiling():
-        _check_ranks(logits, mesh, group)
-    labels, vocabulary = labels.flatten().long(), logits.shape[-1]
-    counted = labels != ignore_index
-    outside = counted & ((labels < 0) | (labels >= vocabulary))
+    check_loss(logits, labels, ignore_index, mesh, group)
+    local, counted, outside = sum_of_slice(logits, labels, ignore_index)
+    found = totals(local, labels, counted, outside, logits.shape[-1], ignore_index, group, ranks)
+    return found.mean_of(local, ranks)
+
+
+def linear_token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, mesh, bias: Tensor | None = None, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """`token_loss` of `hidden @ weight^T + bias`, whose logits never are in memory all at once.
+
+    A model's last layer has as many outputs as there are words: 131,072 tokens and 64,000 words are 16 GiB of logits in
+    bf16, and twice that in fp32. Here they are made a tile of tokens at a time, with the gradient at once, so forward
+    takes three products of matrices and backward none (`lasp_kernels.linear_loss`).
+
+    Args:
+        hidden: [..., D], what the last layer reads, of this rank's tokens, any float dtype: `TNL` and
+            `LinearTransformer` give it with `return_hidden=True`, a model of transformers from `model.model(...)`.
+        weight: [V, D], of the last layer (`model.head.weight`), of the same dtype; under autocast both are cast. Under
+            FSDP2 it must be that of the outermost wrapped module, whose weights stay gathered after forward.
+        labels, mesh, ignore_index: as in `token_loss`.
+        bias: [V], of the last layer.
+
+    Returns, Raises: as `token_loss`. The loss is in fp32 of 16-bit inputs, and logits are rounded to their dtype.
+    """
+    _check_linear(hidden, weight, bias)
+    group, ranks = grad_group(mesh)
+    check_loss(hidden, labels, ignore_index, mesh, group, name="hidden")
+    kind = hidden.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    labels, vocabulary = labels.flatten().long(), len(weight)
+    counted, outside = which_labels(labels, vocabulary, ignore_index)
+    known = labels.masked_fill(outside, ignore_index)
+    local = linear_cross_entropy(hidden.flatten(0, -2), weight, known, bias=bias, ignore_index=ignore_index)
+    name = "linear_token_loss"
+    found = totals(local, labels, counted, outside, vocabulary, ignore_index, group, ranks, name=name)
+    return found.mean_of(local, ranks)
+
+
+def sum_of_slice(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the cross entropy of these tokens; which of them count, and which labels are outside, both [T]."""
+    labels = labels.flatten().long()
+    counted, outside = which_labels(labels, logits.shape[-1], ignore_index)
     wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     # One label outside would end the process on a GPU, and on a CPU leave the other ranks waiting.
     known = labels.masked_fill(outside, ignore_index)
-    local = F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum")
-    # One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
-    # be the same on all of them, the sum and that of squares tell whether it is.
+    return F.cross_entropy(wide, known, ignore_index=ignore_index, reduction="sum"), counted, outside
+
+
+def which_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which of them count, and which of these are outside of the vocabulary."""
+    counted = labels != ignore_index
+    return counted, counted & ((labels < 0) | (labels >= vocabulary))
+
+
+class Totals(NamedTuple):
+    """Of all ranks, in fp64."""
+
+    loss: Tensor
+    tokens: Tensor
+    sound: Tensor  # 1, or NaN where a label is outside or ranks differ, and the host cannot wait to know it
+
+    def mean_of(self, local: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+        """The mean over all tokens, with the gradient of `local`, the sum over those of this rank; and how many."""
+        count = self.tokens.clamp(min=1)
+        mean, weight = (self.sound * self.loss / count).to(local.dtype), (self.sound * ranks / count).to(local.dtype)
+        return _GlobalMean.apply(local, mean, weight), self.tokens.long()  # type: ignore[return-value]
+
+
+def totals(
+    local: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    outside: Tensor,
+    vocabulary: int,
+    ignore_index: int,
+    group: ProcessGroup | None,
+    ranks: int,
+    *,
+    name: str = "token_loss",
+) -> Totals:
+    """What the ranks hold together; raises on every rank, where the host can know it, if they do not fit.
+
+    One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
+    be the same on all of them, the sum and that of squares tell whether it is.
+    """
     terms = (vocabulary * 1021 + ignore_index) % 4093
     told = [local.new_full((), x, dtype=torch.float64) for x in (terms, terms**2)]  # for a copy the host would wait
     numbers = torch.stack([*(x.detach().double() for x in (local, counted.sum(), outside.sum())), *told])
     if ranks > 1:
         in_graph = torch.compiler.is_compiling()  # where a clock would end the graph
-        with nullcontext() if in_graph else waiting("token_loss, forward: the sum over all ranks"):
+        with nullcontext() if in_graph else waiting(f"{name}, forward: the sum over all ranks"):
             dist.all_reduce(numbers, group=group)
     total, tokens, wrong, of_terms, of_squares = numbers.unbind()
     differ = ranks * of_squares != of_terms**2
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong):
+    if local.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong):
         if differ:
-            _compare(vocabulary, ignore_index, group, ranks)
-        _refuse(labels[outside], vocabulary, ignore_index, group, ranks)
-    sound = torch.where(differ | (wrong > 0), torch.nan, 1.0)
-    count = tokens.clamp(min=1)
-    mean, weight = (sound * total / count).to(local.dtype), (sound * ranks / count).to(local.dtype)
-    return _GlobalMean.apply(local, mean, weight), tokens.long()  # type: ignore[return-value]
+            _compare(vocabulary, ignore_index, group, ranks, name)
+        _refuse(labels.flatten()[outside], vocabulary, ignore_index, group, ranks, name)
+    return Totals(total, tokens, torch.where(differ | (wrong > 0), torch.nan, 1.0))
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+def check_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    mesh: object,
+    group: ProcessGroup | None,
+    *,
+    name: str = "logits",
+) -> None:
+    """Raise for what does not fit, as far as one rank can see it."""
     if not isinstance(logits, Tensor) and hasattr(logits, "logits"):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: pass its .logits")
-    arguments.float_tensor("logits", logits)
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}: pass its .logits")
+    arguments.float_tensor(name, logits)
     arguments.integer_tensor("labels", labels, signed=True)  # of unsigned ones -100 is none
     arguments.integer("ignore_index", ignore_index)
     if logits.ndim < 2 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must have shape [..., vocabulary], got {tuple(logits.shape)}")
+        last = "vocabulary" if name == "logits" else "D"
+        raise ValueError(f"{name} must have shape [..., {last}], got {tuple(logits.shape)}")
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
+        raise ValueError(f"{name} {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree but for the last")
     if labels.device != logits.device:
-        raise ValueError(f"labels must be on the device of logits, {logits.device}, got {labels.device}")
+        raise ValueError(f"labels must be on the device of {name}, {logits.device}, got {labels.device}")
+    if not torch.compiler.is_compiling():
+        _check_ranks(logits, mesh, group)
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless weight and bias fit what is known of `hidden`."""
+    arguments.float_tensor("hidden", hidden)
+    arguments.float_tensor("weight", weight)
+    if isinstance(weight, DTensor):
+        raise TypeError(
+            f"weight must be whole, got a DTensor {tuple(weight.shape)} on {weight.placements}: FSDP2 has put it away "
+            "again. Let it belong to the outermost wrapped module, or call linear_token_loss within a forward"
+        )
+    if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"weight must have shape [V, D] with the D of hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is None:
+            continue
+        arguments.float_tensor(name, x)
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {x.device}")
+        if x.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {x.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
 
 
 def _check_ranks(logits: Tensor, mesh: object, group: ProcessGroup | None) -> None:
@@ -105,11 +218,11 @@ def _check_ranks(logits: Tensor, mesh: object, group: ProcessGroup | None) -> No
         )
 
 
-def _compare(vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int) -> None:
+def _compare(vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int, name: str) -> None:
     """Raise on every rank: it is known that some have others."""
     found = torch.zeros(ranks, 2, dtype=torch.int64)
     found[dist.get_rank(group)] = torch.tensor([vocabulary, ignore_index])
-    with waiting("token_loss, forward: which rank has another vocabulary or ignore_index"):
+    with waiting(f"{name}, forward: which rank has another vocabulary or ignore_index"):
         dist.all_reduce(found, group=group)
     told = [f"vocabulary {x} and ignore_index {y}" for x, y in found.tolist()]
     usual = Counter(told).most_common(1)[0][0]
@@ -118,17 +231,19 @@ def _compare(vocabulary: int, ignore_index: int, group: ProcessGroup | None, ran
         for rank, text in enumerate(told)
         if text != usual
     ]
-    raise RankMismatchError(f"token_loss: {'; '.join(listed)}, the others {usual}")
+    raise RankMismatchError(f"{name}: {'; '.join(listed)}, the others {usual}")
 
 
-def _refuse(outside: Tensor, vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int) -> None:
+def _refuse(
+    outside: Tensor, vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int, name: str
+) -> None:
     """Raise on every rank: all have come here, since each has the sum of how many labels are outside."""
     found = torch.zeros(ranks, 2, dtype=torch.int64)  # of each rank how many, and the first
     mine = 0 if ranks == 1 else dist.get_rank(group)
     if len(outside):
         found[mine] = torch.stack([outside.new_tensor(len(outside)), outside[0]])
     if ranks > 1:
-        with waiting("token_loss, forward: which rank has a label outside the vocabulary"):
+        with waiting(f"{name}, forward: which rank has a label outside the vocabulary"):
             dist.all_reduce(found, group=group)
     listed = []
     for rank, (count, first) in enumerate(found.tolist()):

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp import adapters, arguments
-from lasp.adapters import border
 from lasp.api import parallelize
 from lasp.batch import shard_batch
+from lasp.calls import caller, logits_of
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
@@ -409,36 +409,8 @@ def _most_positions(model: nn.Module) -> float:
 
 
 def _caller(model: nn.Module) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
-    """How the model is called, by what its forward names."""
-    inner = model
-    while (names := _names(inner)) is None:  # a wrapper takes whatever comes
-        children = list(inner.children())
-        if len(children) != 1:
-            raise ValueError(f"the forward of {type(inner).__name__} names no arguments: pass forward")
-        inner = children[0]
-    taken = {name: {"positions": "position_ids"}.get(name, name) for name in names[1:] if name != "labels"}
-
-    def call(called: nn.Module, batch: dict[str, Any]) -> Tensor:
-        more = {name: batch[entry] for name, entry in taken.items() if entry in batch}
-        if border.stands_before(called):
-            more["layout"] = batch["layout"]
-        return _logits(called(batch["input_ids"], **more))
-
-    return call
-
-
-def _names(module: nn.Module) -> list[str] | None:
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return named[1:] if len(named) > 1 else None
-
-
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        return output["logits"]
-    return output.logits if hasattr(output, "logits") else output[0]
+    call = caller(model)
+    return lambda called, batch: logits_of(call(called, batch))
 
 
 def _same_weights(model: nn.Module) -> nn.Module:

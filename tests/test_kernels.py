@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -14,7 +16,7 @@ from inputs import assert_digits, every_strength, gradients, oracle, random_inpu
 from steps import backward_steps, forward_steps, operands  # noqa: E402
 
 import lasp  # noqa: E402
-from lasp_kernels import chunked_linear_attention, launch, plan, shared  # noqa: E402
+from lasp_kernels import chunked_linear_attention, cross_entropy, launch, plan, shared  # noqa: E402
 from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
 from lasp_kernels.reference import reference_norm_gate  # noqa: E402
 from lasp_kernels.steps import TritonSteps  # noqa: E402
@@ -466,6 +468,26 @@ def test_norm_gate(activation, weighted, dtype):
         results.append([y.detach(), *torch.autograd.grad(y, leaves, wide(dy))])
     for actual, expected, what in zip(*results, ("y", "dx", "dgate", "dweight")):
         assert_near(actual, expected.cpu(), what, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [5, 100])
+def test_cross_entropy(words, dtype, gradient):
+    logits = (3 * torch.randn(7, words, generator=torch.Generator().manual_seed(0))).to(DEVICE, dtype)
+    logits[2] -= 1e4  # no exponential of it is a number
+    labels = torch.tensor([0, words - 1, 2, -100, 1, 4, -100], device=DEVICE)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels, reduction="none")
+    expected.sum().backward()
+    with mock.patch.object(cross_entropy, "BLOCK", 32):
+        found = cross_entropy.fused_cross_entropy(given := logits.clone(), labels, -100, gradient=gradient)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    if gradient:
+        close = 1e-6 if dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(given.double(), exact.grad, rtol=close, atol=close)
+    else:
+        assert given.equal(logits)
 
 
 def test_norm_gate_of_nothing():

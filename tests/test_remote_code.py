@@ -57,6 +57,33 @@ def compare(name, batch):
         assert torch.equal(copy.deepcopy(model)(**given).logits, got)
 
 
+def streamed(name):
+    """Segment by segment: what counts positions from where a slice begins counts from where the segment does."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    model = remote_models.build(name)
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    for offsets in ((0, TOKENS), (0, 11, 12, 40, TOKENS)):
+        packed = len(offsets) > 2
+        batch = batch_of(cu_seqlens=list(offsets)) if packed else batch_of()
+        reference, whole = remote_models.build(name), lasp.shard_batch(batch, None)
+        documents = [whole["input_ids"][:, a:b] for a, b in zip(offsets, offsets[1:])]
+        logits = torch.cat([reference(ids).logits for ids in documents], 1)
+        (loss_of(logits, whole["labels"]) / (whole["labels"] != -100).sum()).backward()
+        lasp.stream_backward(model, batch, mesh=mesh, segment=32)
+        lasp.sync_grads(model, mesh)
+        pairs = zip(model.named_parameters(), reference.parameters())
+        worst = {key: relative(p.grad, r.grad) for (key, p), r in pairs if r.grad is not None}
+        assert max(worst.values()) < 1e-11, sorted(worst.items(), key=lambda x: -x[1])[:5]
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("name", remote_models.MODELS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_streamed_segments_and_one_process_agree(world, name):
+    run_ranks(world, streamed, name)
+
+
 @pytest.mark.parametrize("name", remote_models.MODELS)
 @pytest.mark.parametrize("world", [2, 3])
 def test_one_process_and_slices_agree(world, name):

@@ -341,3 +341,29 @@ def test_without_a_folder_a_new_one_is_made(tmp_path, monkeypatch):
     made = Path(train.new_folder())
     assert made.is_dir()
     assert made.parent == Path("runs")
+
+
+def _streamed(text, out, parallel):
+    """Losses of the streamed run, of a text that is shorter than a sequence."""
+    more = ("--repeat-text", "--seq-len=4001", "--segment=700", f"--parallel={parallel}", "--vocab=300")
+    code, said = _on_ranks(_small(text, out, *more))
+    assert code == 0, said
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_sequence_in_segments_trains_as_one(text, tmp_path, parallel):
+    losses = run_ranks(2, _streamed, text, tmp_path / "streamed", parallel)
+    assert losses[0] == losses[1]
+    arguments = ("--repeat-text", "--seq-len=4001", "--vocab=300", "--no-save", "--ranks=1")
+    code, said = _call([*_small(text, tmp_path / "whole", "--save-every=0"), *arguments])
+    assert code == 0, said
+    assert not list((tmp_path / "whole").glob("step-*"))
+    whole = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_text_shorter_than_a_sequence(text):
+    code, said = _alone("--seq-len=4001", f"--data={text}")
+    assert code == 2
+    assert "4001 tokens are more than the 3000 bytes of text; --repeat-text starts it again" in said

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import multiprocessing
 import os
 import random
@@ -140,6 +141,49 @@ def test_training_is_that_of_one_process(world, sp, name, tmp_path):
     assert expected[0][0][1] > 0.5  # it is clipped
     for found in run_ranks(world, train, name, sp, tmp_path, 2):
         assert_same(found, expected)
+
+
+def train_in_segments(name, sp, folder, segment, config=None, ragged=False):
+    """By `lasp.stream_backward`, on one rank too."""
+    made = functools.partial(trainer_of, segment=segment)
+    collator = _collate_padded if ragged else None
+    with mock.patch.dict(globals(), trainer_of=made):
+        return train(name, sp, folder, 2, config=config, ragged=ragged, collator=collator)
+
+
+@pytest.mark.parametrize("name", ["bamba", "minimax"])
+def test_training_in_segments_is_that_of_one_pass(name, tmp_path):
+    """Padded samples, accumulation, clipping, the router's loss; DDP over dp x sp; on one rank, too."""
+    more = {"output_router_logits": True, "router_aux_loss_coef": 0.5} if name == "minimax" else None
+    ragged = name == "bamba"
+    options = (_same, more, ragged, _collate_padded if ragged else None)
+    [expected] = run_ranks(1, train, name, 1, tmp_path, 2, *options)
+    for world, sp in ((1, 1), (2, 2), (4, 2)):
+        for found in run_ranks(world, train_in_segments, name, sp, tmp_path, 7, more, ragged):
+            assert_same(found, expected)
+
+
+def segments_refused(folder):
+    class Mine(lasp.integrations.SequenceTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    with launched():
+        model, mesh = split("llama", dist.get_world_size())
+        for options, message in (
+            ({"segment": 0}, "segment must be positive, got 0"),
+            ({"segment": 7, "cls": Mine}, "segment=7 is for the loss of transformers' Trainer; the one of Mine"),
+            ({"segment": 7, "compute_loss_func": print}, "the one of compute_loss_func needs the whole sequence"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                trainer_of(model, arguments(folder), mesh=mesh, **options)
+        with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 does not go with segment"):
+            trainer_of(model, arguments(folder, label_smoothing_factor=0.1), mesh=mesh, segment=7)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_losses_that_need_the_whole_sequence_are_refused_in_segments(world, tmp_path):
+    run_ranks(world, segments_refused, tmp_path)
 
 
 def train_compiled(name, folder):

@@ -107,6 +107,11 @@ def delta(ranks):
     return {**attention(ranks), "beta": zeros(B, T, H)}
 
 
+def split_model(ranks):
+    """That `parallelize` was called with."""
+    return lasp.parallelize(models.TNL(models.TNLConfig(**TNL)), mesh_of(ranks), strict=False)
+
+
 def softmax(ranks):
     return {name: x for name, x in attention(ranks).items() if name != "log_decay"}
 
@@ -343,6 +348,27 @@ TABLE = {
             "ignore_index": NO_INTEGER,
         },
     ),
+    "linear_token_loss": (
+        lasp.linear_token_loss,
+        lambda ranks: {
+            "hidden": zeros(1, T, 4),
+            "weight": zeros(WORDS, 4),
+            "labels": zeros(1, T).long(),
+            "mesh": mesh_of(ranks),
+        },
+        {
+            "hidden": [*no_tensor((1, T, 4)), zeros(4), zeros(1, T, 0), zeros(1, T + 1, 4), zeros(1, T, 5)],
+            "weight": [*no_tensor((WORDS, 4)), zeros(WORDS), zeros(WORDS, 5), zeros(WORDS, 4).double()],
+            "labels": [
+                *("x", None, [[1]], zeros(1, T), zeros(1, T).bool(), zeros(1, T, 1).long()),
+                Wrong(torch.tensor([[0, WORDS, 1, -100]]), f"got {WORDS}"),
+                Wrong(zeros(1, T, dtype=torch.int64, device="meta"), "meta"),
+            ],
+            "bias": ["x", zeros(WORDS + 1), zeros(WORDS, 1), zeros(WORDS).double(), zeros(WORDS).long()],
+            "mesh": NO_MESH,
+            "ignore_index": NO_INTEGER,
+        },
+    ),
     "parallelize": (
         lasp.parallelize,
         lambda ranks: {"model": model(), "mesh": mesh_of(ranks)},
@@ -365,6 +391,22 @@ TABLE = {
             "cls": [5, "x", int, Wrong(nn.Linear, "Linear", "Linear")],
             "adapter": ["linear", 5, None],
             "covers": ["conv", 5, [1], None],
+        },
+    ),
+    "stream_backward": (
+        lasp.stream_backward,
+        lambda ranks: {"model": split_model(ranks), "batch": batch(), "mesh": mesh_of(ranks), "segment": 2},
+        {
+            "model": [*NO_MODULE, Wrong(nn.Identity(), "Identity")],
+            "batch": BATCHES,
+            "mesh": NO_MESH,
+            "segment": [*(x for x in NO_INTEGER if x is not None), 0, -3],
+            "loss_fn": [5, "x"],
+            "loss_scale": [*(x for x in NO_NUMBER if not isinstance(x, torch.Tensor)), zeros(2), zeros(1).long()],
+            "shift_labels": NO_FLAG,
+            "ignore_index": NO_INTEGER,
+            "progress": NO_FLAG,
+            "validate": [*NO_TEXT, "always"],
         },
     ),
     "sync_grads": (lasp.sync_grads, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, REPLICAS),

@@ -235,7 +235,8 @@ class _Arguments:
                 f"{documents[0]} was given, but the layout is not of packed documents: give them to lasp.shard_batch"
             )
         if "position_ids" in self.takes and self.given.get("position_ids") is None:
-            self.set("position_ids", positions(facts.layout, sequence.rank, self._tokens().device).clone())
+            here = positions(facts.layout, sequence.rank, self._tokens().device, tokens_before(sequence))
+            self.set("position_ids", here.clone())
         self.no_cache()
 
     def no_cache(self) -> None:
@@ -264,8 +265,11 @@ def _takes(model: nn.Module) -> set[str]:
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model ask for the same ones
-def positions(layout: ShardLayout, rank: int, device: torch.device) -> Tensor:
-    """[1, T], int64: of a rank's tokens in the whole sequence, or in their documents. Not to be written to."""
+def positions(layout: ShardLayout, rank: int, device: torch.device, before: int = 0) -> Tensor:
+    """[1, T], int64: of a rank's tokens in the whole sequence, or in their documents. Not to be written to.
+
+    `before` is how many tokens of the first document (not packed: of all) come before those of the layout.
+    """
     start, end = layout.bounds(rank)
     with torch.inference_mode(False):  # those of an evaluation may serve a training
         found = torch.arange(start, end, device=device)
@@ -275,10 +279,24 @@ def positions(layout: ShardLayout, rank: int, device: torch.device) -> Tensor:
                 offsets = offsets.pin_memory().to(device, non_blocking=True)
             document = torch.searchsorted(offsets, found, right=True) - 1
             found = found - offsets[document.clamp(max=len(offsets) - 1)]
-        return found[None]
+            return (found + before * (document == 0))[None] if before else found[None]
+        return found[None] + before
 
 
-def longest_document(layout: ShardLayout) -> int:
-    """How many positions there are: the tokens of the longest document, or of all where there are none."""
+def positions_here(sequence: SequenceParallel, device: torch.device) -> Tensor:
+    """`positions` in the call of the model in which a layer with this `sequence` runs now."""
+    return positions(layout_of(sequence), sequence.rank, device, tokens_before(sequence))
+
+
+def tokens_before(sequence: SequenceParallel) -> int:
+    """Of the first document, in earlier segments of a sequence that is streamed (lasp.ops.stream)."""
+    return 0 if sequence.stream is None else sequence.stream.segment.before
+
+
+def longest_document(sequence: SequenceParallel) -> int:
+    """How many positions there are in the call in which a layer runs now: the tokens of the longest document, or of
+    all where there are none; of all segments of a sequence that is streamed."""
+    layout = layout_of(sequence)
     offsets = layout.real.cu_seqlens or (0, layout.total)
-    return max(layout.padding, *(end - start for start, end in zip(offsets, offsets[1:])))
+    longest = max(layout.padding, *(end - start for start, end in zip(offsets, offsets[1:])))
+    return longest if sequence.stream is None else max(longest, sequence.stream.longest_document)

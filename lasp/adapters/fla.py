@@ -33,7 +33,7 @@ from lasp import arguments, decay
 from lasp.adapters import Foreign
 from lasp.adapters._common import needs, no_cache, with_forward
 from lasp.adapters._scans import gated_delta_rule, mamba2_scan
-from lasp.adapters.border import layout_of, longest_document, positions
+from lasp.adapters.border import layout_of, longest_document, positions_here, tokens_before
 from lasp.adapters.rebind import names_in, of_another_version, put, rebind
 from lasp.ops.attention import linear_attention
 from lasp.ops.call import of_own_tokens
@@ -445,12 +445,12 @@ def _rotary_forward(
     self: Any, q: Tensor, k: Tensor, seqlen_offset: int = 0, cu_seqlens: Any = None, max_seqlen: Any = None
 ) -> tuple[Tensor, Tensor]:
     """q and k [B, T, H, D]."""
-    layout, rank = layout_of(self.sequence), self.sequence.rank
+    layout, longest = layout_of(self.sequence), longest_document(self.sequence)
     if not layout.packed:
-        start, _end = layout.bounds(rank)
-        return type(self).forward(self, q, k, seqlen_offset=start, max_seqlen=layout.total)
-    self._update_cos_sin_cache(longest_document(layout), device=q.device, dtype=q.dtype)
-    here = positions(layout, rank, q.device)[0]
+        start = layout.bounds(self.sequence.rank)[0] + tokens_before(self.sequence)
+        return type(self).forward(self, q, k, seqlen_offset=start, max_seqlen=longest)
+    self._update_cos_sin_cache(longest, device=q.device, dtype=q.dtype)
+    here = positions_here(self.sequence, q.device)[0]
     cos, sin = self._cos_cached[here], self._sin_cached[here]
     return tuple(rotary_embedding_ref(x, cos, sin, self.interleaved) for x in (q, k))  # type: ignore[return-value]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lasp.adapters import Foreign
 from lasp.adapters._common import fixed_decay, in_fp32, no_cache, with_forward
-from lasp.adapters.border import facts_of, layout_of, longest_document, positions
+from lasp.adapters.border import facts_of, layout_of, longest_document, positions_here
 from lasp.adapters.rebind import put
 from lasp.ops.attention import linear_attention
 from lasp.ops.softmax import softmax_attention
@@ -187,7 +187,7 @@ def _transnormer_forward(
 
 def _lrpe_forward(self: Any, x: Tensor, offset: int = 0) -> Tensor:
     """x [B, H, T, D] turned by theta p into [B, H, T, 2 D]; p counts over all ranks, and is in the dtype of x."""
-    place = positions(layout_of(self.sequence), self.sequence.rank, x.device)[0].to(x.dtype)
+    place = positions_here(self.sequence, x.device)[0].to(x.dtype)
     angle = self.theta * place[:, None]
     return torch.cat([x * torch.cos(angle), x * torch.sin(angle)], -1)
 
@@ -215,7 +215,7 @@ def _softmax_forward(
     if position_embeddings is not None:
         q, k = rotate(q, k, *position_embeddings)
     else:
-        q, k = rotate(q, k, *self.rotary_emb(v, seq_len=longest_document(facts.layout)), position_ids)
+        q, k = rotate(q, k, *self.rotary_emb(v, seq_len=longest_document(self.sequence)), position_ids)
     o = softmax_attention(
         *(y.transpose(1, 2) for y in (q, k, v)),
         layout=facts.layout,

@@ -438,7 +438,9 @@ def dynamic_rotary(module: nn.Module, sequence: SequenceParallel) -> None:
 def _dynamic_rotary_forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     mine = torch.cat([position_ids.flatten(), position_ids.new_zeros(1)]).amax().reshape(1)
     sequence = self.sequence
-    if sequence.size > 1:
+    if sequence.stream is not None:  # of all segments, on every rank
+        mine = mine.new_full((1,), sequence.stream.largest_position())
+    elif sequence.size > 1:
         mine = gather_tokens(mine, (1,) * sequence.size, sequence, lambda: "the largest position of all ranks", dim=0)
     largest = mine.amax().expand(*position_ids.shape[:-1], 1)
     found = type(self).forward(self, x, torch.cat([position_ids, largest], -1), *args, **kwargs)
@@ -467,7 +469,8 @@ def balance(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    if module.sequence is None or module.sequence.size == 1:  # a model from a pickle, or `alone`
+    stream = None if module.sequence is None else module.sequence.stream
+    if module.sequence is None or (module.sequence.size == 1 and stream is None):  # from a pickle, or `alone`
         return output
     if isinstance(output, tuple):
         if not kwargs.get("output_router_logits"):
@@ -487,6 +490,9 @@ def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
     chosen, probability, rows = (
         unshard_sequence(sums[None], module.sequence, dim=0).sum(0).split([module.num_experts, module.num_experts, 1])
     )
+    if stream is not None:  # who was chosen how often, and by how many tokens, is of all segments
+        told = stream.over_segments(module.sequence, torch.cat([chosen, rows]).detach())
+        chosen, rows = told.split([module.num_experts, 1])
     output.aux_loss = (chosen / rows * probability / rows).sum() * module.num_experts
     return output
 

@@ -192,8 +192,8 @@ def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
 
 
 @contextmanager
-def of_batch(sequence: SequenceParallel, *, validate: str) -> Iterator[Agreement]:
-    """Around the first batch that is cut for these ranks, and every `EVERY`-th.
+def of_batch(sequence: SequenceParallel, *, validate: str, before: str = "shard_batch") -> Iterator[Agreement]:
+    """Around the first batch that is cut for these ranks, and every `EVERY`-th; `before` is who cuts it.
 
     Threads may do that beside the main one, which counts its batches by itself. They share one count and take turns at
     a comparison, so that each rank comes to as many: if their order is another there, that is a difference of batches,
@@ -211,7 +211,7 @@ def of_batch(sequence: SequenceParallel, *, validate: str) -> Iterator[Agreement
 
     with peers.cutting[kind]:
         if peers.batches[kind] % EVERY == 0:
-            with Agreement(sequence, due=True, count=count, before="shard_batch", kind=kind) as ranks_agree:
+            with Agreement(sequence, due=True, count=count, before=before, kind=kind) as ranks_agree:
                 yield ranks_agree
             return
         count()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from lasp import arguments
 from lasp.checks.messages import check_messages
@@ -60,6 +62,94 @@ def wrap_fsdp2(
                 module.set_custom_all_gather(_GatherOfWeights(validate))  # type: ignore[arg-type]
                 module.set_custom_reduce_scatter(_SumOfGradients(validate))  # type: ignore[arg-type]
     return model
+
+
+# Several backwards of a step: what is private of FSDP2 here is what its public setters set, and gives no way to read
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12 or so
+    return [x for x in (several if several is not None else [state._fsdp_param_group]) if x is not None]
+
+
+@contextlib.contextmanager
+def weights_kept(modules: Sequence[FSDPModule]) -> Iterator[None]:
+    """Inside, weights that were gathered stay until the backward that averages. After an error what earlier backwards
+    have added up without averaging is what it was."""
+    groups = [group for module in modules for group in _groups(module)]
+    sums = [(x, _sum_of(x)) for group in groups for x in group.fsdp_params]
+    contents = [None if found is None else found.to("cpu", copy=True) for _, (_, found) in sums]
+    before = [group.post_forward_mesh_info for group in groups]
+    roots = [module._get_fsdp_state()._is_root for module in modules]  # None: not known before the first forward
+    try:
+        for group in groups:
+            group.post_forward_mesh_info = None
+        yield
+    except BaseException:
+        for module in modules:
+            _begin_anew(module)
+        for (parameter, (in_weights, found)), content in zip(sums, contents):
+            parameter.unsharded_accumulated_grad = None if in_weights else found
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = found if in_weights else None
+            if found is not None and content is not None:
+                found.copy_(content)
+        raise
+    finally:
+        for group, info in zip(groups, before):
+            group.post_forward_mesh_info = info
+        for module, known in zip(modules, roots):
+            state = module._get_fsdp_state()
+            if known is None and state._is_root and state._auto_reshard_after_forward:
+                for group in _groups(module):  # as it is once the root is known
+                    group.post_forward_mesh_info = None
+
+
+def _sum_of(parameter: Any) -> tuple[bool, Tensor | None]:
+    """What earlier backwards have added up of a parameter's gradient, and whether it stands at the gathered weight."""
+    found = parameter.unsharded_accumulated_grad
+    if found is None and hasattr(parameter, "_unsharded_param"):
+        return True, parameter._unsharded_param.grad
+    return False, found
+
+
+def _begin_anew(module: FSDPModule) -> None:
+    """After an error in the middle, which FSDP2 would take for a backward that goes on."""
+    state = module._get_fsdp_state()
+    if state._is_root and hasattr(module, "reset_iter_state"):  # since torch 2.13
+        module.reset_iter_state()
+    else:
+        for part in (state, *_groups(module)):
+            part._training_state = TrainingState.IDLE
+        for group in _groups(module):
+            group._post_forward_indices.clear()
+        state._state_ctx.iter_forward_root = None
+        state._state_ctx.post_backward_final_callback_queued = False
+    module.reshard()
+
+
+@contextlib.contextmanager
+def averaging(modules: Sequence[FSDPModule], *, last: bool) -> Iterator[None]:
+    """Inside, a backward averages and shards only if it is the `last`, and if it would have without this."""
+    names = ("reduce_grads", "all_reduce_grads", "reshard_after_backward")
+    groups = [group for module in modules for group in _groups(module)]
+    before = [[getattr(group, name) for name in names] for group in groups]
+    try:
+        if not last:
+            for group in groups:
+                for name in names:
+                    setattr(group, name, False)
+            for module in modules:
+                module.set_is_last_backward(False)
+        yield
+    finally:
+        for group, values in zip(groups, before):
+            for name, value in zip(names, values):
+                setattr(group, name, value)
+        if not last:
+            for module in modules:
+                module.set_is_last_backward(True)
 
 
 class _Compared:

@@ -28,6 +28,7 @@ from lasp.checks import agreement
 from lasp.checks.checksum import RunningChecksums, checksums
 from lasp.integrations.whole import WholeCalls, split_models
 from lasp.ranks import sequence_axis
+from lasp.streaming import TokenLoss, prepared
 
 _SFT, _DPO = "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"
 _KNOWN = ("transformers.trainer", _SFT, _DPO)
@@ -94,6 +95,9 @@ class SequenceTrainer(Trainer):
     Args:
         mesh: the whole mesh (dp_replicate x dp_shard x sp), `mesh["sp"]` if all ranks share one sequence, or None for
             one rank.
+        segment: train by `lasp.stream_backward`, in segments of so many tokens of all ranks, for sequences longer than
+            memory; on one rank too, where `parallelize` was called with the model. None does not. With the loss of
+            Trainer alone; evaluation is in one piece.
         args, kwargs: as the Trainer takes them.
 
     Raises:
@@ -103,8 +107,9 @@ class SequenceTrainer(Trainer):
             given different batches; on each of them.
     """
 
-    def __init__(self, *args: Any, mesh: DeviceMesh | None, **kwargs: Any):
+    def __init__(self, *args: Any, mesh: DeviceMesh | None, segment: int | None = None, **kwargs: Any):
         self.place = Place(mesh)
+        self.segment = None if segment is None else arguments.integer("segment", segment, at_least=1)
         self.whole_calls = WholeCalls(self.place.sequence)
         self.evaluated = RunningChecksums()  # the batches of the evaluation that runs
         if self.place.split and self._loss_of().__module__ == _DPO:
@@ -151,6 +156,18 @@ class SequenceTrainer(Trainer):
 
     def _validate_args(self) -> None:
         super()._validate_args()
+        if self.segment is not None:
+            owner = next(cls for cls in type(self).__mro__ if "compute_loss" in vars(cls))
+            owner = self._loss_of() if owner is SequenceTrainer else owner
+            if owner.__module__ != "transformers.trainer" or self.compute_loss_func is not None:
+                whose = owner.__name__ if self.compute_loss_func is None else "compute_loss_func"
+                raise ValueError(
+                    f"segment={self.segment} is for the loss of transformers' Trainer; the one of {whose} needs the "
+                    "whole sequence at once: leave it out"
+                )
+            for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+                if getattr(self.args, name, None):
+                    raise ValueError(f"{name}={getattr(self.args, name)} does not go with segment: leave it out")
         if not self.place.split:
             return
         if self.args.world_size != self.place.world:
@@ -297,6 +314,38 @@ class SequenceTrainer(Trainer):
         return super().floating_point_ops(inputs) // self.place.sequence.size
 
     # Calls of the model
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As Trainer's; with `segment` forward and backward go over the sequence segment by segment."""
+        if self.segment is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(mode := getattr(self.optimizer, "train", None)):
+            mode()
+        inputs = self._prepare_inputs(inputs)
+        shifted = inputs.pop("shift_labels", None)
+        batch = inputs if shifted is None else {**inputs, "labels": shifted}
+        run, whole = prepared(model, batch, self.place.sequence, shift_labels=shifted is None)
+        of_mean, beside = self._scales(whole.values["labels"], num_items_in_batch)
+        scaler = self.accelerator.scaler
+        up = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
+        loss = TokenLoss(self.place.sequence.group, of_mean * up, -100)
+        loss.scale_beside = beside * up
+        with self.compute_loss_context_manager():
+            run.backward(whole, self.segment, loss)
+        mean, _ = loss.mean()
+        of_tokens = mean - loss.beside_mean()
+        return (of_tokens * of_mean + loss.beside_mean() * beside).detach().to(self.args.device, torch.float32)
+
+    def _scales(self, labels: Tensor, num_items_in_batch: Any) -> tuple[Any, float]:
+        """What the mean over the tokens of a batch counts in a step, and what a loss that is no such mean does."""
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            return 1 / self.current_gradient_accumulation_steps, 1 / self.current_gradient_accumulation_steps
+        replicas = (
+            self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        )
+        items = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        return (labels != -100).sum().to(self.args.device) / items * replicas, float(replicas)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any

@@ -91,6 +91,8 @@ class LinearTransformer(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         layout: ShardLayout | None = None,
+        *,
+        return_hidden: bool = False,
     ) -> Tensor:
         """Logits [B, T, vocab_size]; the arguments are those of `lasp.models.TNL.forward`."""
         arguments.positions(position_ids, input_ids)
@@ -100,7 +102,8 @@ class LinearTransformer(nn.Module):
         x = x + sinusoids(position_ids, self.config.width).to(x.dtype)
         for block in self.blocks:
             x = block(x, layout)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return x if return_hidden else self.head(x)
 
     def _default_positions(self, input_ids: Tensor) -> Tensor:
         first = self.blocks[0].attention  # type: ignore[union-attr]

@@ -112,6 +112,8 @@ class TNL(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         layout: ShardLayout | None = None,
+        *,
+        return_hidden: bool = False,
     ) -> Tensor:
         """Logits [B, T, vocab_size] in the model's dtype.
 
@@ -121,6 +123,7 @@ class TNL(nn.Module):
                 which is wrong on a slice and refused there.
             layout: how tokens lie on the ranks, from `lasp.shard_batch`: needed for packed sequences, and heads that
                 forget fast then exchange with their neighbour only.
+            return_hidden: give what the head reads, [B, T, width], for `lasp.linear_token_loss`.
         """
         arguments.positions(position_ids, input_ids)
         if position_ids is None:
@@ -128,7 +131,8 @@ class TNL(nn.Module):
         x = self.embedding(input_ids) * math.sqrt(self.config.width)  # [B, T, D]
         for block in self.blocks:
             x = block(x, position_ids, layout)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return x if return_hidden else self.head(x)
 
     def _default_positions(self, input_ids: Tensor) -> Tensor:
         first = self.blocks[0].attention  # type: ignore[union-attr]

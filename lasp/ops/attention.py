@@ -31,6 +31,7 @@ from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
+from lasp.ops import stream
 from lasp.ops.call import (
     Call,
     autocast,
@@ -131,6 +132,50 @@ def linear_attention(
             segment_length=segment_length,
         )
         return padding.fill(o), final_state
+    if stream.under_way(sequence):
+        return _streamed(q, k, v, log_decay, scale, initial_state, output_final_state, layout, sequence, segment_length)
+    return _run(q, k, v, log_decay, scale, initial_state, output_final_state, layout, sequence, segment_length)
+
+
+@stream.in_eager
+def _streamed(
+    q: Tensor | Callable[[], Tensor],
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+) -> tuple[Tensor, None]:
+    """On a segment of a sequence (lasp.ops.stream)."""
+    stream.no_final_state(output_final_state)
+    edges = initial_state is None
+    crossing = stream.crossing(NAME, sequence)
+    assert crossing is not None
+    initial_state = crossing.enter(initial_state, k, v, log_decay)
+    options = (log_decay, scale, initial_state, crossing.leaves, layout, sequence, segment_length)
+    o, final_state = _run(q, k, v, *options, edges=edges)
+    return crossing.leave(o, final_state), None
+
+
+def _run(
+    q: Tensor | Callable[[], Tensor],
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+    *,
+    edges: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Of tokens none of which is padding; `edges` as in `call_of`."""
     if torch.compiler.is_compiling():
         q = _made(q, k, sequence) if callable(q) else q
         x = _prepare(q, k, v, log_decay, initial_state, scale)
@@ -154,6 +199,7 @@ def linear_attention(
             ends=ends,
             rates=rates,
             settings=settings_of(x, initial_state, output_final_state, rates),
+            edges=edges,
         )
         if initial_state is not None:
             check_initial_state(initial_state, x.k, x.v, call)

@@ -165,7 +165,9 @@ class Call:
         It only seems so: an error of the ranks that hold as many tokens by chance would leave the others waiting.
         """
         sequence = self.sequence
-        if sequence is not None and self.shard.layout is None and sequence.peers.padded == x.shape[1]:
+        if sequence is None or sequence.stream is not None:  # of which only the last segment is padded
+            return
+        if self.shard.layout is None and sequence.peers.padded == x.shape[1]:
             warnings.warn(
                 "output_final_state needs layout=local['layout']: the batch that shard_batch cut last is padded, and "
                 f"these {x.shape[1]} tokens are as many as a slice of it; if they are one, the padding is part of the "
@@ -255,6 +257,11 @@ class Call:
                 check_messages(sequence, what, kind, x.device, facts=facts, where=where)
                 agreement.note_call(sequence, self.operator, self.facts, self.layout_in_short)
 
+    @property
+    def key(self) -> str:
+        """By which a recompute finds its original."""
+        return self._key
+
     def reception(self) -> recompute.Reception:
         """Of a communication of this call's forward: does it take place, or is its result known?"""
         return recompute.reception(self._key)
@@ -295,7 +302,7 @@ class Call:
             return StateMap(kernels.fold(own, state, transition).unsqueeze(0) if given else state, transition)
         passes = shard.lets_pass(reverse=reverse)
         if own is not None:
-            own = shard.at_border(own, reverse=reverse)
+            own = shard.own_at_border(own, reverse=reverse)
         if self.segment_length is None:
             return self._of_run_at_border(steps.run_map(maps, reverse=reverse), own if given else None, passes, reverse)
         assert own is not None
@@ -396,16 +403,21 @@ def call_of(
     rates: tuple[float, ...] | None = None,
     settings: Kind = (),
     name: str = "k",
+    edges: bool = False,
 ) -> Call:
-    """The `Call` of an operator whose tensor `name` is x [B, T, ...]; raises where the arguments do not fit."""
+    """The `Call` of an operator whose tensor `name` is x [B, T, ...]; raises where the arguments do not fit.
+
+    `edges`: initial and final states are those before the first and after the last sequence alone, [1, H, K, V].
+    """
     if sequence is None and layout is None:
         return _alone(operator, x.shape[0], segment_length, ends, rates)
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1 or not isinstance(layout, _LAYOUTS):
-        return Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates)
-    key = (operator, x.shape[:2], layout, segment_length, ends, rates, settings)
+        return Call(operator, Shard.of(x, layout, sequence, name, edges=edges), segment_length, ends, rates)
+    key = (operator, x.shape[:2], layout, segment_length, ends, rates, settings, edges)
     known = sequence.kept.get(key)
     if known is None:
-        known = Call(operator, Shard.of(x, layout, sequence, name), segment_length, ends, rates, settings)
+        shard = Shard.of(x, layout, sequence, name, edges=edges)
+        known = Call(operator, shard, segment_length, ends, rates, settings)
         if len(sequence.kept) > exchange.KEPT:
             sequence.kept.clear()
         sequence.kept[key] = known

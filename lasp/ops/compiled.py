@@ -269,7 +269,7 @@ def elementwise_op(
     """
     x, layout = elementwise.operands_of(operator, tensors), ShardLayout.of_facts(lengths, cu_seqlens)
     call, started = elementwise.start(x, layout, sequence_of_handle(sequence))
-    y, states, kept = elementwise.forward(x, call, started)
+    y, states, kept, _ = elementwise.forward(x, call, started)
     kept = y.new_empty(0) if kept is None or elementwise.keeps_result(x) else kept
     return y.to(tensors[0].dtype), states.contiguous(), kept
 
@@ -297,7 +297,7 @@ def elementwise_backward_op(
     """The gradients of all tensors."""
     x, layout = elementwise.operands_of(operator, tensors), ShardLayout.of_facts(lengths, cu_seqlens)
     call = elementwise.checked_call(x, layout, sequence_of_handle(sequence))
-    found = elementwise.backward(x, (states, kept), dy, call, (True,) * len(tensors))
+    found, _ = elementwise.backward(x, (states, kept), dy, call, (True,) * len(tensors))
     return [d.contiguous() for d in found if d is not None]
 
 
@@ -345,7 +345,7 @@ def halo_op(x: Tensor, width: int, lengths: MaybeTensor, cu_seqlens: MaybeTensor
         call = _token_call(halo.NAME, x, lengths, cu_seqlens, sequence)
         if ranks_agree is not None and width > 1:
             ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=width))
-    return halo.with_halo(x, width, call)
+    return halo.with_halo(x, width, call)[0]
 
 
 @halo_op.register_fake
@@ -359,7 +359,7 @@ def halo_backward_op(
 ) -> Tensor:
     """The gradient of x."""
     call = _token_call(halo.NAME, dy[:, width - 1 :], lengths, cu_seqlens, sequence)
-    return halo.without_halo(dy, width, call)
+    return halo.without_halo(dy, width, call)[0]
 
 
 @halo_backward_op.register_fake

@@ -20,6 +20,7 @@ from lasp.checks import finite
 from lasp.checks.agreement import Agreement
 from lasp.checks.trial import operator
 from lasp.layout import ShardLayout
+from lasp.ops import stream
 from lasp.ops.call import (
     Call,
     autocast,
@@ -104,13 +105,48 @@ def delta_rule(
             segment_length=segment_length,
         )
         return padding.fill(o), final_state
+    x = (q, k, v, beta, log_decay, scale)
+    if stream.under_way(sequence):
+        return _streamed(x, initial_state, output_final_state, layout, sequence, segment_length)
+    return _run(x, initial_state, output_final_state, layout, sequence, segment_length)
+
+
+@stream.in_eager
+def _streamed(
+    x: tuple,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+) -> tuple[Tensor, None]:
+    """On a segment of a sequence (lasp.ops.stream)."""
+    stream.no_final_state(output_final_state)
+    edges = initial_state is None
+    crossing = stream.crossing(NAME, sequence)
+    assert crossing is not None
+    initial_state = crossing.enter(initial_state, *x[1:5])
+    o, final_state = _run(x, initial_state, crossing.leaves, layout, sequence, segment_length, edges=edges)
+    return crossing.leave(o, final_state), None
+
+
+def _run(
+    given: tuple[Any, ...],
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+    *,
+    edges: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Of tokens none of which is padding; `given` are q, k, v, beta, log_decay and scale, `edges` as in `call_of`."""
     if torch.compiler.is_compiling():
-        x = _prepare(q, k, v, beta, log_decay, scale)
-        return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
-    with begin(NAME, sequence, k) as ranks_agree:
-        scale, segment_length = check_options(scale, output_final_state, segment_length)
-        x = _prepare(q, k, v, beta, log_decay, scale)
-        call = checked_call(x, initial_state, output_final_state, layout, sequence, segment_length)
+        return _compiled(_prepare(*given[:6]), initial_state, output_final_state, layout, sequence, segment_length)
+    with begin(NAME, sequence, given[1]) as ranks_agree:
+        scale, segment_length = check_options(given[5], output_final_state, segment_length)
+        x = _prepare(*given[:5], scale)  # type: ignore[call-arg]
+        call = checked_call(x, initial_state, output_final_state, layout, sequence, segment_length, edges=edges)
         started = [start_forward(x, initial_state, call, output_final_state, ranks_agree)]
     return _DeltaRule.apply(*x[:5], initial_state, (call, x.scale), started)  # type: ignore[return-value]
 
@@ -139,6 +175,8 @@ def checked_call(
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     segment_length: int | None,
+    *,
+    edges: bool = False,
 ) -> Call:
     """The call of these arguments; raises where they do not fit."""
     check_delta_inputs(*x[:5], segment_length)
@@ -150,7 +188,9 @@ def checked_call(
         ("initial_state", "none" if initial_state is None else "given"),
         ("output_final_state", output_final_state),
     )
-    call = call_of(NAME, x.k, layout, sequence, segment_length=segment_length, ends=ends, settings=settings)
+    call = call_of(
+        NAME, x.k, layout, sequence, segment_length=segment_length, ends=ends, settings=settings, edges=edges
+    )
     if initial_state is not None:
         check_initial_state(initial_state, x.k, x.v, call)
     return call

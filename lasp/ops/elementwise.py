@@ -18,6 +18,7 @@ from torch import Tensor
 from lasp.checks import finite
 from lasp.checks.trial import operator
 from lasp.layout import ShardLayout
+from lasp.ops import stream
 from lasp.ops.call import Call, begin, call_of, facts_of, no_autocast, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
 from lasp_kernels.elementwise import (
@@ -157,12 +158,14 @@ class Started(NamedTuple):
     wait: Callable[[], Tensor | None]  # for the state that enters them
 
 
-def checked_call(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Call:
+def checked_call(
+    x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None, *, edges: bool = False
+) -> Call:
     """The call of these arguments; raises where they do not fit."""
     operator = name_of(x)
     _KINDS[operator].check(x)
     settings = tuple((f"dtype of {name}", str(y.dtype)) for name, y in x._asdict().items())
-    return call_of(operator, x[0], layout, sequence, name=x._fields[0], settings=settings)
+    return call_of(operator, x[0], layout, sequence, name=x._fields[0], settings=settings, edges=edges)
 
 
 def steps_of(x: Operands, call: Call) -> ElementwiseSteps:
@@ -170,10 +173,17 @@ def steps_of(x: Operands, call: Call) -> ElementwiseSteps:
     return _KINDS[name_of(x)].steps(x, cu_seqlens=call.shard.runs.cu_seqlens)
 
 
-def start(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> tuple[Call, Started]:
-    """What forward does before it must wait."""
+def start(
+    x: Operands,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    initial_state: Tensor | None = None,
+    *,
+    edges: bool = False,
+) -> tuple[Call, Started]:
+    """What forward does before it must wait. `initial_state` [B, 1, channels, 1] is that before the first token."""
     with begin(name_of(x), sequence, x[0]) as ranks_agree:
-        call = checked_call(x, layout, sequence)
+        call = checked_call(x, layout, sequence, edges=edges)
         gradient = wants_gradient(*x)
         with torch.no_grad(), no_autocast(x[0].device.type):
             steps = steps_of(x, call)
@@ -182,7 +192,7 @@ def start(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | 
                 ranks_agree.settle(lambda: _fingerprint(x, call, gradient))
             if call.sequence is not None:
                 call.traffic.kernels = "reference"
-            return call, Started(steps, maps, call.enter(steps, maps, None, at_once=True))
+            return call, Started(steps, maps, call.enter(steps, maps, initial_state, at_once=True))
 
 
 def _fingerprint(x: Operands, call: Call, gradient: bool) -> dict[str, object]:
@@ -197,55 +207,84 @@ class Forward(NamedTuple):
     y: Tensor  # in the state's dtype
     states: Tensor  # that enter segments
     kept: Tensor | None
+    final_state: Tensor | None  # [B, 1, channels, 1], that behind the last token, on every rank; None: not asked for
 
 
-def forward(x: Operands, call: Call, started: Started) -> Forward:
+def forward(x: Operands, call: Call, started: Started, *, final_state: bool = False) -> Forward:
     """Wait for the state that enters, and compute the outputs."""
     steps, maps, wait = started
     with torch.no_grad(), no_autocast(x[0].device.type):
         states, behind = steps.scan(maps, wait())
         finite.note(call.sequence, behind)
         y, kept = steps.outputs(x, states)
-    return Forward(y, states, kept)
+        final = call.final_state(behind) if final_state else None
+    return Forward(y, states, kept, final)
 
 
 def backward(
-    x: Operands, saved: tuple[Tensor, Tensor | None], dy: Tensor, call: Call, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, in the dtypes of these, from the states and what else `forward` kept."""
+    x: Operands,
+    saved: tuple[Tensor, Tensor | None],
+    dy: Tensor,
+    call: Call,
+    needed: tuple[bool, ...],
+    d_final_state: Tensor | None = None,
+    *,
+    initial_grad: bool = False,
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """The gradients of x, in the dtypes of these, from the states and what else `forward` kept; and that of the
+    initial state if asked for, on the rank where it entered."""
     states, kept = saved
     with torch.no_grad(), no_autocast(dy.device.type):
         steps = steps_of(x, call)
         maps = steps.gradient_maps(x, dy)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
-        wait = call.enter(steps, maps, None, reverse=True)
+        if d_final_state is not None:
+            d_final_state = call.sum_over_ranks(d_final_state.clone(), reverse=True)
+        wait = call.enter(steps, maps, d_final_state, reverse=True)
         d_states, d_first = steps.scan(maps, wait(), reverse=True)
         finite.note(call.sequence, d_first, reverse=True)
         found = steps.gradients(x, dy, states, kept, d_states, needed)
-    return tuple(None if d is None else d.to(y.dtype) for d, y in zip(found, x))
+        d_initial = call.shard.all_states(d_first, first=True) if initial_grad else None
+    return tuple(None if d is None else d.to(y.dtype) for d, y in zip(found, x)), d_initial
 
 
 def _run(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Tensor:
+    if stream.under_way(sequence):
+        return _streamed(x, layout, sequence)
     if torch.compiler.is_compiling():
         return torch.ops.lasp.elementwise(name_of(x), list(x), *facts_of(layout, sequence))[0]
     call, started = start(x, layout, sequence)
-    return _Elementwise.apply(call, [started], *x)  # type: ignore[return-value]
+    return _Elementwise.apply(call, [started], False, None, *x)[0]  # type: ignore[index]
+
+
+@stream.in_eager
+def _streamed(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Tensor:
+    """On a segment of a sequence (lasp.ops.stream)."""
+    crossing = stream.crossing(name_of(x), sequence)
+    assert crossing is not None
+    initial_state = crossing.enter(None, *x)
+    call, started = start(x, layout, sequence, initial_state, edges=True)
+    y, final_state = _Elementwise.apply(call, [started], crossing.leaves, initial_state, *x)  # type: ignore[misc]
+    return crossing.leave(y, final_state)
 
 
 class _Elementwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, started, *tensors):
+    def forward(ctx, call, started, wants_final, initial_state, *tensors):
         ctx.call = call
         x = operands_of(call.operator, tensors)
-        y, states, kept = forward(x, call, started.pop())
+        y, states, kept, final_state = forward(x, call, started.pop(), final_state=wants_final)
         out = y.to(tensors[0].dtype)
         ctx.save_for_backward(*tensors, states, out if keeps_result(x) else kept)
-        return out
+        return out, final_state
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, d_final_state):
         if torch.is_grad_enabled():
             raise RuntimeError(f"{ctx.call.operator} has no second derivative: call backward without create_graph")
         *tensors, states, kept = ctx.saved_tensors
         x = operands_of(ctx.call.operator, tensors)
-        return None, None, *backward(x, (states, kept), dy, ctx.call, ctx.needs_input_grad[2:])
+        _, _, _, initial_grad, *needed = ctx.needs_input_grad
+        options = (ctx.call, tuple(needed), d_final_state)
+        found, d_initial = backward(x, (states, kept), dy, *options, initial_grad=initial_grad)
+        return None, None, None, d_initial, *found

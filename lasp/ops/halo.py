@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from lasp.checks.trial import operator
 from lasp.exchange import Job, Link, StateMap, Terms
 from lasp.exchange.base import Run
 from lasp.layout import ShardLayout
+from lasp.ops import recompute, stream
 from lasp.ops.call import Call, begin, call_of, facts_of, kind_of_tensor, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
 from lasp_kernels import convolution
@@ -64,6 +65,8 @@ def halo(
     if padding is not None:
         return padding.fill(halo(padding.cut(x), width, layout=padding.layout, sequence=sequence))
     check_arguments = functools.partial(check, x, width)
+    if stream.under_way(sequence):
+        return _streamed(x, width, layout, sequence, check_arguments)[0]
     if torch.compiler.is_compiling():
         return _in_graph(x, width, layout, sequence, check_arguments)
     return _bring(x, width, layout, sequence, check_arguments)[0]
@@ -90,13 +93,65 @@ def _bring(
     check_arguments: Callable[[], None],
 ) -> tuple[Tensor, tuple[int, ...] | None]:
     """x with the tokens before it, and the borders of packed documents among this rank's tokens."""
+    call = _checked_call(x, width, layout, sequence, check_arguments)
+    return _Halo.apply(x, int(width), call, None)[0], call.shard.runs.cu_seqlens  # type: ignore[index]
+
+
+@stream.in_eager
+def _streamed(
+    x: Tensor,
+    width: int,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    check_arguments: Callable[[], None],
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """The same on a segment of a sequence: the last tokens of the segment before stand before the first rank's."""
+    call = _checked_call(x, width, layout, sequence, check_arguments)
+    if int(width) == 1:  # the token itself
+        return x, call.shard.runs.cu_seqlens
+    crossing = stream.crossing(NAME, sequence)
+    assert crossing is not None
+    entering = crossing.enter(None, x)
+    border = Border(entering is not None, crossing.segment.before, crossing.leaves)
+    y, tail = _Halo.apply(x, int(width), call, border, entering)  # type: ignore[misc]
+    return crossing.leave(y, tail), call.shard.runs.cu_seqlens
+
+
+@stream.in_eager
+def _streamed_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    width: int,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    check_arguments: Callable[[], None],
+) -> Tensor:
+    with_before, runs = _streamed(x, width, layout, sequence, check_arguments)
+    return convolution.causal_conv(with_before, weight, bias, cu_seqlens=runs)
+
+
+def _checked_call(
+    x: Tensor,
+    width: int,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    check_arguments: Callable[[], None],
+) -> Call:
     with begin(NAME, sequence, x) as ranks_agree:
         check_arguments()
-        width = int(width)  # which NumPy's may be
         call = call_of(NAME, x, layout, sequence, name="x")
         if ranks_agree is not None:
-            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=width, gradient=wants_gradient(x)))
-    return _Halo.apply(x, width, call), call.shard.runs.cu_seqlens  # type: ignore[return-value]
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=int(width), gradient=wants_gradient(x)))
+    return call
+
+
+class Border(NamedTuple):
+    """What a segment of a streamed sequence has before its first token."""
+
+    enters: bool  # whether something does: [B, width - 1, ...], on every rank
+    before: int  # how many tokens of the document of the first token lie there
+    leaves: bool  # whether the last tokens are wanted, for the segment behind
 
 
 @operator(_the_same)
@@ -133,6 +188,8 @@ def causal_conv(
         return padding.fill(y)
     check_arguments = functools.partial(convolution.check_weight, x, weight, bias)
     width = weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else 1  # which is an error
+    if stream.under_way(sequence):
+        return _streamed_conv(x, weight, bias, width, layout, sequence, check_arguments)
     if torch.compiler.is_compiling():
         with_before = _in_graph(x, width, layout, sequence, check_arguments)
         if layout is not None and layout.packed:
@@ -151,45 +208,82 @@ def check(x: Tensor, width: int) -> None:
         raise ValueError(f"width must be at least 1, the token itself, got {width}")
 
 
-def with_halo(x: Tensor, width: int, call: Call) -> Tensor:
-    """Forward of `halo`."""
+def with_halo(
+    x: Tensor, width: int, call: Call, border: Border | None = None, entering: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Forward of `halo`; and for a segment of a stream its last width - 1 tokens, on every rank."""
     reach = width - 1
     before = x.new_zeros(x.shape[0], reach, *x.shape[2:])
-    if call.sequence is not None and before.numel():
-        received = _received(x, reach, call)
-        seen = _seen(call, reach)
+    leaving = None
+    if before.numel() and (call.sequence is not None or border is not None):
+        received = _received(x, reach, call, entering)
+        if border is not None and border.leaves:
+            leaving = recompute.once(call.key, lambda: _leaving(x, received, call))
+        seen = _seen(call, reach, border)
         before[:, reach - seen :] = received[:, reach - seen :]
-    return torch.cat([before, x], 1)
+    elif border is not None and border.leaves:
+        leaving = before.clone()
+    return torch.cat([before, x], 1), leaving
 
 
-def without_halo(dy: Tensor, width: int, call: Call) -> Tensor:
-    """Backward of `halo`: from the gradient of its result that of x."""
+def _leaving(x: Tensor, received: Tensor, call: Call) -> Tensor:
+    """What the last rank would pass on, on every rank."""
+    last = _tail(x, received.shape[1]).after(received)
+    if call.sequence is None:
+        return last
+    return call.sum_over_ranks(last if call.sequence.next_rank is None else torch.zeros_like(last))
+
+
+def without_halo(
+    dy: Tensor, width: int, call: Call, border: Border | None = None, d_leaving: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Backward of `halo`: from the gradients of its results that of x, and of a border's tokens."""
     reach = width - 1
     dx = dy[:, reach:].clone(memory_format=torch.contiguous_format)
-    if call.sequence is None or not dy[:, :reach].numel():
-        return dx
+    if not dy[:, :reach].numel() or (call.sequence is None and border is None):
+        return dx, dy[:, :reach] if border is not None else None
     own = min(reach, dx.shape[1])
     d_before = dy[:, :reach].clone(memory_format=torch.contiguous_format)
-    d_before[:, : reach - _seen(call, reach)] = 0.0  # zeros of a document that begins here
-    arrived = _travel(_Tail(d_before, own, reverse=True), call, reverse=True)
+    d_before[:, : reach - _seen(call, reach, border)] = 0.0  # zeros of a document that begins here
+    if border is not None and border.leaves:
+        d_leaving = torch.zeros_like(d_before) if d_leaving is None else d_leaving.clone()
+        d_leaving = call.sum_over_ranks(d_leaving, reverse=True)
+    tail = _Tail(d_before, own, reverse=True)
+    arrived = d_leaving if call.sequence is None else _travel(tail, call, d_leaving, reverse=True)
+    if arrived is None:
+        arrived = torch.zeros_like(d_before)
     dx[:, dx.shape[1] - own :] += arrived[:, reach - own :]
-    return dx
+    if border is None or not border.enters:
+        return dx, None
+    first = call.sequence is None or call.sequence.prev_rank is None
+    return dx, tail.after(arrived) if first else torch.zeros_like(d_before)
 
 
-def _seen(call: Call, reach: int) -> int:
+def _seen(call: Call, reach: int, border: Border | None) -> int:
     """How many of the tokens before this rank belong to the document of its first token."""
     known = call.shard.tokens_before
-    return reach if known is None else min(reach, known)
+    if known is None:
+        return reach
+    if border is not None and (call.shard.layout is None or call.shard.first_token == known):
+        known += border.before  # that document did not begin in this segment
+    return min(reach, known)
 
 
-def _received(x: Tensor, reach: int, call: Call) -> Tensor:
-    """What the rank before passes on; zeros on the first rank. In a recompute nothing is sent."""
+def _tail(x: Tensor, reach: int) -> _Tail:
+    own = min(reach, x.shape[1])
+    tokens = torch.cat([x.new_zeros(x.shape[0], reach - own, *x.shape[2:]), x[:, x.shape[1] - own :]], 1)
+    return _Tail(tokens, own, reverse=False)
+
+
+def _received(x: Tensor, reach: int, call: Call, entering: Tensor | None) -> Tensor:
+    """What the rank before passes on; on the first rank what enters the segment, or zeros. In a recompute nothing is
+    sent."""
+    if call.sequence is None:
+        return x.new_zeros(x.shape[0], reach, *x.shape[2:]) if entering is None else entering
     reception = call.reception()
     if reception.result is not None:
         return reception.result
-    own = min(reach, x.shape[1])
-    tail = torch.cat([x.new_zeros(x.shape[0], reach - own, *x.shape[2:]), x[:, x.shape[1] - own :]], 1)
-    return reception.keep(_travel(_Tail(tail, own, reverse=False), call, reverse=False))
+    return reception.keep(_travel(_tail(x, reach), call, entering, reverse=False))
 
 
 class _Tail:
@@ -218,8 +312,11 @@ class _Tail:
         return sent
 
 
-def _travel(tail: _Tail, call: Call, *, reverse: bool) -> Tensor:
-    """Send it to the rank behind (reversed: before) and return what came from the other side."""
+def _travel(tail: _Tail, call: Call, entering: Tensor | None, *, reverse: bool) -> Tensor:
+    """Send it to the rank behind (reversed: before) and return what came from the other side.
+
+    Where no rank is on that side, it is what is `entering`; None is zeros.
+    """
     sequence, traffic = call.sequence, call.traffic
     assert sequence is not None
     call.check_messages("the tokens before a shard", kind_of_tensor(tail.tokens), tail.tokens, reverse=reverse)
@@ -230,10 +327,10 @@ def _travel(tail: _Tail, call: Call, *, reverse: bool) -> Tensor:
     state = StateMap(tail.tokens)  # in whose place the tokens are; nothing is folded
     job = Job(state, sequence, traffic, lambda *_: tail.tokens, 1, True, Terms(reverse), "the tokens before a shard")
     link = Link(job)
-    return exchange.queue(_pass_on(tail, link), [link], [tail.tokens], beside=False).wait()
+    return exchange.queue(_pass_on(tail, link, entering), [link], [tail.tokens], beside=False).wait()
 
 
-def _pass_on(tail: _Tail, link: Link) -> Run:
+def _pass_on(tail: _Tail, link: Link, entering: Tensor | None) -> Run:
     """NCCL runs the messages of a rank one after the other, so every other rank begins with its receipt."""
     incoming, sends_first = None, tail.complete and link.sequence.rank % 2 == 0
     if sends_first and link.target is not None:
@@ -243,7 +340,8 @@ def _pass_on(tail: _Tail, link: Link) -> Run:
     if tail.complete and not sends_first and link.target is not None:
         link.send(tail.tokens)
     yield
-    received = torch.zeros_like(tail.tokens) if incoming is None else incoming()
+    entering = torch.zeros_like(tail.tokens) if entering is None else entering
+    received = entering if incoming is None else incoming()
     if not tail.complete and link.target is not None:
         link.send(tail.after(received))
     return received
@@ -251,11 +349,12 @@ def _pass_on(tail: _Tail, link: Link) -> Run:
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, width, call):
-        ctx.width, ctx.call = width, call
-        return with_halo(x, width, call)
+    def forward(ctx, x, width, call, border, entering=None):
+        ctx.width, ctx.call, ctx.border = width, call, border
+        return with_halo(x, width, call, border, entering)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return without_halo(dy, ctx.width, ctx.call), None, None
+    def backward(ctx, dy, d_leaving):
+        dx, d_entering = without_halo(dy, ctx.width, ctx.call, ctx.border, d_leaving)
+        return dx, None, None, None, d_entering

@@ -16,7 +16,9 @@ docs/exchange.md has what both cost.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from lasp import arguments
 from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
-from lasp.ops import tokens
+from lasp.ops import stream, tokens
 from lasp.ops.call import (
     Call,
     autocast,
@@ -33,12 +35,14 @@ from lasp.ops.call import (
     call_of,
     facts_of,
     kind_of_tokens,
+    no_autocast,
     of_own_tokens,
     padding_of,
     wants_gradient,
 )
 from lasp.ranks import SequenceParallel, collectives
 from lasp_kernels import softmax as local
+from lasp_kernels.softmax_pieces import Attended, Gradients, Piece, Queries
 
 NAME = "softmax_attention"
 
@@ -102,6 +106,8 @@ def softmax_attention(
         )
         return padding.fill(o)
     settings = {"window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p}
+    if stream.under_way(sequence):
+        return _streamed(q, k, v, layout, sequence, key_mask, settings)  # type: ignore[arg-type]
     if torch.compiler.is_compiling():
         q, k, v, settings = _checked(q, k, v, key_mask, settings)
         return _in_graph(q, k, v, layout, sequence, key_mask, settings)
@@ -142,6 +148,130 @@ def _by_heads(
     documents = None if layout is None else layout.cu_seqlens
     o = local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
     return tokens.collected(o.flatten(2), lengths, call).reshape(*shares.output)  # type: ignore[union-attr]
+
+
+@stream.in_eager
+def _streamed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel,
+    key_mask: Tensor | None,
+    settings: dict,
+) -> Tensor:
+    """On a segment of a sequence (lasp.ops.stream): over the keys and values of earlier ones, which lie on the host of
+    the rank whose tokens they are, and come piece by piece."""
+    with begin(NAME, sequence, k) as ranks_agree:
+        q, k, v, settings = _checked(q, k, v, key_mask, settings)
+        if settings["dropout_p"]:
+            raise ValueError(
+                f"dropout_p must be 0 in a model that lasp.stream_backward runs, got {settings['dropout_p']}: weights "
+                "are never formed for all keys at once"
+            )
+        told = settings_of(*settings.values(), q.shape[2], key_mask is not None)
+        call = call_of(NAME, k, layout, sequence, settings=told)
+        gradient = wants_gradient(q, k, v)
+        if ranks_agree is not None:
+            tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask}
+            ranks_agree.settle(lambda: call.fingerprint(tensors, gradient=gradient, **settings))
+    earlier = stream.earlier(NAME, sequence)
+    both = torch.cat([k, v], -1)
+    if gradient and not both.requires_grad:  # ranks whose keys are trained wait for what this one did with them
+        both.requires_grad_()
+    real = None if key_mask is None else key_mask.to(torch.uint8)
+    earlier.keep(both, *([] if real is None else [real]))
+    own = (earlier.segment.layout if layout is None else layout).lengths
+    queries = _queries(q.shape[1], k.shape[2], own, sequence.rank, earlier.segment, q, settings)
+    return _Streamed.apply(q, both, real, _Facts(earlier, call, own, queries, k.shape[3], settings["window"]))  # type: ignore[return-value]
+
+
+def _queries(
+    count: int, heads: int, lengths: tuple[int, ...], rank: int, segment: stream.Segment, q: Tensor, settings: dict
+) -> Queries:
+    """Where this rank's queries stand in the whole sequence, and what they see."""
+    start = sum(lengths[:rank])
+    positions = torch.arange(start, start + count, device="cpu")
+    first = torch.full_like(positions, -segment.before)
+    if segment.layout.packed:
+        offsets = segment.layout.facts[1]
+        assert offsets is not None
+        opens = offsets[(torch.searchsorted(offsets, positions, right=True) - 1).clamp(max=len(offsets) - 2)]
+        first = torch.where(opens > 0, opens, first)
+    if settings["window"] is not None:
+        first = torch.maximum(first, positions - settings["window"] + 1)
+    scale = q.shape[3] ** -0.5 if settings["scale"] is None else settings["scale"]
+    groups = q.shape[2] // heads
+    return Queries(segment.start + start, first + segment.start, groups, scale, settings["softcap"])
+
+
+class _Facts(NamedTuple):
+    """Of a call on a segment."""
+
+    earlier: stream.Earlier
+    call: Call
+    lengths: tuple[int, ...]  # tokens of the ranks in this segment
+    queries: Queries
+    key_dim: int
+    window: int | None
+
+    def pieces(
+        self, both: Tensor, real: Tensor | None, *, reverse: bool
+    ) -> Iterator[tuple[stream.Segment, tuple[int, ...], Piece]]:
+        """Of earlier segments and at last of this one, the keys and values of all ranks."""
+        segments = self.earlier.visible(None if self.window is None else self.window - 1)
+        for segment, following in itertools.zip_longest(segments, segments[1:]):
+            with self.earlier.of(segment, following) as found:
+                yield segment, segment.layout.real.lengths, self._piece(segment, found, reverse)
+        own = (both.detach(),) if real is None else (both.detach(), real)
+        yield self.earlier.segment, self.lengths, self._piece(self.earlier.segment, own, reverse)
+
+    def _piece(self, segment: stream.Segment, tensors: tuple[Tensor, ...], reverse: bool) -> Piece:
+        lengths = self.lengths if segment is self.earlier.segment else segment.layout.real.lengths
+        both, *real = (_of_all(x, lengths, self.call, reverse=reverse) for x in tensors)
+        k, v = both.split([self.key_dim, both.shape[3] - self.key_dim], 3)
+        return Piece(segment.start, k, v, real[0].bool() if real else None)
+
+
+def _of_all(x: Tensor, lengths: tuple[int, ...], call: Call, *, reverse: bool) -> Tensor:
+    return x if call.sequence is None else tokens.gather_now(x, lengths, call, reverse=reverse)
+
+
+class _Streamed(torch.autograd.Function):
+    """Attention of this rank's queries; its own keys and values get the gradients of all that look at them."""
+
+    @staticmethod
+    def forward(ctx, q, both, real, facts):
+        ctx.facts, ctx.dtypes = facts, (q.dtype, both.dtype)
+        of_o, of_lse = facts.call.reception(), facts.call.reception()
+        o, lse = of_o.result, of_lse.result
+        if o is None or lse is None:
+            attended = Attended(q, both.shape[3] - facts.key_dim, facts.queries)
+            with no_autocast(q.device.type):
+                for _, _, piece in facts.pieces(both, real, reverse=False):
+                    attended.see(piece)
+            o, lse = of_o.keep(attended.output().to(q.dtype)), of_lse.keep(attended.lse)
+        ctx.save_for_backward(q, both, real, o.detach(), lse)
+        return o.detach()  # a recompute may get the same memory again
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, both, real, o, lse = ctx.saved_tensors
+        facts: _Facts = ctx.facts
+        found = Gradients(q, o, lse, do, facts.queries)
+        mine = None
+        with no_autocast(q.device.type):
+            for segment, lengths, piece in facts.pieces(both, real, reverse=True):
+                mine = torch.cat(found.of(piece), -1)
+                if facts.call.sequence is not None:
+                    mine = tokens.scatter(mine, lengths, facts.call)
+                if segment is not facts.earlier.segment:
+                    facts.earlier.add(segment, mine)
+        assert mine is not None
+        if (behind := facts.earlier.gradient()) is not None:
+            mine = mine + behind
+        return found.of_queries().to(ctx.dtypes[0]), mine.to(ctx.dtypes[1]), None, None
 
 
 def settings_of(*values: object) -> Kind:

@@ -68,13 +68,18 @@ def gather(x: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
     reception = call.reception()
     if reception.result is not None:
         return reception.result
+    return reception.keep(gather_now(x, lengths, call, reverse=False))
+
+
+def gather_now(x: Tensor, lengths: tuple[int, ...], call: Call, *, reverse: bool) -> Tensor:
+    """[B, T of all ranks, ...], of which nothing is kept for a recompute."""
     sequence, traffic = call.sequence, call.traffic
     assert sequence is not None
-    call.check_messages("keys and values", kind_of_tokens(x, lengths), x, reverse=False)
-    exchange.count_exchange(sequence, traffic, reverse=False)
-    found = collectives.gather_tokens(x, lengths, sequence, lambda: name_of(call, "keys and values", reverse=False))
+    call.check_messages("keys and values", kind_of_tokens(x, lengths), x, reverse=reverse)
+    exchange.count_exchange(sequence, traffic, reverse=reverse)
+    found = collectives.gather_tokens(x, lengths, sequence, lambda: name_of(call, "keys and values", reverse=reverse))
     _count(x, x.element_size(), lengths, call)
-    return reception.keep(found)
+    return found
 
 
 def scatter(dx: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:

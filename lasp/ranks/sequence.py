@@ -74,6 +74,7 @@ class SequenceParallel:
     by_operator: dict[str, Traffic] = field(init=False, repr=False, default_factory=dict)
     kept: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)  # calls (lasp.ops), routes (exchange)
     border: Any = field(init=False, repr=False, default=None)  # of the model around the layer (lasp.adapters.border)
+    stream: Any = field(init=False, repr=False, default=None)  # what crosses borders of segments (lasp.ops.stream)
     of_model: bool = field(init=False, repr=False, default=False)  # whether `parallelize` made it, for a layer
     handle: Tensor = field(init=False, repr=False)  # a number that stands for this object in a custom op
     in_group: tuple[int, ...] = field(init=False, repr=False)  # rank, as the group counts it, at each place

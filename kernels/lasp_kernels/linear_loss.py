@@ -1,0 +1,96 @@
+"""Cross entropy of a linear layer's outputs that never are in memory all at once.
+
+A row of logits = hidden @ weight^T is needed for its loss and for its gradient, softmax(logits) - one_hot(label), and
+then no more. So a tile of tokens at a time: logits, loss, and the gradient written over the logits; from that at once
+d(hidden) of the tile and its part of d(weight). Backward only multiplies by what reached the sum. That is three matrix
+products a token where keeping nothing and computing the logits again takes four.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE = {"cuda": 2**29, "cpu": 2**24}  # logits in memory at once: 1 GiB in bf16 on a GPU, 64 MiB in fp32 on a CPU
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """The sum of the cross entropies of `hidden @ weight^T + bias`, in fp32 (fp64 of fp64).
+
+    hidden [N, D] and weight [V, D] of one float dtype, bias [V]; labels [N] int64, `ignore_index` or within [0, V).
+    Logits are rounded to that dtype, as a linear layer's output is; all sums over tokens and words are in fp32.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index)  # type: ignore[return-value]
+
+
+def tokens_at_once(vocabulary: int, device: torch.device) -> int:
+    """Of a tile: a multiple of 128, unless the vocabulary is vast."""
+    tokens = max(1, TILE.get(device.type, TILE["cuda"]) // vocabulary)
+    return tokens - tokens % 128 if tokens >= 128 else tokens
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, ignore_index):
+        needs = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if needs[0] else None
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        d_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if needs[2] else None
+        size = tokens_at_once(len(weight), hidden.device)
+        for first in range(0, len(hidden), size):
+            here = slice(first, first + size)
+            h = hidden[here]
+            logits = h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
+            total += _losses(logits, labels[here], ignore_index, gradient=any(needs)).sum()
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[here])
+            if d_weight is not None:
+                _add_product(d_weight, logits, h)
+            if d_bias is not None:
+                d_bias += logits.sum(0, dtype=wide)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        of_weight, of_bias = ctx.dtypes
+        return (
+            None if d_hidden is None else d_hidden * gradient.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * gradient).to(of_weight),
+            None if d_bias is None else (d_bias * gradient).to(of_bias),
+            None,
+            None,
+        )
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total [V, D] += gradient^T [V, n] @ hidden [n, D], summed in the dtype of `total`."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.T, hidden)
+    elif total.is_cuda:
+        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(gradient.T.to(total.dtype), hidden.to(total.dtype))
+
+
+def _losses(logits: Tensor, labels: Tensor, ignore_index: int, *, gradient: bool) -> Tensor:
+    """The loss of each row of logits [n, V]; with `gradient` that of their sum stands in place of the logits."""
+    if logits.is_cuda and logits.dtype != torch.float64:
+        from lasp_kernels.cross_entropy import fused_cross_entropy
+
+        return fused_cross_entropy(logits, labels, ignore_index, gradient=gradient)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted, known = labels != ignore_index, labels.clamp(min=0)
+    wide = wide.log_softmax(1)
+    losses = torch.where(counted, -wide.gather(1, known[:, None]).squeeze(1), 0)
+    if gradient:
+        wide = wide.exp_().scatter_add_(1, known[:, None], torch.full_like(wide[:, :1], -1))
+        logits.copy_(wide.masked_fill_(~counted[:, None], 0))
+    return losses

@@ -1,0 +1,173 @@
+"""What adapters put into a model on one rank: there only while it is needed.
+
+On one rank `parallelize` leaves a model as it is. To stream a sequence through it (`lasp.stream_backward`), its layers
+must call the operators with ranks even so, of which there is one. So the adapters edit it once; what they have changed
+is taken out again, and put in its place while a sequence is streamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lasp import adapters
+from lasp.adapters.border import Border, OneRank
+from lasp.ranks import SequenceParallel
+
+_ABSENT = object()
+
+
+class Handles:
+    """The changes that make a model on one rank call the operators with its rank.
+
+    Args:
+        model: as it came.
+        layers: with their paths and adapters.
+        sequence: of one rank.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Iterable[tuple[str, nn.Module, adapters.Adapter]], sequence: SequenceParallel
+    ):
+        layers = list(layers)
+        before = {module: _state(module) for module in model.modules()}
+        border = Border(sequence) if any(isinstance(x, adapters.Foreign) for _, _, x in layers) else None
+        self.own = [sequence.of_layer(path, border) for path, _, _ in layers]
+        try:
+            for (_, module, adapter), own in zip(layers, self.own):
+                adapter(module, own)
+            if border is not None:
+                around = sequence.of_layer("", border)
+                adapters.prepare(model, around)
+                border.install(model)
+                self.own.append(around)
+            # Weakly: these live as long as the model, and must not keep it alive.
+            self._changes = [(weakref.ref(m), *_difference(state, m)) for m, state in before.items()]
+        finally:
+            for module, state in before.items():
+                _restore(module, state)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Inside, they are there."""
+        held: list[tuple[dict[str, Any], str, Any]] = []
+
+        def put(values: dict[str, Any], name: str, value: Any) -> None:
+            held.append((values, name, values.get(name, _ABSENT)))
+            values[name] = value
+
+        try:
+            for reference, plain, entries in self._changes:
+                module = reference()
+                if module is None:
+                    continue
+                values = vars(module)
+                for name, value in plain.items():
+                    put(values, name, value.of(module) if isinstance(value, _Method) else value)
+                for name, added in entries.items():
+                    kept = {key: x for key, x in values[name].items() if not isinstance(x, OneRank)}
+                    put(values, name, type(values[name])({**kept, **added}))
+            yield
+        finally:
+            for values, name, value in reversed(held):
+                if value is _ABSENT:
+                    values.pop(name, None)
+                else:
+                    values[name] = value
+
+
+class Parallelized:
+    """What is known of a model that `parallelize` was called with."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sequence: SequenceParallel,
+        layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
+        own: Iterable[SequenceParallel],
+    ):
+        self.sequence, self._model = sequence, weakref.ref(model)
+        self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
+        self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
+        self.fitting = 0  # the most tokens of a segment for which there is memory; 0: not tried yet
+        self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
+        self._handles: Handles | None = None
+
+    def with_ranks(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, its layers call the operators with their ranks, on one rank too."""
+        if self.sequence.size > 1:
+            return contextlib.nullcontext()
+        if self._handles is None:
+            model = self._model()
+            assert model is not None
+            living = [(path, module, adapter) for path, held, adapter in self._layers if (module := held()) is not None]
+            self._handles = Handles(model, living, self.sequence)
+            self.own = self._handles.own
+        return self._handles.inside()
+
+
+_parallelized: weakref.WeakKeyDictionary[nn.Module, Parallelized] = weakref.WeakKeyDictionary()
+
+
+def remember(
+    model: nn.Module,
+    sequence: SequenceParallel,
+    layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
+    own: Iterable[SequenceParallel],
+) -> None:
+    """What `parallelize` was called with."""
+    _parallelized[model] = Parallelized(model, sequence, layers, own)
+
+
+def held_by(model: nn.Module) -> list[Parallelized]:
+    """Of the model and of those in it, what `parallelize` was called with in this process."""
+    return [_parallelized[module] for module in model.modules() if module in _parallelized]
+
+
+@dataclass(frozen=True)
+class _Method:
+    """One that was put into a module, which it does not hold."""
+
+    function: Callable[..., Any]
+
+    def of(self, module: nn.Module) -> types.MethodType:
+        return types.MethodType(self.function, module)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    return {name: dict(x) if isinstance(x, dict) else x for name, x in vars(module).items()}
+
+
+def _difference(before: dict[str, Any], module: nn.Module) -> tuple[dict[str, Any], dict[str, dict]]:
+    """Attributes that are others now, and of those that are dicts (submodules, hooks) their entries."""
+    plain, entries = {}, {}
+    for name, now in vars(module).items():
+        old = before.get(name, _ABSENT)
+        if isinstance(now, dict) and isinstance(old, dict):
+            changed = {key: x for key, x in now.items() if old.get(key, _ABSENT) is not x}
+            if changed:
+                entries[name] = changed
+        elif now is not old:
+            bound = isinstance(now, types.MethodType) and now.__self__ is module
+            plain[name] = _Method(now.__func__) if bound else now  # type: ignore[union-attr]
+    return plain, entries
+
+
+def _restore(module: nn.Module, before: dict[str, Any]) -> None:
+    values = vars(module)
+    for name in list(values):
+        if name not in before:
+            del values[name]
+    for name, old in before.items():
+        now = values.get(name)
+        if isinstance(old, dict) and isinstance(now, dict):
+            now.clear()  # the same object, to which others refer
+            now.update(old)
+        else:
+            values[name] = old

@@ -1,0 +1,575 @@
+"""`stream_backward`: forward and backward over a sequence longer than memory, segment by segment, and exact.
+
+A model whose layers are split by lasp needs of all earlier tokens what its operators carry on: states, and the last
+tokens before a convolution. So a step needs the memory of one segment (docs/streaming.md):
+
+    forward     segment 0, 1, ... n-2, without autograd: what enters the next one is kept; the last one has none
+    backward    segment n-1, ... 0: forward again, from what entered it, and backward, with the gradients of what left
+                it; it gives those of what entered
+
+Each segment is split over the ranks as a short sequence is. Both runs of one draw the same random numbers. The loss of
+a segment is its part of the mean over all tokens, so that gradients add up to those of one pass.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lasp import arguments
+from lasp.adapters.handles import Parallelized, held_by
+from lasp.batch import Whole, whole_batch
+from lasp.calls import caller, logits_of
+from lasp.checks import agreement
+from lasp.checks.checksum import checksums
+from lasp.checks.memory import bytes_of_training, free_bytes, measured
+from lasp.data_parallel.once import AveragedOnce
+from lasp.layout import ShardLayout
+from lasp.loss import check_loss, sum_of_slice, totals, which_labels
+from lasp.ops.stream import Segment, Stream
+from lasp.ranks import SequenceParallel, grad_group, sequence_axis, waiting
+from lasp.ranks.aside import uncounted
+from lasp.ranks.collectives import device_of
+
+LossFunction = Callable[[Any, Tensor], tuple[Tensor, Any]]
+
+
+def stream_backward(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    mesh,
+    segment: int | None = None,
+    loss_fn: LossFunction | None = None,
+    loss_scale: float | Tensor = 1.0,
+    shift_labels: bool = True,
+    ignore_index: int = -100,
+    progress: bool = False,
+    validate: str = "first",
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of the mean loss over a sequence of any length, in the memory of one segment.
+
+    Gradients are left as `loss.backward()` leaves them: `sync_grads`, DDP or FSDP2, clipping and the optimizer follow
+    as usual. They are exact. It takes one forward more than `loss.backward()`.
+
+    Args:
+        model: `parallelize` was called with it, on one rank too, and it may be wrapped in DDP or FSDP2 since.
+        batch: as `shard_batch` takes it, whole on every rank of the sequence, also with packed documents. It may lie on
+            the host, from where each segment goes to the device of the model.
+        mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup, or None for one rank.
+        segment: tokens of a segment, of all ranks together; rounded up to a multiple of the ranks. The last may be
+            shorter. None takes as many as fit: at the first call for a model two short sequences are tried, to see what
+            a token takes, and room is left for gradients and the moments of Adam.
+        loss_fn: a function of what the model returns for this rank's slice of a segment and of its labels (already
+            shifted), which returns the sum of the loss over the labels that count, and how many these are. It is called
+            in both forwards. By default the cross entropy of the logits: `token_loss` of the whole.
+        loss_scale: gradients are those of this times the loss: 1 / n for the accumulation of n steps, or
+            `scaler.get_scale()` of a GradScaler.
+        shift_labels: False if the labels are already the next tokens.
+        ignore_index: the label that the loss skips.
+        progress: show a bar, on the first rank (needs tqdm).
+        validate: "first" compares the batch and these options between the ranks of the sequence, at the first call and
+            at every 1000th; "off" does not.
+
+    Returns:
+        The mean loss over all tokens of all ranks, the same on each, without a graph; and of how many tokens (int64).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, before any communication; also a model that was not split.
+        RankMismatchError: ranks were given different batches or options, or one of them failed; on every rank.
+        PeerError: a rank has ended, or did not come within the timeout of its group.
+
+    After any error the gradients are what they were before.
+    """
+    sequence = sequence_axis(mesh)
+    with agreement.of_batch(sequence, validate=validate, before="stream_backward") as ranks_agree:
+        run, whole = prepared(model, batch, sequence, shift_labels=shift_labels, ignore_index=ignore_index)
+        step = None if segment is None else arguments.integer("segment", segment, at_least=1)
+        scale = _scale(loss_scale)
+        make_loss = _loss(loss_fn, ignore_index, mesh, scale)
+        bar = _Bar(progress)
+        options = {"segment": segment, "shift_labels": shift_labels, "ignore_index": ignore_index}
+        ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(whole)})
+    loss = make_loss()
+    run.backward(whole, run.fitting(whole, make_loss) if step is None else step, loss, bar)
+    agreement.note_loss(scale if isinstance(scale, Tensor) else torch.tensor(scale))
+    return loss.mean()
+
+
+def _told(segments: list[Segment], stream: Stream) -> str:
+    """For `explain`."""
+    longest = segments[0].end - segments[0].start
+    return (
+        f"streamed last: {segments[-1].end:,} tokens in {len(segments)} segments of {longest:,}; at a border "
+        f"{stream.crossings} states or last tokens, {stream.bytes:,} bytes kept of all borders by this rank"
+        + (f", and {stream.bytes_of_tokens:,} of keys and values" if stream.bytes_of_tokens else "")
+    )
+
+
+def prepared(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    sequence: SequenceParallel,
+    *,
+    shift_labels: bool = True,
+    ignore_index: int = -100,
+) -> tuple[Run, Whole]:
+    """A model and a batch, looked through, for `Run.backward`; raises for what does not fit."""
+    run = Run(model, _splits(model, sequence), sequence)
+    whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index)
+    if not whole.tokens:
+        raise ValueError("batch must have tokens, got input_ids of 0")
+    return run, whole
+
+
+# Arguments
+
+
+def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Parallelized]:
+    splits = held_by(arguments.module("model", model))
+    if not splits:
+        raise ValueError(
+            f"model must be one that lasp.parallelize was called with, on one rank too, got a {type(model).__name__} "
+            "that was not: call lasp.parallelize(model, mesh['sp']) before"
+        )
+    for split in splits:
+        if split.sequence.ranks != sequence.ranks and (split.sequence.size > 1 or sequence.size > 1):
+            raise ValueError(
+                f"mesh must be that of lasp.parallelize, which has split the model over the ranks "
+                f"{split.sequence.ranks}, got one with {sequence.ranks}"
+            )
+    return splits
+
+
+def _scale(value: Any) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"loss_scale must be a number, or a tensor of one, got {arguments.shown(value)}")
+        return value.detach().reshape(())
+    return arguments.number("loss_scale", value)
+
+
+def _facts(whole: Whole) -> dict[str, str]:
+    """What ranks must hold alike."""
+    tensors = {name: x for name, x in whole.values.items() if whole.dims[name] is not None}
+    if whole.offsets is not None:
+        tensors["cu_seqlens"] = torch.tensor(whole.offsets)
+    return checksums(tensors)
+
+
+def cut(tokens: int, offsets: tuple[int, ...] | None, step: int, ranks: int) -> list[Segment]:
+    """Of so many tokens, with packed documents at these offsets, segments of `step`, rounded up to a multiple of the
+    ranks."""
+    step = -(-step // ranks) * ranks
+    starts = range(0, tokens, step)
+    before = [
+        start if offsets is None else start - offsets[bisect.bisect_right(offsets, start) - 1] for start in starts
+    ]
+    found = []
+    for number, (start, following) in enumerate(itertools.zip_longest(starts, before[1:], fillvalue=0)):
+        end = min(start + step, tokens)
+        padding = -(end - start) % ranks  # of the last one alone
+        documents = None
+        if offsets is not None:
+            inner = offsets[bisect.bisect_right(offsets, start) : bisect.bisect_left(offsets, end)]
+            documents = tuple(x - start for x in sorted({start, *inner, end}))
+        layout = ShardLayout(ShardLayout.even(end - start + padding, ranks).lengths, documents, padding)
+        found.append(Segment(number, start, end, layout, before[number], following > 0))
+    return found
+
+
+# The run
+
+
+class Run:
+    """A model that goes over the segments of a sequence."""
+
+    def __init__(self, model: nn.Module, splits: list[Parallelized], sequence: SequenceParallel):
+        self.model, self.splits, self.sequence = model, splits, sequence
+        self.call = caller(model, ask="stream_backward cannot call it")
+        self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        self.averaged = AveragedOnce(model)
+
+    def backward(self, whole: Whole, step: int, loss: Loss, bar: _Bar | None = None, *, trial: bool = False) -> None:
+        """Leave the gradients of a loss over segments of `step` tokens; a `trial` averages nothing."""
+        self.whole, self.loss, self.trial = whole, loss, trial
+        bar = bar or _Bar(False)
+        self.segments = cut(whole.tokens, whole.offsets, step, self.sequence.size)
+        offsets = whole.offsets or (0, whole.tokens)
+        longest = max(end - start for start, end in itertools.pairwise(offsets)) + self.segments[-1].layout.padding
+        largest = functools.cache(lambda: int(whole.values["position_ids"].max()))
+        self.stream = Stream(self.segments, longest, largest)
+        loss.labels = torch.cat([self._cut(x)["labels"].flatten() for x in self.segments])
+        self._random: list[_Random] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_gradients_kept(self.model))
+                for split in self.splits:
+                    stack.enter_context(split.with_ranks())
+                stack.enter_context(_under_way(self.stream, self.splits, self.model))
+                stack.enter_context(self.averaged.step())
+                stack.enter_context(bar.over(2 * len(self.segments) - 1))
+                self._sweep(bar)
+                self._back(bar)
+                if trial:
+                    raise _Tried
+        except _Tried:
+            return
+        for split in self.splits:
+            split.streamed = _told(self.segments, self.stream)
+
+    def fitting(self, whole: Whole, make_loss: Callable[[], Loss]) -> int:
+        """The most tokens of a segment for which there is memory, the same on all ranks of the sequence.
+
+        All ranks over which gradients are averaged come here together: FSDP2 gathers weights in a trial.
+        """
+        ranks, split = self.sequence.size, self.splits[0]
+        few, more = (n * ranks for n in _TRIED)
+        of_loss = make_loss()
+        longest, untried = of_loss.greatest(whole.tokens, 0 if split.fitting else 1)
+        if longest <= more:
+            return whole.tokens
+        if untried:
+            split.fitting = self._most(whole, few, more, make_loss)
+        return min(split.fitting, whole.tokens)
+
+    def _most(self, whole: Whole, few: int, more: int, make_loss: Callable[[], Loss]) -> int:
+        lengths, used = [min(few, whole.tokens), min(more, whole.tokens)], []
+        random = _Random(self.device)
+        with uncounted():
+            for length in lengths:
+                with measured(self.device) as peak:
+                    self.backward(_first(whole, length), length, make_loss(), trial=True)
+                used.append(peak.bytes)
+        random.restore()
+        ranks = self.sequence.size
+        tokens = [-(-length // ranks) for length in lengths]
+        local = _NO_LIMIT
+        if tokens[1] > tokens[0]:
+            of_token = max(1.0, (used[1] - used[0]) / (tokens[1] - tokens[0]))
+            fixed = max(0.0, used[0] - of_token * tokens[0])
+            room = _SHARE * free_bytes(self.device, ranks) - fixed - bytes_of_training(self.model.parameters())
+            local = int(room / of_token) // _STEP * _STEP
+        return make_loss().least(max(_STEP, local)) * ranks
+
+    def _cut(self, segment: Segment) -> dict[str, Any]:
+        first, last = segment.layout.bounds(self.sequence.rank)
+        return self.whole.of_segment(segment.start + first, segment.start + last)
+
+    def _local(self, segment: Segment) -> dict[str, Any]:
+        """This rank's slice of it, on the model's device."""
+        found = {
+            name: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x
+            for name, x in self._cut(segment).items()
+        }
+        return {**found, "layout": segment.layout}
+
+    def _sweep(self, bar: _Bar) -> None:
+        """Forward over all but the last, for what enters the next."""
+        with torch.no_grad():
+            for segment in self.segments[:-1]:
+                self._random.append(_Random(self.device))
+                output, labels = self._forward(self.averaged.without_backward, segment, sweeping=True)
+                self.loss.look(output, labels)
+                del output  # logits, beside which the next would lie
+                bar.step()
+
+    def _back(self, bar: _Bar) -> None:
+        """Forward and backward, from the last to the first."""
+        after = None
+        for segment in reversed(self.segments):
+            if segment.number < len(self._random):
+                self._random.pop().restore()
+            last = segment.number == 0 and not self.trial
+            with self.averaged.part(last=last), torch.enable_grad():
+                output, labels = self._forward(self.model, segment, sweeping=False)
+                after = after or _Random(self.device)  # that of the last segment: as after one pass
+                part = self.loss.part(output, labels)
+                if (balance := self._balance(output)) is not None:
+                    part = part + self.loss.beside(balance)
+                del output, balance
+                with torch.autocast(self.device.type, enabled=False):
+                    part.backward()
+            self.stream.end_backward()
+            bar.step()
+        assert after is not None
+        after.restore()
+
+    def _forward(self, model: nn.Module, segment: Segment, *, sweeping: bool) -> tuple[Any, Tensor]:
+        local = self._local(segment)
+        self.stream.begin(segment, sweeping=sweeping)
+        torch.clear_autocast_cache()  # copies of weights, which else would live until the caller's context ends
+        output = self.call(model, local)
+        self.stream.end_forward()
+        return output, local["labels"]
+
+    def _balance(self, output: Any) -> Tensor | None:
+        """The router's load-balancing loss, if the model gives one: its part of that over all segments."""
+        given = getattr(output, "aux_loss", None)
+        if given is None:
+            return None
+        coefficients = [m.router_aux_loss_coef for m in self.model.modules() if hasattr(m, "router_aux_loss_coef")]
+        if not self.stream.has_sums or not coefficients:
+            raise ValueError(
+                f"{type(self.model).__name__} returns an aux_loss that lasp does not know: over segments it may be "
+                "another; leave it out (output_router_logits=False), or take it into loss_fn"
+            )
+        return coefficients[0] * given
+
+
+# For a segment that fits: tokens a rank of two trials, how much of the free memory may be taken, and what is rounded to
+_TRIED, _SHARE, _STEP, _NO_LIMIT = (256, 1024), 0.85, 256, 2**40
+
+
+class _Tried(Exception):
+    """The end of a trial, after which gradients are what they were."""
+
+
+def _first(whole: Whole, tokens: int) -> Whole:
+    offsets = whole.offsets and (*(x for x in whole.offsets if x < tokens), tokens)
+    return whole._replace(values=whole.cut(0, tokens), tokens=tokens, offsets=offsets)
+
+
+class _Bar:
+    """The progress of the process with the first rank, in forwards."""
+
+    def __init__(self, shown: Any):
+        self._bar: Any = None
+        self._tqdm: Any = None
+        if arguments.flag("progress", shown):
+            try:
+                from tqdm.auto import tqdm
+            except ImportError as error:
+                raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+            self._tqdm = tqdm
+
+    @contextlib.contextmanager
+    def over(self, total: int) -> Iterator[None]:
+        """Inside, it is there."""
+        if self._tqdm is None or (dist.is_initialized() and dist.get_rank() != 0):
+            yield
+            return
+        with self._tqdm(total=total, unit="segment", desc="stream_backward", leave=False) as self._bar:
+            yield
+        self._bar = None
+
+    def step(self) -> None:
+        """One forward more. (On a GPU what was queued may still run.)"""
+        if self._bar is not None:
+            self._bar.update()
+
+
+class _Random:
+    """PyTorch's generators as they are now."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._host = torch.get_rng_state()
+        self._own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Draw the same once more."""
+        torch.set_rng_state(self._host)
+        if self._own is not None:
+            torch.cuda.set_rng_state(self._own, self._device)
+
+
+@contextlib.contextmanager
+def _under_way(stream: Stream, splits: list[Parallelized], model: nn.Module) -> Iterator[None]:
+    """Inside, the layers of the model find the stream at their ranks."""
+    held = {id(x): x for m in model.modules() if isinstance(x := getattr(m, "sequence", None), SequenceParallel)}
+    held |= {id(x): x for split in splits for x in split.own}
+    if any(x.stream is not None for x in held.values()):
+        raise RuntimeError("lasp.stream_backward was called within another one of the same model")
+    try:
+        for x in held.values():
+            object.__setattr__(x, "stream", stream)
+        yield
+    finally:
+        for x in held.values():
+            object.__setattr__(x, "stream", None)
+
+
+@contextlib.contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """After an error inside, the gradients are what they were; what is accumulated already is copied to the host."""
+    before = [
+        (p, p.grad, None if p.grad is None else _own(p.grad).detach().to("cpu", copy=True)) for p in model.parameters()
+    ]
+    try:
+        yield
+    except BaseException:
+        for p, gradient, content in before:
+            p.grad = gradient
+            if gradient is not None and content is not None:
+                with torch.no_grad():
+                    _own(gradient).copy_(content)
+        raise
+
+
+def _own(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+# The loss
+
+
+class Loss:
+    """The mean over the tokens of all ranks, of which each segment has a part.
+
+    Only the sum of a segment needs to be known in its turn; the number of tokens must be before the first backward.
+    """
+
+    labels: Tensor  # of this rank, of all segments
+    scale_beside: float | Tensor | None = None  # of what is no mean over tokens, if another
+
+    def __init__(self, mesh, scale: float | Tensor):
+        self.mesh, self.scale = mesh, scale
+        self.group, self.ranks = grad_group(mesh)
+        self._sum: Tensor | None = None
+        self._beside: Tensor | None = None  # that is no mean over tokens
+        self._tokens: Tensor | None = None
+        self._sound: Tensor | float = 1.0
+
+    def look(self, output: Any, labels: Tensor) -> None:
+        """What the model gave in the sweep."""
+
+    def part(self, output: Any, labels: Tensor) -> Tensor:
+        """What to call backward on. The average of gradients over ranks is then that of the mean."""
+        local = self._sum_of(output, labels)
+        assert self._tokens is not None
+        self._sum = local.detach().double() if self._sum is None else self._sum + local.detach().double()
+        weight = self._sound * self.ranks / self._tokens.clamp(min=1) * self.scale
+        self._dtype = local.dtype
+        return local * weight.to(local.dtype)
+
+    def beside(self, loss: Tensor) -> Tensor:
+        """Likewise, of a part of a loss that all ranks of a sequence hold alike."""
+        now = loss.detach().double()
+        self._beside = now if self._beside is None else self._beside + now
+        return loss * (self.scale if self.scale_beside is None else self.scale_beside)
+
+    def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """The loss, and the number of tokens."""
+        assert self._sum is not None
+        assert self._tokens is not None
+        mean = self._sum / self._tokens.clamp(min=1)
+        if self._beside is not None:
+            mean = mean + self._beside / self.ranks
+        mean = self._sound * self._over_ranks(mean, "the loss")
+        return mean.to(self._dtype), self._tokens.round().long()
+
+    def beside_mean(self) -> Tensor | float:
+        """What of that is no mean over tokens, on this rank."""
+        return 0.0 if self._beside is None else self._beside
+
+    def greatest(self, *numbers: int) -> tuple[int, ...]:
+        """Each the greatest of all ranks over which gradients are averaged."""
+        found = torch.tensor(numbers, device=torch.device("cpu") if self.group is None else device_of(self.group))
+        if self.ranks > 1:
+            with waiting("stream_backward: the choice of a segment that fits"):
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return tuple(found.tolist())
+
+    def least(self, number: int) -> int:
+        """The least of them."""
+        return -self.greatest(-number)[0]
+
+    def _over_ranks(self, x: Tensor, what: str) -> Tensor:
+        if self.ranks > 1:
+            with waiting(f"stream_backward: the sum of {what} over all ranks"):
+                dist.all_reduce(x, group=self.group)
+        return x
+
+
+_PART = 4096  # tokens
+
+
+class TokenLoss(Loss):
+    """`token_loss` of all logits."""
+
+    def __init__(self, mesh, scale: float | Tensor, ignore_index: int):
+        super().__init__(mesh, scale)
+        self.ignore_index = ignore_index
+
+    def look(self, output: Any, labels: Tensor) -> None:
+        """The number of tokens is known by the labels; whether these fit, once there are logits."""
+        if self._tokens is None:
+            logits = logits_of(output)
+            check_loss(logits, labels, self.ignore_index, self.mesh, self.group)
+            all_labels = self.labels.to(logits.device)
+            counted, outside = which_labels(all_labels, logits.shape[-1], self.ignore_index)
+            zero = logits.new_zeros((), dtype=torch.float64)
+            settings = (logits.shape[-1], self.ignore_index, self.group, self.ranks)
+            _, self._tokens, self._sound = totals(zero, all_labels, counted, outside, *settings)
+
+    def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
+        self.look(output, labels)
+        logits = logits_of(output)
+        check_loss(logits, labels, self.ignore_index, self.mesh, self.group)
+        # A part at a time, of which nothing is kept but the logits: their fp32 copy and softmax would be most of all.
+        parts = zip(logits.flatten(0, -2).split(_PART), labels.flatten().split(_PART))
+        sums = [
+            checkpoint(self._sum_of_part, *part, use_reentrant=False, preserve_rng_state=False)
+            if len(labels.flatten()) > _PART
+            else self._sum_of_part(*part)
+            for part in parts
+        ]
+        return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+
+    def _sum_of_part(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return sum_of_slice(logits, labels, self.ignore_index)[0]
+
+
+class _OwnLoss(Loss):
+    """Of a function of the caller's."""
+
+    def __init__(self, mesh, scale: float | Tensor, function: LossFunction):
+        super().__init__(mesh, scale)
+        self.function, self._count, self._began = function, None, False
+
+    def look(self, output: Any, labels: Tensor) -> None:
+        """Only it knows how many tokens count."""
+        self._counted(*self._called(output, labels))
+
+    def _called(self, output: Any, labels: Tensor) -> tuple[Tensor, Any]:
+        found = self.function(output, labels)
+        fits = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[0].ndim == 0
+        if not fits or not found[0].is_floating_point():
+            got = arguments.shown(found)
+            raise TypeError(f"loss_fn must return the sum of the loss, a tensor (), and a number of tokens, got {got}")
+        return found
+
+    def _counted(self, total: Tensor, count: Any) -> None:
+        count = torch.as_tensor(count, device=total.device).detach().double()
+        self._count = count if self._count is None else self._count + count
+
+    def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
+        total, count = self._called(output, labels)
+        if self._tokens is None:  # the last segment, which no sweep went over
+            self._counted(total, count)
+            assert self._count is not None
+            self._tokens = self._over_ranks(self._count.clone(), "the number of tokens")
+        return total
+
+
+def _loss(loss_fn: Any, ignore_index: Any, mesh, scale: float | Tensor) -> Callable[[], Loss]:
+    arguments.integer("ignore_index", ignore_index)
+    grad_group(mesh)  # raises for what is no mesh
+    if loss_fn is None:
+        return lambda: TokenLoss(mesh, scale, ignore_index)
+    function = arguments.function("loss_fn", loss_fn)
+    return lambda: _OwnLoss(mesh, scale, function)

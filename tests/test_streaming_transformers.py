@@ -1,0 +1,103 @@
+"""Models of transformers streamed segment by segment: loss and every gradient against the library on one process."""
+
+import pytest
+import torch
+from ranks import mesh_of, run_ranks
+
+import lasp
+
+pytest.importorskip("transformers", reason="needs the extra `transformers`")
+
+import foreign
+from test_transformers import BOUND, batches, by_the_library, gradients_of
+
+SEGMENTS = (32, 20)
+ON_RANKS = ("minimax", "bamba", "qwen3_next", "falcon_mamba", "recurrent_gemma", "mistral")
+ON_ONE = sorted(set(foreign.MODELS) - {"kimi_linear"})  # which is as bailing_hybrid, and slow
+
+
+def agree(name, kinds, checkpointed=False):
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    reference, model = foreign.build(name), foreign.build(name)
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for kind in kinds:
+        batch = batches()[kind]
+        _, expected = by_the_library(reference, lasp.shard_batch(batch, None))
+        for segment in SEGMENTS:
+            lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
+            lasp.sync_grads(model, mesh)
+            found = gradients_of(model)
+            worst = {name: foreign.relative(found[name], expected[name]) for name in expected}
+            assert max(worst.values()) < BOUND, (kind, segment, sorted(worst.items(), key=lambda x: -x[1])[:5])
+    if mesh["sp"].size() == 1:  # as it came: the library's own forward, with a cache
+        ids = batches()["dense"]["input_ids"][:, :20]
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, reference(ids).logits)
+            assert model.generate(ids[:1], min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 23)
+
+
+@pytest.mark.parametrize(("world", "name"), [(1, x) for x in ON_ONE] + [(2, x) for x in ON_RANKS])
+def test_streamed_and_one_process_agree(world, name):
+    run_ranks(world, agree, name, ("dense", "left", "packed"))
+
+
+@pytest.mark.parametrize("name", ["minimax", "bamba", "qwen3_next"])
+def test_streamed_with_the_librarys_checkpointing(name):
+    run_ranks(3, agree, name, ("right", "packed"), True)
+
+
+def balanced(name):
+    """The router's loss is a product of two means over the whole sequence."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    reference = foreign.build(name, output_router_logits=True, router_aux_loss_coef=0.3)
+    model = foreign.build(name, output_router_logits=True, router_aux_loss_coef=0.3)
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    for kind in ("dense", "right"):
+        batch = batches()[kind]
+        whole = lasp.shard_batch(batch, None)
+        inputs = {key: whole[key] for key in ("input_ids", "attention_mask") if key in whole}
+        output = reference(**inputs, use_cache=False)
+        loss, _ = lasp.token_loss(output.logits, whole["labels"], mesh=None)
+        assert float(output.aux_loss) > 0.1
+        (loss + 0.3 * output.aux_loss).backward()
+        expected = gradients_of(reference)
+        for segment in SEGMENTS:
+            found, _ = lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
+            assert abs(found - loss - 0.3 * output.aux_loss) < BOUND
+            lasp.sync_grads(model, mesh)
+            gradients = gradients_of(model)
+            worst = {name: foreign.relative(gradients[name], expected[name]) for name in expected}
+            assert max(worst.values()) < BOUND, (kind, segment, sorted(worst.items(), key=lambda x: -x[1])[:5])
+
+
+@pytest.mark.parametrize(("world", "name"), [(1, "jamba"), (2, "minimax"), (2, "qwen3_next")])
+def test_the_router_s_loss_is_over_all_segments(world, name):
+    run_ranks(world, balanced, name)
+
+
+def rotary():
+    """Frequencies that follow the largest position follow that of the whole sequence."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    more = {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "max_position_embeddings": 24,
+    }
+    reference, model = foreign.build("llama", **more), foreign.build("llama", **more)
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    batch = batches()["dense"]
+    _, expected = by_the_library(reference, lasp.shard_batch(batch, None))
+    lasp.stream_backward(model, batch, mesh=mesh, segment=20)
+    lasp.sync_grads(model, mesh)
+    found = gradients_of(model)
+    for key, x in expected.items():
+        assert foreign.relative(found[key], x) < BOUND, key
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_dynamic_rotary_follows_the_whole_sequence(world):
+    run_ranks(world, rotary)
