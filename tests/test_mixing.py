@@ -1,5 +1,6 @@
 """What mixes tokens and has no adapter is refused, wherever it is: modules are asked, and their class decides else."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -879,6 +880,43 @@ class Covering:
 
     def __call__(self, module, sequence):
         pass
+
+
+BEYOND = []
+
+
+class ReadsOffsets(nn.Module):
+    """Takes the offsets of documents beside their tokens, as kernels do, which read and write where these tell them."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(D, D)
+
+    def forward(self, x, cu_seqlens):
+        BEYOND.append(int(cu_seqlens[-1]) - x.shape[1])
+        return self.project(x)
+
+
+class MakesOffsets(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.reads = first, ReadsOffsets()
+
+    def forward(self, x):
+        tokens = x.shape[1]
+        return x + self.reads(x, torch.tensor([0, tokens] if self.first is None else [0, tokens // 2, tokens]))
+
+
+@pytest.mark.parametrize("first", [None, "half"])
+def test_numbers_about_the_whole_are_not_given_to_a_slice(first):
+    """They would be read beyond its end: on a GPU that spoils memory without a word."""
+    model = nn.Sequential(nn.Linear(D, D), MakesOffsets(first), Registered())
+    BEYOND.clear()
+    refused = pytest.raises(ValueError, match="1") if first else contextlib.nullcontext()
+    with refused:  # other borders of documents on a slice
+        lasp.parallelize(model, None)
+    assert len(BEYOND) > 2
+    assert set(BEYOND) == {0}
 
 
 def test_an_adapter_answers_for_its_module_and_for_what_it_covers():

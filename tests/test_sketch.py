@@ -49,7 +49,7 @@ def _signatures(a, b=(1, 2), *, c: int = 3, d: Callable = print, e=float("inf"),
         (_signatures, "(a, b=..., *, c=3, d=..., e=..., f=None)"),
         (dict.update, "(*args, **kwargs)"),
     ],
-    ids=str,
+    ids=["method", "function", "builtin"],
 )
 def test_signatures(function, expected):
     assert signature_of(function) == expected

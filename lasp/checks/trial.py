@@ -723,11 +723,21 @@ class _Trial:
             part = self._slice(whole, x) if isinstance(whole, Tensor) else None
             if part is None:
                 return _LOST, now
+            if part.shape == whole.shape and not (x.is_floating_point() or x.is_complex()):
+                # Numbers about the tokens, such as offsets. Never those of the whole: they may be indices, and code
+                # of a GPU reads and writes wherever these tell it to.
+                worst = max(worst, _SAME if self._are_of_slice(part, x) else self._compare(part, x))
+                continue
             how = self._compare(part, x)
             worst = max(worst, how)
             if how != _SAME or not torch.equal(part, x):
                 leaves[i] = part + (x - x.detach()) if x.requires_grad else x.clone().copy_(part)
         return worst, pytree.tree_unflatten(leaves, form)
+
+    def _are_of_slice(self, whole: Tensor, x: Tensor) -> bool:
+        """Whether integers tell as much of the slice as they did of the whole: the number of tokens may stand in them,
+        as at the end of the offsets of one document."""
+        return x.dtype != torch.bool and torch.equal(whole.masked_fill(whole == self.tokens, self.end - self.start), x)
 
     def _slice(self, whole: Tensor, x: Tensor) -> Tensor | None:
         """The part of `whole` in whose place x is: dimensions that shrank as the tokens did are theirs, perhaps with
