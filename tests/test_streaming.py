@@ -496,6 +496,35 @@ def test_a_state_that_is_not_there_yet():
     run_ranks(1, final_state_refused)
 
 
+class Fickle(Layer):
+    """Calls its operator once more, or not at all, on few tokens."""
+
+    more = True
+
+    def forward(self, x, layout=None):
+        q, k, v = self.split(x)
+        for _ in range(1 + (x.shape[1] < 14) * (1 if self.more else -1)):
+            v, _ = lasp.linear_attention(q, k, v, layout=layout, sequence=self.sequence)
+        return v.flatten(-2)
+
+
+lasp.register(Fickle)
+
+
+def fickle():
+    _, model, mesh = pair(Fickle)
+    with pytest.raises(RuntimeError, match=r"is called in segment 3 of lasp.stream_backward as number 1, but was not"):
+        lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    model.layers[0].more = False
+    with pytest.raises(RuntimeError, match=r"in segment 3 .* 'layers.0' was called 0 times, before 1 times"):
+        lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_operator_that_is_not_called_in_every_segment_alike():
+    run_ranks(1, fickle)
+
+
 def own_loss():
     reference, model, mesh = pair(*LINEAR, *SHORT)
     batch = batch_of(False)

@@ -86,7 +86,7 @@ class Stream:
     # What the sweep over the segments does
 
     def begin(self, segment: Segment, *, sweeping: bool) -> None:
-        """The model is about to run on it, forward, or `sweeping` forward and backward."""
+        """The model is about to run on it: forward and backward, or forward alone if `sweeping`."""
         if not sweeping:
             self._wanted, self._given = self._given, {}
         for x in self._entering.get(segment.number - 1, {}).values():
