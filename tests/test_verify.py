@@ -649,7 +649,7 @@ def _closures():
     left = Left(model)
     assert lasp.verify(model, dist.group.WORLD, tokens=41, tolerance=SHARP).ok
     left.check()
-    assert len(lasp.explain(model)) == 1  # it knows the attention alone
+    assert [row.path for row in lasp.explain(model)] == ["layer", "attention"]  # that of the closure, too
     patched = Language(nn.Identity())
     patched.layer.forward = lambda x: x
     with pytest.raises(ValueError, match="the forward of layer was replaced by a function, which a copy of the model"):

@@ -149,6 +149,7 @@ FORWARD = {
     "input_ids": [None, [[1]], zeros(1, T), zeros(1, T, dtype=torch.bool), torch.arange(T)],
     "position_ids": [[0], zeros(T), torch.arange(T + 1), torch.zeros(3, 1, T).long()],
     "layout": NO_LAYOUT,
+    "return_hidden": NO_FLAG,
 }
 LOG_DECAY = [*no_tensor((B, T, H), optional=True), zeros(B, T), Wrong(zeros(B, T, H) + 1, "1.0"), zeros(H + 1)]
 PER_TOKEN = [*LOG_DECAY]
@@ -282,6 +283,7 @@ TABLE = {
         {
             "mesh": NO_MESH,
             "exchange": [*NO_TEXT, "pigeon"],
+            "softmax": [*NO_TEXT, "ring"],
             "name": NO_TEXT,
             "validate": [*NO_TEXT, "always"],
             "check_finite": NO_FLAG,

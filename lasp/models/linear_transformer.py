@@ -96,6 +96,7 @@ class LinearTransformer(nn.Module):
     ) -> Tensor:
         """Logits [B, T, vocab_size]; the arguments are those of `lasp.models.TNL.forward`."""
         arguments.positions(position_ids, input_ids)
+        arguments.flag("return_hidden", return_hidden)
         if position_ids is None:
             position_ids = self._default_positions(input_ids)
         x = self.embedding(input_ids)  # [B, T, D]

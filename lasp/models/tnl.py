@@ -126,6 +126,7 @@ class TNL(nn.Module):
             return_hidden: give what the head reads, [B, T, width], for `lasp.linear_token_loss`.
         """
         arguments.positions(position_ids, input_ids)
+        arguments.flag("return_hidden", return_hidden)
         if position_ids is None:
             position_ids = self._default_positions(input_ids)
         x = self.embedding(input_ids) * math.sqrt(self.config.width)  # [B, T, D]
