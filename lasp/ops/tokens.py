@@ -157,33 +157,29 @@ class _Gather(torch.autograd.Function):
         return scatter(dx, ctx.lengths, ctx.call), None, None
 
 
-class _Deal(torch.autograd.Function):
-    """`deal`, with `collect` for its gradient."""
+class _Move(torch.autograd.Function):
+    """`deal`, with `collect` for its gradient, or the other way round."""
 
     @staticmethod
-    def forward(ctx, x, lengths, call):
-        ctx.lengths, ctx.call = lengths, call
-        return deal(x, lengths, call).detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dx):
-        return collect(dx, ctx.lengths, ctx.call, reverse=True), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """`collect`, with `deal` for its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, lengths, call):
-        ctx.lengths, ctx.call = lengths, call
-        return collect(x, lengths, call).detach()
+    def forward(ctx, x, lengths, call, move, back):
+        ctx.lengths, ctx.call, ctx.back = lengths, call, back
+        return move(x, lengths, call).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx):
-        return deal(dx, ctx.lengths, ctx.call, reverse=True), None, None
+        return ctx.back(dx, ctx.lengths, ctx.call, reverse=True), *[None] * 4
 
 
-# The same for autograd: (x, lengths, call) as above.
-gathered, dealt, collected = _Gather.apply, _Deal.apply, _Collect.apply
+# The same for autograd, of (x, lengths, call).
+gathered = _Gather.apply
+
+
+def dealt(x: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
+    """`deal` for autograd."""
+    return _Move.apply(x, lengths, call, deal, collect)  # type: ignore[return-value]
+
+
+def collected(x: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
+    """`collect` for autograd."""
+    return _Move.apply(x, lengths, call, collect, deal)  # type: ignore[return-value]
