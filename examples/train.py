@@ -3,7 +3,8 @@
     python examples/train.py --verify            # all GPUs, or 2 CPU processes where there are none
     python examples/train.py --data my_texts/ --model 385M --seq-len 65536 --parallel fsdp2 --dtype bfloat16
     torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2
-    python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --segment 16384 --batch 1 --dtype bfloat16
+    python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --repeat-text --segment 16384 --batch 1 \
+        --steps 1 --dtype bfloat16 --no-save
 
 The last streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
 
@@ -338,7 +339,9 @@ def train_step(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
     if options.segment and mesh is not None:
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
-            loss, tokens = lasp.stream_backward(model, {"input_ids": ids}, mesh=mesh, segment=options.segment)
+            loss, tokens = lasp.stream_backward(
+                model, {"input_ids": ids}, mesh=mesh, segment=options.segment, progress=step == 0
+            )
     else:
         local = lasp.shard_batch({"input_ids": ids.to(device)}, mesh)  # this rank's slice, labels, positions, layout
         head = (model.module if isinstance(model, DistributedDataParallel) else model).head

@@ -159,6 +159,8 @@ def whole_batch(batch: Mapping[str, Any], *, seq_dim: int, shift_labels: bool, i
     """The batch as `shard_batch` takes it, before it is cut; raises for what does not fit."""
     arguments.mapping("batch", batch)
     arguments.flag("shift_labels", shift_labels)
+    if isinstance(batch.get("layout"), ShardLayout):
+        raise ValueError("batch must be whole, as the data have it, got what lasp.shard_batch returned (with a layout)")
     ids, seq_dim = _ids(batch, seq_dim)
     tokens = ids.shape[seq_dim]
     offsets = _offsets(batch, ids, seq_dim)

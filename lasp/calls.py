@@ -20,6 +20,8 @@ def caller(model: nn.Module, *, ask: str = "pass forward") -> Callable[[nn.Modul
             raise ValueError(f"the forward of {type(inner).__name__} names no arguments: {ask}")
         inner = children[0]
     taken = {name: {"positions": "position_ids"}.get(name, name) for name in names[1:] if name != "labels"}
+    if border.stands_before(model) and _takes_anything(inner):  # a wrapper that hands on what it does not name
+        taken.setdefault("attention_mask", "attention_mask")
 
     def call(called: nn.Module, batch: dict[str, Any]) -> Any:
         more = {name: batch[entry] for name, entry in taken.items() if entry in batch}
@@ -28,6 +30,10 @@ def caller(model: nn.Module, *, ask: str = "pass forward") -> Callable[[nn.Modul
         return called(batch["input_ids"], **more)
 
     return call
+
+
+def _takes_anything(module: nn.Module) -> bool:
+    return any(p.kind == p.VAR_KEYWORD for p in inspect.signature(type(module).forward).parameters.values())
 
 
 def _names(module: nn.Module) -> list[str] | None:

@@ -388,7 +388,7 @@ class _Random:
 def _under_way(stream: Stream, splits: list[Parallelized], model: nn.Module) -> Iterator[None]:
     """Inside, the layers of the model find the stream at their ranks."""
     held = {id(x): x for m in model.modules() if isinstance(x := getattr(m, "sequence", None), SequenceParallel)}
-    held |= {id(x): x for split in splits for x in split.own}
+    held |= {id(x): x for split in splits for x in (split.sequence, *split.own)}  # the border of a model asks its own
     if any(x.stream is not None for x in held.values()):
         raise RuntimeError("lasp.stream_backward was called within another one of the same model")
     try:
@@ -510,7 +510,7 @@ class TokenLoss(Loss):
         if self._tokens is None:
             logits = logits_of(output)
             check_loss(logits, labels, self.ignore_index, self.mesh, self.group)
-            all_labels = self.labels.to(logits.device)
+            all_labels = self.labels.to(logits.device, non_blocking=True)
             counted, outside = which_labels(all_labels, logits.shape[-1], self.ignore_index)
             zero = logits.new_zeros((), dtype=torch.float64)
             settings = (logits.shape[-1], self.ignore_index, self.group, self.ranks)

@@ -585,3 +585,9 @@ def _compiled():
 
 def test_a_compiled_step_that_cuts_and_gathers():
     run_ranks(3, _compiled)
+
+
+def test_a_batch_that_was_cut_is_not_cut_again():
+    cut = lasp.shard_batch({"input_ids": torch.arange(12)[None]}, None)
+    with pytest.raises(ValueError, match=r"batch must be whole, .*got what lasp.shard_batch returned"):
+        lasp.shard_batch(cut, None)

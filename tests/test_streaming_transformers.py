@@ -101,3 +101,41 @@ def rotary():
 @pytest.mark.parametrize("world", [1, 2])
 def test_dynamic_rotary_follows_the_whole_sequence(world):
     run_ranks(world, rotary)
+
+
+class Wrapper(torch.nn.Module):
+    """As PEFT wraps a model: its forward names few arguments, and hands on the others."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids=None, attention_mask=None, **others):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, **others)
+
+
+class NamesNothing(Wrapper):
+    def forward(self, input_ids, **others):
+        return self.inner(input_ids=input_ids, **others)
+
+
+def wrapped(name, wrapper):
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    reference, model = foreign.build(name), wrapper(foreign.build(name))
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    for kind in ("dense", "left"):
+        batch = batches()[kind]
+        _, expected = by_the_library(reference, lasp.shard_batch(batch, None))
+        lasp.stream_backward(model, batch, mesh=mesh, segment=20)
+        lasp.sync_grads(model, mesh)
+        found = gradients_of(model.inner)
+        worst = {name: foreign.relative(found[name], expected[name]) for name in expected}
+        assert max(worst.values()) < BOUND, (kind, sorted(worst.items(), key=lambda x: -x[1])[:5])
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper, NamesNothing])
+@pytest.mark.parametrize(("world", "name"), [(1, "llama"), (2, "llama"), (2, "bamba")])
+def test_a_wrapper_that_names_few_arguments(world, name, wrapper):
+    """Positions are of the whole sequence, and padding is seen."""
+    run_ranks(world, wrapped, name, wrapper)

@@ -259,6 +259,8 @@ def _takes(model: nn.Module) -> set[str]:
     parameters = inspect.signature(model.forward).parameters
     names = set(parameters)
     inner = getattr(model, "base_model", model)
+    if inner is model and len(children := list(model.children())) == 1:  # a wrapper of the user's own
+        inner = children[0]
     if inner is not model and any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
         names |= _takes(inner)
     return names

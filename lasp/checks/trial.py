@@ -737,7 +737,10 @@ class _Trial:
     def _are_of_slice(self, whole: Tensor, x: Tensor) -> bool:
         """Whether integers tell as much of the slice as they did of the whole: the number of tokens may stand in them,
         as at the end of the offsets of one document."""
-        return x.dtype != torch.bool and torch.equal(whole.masked_fill(whole == self.tokens, self.end - self.start), x)
+        if x.dtype == torch.bool:
+            return False
+        whole = whole.long()  # a number of tokens may not fit into its own dtype
+        return torch.equal(whole.masked_fill(whole == self.tokens, self.end - self.start), x.long())
 
     def _slice(self, whole: Tensor, x: Tensor) -> Tensor | None:
         """The part of `whole` in whose place x is: dimensions that shrank as the tokens did are theirs, perhaps with
