@@ -1,9 +1,8 @@
 """Models of flash-linear-attention against its own kernels; what is checked is in fla_on_gpus.py.
 
-On one GPU two ranks share it. fla tunes its kernels where it first runs them, which takes minutes.
+On one GPU two ranks share it. Compiling its kernels, in the first setting of each that runs, takes minutes.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 from processes import finish, free_port, place, start
 
 pytest.importorskip("fla", reason="needs flash-linear-attention 0.6.0")
+
+import fla_models
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.joinpath("fla_on_gpus.py").read_text()
@@ -23,7 +24,7 @@ def run(world, variables, names, timeout):
     outputs = finish(ranks, timeout=timeout)
     assert [rank.returncode for rank in ranks] == [0] * world, outputs
     assert all("passed" in out for out, _ in outputs)
-    sys.stdout.write(outputs[0][0])
+    return outputs[0][0]
 
 
 @pytest.mark.timeout(1800)
@@ -31,7 +32,9 @@ def run(world, variables, names, timeout):
 def test_split_models_are_as_near_as_fla(world, gpus):
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs, this machine has {torch.cuda.device_count()}")
-    run(world, lambda rank: place(rank, world, gpus), [], 1700)
+    found = run(world, lambda rank: place(rank, world, gpus), [], 1700)
+    assert "WRONG" not in found
+    assert all(f"{name} {dtype}: " in found for name in fla_models.NAMES for dtype in (torch.float32, torch.bfloat16))
 
 
 @pytest.mark.timeout(600)  # imports and an interpreter, on a machine that may be busy
@@ -39,4 +42,6 @@ def test_against_the_kernels_that_triton_can_interpret():
     """Those of the other layers do not run in it."""
     here = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     names = ["gla", "hgrn2", "delta_net", "mamba2"]
-    run(2, lambda rank: here | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, names, 570)
+    found = run(2, lambda rank: here | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, names, 570)
+    assert "WRONG" not in found
+    assert all(f"{name} {torch.float32}: " in found for name in names)

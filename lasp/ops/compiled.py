@@ -379,6 +379,15 @@ def _halo_gradient(ctx, dy):
 halo_op.register_autograd(_halo_gradient, setup_context=_setup_halo)
 
 
+def _agreed_call(x: Tensor, lengths: Tensor, cu_seqlens: MaybeTensor, sequence: MaybeTensor, settings: Kind) -> Call:
+    """Of a `softmax_attention` that begins, once the ranks have agreed on it."""
+    with begin(softmax.NAME, sequence_of_handle(sequence)) as ranks_agree:
+        call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence, settings)
+        if ranks_agree is not None:
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}))
+    return call
+
+
 @torch.library.custom_op("lasp::gather_tokens", mutates_args=())
 def gather_tokens_op(
     x: Tensor,
@@ -394,12 +403,8 @@ def gather_tokens_op(
     masked: bool,
 ) -> Tensor:
     """x of all ranks, which is `total` tokens; for a `softmax_attention` of these settings."""
-    ranks = sequence_of_handle(sequence)
-    with begin(softmax.NAME, ranks) as ranks_agree:
-        settings = softmax.settings_of(window, scale, softcap, dropout_p, heads, masked)
-        call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence, settings)
-        if ranks_agree is not None:
-            ranks_agree.settle(lambda: call.fingerprint({"x": x}))
+    settings = softmax.settings_of(window, scale, softcap, dropout_p, heads, masked)
+    call = _agreed_call(x, lengths, cu_seqlens, sequence, settings)
     return tokens.gather(x, tuple(lengths.tolist()), call).contiguous()
 
 
@@ -448,12 +453,8 @@ def deal_op(
     masked: bool,
 ) -> Tensor:
     """All `total` tokens of this rank's share of x [B, T, ranks, n]; for a `softmax_attention` of these settings."""
-    ranks = sequence_of_handle(sequence)
-    with begin(softmax.NAME, ranks) as ranks_agree:
-        settings = softmax.settings_of(window, scale, softcap, dropout_p, heads, masked)
-        call = _token_call(softmax.NAME, x, lengths, cu_seqlens, sequence, settings)
-        if ranks_agree is not None:
-            ranks_agree.settle(lambda: call.fingerprint({"x": x}))
+    settings = softmax.settings_of(window, scale, softcap, dropout_p, heads, masked)
+    call = _agreed_call(x, lengths, cu_seqlens, sequence, settings)
     return tokens.deal(x, tuple(lengths.tolist()), call).contiguous()
 
 
