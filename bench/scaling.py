@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 8 bench/scaling.py --model 1B --strong 1048576     # one sequence, more and more ranks
     torchrun --nproc-per-node 2 bench/scaling.py --model 1B --longest            # the longest sequence that fits
 
-FSDP2, bf16 parameters in the arithmetic, blocks recomputed in backward, AdamW. A layout of fewer ranks than there are
-runs on all of them at once, in copies that share nothing; so one rank is measured in the same run, on the same GPUs.
+FSDP2, bf16 parameters in the arithmetic, blocks recomputed in backward (--recompute: some of them), AdamW. A layout of
+fewer ranks than there are runs on all of them at once, in copies that share nothing; so one rank is measured in the
+same run, on the same GPUs.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from dataclasses import dataclass
 import plots
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from common import add_report_arguments, command_line, report
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
@@ -38,9 +39,8 @@ from lasp.data_parallel import wrap_fsdp2
 from lasp.exchange import cost
 from lasp.models import TNL, TNLConfig
 from lasp.models.tnl import SIZES
-from lasp.ranks import MESH_AXES, SCHEDULES, grad_group
+from lasp.ranks import MESH_AXES, SCHEDULES
 
-LOSS_TOKENS = 8192  # whose logits are in memory at once
 GATE_TOKENS, GATE_LIMIT = 128, 1e-2  # relative difference of the losses from those of one rank
 Interval = tuple[float, float]
 
@@ -76,27 +76,6 @@ def mesh_of(layout: Layout, device_type: str) -> DeviceMesh:
     return DeviceMesh(device_type, copies, mesh_dim_names=("copy", *MESH_AXES))[MESH_AXES]
 
 
-class Trainee(nn.Module):
-    """A TNL and its loss, whose logits are made and left again a few thousand tokens at a time.
-
-    At 128K tokens and a vocabulary of 64,000 the logits of all tokens would take 16 GiB in bf16, and more in fp32.
-    """
-
-    def __init__(self, model: TNL):
-        super().__init__()
-        self.head, model.head = model.head, nn.Identity()  # type: ignore[assignment]
-        self.model = model
-
-    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor, layout: lasp.ShardLayout) -> Tensor:
-        """The sum of this rank's losses."""
-        x = self.model(ids, positions, layout).flatten(0, 1)
-        parts = zip(x.split(LOSS_TOKENS), labels.flatten().split(LOSS_TOKENS))
-        return torch.stack([checkpoint(self._loss, *part, use_reentrant=False) for part in parts]).sum()  # type: ignore[arg-type]
-
-    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(x).float(), labels, ignore_index=-100, reduction="sum")
-
-
 def in_chunks(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Tensor:
     """A layer that works token by token, on so many of x [B, T, D] at once, whose inner activations are not kept."""
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in x.split(tokens, 1)], 1)  # type: ignore[misc]
@@ -115,16 +94,19 @@ class Training:
             model = TNL(self.config)
         if exchange is not None:
             lasp.parallelize(model, self.mesh["sp"], exchange=exchange)
-        for block in model.blocks:
+        recomputed = len(model.blocks) if options.recompute is None else options.recompute
+        for number, block in enumerate(model.blocks):
             if options.chunk:
                 block.glu.forward = functools.partial(in_chunks, block.glu.forward, options.chunk)
-            if options.checkpoint:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        trainee = Trainee(model)
+            if options.compile:
+                block.compile()
+            if number < recomputed:
+                model.blocks[number] = checkpoint_wrapper(block)
         bf16 = torch.bfloat16 if device.type == "cuda" else None
         policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-        self.model = wrap_fsdp2(trainee, self.mesh, blocks=model.blocks, mp_policy=policy)
-        self.optimizer = AdamW(self.model.parameters(), lr=1e-4)
+        self.model = wrap_fsdp2(model, self.mesh, blocks=model.blocks, mp_policy=policy)
+        self.head = model.head
+        self.optimizer = AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
         """This rank's part of one random sequence of sp x tokens for each dp rank."""
@@ -136,15 +118,12 @@ class Training:
         """The mean loss over all tokens; without a wait for the device."""
         here = batch["input_ids"].shape[1]  # on every rank as many; with the layout lasp knows it
         layout = lasp.ShardLayout((here,) * (self.layout.sp if self.exchange else 1))
-        total = self.model(batch["input_ids"], batch["position_ids"], batch["labels"], layout)
-        group, ranks = grad_group(self.mesh)
-        tokens = (batch["labels"] != -100).sum()
-        both = torch.stack([total.detach(), tokens.float()])
-        dist.all_reduce(both, group=group)
+        hidden = self.model(batch["input_ids"], batch["position_ids"], layout, return_hidden=True)
+        loss, _ = lasp.linear_token_loss(hidden, self.head.weight, batch["labels"], mesh=self.mesh)
         self.optimizer.zero_grad()
-        (total * (ranks / both[1])).backward()  # FSDP2 averages over the ranks
+        loss.backward()  # FSDP2 averages over the ranks
         self.optimizer.step()
-        return both[0] / both[1]
+        return loss.detach()
 
 
 # ---- one row
@@ -372,11 +351,20 @@ def run_if_it_fits(
     return measure(options, layout, tokens, device)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `Training` and `steps` read."""
     parser.add_argument("--model", choices=list(SIZES), default="385M")
     parser.add_argument("--vocab", type=int, help="default: the released models' 64000")
     parser.add_argument("--decay", default="alibi")
+    parser.add_argument("--recompute", type=int, metavar="BLOCKS", help="so many of them in backward; default: all")
+    parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
+    parser.add_argument("--chunk", type=int, help="tokens that a gated linear unit has in memory at once; default: all")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2**n for n in range(14, 18)], help="of a rank")
     parser.add_argument("--mesh", nargs="+", type=Layout.parse, help="dp x sp; default: 1x1, 1x2, 1x4, ... 1xRANKS")
     kind = parser.add_mutually_exclusive_group()
@@ -384,10 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
     parser.add_argument("--fill", type=float, default=0.8, help="--longest: the share of the memory to be used")
     parser.add_argument("--exchange", choices=("auto", *SCHEDULES), default="auto")
-    parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="keep all activations")
-    parser.add_argument("--chunk", type=int, help="tokens that a gated linear unit has in memory at once; default: all")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=3)
+    add_model_arguments(parser)
     add_report_arguments(parser)
     options = parser.parse_args(argv)
     env = lasp.init()
@@ -400,7 +385,10 @@ def main(argv: list[str] | None = None) -> None:
     if env.rank:
         return
     facts = {"ranks": env.world_size, "backend": env.backend, "model": options.model, "decay": options.decay}
-    facts |= {"activation checkpointing": options.checkpoint, "chunk of the linear units": options.chunk}
+    facts |= {
+        "blocks recomputed": "all" if options.recompute is None else options.recompute,
+        "chunk of the linear units": options.chunk,
+    }
     facts |= {"steps timed": options.steps}
     facts |= {"load of the host (1 minute)": os.getloadavg()[0]}
     kept = report(

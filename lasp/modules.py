@@ -75,6 +75,11 @@ class LightningAttention(nn.Module):
         o, _ = linear_attention(q, k, v, log_decay=log_decay, scale=self.scale, layout=layout, sequence=self.sequence)
         return o
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether something travels while a function makes q; else it may as well be made together with k and v."""
+        return self.sequence is not None and self.sequence.size > 1
+
     def extra_repr(self) -> str:
         """The heads that decay, and the scale."""
         decay = "none" if self._fixed is None else f"[{len(self._fixed)}]"

@@ -1,5 +1,6 @@
 """The Triton kernels against the fp64 recurrence: on a GPU if there is one, else under Triton's interpreter."""
 
+import functools
 import os
 from dataclasses import replace
 from unittest import mock
@@ -7,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -16,9 +18,9 @@ from inputs import assert_digits, every_strength, gradients, oracle, random_inpu
 from steps import backward_steps, forward_steps, operands  # noqa: E402
 
 import lasp  # noqa: E402
-from lasp_kernels import chunked_linear_attention, cross_entropy, launch, plan, shared  # noqa: E402
+from lasp_kernels import chunked_linear_attention, cross_entropy, launch, linears, plan, shared  # noqa: E402
 from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
-from lasp_kernels.reference import reference_norm_gate  # noqa: E402
+from lasp_kernels.reference import activation_of, reference_norm_gate  # noqa: E402
 from lasp_kernels.steps import TritonSteps  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -583,3 +585,101 @@ def test_the_last_segment_is_left_out_where_nobody_needs_the_end(form, T):
     assert torch.equal(o, steps.outputs(operands(x), whole))
     with pytest.raises(ValueError, match="all segments"):
         steps.run_map(segments)
+
+
+def linear_inputs(dtype):
+    draw = torch.Generator().manual_seed(0)
+
+    def numbers(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=draw)).to(DEVICE, dtype)
+
+    return numbers
+
+
+def assert_linear(function, reference, leaves, dtype):
+    """A fused function against its composition in fp64: values and gradients of all leaves, some of them unused."""
+    results = []
+    for f, wide in ((function, lambda t: t), (reference, torch.Tensor.double)):
+        inputs = [wide(t).detach().requires_grad_() for t in leaves]
+        ys = f(*inputs)
+        ys = ys if isinstance(ys, tuple) else (ys,)
+        draw = torch.Generator().manual_seed(1)
+        dys = [torch.randn(y.shape, generator=draw).to(DEVICE, dtype) for y in ys]
+        results.append([*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, [wide(dy) for dy in dys])])
+    for number, (actual, expected) in enumerate(zip(*results)):
+        assert actual.dtype == dtype
+        assert_near(actual, expected.cpu(), str(number), 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_linear(weighted, dtype):
+    numbers = linear_inputs(dtype)
+    leaves = [numbers(2, 7, 60), numbers(40, 60, scale=0.1), numbers(24, 60, scale=0.1)]
+    leaves += [numbers(60)] if weighted else []
+
+    def fused(x, a, b, weight=None):
+        return linears.fused_norm_linear(x, (a, b), weight, eps=1e-5)
+
+    def composed(x, a, b, weight=None):
+        h = F.rms_norm(x, (60,), weight, 1e-5)
+        return x * 1, h @ a.T, h @ b.T
+
+    assert_linear(fused, composed, leaves, dtype)
+
+
+@pytest.mark.parametrize("activation", ["none", "sigmoid", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_linear(activation, dtype):
+    numbers = linear_inputs(dtype)
+    leaves = [numbers(2, 7, 60), numbers(2, 7, 60), numbers(24, 60, scale=0.1)]
+
+    def composed(value, gate, weight):
+        return (value * activation_of(activation)(gate)) @ weight.T
+
+    assert_linear(functools.partial(linears.fused_gated_linear, activation=activation), composed, leaves, dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_gate_linear(weighted, dtype):
+    numbers = linear_inputs(dtype)
+    leaves = [numbers(2, 7, 3, 20), numbers(2, 7, 60), numbers(24, 60, scale=0.1)]
+    leaves += [numbers(60)] if weighted else []
+
+    def composed(x, gate, weight, norm_weight=None):
+        return reference_norm_gate(x, gate, norm_weight, activation="silu") @ weight.T
+
+    assert_linear(functools.partial(linears.fused_norm_gate_linear, activation="silu"), composed, leaves, dtype)
+
+
+def test_a_recompute_leaves_out_the_last_product():
+    """Of a checkpointed gated unit: everything that follows what backward needs."""
+    numbers = linear_inputs(torch.float32)
+    x, *weights = (numbers(*shape).requires_grad_() for shape in ((5, 60), (40, 60), (40, 60), (60, 40)))
+
+    def unit(x):
+        x, value, gate = linears.fused_norm_linear(x, tuple(weights[:2]))
+        return x + linears.fused_gated_linear(value, gate, weights[2])
+
+    expected = torch.autograd.grad(unit(x).square().sum(), [x, *weights])
+    y = checkpoint(unit, x, use_reentrant=False)
+    with mock.patch.object(linears, "_gated", side_effect=AssertionError("computed again")):
+        found = torch.autograd.grad(y.square().sum(), [x, *weights])
+    for one, other in zip(found, expected):
+        assert one.equal(other)
+
+
+def test_linears_without_a_gradient_or_tokens():
+    numbers = linear_inputs(torch.float32)
+    x, weight, out = numbers(0, 60).requires_grad_(), numbers(40, 60).requires_grad_(), numbers(60, 40).requires_grad_()
+    x2, value, gate = linears.fused_norm_linear(x, (weight, weight))
+    y = x2 + linears.fused_gated_linear(value, gate, out)
+    gradients = torch.autograd.grad(y.sum(), [x, weight, out])
+    assert y.shape == (0, 60)
+    assert all(g.shape == w.shape and not g.any() for g, w in zip(gradients, (x, weight, out)))
+    with torch.no_grad():
+        assert not linears.fused_gated_linear(numbers(3, 40), numbers(3, 40), out).requires_grad
+    frozen = linears.fused_norm_linear(numbers(3, 60).requires_grad_(), (weight.detach(),))[1]
+    (dx,) = torch.autograd.grad(frozen.sum(), [frozen.grad_fn.next_functions[0][0].variable])
+    assert dx.isfinite().all()

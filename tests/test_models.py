@@ -206,19 +206,20 @@ def test_causal(kind):
 
 
 def test_gated_linear_attention_is_its_formula():
-    """[norm(attention(swish(x W_q), swish(x W_k), x W_v)) * x W_u] W_o, norm over all heads, no 1/sqrt(K)."""
+    """x + [norm(attention(swish(h W_q), swish(h W_k), h W_v)) * h W_u] W_o, h = norm(x), and no 1/sqrt(K)."""
     config = TNLConfig(VOCABULARY, layers=2, width=12, heads=3, glu_width=16)
     torch.manual_seed(0)
     layer = GatedLinearAttention(config, 1).double()
     x = torch.randn(2, 9, 12, dtype=torch.float64)
+    h = layer.norm(x)
     q, k, v = (
-        f(projection(x)).view(2, 9, 3, 4)
+        f(projection(h)).view(2, 9, 3, 4)
         for f, projection in ((F.silu, layer.query), (F.silu, layer.key), (lambda y: y, layer.value))
     )
     o, _ = recurrent_linear_attention(q, k, v, log_decay=decay.alibi(3, 1, 2))
     o = o.flatten(2)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert_close(layer(x, torch.arange(9)), layer.out(o * layer.gate(x)), "o")
+    assert_close(layer(x, torch.arange(9)), x + layer.out(o * layer.gate(h)), "o")
 
 
 def test_norm_and_gated_unit_are_their_formulas():
@@ -228,7 +229,8 @@ def test_norm_and_gated_unit_are_their_formulas():
     assert_close(norm(x), x * math.sqrt(12) / x.norm(dim=-1, keepdim=True), "norm", rtol=1e-5)
     assert not list(norm.parameters())
     glu = SimpleGLU(config).double()
-    assert_close(glu(x), glu.out(glu.value(x) * glu.gate(x)), "glu")
+    h = norm(x)
+    assert_close(glu(x), x + glu.out(glu.value(h) * glu.gate(h)), "glu")
 
 
 def test_lrpe_depends_on_the_difference_of_positions_only():

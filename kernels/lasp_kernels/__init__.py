@@ -1,7 +1,17 @@
 """Arithmetic of linear attention on one device: torch and triton, no ranks and no torch.distributed."""
 
 from lasp_kernels.chunked import chunked_linear_attention
-from lasp_kernels.dispatch import Maps, Steps, fold, norm_gate, path, steps_of
+from lasp_kernels.dispatch import (
+    Maps,
+    Steps,
+    fold,
+    gated_linear,
+    norm_gate,
+    norm_gate_linear,
+    norm_linear,
+    path,
+    steps_of,
+)
 from lasp_kernels.operands import Operands, check_inputs
 from lasp_kernels.reference import recurrent_linear_attention, state_dtype
 
@@ -12,7 +22,10 @@ __all__ = [
     "check_inputs",
     "chunked_linear_attention",
     "fold",
+    "gated_linear",
     "norm_gate",
+    "norm_gate_linear",
+    "norm_linear",
     "path",
     "recurrent_linear_attention",
     "state_dtype",

@@ -24,11 +24,12 @@ from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lasp_kernels.chunked import ChunkedSteps
 from lasp_kernels.operands import Operands
-from lasp_kernels.reference import fold_maps, reference_norm_gate
+from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate
 
 Path = Literal["triton", "reference"]
 Maps: TypeAlias = Any  # chunked.SegmentMaps or steps.PieceMaps; only the steps of the same path can read them
@@ -225,3 +226,63 @@ def norm_gate(
 
         return fused_norm_gate(x, gate, weight, eps=eps, activation=activation)
     return reference_norm_gate(x, gate, weight, eps=eps, activation=activation)
+
+
+def norm_linear(
+    x: Tensor, weights: Sequence[Tensor], norm_weight: Tensor | None = None, *, eps: float = 1e-6
+) -> tuple[Tensor, ...]:
+    """Of each weight [N, D] the linear layer of rms_norm(x [..., D]) * norm_weight [D]; first x itself.
+
+    Take that x for what is added behind the layers: on a GPU its gradient is then added in the pass that computes the
+    norm's, and the norm is made again in backward instead of being kept (`linears.py`). In PyTorch elsewhere.
+    """
+    if _fuses(x, *weights):
+        from lasp_kernels.linears import fused_norm_linear
+
+        return fused_norm_linear(x, _cast(*weights), norm_weight, eps=eps)
+    h = F.rms_norm(x, x.shape[-1:], norm_weight, eps)
+    return (x, *(F.linear(h, w) for w in weights))
+
+
+def norm_gate_linear(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    activation: str = "none",
+) -> Tensor:
+    """The linear layer with this weight [N, H * V] of `norm_gate`, which on a GPU is made again in backward."""
+    if _fuses(x, weight):
+        from lasp_kernels.linears import fused_norm_gate_linear
+
+        return fused_norm_gate_linear(x, gate, _cast(weight)[0], norm_weight, eps=eps, activation=activation)
+    return F.linear(norm_gate(x, gate, norm_weight, eps=eps, activation=activation), weight)
+
+
+def gated_linear(value: Tensor, gate: Tensor, weight: Tensor, *, activation: str = "none") -> Tensor:
+    """The linear layer with this weight [N, W] of value [..., W] times activation(gate [..., W]).
+
+    The product is made again in backward on a GPU, and kept elsewhere.
+    """
+    if _fuses(value, weight):
+        from lasp_kernels.linears import fused_gated_linear
+
+        return fused_gated_linear(value, gate, _cast(weight)[0], activation=activation)
+    return F.linear(value * activation_of(activation)(gate), weight)
+
+
+def _fuses(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels of linears.py serve."""
+    if not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return False
+    return torch.is_autocast_enabled("cuda") or all(w.dtype == x.dtype for w in weights)
+
+
+def _cast(*weights: Tensor) -> tuple[Tensor, ...]:
+    """As autocast would."""
+    if not torch.is_autocast_enabled("cuda"):
+        return weights
+    dtype = torch.get_autocast_dtype("cuda")
+    return tuple(w.to(dtype) for w in weights)

@@ -1,14 +1,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # (a kernel is called with numbers and tensors, not with the types that its body sees)
-"""The stage after attention: RMS norm over the concatenated heads, times a gate, in one pass forward and one backward.
+"""RMS norm of rows, with a gate: what models do before a layer and after attention, one pass forward and one backward.
 
     y = x / sqrt(mean(x^2) + eps) * weight * activation(gate)
 
-x [..., H, V] is normalised over H * V; gate and y are [..., H * V], weight [H * V]. Unfused these are three memory-
-bound operators and their intermediate tensors; here forward moves 3 tensors and keeps one fp32 number a row, and
-backward moves 5. A program holds a whole row in registers. The gradient of the weight is summed in a fixed order:
-each program sums its own rows, in order, and then PyTorch the programs.
+x is normalised over a row of W numbers, for attention the V of all its H heads; gate, weight, and what is to be added
+to dx are optional. Unfused these are several memory-bound operators and their intermediate tensors; here forward moves
+each tensor once and keeps one fp32 number a row. A program holds a whole row in registers. The gradient of the weight
+is summed in a fixed order: each program sums its own rows, in order, and then PyTorch the programs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ def fused_norm_gate(
     x: Tensor, gate: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, activation: str = "none"
 ) -> Tensor:
     """RMS norm of x [..., H, V] over its heads together, times weight [H * V], times activation(gate [..., H * V])."""
+    check_norm_gate(x, gate, weight, activation)
+    return _NormGate.apply(x, gate, weight, eps, activation)  # type: ignore[return-value]
+
+
+def check_norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, activation: str) -> None:
+    """Raise for what does not fit."""
     width = x.shape[-2] * x.shape[-1]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -35,11 +41,10 @@ def fused_norm_gate(
         raise ValueError(f"weight must have shape {(width,)}, got {tuple(weight.shape)}")
     if x.dtype == torch.float64 or width > MAX_WIDTH:
         raise ValueError(f"norm_gate takes fp32, fp16 or bf16 and rows of at most {MAX_WIDTH}, got {x.dtype}, {width}")
-    return _NormGate.apply(x, gate, weight, eps, activation)  # type: ignore[return-value]
 
 
 @triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
+def activate(gate, ACTIVATION: tl.constexpr):
     """The activation and its derivative."""
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     if ACTIVATION == 0:
@@ -51,30 +56,35 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["eps"])
-def norm_gate_kernel(
+def norm_kernel(
     X, GATE, WEIGHT, Y, SCALE, eps, gate_stride, W: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """One row a program. SCALE [rows] fp32 = 1 / sqrt(mean(x^2) + eps), for backward."""
+    """One row a program. SCALE [rows] fp32 = 1 / sqrt(mean(x^2) + eps), for backward. GATE and WEIGHT may be None."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     mask = c < W
     x = tl.load(X + row * W + c, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(GATE + row * gate_stride + c, mask=mask, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / W + eps)
     y = x * scale
     if WEIGHT is not None:
         y = y * tl.load(WEIGHT + c, mask=mask, other=0.0).to(tl.float32)
-    activated, _ = _activate(gate, ACTIVATION)
-    tl.store(Y + row * W + c, (y * activated).to(Y.dtype.element_ty), mask=mask)
+    if GATE is not None:
+        gate = tl.load(GATE + row * gate_stride + c, mask=mask, other=0.0).to(tl.float32)
+        y = y * activate(gate, ACTIVATION)[0]
+    tl.store(Y + row * W + c, y.to(Y.dtype.element_ty), mask=mask)
     tl.store(SCALE + row, scale)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def norm_gate_gradient_kernel(
-    X, GATE, WEIGHT, DY, SCALE, DX, DGATE, DWEIGHT, rows, gate_stride,
+def norm_gradient_kernel(
+    X, GATE, WEIGHT, DY, SCALE, BESIDE, DX, DGATE, DWEIGHT, Y, rows, gate_stride,
     W: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Rows program_id, + programs, ... ; DWEIGHT [programs, W] fp32 is this program's part."""
+    """Rows program_id, + programs, ... ; DWEIGHT [programs, W] fp32 is this program's part.
+
+    BESIDE, if it is not None, is added to dx: the gradient of x that came by another way. Y, if it is not None, gets
+    y again.
+    """
     c = tl.arange(0, BLOCK)
     mask = c < W
     if WEIGHT is not None:
@@ -83,55 +93,92 @@ def norm_gate_gradient_kernel(
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(i, tl.int64)
         x = tl.load(X + row * W + c, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(GATE + row * gate_stride + c, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(DY + row * W + c, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(SCALE + row)
-        activated, slope = _activate(gate, ACTIVATION)
         normed = x * scale
-        d_normed = dy * activated
+        d_normed, y = dy, normed
+        if WEIGHT is not None:
+            y = normed * weight
+        if GATE is not None:
+            gate = tl.load(GATE + row * gate_stride + c, mask=mask, other=0.0).to(tl.float32)
+            activated, slope = activate(gate, ACTIVATION)
+            d_normed = dy * activated
+            tl.store(DGATE + row * W + c, (dy * y * slope).to(DGATE.dtype.element_ty), mask=mask)
+            y = y * activated
         if WEIGHT is not None:
             d_weight += d_normed * normed
             d_normed = d_normed * weight
-            dy = dy * weight
-        tl.store(DGATE + row * W + c, (dy * normed * slope).to(DGATE.dtype.element_ty), mask=mask)
+        if Y is not None:
+            tl.store(Y + row * W + c, y.to(Y.dtype.element_ty), mask=mask)
         dx = scale * (d_normed - normed * (tl.sum(d_normed * normed, 0) / W))
+        if BESIDE is not None:
+            dx += tl.load(BESIDE + row * W + c, mask=mask, other=0.0).to(tl.float32)
         tl.store(DX + row * W + c, dx.to(DX.dtype.element_ty), mask=mask)
     if WEIGHT is not None:
         tl.store(DWEIGHT + tl.program_id(0).to(tl.int64) * W + c, d_weight, mask=mask)
+
+
+def norm(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, activation: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y [rows, W] in `dtype`, and the scale of each row. x [rows, W] is contiguous, and so are the rows of the gate."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if scale.numel():
+        stride = 0 if gate is None else gate.stride(0)
+        options = _launch_options(x.shape[1], activation)
+        norm_kernel[(len(x),)](x, gate, weight, y, scale, float(eps), stride, **options)
+    return y, scale
+
+
+def norm_gradient(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor,
+    dy: Tensor,
+    activation: str,
+    *,
+    beside: Tensor | None = None,
+    again: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx (with `beside` added to it), d gate, d weight, and y `again` in this dtype, from what `norm` was given."""
+    rows, width = x.shape
+    dx = torch.empty_like(x)
+    d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    y = None if again is None else torch.empty(x.shape, dtype=again, device=x.device)
+    programs = min(max(rows, 1), _programs(x.device))
+    d_weight = None if weight is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    norm_gradient_kernel[(programs,)](
+        x, gate, weight, dy, scale, beside, dx, d_gate, d_weight, y, rows, 0 if gate is None else gate.stride(0),
+        **_launch_options(width, activation),
+    )  # fmt: skip
+    if d_weight is not None and weight is not None:
+        d_weight = d_weight.sum(0).to(weight.dtype)
+    return dx, d_gate, d_weight, y
+
+
+def rows_of(x: Tensor, width: int) -> Tensor:
+    """x as [rows, width], whose rows are contiguous."""
+    x = x.reshape(-1, width)
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 class _NormGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, weight, eps, activation):
         width = gate.shape[-1]
-        flat_x, flat_gate = x.reshape(-1, width), gate.reshape(-1, width)
-        flat_gate = flat_gate if flat_gate.stride(1) == 1 else flat_gate.contiguous()
-        flat_x = flat_x.contiguous()
-        y = torch.empty(gate.shape, dtype=x.dtype, device=x.device)
-        scale = torch.empty(flat_x.shape[0], dtype=torch.float32, device=x.device)
-        ctx.launch = _launch_options(width, activation)
-        if scale.numel():
-            norm_gate_kernel[(scale.numel(),)](
-                flat_x, flat_gate, weight, y, scale, float(eps), flat_gate.stride(0), **ctx.launch
-            )
+        flat_x, flat_gate = x.reshape(-1, width).contiguous(), rows_of(gate, width)
+        y, scale = norm(flat_x, flat_gate, weight, eps, activation, x.dtype)
         ctx.save_for_backward(flat_x, flat_gate, weight, scale)
-        ctx.shapes = x.shape, gate.shape
-        return y
+        ctx.shapes, ctx.activation = (x.shape, gate.shape), activation
+        return y.view(gate.shape)
 
     @staticmethod
     def backward(ctx, dy):
         x, gate, weight, scale = ctx.saved_tensors
-        rows, width = x.shape
-        dx, d_gate = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(gate)
-        d_gate = d_gate if d_gate.is_contiguous() else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        programs = min(max(rows, 1), _programs(x.device))
-        d_weight = None if weight is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        norm_gate_gradient_kernel[(programs,)](
-            x, gate, weight, dy.reshape(rows, width).contiguous(), scale, dx, d_gate, d_weight, rows, gate.stride(0),
-            **ctx.launch,
-        )  # fmt: skip
-        if d_weight is not None:
-            d_weight = d_weight.sum(0).to(weight.dtype)
+        dy = dy.reshape(x.shape).contiguous()
+        dx, d_gate, d_weight, _ = norm_gradient(x, gate, weight, scale, dy, ctx.activation)
         return dx.view(ctx.shapes[0]), d_gate.view(ctx.shapes[1]), d_weight, None, None
 
 

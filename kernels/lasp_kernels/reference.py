@@ -22,6 +22,8 @@ fp32, or fp64 when the inputs are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,11 +83,16 @@ def reference_norm_gate(
     x: Tensor, gate: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, activation: str = "none"
 ) -> Tensor:
     """The stage after attention (see `dispatch.norm_gate`), in any dtype."""
+    activate, x = activation_of(activation), x.flatten(-2)
+    return F.rms_norm(x, x.shape[-1:], weight, eps) * activate(gate)
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """By its name: "none", "sigmoid" or "silu"."""
     functions = {"none": lambda g: g, "sigmoid": torch.sigmoid, "silu": F.silu}
-    if activation not in functions:
-        raise ValueError(f"activation must be one of {', '.join(functions)}, got {activation!r}")
-    x = x.flatten(-2)
-    return F.rms_norm(x, x.shape[-1:], weight, eps) * functions[activation](gate)
+    if name not in functions:
+        raise ValueError(f"activation must be one of {', '.join(functions)}, got {name!r}")
+    return functions[name]
 
 
 def fold_maps(entering: Tensor, state: Tensor, transition: Tensor | None) -> Tensor:

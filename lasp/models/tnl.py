@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lasp import arguments, decay
 from lasp.layout import ShardLayout
+from lasp.models._linears import gated_linear, norm_gate_linear, norm_linear
 from lasp.modules import LightningAttention
-from lasp_kernels import norm_gate
 
 
 @dataclass(frozen=True)
@@ -147,26 +147,24 @@ class Block(nn.Module):
 
     def __init__(self, config: TNLConfig, layer: int):
         super().__init__()
-        self.attention_norm = SimpleRMSNorm()
         self.attention = GatedLinearAttention(config, layer)
-        self.glu_norm = SimpleRMSNorm()
         self.glu = SimpleGLU(config)
 
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
-        x = x + self.attention(self.attention_norm(x), position_ids, layout)
-        return x + self.glu(self.glu_norm(x))
+        return self.glu(self.attention(x, position_ids, layout))
 
 
 class GatedLinearAttention(nn.Module):
-    """[norm(attention(swish(x W_q), swish(x W_k), x W_v)) * x W_u] W_o (arXiv 2405.17381, section 4).
+    """x + [norm(attention(swish(h W_q), swish(h W_k), h W_v)) * h W_u] W_o, h = norm(x) (arXiv 2405.17381, section 4).
 
-    The norm spans all heads of a token. Queries are not scaled by 1 / sqrt(K): the norm would undo it.
+    The second norm spans all heads of a token. Queries are not scaled by 1 / sqrt(K): the norm would undo it.
     """
 
     def __init__(self, config: TNLConfig, layer: int):
         super().__init__()
         D, self.heads = config.width, config.heads
+        self.norm = SimpleRMSNorm()
         self.query = nn.Linear(D, D, bias=False)
         self.key = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(D, D, bias=False)
@@ -178,21 +176,24 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
         split = (*x.shape[:2], self.heads, self.query.out_features // self.heads)  # [B, T, H, K]
-        k = F.silu(self.key(x)).view(split)
-        v = self.value(x).view(split)
-        if self.lrpe is not None:
-            q, k = self.lrpe(F.silu(self.query(x)).view(split), k, position_ids)  # [B, T, H, 2K]
-            return self.out(norm_gate(self.attention(q, k, v, layout=layout), self.gate(x)))
-        gate = x
+        if self.lrpe is None and self.attention.overlaps:
+            x, k, v = norm_linear(x, self.norm, self.key, self.value)
+            gate = x
 
-        def query() -> Tensor:
-            """And the gate: where the sequence is split, while the state of k and v travels."""
-            nonlocal gate
-            gate = self.gate(x)
-            return F.silu(self.query(x)).view(split)
+            def query() -> Tensor:
+                """And the gate: while the state of k and v travels."""
+                nonlocal x, gate
+                x, q, gate = norm_linear(x, self.norm, self.query, self.gate)
+                return F.silu(q).view(split)
 
-        o = self.attention(query, k, v, layout=layout)
-        return self.out(norm_gate(o, gate))
+            o = self.attention(query, F.silu(k).view(split), v.view(split), layout=layout)
+        else:
+            x, q, k, v, gate = norm_linear(x, self.norm, self.query, self.key, self.value, self.gate)
+            q, k = F.silu(q).view(split), F.silu(k).view(split)
+            if self.lrpe is not None:
+                q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
+            o = self.attention(q, k, v.view(split), layout=layout)
+        return x + norm_gate_linear(o, gate, self.out)
 
 
 class LRPE(nn.Module):
@@ -223,22 +224,26 @@ class LRPE(nn.Module):
 
 
 class SimpleGLU(nn.Module):
-    """(x W_v * x W_u) W_o: a gated linear unit without activation (arXiv 2307.14995, section 3.1)."""
+    """x + (h W_v * h W_u) W_o, h = norm(x): a gated linear unit without activation (arXiv 2307.14995, section 3.1)."""
 
     def __init__(self, config: TNLConfig):
         super().__init__()
+        self.norm = SimpleRMSNorm()
         self.value = nn.Linear(config.width, config.glu_width, bias=False)
         self.gate = nn.Linear(config.width, config.glu_width, bias=False)
         self.out = nn.Linear(config.glu_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] to the same shape and dtype."""
-        return self.out(self.value(x) * self.gate(x))
+        x, value, gate = norm_linear(x, self.norm, self.value, self.gate)
+        return x + gated_linear(value, gate, self.out)
 
 
 class SimpleRMSNorm(nn.Module):
     """x sqrt(D) / |x|, without a gain (arXiv 2307.14995, section 3.1); computed in fp32 inside."""
 
+    eps = 1e-6
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] to the same shape and dtype."""
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
