@@ -18,9 +18,9 @@ from inputs import assert_digits, every_strength, gradients, oracle, random_inpu
 from steps import backward_steps, forward_steps, operands  # noqa: E402
 
 import lasp  # noqa: E402
-from lasp_kernels import chunked_linear_attention, cross_entropy, launch, linears, plan, shared  # noqa: E402
+from lasp_kernels import chunked_linear_attention, cross_entropy, launch, linears, plan, rotary, shared  # noqa: E402
 from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
-from lasp_kernels.reference import activation_of, reference_norm_gate  # noqa: E402
+from lasp_kernels.reference import activation_of, reference_norm_gate, reference_rotate  # noqa: E402
 from lasp_kernels.steps import TritonSteps  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -683,3 +683,23 @@ def test_linears_without_a_gradient_or_tokens():
     frozen = linears.fused_norm_linear(numbers(3, 60).requires_grad_(), (weight.detach(),))[1]
     (dx,) = torch.autograd.grad(frozen.sum(), [frozen.grad_fn.next_functions[0][0].variable])
     assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("shared_positions", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotate(shared_positions, dtype):
+    """Positions of millions too, where fp32 angles would be off by a quarter."""
+    numbers = linear_inputs(dtype)
+    q, k = numbers(2, 7, 3, 20), numbers(2, 7, 3, 20)
+    positions = torch.tensor([[0, 1, 2, 300, 70_000, 4_000_000, 16_000_001], [5, 4, 3, 2, 1, 0, 9]], device=DEVICE)
+    positions = positions[0] if shared_positions else positions
+    theta = 10000.0 ** -torch.rand(3, 20, generator=torch.Generator().manual_seed(2))
+    results = []
+    for function, wide in ((rotary.fused_rotate, lambda t: t), (reference_rotate, torch.Tensor.double)):
+        leaves = [wide(q).requires_grad_(), wide(k).requires_grad_(), theta.to(DEVICE).clone().requires_grad_()]
+        q_out, k_out = function(leaves[0], leaves[1], positions, leaves[2])
+        draw = torch.Generator().manual_seed(3)
+        dq, dk = (wide(torch.randn(q_out.shape, generator=draw).to(DEVICE, dtype)) for _ in range(2))
+        results.append([q_out.detach(), k_out.detach(), *torch.autograd.grad((q_out, k_out), leaves, (dq, dk))])
+    for actual, expected, what in zip(*results, ("q", "k", "dq", "dk", "dtheta")):
+        assert_near(actual, expected.cpu(), what, 1e-5 if dtype == torch.float32 else 1e-2)

@@ -10,6 +10,7 @@ from lasp_kernels.dispatch import (
     norm_gate_linear,
     norm_linear,
     path,
+    rotate,
     steps_of,
 )
 from lasp_kernels.operands import Operands, check_inputs
@@ -28,6 +29,7 @@ __all__ = [
     "norm_linear",
     "path",
     "recurrent_linear_attention",
+    "rotate",
     "state_dtype",
     "steps_of",
 ]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lasp_kernels.chunked import ChunkedSteps
 from lasp_kernels.operands import Operands
-from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate
+from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate, reference_rotate
 
 Path = Literal["triton", "reference"]
 Maps: TypeAlias = Any  # chunked.SegmentMaps or steps.PieceMaps; only the steps of the same path can read them
@@ -271,6 +271,19 @@ def gated_linear(value: Tensor, gate: Tensor, weight: Tensor, *, activation: str
 
         return fused_gated_linear(value, gate, _cast(weight)[0], activation=activation)
     return F.linear(value * activation_of(activation)(gate), weight)
+
+
+def rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """[x cos(position * theta), x sin(position * theta)] of q and k [B, T, H, K], as [B, T, H, 2K] of the same dtype.
+
+    position_ids integers [B, T] or [T], theta [H, K] in fp32; angles are computed in fp64. On a GPU in one pass over
+    memory (`rotary.py`), elsewhere in PyTorch.
+    """
+    if q.is_cuda and q.dtype != torch.float64 and not torch.compiler.is_compiling():
+        from lasp_kernels.rotary import fused_rotate
+
+        return fused_rotate(q, k, position_ids, theta)
+    return reference_rotate(q, k, position_ids, theta)
 
 
 def _fuses(x: Tensor, *weights: Tensor) -> bool:

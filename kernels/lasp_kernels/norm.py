@@ -147,7 +147,7 @@ def norm_gradient(
     dx = torch.empty_like(x)
     d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     y = None if again is None else torch.empty(x.shape, dtype=again, device=x.device)
-    programs = min(max(rows, 1), _programs(x.device))
+    programs = min(max(rows, 1), programs_of(x.device))
     d_weight = None if weight is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
     norm_gradient_kernel[(programs,)](
         x, gate, weight, dy, scale, beside, dx, d_gate, d_weight, y, rows, 0 if gate is None else gate.stride(0),
@@ -188,6 +188,6 @@ def _launch_options(width: int, activation: str) -> dict[str, int]:
     return {"W": width, "BLOCK": block, "ACTIVATION": ACTIVATIONS[activation], "num_warps": warps}
 
 
-def _programs(device: torch.device) -> int:
+def programs_of(device: torch.device) -> int:
     """Of the backward: a few rows' worth of loads in flight on every multiprocessor."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -22,6 +22,7 @@ fp32, or fp64 when the inputs are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -85,6 +86,13 @@ def reference_norm_gate(
     """The stage after attention (see `dispatch.norm_gate`), in any dtype."""
     activate, x = activation_of(activation), x.flatten(-2)
     return F.rms_norm(x, x.shape[-1:], weight, eps) * activate(gate)
+
+
+def reference_rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotation by position (see `dispatch.rotate`), in any dtype."""
+    angle = (position_ids.double()[..., None, None] * theta).remainder(2 * math.pi).float()  # [(B,) T, H, K]
+    cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+    return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:

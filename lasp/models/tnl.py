@@ -18,6 +18,7 @@ from lasp import arguments, decay
 from lasp.layout import ShardLayout
 from lasp.models._linears import gated_linear, norm_gate_linear, norm_linear
 from lasp.modules import LightningAttention
+from lasp_kernels import rotate
 
 
 @dataclass(frozen=True)
@@ -216,11 +217,9 @@ class LRPE(nn.Module):
         H, K = self.delta.shape
         exponent = torch.arange(H * K, device=q.device, dtype=torch.float32).view(H, K) * (-2 / (H * K))
         theta = torch.pow(10000.0, exponent) * self.delta.float().exp()
-        # In fp64 whatever the model's dtype: in bf16 tokens beyond position 256 would share their positions, and in
-        # fp32 the angle of token 4,000,000 would be off by a quarter.
-        angle = (position_ids.double()[..., None, None] * theta).remainder(2 * math.pi).float()  # [(B,) T, H, K]
-        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-        return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
+        # Angles are made in fp64 whatever the model's dtype: in bf16 tokens beyond position 256 would share their
+        # positions, and in fp32 the angle of token 4,000,000 would be off by a quarter.
+        return rotate(q, k, position_ids, theta)
 
 
 class SimpleGLU(nn.Module):
