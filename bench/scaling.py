@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import plots
@@ -27,17 +27,16 @@ import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
 from torch import Tensor
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.data_parallel import wrap_fsdp2
 from lasp.exchange import cost
 from lasp.models import TNL, TNLConfig
+from lasp.models.memory import save_memory
 from lasp.models.tnl import SIZES
 from lasp.ranks import MESH_AXES, SCHEDULES
 
@@ -76,11 +75,6 @@ def mesh_of(layout: Layout, device_type: str) -> DeviceMesh:
     return DeviceMesh(device_type, copies, mesh_dim_names=("copy", *MESH_AXES))[MESH_AXES]
 
 
-def in_chunks(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Tensor:
-    """A layer that works token by token, on so many of x [B, T, D] at once, whose inner activations are not kept."""
-    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in x.split(tokens, 1)], 1)  # type: ignore[misc]
-
-
 class Training:
     """A model on this rank's copy of a layout, and its steps. `exchange` None cuts the ranks' sequences apart."""
 
@@ -95,13 +89,10 @@ class Training:
         if exchange is not None:
             lasp.parallelize(model, self.mesh["sp"], exchange=exchange)
         recomputed = len(model.blocks) if options.recompute is None else options.recompute
-        for number, block in enumerate(model.blocks):
-            if options.chunk:
-                block.glu.forward = functools.partial(in_chunks, block.glu.forward, options.chunk)
-            if options.compile:
+        if options.compile:
+            for block in model.blocks:
                 block.compile()
-            if number < recomputed:
-                model.blocks[number] = checkpoint_wrapper(block)
+        save_memory(model.blocks, recompute=recomputed, chunk=options.chunk, offload=options.offload)
         bf16 = torch.bfloat16 if device.type == "cuda" else None
         policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
         self.model = wrap_fsdp2(model, self.mesh, blocks=model.blocks, mp_policy=policy)
@@ -358,7 +349,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", default="alibi")
     parser.add_argument("--recompute", type=int, metavar="BLOCKS", help="so many of them in backward; default: all")
     parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
-    parser.add_argument("--chunk", type=int, help="tokens that a gated linear unit has in memory at once; default: all")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a gated linear unit at once; default: all")
+    parser.add_argument("--offload", action="store_true", help="what recomputed blocks keep lies on the host")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
 
@@ -385,10 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     if env.rank:
         return
     facts = {"ranks": env.world_size, "backend": env.backend, "model": options.model, "decay": options.decay}
-    facts |= {
-        "blocks recomputed": "all" if options.recompute is None else options.recompute,
-        "chunk of the linear units": options.chunk,
-    }
+    facts |= {"blocks recomputed": "all" if options.recompute is None else options.recompute}
+    facts |= {"chunk of the gated units": options.chunk or "all", "kept on the host": options.offload}
     facts |= {"steps timed": options.steps}
     facts |= {"load of the host (1 minute)": os.getloadavg()[0]}
     kept = report(

@@ -33,7 +33,6 @@ from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _report import RUN, Report
 from _text import batch_of_step, fingerprint, read_text, unigram_entropy
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +42,7 @@ from tqdm import trange
 import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 from lasp.models import TNL, TNLConfig
+from lasp.models.memory import blocks_to_recompute, save_memory
 from lasp.ranks import SCHEDULES
 
 # The largest difference between the losses of a step that --verify allows. Sums taken in another order differ in the
@@ -69,7 +69,9 @@ class Options:
     parallel: str
     dtype: str
     seed: int
-    checkpoint_activations: bool
+    recompute: str
+    chunk: int
+    offload: bool
     exchange: str
     data: Path | None
     out: Path | None
@@ -95,7 +97,11 @@ def main(
     parallel: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How parameters lie on the ranks.")] = "ddp",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the weights and the batches.")] = 0,
-    checkpoint_activations: Annotated[bool, typer.Option(help="Recompute blocks in backward.")] = False,
+    recompute: Annotated[
+        str, typer.Option(help="Blocks computed again in backward: how many, all, or auto: on a GPU as few as fit.")
+    ] = "auto",
+    chunk: Annotated[int, typer.Option(min=0, help="Tokens of a gated unit at once; 0: all.")] = 0,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep on the host what recomputed blocks keep.")] = False,
     exchange: Annotated[str, typer.Option(help="How states travel between ranks.")] = "auto",
     data: Annotated[
         Path | None, typer.Option(exists=True, help="Text file or folder; default: Python's own sources.")
@@ -150,6 +156,11 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
         refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks")
     if not 0 < options.lr <= 1e30:  # the optimizer scales it, and what fp32 cannot hold is an error there
         refuse("--lr", f"{options.lr} is not a positive number up to 1e30")
+    layers = TNLConfig.named(options.model).layers
+    if options.recompute not in ("auto", "all", *map(str, range(layers + 1))):
+        refuse("--recompute", f"{options.recompute!r} is not auto, all, or a number of blocks up to {layers}")
+    if options.offload and options.recompute == "0":
+        refuse("--offload", "keeps what recomputed blocks keep, and --recompute 0 has none")
     exchanges = ("auto", *SCHEDULES)
     if options.exchange not in exchanges:
         refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
@@ -299,13 +310,9 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
         model = TNL(TNLConfig.named(options.model, vocab_size=options.vocab, decay=options.decay))
     if mesh is not None:
         lasp.parallelize(model, mesh["sp"], exchange=options.exchange, check_finite=True)
-    if options.checkpoint_activations:
-        # A module around each block, as PyTorch's own trainers use it, since it can be compiled: `block.compile()`
-        # before this line keeps the exchange outside the recompute, after it takes the recompute into the graph.
-        # Names of parameters stay. A `block.forward` replaced by a call of `checkpoint` is a frame that torch.compile
-        # passes over.
-        for layer, block in enumerate(model.blocks):
-            model.blocks[layer] = checkpoint_wrapper(block)
+    save_memory(
+        model.blocks, recompute=recomputed(options, model, mesh, device), chunk=options.chunk, offload=options.offload
+    )
     if mesh is None:
         return model
     if options.parallel == "ddp":
@@ -313,6 +320,28 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
     bf16 = options.dtype == "bfloat16"
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     return wrap_fsdp2(model, mesh, blocks=model.blocks, mp_policy=policy)
+
+
+def recomputed(options: Options, model: TNL, mesh: DeviceMesh | None, device: torch.device) -> int:
+    """How many blocks are computed again in backward."""
+    if options.recompute == "all" or (options.offload and options.recompute == "auto"):
+        return model.config.layers
+    if options.recompute != "auto":
+        return int(options.recompute)
+    if device.type != "cuda":
+        return 0
+    sharded, ranks, sp = options.parallel == "fsdp2", mesh.size() if mesh else 1, mesh["sp"].size() if mesh else 1
+    tokens = -(-min(options.segment or options.seq_len, options.seq_len) // sp) * (
+        options.batch // (options.dp if mesh else 1)
+    )
+    count = sum(p.numel() for p in model.parameters())
+    # Gradients and two moments in fp32, and the weights in 16 bits if not both: what DDP does not shard.
+    bytes_of = count * (12 // ranks + 6 if sharded else 18)
+    number, stream = (2, 2 if sharded else 4) if options.dtype == "bfloat16" else (4, 4)
+    found = blocks_to_recompute(
+        model.config, tokens, free=torch.cuda.mem_get_info(device)[0], parameters=bytes_of, number=number, stream=stream
+    )
+    return max(on_all_ranks("choosing the blocks that are computed again", lambda: found)) if mesh else found
 
 
 def optimizer_of(model: nn.Module, options: Options, device: torch.device) -> Optimizer:
