@@ -74,17 +74,25 @@ def linear_token_loss(
     _check_linear(hidden, weight, bias)
     group, ranks = grad_group(mesh)
     check_loss(hidden, labels, ignore_index, mesh, group, name="hidden")
+    local, counted, outside = sum_of_linear(hidden, weight, bias, labels, ignore_index)
+    name = "linear_token_loss"
+    found = totals(local, labels, counted, outside, len(weight), ignore_index, group, ranks, name=name)
+    return found.mean_of(local, ranks)
+
+
+def sum_of_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sum_of_slice` of `hidden @ weight^T + bias`, without these logits; under autocast as a linear layer casts."""
     kind = hidden.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    labels, vocabulary = labels.flatten().long(), len(weight)
-    counted, outside = which_labels(labels, vocabulary, ignore_index)
+    labels = labels.flatten().long()
+    counted, outside = which_labels(labels, len(weight), ignore_index)
     known = labels.masked_fill(outside, ignore_index)
     local = linear_cross_entropy(hidden.flatten(0, -2), weight, known, bias=bias, ignore_index=ignore_index)
-    name = "linear_token_loss"
-    found = totals(local, labels, counted, outside, vocabulary, ignore_index, group, ranks, name=name)
-    return found.mean_of(local, ranks)
+    return local, counted, outside
 
 
 def sum_of_slice(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ from lasp.checks import agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.memory import bytes_of_training, free_bytes, measured
 from lasp.data_parallel.once import AveragedOnce
+from lasp.last_layer import LastLayer, SumOfLoss
 from lasp.layout import ShardLayout
 from lasp.loss import check_loss, sum_of_slice, totals, which_labels
 from lasp.ops.stream import Segment, Stream
@@ -72,7 +73,8 @@ def stream_backward(
             a token takes, and room is left for gradients and the moments of Adam.
         loss_fn: a function of what the model returns for this rank's slice of a segment and of its labels (already
             shifted), which returns the sum of the loss over the labels that count, and how many these are. It is called
-            in both forwards. By default the cross entropy of the logits: `token_loss` of the whole.
+            in both forwards. By default the cross entropy of the logits, `token_loss` of the whole: where the model
+            gives what its last layer gave, the loss is taken there, and no logits are made (docs/streaming.md).
         loss_scale: gradients are those of this times the loss: 1 / n for the accumulation of n steps, or
             `scaler.get_scale()` of a GradScaler.
         shift_labels: False if the labels are already the next tokens.
@@ -88,6 +90,7 @@ def stream_backward(
         ValueError, TypeError: an argument that does not fit, before any communication; also a model that was not split.
         RankMismatchError: ranks were given different batches or options, or one of them failed; on every rank.
         PeerError: a rank has ended, or did not come within the timeout of its group.
+        RuntimeError: operators are not called in every segment alike, or logits are made otherwise than at first.
 
     After any error the gradients are what they were before.
     """
@@ -106,13 +109,14 @@ def stream_backward(
     return loss.mean()
 
 
-def _told(segments: list[Segment], stream: Stream) -> str:
+def _told(segments: list[Segment], stream: Stream, of_loss: str) -> str:
     """For `explain`."""
     longest = segments[0].end - segments[0].start
     return (
         f"streamed last: {segments[-1].end:,} tokens in {len(segments)} segments of {longest:,}; at a border "
         f"{stream.crossings} states or last tokens, {stream.bytes:,} bytes kept of all borders by this rank"
         + (f", and {stream.bytes_of_tokens:,} of keys and values" if stream.bytes_of_tokens else "")
+        + f"; {of_loss}"
     )
 
 
@@ -211,6 +215,11 @@ class Run:
         self.stream = Stream(self.segments, longest, largest)
         loss.labels = torch.cat([self._cut(x)["labels"].flatten() for x in self.segments])
         self._random: list[_Random] = []
+        split = self.splits[0]
+        self.last_layer = None
+        if loss.ignores is not None:
+            inner = self.averaged.without_backward
+            self.last_layer = LastLayer(self.model, inner, split.last_layer, loss.ignores)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(_gradients_kept(self.model))
@@ -218,6 +227,8 @@ class Run:
                     stack.enter_context(split.with_ranks())
                 stack.enter_context(_under_way(self.stream, self.splits, self.model))
                 stack.enter_context(self.averaged.step())
+                if self.last_layer is not None:
+                    stack.enter_context(self.last_layer.step())
                 stack.enter_context(bar.over(2 * len(self.segments) - 1))
                 self._sweep(bar)
                 self._back(bar)
@@ -225,8 +236,14 @@ class Run:
                     raise _Tried
         except _Tried:
             return
-        for split in self.splits:
-            split.streamed = _told(self.segments, self.stream)
+        finally:
+            if self.last_layer is not None:
+                split.last_layer = self.last_layer.finding
+        of_loss = "all logits of a segment are made, for loss_fn"
+        if self.last_layer is not None and self.last_layer.finding is not None:
+            of_loss = self.last_layer.finding.told
+        for each in self.splits:
+            each.streamed = _told(self.segments, self.stream, of_loss)
 
     def fitting(self, whole: Whole, make_loss: Callable[[], Loss]) -> int:
         """The most tokens of a segment for which there is memory, the same on all ranks of the sequence.
@@ -246,7 +263,8 @@ class Run:
     def _most(self, whole: Whole, few: int, more: int, make_loss: Callable[[], Loss]) -> int:
         lengths, used = [min(few, whole.tokens), min(more, whole.tokens)], []
         random = _Random(self.device)
-        with uncounted():
+        with uncounted():  # the first one is not measured: what is made once, as logits before the last layer is known
+            self.backward(_first(whole, lengths[0]), lengths[0], make_loss(), trial=True)
             for length in lengths:
                 with measured(self.device) as peak:
                     self.backward(_first(whole, length), length, make_loss(), trial=True)
@@ -279,9 +297,9 @@ class Run:
         with torch.no_grad():
             for segment in self.segments[:-1]:
                 self._random.append(_Random(self.device))
-                output, labels = self._forward(self.averaged.without_backward, segment, sweeping=True)
-                self.loss.look(output, labels)
-                del output  # logits, beside which the next would lie
+                output, of_loss, labels = self._forward(self.averaged.without_backward, segment, sweeping=True)
+                self.loss.look(of_loss, labels)
+                del output, of_loss  # logits, beside which the next would lie
                 bar.step()
 
     def _back(self, bar: _Bar) -> None:
@@ -292,12 +310,12 @@ class Run:
                 self._random.pop().restore()
             last = segment.number == 0 and not self.trial
             with self.averaged.part(last=last), torch.enable_grad():
-                output, labels = self._forward(self.model, segment, sweeping=False)
+                output, of_loss, labels = self._forward(self.model, segment, sweeping=False)
                 after = after or _Random(self.device)  # that of the last segment: as after one pass
-                part = self.loss.part(output, labels)
+                part = self.loss.part(of_loss, labels)
                 if (balance := self._balance(output)) is not None:
                     part = part + self.loss.beside(balance)
-                del output, balance
+                del output, of_loss, balance
                 with torch.autocast(self.device.type, enabled=False):
                     part.backward()
             self.stream.end_backward()
@@ -305,13 +323,17 @@ class Run:
         assert after is not None
         after.restore()
 
-    def _forward(self, model: nn.Module, segment: Segment, *, sweeping: bool) -> tuple[Any, Tensor]:
+    def _forward(self, model: nn.Module, segment: Segment, *, sweeping: bool) -> tuple[Any, Any, Tensor]:
+        """What the model gives, what of that the loss is given, and the labels."""
         local = self._local(segment)
+        if self.last_layer is not None:
+            self.last_layer.begin(local["labels"], sweeping=sweeping)
         self.stream.begin(segment, sweeping=sweeping)
         torch.clear_autocast_cache()  # copies of weights, which else would live until the caller's context ends
         output = self.call(model, local)
         self.stream.end_forward()
-        return output, local["labels"]
+        taken = None if self.last_layer is None else self.last_layer.result(output)
+        return output, output if taken is None else taken, local["labels"]
 
     def _balance(self, output: Any) -> Tensor | None:
         """The router's load-balancing loss, if the model gives one: its part of that over all segments."""
@@ -431,6 +453,7 @@ class Loss:
     """
 
     labels: Tensor  # of this rank, of all segments
+    ignores: int | None = None  # a label, if it is the cross entropy, which the last layer may take in place of logits
     scale_beside: float | Tensor | None = None  # of what is no mean over tokens, if another
 
     def __init__(self, mesh, scale: float | Tensor):
@@ -499,25 +522,31 @@ _PART = 4096  # tokens
 
 
 class TokenLoss(Loss):
-    """`token_loss` of all logits."""
+    """`token_loss` of all logits, or what the last layer gives for them."""
 
     def __init__(self, mesh, scale: float | Tensor, ignore_index: int):
         super().__init__(mesh, scale)
-        self.ignore_index = ignore_index
+        self.ignore_index = self.ignores = ignore_index
 
     def look(self, output: Any, labels: Tensor) -> None:
         """The number of tokens is known by the labels; whether these fit, once there are logits."""
         if self._tokens is None:
-            logits = logits_of(output)
-            check_loss(logits, labels, self.ignore_index, self.mesh, self.group)
-            all_labels = self.labels.to(logits.device, non_blocking=True)
-            counted, outside = which_labels(all_labels, logits.shape[-1], self.ignore_index)
-            zero = logits.new_zeros((), dtype=torch.float64)
-            settings = (logits.shape[-1], self.ignore_index, self.group, self.ranks)
+            if isinstance(output, SumOfLoss):
+                vocabulary, device = output.vocabulary, output.total.device
+            else:
+                logits = logits_of(output)
+                check_loss(logits, labels, self.ignore_index, self.mesh, self.group)
+                vocabulary, device = logits.shape[-1], logits.device
+            all_labels = self.labels.to(device, non_blocking=True)
+            counted, outside = which_labels(all_labels, vocabulary, self.ignore_index)
+            zero = torch.zeros((), dtype=torch.float64, device=device)
+            settings = (vocabulary, self.ignore_index, self.group, self.ranks)
             _, self._tokens, self._sound = totals(zero, all_labels, counted, outside, *settings)
 
     def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
         self.look(output, labels)
+        if isinstance(output, SumOfLoss):
+            return output.total
         logits = logits_of(output)
         check_loss(logits, labels, self.ignore_index, self.mesh, self.group)
         # A part at a time, of which nothing is kept but the logits: their fp32 copy and softmax would be most of all.

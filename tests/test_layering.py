@@ -20,6 +20,7 @@ LAYERS = [
     {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
     {"lasp.strict"},
     {"lasp.api", "lasp.calls"},
+    {"lasp.last_layer"},
     {"lasp.verification", "lasp.streaming"},
     {"lasp.integrations"},
     {"lasp"},
