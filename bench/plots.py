@@ -188,10 +188,29 @@ def decay_lines(axes: Axes, rows: list[dict], key: str, value: str, name: Callab
         colors.setdefault(of_key, line.get_color())
 
 
+def lengths(result: dict) -> Figure:
+    """Tokens a second over the length of a sequence: ours, a softmax model of the same size, and what is published."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(ylabel="tokens/s of a GPU", title="A training step, 1B parameters, one GPU")
+    names = {"tnl": "TransNormerLLM, lasp", "softmax": "softmax attention (Llama of the same size, SDPA flash)"}
+    for (name,), rows in groups(result["rows"], "model").items():
+        axes.plot(
+            [r["tokens of a sequence"] for r in rows], [r["tokens/s"] for r in rows], marker="o", label=names[name]
+        )
+    for number, (name, rates) in enumerate(result["facts"]["published"].items()):
+        style = {"linestyle": "--", "marker": "x", "color": ("gray", "lightgray")[number % 2]}
+        axes.plot([int(n) for n in rates], list(rates.values()), label=name, **style)
+    double_steps(axes, [r["tokens of a sequence"] for r in result["rows"]], "tokens of a sequence")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[dict], Figure]] = {
     "simulation": simulation,
     "scaling": scaling,
     "operator_scaling": operator_scaling,
+    "lengths": lengths,
 }
 
 

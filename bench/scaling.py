@@ -93,10 +93,13 @@ class Training:
             for block in model.blocks:
                 block.compile()
         save_memory(model.blocks, recompute=recomputed, chunk=options.chunk, offload=options.offload)
-        bf16 = torch.bfloat16 if device.type == "cuda" else None
-        policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-        self.model = wrap_fsdp2(model, self.mesh, blocks=model.blocks, mp_policy=policy)
-        self.head = model.head
+        self.model, self.head, self.autocast = model, model.head, not options.fsdp
+        if options.fsdp:
+            bf16 = torch.bfloat16 if device.type == "cuda" else None
+            policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+            self.model = wrap_fsdp2(model, self.mesh, blocks=model.blocks, mp_policy=policy)
+        elif layout.ranks > 1:
+            raise SystemExit("--no-fsdp is for one rank")
         self.optimizer = AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
@@ -109,8 +112,9 @@ class Training:
         """The mean loss over all tokens; without a wait for the device."""
         here = batch["input_ids"].shape[1]  # on every rank as many; with the layout lasp knows it
         layout = lasp.ShardLayout((here,) * (self.layout.sp if self.exchange else 1))
-        hidden = self.model(batch["input_ids"], batch["position_ids"], layout, return_hidden=True)
-        loss, _ = lasp.linear_token_loss(hidden, self.head.weight, batch["labels"], mesh=self.mesh)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.model(batch["input_ids"], batch["position_ids"], layout, return_hidden=True)
+            loss, _ = lasp.linear_token_loss(hidden, self.head.weight, batch["labels"], mesh=self.mesh)
         self.optimizer.zero_grad()
         loss.backward()  # FSDP2 averages over the ranks
         self.optimizer.step()
@@ -349,6 +353,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", default="alibi")
     parser.add_argument("--recompute", type=int, metavar="BLOCKS", help="so many of them in backward; default: all")
     parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
+    parser.add_argument("--no-fsdp", dest="fsdp", action="store_false", help="on one rank: bf16 by autocast")
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a gated linear unit at once; default: all")
     parser.add_argument("--offload", action="store_true", help="what recomputed blocks keep lies on the host")
     parser.add_argument("--steps", type=int, default=8)

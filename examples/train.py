@@ -337,10 +337,9 @@ def recomputed(options: Options, model: TNL, mesh: DeviceMesh | None, device: to
     count = sum(p.numel() for p in model.parameters())
     # Gradients and two moments in fp32, and the weights in 16 bits if not both: what DDP does not shard.
     bytes_of = count * (12 // ranks + 6 if sharded else 18)
-    number, stream = (2, 2 if sharded else 4) if options.dtype == "bfloat16" else (4, 4)
-    found = blocks_to_recompute(
-        model.config, tokens, free=torch.cuda.mem_get_info(device)[0], parameters=bytes_of, number=number, stream=stream
-    )
+    number = 2 if options.dtype == "bfloat16" else 4
+    free = torch.cuda.mem_get_info(device)[0]
+    found = blocks_to_recompute(model.config, tokens, free=free, parameters=bytes_of, number=number)
     return max(on_all_ranks("choosing the blocks that are computed again", lambda: found)) if mesh else found
 
 

@@ -53,9 +53,7 @@ def in_chunks(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Te
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in x.split(tokens, 1)], 1)  # type: ignore[misc]
 
 
-def blocks_to_recompute(
-    config: TNLConfig, tokens: int, *, free: int, parameters: int, number: int = 2, stream: int = 2
-) -> int:
+def blocks_to_recompute(config: TNLConfig, tokens: int, *, free: int, parameters: int, number: int = 2) -> int:
     """As few as fit into the memory of a GPU.
 
     Args:
@@ -63,13 +61,12 @@ def blocks_to_recompute(
         tokens: of this rank, at once.
         free: bytes.
         parameters: bytes that gradients, moments and gathered weights will take.
-        number: bytes of a number in the arithmetic; `stream`: of one between the blocks.
+        number: bytes of a number in the arithmetic.
     """
     D, G = config.width, config.glu_width
-    between = 2 * stream * D  # before attention and before the gated unit
-    kept = between + number * (7 * D + 2 * G)  # q, k before and after swish, v, gate, o; both halves of the unit
+    kept = number * (9 * D + 2 * G)  # two inputs, q, k before and after swish, v, gate, o; both halves of the unit
     rotated = number * 4 * D if config.lrpe else 0  # q, k of the first block are twice as wide
-    working = 2 * kept + rotated + 4 * stream * D  # of one block in backward; embeddings, norm and loss
-    room = FILL * free - parameters - tokens * (working + config.layers * stream * D)
-    fitting = int(max(0.0, room) // (tokens * (kept - stream * D)))
+    working = 2 * kept + rotated + 4 * number * D  # of one block in backward; embeddings, norm and loss
+    room = FILL * free - parameters - tokens * (working + config.layers * number * D)
+    fitting = int(max(0.0, room) // (tokens * (kept - number * D)))
     return max(0, config.layers - fitting)

@@ -131,6 +131,8 @@ class TNL(nn.Module):
         if position_ids is None:
             position_ids = self._default_positions(input_ids)
         x = self.embedding(input_ids) * math.sqrt(self.config.width)  # [B, T, D]
+        if torch.is_autocast_enabled(x.device.type):  # between the blocks, too, as in FSDP2's mixed precision
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.blocks:
             x = block(x, position_ids, layout)
         x = self.norm(x)
