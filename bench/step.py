@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         del training
         free()
     report(
-        f"step_{options.model}" + ("_compiled" if options.compile else ""),
+        f"step_{options.model}_recomputed-{'all' if options.recompute is None else options.recompute}",
         command_line("step.py", argv),
         rows,
         save=options.save,
