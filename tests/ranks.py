@@ -27,7 +27,7 @@ GRACE = 3.0  # seconds that the other ranks have after one has failed
 GROUPS = 12  # that a worker may hold after a job: each is a thread that wakes up a hundred times a second, for ever
 GLOO_TIMEOUT = 30.0  # seconds after which gloo itself gives up, with a traceback
 
-# What a first compilation imports, and what models of transformers and its Trainer do: 1 and 2 s of a core, of each worker.
+# What a first compilation imports, and what models of transformers and its Trainer do: 1 and 2 s of each worker.
 COMPILERS = ["torch._dynamo", "torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]
 TRANSFORMERS = ["transformers.trainer", "transformers.models.bamba.modeling_bamba"]
 

@@ -21,7 +21,9 @@ def run_script(code, ranks, *, limit=100.0, agent=True):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
     all_have = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else free_port())}
     all_have |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return run_processes(code, [{**all_have, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], limit)
+    return run_processes(
+        code, [{**all_have, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], limit
+    )
 
 
 def run_processes(code, variables, limit=100.0):
