@@ -51,6 +51,7 @@ def slurm(code):
     return run_processes(code, [{**common, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(RANKS)])
 
 
+@pytest.mark.timeout(300)  # of a loaded machine
 def test_every_launcher_trains_to_the_same_losses(tmp_path):
     launcher, expected = losses(tmp_path / "torchrun", torchrun)
     assert launcher == "torchrun"
