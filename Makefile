@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles a file when it first imports it. All files of an environment would take pip half a minute of a core.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 # The oldest and the newest PyTorch that pyproject.toml allows; each has an environment beside .venv.
 OLDEST := 2.11.0
@@ -14,21 +16,21 @@ LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py attention.py checkpoint
 FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py layering.py loss.py)
 
 # Some files at once, each in one process from its first test to its last: tests of a file share what takes long. How
-# many is said by tests/conftest.py.
+# many, and in which order, is said by tests/conftest.py.
 WORKERS ?= auto
-PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PRECIOUS: .venv-torch-%/.installed
 # What needs libraries that must not be beside the others: transformers takes fla's kernels wherever it finds them, and
 # these need a GPU.
 OTHERS := $(addprefix tests/test_,fla.py trl.py peft.py loops.py)
 
-.PHONY: demo test test-fast test-matrix test-newest test-others lint bench doctor clean
+.PHONY: demo test test-all test-fast test-matrix test-newest test-others environments lint bench doctor clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,transformers,dev]'
+	$(BIN)/python $(INSTALL) -c constraints.txt torch
+	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[train,transformers,dev]'
 	touch $@
 
 # The oldest PyTorch brings Triton 3.6, whose interpreter fails with numpy 2.4.
@@ -36,14 +38,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	grep -v -E '^(torch|triton$(if $(filter $(OLDEST),$*),|numpy))==' constraints.txt > $(@D)/constraints.txt
 	$(if $(filter $(OLDEST),$*),echo 'numpy<2.4' >> $(@D)/constraints.txt)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch==$*
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[train,transformers,dev]' torch==$*
+	$(@D)/bin/python $(INSTALL) -c $(@D)/constraints.txt torch==$*
+	$(@D)/bin/python $(INSTALL) -c $(@D)/constraints.txt -e '.[train,transformers,dev]' torch==$*
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compare it with one process
 	$(BIN)/python examples/train.py --verify
 
-test: lint  ## lint, types, tests
+test: lint test-all  ## lint, types, tests
+
+test-all: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
 
 test-fast: $(VENV)/.installed  ## within a minute what concerns most changes; CONTRIBUTING.md says what it leaves out
@@ -59,12 +63,16 @@ test-newest: .venv-torch-$(NEWEST)/.installed  ## on the newest PyTorch what lea
 
 .venv-others/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,fla,others,dev]'
+	$(@D)/bin/python $(INSTALL) -c constraints.txt torch
+	$(@D)/bin/python $(INSTALL) -c constraints.txt -e '.[transformers,fla,others,dev]'
 	touch $@
 
 test-others: .venv-others/.installed  ## layers of fla, TRL's trainers, Lightning Fabric
 	.venv-others/bin/python $(PYTEST) $(OTHERS)
+
+environments: $(VENV)/.installed  ## what test-newest and test-others need: one after the other, as all build lasp here
+	$(MAKE) .venv-torch-$(NEWEST)/.installed
+	$(MAKE) .venv-others/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

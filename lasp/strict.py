@@ -164,7 +164,7 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
         *(f"    {line}" for line in _three_lines(path, modules)),
         "If that class is not yours, an adapter does the same from outside (docs/models.md): a file to be completed,",
         "",
-        *sketch.adapter_for(type(modules[_around(path, modules)])),
+        *_adapter_for(path, [p for p, how in found.items() if how not in told_apart] or [path], modules),
         "",
         f"Only if it mixes no tokens: plan={{{path!r}: lasp.adapters.token_local}}.",
     ]
@@ -188,7 +188,14 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
 
 def _around(path: str, modules: Mapping[str, nn.Module]) -> str:
     """The path of a module, or for one of torch.nn that of the module around it whose forward can be changed."""
-    return next((p for p in _upwards(path) if not is_of_torch(modules[p])), "")
+    return next((p for p in _upwards(path) if not is_of_torch(modules[p])), path)
+
+
+def _adapter_for(path: str, refused: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The file for the class of a module, with the refused ones of torch.nn for which it answers."""
+    around = _around(path, modules)
+    below = {p[len(around) :].lstrip("."): modules[p] for p in refused if p != around and _around(p, modules) == around}
+    return sketch.adapter_for(type(modules[around]), below, itself=around in refused)
 
 
 def _three_lines(path: str, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One thread, poisoned memory, an end for the worker processes, and how many files run at once."""
+"""One thread, poisoned memory, an end for the worker processes, and how many files run at once, in which order."""
 
 import os
 
@@ -12,6 +12,19 @@ import torch
 def pytest_xdist_auto_num_workers():
     """How many files run at once with `-n auto`: few, as a test may start four ranks; one where these may be GPUs."""
     return 0 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+
+
+# Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
+LONG = """
+transformers trainer verify streaming faults transformers_border kernels train elementwise presence data init
+kernels_on_ranks recompute bits_alone bench agreement softmax messages replicas data_parallel attention hosts padding
+loss remote_code streaming_transformers docs scripts checkpoint exchange launchers fla trl loops peft
+"""
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)

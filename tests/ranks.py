@@ -6,6 +6,7 @@ rank, or a rank that hangs, fails the test and names the rank; the processes are
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,10 @@ TIMEOUT = 100.0  # seconds that a job may take; the first that compiles takes 12
 GRACE = 3.0  # seconds that the other ranks have after one has failed
 GROUPS = 12  # that a worker may hold after a job: each is a thread that wakes up a hundred times a second, for ever
 GLOO_TIMEOUT = 30.0  # seconds after which gloo itself gives up, with a traceback
+
+# What a first compilation imports, and what models of transformers and its Trainer do: 1 and 2 s of each worker.
+COMPILERS = ["torch._dynamo", "torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]
+TRANSFORMERS = ["transformers.trainer", "transformers.models.bamba.modeling_bamba"]
 
 _pools: dict[int, "_Pool"] = {}
 
@@ -53,7 +58,8 @@ def workers():
     if sys.platform != "linux":  # forking is not safe there
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch._dynamo", "lasp"])
+    wanted = TRANSFORMERS if "transformers" in sys.modules else []  # by a test file
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", *COMPILERS, "lasp", *wanted])
     return context
 
 
@@ -137,6 +143,7 @@ def _explain(errors, silent, world):
 
 def _work(rank, world, port, pipe):
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    gc.freeze()  # what was imported stays, and need not be looked through again and again
     torch.set_num_threads(1)
     poison.install()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"

@@ -9,22 +9,30 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import free_port
+from processes import LAUNCHER_PREFIXES, free_port
 from ranks import workers
 
 
 def run_script(code, ranks, *, limit=100.0, agent=True):
-    """Exit code, standard output and error of each rank of a script, whose processes are forked from a warm one.
+    """Exit code, standard output and error of each rank of a script.
 
     With `agent` this process holds their key-value store, as torchrun's does; else rank 0 makes one.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else free_port())}
-    variables |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent)}
+    all_have = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else free_port())}
+    all_have |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return run_processes(
+        code, [{**all_have, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], limit
+    )
+
+
+def run_processes(code, variables, limit=100.0):
+    """The same of processes that have these variables of launchers each, and no others. They are forked from one that
+    has imported what takes long."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            workers().Process(target=_script, args=(code, rank, ranks, variables, Path(folder)), daemon=True)
-            for rank in range(ranks)
+            workers().Process(target=_script, args=(code, own, Path(folder, str(number))), daemon=True)
+            for number, own in enumerate(variables)
         ]
         try:
             for process in processes:
@@ -36,19 +44,21 @@ def run_script(code, ranks, *, limit=100.0, agent=True):
             for process in processes:
                 process.kill()
                 process.join()
-        texts = [[(Path(folder) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(ranks)]
+        texts = [[Path(folder, f"{n}.{name}").read_text() for name in ("out", "err")] for n in range(len(processes))]
     return [(process.exitcode, *text) for process, text in zip(processes, texts)]
 
 
-def _script(code, rank, ranks, variables, folder):
+def _script(code, variables, path):
     """What Python does with a script."""
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        os.dup2(os.open(path.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY), number)
+    for name in list(os.environ):
+        if name.startswith(LAUNCHER_PREFIXES):
+            del os.environ[name]
     os.environ |= variables
     torch.set_num_threads(1)
     try:
-        exec(compile(code, "script", "exec"), {})
+        exec(compile(code, "script", "exec"), {"__name__": "__main__"})
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, write
-from processes import ROOT, finish, free_port, start
 from ranks import mesh_of, run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scripts import run_script
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -475,16 +475,11 @@ except lasp.PeerError as error:
 @pytest.mark.any_pytorch
 @pytest.mark.parametrize(("odd", "place"), [(1, "while it writes its part"), (0, "before LATEST names it")])
 def test_a_rank_that_is_killed_while_it_saves(tmp_path, odd, place):
-    paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT, ROOT / "kernels")))
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     code = KILLED.replace("sys.argv", repr(["", str(tmp_path / "run"), str(odd), place]))
-    ranks = [{**common, "RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": paths} for r in range(2)]
-    processes = [start(code, variables) for variables in ranks]
-    outputs = finish(processes)
-    codes = [process.returncode for process in processes]
-    assert codes[odd] == -9, outputs
-    assert codes[1 - odd] == 0, outputs
-    assert f"saving {tmp_path / 'run' / 'step-000002'}" in outputs[1 - odd][0]
+    ranks = run_script(code, 2, agent=False)
+    assert ranks[odd][0] == -9, ranks
+    assert ranks[1 - odd][0] == 0, ranks
+    assert f"saving {tmp_path / 'run' / 'step-000002'}" in ranks[1 - odd][1]
     assert (tmp_path / "run" / "LATEST").read_text() == "step-000001"
     whole = {path.name for path in (tmp_path / "run").iterdir() if (path / "SHA256SUMS").exists()}
     assert whole == ({"step-000001"} if odd == 1 else {"step-000001", "step-000002"})

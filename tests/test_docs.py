@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 from ranks import run_ranks
+from scripts import run_script
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -79,27 +80,31 @@ def test_the_page_about_adapters(tmp_path):
     run_ranks(2, with_an_adapter, tmp_path)
 
 
-def launched(text, folder, name):
-    """What a program prints on two ranks."""
-    (folder / name).write_text(text)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.timeout(300)  # of a loaded machine, on which each rank imports all this
 def test_the_first_program_of_the_readme(tmp_path):
-    """What a newcomer starts first, on two ranks."""
+    """What a newcomer starts first, on two ranks, as he does it."""
     blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
-    printed = launched(dict(blocks)["verify_bamba.py"], tmp_path, "verify_bamba.py")
-    assert printed.count("2 ranks compute what one does") == 1
+    (tmp_path / "verify_bamba.py").write_text(dict(blocks)["verify_bamba.py"])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "verify_bamba.py",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("2 ranks compute what one does") == 1
 
 
 @pytest.mark.timeout(300)
-def test_the_program_with_a_trainer(tmp_path):
-    printed = launched(files_of("models.md")["with_trainer.py"], tmp_path, "with_trainer.py")
+def test_the_program_with_a_trainer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (exit_code, printed, error), _ = run_script(files_of("models.md")["with_trainer.py"], 2, limit=280.0)
+    assert exit_code == 0, error
     losses = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", printed)]
     assert len(losses) >= 3
     assert all(5.5 < loss < 7.5 for loss in losses)  # log(512) is 6.24

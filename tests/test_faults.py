@@ -44,7 +44,8 @@ def test_every_fault_is_detected_and_nothing_stays_behind(fault):
 @pytest.mark.parametrize("fault", PEERS, ids=lambda f: f"{f.kind}-{f.place}")
 def test_the_error_names_layer_direction_and_peer(fault):
     layer = rf"layer 'blocks\.1\.mixer\.inner', {fault.place}: "
-    expected = rf"PeerError: {layer}.* with rank {ODD} failed after "
+    # A rank that has heard of it first may be gone, too, by the time that it is met.
+    expected = rf"PeerError: {layer}.* with rank ({ODD} failed after |\d failed after .*; global rank {ODD} has ended)"
     if fault.kind == "skip":  # that rank's next layer comes in the place of the one that it left out
         expected = rf"RankMismatchError: rank {ODD} has come to layer 'blocks\.[02]\..*, the others {layer}"
     for rank in (0, 2):

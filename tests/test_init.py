@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from processes import LAUNCHER_PREFIXES, finish, free_port, mpirun, start
 from ranks import run_ranks
+from scripts import run_processes
 
 import lasp
+from lasp.ranks import meeting
 from lasp.ranks.launchers import _check_gpus, _discover, _first_host
 from lasp.ranks.meeting import Member, Place, complete
 
@@ -51,7 +53,17 @@ def results(processes):
     """What the ranks of these processes found, by rank."""
     outputs = finish(processes)
     assert [p.returncode for p in processes] == [0] * len(processes), outputs
+    return written()
+
+
+def written():
     return [path.read_text().split() for path in sorted(Path(os.environ["RESULTS"]).iterdir())]
+
+
+def succeed(code, variables):
+    """Processes with these variables each, which end well."""
+    found = run_processes(code, [{**own, "RESULTS": os.environ["RESULTS"]} for own in variables])
+    assert [code for code, _, _ in found] == [0] * len(variables), found
 
 
 def expected(world, launcher):
@@ -69,12 +81,22 @@ def test_one_process_without_a_launcher():
 
 def test_torchrun_variables():
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(MEET, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    assert results(ranks) == expected(2, "torchrun")
+    succeed(MEET, [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)])
+    assert written() == expected(2, "torchrun")
 
 
+# Each child ends as a Python process does, through its finalization.
 END = """
-import torch, torch.distributed as dist, lasp
+import os, torch, torch.distributed as dist, lasp
+for number, port in enumerate(PORTS * 2):
+    if os.fork() == 0:
+        break
+else:
+    codes = [os.wait()[1] for _ in PORTS * 2]
+    print(codes)
+    raise SystemExit(any(codes))
+variables = {"RANK": str(number // len(PORTS)), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+os.environ |= variables
 lasp.init("gloo", timeout=60)
 kept, x = dist.group.WORLD, torch.ones(200_000)
 for _ in range(3):
@@ -84,13 +106,12 @@ dist.destroy_process_group()
 """
 
 
-def test_a_process_that_ends_after_a_collective():
+def test_processes_that_end_after_a_collective():
     """Without what lasp.init does at exit, about one run in three aborts; hence several."""
-    for _ in range(4):
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [start(END, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-        outputs = finish(ranks)
-        assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    ports = [str(free_port()) for _ in range(4)]
+    process = start(f"PORTS = {ports}\n{END}", {})
+    [output] = finish([process])
+    assert process.returncode == 0, output
 
 
 def test_slurm_variables():
@@ -100,8 +121,8 @@ def test_slurm_variables():
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_JOB_NUM_NODES": "1",
     }
-    ranks = [start(MEET, {**common, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}) for r in range(2)]
-    assert results(ranks) == expected(2, "slurm")
+    succeed(MEET, [{**common, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(2)])
+    assert written() == expected(2, "slurm")
 
 
 def test_mpirun():
@@ -187,26 +208,25 @@ def test_a_name_that_nobody_knows(monkeypatch):
 
 def test_a_store_that_does_not_answer(monkeypatch):
     """As where the process that holds it is stopped: PyTorch's client would wait without end."""
+    monkeypatch.setattr(meeting, "_ANSWER", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         error = fail_alone(monkeypatch, RANK=1, MASTER_PORT=silent.getsockname()[1])
-    assert ": no answer for 12 s. The process that holds the store, rank 0, has ended or hangs" in error
+    assert ": no answer for 3 s. The process that holds the store, rank 0, has ended or hangs" in error
 
 
-def fail(code, *variables):
+def fail(*variables):
     """What each of these processes, which must all fail, writes to standard error."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [start(code, {**common, **own}) for own in variables]
-    outputs = finish(processes)
-    assert all(p.returncode for p in processes), outputs
-    return [error for _, error in outputs]
+    found = run_processes("import lasp; lasp.init('gloo', timeout=8)", [{**common, **own} for own in variables])
+    assert [code for code, _, _ in found] == [1] * len(variables), found
+    return [error for _, _, error in found]
 
 
 def test_a_rank_that_does_not_come():
     """All that did say who has not."""
-    code = "import lasp; lasp.init('gloo', timeout=20)"
-    errors = fail(code, *({"RANK": str(r), "WORLD_SIZE": "4"} for r in (0, 2)))
+    errors = fail(*({"RANK": str(r), "WORLD_SIZE": "4"} for r in (0, 2)))
     for rank, error in zip((0, 2), errors):
-        assert f"RuntimeError: rank {rank} of 4 (torchrun) waited 20 s at 127.0.0.1:" in error
+        assert f"RuntimeError: rank {rank} of 4 (torchrun) waited 8 s at 127.0.0.1:" in error
         assert "and not all ranks came: ranks 0, 2 came, ranks 1, 3 did not." in error
 
 
@@ -224,15 +244,13 @@ def test_the_store_ends_while_ranks_wait():
 
 
 def test_two_processes_are_the_same_rank():
-    code = "import lasp; lasp.init('gloo', timeout=20)"
-    for error in fail(code, *({"RANK": str(r), "WORLD_SIZE": "3"} for r in (0, 1, 1))):
+    for error in fail(*({"RANK": str(r), "WORLD_SIZE": "3"} for r in (0, 1, 1))):
         assert "RankMismatchError" in error
         assert "2 processes are rank 1; every process needs a RANK of its own" in error
 
 
 def test_ranks_of_different_worlds():
-    code = "import lasp; lasp.init('gloo', timeout=20)"
-    for error in fail(code, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "3"}):
+    for error in fail({"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "3"}):
         assert "RankMismatchError" in error
         assert "rank 1 has WORLD_SIZE 3, rank 0 has 2" in error
 
@@ -290,9 +308,7 @@ for life in range(2):
 def test_a_second_life_of_the_group():
     """On one port, with what the first has left in the store."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = [start(AGAIN, {**common, "RANK": str(r)}) for r in range(2)]
-    outputs = finish(ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    succeed(AGAIN, [{**common, "RANK": str(r)} for r in range(2)])
 
 
 RESTARTED = f"""

@@ -12,8 +12,10 @@ from torch.testing import assert_close
 env = lasp.init("gloo", timeout=60)
 sequence = lasp.SequenceParallel(dist.group.WORLD)
 H, K, V = 2, 16, 32
-for form in ("none", "head", "token"):
-    for lengths, offsets in (((70, 0, 33), None), ((65, 64, 3), None), ((40, 30, 7), (0, 10, 50, 50, 77))):
+none_on_one, several_tiles, packed = ((70, 0, 33), None), ((65, 64, 3), None), ((40, 30, 7), (0, 10, 50, 50, 77))
+cases = {"none": [none_on_one], "head": [several_tiles, packed], "token": [none_on_one, several_tiles, packed]}
+for form in cases:
+    for lengths, offsets in cases[form]:
         T, B = sum(lengths), 1 if offsets else 2
         N = len(offsets) - 1 if offsets else B
         torch.manual_seed(T)
@@ -58,7 +60,7 @@ print("compared")
 """
 
 
-# With a segment length: the bits of one rank, for every schedule, and .
+# With a segment length: the bits of one rank, for every schedule.
 SAME_BITS = """
 import torch, torch.distributed as dist, lasp
 from torch.autograd import grad

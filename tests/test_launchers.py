@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from processes import LAUNCHER_PREFIXES, finish, free_port, mpirun, start
+from scripts import run_processes
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train.py"
 RANKS = 2
@@ -24,9 +25,8 @@ def losses(folder, launch):
     arguments = [f"--out={folder}", "--seq-len=130", "--steps=3", f"--data={__file__}"]
     code = f"import sys, runpy; sys.argv = {[str(EXAMPLE), *arguments]!r}; "
     code += f"sys.path.insert(0, {str(EXAMPLE.parent)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
-    processes = launch(code)
-    outputs = finish(processes)
-    assert [p.returncode for p in processes] == [0] * len(processes), outputs
+    found = launch(code)
+    assert [exit_code for exit_code, *_ in found] == [0] * len(found), found
     run = json.loads((folder / "run.json").read_text())
     assert run["ranks"] == RANKS
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -36,19 +36,22 @@ def losses(folder, launch):
 def torchrun(code):
     common = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
-    return [start(code, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(RANKS)]
+    return run_processes(code, [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(RANKS)])
 
 
 def mpi(code):
-    return [start(code, {}, launcher=mpirun(RANKS))]
+    process = start(code, {}, launcher=mpirun(RANKS))
+    [output] = finish([process])
+    return [(process.returncode, *output)]
 
 
 def slurm(code):
     common = {"SLURM_NTASKS": str(RANKS), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost"}
     common |= {"SLURM_JOB_NUM_NODES": "1", "MASTER_PORT": str(free_port())}
-    return [start(code, {**common, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}) for r in range(RANKS)]
+    return run_processes(code, [{**common, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(RANKS)])
 
 
+@pytest.mark.timeout(300)  # of a loaded machine
 def test_every_launcher_trains_to_the_same_losses(tmp_path):
     launcher, expected = losses(tmp_path / "torchrun", torchrun)
     assert launcher == "torchrun"

@@ -6,8 +6,9 @@ import re
 from unittest import mock
 
 import pytest
-from processes import ROOT, finish, free_port, start
+from processes import ROOT, finish, start
 from ranks import run_ranks
+from scripts import run_processes, run_script
 
 import lasp
 from lasp.doctor import run_doctor
@@ -50,34 +51,35 @@ def test_the_command_line_of_the_doctor():
 
 def test_the_smallest_example_has_the_same_losses_on_two_ranks():
     code = f"import runpy; runpy.run_path({str(EXAMPLES / 'minimal.py')!r}, run_name='__main__')"
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [start(code, {})]
-    processes += [start(code, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    outputs = finish(processes)
-    assert [p.returncode for p in processes] == [0, 0, 0], outputs
-    alone, first, second = ([float(x) for x in re.findall(r"loss ([\d.]+)", out)] for out, _ in outputs)
+    found = [*run_processes(code, [{}]), *run_script(code, 2)]
+    assert [exit_code for exit_code, _, _ in found] == [0, 0, 0], found
+    alone, first, second = ([float(x) for x in re.findall(r"loss ([\d.]+)", out)] for _, out, _ in found)
     assert len(alone) == 7
     assert alone[-1] < alone[0] / 4
     assert first == pytest.approx(alone, abs=1e-3)
     assert second == []  # rank 0 alone prints
 
 
-def _train(folder, *options):
-    """Train a few steps of the example on two ranks; the loss of every step that this call made."""
+def _train(folder, *options, launched):
+    """Train a few steps of the example on two ranks, which it starts by itself if they are not `launched`; the loss of
+    every step of the run."""
     script = EXAMPLES / "train.py"
     arguments = ["--seq-len=130", "--steps=4", "--save-every=2", "--ranks=2", f"--out={folder}", f"--data={__file__}"]
     code = f"import sys, runpy; sys.argv[1:] = {[*arguments, *options]!r}; sys.argv[0] = {str(script)!r}; "
-    # The example starts torchrun with its own path, so it is found by that and not by this code.
-    paths = os.pathsep.join(map(str, (EXAMPLES, ROOT, ROOT / "kernels")))
-    process = start(code + f"runpy.run_path({str(script)!r}, run_name='__main__')", {"PYTHONPATH": paths})
-    [(out, error)] = finish([process])
-    assert process.returncode == 0, error
+    code += f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    if launched:
+        [(exit_code, out, error), _] = run_script(code, 2)
+    else:  # the example starts torchrun with its own path, so it is found by that and not by this code
+        process = start(code, {"PYTHONPATH": os.pathsep.join(map(str, (EXAMPLES, ROOT, ROOT / "kernels")))})
+        [(out, error)] = finish([process])
+        exit_code = process.returncode
+    assert exit_code == 0, error
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "step" in row}, out
 
 
 def test_the_example_resumes_where_it_was_with_the_same_bits(tmp_path):
-    whole, out = _train(tmp_path / "run", "--verify")
+    whole, out = _train(tmp_path / "run", "--verify", launched=False)
     assert sorted(whole) == [0, 1, 2, 3]
     assert "the same training" in out
     assert (tmp_path / "run" / "LATEST").read_text().strip() == "step-000004"
@@ -87,5 +89,6 @@ def test_the_example_resumes_where_it_was_with_the_same_bits(tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     kept = [line for line in metrics.read_text().splitlines(keepends=True) if json.loads(line).get("step", 0) < 2]
     metrics.write_text("".join(kept))
-    resumed, _ = _train(tmp_path / "run", "--resume", "--recompute", "all")  # which changes no bit, and no name
+    # Checkpointed activations change no bit, and no name.
+    resumed, _ = _train(tmp_path / "run", "--resume", "--recompute", "all", launched=True)
     assert resumed == whole

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from ranks import run_ranks
 from test_docs import filled_in, printed_file
 from torch import Tensor, nn
@@ -38,6 +39,32 @@ class Inline(nn.Module):
         return x + scale * self.gain * before
 
 
+class Below(nn.Module):
+    """A convolution below looks along the sequence, and nothing else does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Linear(6, 6, dtype=torch.float64)
+        self.convs = nn.Sequential(*(nn.Conv1d(6, 6, 4, padding=3, groups=g, dtype=torch.float64) for g in (2, 6)))
+
+    def forward(self, x):
+        y = self.scale(x)
+        for conv in self.convs:
+            y = F.silu(conv(y.mT)[..., : x.shape[1]].mT)
+        return y
+
+
+def before(x):
+    return F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class Both(Below):
+    """Its forward does, too, by a function."""
+
+    def forward(self, x):
+        return super().forward(x) * before(x)
+
+
 def _signatures(a, b=(1, 2), *, c: int = 3, d: Callable = print, e=float("inf"), f=None):
     pass
 
@@ -56,27 +83,45 @@ def test_signatures(function, expected):
     compile(f"def f{expected}: pass", "signature", "exec")
 
 
-def _inline():
-    model = nn.Sequential(nn.Linear(6, 6, dtype=torch.float64), Inline())
+CONVOLVED = (
+    "import torch; x = lasp.halo(input.mT, 4, layout=layout, sequence=sequence); "
+    "y = torch.nn.functional.conv1d(x.mT, self.weight, self.bias, groups=self.groups); "
+    "return torch.nn.functional.pad(y, (0, 3))"
+)
+SHIFTED = "return lasp.halo(x, 2, layout=layout_of(sequence), sequence=sequence)[:, :-1]"
+ADAPTERS = {
+    Inline: {
+        "Inline": "before = lasp.halo(x, 2, layout=layout, sequence=sequence)[:, :-1]; "
+        "return x + scale * self.gain * before"
+    },
+    Below: {"Conv1d": CONVOLVED},
+    Both: {"Conv1d": CONVOLVED, "before": SHIFTED},
+}
+PRINTED = {
+    Inline: """def forward(self, x, /, scale=2.0, *others, like=..., name="a 'b'", **more):""",
+    Below: "\nlasp.register('test_sketch.Below', adapter=split, covers=('convs.0', 'convs.1'))",
+    Both: "\n    for name in ['convs.0', 'convs.1']:\n",
+}
+
+
+def _adapted(cls):
+    model = nn.Sequential(nn.Linear(6, 6, dtype=torch.float64), cls())
     x = torch.randn(2, 13, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = model(x)
     expected.square().sum().backward()
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
-    with pytest.raises(ValueError, match=r"1 \(Inline\): on a slice") as refused:
+    with pytest.raises(ValueError, match=rf"\({'Conv1d' if cls is Below else cls.__name__}\): on a slice") as refused:
         lasp.parallelize(model, dist.group.WORLD)
     text = printed_file(str(refused.value))
-    assert """def forward(self, x, /, scale=2.0, *others, like=..., name="a 'b'", **more):""" in text
-    text = filled_in(
-        text,
-        Inline="before = lasp.halo(x, 2, layout=layout, sequence=sequence)[:, :-1]; "
-        "return x + scale * self.gain * before",
-    )
+    assert PRINTED[cls] in text
+    assert text.count("NotImplementedError") == len(ADAPTERS[cls])
+    text = filled_in(text, **ADAPTERS[cls])
     exec(compile(text, "adapter.py", "exec"), {})
     try:
         lasp.parallelize(model, dist.group.WORLD)
     finally:
-        _BY_NAME.pop("test_sketch.Inline")
+        _BY_NAME.pop(f"test_sketch.{cls.__name__}")
     local = lasp.shard_batch({"input_ids": torch.arange(13).expand(2, 13)}, dist.group.WORLD, pad=False)
     start, end = local["layout"].bounds(dist.get_rank())
     found = model(x[:, start:end], layout=local["layout"])
@@ -87,8 +132,9 @@ def _inline():
         assert float((p.grad - gradient).abs().max()) < 1e-10
 
 
-def test_an_adapter_with_a_forward_of_its_own():
-    run_ranks(3, _inline)
+@pytest.mark.parametrize("cls", ADAPTERS)
+def test_the_adapter_that_is_printed_once_it_is_filled_in(cls):
+    run_ranks(3, _adapted, cls)
 
 
 def test_every_refused_class_is_given_a_file_that_compiles():
@@ -106,3 +152,9 @@ def test_every_refused_class_is_given_a_file_that_compiles():
         name = lines[-1].split("'")[1]
         assert _BY_NAME.pop(name).adapter is held["split"]
     assert "test_sketch.*.Local" in adapter_for(made())[-1]
+
+
+def test_a_module_of_torch_that_stands_in_no_other_class_is_given_one_of_its_own():
+    with pytest.raises(ValueError, match=r"1 \(LSTM\): on a slice") as refused:
+        lasp.parallelize(nn.Sequential(nn.Linear(6, 6), nn.LSTM(6, 6, batch_first=True)), None)
+    assert printed_file(str(refused.value)).endswith("lasp.register('torch.nn.modules.rnn.LSTM', adapter=split)")

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import lasp
+from lasp.__main__ import main
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig
 from lasp.modules import LightningAttention
@@ -820,7 +821,9 @@ def test_the_command_fails_for_a_model_that_is_wrong(tmp_path):
         (["--model=2B"], "invalid choice: '2B'"),
     ],
 )
-def test_bad_options_end_before_any_rank_starts(arguments, message):
-    done = run_command(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bad_options_end_before_any_rank_starts(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lasp", "verify", *arguments])
+    with mock.patch("lasp.verify_command.run_verify", side_effect=AssertionError), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -13,22 +14,39 @@ from lasp.adapters.rebind import is_function, names_in
 _MOST = 8  # functions that it has a place for
 
 
-def adapter_for(cls: type[nn.Module]) -> list[str]:
-    """Lines of Python that stand by themselves. What is to be written raises until it is."""
-    calls = [name for name in sorted(names_in(cls.forward)) if is_function(cls, name)][:_MOST]
-    return (
-        [*_of_functions(cls, calls), "", "", _register(cls)] if calls else [*_of_forward(cls), "", "", _register(cls)]
-    )
+def adapter_for(
+    cls: type[nn.Module], below: Mapping[str, nn.Module] = MappingProxyType({}), *, itself: bool = True
+) -> list[str]:
+    """Lines of Python that stand by themselves. What is to be written raises until it is.
+
+    Args:
+        cls: the class of another library.
+        below: modules of torch.nn within it that look along the sequence, by their paths from it.
+        itself: whether the class does so in its own forward.
+    """
+    calls = [name for name in sorted(names_in(cls.forward)) if is_function(cls, name)][:_MOST] if itself else []
+    again = {"forward": cls} if itself and not calls else {}
+    kinds = {f"forward_of_{type(module).__name__}": type(module) for module in below.values()}
+    lines = ["import types", ""] if again or kinds else []
+    lines += ["import lasp", f"from lasp.adapters import layout_of{', rebind' if calls else ''}", "", ""]
+    for name, kind in (again | kinds).items():
+        lines += [*_of_forward(name, kind), "", ""]
+    lines += ["def split(module, sequence):"]
+    lines += _of_functions(cls, calls) if calls else []
+    if again:
+        lines += ["    module.sequence, module.forward = sequence, types.MethodType(forward, module)"]
+    for name, kind in kinds.items():
+        lines += [
+            f"    for name in {[path for path, module in below.items() if type(module) is kind]}:",
+            "        below = module.get_submodule(name)",
+            f"        below.sequence, below.forward = sequence, types.MethodType({name}, below)",
+        ]
+    return [*lines, "", "", _register(cls, tuple(below))]
 
 
 def _of_functions(cls: type[nn.Module], calls: list[str]) -> list[str]:
     names_held = inspect.unwrap(cls.forward).__globals__
     lines = [
-        "import lasp",
-        "from lasp.adapters import layout_of, rebind",
-        "",
-        "",
-        "def split(module, sequence):",
         f"    # {cls.__name__}.forward{signature_of(cls.forward)} calls these.",
         "    # Those that look along the sequence become one of lasp.linear_attention, delta_rule, softmax_attention,",
         "    # causal_conv, halo, with layout=layout_of(sequence), sequence=sequence; delete the others, here and in",
@@ -43,30 +61,21 @@ def _of_functions(cls: type[nn.Module], calls: list[str]) -> list[str]:
     return [*lines, f"    rebind(module, {', '.join(f'{name}={name}' for name in calls)})"]
 
 
-def _of_forward(cls: type[nn.Module]) -> list[str]:
+def _of_forward(name: str, cls: type[nn.Module]) -> list[str]:
     return [
-        "import types",
-        "",
-        "import lasp",
-        "from lasp.adapters import layout_of",
-        "",
-        "",
-        f"def forward{signature_of(cls.forward)}:",
+        f"def {name}{signature_of(cls.forward)}:",
         f"    # That of {cls.__name__} again, in which what looks along the sequence is one of lasp.linear_attention,",
         "    # delta_rule, softmax_attention, causal_conv, halo, with these two:",
         "    sequence, layout = self.sequence, layout_of(self.sequence)",
         f'    raise NotImplementedError("the forward of {cls.__name__}")',
-        "",
-        "",
-        "def split(module, sequence):",
-        "    module.sequence, module.forward = sequence, types.MethodType(forward, module)",
     ]
 
 
-def _register(cls: type[nn.Module]) -> str:
+def _register(cls: type[nn.Module], covers: tuple[str, ...]) -> str:
     """By its dotted name, in which * stands for a function that made the class."""
     name = f"*.{cls.__name__}" if "<locals>" in cls.__qualname__ else cls.__qualname__
-    return f"lasp.register({cls.__module__ + '.' + name!r}, adapter=split)"
+    more = f", covers={covers}" if covers else ""
+    return f"lasp.register({cls.__module__ + '.' + name!r}, adapter=split{more})"
 
 
 def signature_of(function: Callable[..., Any]) -> str:

@@ -64,12 +64,13 @@ WEIGHTS = "values of"  # parameters; a listing of their checksums
 _BUFFERS = "buffer"  # before the first forward
 _CALLS = "a call's"  # settings
 _SETTINGS = "the optimizer's"
-_HINTS = {
+_HINTS = {  # what to do, which stands before what differs
     BATCH: "the ranks of a sequence cut one batch: draw it by the place in data parallelism, not by the global rank, "
     "and cut all of them in one thread",
     _BUFFERS: "ranks of a sequence start with the same buffers; afterwards each may count on its own",
-    WEIGHTS: "ranks of a sequence start with the same weights, and average gradients over lasp.grad_mesh(mesh) "
-    '(sync_grads, DDP, FSDP2); if some are meant to differ (expert parallelism), validate="off"',
+    WEIGHTS: "average gradients before each step (lasp.sync_grads(model, mesh), or DDP or FSDP2 over "
+    "lasp.grad_mesh(mesh)), and start with the same weights on all ranks of a sequence; "
+    'if some are meant to differ (expert parallelism), validate="off"',
 }
 
 
@@ -168,7 +169,8 @@ def _ask(first: _Round, fields: Mapping[str, object], listings: Mapping[str, Lis
         items |= {f"the order of {name}": f"checksum {checksum(listings[name])}" for name in odd}
         second = first.again().compare({"fields": items, "complete": True})
         verdict = second if second["found"] != "agreement" else verdict
-        verdict["text"] += "".join(f"; {_HINTS[name]}" for name in odd if name in _HINTS)
+        hints = "; ".join(_HINTS[name] for name in odd if name in _HINTS)
+        verdict["text"] = f"{hints}: {verdict['text']}" if hints else verdict["text"]
     return verdict
 
 

@@ -75,7 +75,7 @@ def tokens_to_heads(x: Tensor, lengths: Sequence[int], sequence: SequenceParalle
     B, T, ranks, n = x.shape
     out = x.permute(2, 1, 0, 3)
     if sequence.in_group != tuple(range(ranks)):
-        out = out[_places(sequence.in_group)]
+        out = _in_order(out, _places(sequence.in_group))
     out = out.contiguous().view(ranks * T, B, n)
     arrived = x.new_empty(sum(lengths), B, n)
     theirs = [0] * ranks
@@ -103,13 +103,19 @@ def heads_to_tokens(x: Tensor, lengths: Sequence[int], sequence: SequenceParalle
         with waiting(what):
             dist.all_to_all_single(arrived.flatten(0, 1), out.contiguous(), [T] * ranks, sent, group=sequence.group)
     if sequence.in_group != tuple(range(ranks)):
-        arrived = arrived[list(sequence.in_group)]
+        arrived = _in_order(arrived, sequence.in_group)
     return arrived.permute(2, 1, 0, 3)
 
 
 def _places(in_group: Sequence[int]) -> list[int]:
     """Which rank of the sequence stands at each place of its group."""
     return sorted(range(len(in_group)), key=lambda rank: in_group[rank])
+
+
+def _in_order(shares: Tensor, places: Sequence[int]) -> Tensor:
+    """What ranks hold, [ranks, ...], in another order. A list as index would be a tensor that is copied to the device,
+    and the host would wait for that."""
+    return torch.stack([shares[place] for place in places])
 
 
 def lengths_of(x: Tensor, sequence: SequenceParallel, what: Callable[[], str], *, dim: int = 1) -> tuple[int, ...]:
