@@ -53,7 +53,14 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
 
 
 def linear_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, mesh, bias: Tensor | None = None, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    mesh,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     """`token_loss` of `hidden @ weight^T + bias`, whose logits never are in memory all at once.
 
@@ -68,13 +75,18 @@ def linear_token_loss(
             FSDP2 it must be that of the outermost wrapped module, whose weights stay gathered after forward.
         labels, mesh, ignore_index: as in `token_loss`.
         bias: [V], of the last layer.
+        reduction: "sum" gives the sum over this rank's tokens and how many these are, and asks no other rank: what a
+            `loss_fn` of `stream_backward` returns. A label outside the vocabulary makes it NaN.
 
     Returns, Raises: as `token_loss`. The loss is in fp32 of 16-bit inputs, and logits are rounded to their dtype.
     """
+    arguments.choice("reduction", reduction, ("mean", "sum"))
     _check_linear(hidden, weight, bias)
     group, ranks = grad_group(mesh)
     check_loss(hidden, labels, ignore_index, mesh, group, name="hidden")
     local, counted, outside = sum_of_linear(hidden, weight, bias, labels, ignore_index)
+    if reduction == "sum":
+        return torch.where(outside.any(), torch.nan, 1.0).to(local.dtype) * local, counted.sum()
     name = "linear_token_loss"
     found = totals(local, labels, counted, outside, len(weight), ignore_index, group, ranks, name=name)
     return found.mean_of(local, ranks)

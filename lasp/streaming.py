@@ -17,16 +17,19 @@ import bisect
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from lasp import arguments
+from lasp.adapters import border
 from lasp.adapters.handles import Parallelized, held_by
 from lasp.batch import Whole, whole_batch
 from lasp.calls import caller, logits_of
@@ -37,7 +40,7 @@ from lasp.data_parallel.once import AveragedOnce
 from lasp.last_layer import LastLayer, SumOfLoss
 from lasp.layout import ShardLayout
 from lasp.loss import check_loss, sum_of_slice, totals, which_labels
-from lasp.ops.stream import Segment, Stream
+from lasp.ops.stream import Content, Segment, Stream, wait_for_copies
 from lasp.ranks import SequenceParallel, grad_group, sequence_axis, waiting
 from lasp.ranks.aside import uncounted
 from lasp.ranks.collectives import device_of
@@ -69,12 +72,15 @@ def stream_backward(
             the host, from where each segment goes to the device of the model.
         mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup, or None for one rank.
         segment: tokens of a segment, of all ranks together; rounded up to a multiple of the ranks. The last may be
-            shorter. None takes as many as fit: at the first call for a model two short sequences are tried, to see what
-            a token takes, and room is left for gradients and the moments of Adam.
+            shorter. None takes as many as fit: at the first call for a model, or with batches of another number of
+            rows, short sequences are tried, to see what a token takes, and room is left for gradients and the moments
+            of Adam.
         loss_fn: a function of what the model returns for this rank's slice of a segment and of its labels (already
-            shifted), which returns the sum of the loss over the labels that count, and how many these are. It is called
-            in both forwards. By default the cross entropy of the logits, `token_loss` of the whole: where the model
-            gives what its last layer gave, the loss is taken there, and no logits are made (docs/streaming.md).
+            shifted), which returns the sum of the loss over the labels that count, and how many these are: at most
+            those that are not `ignore_index`. (If there are more, that is a ValueError on every rank; on a GPU, where
+            the host would have to wait to know it, loss and gradients are NaN.) It is called in both forwards. By
+            default the cross entropy of the logits, `token_loss` of the whole: where the model gives what its last
+            layer gave, the loss is taken there, and no logits are made (docs/streaming.md).
         loss_scale: gradients are those of this times the loss: 1 / n for the accumulation of n steps, or
             `scaler.get_scale()` of a GradScaler.
         shift_labels: False if the labels are already the next tokens.
@@ -104,9 +110,9 @@ def stream_backward(
         options = {"segment": segment, "shift_labels": shift_labels, "ignore_index": ignore_index}
         ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(whole)})
     loss = make_loss()
-    run.backward(whole, run.fitting(whole, make_loss) if step is None else step, loss, bar)
+    found = run.backward(whole, run.fitting(whole, make_loss) if step is None else step, loss, bar)
     agreement.note_loss(scale if isinstance(scale, Tensor) else torch.tensor(scale))
-    return loss.mean()
+    return found
 
 
 def _told(segments: list[Segment], stream: Stream, of_loss: str) -> str:
@@ -133,7 +139,16 @@ def prepared(
     whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index)
     if not whole.tokens:
         raise ValueError("batch must have tokens, got input_ids of 0")
-    return run, whole
+    return run, _without_idle_mask(model, whole)
+
+
+def _without_idle_mask(model: nn.Module, whole: Whole) -> Whole:
+    """Without an attention_mask that masks nothing, as far as the host knows it: with one, softmax layers would not
+    take their flash kernels. (A model of somebody else's takes none, too.)"""
+    mask = whole.values.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.device.type != "cpu" or not border.stands_before(model) or not mask.all():
+        return whole
+    return whole._replace(values={name: x for name, x in whole.values.items() if name != "attention_mask"})
 
 
 # Arguments
@@ -153,6 +168,23 @@ def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Parallelized]:
                 f"{split.sequence.ranks}, got one with {sequence.ranks}"
             )
     return splits
+
+
+def _refuse_steps_in_backward(model: nn.Module, once: Iterable[Tensor]) -> None:
+    """Raise if what is done where a parameter's gradient has come would take that of a segment for that of the step."""
+    known = {id(p) for p in once}
+    for name, p in model.named_parameters():
+        if id(p) in known:
+            continue
+        hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+        others = [x for x in hooks if not str(getattr(x, "__module__", "")).startswith("torch.nn.parallel.")]
+        if others or getattr(p, "_in_backward_optimizers", None):
+            what = "register_post_accumulate_grad_hook" if others else "optimizer in backward"
+            raise ValueError(
+                f"model must have no {what}, got one at {name!r}: it would be called after each segment, and step with "
+                "a part of the gradient. Step after lasp.stream_backward, or wrap the model by FSDP2, which calls "
+                "hooks once"
+            )
 
 
 def _scale(value: Any) -> float | Tensor:
@@ -203,11 +235,17 @@ class Run:
         self.call = caller(model, ask="stream_backward cannot call it")
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.averaged = AveragedOnce(model)
+        _refuse_steps_in_backward(model, self.averaged.once)
 
-    def backward(self, whole: Whole, step: int, loss: Loss, bar: _Bar | None = None, *, trial: bool = False) -> None:
-        """Leave the gradients of a loss over segments of `step` tokens; a `trial` averages nothing."""
+    def backward(self, whole: Whole, step: int, loss: Loss, bar: _Bar | None = None) -> tuple[Tensor, Tensor]:
+        """Leave the gradients of a loss over segments of `step` tokens; returns its mean, and of how many tokens."""
+        self._over_segments(whole, step, loss, bar or _Bar(False), trial=False)
+        assert loss.found is not None
+        return loss.found
+
+    def _over_segments(self, whole: Whole, step: int, loss: Loss, bar: _Bar, *, trial: bool) -> None:
+        """A `trial` leaves nothing, and averages nothing."""
         self.whole, self.loss, self.trial = whole, loss, trial
-        bar = bar or _Bar(False)
         self.segments = cut(whole.tokens, whole.offsets, step, self.sequence.size)
         offsets = whole.offsets or (0, whole.tokens)
         longest = max(end - start for start, end in itertools.pairwise(offsets)) + self.segments[-1].layout.padding
@@ -234,6 +272,7 @@ class Run:
                 self._back(bar)
                 if trial:
                     raise _Tried
+                loss.found = loss.mean()  # here, where an error in it leaves gradients as they were
         except _Tried:
             return
         finally:
@@ -250,35 +289,49 @@ class Run:
 
         All ranks over which gradients are averaged come here together: FSDP2 gathers weights in a trial.
         """
-        ranks, split = self.sequence.size, self.splits[0]
+        ranks, kept = self.sequence.size, self.splits[0].fitting
         few, more = (n * ranks for n in _TRIED)
         of_loss = make_loss()
-        longest, untried = of_loss.greatest(whole.tokens, 0 if split.fitting else 1)
+        kind = self._kind_of_step(whole, of_loss)
+        known = kept.get(kind)
+        stale = known is None or (known.tokens > _STEP * ranks and known.bytes > free_bytes(self.device, ranks))
+        longest, untried = of_loss.greatest(whole.tokens, int(stale))
         if longest <= more:
             return whole.tokens
         if untried:
-            split.fitting = self._most(whole, few, more, make_loss)
-        return min(split.fitting, whole.tokens)
+            kept[kind] = self._most(whole, few, more, make_loss)
+        return min(kept[kind].tokens, whole.tokens)
 
-    def _most(self, whole: Whole, few: int, more: int, make_loss: Callable[[], Loss]) -> int:
+    def _kind_of_step(self, whole: Whole, loss: Loss) -> tuple:
+        """What a token's memory depends on, as far as it is seen here."""
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        parameters = Counter((p.dtype, p.requires_grad) for p in self.model.parameters())
+        rows = whole.values["input_ids"].numel() // whole.tokens
+        of_model = self.model.training, recomputes, frozenset(parameters.items())
+        return rows, whole.offsets is None, autocast, of_model, type(loss)
+
+    def _most(self, whole: Whole, few: int, more: int, make_loss: Callable[[], Loss]) -> Fitting:
         lengths, used = [min(few, whole.tokens), min(more, whole.tokens)], []
         random = _Random(self.device)
         with uncounted():  # the first one is not measured: what is made once, as logits before the last layer is known
-            self.backward(_first(whole, lengths[0]), lengths[0], make_loss(), trial=True)
+            self._over_segments(_first(whole, lengths[0]), lengths[0], make_loss(), _Bar(False), trial=True)
             for length in lengths:
                 with measured(self.device) as peak:
-                    self.backward(_first(whole, length), length, make_loss(), trial=True)
+                    self._over_segments(_first(whole, length), length, make_loss(), _Bar(False), trial=True)
                 used.append(peak.bytes)
         random.restore()
         ranks = self.sequence.size
         tokens = [-(-length // ranks) for length in lengths]
-        local = _NO_LIMIT
+        local, of_token, fixed = _NO_LIMIT, 0.0, 0.0
         if tokens[1] > tokens[0]:
             of_token = max(1.0, (used[1] - used[0]) / (tokens[1] - tokens[0]))
             fixed = max(0.0, used[0] - of_token * tokens[0])
             room = _SHARE * free_bytes(self.device, ranks) - fixed - bytes_of_training(self.model.parameters())
             local = int(room / of_token) // _STEP * _STEP
-        return make_loss().least(max(_STEP, local)) * ranks
+        local = make_loss().least(max(_STEP, local))
+        return Fitting(local * ranks, fixed + of_token * local)
 
     def _cut(self, segment: Segment) -> dict[str, Any]:
         first, last = segment.layout.bounds(self.sequence.rank)
@@ -305,6 +358,7 @@ class Run:
     def _back(self, bar: _Bar) -> None:
         """Forward and backward, from the last to the first."""
         after = None
+        wait_for_copies(self.device)
         for segment in reversed(self.segments):
             if segment.number < len(self._random):
                 self._random.pop().restore()
@@ -351,6 +405,13 @@ class Run:
 
 # For a segment that fits: tokens a rank of two trials, how much of the free memory may be taken, and what is rounded to
 _TRIED, _SHARE, _STEP, _NO_LIMIT = (256, 1024), 0.85, 256, 2**40
+
+
+class Fitting(NamedTuple):
+    """A segment for which there is memory."""
+
+    tokens: int  # of all ranks
+    bytes: float  # that it takes on this rank, beside what is there for good
 
 
 class _Tried(Exception):
@@ -424,18 +485,18 @@ def _under_way(stream: Stream, splits: list[Parallelized], model: nn.Module) -> 
 
 @contextlib.contextmanager
 def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """After an error inside, the gradients are what they were; what is accumulated already is copied to the host."""
-    before = [
-        (p, p.grad, None if p.grad is None else _own(p.grad).detach().to("cpu", copy=True)) for p in model.parameters()
-    ]
+    """After an error inside, the gradients are what they were; what is accumulated already is copied to the host.
+
+    (They cannot be set aside meanwhile: DDP averages what earlier backwards have added up with its last one.)
+    """
+    before = [(p, p.grad, None if p.grad is None else Content(_own(p.grad))) for p in model.parameters()]
     try:
         yield
     except BaseException:
         for p, gradient, content in before:
             p.grad = gradient
-            if gradient is not None and content is not None:
-                with torch.no_grad():
-                    _own(gradient).copy_(content)
+            if content is not None:
+                content.put_back()
         raise
 
 
@@ -453,6 +514,8 @@ class Loss:
     """
 
     labels: Tensor  # of this rank, of all segments
+    found: tuple[Tensor, Tensor] | None = None  # the mean, and of how many tokens, once it is known
+
     ignores: int | None = None  # a label, if it is the cross entropy, which the last layer may take in place of logits
     scale_beside: float | Tensor | None = None  # of what is no mean over tokens, if another
 
@@ -566,33 +629,100 @@ class TokenLoss(Loss):
 class _OwnLoss(Loss):
     """Of a function of the caller's."""
 
-    def __init__(self, mesh, scale: float | Tensor, function: LossFunction):
+    def __init__(self, mesh, scale: float | Tensor, function: LossFunction, ignore_index: int):
         super().__init__(mesh, scale)
-        self.function, self._count, self._began = function, None, False
+        self.function, self.ignore_index = function, ignore_index
+        # Of tokens, and in how many segments there were more than labels; of these segments tokens and labels.
+        self._counts: Tensor | None = None
 
     def look(self, output: Any, labels: Tensor) -> None:
         """Only it knows how many tokens count."""
-        self._counted(*self._called(output, labels))
+        _, count = self._called(output, labels)
+        self._counted(count, labels)
 
-    def _called(self, output: Any, labels: Tensor) -> tuple[Tensor, Any]:
+    def _called(self, output: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and how many tokens (fp64, on its device)."""
         found = self.function(output, labels)
         fits = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[0].ndim == 0
         if not fits or not found[0].is_floating_point():
             got = arguments.shown(found)
             raise TypeError(f"loss_fn must return the sum of the loss, a tensor (), and a number of tokens, got {got}")
-        return found
+        return found[0], _count_beside(found[0], found[1])
 
-    def _counted(self, total: Tensor, count: Any) -> None:
-        count = torch.as_tensor(count, device=total.device).detach().double()
-        self._count = count if self._count is None else self._count + count
+    def _counted(self, count: Tensor, labels: Tensor) -> None:
+        most = (labels != self.ignore_index).sum().double()
+        wrong = ~((count >= 0) & (count <= most))  # NaN is, too
+        now = torch.stack([count, wrong.double(), torch.where(wrong, count, 0), torch.where(wrong, most, 0)])
+        self._counts = now if self._counts is None else self._counts + now
 
     def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
         total, count = self._called(output, labels)
         if self._tokens is None:  # the last segment, which no sweep went over
-            self._counted(total, count)
-            assert self._count is not None
-            self._tokens = self._over_ranks(self._count.clone(), "the number of tokens")
-        return total
+            self._counted(count, labels)
+            assert self._counts is not None
+            self._tokens, wrong = self._over_ranks(self._counts[:2].clone(), "the number of tokens").unbind()
+            if wrong.device.type == "cpu" and wrong:
+                self._refuse()
+            self._sound = torch.where(wrong > 0, torch.nan, 1.0)
+        return total if total.requires_grad else self._without_graph(total, count, output)
+
+    def _refuse(self) -> None:
+        """Raise on every rank: all have come here, since each has the sum of how often it was so."""
+        assert self._counts is not None
+        rank = dist.get_rank(self.group) if self.ranks > 1 else 0
+        found = torch.zeros(self.ranks, 3, dtype=torch.float64)
+        found[rank] = self._counts[1:]
+        self._over_ranks(found, "which rank has counted wrong")
+        told = [
+            f"{count:g} of {int(most)} labels on rank {rank if self.ranks == 1 else _global(self.group, rank)}"
+            for rank, (wrong, count, most) in enumerate(found.tolist())
+            if wrong
+        ]
+        raise ValueError(
+            f"loss_fn must count at most the labels that are not ignore_index {self.ignore_index}, got "
+            f"{', '.join(told)}: the mean of the loss is over all that count"
+        )
+
+    def _without_graph(self, total: Tensor, count: Tensor, output: Any) -> Tensor:
+        """Where no label counts, the gradients that come from later segments still go through what the model gave."""
+        given = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+        if not given or (count.device.type == "cpu" and count):
+            raise ValueError(
+                f"loss_fn must return a sum with a gradient where tokens count, got {arguments.shown(total)} without, "
+                f"of {arguments.shown(output)}"
+            )
+        return _NoGradient.apply(torch.where(count > 0, torch.nan, total).to(total.dtype), *given)  # type: ignore[return-value]
+
+
+class _NoGradient(torch.autograd.Function):
+    """A number whose gradient is zero in what it stands beside."""
+
+    @staticmethod
+    def forward(ctx, total, *given):
+        ctx.like = [(x.shape, x.dtype, x.device) for x in given]
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
+        return None, *zeros
+
+
+def _count_beside(total: Tensor, count: Any) -> Tensor:
+    """In fp64, on the device of the sum, for which the host waits for no device."""
+    if isinstance(count, Tensor) and count.numel() == 1 and count.device == total.device:
+        return count.detach().double().reshape(())
+    on_host = count.numel() == 1 and count.device.type == "cpu" if isinstance(count, Tensor) else True
+    if not on_host or not hasattr(count, "__float__"):
+        raise TypeError(
+            f"loss_fn must return a number of tokens, or a tensor () on {total.device}, got {arguments.shown(count)}"
+        )
+    return total.detach().new_full((), float(count), dtype=torch.float64)
+
+
+def _global(group: Any, rank: int) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def _loss(loss_fn: Any, ignore_index: Any, mesh, scale: float | Tensor) -> Callable[[], Loss]:
@@ -601,4 +731,4 @@ def _loss(loss_fn: Any, ignore_index: Any, mesh, scale: float | Tensor) -> Calla
     if loss_fn is None:
         return lambda: TokenLoss(mesh, scale, ignore_index)
     function = arguments.function("loss_fn", loss_fn)
-    return lambda: _OwnLoss(mesh, scale, function)
+    return lambda: _OwnLoss(mesh, scale, function, ignore_index)

@@ -73,6 +73,10 @@ def checks(mesh, device):
             lasp.sync_grads(model, mesh)
             compare(f"{name}, {kind}, fp32", gradients_of(model), expected, 1e-3)
             assert abs(found - loss) < 1e-4
+    for wrap in (False, True):
+        model = Model(*LINEAR, *SHORT).to(device)
+        lasp.parallelize(model, mesh["sp"], strict=False)
+        restored(mesh, wrap_fsdp2(model, mesh, blocks=model.layers) if wrap else model, batches["dense"])
     in_bf16(mesh, device, batches)
     config = TNLConfig(1000, layers=4, width=256, heads=4, glu_width=512)
     ids = torch.randint(1000, (1, 8192), generator=torch.Generator().manual_seed(2))
@@ -114,6 +118,31 @@ def checks(mesh, device):
     assert all(torch.equal(x, results[1][name]) for name, x in results[0].items()), "bits repeat"
     say(str(lasp.explain(model)).splitlines()[-1])
     memory_is_constant(mesh, reference)
+
+
+def restored(mesh, model, batch):
+    """After an error in the middle gradients are what they were, which were copied to the host beside the sweep."""
+    lasp.stream_backward(model, batch, mesh=mesh, segment=32)
+    before = {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    calls = []
+
+    def loss_fn(logits, labels):
+        calls.append(1)
+        if len(calls) == 6:  # three forwards of the sweep, two backwards are done
+            raise OSError("in the middle")
+        return logits.float().logsumexp(-1).sum(), (labels != -100).sum()
+
+    try:
+        lasp.stream_backward(model, batch, mesh=mesh, segment=32, loss_fn=loss_fn)
+    except OSError:
+        assert all(torch.equal(local(p.grad), before[name]) for name, p in model.named_parameters() if name in before)
+        say("gradients after an error are what they were")
+    else:
+        raise AssertionError("no error")
+
+
+def local(x):
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def in_bf16(mesh, device, batches):

@@ -25,10 +25,15 @@ from streamed_models import (
     Window,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp import streaming
+from lasp.adapters.handles import held_by
+from lasp.checks import memory
+from lasp.checks.memory import bytes_of_training
 from lasp.data_parallel import fsdp2, wrap_ddp, wrap_fsdp2
 from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig
 from lasp.ops import recompute
@@ -541,12 +546,216 @@ def own_loss():
     assert_same(gradients_of(model), expected)
     with pytest.raises(TypeError, match="loss_fn must return the sum of the loss"):
         lasp.stream_backward(model, batch, mesh=mesh, segment=16, loss_fn=lambda output, labels: 5)
+    for wrong in ("5", torch.zeros(2), torch.zeros((), device="meta"), None):
+        with pytest.raises(TypeError, match=r"loss_fn must return a number of tokens, or a tensor \(\) on cpu, got"):
+            lasp.stream_backward(
+                model, batch, mesh=mesh, segment=16, loss_fn=lambda x, y, wrong=wrong: (x.sum(), wrong)
+            )
     assert "streamed last: 61 tokens in 4 segments of" in str(lasp.explain(model))
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_loss_of_the_callers(world):
     run_ranks(world, own_loss)
+
+
+def counts_right(logits, labels):
+    logits, labels = logits.flatten(0, 1), labels.flatten()
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), (labels != -100).sum()
+
+
+def miscounted():
+    """Of one rank, in one segment: an error on every rank, and no gradients."""
+    _, model, mesh = pair(*LINEAR, *SHORT)
+    batch, rank, last = batch_of(False), dist.get_rank(), dist.get_world_size() - 1
+    for wrong, told in ((1000, "1000 of"), (-3, "-3 of"), (float("nan"), "nan of")):
+        for number in (0, 3):  # of the forwards; the fourth is of the last segment
+            calls = []
+
+            def loss_fn(logits, labels, wrong=wrong, number=number, calls=calls):
+                calls.append(1)
+                total, count = counts_right(logits, labels)
+                return total, wrong if rank == last and len(calls) == number + 1 else count
+
+            expected = rf"at most the labels that are not ignore_index -100, got {told} [0-9]+ labels on rank {last}: "
+            with pytest.raises(ValueError, match=expected):
+                lasp.stream_backward(model, batch, mesh=mesh, segment=16, loss_fn=loss_fn)
+            assert not gradients_of(model)
+    # Padding, and what ignore_index marks, does not count.
+    with pytest.raises(ValueError, match=f"not ignore_index -100, got .* on rank {last}"):
+        lasp.stream_backward(
+            model, batch, mesh=mesh, segment=16, loss_fn=lambda x, y: (counts_right(x, y)[0], y.numel())
+        )
+    assert not gradients_of(model)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_counts_more_than_there_is(world):
+    run_ranks(world, miscounted)
+
+
+def counted_on_a_device():
+    """No copy from the host, for which it would wait for the device."""
+    seen = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    total = torch.zeros((), device="meta")
+    with Operations():
+        for count in (5, 5.0, torch.tensor(5), torch.tensor([5])):
+            found = streaming._count_beside(total, count)
+            assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float64, ())
+    assert not [x for x in seen if "_to_copy" in x or "copy_" in x], seen
+    assert streaming._count_beside(torch.zeros(()), torch.tensor([5])) == 5
+
+
+def test_a_count_waits_for_no_device():
+    run_ranks(1, counted_on_a_device)
+
+
+def nothing_counts():
+    """A loss_fn that leaves out what does not count, so that its sum is a plain zero there."""
+    reference, model, mesh = pair(*LINEAR, *SHORT)
+    batch = batch_of(False)
+    batch["labels"][:, 16:49] = -100  # two whole segments
+    loss, tokens, expected = one_pass(reference, batch)
+
+    def loss_fn(logits, labels):
+        counts = labels != -100
+        if not counts.any():
+            return torch.zeros((), dtype=logits.dtype), 0
+        return F.cross_entropy(logits[counts], labels[counts], reduction="sum"), int(counts.sum())
+
+    found = lasp.stream_backward(model, batch, mesh=mesh, segment=16, loss_fn=loss_fn)
+    assert abs(found[0] - loss) < BOUND
+    assert found[1] == tokens
+    lasp.sync_grads(model, mesh)
+    assert_same(gradients_of(model), expected)
+    with pytest.raises(ValueError, match=r"loss_fn must return a sum with a gradient where tokens count, got"):
+        lasp.stream_backward(model, batch, mesh=mesh, segment=16, loss_fn=lambda x, y: counts_right(x.detach(), y))
+    assert not gradients_of(model)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_without_a_graph_where_nothing_counts(world):
+    run_ranks(world, nothing_counts)
+
+
+def of_hidden():
+    """`linear_token_loss` in a loss_fn, for a model that gives what its last layer would read."""
+    reference, model, mesh = pair(*LINEAR, *SHORT)
+    batch = batch_of(False)
+    loss, tokens, expected = one_pass(reference, batch)
+    head = model.head
+    model.head = torch.nn.Identity()
+    trained = {"head.weight": head.weight}
+
+    def loss_fn(hidden, labels):
+        return lasp.linear_token_loss(hidden, head.weight, labels, mesh=mesh, reduction="sum")
+
+    found = lasp.stream_backward(model, batch, mesh=mesh, segment=16, loss_fn=loss_fn)
+    assert abs(found[0] - loss) < BOUND
+    assert found[1] == tokens
+    model.head = head
+    lasp.sync_grads(model, mesh)
+    assert_same(gradients_of(model), expected)
+    assert trained
+    total, count = lasp.linear_token_loss(
+        torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, -100, 5]), mesh=None, reduction="sum"
+    )
+    assert total.isnan()
+    assert count == 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_of_what_the_last_layer_reads(world):
+    run_ranks(world, of_hidden)
+
+
+def compared_though_others_were():
+    """A batch that `shard_batch` has cut before does not use up the first comparison."""
+    group.reset()
+    _, model, mesh = pair(*LINEAR)
+    batch, rank = batch_of(False), dist.get_rank()
+    lasp.shard_batch(batch, mesh)
+    other = {**batch, "labels": batch["labels"].roll(rank, 1)}
+    with pytest.raises(lasp.RankMismatchError, match="rank 1 has batch labels"):
+        lasp.stream_backward(model, other, mesh=mesh, segment=16)
+    lasp.stream_backward(model, batch, mesh=mesh, segment=16)
+    model.zero_grad()
+    group.reset()
+    lasp.stream_backward(model, batch, mesh=mesh, segment=16)
+    with pytest.raises(lasp.RankMismatchError, match="rank 1 has batch labels"):
+        lasp.shard_batch(other, mesh)
+
+
+def test_each_who_cuts_a_batch_compares_the_first():
+    run_ranks(2, compared_though_others_were)
+
+
+def steps_in_backward():
+    """An optimizer that steps when a gradient has come would do so after each segment."""
+    _, model, mesh = pair(*LINEAR)
+    handle = model.head.weight.register_post_accumulate_grad_hook(lambda p: p.add_(p.grad, alpha=-0.1))
+    with pytest.raises(ValueError, match=r"model must have no register_post_accumulate_grad_hook, got one at 'head.we"):
+        lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    handle.remove()
+    lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    _apply_optimizer_in_backward(torch.optim.SGD, model.mlps.parameters(), {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"model must have no optimizer in backward, got one at 'mlps.0.weight'"):
+        lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+
+
+def test_a_step_in_a_hook_of_backward_is_refused():
+    run_ranks(1, steps_in_backward)
+
+
+def steps_under_fsdp2():
+    """FSDP2 calls such a hook itself, once its gradient is there."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    reference = Model(*LINEAR, *SHORT).double()
+    model = copy.deepcopy(reference)
+    lasp.parallelize(model, mesh, strict=False)
+    wrap_fsdp2(model, mesh, blocks=[*model.layers, *model.mlps])
+    _, _, expected = one_pass(reference, batch_of(False))
+    called = []
+    model.head.weight.register_post_accumulate_grad_hook(lambda p: called.append(p.grad.full_tensor().clone()))
+    lasp.stream_backward(model, batch_of(False), mesh=mesh, segment=16)
+    assert len(called) == 1
+    assert_same({"head.weight": called[0]}, {"head.weight": expected["head.weight"]})
+
+
+def test_hooks_that_fsdp2_calls_once():
+    run_ranks(2, steps_under_fsdp2)
+
+
+def error_in_the_mean(wrap):
+    """Of the last message of a step: gradients are what they were, also what was accumulated."""
+    _, model, mesh = pair(*LINEAR, *SHORT)
+    batch = batch_of(False)
+    if wrap:
+        wrap_fsdp2(model, mesh, blocks=[*model.layers, *model.mlps])
+    lasp.stream_backward(model, batch, mesh=mesh, segment=16)
+    before = {
+        name: (p.grad, None if p.grad is None else streaming._own(p.grad).clone())
+        for name, p in model.named_parameters()
+    }
+    failing = mock.patch.object(streaming.Loss, "_over_ranks", side_effect=lasp.PeerError("gone"))
+    with failing, pytest.raises(lasp.PeerError, match="gone"):
+        lasp.stream_backward(model, batch, mesh=mesh, segment=16)
+    for name, p in model.named_parameters():
+        gradient, content = before[name]
+        assert p.grad is gradient
+        assert gradient is None or torch.equal(streaming._own(gradient), content)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_an_error_in_the_last_message_leaves_gradients_as_they_were(wrap):
+    run_ranks(2, error_in_the_mean, wrap)
 
 
 def one_rank_is_left_as_it_was():
@@ -587,7 +796,7 @@ def test_autocast_around_it():
 # A segment that fits
 
 
-def chosen(tried, share):
+def chosen(lengths, share):
     torch.set_num_threads(1)
     mesh = mesh_of(dp_shard=2, sp=2)
     rank = dist.get_rank()
@@ -597,20 +806,24 @@ def chosen(tried, share):
     wrap_fsdp2(model, mesh, blocks=[*model.layers])
     batches = batches_of_replicas()
     _, _, expected = mean_of_replicas(reference, batches)
-    measured = []
+    tried = []
 
     def free(device, sharing):
-        measured.append(sharing)
         return 2**17 if rank == 3 else 2**40  # the rank with the least memory decides
 
+    def of_training(parameters):
+        tried.append(1)
+        return bytes_of_training(parameters)
+
     random = torch.get_rng_state()
-    with mock.patch.multiple(streaming, free_bytes=free, _TRIED=tried, _STEP=2, _SHARE=share):
+    settings = {"_TRIED": lengths, "_STEP": 2, "_SHARE": share}
+    with mock.patch.multiple(streaming, free_bytes=free, bytes_of_training=of_training, **settings):
         lasp.stream_backward(model, batches[rank // 2], mesh=mesh, progress=rank == 0)
         assert_same(full_gradients_of(model), expected)
         lasp.stream_backward(model, batches[rank // 2], mesh=mesh)
         assert_same(full_gradients_of(model), expected)
     assert torch.equal(random, torch.get_rng_state())
-    return len(measured), re.search("in [0-9]+ segments", lasp.explain(model).streamed)[0]
+    return len(tried), re.search("in [0-9]+ segments", lasp.explain(model).streamed)[0]
 
 
 def test_the_rank_with_least_memory_chooses_the_segment():
@@ -622,6 +835,65 @@ def test_the_rank_with_least_memory_chooses_the_segment():
 
 def test_what_is_short_is_one_segment():
     assert run_ranks(4, chosen, (256, 1024), 0.85) == [(0, "in 1 segments")] * 4
+
+
+def tried_again():
+    """What was found for one kind of step is not taken for another, nor where memory is gone since."""
+    _, model, mesh = pair(*LINEAR[:1], *SHORT)
+    batch, free, found = batch_of(False), [2**18], []
+    kinds = [lambda: batch, lambda: {"input_ids": batch["input_ids"].repeat(4, 1)}]
+
+    def free_now(device, sharing):
+        return free[0]
+
+    def step(make, **more):
+        with mock.patch.object(streaming.Run, "_most", autospec=True, side_effect=most) as trial:
+            lasp.stream_backward(model, make(), mesh=mesh, **more)
+            model.zero_grad()
+        found.append(int(re.search("segments of ([0-9]+);", lasp.explain(model).streamed)[1]))
+        return trial.call_count
+
+    most = streaming.Run._most
+    with mock.patch.multiple(streaming, free_bytes=free_now, _TRIED=(3, 9), _STEP=2):
+        assert [step(kinds[0]), step(kinds[0]), step(kinds[1]), step(kinds[1]), step(kinds[0])] == [1, 0, 1, 0, 0]
+        assert found[0] == found[1] == found[4] > found[2] == found[3], "four times as many rows"
+        assert step(kinds[0], loss_fn=counts_right) == 1
+        model.eval()
+        assert step(kinds[0]) == 1
+        model.train()
+        for p in model.layers[0].parameters():
+            p.requires_grad_(False)
+        assert step(kinds[0]) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            assert step(kinds[0]) == 1
+        before = found[-2]
+        free[0] = max(x.bytes for x in held_by(model)[0].fitting.values()) / 4
+        assert [step(kinds[0]), step(kinds[0])] == [1, 0]
+        assert found[-1] < before
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_segment_that_fits_is_found_for_each_kind_of_step(world):
+    run_ranks(world, tried_again)
+
+
+def test_the_free_memory_of_hosts():
+    """Of Linux, of a system that tells how much there is, and of one that tells nothing."""
+    linux = memory.free_bytes(torch.device("cpu"), 1)
+    assert 2**20 < memory.free_bytes(torch.device("cpu"), 2) < linux < 2**60
+    without = {"psutil": None}
+    with mock.patch.dict("sys.modules", without), mock.patch.object(memory.sys, "platform", "darwin"):
+        assert abs(2 * memory.free_bytes(torch.device("cpu"), 1) - 4096 * memory.os.sysconf("SC_PHYS_PAGES")) < 2
+        with (
+            mock.patch.object(memory.os, "sysconf_names", {}),
+            pytest.raises(
+                RuntimeError, match=r"free memory of this machine is not known, on darwin: .*\(segment=...\)"
+            ),
+        ):
+            memory.free_bytes(torch.device("cpu"), 1)
+    told = mock.Mock(virtual_memory=lambda: mock.Mock(available=3000))
+    with mock.patch.dict("sys.modules", psutil=told), mock.patch.object(memory.sys, "platform", "win32"):
+        assert memory.free_bytes(torch.device("cpu"), 3) == 1000
 
 
 # What goes around it

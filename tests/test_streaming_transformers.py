@@ -1,10 +1,13 @@
 """Models of transformers streamed segment by segment: loss and every gradient against the library on one process."""
 
+from unittest import mock
+
 import pytest
 import torch
 from ranks import mesh_of, run_ranks
 
 import lasp
+from lasp.ops import softmax
 
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 
@@ -13,6 +16,7 @@ from test_transformers import BOUND, batches, by_the_library, gradients_of
 
 SEGMENTS = (32, 20)
 ON_RANKS = ("minimax", "bamba", "qwen3_next", "falcon_mamba", "recurrent_gemma", "mistral")
+CAPPED = {"falcon_h1", "granitemoehybrid", "recurrent_gemma"}  # or scaled logits
 ON_ONE = sorted(set(foreign.MODELS) - {"kimi_linear"})  # which is as bailing_hybrid, and slow
 
 
@@ -32,6 +36,7 @@ def agree(name, kinds, checkpointed=False):
             found = gradients_of(model)
             worst = {name: foreign.relative(found[name], expected[name]) for name in expected}
             assert max(worst.values()) < BOUND, (kind, segment, sorted(worst.items(), key=lambda x: -x[1])[:5])
+            assert ("the loss is taken in 'lm_head'" in lasp.explain(model).streamed) == (name not in CAPPED)
     if mesh["sp"].size() == 1:  # as it came: the library's own forward, with a cache
         ids = batches()["dense"]["input_ids"][:, :20]
         with torch.no_grad():
@@ -101,6 +106,43 @@ def rotary():
 @pytest.mark.parametrize("world", [1, 2])
 def test_dynamic_rotary_follows_the_whole_sequence(world):
     run_ranks(world, rotary)
+
+
+def idle_mask(name):
+    """A mask of ones is none: with one, softmax layers would not take flash kernels."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    more = {"output_router_logits": True, "router_aux_loss_coef": 0.3} if name == "qwen3_next" else {}
+    reference, model = foreign.build(name, **more), foreign.build(name, **more)
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    ids = batches()["dense"]["input_ids"]
+    ones = torch.ones_like(ids)
+    whole = lasp.shard_batch({"input_ids": ids, "attention_mask": ones}, None)
+    output = reference(whole["input_ids"], attention_mask=ones, use_cache=False)
+    loss, _ = lasp.token_loss(output.logits, whole["labels"], mesh=None)
+    (loss + (0.3 * output.aux_loss if more else 0)).backward()
+    expected, seen = gradients_of(reference), []
+    checked = softmax._checked
+
+    def spy(q, k, v, key_mask, settings):
+        seen.append(key_mask is None)
+        return checked(q, k, v, key_mask, settings)
+
+    for mask, none in ((ones, True), (ones.bool(), True), (ones.index_fill(1, torch.tensor([0]), 0), False)):
+        seen.clear()
+        with mock.patch.object(softmax, "_checked", spy):
+            lasp.stream_backward(model, {"input_ids": ids, "attention_mask": mask}, mesh=mesh, segment=20)
+        assert set(seen) == {none}
+        lasp.sync_grads(model, mesh)
+        found = gradients_of(model)
+        if none:
+            worst = {name: foreign.relative(found[name], expected[name]) for name in expected}
+            assert max(worst.values()) < BOUND, sorted(worst.items(), key=lambda x: -x[1])[:5]
+
+
+@pytest.mark.parametrize(("world", "name"), [(1, "llama"), (2, "bamba"), (2, "qwen3_next")])
+def test_a_mask_of_ones_is_none(world, name):
+    run_ranks(world, idle_mask, name)
 
 
 class Wrapper(torch.nn.Module):

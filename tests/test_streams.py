@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from lasp.exchange import base, board
+from lasp.ops import stream
 from lasp.ranks.group import process
 
 
@@ -160,3 +161,29 @@ def _symmetric_memory(missing):
 @pytest.mark.parametrize("missing", [None, 0, 1])
 def test_symmetric_memory_is_set_up_by_all_or_by_none(missing):
     run_ranks(2, _symmetric_memory, missing)
+
+
+def test_gradients_are_copied_to_pinned_memory_beside_the_sweep():
+    """And nothing is added to them before; the host waits for nothing."""
+    card = FakeCard()
+    side, gradient = card.stream("side"), card.tensor("gradient")
+    gradient.detach, gradient.dtype, gradient.layout = lambda: gradient, torch.float32, torch.strided
+    host = SimpleNamespace(copy_=lambda x, non_blocking: card.here(f"copy, non_blocking={non_blocking}"))
+    with (
+        mock.patch.object(stream, "_side_stream", return_value=side),
+        mock.patch.multiple(torch.cuda, current_stream=card.current_stream, stream=card.use),
+        mock.patch.object(torch, "empty", return_value=host) as empty,
+    ):
+        stream.Content(gradient)
+        card.here("sweep")
+        stream.wait_for_copies(torch.device("cuda", 0))
+        card.here("backward")
+    assert empty.call_args.kwargs["pin_memory"]
+    assert card.log == [
+        "side waits for caller",
+        "copy, non_blocking=True on side",
+        "gradient kept for side",
+        "sweep on caller",
+        "caller waits for side",
+        "backward on caller",
+    ]

@@ -369,6 +369,7 @@ TABLE = {
             "bias": ["x", zeros(WORDS + 1), zeros(WORDS, 1), zeros(WORDS).double(), zeros(WORDS).long()],
             "mesh": NO_MESH,
             "ignore_index": NO_INTEGER,
+            "reduction": [*NO_TEXT, "none"],
         },
     ),
     "parallelize": (

@@ -96,7 +96,7 @@ class Parallelized:
         self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
         self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
         self.last_layer: Any = None  # what of it may give the loss (lasp.last_layer); None: not known yet
-        self.fitting = 0  # the most tokens of a segment for which there is memory; 0: not tried yet
+        self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._handles: Handles | None = None
 

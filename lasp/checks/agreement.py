@@ -195,7 +195,8 @@ def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
 
 @contextmanager
 def of_batch(sequence: SequenceParallel, *, validate: str, before: str = "shard_batch") -> Iterator[Agreement]:
-    """Around the first batch that is cut for these ranks, and every `EVERY`-th; `before` is who cuts it.
+    """Around the first batch that is cut for these ranks, and every `EVERY`-th; `before` is who cuts it, each with a
+    count of its own, since they compare other things.
 
     Threads may do that beside the main one, which counts its batches by itself. They share one count and take turns at
     a comparison, so that each rank comes to as many: if their order is another there, that is a difference of batches,
@@ -208,11 +209,13 @@ def of_batch(sequence: SequenceParallel, *, validate: str, before: str = "shard_
     peers = sequence.peers
     kind = _KINDS[1] if threading.current_thread() is threading.main_thread() else _KINDS[2]
 
+    counted = f"{kind}, {before}"
+
     def count() -> None:
-        peers.batches[kind] += 1
+        peers.batches[counted] += 1
 
     with peers.cutting[kind]:
-        if peers.batches[kind] % EVERY == 0:
+        if peers.batches[counted] % EVERY == 0:
             with Agreement(sequence, due=True, count=count, before=before, kind=kind) as ranks_agree:
                 yield ranks_agree
             return

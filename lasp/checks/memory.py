@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -44,9 +46,24 @@ def free_bytes(device: torch.device, sharing: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    with open("/proc/meminfo") as lines:
-        found = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return found * 1024 // sharing
+    return _free_of_host() // sharing
+
+
+def _free_of_host() -> int:
+    """What the system says is available; where it does not (macOS), half of all that there is."""
+    if sys.platform == "linux":
+        with open("/proc/meminfo") as lines:
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        return psutil.virtual_memory().available
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    raise RuntimeError(
+        f"the free memory of this machine is not known, on {sys.platform}: pip install psutil, or say how many tokens "
+        "a segment has (segment=...)"
+    )
 
 
 def bytes_of_training(parameters: Iterable[Tensor]) -> int:

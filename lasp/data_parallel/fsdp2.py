@@ -17,6 +17,7 @@ from lasp import arguments
 from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
+from lasp.ops.stream import Content
 from lasp.ranks import SequenceParallel, collectives, grad_mesh, waiting
 from lasp.ranks.group import making_groups
 
@@ -76,10 +77,10 @@ def _groups(module: FSDPModule) -> list[Any]:
 @contextlib.contextmanager
 def weights_kept(modules: Sequence[FSDPModule]) -> Iterator[None]:
     """Inside, weights that were gathered stay until the backward that averages. After an error what earlier backwards
-    have added up without averaging is what it was."""
+    have added up without averaging is what it was. (Before the first backward, `stream.wait_for_copies`.)"""
     groups = [group for module in modules for group in _groups(module)]
     sums = [(x, _sum_of(x)) for group in groups for x in group.fsdp_params]
-    contents = [None if found is None else found.to("cpu", copy=True) for _, (_, found) in sums]
+    contents = [None if found is None else Content(found) for _, (_, found) in sums]
     before = [group.post_forward_mesh_info for group in groups]
     roots = [module._get_fsdp_state()._is_root for module in modules]  # None: not known before the first forward
     try:
@@ -93,8 +94,8 @@ def weights_kept(modules: Sequence[FSDPModule]) -> Iterator[None]:
             parameter.unsharded_accumulated_grad = None if in_weights else found
             if hasattr(parameter, "_unsharded_param"):
                 parameter._unsharded_param.grad = found if in_weights else None
-            if found is not None and content is not None:
-                found.copy_(content)
+            if content is not None:
+                content.put_back()
         raise
     finally:
         for group, info in zip(groups, before):
@@ -104,6 +105,11 @@ def weights_kept(modules: Sequence[FSDPModule]) -> Iterator[None]:
             if known is None and state._is_root and state._auto_reshard_after_forward:
                 for group in _groups(module):  # as it is once the root is known
                     group.post_forward_mesh_info = None
+
+
+def parameters_of(modules: Sequence[FSDPModule]) -> list[Tensor]:
+    """Those that FSDP2 has sharded, whose gradients come once a step."""
+    return [x.sharded_param for module in modules for group in _groups(module) for x in group.fsdp_params]
 
 
 def _sum_of(parameter: Any) -> tuple[bool, Tensor | None]:

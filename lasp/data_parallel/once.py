@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +28,11 @@ class AveragedOnce:
     def without_backward(self) -> nn.Module:
         """What to call where no backward follows."""
         return self._model.module if isinstance(self._model, DistributedDataParallel) else self._model
+
+    @property
+    def once(self) -> list[Tensor]:
+        """Parameters whose gradients come once, in the last backward, whoever asks."""
+        return fsdp2.parameters_of(self._fsdp)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

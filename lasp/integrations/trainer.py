@@ -332,8 +332,7 @@ class SequenceTrainer(Trainer):
         loss = TokenLoss(self.place.sequence.group, of_mean * up, -100)
         loss.scale_beside = beside * up
         with self.compute_loss_context_manager():
-            run.backward(whole, self.segment, loss)
-        mean, _ = loss.mean()
+            mean, _ = run.backward(whole, self.segment, loss)
         of_tokens = mean - loss.beside_mean()
         return (of_tokens * of_mean + loss.beside_mean() * beside).detach().to(self.args.device, torch.float32)
 
@@ -344,8 +343,10 @@ class SequenceTrainer(Trainer):
         replicas = (
             self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
         )
-        items = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        return (labels != -100).sum().to(self.args.device) / items * replicas, float(replicas)
+        items, tokens = num_items_in_batch, (labels != -100).sum().to(self.args.device, non_blocking=True)
+        if isinstance(items, Tensor):  # a plain number needs no copy, for which the host would wait
+            items = items.to(self.args.device, non_blocking=True)
+        return tokens / items * replicas, float(replicas)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any

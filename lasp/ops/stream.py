@@ -439,6 +439,26 @@ class Kept:
             self.put_away()
 
 
+class Content:
+    """What a tensor holds now, to be put back later. Before the tensor is written to, `wait_for_copies`."""
+
+    def __init__(self, x: Tensor):
+        self._x = x.detach()
+        self._before = Kept(x) if x.is_cuda and x.layout is torch.strided else self._x.clone()
+        if isinstance(self._before, Kept):
+            self._before.put_away()
+
+    def put_back(self) -> None:
+        """As it was."""
+        self._x.copy_(self._before.get() if isinstance(self._before, Kept) else self._before)
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """What is queued from now on comes after the copies to the host that were begun; the host does not wait."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device.index))
+
+
 @lru_cache
 def _side_stream(device: int) -> torch.cuda.Stream:
     """Of copies to the host and back."""

@@ -64,7 +64,9 @@ class Peers:
         self.compared_steps = 0
         self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
-        self.batches: Counter[str] = Counter()  # that were cut for these ranks, by the kind of comparison
+        self.batches: Counter[str] = (
+            Counter()
+        )  # that were cut for these ranks, by the kind of comparison and who cut them
         self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
         self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
         self.cut = False  # whether there was one since the last step of an optimizer
