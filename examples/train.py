@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
+from _launch import relaunch, started_by_a_launcher
 from _report import RUN, Report
 from _text import batch_of_step, fingerprint, read_text, unigram_entropy
 from torch import Tensor, nn
@@ -124,26 +125,12 @@ def main(
         ranks = options.ranks or torch.cuda.device_count() or 2
         check(options, ranks, text_of(options))  # before any rank starts
         if ranks > 1:
-            relaunch(ranks)
+            relaunch(__file__, ranks)
     try:
         run(options)
     except (FileError, NotWritten, FloatingPointError) as error:  # which say what is wrong, and are on every rank
         print(f"\nrank {dist.get_rank()}: the run ends here: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
-
-
-def started_by_a_launcher() -> bool:
-    """Whether torchrun, mpirun or srun started this process as one of several."""
-    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS")
-    return "RANK" in os.environ or any(os.environ.get(name, "1") != "1" for name in sizes)  # lasp.init reads them
-
-
-def relaunch(ranks: int) -> None:
-    """Become torchrun with the same command line. Does not return."""
-    if not torch.cuda.is_available():  # the ranks share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
-    os.execv(sys.executable, [sys.executable, *torchrun, __file__, *sys.argv[1:]])
 
 
 def check(options: Options, ranks: int, text: np.ndarray) -> None:

@@ -1,0 +1,23 @@
+"""How an example becomes several processes, where no launcher has started it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import torch
+
+
+def started_by_a_launcher() -> bool:
+    """Whether torchrun, mpirun or srun started this process as one of several."""
+    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS")
+    return "RANK" in os.environ or any(os.environ.get(name, "1") != "1" for name in sizes)  # lasp.init reads them
+
+
+def relaunch(script: str, ranks: int) -> NoReturn:
+    """Become torchrun with the same command line."""
+    if not torch.cuda.is_available():  # the ranks share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, script, *sys.argv[1:]])
