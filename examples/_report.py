@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from _files import FileError, append, on_all_ranks, on_rank_0, parse_object, read, sync, write
+from _tensorboard import Curves
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -48,6 +49,7 @@ class Report:
         self.bar = tqdm(
             total=options["steps"], initial=first_step, unit="step", disable=not self.writes, dynamic_ncols=True
         )
+        self.curves = Curves(folder, first_step=first_step) if options["tensorboard"] and self.writes else None
         self.clock = time.perf_counter()
 
     def _begin(self, first_step: int) -> None:
@@ -62,7 +64,7 @@ class Report:
         """Of every step that is known, by its number."""
         return {m["step"]: m["loss"] for m in self.metrics}
 
-    def step(self, step: int, loss: float, tokens: int) -> None:
+    def step(self, step: int, loss: float, tokens: int, *, lr: float) -> None:
         """Note a step that has just ended; `tokens` are those of all ranks."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -70,6 +72,7 @@ class Report:
         metrics = {
             "step": step,
             "loss": loss,
+            "lr": lr,
             "tokens": tokens,
             "tokens_per_s": rate,
             "tokens_per_s_per_rank": rate / self.env.world_size,
@@ -77,13 +80,24 @@ class Report:
             "seconds": seconds,
         }
         self.metrics.append(metrics)
-        on_rank_0(f"the metrics of step {step}", lambda: append(self.folder / METRICS, json.dumps(metrics) + "\n"))
+        on_rank_0(f"the metrics of step {step}", lambda: self._keep(step, metrics))
         unit = "GPU" if self.env.device.type == "cuda" else "rank"
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, {rate:,.0f} tokens/s, {rate / self.env.world_size:,.0f} tokens/s/{unit}, "
             f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         self.bar.update()
+
+    def _keep(self, step: int, metrics: dict) -> None:
+        append(self.folder / METRICS, json.dumps(metrics) + "\n")
+        if self.curves is not None:
+            self.curves.add(step, {name: metrics[name] for name in ("loss", "lr", "tokens_per_s", "peak_memory_bytes")})
+
+    def held_out(self, step: int, loss: float) -> None:
+        """Note the loss on held-out text after so many steps; the time that it took is no part of the next one's."""
+        if self.curves is not None:
+            self.curves.add(step - 1, {"held-out loss": loss})
+        self.restart_clock()
 
     def sync(self) -> None:
         """Have the metrics on the disk: before a checkpoint is, which would know of steps that they do not."""
@@ -93,20 +107,32 @@ class Report:
         """Leave what was done since the last step, such as a checkpoint, out of the next step's seconds."""
         self.clock = time.perf_counter()
 
-    def finish(self) -> None:
-        """Draw the curve and print the summary."""
+    def finish(self, held_out: dict[int, float]) -> None:
+        """Draw the curve and print the summary; `held_out`: losses on held-out text, by the number of steps done."""
         self.bar.close()
-        on_rank_0("writing loss.png", lambda: plot_losses(self.folder / "loss.png", self.losses, self.entropy))
+        if self.curves is not None:
+            self.curves.close()
+        path = self.folder / "loss.png"
+        on_rank_0("writing loss.png", lambda: plot_losses(path, self.losses, held_out, self.entropy))
         losses = list(self.losses.values())
         if not self.writes or not losses:
             return
         last = losses[-10:]  # one step's loss is that of a few texts, and these differ
         mean = sum(last) / len(last)
+        of_several = f"; mean of the last {len(last)} steps {nats(mean)}" if len(last) > 1 else ""
         print(f"first loss       {nats(losses[0])}")
-        print(f"last loss        {nats(last[-1])}; mean of the last {len(last)} steps {nats(mean)}")
+        print(f"last loss        {nats(last[-1])}{of_several}")
+        for step, loss in list(held_out.items())[-1:]:
+            print(
+                f"held-out text    {nats(loss)} after {step} steps; by position in validation.json and validation.png"
+            )
         print(f"unigram entropy  {nats(self.entropy)}")
-        print(f"That mean is {'below' if mean < self.entropy else 'NOT below'} the unigram entropy.")
-        print(f"metrics.jsonl, run.json, loss.png and checkpoints are in {self.folder}")
+        of = "mean" if of_several else "loss"
+        print(f"That {of} is {'below' if mean < self.entropy else 'NOT below'} the unigram entropy.")
+        saved = (self.folder / "LATEST").exists()
+        print(
+            f"metrics.jsonl, run.json{', loss.png and checkpoints' if saved else ' and loss.png'} are in {self.folder}"
+        )
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -145,11 +171,26 @@ def peak_memory(device: torch.device) -> int:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-def plot_losses(path: Path, losses: dict[int, float], entropy: float) -> None:
+def smoothed(values: list[float], over: int) -> list[float]:
+    """Of each value the mean with those before it, of which each counts 1 - 1 / `over` times as much as the next."""
+    found, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = total * (1 - 1 / over) + value, weight * (1 - 1 / over) + 1
+        found.append(total / weight)
+    return found
+
+
+def plot_losses(path: Path, losses: dict[int, float], held_out: dict[int, float], entropy: float) -> None:
     """Loss by step, above the line that a model of byte frequencies cannot cross."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a byte)", title="TransNormerLLM on bytes")
-    axes.plot(list(losses), list(losses.values()), label="training loss")
+    steps, values = list(losses), list(losses.values())
+    over = max(2, len(values) // 20)
+    axes.plot(steps, values, color="C0", alpha=0.35, label="training loss")
+    axes.plot(steps, smoothed(values, over), color="C0", label=f"the same, smoothed over {over} steps")
+    if held_out:
+        behind = [step - 1 for step in held_out]
+        axes.plot(behind, list(held_out.values()), "o-", color="C1", markersize=4, label="loss on held-out text")
     axes.axhline(entropy, color="gray", linestyle="--", label="entropy of the bytes' unigrams")
     axes.set_ylim(bottom=0)
     axes.legend()

@@ -14,7 +14,6 @@ of lasp; `build_model` holds the others. Text, checkpoints and reports have a fi
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
@@ -32,7 +31,10 @@ import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _launch import relaunch, started_by_a_launcher
 from _report import RUN, Report
+from _schedule import learning_rate
+from _tensorboard import is_installed
 from _text import batch_of_step, fingerprint, read_text, unigram_entropy
+from _validation import Validation, held_out
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -50,6 +52,8 @@ from lasp.ranks import SCHEDULES
 # last bits, and training lets such differences grow: in the demo weights that are 1e-7 off change a loss by up to 5e-6
 # (with twice the learning rate 7e-5), in one process as well.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+# Options that a resumed run must have as before: what it computes hangs on them.
+SAME = ("model", "vocab", "decay", "seq_len", "batch", "steps", "lr", "schedule", "warmup", "dtype", "seed", "validate")
 RUNS = Path("runs")  # for results, where no folder is named
 
 
@@ -67,6 +71,8 @@ class Options:
     decay: str
     steps: int
     lr: float
+    schedule: str
+    warmup: int | None
     parallel: str
     dtype: str
     seed: int
@@ -80,6 +86,9 @@ class Options:
     save_every: int
     save: bool
     repeat_text: bool
+    validate: bool
+    validate_every: int
+    tensorboard: bool
     verify: bool
     ranks: int | None
 
@@ -95,6 +104,10 @@ def main(
     decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule.")] = "alibi",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the whole run.")] = 80,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default: by model.")] = None,
+    schedule: Annotated[
+        Literal["cosine", "linear", "wsd", "constant"], typer.Option(help="How the learning rate falls.")
+    ] = "cosine",
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which it rises; default: a tenth of all.")] = None,
     parallel: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How parameters lie on the ranks.")] = "ddp",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the weights and the batches.")] = 0,
@@ -114,6 +127,11 @@ def main(
     repeat_text: Annotated[
         bool, typer.Option("--repeat-text", help="Let sequences longer than the text start it again.")
     ] = False,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Hold out the end of the text, and tell the loss on it by position.")
+    ] = False,
+    validate_every: Annotated[int, typer.Option(min=0, help="Steps between these losses; 0: only at the end.")] = 0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the curves for TensorBoard too.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare with training in one process.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; default: GPUs, or 2.")] = None,
 ) -> None:
@@ -154,6 +172,7 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
     if options.seq_len > len(text) and not (options.repeat_text and len(text)):
         hint = "; --repeat-text starts it again" if len(text) else ""
         refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text{hint}")
+    check_reports(options, text)
     latest = None if options.out is None else options.out / "LATEST"
     if options.resume and latest is None:
         refuse("--resume", "needs --out, the folder of the run to go on with")
@@ -164,6 +183,21 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
     check_folder(options.out or RUNS, options.data)
     if options.resume:
         check_same_run(options, text)
+
+
+def check_reports(options: Options, text: np.ndarray) -> None:
+    """Refuse to report what cannot be."""
+    if options.validate_every and not options.validate:
+        refuse("--validate-every", "needs --validate, which holds out the end of the text")
+    held = len(held_out(text)[1])
+    if options.validate and options.seq_len > held and not (options.repeat_text and held):
+        refuse(
+            "--validate", f"holds out {held} tokens at the end, which are fewer than the {options.seq_len} of --seq-len"
+        )
+    if options.tensorboard and not is_installed():
+        refuse(
+            "--tensorboard", "needs the package tensorboard: pip install 'lasp-runtime[tensorboard]', or tensorboard"
+        )
 
 
 def check_folder(out: Path, data: Path | None) -> None:
@@ -186,12 +220,11 @@ def check_same_run(options: Options, text: np.ndarray) -> None:
         _checkpoint.newest(options.out)
         run_before = read_object(file)
         before, digest = run_before.get("options"), run_before.get("text")
-        names = ("model", "vocab", "decay", "seq_len", "batch", "steps", "lr", "dtype", "seed")
-        if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*names, "data"}:
+        if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*SAME, "data"}:
             raise FileError(f"{file} is not what a run writes: options and a digest of its text are not in it")
     except FileError as error:
         refuse("--resume", str(error))
-    for name in names:
+    for name in SAME:
         if before[name] != now[name]:
             refuse("--" + name.replace("_", "-"), f"{now[name]}, but the run to be resumed has {before[name]}")
     if digest != fingerprint(text):
@@ -237,19 +270,27 @@ def run(options: Options) -> None:
     optimizer = optimizer_of(model, options, env.device)
     same = {"text": digest}
     first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
+    validation = None
+    if options.validate:
+        text, unseen = held_out(text)
+        validation = Validation(folder, unseen, first_step=first_step)
     entropy = unigram_entropy(text)
     report = Report(folder, env, as_json(options), text=digest, first_step=first_step, entropy=entropy)
     for step in range(first_step, options.steps):
         loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
         if not loss.isfinite():  # the same on every rank
             raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
-        report.step(step, loss.item(), int(tokens))
+        report.step(step, loss.item(), int(tokens), lr=optimizer.param_groups[0]["lr"])
         due = options.save_every and (step + 1) % options.save_every == 0
         if due or (options.save and step + 1 == options.steps):
             report.sync()
             _checkpoint.save(folder, step + 1, model, optimizer, run=same)
             report.restart_clock()
-    report.finish()
+        if validation is not None and options.validate_every and (step + 1) % options.validate_every == 0:
+            report.held_out(step + 1, validation.run(step + 1, model, mesh, options, env.device))
+    if validation is not None and options.steps not in validation.losses:
+        report.held_out(options.steps, validation.run(options.steps, model, mesh, options, env.device))
+    report.finish({} if validation is None else validation.losses)
     dist.destroy_process_group()
     if options.verify and env.rank == 0:
         verify(options, text, report.losses, env.device)
@@ -366,18 +407,9 @@ def train_step(
         loss.backward()  # DDP and FSDP2 average the gradients over dp x sp
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(options, step)
+        group["lr"] = learning_rate(options.schedule, options.lr, step, options.steps, options.warmup)
     optimizer.step()
     return loss.detach(), tokens
-
-
-def learning_rate(options: Options, step: int) -> float:
-    """Linear warm-up over a tenth of the steps, then half a cosine down to a tenth of the rate."""
-    warmup = max(1, options.steps // 10)
-    if step < warmup:
-        return options.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, options.steps - warmup)
-    return options.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def verify(options: Options, text: np.ndarray, split: dict[int, float], device: torch.device) -> None:
