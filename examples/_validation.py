@@ -180,7 +180,7 @@ def _plot(found: list[dict]) -> bytes:
         last = number == len(found)
         color = "C0" if last else str(0.85 - 0.5 * number / len(found))  # from light to dark
         middle = [(row["from"] * max(1, row["to"])) ** 0.5 for row in rows]
-        label = f"after {x['step']} steps: {x['loss']:.3f} in the mean"
+        label = f"step {x['step']}: {x['loss']:.3f} in the mean" if last or number == 1 else None
         axes.plot(middle, [row["loss"] for row in rows], marker="o", markersize=3, color=color, label=label)
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=8)

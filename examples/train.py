@@ -2,14 +2,15 @@
 
     python examples/train.py --verify            # all GPUs, or 2 CPU processes where there are none
     python examples/train.py --data my_texts/ --model 385M --seq-len 65536 --parallel fsdp2 --dtype bfloat16
-    torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2
+    torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2 --validate --validate-every 20 --schedule wsd
     python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --repeat-text --segment 16384 --batch 1 \
         --steps 1 --dtype bfloat16 --no-save
 
 The last streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
-of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one.
+of lasp; `build_model` holds the others. Text, checkpoints, reports, learning rates and the loss on held-out text have a
+file each beside this one.
 """
 
 from __future__ import annotations
