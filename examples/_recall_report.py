@@ -81,7 +81,9 @@ def write_results(
             }
             for x, by_distance in zip(answers, rows)
         },
-        "training": history,
+        "training": {
+            name: {key: [step[key] for step in steps] for key in ("length", "loss")} for name, steps in history.items()
+        },
     }
     write(folder / "recall.json", json.dumps(result, indent=1) + "\n")
     write(folder / "recall.png", _plot(answers, options, env.world_size, chance))

@@ -70,7 +70,7 @@ def test_recall_goes_through_the_borders_of_ranks_and_segments(tmp_path):
         assert ways[name]["within reach"]["accuracy"] > 0.9
         assert ways[name]["beyond reach"]["questions"] > 30
         assert ways[name]["beyond reach"]["accuracy"] < 0.4  # chance is an eighth, of 24 independent values
-    lengths = [step["length"] for step in found["training"]["split and streamed"]]
+    lengths = found["training"]["split and streamed"]["length"]
     assert sorted(set(lengths)) == [32, 128, 512]
     assert lengths == sorted(lengths)
 
@@ -99,7 +99,7 @@ def test_controls_are_trained_alike_on_all_ranks(tmp_path):
     assert whole != ranks_trained != segments_trained != whole
     found = json.loads((tmp_path / "recall.json").read_text())
     assert len(found["ways"]) == 5
-    losses = [[step["loss"] for step in steps] for steps in found["training"].values()]
+    losses = [steps["loss"] for steps in found["training"].values()]
     assert [len(x) for x in losses] == [4, 4, 4]  # of 32, 128, 512 tokens, and the last
     assert losses[0][0] == pytest.approx(losses[2][0], rel=1e-5)  # a sequence of 32 is shorter than a segment
     assert losses[0][0] != pytest.approx(losses[1][0], rel=1e-5)  # and is on two ranks
