@@ -96,7 +96,7 @@ def write_results(
 def _table(answers: list[Answers], rows: list[list[dict]]) -> Table:
     table = Table(title="Right answers by distance, %")
     for name in ("tokens back", "questions", *(x.title for x in answers)):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "tokens back")
     for of_distance in zip(*rows):
         first = of_distance[0]
         accuracies = [f"{100 * row['accuracy']:.1f}" for row in of_distance]

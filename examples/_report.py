@@ -123,7 +123,7 @@ class Report:
         print(f"first loss       {nats(losses[0])}")
         print(f"last loss        {nats(last[-1])}{of_several}")
         for step, loss in list(held_out.items())[-1:]:
-            print(f"held-out text    {nats(loss)} after {step} steps; validation.json and .png have it by position")
+            print(f"held-out text    {nats(loss)} after {step} steps; by position: validation.png")
         print(f"unigram entropy  {nats(self.entropy)}")
         of = "mean" if of_several else "loss"
         print(f"That {of} is {'below' if mean < self.entropy else 'NOT below'} the unigram entropy.")
