@@ -145,7 +145,7 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
+def on_all_ranks(what: str, part: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Call `part` on every rank; what each has returned (as JSON holds it), by rank.
 
     If it raises on one, all raise, with the same text: `FileError`, `NotWritten` and `FloatingPointError` as they are,
@@ -154,6 +154,8 @@ def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
     Args:
         what: is done, for the message if a rank does not come.
         part: what is done here.
+        group: of all ranks, over which they tell each other; by default the world. A thread beside the main one needs
+            one of its own: what two threads send over one group comes in another order on each rank.
     """
     kinds = {kind.__name__: kind for kind in (FileError, NotWritten, FloatingPointError)}
     cause = None
@@ -162,9 +164,9 @@ def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
     except Exception as error:
         cause, known = error, type(error).__name__ in kinds
         mine = {"error": type(error).__name__, "text": str(error) if known else f"{type(error).__name__}: {error}"}
-    world = dist.group.WORLD
-    assert world is not None, "call lasp.init first"
-    records = [json.loads(text) for text in gather_texts(json.dumps(mine), world, lambda: what)]
+    group = group or dist.group.WORLD
+    assert group is not None, "call lasp.init first"
+    records = [json.loads(text) for text in gather_texts(json.dumps(mine), group, lambda: what)]
     failed = {rank: record for rank, record in enumerate(records) if "error" in record}
     if not failed:
         return [record["value"] for record in records]
@@ -176,6 +178,6 @@ def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
     raise (RuntimeError(f"{what}: {text}") if kind is None else kind(text)) from cause
 
 
-def on_rank_0(what: str, part: Callable[[], Any]) -> Any:
+def on_rank_0(what: str, part: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """The same for what only rank 0 does: the others wait, get what it has returned, or raise as it does."""
-    return on_all_ranks(what, part if dist.get_rank() == 0 else lambda: None)[0]
+    return on_all_ranks(what, part if dist.get_rank() == 0 else lambda: None, group)[0]

@@ -49,6 +49,7 @@ class Report:
             total=options["steps"], initial=first_step, unit="step", disable=not self.writes, dynamic_ncols=True
         )
         self.clock = time.perf_counter()
+        self.stop, self.last_stop = 0.0, 0.0  # seconds without a step since the last one, and of the last such stop
 
     def _begin(self, first_step: int) -> None:
         write(self.folder / RUN, json.dumps(self._about, indent=2) + "\n")
@@ -75,13 +76,16 @@ class Report:
             "tokens_per_s_per_rank": rate / self.env.world_size,
             "peak_memory_bytes": peak_memory(self.env.device),
             "seconds": seconds,
+            "stopped_before_s": self.stop,
         }
+        self.stop = 0.0
         self.metrics.append(metrics)
         on_rank_0(f"the metrics of step {step}", lambda: append(self.folder / METRICS, json.dumps(metrics) + "\n"))
         unit = "GPU" if self.env.device.type == "cuda" else "rank"
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, {rate:,.0f} tokens/s, {rate / self.env.world_size:,.0f} tokens/s/{unit}, "
             f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
+            + (f", the last save stopped it for {self.last_stop:.2f} s" if self.last_stop else "")
         )
         self.bar.update()
 
@@ -90,8 +94,13 @@ class Report:
         on_rank_0("writing metrics.jsonl", lambda: sync(self.folder / METRICS))
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step, such as a checkpoint, out of the next step's seconds."""
-        self.clock = time.perf_counter()
+        """Leave what was done since the last step, such as a checkpoint, out of the next step's seconds.
+
+        How long it has stopped the training is in the next step's metrics, `stopped_before_s`, and on the bar.
+        """
+        now = time.perf_counter()
+        self.last_stop = now - self.clock
+        self.stop, self.clock = self.stop + self.last_stop, now
 
     def finish(self) -> None:
         """Draw the curve and print the summary."""

@@ -31,6 +31,7 @@ import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _report import RUN, Report
+from _saver import Saver
 from _text import batch_of_step, fingerprint, read_text, unigram_entropy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -78,6 +79,7 @@ class Options:
     resume: bool
     save_every: int
     save: bool
+    async_save: bool
     repeat_text: bool
     verify: bool
     ranks: int | None
@@ -110,6 +112,7 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only at the end.")] = 0,
     save: Annotated[bool, typer.Option(help="Save the weights at the end.")] = True,
+    async_save: Annotated[bool, typer.Option(help="Go on training while a checkpoint is written.")] = True,
     repeat_text: Annotated[
         bool, typer.Option("--repeat-text", help="Let sequences longer than the text start it again.")
     ] = False,
@@ -252,16 +255,19 @@ def run(options: Options) -> None:
     first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
     entropy = unigram_entropy(text)
     report = Report(folder, env, as_json(options), text=digest, first_step=first_step, entropy=entropy)
-    for step in range(first_step, options.steps):
-        loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
-        if not loss.isfinite():  # the same on every rank
-            raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
-        report.step(step, loss.item(), int(tokens))
-        due = options.save_every and (step + 1) % options.save_every == 0
-        if due or (options.save and step + 1 == options.steps):
-            report.sync()
-            _checkpoint.save(folder, step + 1, model, optimizer, run=same)
-            report.restart_clock()
+    beside = options.async_save and 0 < options.save_every < options.steps
+    with Saver(folder, env.device, beside=beside, run=same) as saver:
+        for step in range(first_step, options.steps):
+            loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
+            if not loss.isfinite():  # the same on every rank
+                raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
+            report.step(step, loss.item(), int(tokens))
+            saver.check()
+            due, last = options.save_every and (step + 1) % options.save_every == 0, step + 1 == options.steps
+            if due or (options.save and last):
+                report.sync()
+                saver.save(step + 1, model, optimizer, beside=not last)
+                report.restart_clock()
     report.finish()
     dist.destroy_process_group()
     if options.verify and env.rank == 0:

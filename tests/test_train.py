@@ -159,6 +159,34 @@ def test_a_run_leaves_these_files(done):
     names = ["LATEST", "loss.png", "metrics.jsonl", "run.json", "step-000001", "step-000002"]
     assert sorted(path.name for path in (done / "out").iterdir()) == names
     assert json.loads((done / "out" / "run.json").read_text())["text"] == hashlib.sha256(TEXT).hexdigest()
+    first, second = map(json.loads, (done / "out" / "metrics.jsonl").read_text().splitlines())
+    assert first["stopped_before_s"] == 0 < second["stopped_before_s"]  # by the first checkpoint
+
+
+def test_a_checkpoint_beside_the_training_is_that_of_one_that_waits(done, tmp_path):
+    _assert_on_all(2, 0, [], _small(done / "texts", tmp_path / "out", "--no-async-save"))
+    _assert_same_state(tmp_path / "out", done / "out")
+
+
+def _state(out, step=None):
+    """All that the checkpoint holds: tensors, whole; and the text of what is none."""
+    folder = out / ((out / "LATEST").read_text() if step is None else f"step-{step:06d}")
+    parts = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, x in load_file(file).items():
+            parts.setdefault(name, []).append(x)
+    return {name: torch.cat(x) if x[0].ndim else x[0] for name, x in parts.items()}, (
+        folder / "values.json"
+    ).read_text()
+
+
+def _assert_same_state(found, expected, steps=(1, 2)):
+    for step in steps:
+        (tensors, values), (others, other_values) = _state(found, step), _state(expected, step)
+        assert values == other_values
+        assert tensors.keys() == others.keys()
+        for name, x in others.items():
+            assert torch.equal(tensors[name], x), name
 
 
 def test_the_same_text_at_another_path(copy, done, monkeypatch):
@@ -322,6 +350,16 @@ def test_a_full_disk_is_a_sentence_on_every_rank(copy, rank, size, file):
     assert (out / "LATEST").read_text() == "step-000001"
     _assert_on_all(2, 0, [], _resume(copy))  # nothing that it left is in the way
     assert (out / "LATEST").read_text() == "step-000002"
+
+
+def test_a_full_disk_beside_the_training(text, tmp_path):
+    """The first of two checkpoints, while the next step is trained."""
+    out = tmp_path / "out"
+    for code, output in run_ranks(2, _with_little_room, _small(text, out, "--steps=40", "--save-every=20"), 1, 20_000):
+        assert code == 1
+        assert f"{out / 'step-000020'} cannot be saved" in output
+        assert "Traceback" not in output
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
 def test_metrics_on_a_full_disk(copy):
