@@ -5,8 +5,11 @@
     torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2
     python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --repeat-text --segment 16384 --batch 1 \
         --steps 1 --dtype bfloat16 --no-save
+    torchrun --nproc-per-node 8 --max-restarts 3 examples/train.py --out runs/mine --save-every 500 --resume-if-any
 
-The last streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
+The fourth streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
+The last goes on by itself with its newest checkpoint after a rank or a host was lost, as a job of Slurm's does with
+`#SBATCH --requeue` and the same options behind `srun python`.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
 of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one.
@@ -20,7 +23,7 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -77,6 +80,7 @@ class Options:
     data: Path | None
     out: Path | None
     resume: bool
+    resume_if_any: bool
     save_every: int
     save: bool
     async_save: bool
@@ -110,6 +114,10 @@ def main(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    resume_if_any: Annotated[
+        bool,
+        typer.Option("--resume-if-any", help="The same, or begin if there is none: for torchrun's --max-restarts."),
+    ] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only at the end.")] = 0,
     save: Annotated[bool, typer.Option(help="Save the weights at the end.")] = True,
     async_save: Annotated[bool, typer.Option(help="Go on training while a checkpoint is written.")] = True,
@@ -125,7 +133,7 @@ def main(
     options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
     if not started_by_a_launcher():
         ranks = options.ranks or torch.cuda.device_count() or 2
-        check(options, ranks, text_of(options))  # before any rank starts
+        check(going_on(options), ranks, text_of(options))  # before any rank starts
         if ranks > 1:
             relaunch(ranks)
     try:
@@ -149,6 +157,13 @@ def relaunch(ranks: int) -> None:
     os.execv(sys.executable, [sys.executable, *torchrun, __file__, *sys.argv[1:]])
 
 
+def going_on(options: Options) -> Options:
+    """Whether a run begins or goes on, where that hangs on what is there. (Ranks ask when all have met: then those of
+    an earlier start, who may have written, have ended.)"""
+    there = options.out is not None and (options.out / _checkpoint.LATEST).exists()
+    return replace(options, resume=options.resume or (options.resume_if_any and there))
+
+
 def check(options: Options, ranks: int, text: np.ndarray) -> None:
     """Refuse options that do not fit together, before anything starts."""
     sp = options.sp or ranks // options.dp
@@ -170,13 +185,20 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
     if options.seq_len > len(text) and not (options.repeat_text and len(text)):
         hint = "; --repeat-text starts it again" if len(text) else ""
         refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text{hint}")
-    latest = None if options.out is None else options.out / "LATEST"
-    if options.resume and latest is None:
-        refuse("--resume", "needs --out, the folder of the run to go on with")
+    latest = None if options.out is None else options.out / _checkpoint.LATEST
+    if (options.resume or options.resume_if_any) and latest is None:
+        refuse("--resume" if options.resume else "--resume-if-any", "needs --out, the folder of the run to go on with")
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and not (options.resume or options.resume_if_any):  # each would begin anew, or be refused
+        refuse("--resume-if-any", f"is missing: torchrun is to restart the run (--max-restarts={restarts})")
     if options.resume and latest is not None and not latest.exists():
         refuse("--resume", f"there is no checkpoint in --out {options.out}")
     if not options.resume and latest is not None and latest.exists():
-        refuse("--out", f"{options.out} holds a run already; add --resume to go on with it, or name another folder")
+        refuse(
+            "--out",
+            f"{options.out} holds a run already; add --resume to go on with it (or --resume-if-any, where the same "
+            "command is started again by torchrun or Slurm), or name another folder",
+        )
     check_folder(options.out or RUNS, options.data)
     if options.resume:
         check_same_run(options, text)
@@ -245,6 +267,7 @@ def as_json(options: Options) -> dict:
 def run(options: Options) -> None:
     """The whole run of one rank."""
     env = lasp.init()
+    options = going_on(options)
     text, digest = agree(options, env)
     mesh = lasp.init_mesh(dp_shard=options.dp, sp=options.sp or -1)
     folder = options.out or Path(on_rank_0("naming the folder for results", new_folder))
@@ -287,13 +310,19 @@ def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
             check(options, env.world_size, texts[0])
         except typer.BadParameter as error:
             return {"option": error.param_hint, "message": error.message}  # type: ignore[dict-item]
-        return {"digest": fingerprint(texts[0])}
+        return {"digest": fingerprint(texts[0]), "begins": None if options.resume else "begins"}
 
     found = on_all_ranks("looking at the options", look)
     refused = next((x for x in found if "option" in x), None)
     if refused is None and len({x["digest"] for x in found}) > 1:
         digests = ", ".join(f"{x['digest']} on rank {rank}" for rank, x in enumerate(found))
         refused = {"option": "--data", "message": f"{describe(options)} differs between ranks; SHA-256: {digests}"}
+    if refused is None and len({x["begins"] for x in found}) > 1:
+        ranks = ", ".join(str(rank) for rank, x in enumerate(found) if x["begins"])
+        message = (
+            f"{options.out} holds no checkpoint for rank {ranks}, and one for the others; they must share the folder"
+        )
+        refused = {"option": "--out", "message": message}
     if refused is not None:
         if env.rank == 0:
             typer.BadParameter(refused["message"], param_hint=refused["option"]).show()

@@ -189,6 +189,33 @@ def _assert_same_state(found, expected, steps=(1, 2)):
             assert torch.equal(tensors[name], x), name
 
 
+def test_the_same_command_goes_on_after_a_restart(copy, done, tmp_path):
+    """What it begins the first time; of people, who must say so, it is refused."""
+    code, output = _alone(*_small(copy / "texts", copy / "out"))
+    assert (code, "holds a run already; add --resume" in output) == (2, True), output
+    _assert_on_all(2, 0, [], _small(copy / "texts", copy / "out", "--resume-if-any"))
+    _assert_same_state(copy / "out", done / "out")
+    assert _losses(copy / "out") == _losses(done / "out")
+    _assert_on_all(2, 0, [], _small(copy / "texts", tmp_path / "new", "--resume-if-any"))
+    _assert_same_state(tmp_path / "new", done / "out")
+    code, output = _alone(*_small(copy / "texts", copy / "out", "--resume-if-any", "--lr=0.5"))
+    assert (code, "Invalid value for --lr" in output, "the run to be resumed has 0.002" in output) == (2, True, True)
+
+
+def test_what_a_restart_needs_is_asked_before_the_first_start(text, tmp_path, monkeypatch):
+    code, output = _alone("--seq-len=33", f"--data={text}", "--resume-if-any")
+    assert (code, "Invalid value for --resume-if-any: needs --out" in output) == (2, True), output
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    code, output = _alone(*_small(text, tmp_path / "out"))
+    assert (code, "torchrun is to restart the run (--max-restarts=3)" in output) == (2, True), output
+
+
+def test_ranks_that_do_not_share_the_folder(copy, tmp_path):
+    words = ["Invalid value for --out", "holds no checkpoint for rank 1, and one for the others"]
+    elsewhere = {1: [f"--out={tmp_path / 'elsewhere'}"]}
+    _assert_on_all(2, 2, words, _small(copy / "texts", copy / "out", "--resume-if-any"), elsewhere, prints=[0])
+
+
 def test_the_same_text_at_another_path(copy, done, monkeypatch):
     monkeypatch.chdir(copy)
     _assert_on_all(2, 0, [], [*_resume(copy), f"--data={copy}/../copy/texts/a.txt"])
