@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,30 @@ def write(path: Path, data: str | bytes) -> None:
         NotWritten: such as on a full disk.
     """
     data = data.encode() if isinstance(data, str) else data
+    with replacing(path, len(data)) as partial, partial.open("xb") as file:  # which follows no link
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
+    """Inside, write a file of the name that is given; then it is on the disk, and gets this one.
+
+    Raises:
+        NotWritten: an `OSError` inside or afterwards, such as on a full disk. The file has what it had before.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)  # what was left by a process that ended here
-        with partial.open("xb") as file:  # which follows no link
-            file.write(data)
+        yield partial
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
-    except OSError as error:
+    except BaseException as error:
+        size = partial.stat().st_size if size is None and partial.exists() else size or 0
         partial.unlink(missing_ok=True)
-        raise _not_written(path, len(data), error) from error
+        if not isinstance(error, OSError):
+            raise
+        raise _not_written(path, size, error) from error
 
 
 def append(path: Path, line: str) -> None:

@@ -21,9 +21,9 @@ import lasp
 RUN, METRICS = "run.json", "metrics.jsonl"
 
 
-def nats(value: float) -> str:
+def nats(value: float, unit: str) -> str:
     """A loss in nats, and in bits, which compare with the 8 of a byte."""
-    return f"{value:.4f} nats ({value / math.log(2):.3f} bits) a byte"
+    return f"{value:.4f} nats ({value / math.log(2):.3f} bits) a {unit}"
 
 
 class Report:
@@ -35,11 +35,14 @@ class Report:
         options: the run's options, as JSON can hold them.
         text: a digest of what it is trained on.
         first_step: steps done before a resume. Their metrics stay, later ones of the interrupted run go.
-        entropy: of the data's unigrams, in nats a byte.
+        entropy: of the data's unigrams, in nats a byte or token.
+        unit: "byte" or "token".
     """
 
-    def __init__(self, folder: Path, env: lasp.Env, options: dict, *, text: str, first_step: int, entropy: float):
-        self.folder, self.env, self.entropy = folder, env, entropy
+    def __init__(
+        self, folder: Path, env: lasp.Env, options: dict, *, text: str, first_step: int, entropy: float, unit: str
+    ):
+        self.folder, self.env, self.entropy, self.unit = folder, env, entropy, unit
         self.writes = env.rank == 0
         kept = on_all_ranks("reading metrics.jsonl", lambda: read_metrics(folder) if first_step else [])[env.rank]
         self.metrics = [m for m in kept if m["step"] < first_step]
@@ -105,15 +108,19 @@ class Report:
     def finish(self) -> None:
         """Draw the curve and print the summary."""
         self.bar.close()
-        on_rank_0("writing loss.png", lambda: plot_losses(self.folder / "loss.png", self.losses, self.entropy))
+        on_rank_0(
+            "writing loss.png", lambda: plot_losses(self.folder / "loss.png", self.losses, self.entropy, self.unit)
+        )
         losses = list(self.losses.values())
         if not self.writes or not losses:
             return
         last = losses[-10:]  # one step's loss is that of a few texts, and these differ
         mean = sum(last) / len(last)
-        print(f"first loss       {nats(losses[0])}")
-        print(f"last loss        {nats(last[-1])}; mean of the last {len(last)} steps {nats(mean)}")
-        print(f"unigram entropy  {nats(self.entropy)}")
+        print(f"first loss       {nats(losses[0], self.unit)}")
+        print(
+            f"last loss        {nats(last[-1], self.unit)}; mean of the last {len(last)} steps {nats(mean, self.unit)}"
+        )
+        print(f"unigram entropy  {nats(self.entropy, self.unit)}")
         print(f"That mean is {'below' if mean < self.entropy else 'NOT below'} the unigram entropy.")
         print(f"metrics.jsonl, run.json, loss.png and checkpoints are in {self.folder}")
 
@@ -154,12 +161,12 @@ def peak_memory(device: torch.device) -> int:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-def plot_losses(path: Path, losses: dict[int, float], entropy: float) -> None:
-    """Loss by step, above the line that a model of byte frequencies cannot cross."""
+def plot_losses(path: Path, losses: dict[int, float], entropy: float, unit: str) -> None:
+    """Loss by step, above the line that a model of the tokens' frequencies cannot cross."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a byte)", title="TransNormerLLM on bytes")
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss (nats a {unit})", title=f"TransNormerLLM on {unit}s")
     axes.plot(list(losses), list(losses.values()), label="training loss")
-    axes.axhline(entropy, color="gray", linestyle="--", label="entropy of the bytes' unigrams")
+    axes.axhline(entropy, color="gray", linestyle="--", label=f"entropy of the {unit}s' unigrams")
     axes.set_ylim(bottom=0)
     axes.legend()
     picture = io.BytesIO()

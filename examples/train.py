@@ -12,7 +12,8 @@ The last goes on by itself with its newest checkpoint after a rank or a host was
 `#SBATCH --requeue` and the same options behind `srun python`.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
-of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one.
+of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one; prepare.py makes
+a file of tokens of a text (`--data tokens.bin`), export.py one file of weights of a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import _checkpoint
-import numpy as np
 import torch
 import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _report import RUN, Report
 from _saver import Saver
-from _text import batch_of_step, fingerprint, read_text, unigram_entropy
+from _text import Text, batch_of_step, open_text, slice_of_step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -110,7 +110,7 @@ def main(
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the host what recomputed blocks keep.")] = False,
     exchange: Annotated[str, typer.Option(help="How states travel between ranks.")] = "auto",
     data: Annotated[
-        Path | None, typer.Option(exists=True, help="Text file or folder; default: Python's own sources.")
+        Path | None, typer.Option(exists=True, help="Text, or prepare.py's tokens; default: Python's own sources.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
@@ -164,7 +164,7 @@ def going_on(options: Options) -> Options:
     return replace(options, resume=options.resume or (options.resume_if_any and there))
 
 
-def check(options: Options, ranks: int, text: np.ndarray) -> None:
+def check(options: Options, ranks: int, text: Text) -> None:
     """Refuse options that do not fit together, before anything starts."""
     sp = options.sp or ranks // options.dp
     if options.dp * sp != ranks:
@@ -184,7 +184,9 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
         refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
     if options.seq_len > len(text) and not (options.repeat_text and len(text)):
         hint = "; --repeat-text starts it again" if len(text) else ""
-        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text{hint}")
+        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} {text.unit}s of text{hint}")
+    if options.vocab < text.vocab:
+        refuse("--vocab", f"{options.vocab} words are fewer than the {text.vocab} of {describe(options)}")
     latest = None if options.out is None else options.out / _checkpoint.LATEST
     if (options.resume or options.resume_if_any) and latest is None:
         refuse("--resume" if options.resume else "--resume-if-any", "needs --out, the folder of the run to go on with")
@@ -216,7 +218,7 @@ def check_folder(out: Path, data: Path | None) -> None:
         refuse("--out", f"{out} cannot be written: {error.strerror}")
 
 
-def check_same_run(options: Options, text: np.ndarray) -> None:
+def check_same_run(options: Options, text: Text) -> None:
     """A resumed run may lie on other ranks, but what it computes must not change, and its files must be whole."""
     assert options.out is not None
     file, now = options.out / RUN, as_json(options)
@@ -232,11 +234,11 @@ def check_same_run(options: Options, text: np.ndarray) -> None:
     for name in names:
         if before[name] != now[name]:
             refuse("--" + name.replace("_", "-"), f"{now[name]}, but the run to be resumed has {before[name]}")
-    if digest != fingerprint(text):
+    if digest != text.digest:
         hint = f" (the sources of Python {run_before.get('python')})" if before["data"] is None else ""
         refuse(
             "--data",
-            f"{describe(options)} is not the text of the run to be resumed: its SHA-256 is {fingerprint(text)}, that "
+            f"{describe(options)} is not the text of the run to be resumed: its SHA-256 is {text.digest}, that "
             f"of the run's {digest}{hint}",
         )
 
@@ -246,11 +248,11 @@ def describe(options: Options) -> str:
     return f"the sources of Python {platform.python_version()}" if options.data is None else str(options.data)
 
 
-def text_of(options: Options) -> np.ndarray:
-    """The bytes to train on."""
+def text_of(options: Options) -> Text:
+    """What to train on."""
     try:
-        return read_text(options.data)
-    except OSError as error:
+        return open_text(options.data)
+    except (OSError, FileError) as error:
         refuse("--data", f"{describe(options)} cannot be read: {error}")
 
 
@@ -276,8 +278,8 @@ def run(options: Options) -> None:
     optimizer = optimizer_of(model, options, env.device)
     same = {"text": digest}
     first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
-    entropy = unigram_entropy(text)
-    report = Report(folder, env, as_json(options), text=digest, first_step=first_step, entropy=entropy)
+    about = {"text": digest, "entropy": text.entropy, "unit": text.unit}
+    report = Report(folder, env, as_json(options), first_step=first_step, **about)
     beside = options.async_save and 0 < options.save_every < options.steps
     with Saver(folder, env.device, beside=beside, run=same) as saver:
         for step in range(first_step, options.steps):
@@ -297,12 +299,12 @@ def run(options: Options) -> None:
         verify(options, text, report.losses, env.device)
 
 
-def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
+def agree(options: Options, env: lasp.Env) -> tuple[Text, str]:
     """The text and its digest, if this rank's options and files, which may be those of another host, are fine on all.
 
     Ends the run if not: what is wrong is printed on rank 0, which the others wait for.
     """
-    texts: list[np.ndarray] = []
+    texts: list[Text] = []
 
     def look() -> dict[str, str | None]:
         try:
@@ -310,7 +312,7 @@ def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
             check(options, env.world_size, texts[0])
         except typer.BadParameter as error:
             return {"option": error.param_hint, "message": error.message}  # type: ignore[dict-item]
-        return {"digest": fingerprint(texts[0]), "begins": None if options.resume else "begins"}
+        return {"digest": texts[0].digest, "begins": None if options.resume else "begins"}
 
     found = on_all_ranks("looking at the options", look)
     refused = next((x for x in found if "option" in x), None)
@@ -386,27 +388,28 @@ def optimizer_of(model: nn.Module, options: Options, device: torch.device) -> Op
 def train_step(
     options: Options,
     step: int,
-    text: np.ndarray,
+    text: Text,
     model: nn.Module,
     optimizer: Optimizer,
     mesh: DeviceMesh | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """One step; the loss of the global batch before it, and the tokens that it is the mean of."""
-    dp_rank, dp = (0, 1) if mesh is None else (mesh["dp_shard"].get_local_rank(), options.dp)
-    ids = batch_of_step(
-        text, seed=options.seed, step=step, batch=options.batch, seq_len=options.seq_len, dp_rank=dp_rank, dp=dp
-    )
+    drawn = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
     optimizer.zero_grad()
     sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
     if options.segment and mesh is not None:
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
+            ids = batch_of_step(text, mesh, **drawn)
             loss, tokens = lasp.stream_backward(
                 model, {"input_ids": ids}, mesh=mesh, segment=options.segment, progress=step == 0
             )
     else:
-        local = lasp.shard_batch({"input_ids": ids.to(device)}, mesh)  # this rank's slice, labels, positions, layout
+        if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
+            local = slice_of_step(text, mesh, device, **drawn)
+        else:  # this rank's slice, labels, positions, layout
+            local = lasp.shard_batch({"input_ids": batch_of_step(text, mesh, **drawn).to(device)}, mesh)
         head = (model.module if isinstance(model, DistributedDataParallel) else model).head
         with autocast:
             hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
@@ -428,7 +431,7 @@ def learning_rate(options: Options, step: int) -> float:
     return options.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def verify(options: Options, text: np.ndarray, split: dict[int, float], device: torch.device) -> None:
+def verify(options: Options, text: Text, split: dict[int, float], device: torch.device) -> None:
     """Train the same seed on the same batches without lasp's ranks, and compare the loss of every known step."""
     if not split:
         print("--verify has nothing to compare: metrics.jsonl has no losses", file=sys.stderr)

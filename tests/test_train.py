@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
+from _text import Text, open_text
 from ranks import run_ranks
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -238,7 +239,7 @@ def test_another_python_has_another_text(copy):
     run["options"]["data"], run["python"] = None, "3.9.99"
     file.write_text(json.dumps(run))
     arguments = [x for x in _resume(copy) if not str(x).startswith("--data")]
-    with mock.patch.object(train, "read_text", return_value=train.read_text(copy / "texts" / "a.txt")[:-1]):
+    with mock.patch.object(train, "open_text", return_value=Text(open_text(copy / "texts" / "a.txt").ids[:-1])):
         code, output = _alone(*arguments)
     assert (code, "Python 3.9.99" in output, f"Python {train.platform.python_version()}" in output) == (2, True, True)
 
