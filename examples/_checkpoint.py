@@ -150,12 +150,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     tensors, options = _state(model, optimizer)
     values = on_all_ranks(what, lambda: _read_values(path, options, run or {}))[0]
     on_all_ranks(what, lambda: _check_parts(path, tensors))
-    with waiting(what):
-        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-    try:
-        on_all_ranks(what, lambda: _check_finite(tensors, f"{path} is no checkpoint to go on with"))
-    except FloatingPointError as error:
-        raise FileError(str(error)) from error
+    _read(path, tensors, what)
     step = values.pop("step")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     weights, moments = (
@@ -167,14 +162,37 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     return step
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read the weights of a checkpoint into a model, and nothing else.
+
+    Raises:
+        FileError: as in `load`.
+    """
+    what = f"loading the weights of {path}"
+    _check_sums(path, what)
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    on_all_ranks(what, lambda: _check_parts(path, tensors, of="model."))
+    _read(path, tensors, what)
+
+
+def checkpoint_of(folder: Path, step: int | None) -> Path:
+    """That of a step, or else the newest."""
+    if step is None:
+        return newest(folder)
+    return _in_folder(folder / _name(step), "")
+
+
 def newest(folder: Path) -> Path:
     """The checkpoint that LATEST names: one in this folder, since nothing else is taken for a name, nor a link."""
     name = read(folder / LATEST).strip()
     if not re.fullmatch(r"step-[0-9]+", name):
         raise FileError(f"{folder / LATEST} must hold the name of a checkpoint, such as step-000050, got {name!r}")
-    path = folder / name
+    return _in_folder(folder / name, f", though {LATEST} names it")
+
+
+def _in_folder(path: Path, why: str) -> Path:
     if path.is_symlink() or not path.is_dir():
-        raise FileError(f"{path} is {'a link' if path.is_symlink() else 'no folder'}, though {LATEST} names it")
+        raise FileError(f"{path} is {'a link' if path.is_symlink() else 'no folder'}{why}")
     return path
 
 
@@ -335,16 +353,28 @@ def _alike(found: object, expected: object) -> bool:
     return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
 
 
-def _check_parts(path: Path, tensors: dict[str, Tensor]) -> None:
+def _read(path: Path, tensors: dict[str, Tensor], what: str) -> None:
+    """The tensors of files that were looked at."""
+    with waiting(what):
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    try:
+        on_all_ranks(what, lambda: _check_finite(tensors, f"{path} is no checkpoint to go on with"))
+    except FloatingPointError as error:
+        raise FileError(str(error)) from error
+
+
+def _check_parts(path: Path, tensors: dict[str, Tensor], of: str = "") -> None:
     """Raise `FileError` unless the parts make up each of these tensors, whole and in its dtype.
 
-    PyTorch would convert to another, and leave rows as they are that no part has.
+    PyTorch would convert to another, and leave rows as they are that no part has. Tensors whose names do not begin with
+    `of` are passed over.
     """
     parts: dict[str, list[tuple[int, tuple[int, ...], str, Path]]] = {}
     for file in _files(path):
         if file.name != VALUES:
             for name, part in _parts_of(file):
-                parts.setdefault(name, []).append((*part, file))
+                if name.startswith(of):
+                    parts.setdefault(name, []).append((*part, file))
     if parts.keys() != tensors.keys():
         raise FileError(f"{path} and this run differ in the tensors {sorted(parts.keys() ^ tensors.keys())[:4]}")
     for name, x in tensors.items():

@@ -12,8 +12,8 @@ The last goes on by itself with its newest checkpoint after a rank or a host was
 `#SBATCH --requeue` and the same options behind `srun python`.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
-of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one; prepare.py makes
-a file of tokens of a text (`--data tokens.bin`), export.py one file of weights of a checkpoint.
+of lasp; `build_model` holds the others. Text, checkpoints and reports have a file each beside this one. prepare.py
+makes a file of tokens (`--data tokens.bin`) of a text, and export.py one file of the weights of a checkpoint.
 """
 
 from __future__ import annotations
