@@ -13,7 +13,7 @@ import torch.distributed as dist
 from _checkpoint import take_snapshot, write_snapshot
 from _files import on_all_ranks
 from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
 from lasp.ranks.group import making_groups
@@ -45,8 +45,9 @@ class Saver:
         with making_groups("making the process group of the thread that saves checkpoints"):
             self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]  # this rank is in it
         gpu = device.type == "cuda"
-        # One that lies in pinned memory is kept for the next save. The copy is complete before the next step begins.
-        self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
+        # Its copy is complete before the next step begins. That of a GPU is in pinned memory, which the next save takes
+        # again. (DefaultStager of torch 2.11 copies once, and cannot again.)
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=gpu)
         # A thread has a current GPU of its own, by default the first: PyTorch's writer would touch that from all ranks.
         self._thread = ThreadPoolExecutor(1, "checkpoint", (lambda: torch.cuda.set_device(device)) if gpu else None)
 
@@ -61,9 +62,8 @@ class Saver:
             elif self._under_way is not None and (also := self._under_way.exception()) is not None:
                 print(f"\nrank {dist.get_rank()}: the checkpoint of step {self._step}: {also}", file=sys.stderr)
         finally:
-            if self._thread is not None and self._stager is not None:
+            if self._thread is not None:
                 self._thread.shutdown()
-                self._stager.close()
                 dist.destroy_process_group(self._group)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, *, beside: bool) -> None:
@@ -73,9 +73,7 @@ class Saver:
         if not beside or self._thread is None or self._stager is None:
             write_snapshot(self.folder, snapshot)
             return
-        copied = self._stager.stage(snapshot.tensors)
-        assert isinstance(copied, dict)
-        snapshot = replace(snapshot, tensors=copied)
+        snapshot = replace(snapshot, tensors=self._stager.stage(snapshot.tensors))
         self._step, self._under_way = step, self._thread.submit(write_snapshot, self.folder, snapshot, self._group)
 
     def check(self) -> None:
