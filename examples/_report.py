@@ -88,7 +88,7 @@ class Report:
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, {rate:,.0f} tokens/s, {rate / self.env.world_size:,.0f} tokens/s/{unit}, "
             f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
-            + (f", the last save stopped it for {self.last_stop:.2f} s" if self.last_stop else "")
+            + (f", last stop {self.last_stop:.2f} s" if self.last_stop else "")
         )
         self.bar.update()
 

@@ -32,7 +32,7 @@ def done(tmp_path_factory):
     """A run of two ranks whose weights lie on both, of another vocabulary and decay than the usual ones."""
     folder = tmp_path_factory.mktemp("done")
     (folder / "text").write_bytes(TEXT)
-    more = ("--parallel=fsdp2", "--vocab=301", "--decay=tnl", "--checkpoint-activations")
+    more = ("--parallel=fsdp2", "--vocab=301", "--decay=tnl", "--recompute=all")
     _assert_on_all(2, 0, [], _small(folder / "text", folder / "out", *more))
     return folder / "out"
 

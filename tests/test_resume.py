@@ -70,6 +70,7 @@ train.app()
 """
 
 
+@pytest.mark.timeout(240)  # ranks start twice
 def test_after_a_rank_was_killed_the_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith(LAUNCHER_PREFIXES):
@@ -83,7 +84,7 @@ def test_after_a_rank_was_killed_the_run_ends_with_the_same_weights(tmp_path, mo
     paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT, ROOT / "kernels")))
     process = start(code, {"PYTHONPATH": paths})
     assert [x for x, _ in run_ranks(2, _on_ranks, _arguments(tmp_path / "whole", 1, "ddp", "--steps=8"))] == [0, 0]
-    [(_, error)] = finish([process])
+    [(_, error)] = finish([process], timeout=200)
     assert process.returncode == 0, error
     assert "exitcode: -9" in error, error  # it was killed, and not spared
     assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")
