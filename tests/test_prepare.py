@@ -95,10 +95,15 @@ def test_a_tokenizer_of_hugging_face(texts, tmp_path):
     assert (tmp_path / "y.bin").read_bytes() == (tmp_path / "x.bin").read_bytes()
 
 
-def test_tokenizers_that_are_none(texts, tmp_path):
-    for name in (tmp_path / "texts" / "a.txt", tmp_path / "texts"):
-        code, said = _prepare(texts, tmp_path / "x.bin", f"--tokenizer={name}")
-        assert (code, f"{name} is no tokenizer" in said) == (2, True), said
+@pytest.mark.parametrize(("library", "name"), [("tokenizers", "texts/a.txt"), ("transformers", "texts")])
+def test_tokenizers_that_are_none(texts, tmp_path, library, name):
+    pytest.importorskip(library)
+    code, said = _prepare(texts, tmp_path / "x.bin", f"--tokenizer={tmp_path / name}")
+    assert (code, f"{tmp_path / name} is no tokenizer" in said) == (2, True), said
+    assert not list(tmp_path.glob("x.bin*"))
+
+
+def test_a_tokenizer_whose_library_is_not_there(texts, tmp_path):
     for name, library in ((texts / "a.txt", "tokenizers"), (texts, "transformers")):
         with mock.patch.dict(sys.modules, {library: None}), mock.patch("importlib.util.find_spec", return_value=None):
             code, said = _prepare(texts, tmp_path / "x.bin", f"--tokenizer={name}")
