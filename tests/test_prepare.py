@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from unittest import mock
 
 import numpy as np
@@ -105,7 +104,7 @@ def test_tokenizers_that_are_none(texts, tmp_path, library, name):
 
 def test_a_tokenizer_whose_library_is_not_there(texts, tmp_path):
     for name, library in ((texts / "a.txt", "tokenizers"), (texts, "transformers")):
-        with mock.patch.dict(sys.modules, {library: None}), mock.patch("importlib.util.find_spec", return_value=None):
+        with mock.patch.object(prepare.importlib.util, "find_spec", return_value=None):
             code, said = _prepare(texts, tmp_path / "x.bin", f"--tokenizer={name}")
         assert (code, f"needs {library}, which is not installed: pip install {library}" in said) == (2, True), said
     assert not list(tmp_path.glob("x.bin*"))
