@@ -16,6 +16,8 @@ from processes import ROOT, finish, free_port, start
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_checkpoint import _assert_same, _load, _step, _whole, _wrapped
+from test_train import _state
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 CPU = torch.device("cpu")
 
@@ -96,25 +98,43 @@ def test_ranks_share_the_copying():
     run_ranks(2, _parts, 2)
 
 
-def _one_after_the_other(folder):
+def _one_after_the_other(folder, kept):
+    """On a GPU the copy's memory is pinned and taken again; here it is taken again."""
     model, optimizer = _begin("fsdp2")
-    with Saver(folder, CPU, beside=True, run={}) as saver, _held() as go:
+    expected = {}
+
+    def note(step):
+        weights = {name: x for name, x in _whole(model, optimizer).items() if isinstance(x, torch.Tensor)}
+        expected[step] = {name: x.clone() for name, x in weights.items()}
+
+    stager = mock.patch("_saver.BlockingAsyncStager", return_value=BlockingAsyncStager(cache_staged_state_dict=kept))
+    pinned = mock.patch.object(torch.Tensor, "pin_memory", lambda x: x)
+    with stager, pinned, Saver(folder, CPU, beside=True, run={}) as saver, _held() as go:
+        note(2)
         saver.save(2, model, optimizer, beside=True)
         _step(model, optimizer)
         threading.Timer(0.3, go.set).start()
+        note(3)
         saver.save(3, model, optimizer, beside=True)  # which waits
         assert (folder / "LATEST").read_text() in ("step-000002", "step-000003")
         _step(model, optimizer)
+        note(4)
         saver.save(4, model, optimizer, beside=False)
         assert (folder / "LATEST").read_text() == "step-000004"
         _step(model, optimizer)
+        note(5)
         saver.save(5, model, optimizer, beside=True)
     assert (folder / "LATEST").read_text() == "step-000005"  # the end waits
+    return expected
 
 
-def test_one_save_is_under_way_at_most(tmp_path):
-    run_ranks(2, _one_after_the_other, tmp_path)
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["LATEST", *(f"step-00000{n}" for n in (2, 3, 4, 5))]
+@pytest.mark.parametrize("kept", [False, True])
+def test_one_save_is_under_way_at_most(tmp_path, kept):
+    expected = run_ranks(2, _one_after_the_other, tmp_path, kept)[0]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["LATEST", *(f"step-00000{n}" for n in expected)]
+    for step, tensors in expected.items():
+        found = {name.split(".", 1)[1]: x for name, x in _state(tmp_path, step)[0].items()}
+        _assert_same(found, tensors)
 
 
 FAULTS = {
