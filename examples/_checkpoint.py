@@ -6,11 +6,13 @@
         SHA256SUMS               of all these files; `sha256sum -c SHA256SUMS` checks them as well
     folder/LATEST                the name of the newest
 
-Every rank writes its part into a folder of another name, which gets its own name when all are done. The parts are
-stored by parameter, not by rank: a run may go on with another number of ranks, or from DDP to FSDP2. Neither format
-can hold code, so loading a stranger's checkpoint runs none; and since a stranger can write sums as well, names, shapes
-and dtypes must be those of this run, and all numbers finite. What they do to the model is another matter. (While ranks
-save and load, PyTorch pickles plans for the other ranks of the same run; nothing of a file is unpickled.)
+Every rank writes its part into a folder of another name, which gets its own name when all are done. (`Saver`, in a file
+beside this one, lets the training go on meanwhile, from a copy on the host.) What all ranks hold alike one of them
+writes. The parts are stored by parameter, not by rank: a run may go on with another number of ranks, or from DDP to
+FSDP2. Neither format can hold code, so loading a stranger's checkpoint runs none; and since a stranger can write sums
+as well, names, shapes and dtypes must be those of this run, and all numbers finite. What they do to the model is
+another matter. (While ranks save and load, PyTorch pickles plans for the other ranks of the same run; nothing of a file
+is unpickled.)
 
 What fails on one rank is an error on all of them, before anything is called a checkpoint.
 """
@@ -23,6 +25,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +88,51 @@ def save(
         NotWritten: such as on a full disk; what was written of this checkpoint is removed.
         PeerError: a rank has ended, or was silent for the timeout of `lasp.init`.
     """
-    path = folder / _name(step)
-    partial, what = folder / f"{path.name}.partial", f"saving {path}"
+    write_snapshot(folder, take_snapshot(step, model, optimizer, run=run))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes of a checkpoint."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: str  # the text of values.json
+    bytes: int  # of all ranks' tensors together
+
+
+def take_snapshot(
+    step: int, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None
+) -> Snapshot:
+    """This rank's part of the state, not copied: what all ranks hold alike is dealt out to them, by size."""
     tensors, values = _state(model, optimizer)
-    on_all_ranks(what, lambda: _check_finite(tensors, f"{path} is not saved"))
-    free = on_rank_0(what, lambda: _make_room(folder))
+    size = {name: x.numel() * x.element_size() for name, x in tensors.items()}
+    alike, load = [name for name, x in tensors.items() if not isinstance(x, DTensor)], [0] * dist.get_world_size()
+    for name in sorted(alike, key=lambda name: (-size[name], name)):  # the same order on every rank
+        least = load.index(min(load))
+        load[least] += size[name]
+        if least != dist.get_rank():
+            del tensors[name]
+    record = {"step": step, "run": dict(run or {}), **values}
+    return Snapshot(step, tensors, json.dumps(record, indent=1) + "\n", sum(size.values()))
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+    """All of `save` but for looking at the model; in a thread beside the training it needs a group of its own."""
+    path = folder / _name(snapshot.step)
+    partial, what = folder / f"{path.name}.partial", f"saving {path}"
+    on_all_ranks(what, lambda: _check_finite(snapshot.tensors, f"{path} is not saved"), group)
+    free = on_rank_0(what, lambda: _make_room(folder), group)
     try:
-        _write_parts(partial, tensors, what)
-        record = {"step": step, "run": dict(run or {}), **values}
-        on_rank_0(what, lambda: write(partial / VALUES, json.dumps(record, indent=1) + "\n"))
-        sums = "".join(f"{digest}  {file}\n" for file, digest in _sums(partial, what).items())
-        on_rank_0(what, lambda: _finish(partial, path, sums))
+        _write_parts(partial, snapshot.tensors, what, group)
+        on_rank_0(what, lambda: write(partial / VALUES, snapshot.values), group)
+        sums = "".join(f"{digest}  {file}\n" for file, digest in _sums(partial, what, group).items())
+        on_rank_0(what, lambda: _finish(partial, path, sums), group)
     except NotWritten as error:
-        on_rank_0(what, lambda: remove(partial))
-        needed = sum(x.numel() * x.element_size() for x in tensors.values())
+        on_rank_0(what, lambda: remove(partial), group)
         raise NotWritten(
-            f"{path} cannot be saved; it needs about {needed:,} bytes, and {free:,} were free in {folder}: {error}"
+            f"{path} cannot be saved; it needs about {snapshot.bytes:,} bytes, and {free:,} were free in {folder}: "
+            f"{error}"
         ) from error
 
 
@@ -118,12 +150,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     tensors, options = _state(model, optimizer)
     values = on_all_ranks(what, lambda: _read_values(path, options, run or {}))[0]
     on_all_ranks(what, lambda: _check_parts(path, tensors))
-    with waiting(what):
-        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-    try:
-        on_all_ranks(what, lambda: _check_finite(tensors, f"{path} is no checkpoint to go on with"))
-    except FloatingPointError as error:
-        raise FileError(str(error)) from error
+    _read(path, tensors, what)
     step = values.pop("step")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     weights, moments = (
@@ -135,14 +162,37 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     return step
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read the weights of a checkpoint into a model, and nothing else.
+
+    Raises:
+        FileError: as in `load`.
+    """
+    what = f"loading the weights of {path}"
+    _check_sums(path, what)
+    tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
+    on_all_ranks(what, lambda: _check_parts(path, tensors, of="model."))
+    _read(path, tensors, what)
+
+
+def checkpoint_of(folder: Path, step: int | None) -> Path:
+    """That of a step, or else the newest."""
+    if step is None:
+        return newest(folder)
+    return _in_folder(folder / _name(step), "")
+
+
 def newest(folder: Path) -> Path:
     """The checkpoint that LATEST names: one in this folder, since nothing else is taken for a name, nor a link."""
     name = read(folder / LATEST).strip()
     if not re.fullmatch(r"step-[0-9]+", name):
         raise FileError(f"{folder / LATEST} must hold the name of a checkpoint, such as step-000050, got {name!r}")
-    path = folder / name
+    return _in_folder(folder / name, f", though {LATEST} names it")
+
+
+def _in_folder(path: Path, why: str) -> Path:
     if path.is_symlink() or not path.is_dir():
-        raise FileError(f"{path} is {'a link' if path.is_symlink() else 'no folder'}, though {LATEST} names it")
+        raise FileError(f"{path} is {'a link' if path.is_symlink() else 'no folder'}{why}")
     return path
 
 
@@ -195,12 +245,13 @@ def _make_room(folder: Path) -> int:
         raise NotWritten(f"{folder} cannot be written: {error.strerror}") from error
 
 
-def _write_parts(partial: Path, tensors: dict[str, Tensor], what: str) -> None:
+def _write_parts(partial: Path, tensors: dict[str, Tensor], what: str, group: dist.ProcessGroup | None) -> None:
     """A file of each rank, which is on the disk afterwards."""
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    # A text would be noted over NCCL, by an event: not beside a main thread that may be capturing a CUDA graph.
     try:
-        with waiting(what):
-            state_dict_saver.save(tensors, storage_writer=writer)
+        with waiting(what if group is None else lambda: what):
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:  # on every rank
         failed = {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
         text = "; ".join(f"rank {rank}: {failure}" for rank, failure in failed.items())
@@ -223,10 +274,10 @@ def _finish(partial: Path, path: Path, sums: str) -> None:
     remove(old)
 
 
-def _sums(path: Path, what: str) -> dict[str, str]:
+def _sums(path: Path, what: str, group: dist.ProcessGroup | None = None) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint, in order of names, on every rank. The ranks share the work."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    parts = on_all_ranks(what, lambda: {file.name: _digest(file) for file in _files(path)[rank::ranks]})
+    parts = on_all_ranks(what, lambda: {file.name: _digest(file) for file in _files(path)[rank::ranks]}, group)
     return dict(sorted(item for part in parts for item in part.items()))
 
 
@@ -302,16 +353,28 @@ def _alike(found: object, expected: object) -> bool:
     return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
 
 
-def _check_parts(path: Path, tensors: dict[str, Tensor]) -> None:
+def _read(path: Path, tensors: dict[str, Tensor], what: str) -> None:
+    """The tensors of files that were looked at."""
+    with waiting(what):
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    try:
+        on_all_ranks(what, lambda: _check_finite(tensors, f"{path} is no checkpoint to go on with"))
+    except FloatingPointError as error:
+        raise FileError(str(error)) from error
+
+
+def _check_parts(path: Path, tensors: dict[str, Tensor], of: str = "") -> None:
     """Raise `FileError` unless the parts make up each of these tensors, whole and in its dtype.
 
-    PyTorch would convert to another, and leave rows as they are that no part has.
+    PyTorch would convert to another, and leave rows as they are that no part has. Tensors whose names do not begin with
+    `of` are passed over.
     """
     parts: dict[str, list[tuple[int, tuple[int, ...], str, Path]]] = {}
     for file in _files(path):
         if file.name != VALUES:
             for name, part in _parts_of(file):
-                parts.setdefault(name, []).append((*part, file))
+                if name.startswith(of):
+                    parts.setdefault(name, []).append((*part, file))
     if parts.keys() != tensors.keys():
         raise FileError(f"{path} and this run differ in the tensors {sorted(parts.keys() ^ tensors.keys())[:4]}")
     for name, x in tensors.items():

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,30 @@ def write(path: Path, data: str | bytes) -> None:
         NotWritten: such as on a full disk.
     """
     data = data.encode() if isinstance(data, str) else data
+    with replacing(path, len(data)) as partial, partial.open("xb") as file:  # which follows no link
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
+    """Inside, write a file of the name that is given; then it is on the disk, and gets this one.
+
+    Raises:
+        NotWritten: an `OSError` inside or afterwards, such as on a full disk. The file has what it had before.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)  # what was left by a process that ended here
-        with partial.open("xb") as file:  # which follows no link
-            file.write(data)
+        yield partial
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
-    except OSError as error:
+    except BaseException as error:
+        size = partial.stat().st_size if size is None and partial.exists() else size or 0
         partial.unlink(missing_ok=True)
-        raise _not_written(path, len(data), error) from error
+        if not isinstance(error, OSError):
+            raise
+        raise _not_written(path, size, error) from error
 
 
 def append(path: Path, line: str) -> None:
@@ -145,7 +159,7 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
+def on_all_ranks(what: str, part: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Call `part` on every rank; what each has returned (as JSON holds it), by rank.
 
     If it raises on one, all raise, with the same text: `FileError`, `NotWritten` and `FloatingPointError` as they are,
@@ -154,6 +168,8 @@ def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
     Args:
         what: is done, for the message if a rank does not come.
         part: what is done here.
+        group: of all ranks, over which they tell each other; by default the world. A thread beside the main one needs
+            one of its own: what two threads send over one group comes in another order on each rank.
     """
     kinds = {kind.__name__: kind for kind in (FileError, NotWritten, FloatingPointError)}
     cause = None
@@ -162,9 +178,9 @@ def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
     except Exception as error:
         cause, known = error, type(error).__name__ in kinds
         mine = {"error": type(error).__name__, "text": str(error) if known else f"{type(error).__name__}: {error}"}
-    world = dist.group.WORLD
-    assert world is not None, "call lasp.init first"
-    records = [json.loads(text) for text in gather_texts(json.dumps(mine), world, lambda: what)]
+    group = group or dist.group.WORLD
+    assert group is not None, "call lasp.init first"
+    records = [json.loads(text) for text in gather_texts(json.dumps(mine), group, lambda: what)]
     failed = {rank: record for rank, record in enumerate(records) if "error" in record}
     if not failed:
         return [record["value"] for record in records]
@@ -176,6 +192,6 @@ def on_all_ranks(what: str, part: Callable[[], Any]) -> list[Any]:
     raise (RuntimeError(f"{what}: {text}") if kind is None else kind(text)) from cause
 
 
-def on_rank_0(what: str, part: Callable[[], Any]) -> Any:
+def on_rank_0(what: str, part: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """The same for what only rank 0 does: the others wait, get what it has returned, or raise as it does."""
-    return on_all_ranks(what, part if dist.get_rank() == 0 else lambda: None)[0]
+    return on_all_ranks(what, part if dist.get_rank() == 0 else lambda: None, group)[0]

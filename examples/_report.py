@@ -22,9 +22,9 @@ import lasp
 RUN, METRICS = "run.json", "metrics.jsonl"
 
 
-def nats(value: float) -> str:
+def nats(value: float, unit: str) -> str:
     """A loss in nats, and in bits, which compare with the 8 of a byte."""
-    return f"{value:.4f} nats ({value / math.log(2):.3f} bits) a byte"
+    return f"{value:.4f} nats ({value / math.log(2):.3f} bits) a {unit}"
 
 
 class Report:
@@ -36,11 +36,14 @@ class Report:
         options: the run's options, as JSON can hold them.
         text: a digest of what it is trained on.
         first_step: steps done before a resume. Their metrics stay, later ones of the interrupted run go.
-        entropy: of the data's unigrams, in nats a byte.
+        entropy: of the data's unigrams, in nats a byte or token.
+        unit: "byte" or "token".
     """
 
-    def __init__(self, folder: Path, env: lasp.Env, options: dict, *, text: str, first_step: int, entropy: float):
-        self.folder, self.env, self.entropy = folder, env, entropy
+    def __init__(
+        self, folder: Path, env: lasp.Env, options: dict, *, text: str, first_step: int, entropy: float, unit: str
+    ):
+        self.folder, self.env, self.entropy, self.unit = folder, env, entropy, unit
         self.writes = env.rank == 0
         kept = on_all_ranks("reading metrics.jsonl", lambda: read_metrics(folder) if first_step else [])[env.rank]
         self.metrics = [m for m in kept if m["step"] < first_step]
@@ -51,6 +54,7 @@ class Report:
         )
         self.curves = Curves(folder, first_step=first_step) if options["tensorboard"] and self.writes else None
         self.clock = time.perf_counter()
+        self.stop, self.last_stop = 0.0, 0.0  # seconds without a step since the last one, and of the last such stop
 
     def _begin(self, first_step: int) -> None:
         write(self.folder / RUN, json.dumps(self._about, indent=2) + "\n")
@@ -78,13 +82,16 @@ class Report:
             "tokens_per_s_per_rank": rate / self.env.world_size,
             "peak_memory_bytes": peak_memory(self.env.device),
             "seconds": seconds,
+            "stopped_before_s": self.stop,
         }
+        self.stop = 0.0
         self.metrics.append(metrics)
         on_rank_0(f"the metrics of step {step}", lambda: self._keep(step, metrics))
         unit = "GPU" if self.env.device.type == "cuda" else "rank"
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, {rate:,.0f} tokens/s, {rate / self.env.world_size:,.0f} tokens/s/{unit}, "
             f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
+            + (f", last stop {self.last_stop:.2f} s" if self.last_stop else "")
         )
         self.bar.update()
 
@@ -97,15 +104,21 @@ class Report:
         """Note the loss on held-out text after so many steps; the time that it took is no part of the next one's."""
         if self.curves is not None:
             self.curves.add(step - 1, {"held-out loss": loss})
-        self.restart_clock()
+        now = time.perf_counter()
+        self.stop, self.clock = self.stop + now - self.clock, now
 
     def sync(self) -> None:
         """Have the metrics on the disk: before a checkpoint is, which would know of steps that they do not."""
         on_rank_0("writing metrics.jsonl", lambda: sync(self.folder / METRICS))
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step, such as a checkpoint, out of the next step's seconds."""
-        self.clock = time.perf_counter()
+        """Leave what was done since the last step, such as a checkpoint, out of the next step's seconds.
+
+        How long it has stopped the training is in the next step's metrics, `stopped_before_s`, and on the bar.
+        """
+        now = time.perf_counter()
+        self.last_stop = now - self.clock
+        self.stop, self.clock = self.stop + self.last_stop, now
 
     def finish(self, held_out: dict[int, float]) -> None:
         """Draw the curve and print the summary; `held_out`: losses on held-out text, by the number of steps done."""
@@ -113,18 +126,18 @@ class Report:
         if self.curves is not None:
             self.curves.close()
         path = self.folder / "loss.png"
-        on_rank_0("writing loss.png", lambda: plot_losses(path, self.losses, held_out, self.entropy))
+        on_rank_0("writing loss.png", lambda: plot_losses(path, self.losses, held_out, self.entropy, self.unit))
         losses = list(self.losses.values())
         if not self.writes or not losses:
             return
         last = losses[-10:]  # one step's loss is that of a few texts, and these differ
         mean = sum(last) / len(last)
-        of_several = f"; mean of the last {len(last)} steps {nats(mean)}" if len(last) > 1 else ""
-        print(f"first loss       {nats(losses[0])}")
-        print(f"last loss        {nats(last[-1])}{of_several}")
+        of_several = f"; mean of the last {len(last)} steps {nats(mean, self.unit)}" if len(last) > 1 else ""
+        print(f"first loss       {nats(losses[0], self.unit)}")
+        print(f"last loss        {nats(last[-1], self.unit)}{of_several}")
         for step, loss in list(held_out.items())[-1:]:
-            print(f"held-out text    {nats(loss)} after {step} steps; by position: validation.png")
-        print(f"unigram entropy  {nats(self.entropy)}")
+            print(f"held-out text    {nats(loss, self.unit)} after {step} steps; by position: validation.png")
+        print(f"unigram entropy  {nats(self.entropy, self.unit)}")
         of = "mean" if of_several else "loss"
         print(f"That {of} is {'below' if mean < self.entropy else 'NOT below'} the unigram entropy.")
         saved = (self.folder / "LATEST").exists()
@@ -178,10 +191,10 @@ def smoothed(values: list[float], over: int) -> list[float]:
     return found
 
 
-def plot_losses(path: Path, losses: dict[int, float], held_out: dict[int, float], entropy: float) -> None:
-    """Loss by step, above the line that a model of byte frequencies cannot cross."""
+def plot_losses(path: Path, losses: dict[int, float], held_out: dict[int, float], entropy: float, unit: str) -> None:
+    """Loss by step, above the line that a model of the tokens' frequencies cannot cross."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a byte)", title="TransNormerLLM on bytes")
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss (nats a {unit})", title=f"TransNormerLLM on {unit}s")
     steps, values = list(losses), list(losses.values())
     over = max(2, len(values) // 20)
     axes.plot(steps, values, color="C0", alpha=0.35, label="training loss")
@@ -189,7 +202,7 @@ def plot_losses(path: Path, losses: dict[int, float], held_out: dict[int, float]
     if held_out:
         behind = [step - 1 for step in held_out]
         axes.plot(behind, list(held_out.values()), "o-", color="C1", markersize=4, label="loss on held-out text")
-    axes.axhline(entropy, color="gray", linestyle="--", label="entropy of the bytes' unigrams")
+    axes.axhline(entropy, color="gray", linestyle="--", label=f"entropy of the {unit}s' unigrams")
     axes.set_ylim(bottom=0)
     axes.legend()
     picture = io.BytesIO()

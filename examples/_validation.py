@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _files import FileError, on_all_ranks, on_rank_0, read_object, write
-from _text import batch_of_step
+from _text import Text, batch_of_step
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,10 +31,10 @@ FILE, PLOT = "validation.json", "validation.png"
 PART = 4096  # tokens whose logits are in memory at once
 
 
-def held_out(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def held_out(text: Text) -> tuple[Text, Text]:
     """The text to train on, and that which is held out: its end."""
     length = len(text) - len(text) // SHARE
-    return text[:length], text[length:]
+    return text.part(0, length), text.part(length, len(text))
 
 
 class Validation:
@@ -46,7 +46,7 @@ class Validation:
         first_step: steps done before a resume; what was found after later ones of the interrupted run goes.
     """
 
-    def __init__(self, folder: Path, text: np.ndarray, *, first_step: int):
+    def __init__(self, folder: Path, text: Text, *, first_step: int):
         self.folder, self.text = folder, text
         path = folder / FILE
 
@@ -61,10 +61,8 @@ class Validation:
         sums = Sums(options.seq_len, options.vocab, device)
         model.eval()
         for number in range(BATCHES):
-            place, places = mesh["dp_shard"].get_local_rank(), options.dp
-            ids = batch_of_step(
-                self.text, seed=0, step=number, batch=options.batch, seq_len=options.seq_len, dp_rank=place, dp=places
-            )
+            drawn = {"seed": 0, "step": number, "batch": options.batch, "seq_len": options.seq_len}
+            ids = batch_of_step(self.text, mesh, **drawn)
             _add(sums, ids, model, mesh, options, device)
         model.train()
         if isinstance(model, FSDPModule):

@@ -5,12 +5,16 @@
     torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2 --validate --validate-every 20 --schedule wsd
     python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --repeat-text --segment 16384 --batch 1 \
         --steps 1 --dtype bfloat16 --no-save
+    torchrun --nproc-per-node 8 --max-restarts 3 examples/train.py --out runs/mine --save-every 500 --resume-if-any
 
-The last streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
+The fourth streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
+The last goes on by itself with its newest checkpoint after a rank or a host was lost, as a job of Slurm's does with
+`#SBATCH --requeue` and the same options behind `srun python`.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
 of lasp; `build_model` holds the others. Text, checkpoints, reports, learning rates and the loss on held-out text have a
-file each beside this one.
+file each beside this one. prepare.py makes a file of tokens (`--data tokens.bin`) of a text, and export.py one file of
+the weights of a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,21 +24,21 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import _checkpoint
-import numpy as np
 import torch
 import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _launch import relaunch, started_by_a_launcher
 from _report import RUN, Report
+from _saver import Saver
 from _schedule import learning_rate
 from _tensorboard import is_installed
-from _text import batch_of_step, fingerprint, read_text, unigram_entropy
+from _text import Text, batch_of_step, open_text, slice_of_step
 from _validation import Validation, held_out
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -84,8 +88,10 @@ class Options:
     data: Path | None
     out: Path | None
     resume: bool
+    resume_if_any: bool
     save_every: int
     save: bool
+    async_save: bool
     repeat_text: bool
     validate: bool
     validate_every: int
@@ -119,12 +125,17 @@ def main(
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the host what recomputed blocks keep.")] = False,
     exchange: Annotated[str, typer.Option(help="How states travel between ranks.")] = "auto",
     data: Annotated[
-        Path | None, typer.Option(exists=True, help="Text file or folder; default: Python's own sources.")
+        Path | None, typer.Option(exists=True, help="Text, or prepare.py's tokens; default: Python's own sources.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    resume_if_any: Annotated[
+        bool,
+        typer.Option("--resume-if-any", help="The same, or begin if there is none: for torchrun's --max-restarts."),
+    ] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only at the end.")] = 0,
     save: Annotated[bool, typer.Option(help="Save the weights at the end.")] = True,
+    async_save: Annotated[bool, typer.Option(help="Go on training while a checkpoint is written.")] = True,
     repeat_text: Annotated[
         bool, typer.Option("--repeat-text", help="Let sequences longer than the text start it again.")
     ] = False,
@@ -142,7 +153,7 @@ def main(
     options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
     if not started_by_a_launcher():
         ranks = options.ranks or torch.cuda.device_count() or 2
-        check(options, ranks, text_of(options))  # before any rank starts
+        check(going_on(options), ranks, text_of(options))  # before any rank starts
         if ranks > 1:
             relaunch(__file__, ranks)
     try:
@@ -152,7 +163,14 @@ def main(
         raise typer.Exit(1) from None
 
 
-def check(options: Options, ranks: int, text: np.ndarray) -> None:
+def going_on(options: Options) -> Options:
+    """Whether a run begins or goes on, where that hangs on what is there. (Ranks ask when all have met: then those of
+    an earlier start, who may have written, have ended.)"""
+    there = options.out is not None and (options.out / _checkpoint.LATEST).exists()
+    return replace(options, resume=options.resume or (options.resume_if_any and there))
+
+
+def check(options: Options, ranks: int, text: Text) -> None:
     """Refuse options that do not fit together, before anything starts."""
     sp = options.sp or ranks // options.dp
     if options.dp * sp != ranks:
@@ -172,21 +190,30 @@ def check(options: Options, ranks: int, text: np.ndarray) -> None:
         refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
     if options.seq_len > len(text) and not (options.repeat_text and len(text)):
         hint = "; --repeat-text starts it again" if len(text) else ""
-        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} bytes of text{hint}")
+        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} {text.unit}s of text{hint}")
+    if options.vocab < text.vocab:
+        refuse("--vocab", f"{options.vocab} words are fewer than the {text.vocab} of {describe(options)}")
     check_reports(options, text)
-    latest = None if options.out is None else options.out / "LATEST"
-    if options.resume and latest is None:
-        refuse("--resume", "needs --out, the folder of the run to go on with")
+    latest = None if options.out is None else options.out / _checkpoint.LATEST
+    if (options.resume or options.resume_if_any) and latest is None:
+        refuse("--resume" if options.resume else "--resume-if-any", "needs --out, the folder of the run to go on with")
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and not (options.resume or options.resume_if_any):  # each would begin anew, or be refused
+        refuse("--resume-if-any", f"is missing: torchrun is to restart the run (--max-restarts={restarts})")
     if options.resume and latest is not None and not latest.exists():
         refuse("--resume", f"there is no checkpoint in --out {options.out}")
     if not options.resume and latest is not None and latest.exists():
-        refuse("--out", f"{options.out} holds a run already; add --resume to go on with it, or name another folder")
+        refuse(
+            "--out",
+            f"{options.out} holds a run already; add --resume to go on with it (or --resume-if-any, where the same "
+            "command is started again by torchrun or Slurm), or name another folder",
+        )
     check_folder(options.out or RUNS, options.data)
     if options.resume:
         check_same_run(options, text)
 
 
-def check_reports(options: Options, text: np.ndarray) -> None:
+def check_reports(options: Options, text: Text) -> None:
     """Refuse to report what cannot be."""
     if options.validate_every and not options.validate:
         refuse("--validate-every", "needs --validate, which holds out the end of the text")
@@ -213,7 +240,7 @@ def check_folder(out: Path, data: Path | None) -> None:
         refuse("--out", f"{out} cannot be written: {error.strerror}")
 
 
-def check_same_run(options: Options, text: np.ndarray) -> None:
+def check_same_run(options: Options, text: Text) -> None:
     """A resumed run may lie on other ranks, but what it computes must not change, and its files must be whole."""
     assert options.out is not None
     file, now = options.out / RUN, as_json(options)
@@ -228,11 +255,11 @@ def check_same_run(options: Options, text: np.ndarray) -> None:
     for name in SAME:
         if before[name] != now[name]:
             refuse("--" + name.replace("_", "-"), f"{now[name]}, but the run to be resumed has {before[name]}")
-    if digest != fingerprint(text):
+    if digest != text.digest:
         hint = f" (the sources of Python {run_before.get('python')})" if before["data"] is None else ""
         refuse(
             "--data",
-            f"{describe(options)} is not the text of the run to be resumed: its SHA-256 is {fingerprint(text)}, that "
+            f"{describe(options)} is not the text of the run to be resumed: its SHA-256 is {text.digest}, that "
             f"of the run's {digest}{hint}",
         )
 
@@ -242,11 +269,11 @@ def describe(options: Options) -> str:
     return f"the sources of Python {platform.python_version()}" if options.data is None else str(options.data)
 
 
-def text_of(options: Options) -> np.ndarray:
-    """The bytes to train on."""
+def text_of(options: Options) -> Text:
+    """What to train on."""
     try:
-        return read_text(options.data)
-    except OSError as error:
+        return open_text(options.data)
+    except (OSError, FileError) as error:
         refuse("--data", f"{describe(options)} cannot be read: {error}")
 
 
@@ -263,6 +290,7 @@ def as_json(options: Options) -> dict:
 def run(options: Options) -> None:
     """The whole run of one rank."""
     env = lasp.init()
+    options = going_on(options)
     text, digest = agree(options, env)
     mesh = lasp.init_mesh(dp_shard=options.dp, sp=options.sp or -1)
     folder = options.out or Path(on_rank_0("naming the folder for results", new_folder))
@@ -275,20 +303,23 @@ def run(options: Options) -> None:
     if options.validate:
         text, unseen = held_out(text)
         validation = Validation(folder, unseen, first_step=first_step)
-    entropy = unigram_entropy(text)
-    report = Report(folder, env, as_json(options), text=digest, first_step=first_step, entropy=entropy)
-    for step in range(first_step, options.steps):
-        loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
-        if not loss.isfinite():  # the same on every rank
-            raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
-        report.step(step, loss.item(), int(tokens), lr=optimizer.param_groups[0]["lr"])
-        due = options.save_every and (step + 1) % options.save_every == 0
-        if due or (options.save and step + 1 == options.steps):
-            report.sync()
-            _checkpoint.save(folder, step + 1, model, optimizer, run=same)
-            report.restart_clock()
-        if validation is not None and options.validate_every and (step + 1) % options.validate_every == 0:
-            report.held_out(step + 1, validation.run(step + 1, model, mesh, options, env.device))
+    about = {"text": digest, "entropy": text.entropy, "unit": text.unit}
+    report = Report(folder, env, as_json(options), first_step=first_step, **about)
+    beside = options.async_save and 0 < options.save_every < options.steps
+    with Saver(folder, env.device, beside=beside, run=same) as saver:
+        for step in range(first_step, options.steps):
+            loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
+            if not loss.isfinite():  # the same on every rank
+                raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
+            report.step(step, loss.item(), int(tokens), lr=optimizer.param_groups[0]["lr"])
+            saver.check()
+            due, last = options.save_every and (step + 1) % options.save_every == 0, step + 1 == options.steps
+            if due or (options.save and last):
+                report.sync()
+                saver.save(step + 1, model, optimizer, beside=not last)
+                report.restart_clock()
+            if validation is not None and options.validate_every and (step + 1) % options.validate_every == 0:
+                report.held_out(step + 1, validation.run(step + 1, model, mesh, options, env.device))
     if validation is not None and options.steps not in validation.losses:
         report.held_out(options.steps, validation.run(options.steps, model, mesh, options, env.device))
     report.finish({} if validation is None else validation.losses)
@@ -297,12 +328,12 @@ def run(options: Options) -> None:
         verify(options, text, report.losses, env.device)
 
 
-def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
+def agree(options: Options, env: lasp.Env) -> tuple[Text, str]:
     """The text and its digest, if this rank's options and files, which may be those of another host, are fine on all.
 
     Ends the run if not: what is wrong is printed on rank 0, which the others wait for.
     """
-    texts: list[np.ndarray] = []
+    texts: list[Text] = []
 
     def look() -> dict[str, str | None]:
         try:
@@ -310,13 +341,19 @@ def agree(options: Options, env: lasp.Env) -> tuple[np.ndarray, str]:
             check(options, env.world_size, texts[0])
         except typer.BadParameter as error:
             return {"option": error.param_hint, "message": error.message}  # type: ignore[dict-item]
-        return {"digest": fingerprint(texts[0])}
+        return {"digest": texts[0].digest, "begins": None if options.resume else "begins"}
 
     found = on_all_ranks("looking at the options", look)
     refused = next((x for x in found if "option" in x), None)
     if refused is None and len({x["digest"] for x in found}) > 1:
         digests = ", ".join(f"{x['digest']} on rank {rank}" for rank, x in enumerate(found))
         refused = {"option": "--data", "message": f"{describe(options)} differs between ranks; SHA-256: {digests}"}
+    if refused is None and len({x["begins"] for x in found}) > 1:
+        ranks = ", ".join(str(rank) for rank, x in enumerate(found) if x["begins"])
+        message = (
+            f"{options.out} holds no checkpoint for rank {ranks}, and one for the others; they must share the folder"
+        )
+        refused = {"option": "--out", "message": message}
     if refused is not None:
         if env.rank == 0:
             typer.BadParameter(refused["message"], param_hint=refused["option"]).show()
@@ -380,27 +417,28 @@ def optimizer_of(model: nn.Module, options: Options, device: torch.device) -> Op
 def train_step(
     options: Options,
     step: int,
-    text: np.ndarray,
+    text: Text,
     model: nn.Module,
     optimizer: Optimizer,
     mesh: DeviceMesh | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """One step; the loss of the global batch before it, and the tokens that it is the mean of."""
-    dp_rank, dp = (0, 1) if mesh is None else (mesh["dp_shard"].get_local_rank(), options.dp)
-    ids = batch_of_step(
-        text, seed=options.seed, step=step, batch=options.batch, seq_len=options.seq_len, dp_rank=dp_rank, dp=dp
-    )
+    drawn = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
     optimizer.zero_grad()
     sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
     if options.segment and mesh is not None:
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
+            ids = batch_of_step(text, mesh, **drawn)
             loss, tokens = lasp.stream_backward(
                 model, {"input_ids": ids}, mesh=mesh, segment=options.segment, progress=step == 0
             )
     else:
-        local = lasp.shard_batch({"input_ids": ids.to(device)}, mesh)  # this rank's slice, labels, positions, layout
+        if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
+            local = slice_of_step(text, mesh, device, **drawn)
+        else:  # this rank's slice, labels, positions, layout
+            local = lasp.shard_batch({"input_ids": batch_of_step(text, mesh, **drawn).to(device)}, mesh)
         head = (model.module if isinstance(model, DistributedDataParallel) else model).head
         with autocast:
             hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
@@ -413,7 +451,7 @@ def train_step(
     return loss.detach(), tokens
 
 
-def verify(options: Options, text: np.ndarray, split: dict[int, float], device: torch.device) -> None:
+def verify(options: Options, text: Text, split: dict[int, float], device: torch.device) -> None:
     """Train the same seed on the same batches without lasp's ranks, and compare the loss of every known step."""
     if not split:
         print("--verify has nothing to compare: metrics.jsonl has no losses", file=sys.stderr)

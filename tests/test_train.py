@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
+from _text import Text, open_text
 from ranks import run_ranks
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -159,6 +160,61 @@ def test_a_run_leaves_these_files(done):
     names = ["LATEST", "loss.png", "metrics.jsonl", "run.json", "step-000001", "step-000002"]
     assert sorted(path.name for path in (done / "out").iterdir()) == names
     assert json.loads((done / "out" / "run.json").read_text())["text"] == hashlib.sha256(TEXT).hexdigest()
+    first, second = map(json.loads, (done / "out" / "metrics.jsonl").read_text().splitlines())
+    assert first["stopped_before_s"] == 0 < second["stopped_before_s"]  # by the first checkpoint
+
+
+def test_a_checkpoint_beside_the_training_is_that_of_one_that_waits(done, tmp_path):
+    _assert_on_all(2, 0, [], _small(done / "texts", tmp_path / "out", "--no-async-save"))
+    _assert_same_state(tmp_path / "out", done / "out")
+
+
+def _state(out, step=None):
+    """All that the checkpoint holds: tensors, whole; and the text of what is none."""
+    folder = out / ((out / "LATEST").read_text() if step is None else f"step-{step:06d}")
+    parts = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, x in load_file(file).items():
+            parts.setdefault(name, []).append(x)
+    return {name: torch.cat(x) if x[0].ndim else x[0] for name, x in parts.items()}, (
+        folder / "values.json"
+    ).read_text()
+
+
+def _assert_same_state(found, expected, steps=(1, 2)):
+    for step in steps:
+        (tensors, values), (others, other_values) = _state(found, step), _state(expected, step)
+        assert values == other_values
+        assert tensors.keys() == others.keys()
+        for name, x in others.items():
+            assert torch.equal(tensors[name], x), name
+
+
+def test_the_same_command_goes_on_after_a_restart(copy, done, tmp_path):
+    """What it begins the first time; of people, who must say so, it is refused."""
+    code, output = _alone(*_small(copy / "texts", copy / "out"))
+    assert (code, "holds a run already; add --resume" in output) == (2, True), output
+    _assert_on_all(2, 0, [], _small(copy / "texts", copy / "out", "--resume-if-any"))
+    _assert_same_state(copy / "out", done / "out")
+    assert _losses(copy / "out") == _losses(done / "out")
+    _assert_on_all(2, 0, [], _small(copy / "texts", tmp_path / "new", "--resume-if-any"))
+    _assert_same_state(tmp_path / "new", done / "out")
+    code, output = _alone(*_small(copy / "texts", copy / "out", "--resume-if-any", "--lr=0.5"))
+    assert (code, "Invalid value for --lr" in output, "the run to be resumed has 0.002" in output) == (2, True, True)
+
+
+def test_what_a_restart_needs_is_asked_before_the_first_start(text, tmp_path, monkeypatch):
+    code, output = _alone("--seq-len=33", f"--data={text}", "--resume-if-any")
+    assert (code, "Invalid value for --resume-if-any: needs --out" in output) == (2, True), output
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    code, output = _alone(*_small(text, tmp_path / "out"))
+    assert (code, "torchrun is to restart the run (--max-restarts=3)" in output) == (2, True), output
+
+
+def test_ranks_that_do_not_share_the_folder(copy, tmp_path):
+    words = ["Invalid value for --out", "holds no checkpoint for rank 1, and one for the others"]
+    elsewhere = {1: [f"--out={tmp_path / 'elsewhere'}"]}
+    _assert_on_all(2, 2, words, _small(copy / "texts", copy / "out", "--resume-if-any"), elsewhere, prints=[0])
 
 
 def test_the_same_text_at_another_path(copy, done, monkeypatch):
@@ -183,7 +239,7 @@ def test_another_python_has_another_text(copy):
     run["options"]["data"], run["python"] = None, "3.9.99"
     file.write_text(json.dumps(run))
     arguments = [x for x in _resume(copy) if not str(x).startswith("--data")]
-    with mock.patch.object(train, "read_text", return_value=train.read_text(copy / "texts" / "a.txt")[:-1]):
+    with mock.patch.object(train, "open_text", return_value=Text(open_text(copy / "texts" / "a.txt").ids[:-1])):
         code, output = _alone(*arguments)
     assert (code, "Python 3.9.99" in output, f"Python {train.platform.python_version()}" in output) == (2, True, True)
 
@@ -322,6 +378,16 @@ def test_a_full_disk_is_a_sentence_on_every_rank(copy, rank, size, file):
     assert (out / "LATEST").read_text() == "step-000001"
     _assert_on_all(2, 0, [], _resume(copy))  # nothing that it left is in the way
     assert (out / "LATEST").read_text() == "step-000002"
+
+
+def test_a_full_disk_beside_the_training(text, tmp_path):
+    """The first of two checkpoints, while the next step is trained."""
+    out = tmp_path / "out"
+    for code, output in run_ranks(2, _with_little_room, _small(text, out, "--steps=40", "--save-every=20"), 1, 20_000):
+        assert code == 1
+        assert f"{out / 'step-000020'} cannot be saved" in output
+        assert "Traceback" not in output
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
 def test_metrics_on_a_full_disk(copy):

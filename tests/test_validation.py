@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import train
 from _report import smoothed
 from _schedule import SCHEDULES, learning_rate
+from _text import Text
 from _validation import BATCHES, held_out
 from ranks import run_ranks
 from test_train import TEXT, _alone, _call, _on_ranks, _small, text  # noqa: F401
@@ -121,10 +122,10 @@ def test_the_loss_by_position_is_that_of_one_process(text, tmp_path, more):  # n
 
 
 def test_held_out_is_the_last_twentieth():
-    trained, unseen = held_out(torch.arange(1999).numpy())
+    trained, unseen = held_out(Text(torch.arange(1999).numpy()))
     assert (len(trained), len(unseen)) == (1900, 99)
-    assert unseen[0] == 1900
-    assert len(held_out(torch.arange(19).numpy())[1]) == 0
+    assert unseen.ids[0] == 1900
+    assert len(held_out(Text(torch.arange(19).numpy()))[1]) == 0
 
 
 def test_a_resumed_run_validates_as_an_uninterrupted_one(text, tmp_path):  # noqa: F811

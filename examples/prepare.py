@@ -1,0 +1,120 @@
+"""Make a file of tokens, which a run maps into memory and of which each rank reads its own slices.
+
+    python examples/prepare.py my_texts/ tokens.bin                                # bytes are the tokens
+    python examples/prepare.py my_texts/ tokens.bin --tokenizer my_tokenizer/tokenizer.json --separator 0
+    python examples/train.py --data tokens.bin --vocab 64000
+
+Beside it stands tokens.bin.json, which says what is in it (_tokens.py). A tokenizer of Hugging Face needs `tokenizers`
+(a file tokenizer.json) or `transformers` (a folder of a model, or its name on the hub); no code of its own is run. It
+is given pieces of some megabyte, cut behind a line: nothing need fit in memory, but for one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from _files import FileError, NotWritten
+from _text import files_of
+from _tokens import header_of, write_tokens
+from tqdm import tqdm
+
+PIECE = 2**20  # bytes
+
+Encode = Callable[[bytes], np.ndarray]
+
+
+def main(
+    source: Annotated[Path, typer.Argument(exists=True, help="Text file, or a folder of them.")],
+    out: Annotated[Path, typer.Argument(help="File of tokens to be written, such as tokens.bin.")],
+    tokenizer: Annotated[str, typer.Option(help='"bytes", a tokenizer.json, a folder or a name on the hub.')] = "bytes",
+    separator: Annotated[int | None, typer.Option(min=0, help="Token to put behind each file.")] = None,
+) -> None:
+    """Make a file of tokens from text."""
+    for path in (out, header_of(out)):
+        if path.exists():
+            raise typer.BadParameter(f"{path} exists; name another file, or remove it", param_hint="OUT")
+    files = files_of(source)
+    encode, vocab = encoder(tokenizer)
+    if separator is not None:
+        vocab = max(vocab, separator + 1)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = write_tokens(out, tokens_of(files, encode, separator), vocab=vocab, tokenizer=tokenizer)
+    except (FileError, NotWritten) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{out}: {found['tokens']:,} tokens ({found['dtype']}) of {len(files):,} files; --vocab {vocab} or more")
+
+
+def tokens_of(files: list[Path], encode: Encode, separator: int | None) -> Iterator[np.ndarray]:
+    """Of all files, a piece at a time."""
+    with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        for path in files:
+            try:
+                for piece in pieces_of(path):
+                    yield encode(piece)
+                    bar.update(len(piece))
+            except UnicodeDecodeError as error:
+                raise FileError(f"{path} is no UTF-8 text: {error}") from error
+            if separator is not None:
+                yield np.array([separator])
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """A file, cut behind lines."""
+    lines: list[bytes] = []
+    try:
+        with path.open("rb") as file:
+            while lines := file.readlines(PIECE):
+                yield b"".join(lines)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def encoder(name: str) -> tuple[Encode, int]:
+    """What makes tokens of bytes, and the number of its words."""
+    if name == "bytes":
+        return lambda piece: np.frombuffer(piece, np.uint8), 256
+    path = Path(name)
+    if path.is_file():
+        need("tokenizers", name)
+        from tokenizers import Tokenizer
+
+        try:
+            found = Tokenizer.from_file(name)
+        except Exception as error:  # the library raises no other kind
+            raise typer.BadParameter(f"{name} is no tokenizer: {error}", param_hint="--tokenizer") from error
+        words = found.get_vocab()
+        return lambda x: np.array(found.encode(x.decode(), add_special_tokens=False).ids, np.int64), most(words)
+    need("transformers", name)
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{name} is no tokenizer: {error}", param_hint="--tokenizer") from error
+    return lambda x: np.array(loaded.encode(x.decode(), add_special_tokens=False), np.int64), most(loaded.get_vocab())
+
+
+def most(words: dict[str, int]) -> int:
+    """One more than the greatest token."""
+    return max(words.values()) + 1
+
+
+def need(library: str, name: str) -> None:
+    """End with a message unless a library is installed."""
+    if importlib.util.find_spec(library) is None:
+        message = f"{name} needs {library}, which is not installed: pip install {library}; bytes need nothing"
+        raise typer.BadParameter(message, param_hint="--tokenizer")
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()
