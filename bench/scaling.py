@@ -13,13 +13,14 @@ same run, on the same GPUs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import plots
@@ -33,13 +34,14 @@ from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 import lasp
-from lasp.data_parallel import wrap_fsdp2
+from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 from lasp.exchange import cost
 from lasp.models import TNL, TNLConfig
 from lasp.models.memory import save_memory
 from lasp.models.tnl import SIZES
 from lasp.ranks import MESH_AXES, SCHEDULES
 
+WARM = 12  # steps before a graph is captured; DDP asks for 11
 GATE_TOKENS, GATE_LIMIT = 128, 1e-2  # relative difference of the losses from those of one rank
 Interval = tuple[float, float]
 
@@ -93,14 +95,17 @@ class Training:
             for block in model.blocks:
                 block.compile()
         save_memory(model.blocks, recompute=recomputed, chunk=options.chunk, offload=options.offload)
-        self.model, self.head, self.autocast = model, model.head, not options.fsdp
-        if options.fsdp:
+        self.head, self.autocast = model.head, options.parallel == "ddp"
+        if options.parallel == "ddp":
+            with on_the_side(device):  # where a graph will be captured
+                self.model = wrap_ddp(model, self.mesh)
+        else:
             bf16 = torch.bfloat16 if device.type == "cuda" else None
             policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
             self.model = wrap_fsdp2(model, self.mesh, blocks=model.blocks, mp_policy=policy)
-        elif layout.ranks > 1:
-            raise SystemExit("--no-fsdp is for one rank")
-        self.optimizer = AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
+        gpu = device.type == "cuda"
+        self.optimizer = AdamW(self.model.parameters(), lr=1e-4, fused=gpu, capturable=gpu and options.graph)
+        self.graph = Graph(self._step) if options.graph else None
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
         """This rank's part of one random sequence of sp x tokens for each dp rank."""
@@ -110,15 +115,53 @@ class Training:
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss over all tokens; without a wait for the device."""
+        return self._step(batch) if self.graph is None else self.graph.step(batch)
+
+    def _step(self, batch: dict[str, Tensor]) -> Tensor:
         here = batch["input_ids"].shape[1]  # on every rank as many; with the layout lasp knows it
         layout = lasp.ShardLayout((here,) * (self.layout.sp if self.exchange else 1))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graph is None):
             hidden = self.model(batch["input_ids"], batch["position_ids"], layout, return_hidden=True)
             loss, _ = lasp.linear_token_loss(hidden, self.head.weight, batch["labels"], mesh=self.mesh)
         self.optimizer.zero_grad()
         loss.backward()  # FSDP2 averages over the ranks
         self.optimizer.step()
         return loss.detach()
+
+
+class Graph:
+    """A step as one CUDA graph, always of the same batch: the host only starts it."""
+
+    def __init__(self, step: Callable[[dict[str, Tensor]], Tensor]):
+        self._run, self._calls, self._batch = step, 0, None
+        self._captured: torch.cuda.CUDAGraph | None = None
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """The first ones, for which DDP and kernels are not ready, without a graph."""
+        self._calls += 1
+        if self._calls <= WARM:
+            with on_the_side(batch["input_ids"].device):
+                return self._run(batch)
+        if self._captured is None:
+            self._captured, self._batch = torch.cuda.CUDAGraph(), batch
+            with torch.cuda.graph(self._captured, capture_error_mode="thread_local"):  # NCCL's thread goes on
+                self._loss = self._run(batch)
+        assert batch is self._batch, "a graph has one batch"
+        self._captured.replay()
+        return self._loss
+
+
+@contextlib.contextmanager
+def on_the_side(device: torch.device) -> Iterator[None]:
+    """On a GPU on another stream, between what comes before and after."""
+    if device.type != "cuda":
+        yield
+        return
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        yield
+    here.wait_stream(side)
 
 
 # ---- one row
@@ -353,7 +396,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", default="alibi")
     parser.add_argument("--recompute", type=int, metavar="BLOCKS", help="so many of them in backward; default: all")
     parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
-    parser.add_argument("--no-fsdp", dest="fsdp", action="store_false", help="on one rank: bf16 by autocast")
+    parser.add_argument("--parallel", choices=("fsdp2", "ddp"), default="fsdp2", help="ddp: bf16 by autocast")
+    parser.add_argument("--graph", action="store_true", help="a step as one CUDA graph; with ddp only")
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a gated linear unit at once; default: all")
     parser.add_argument("--offload", action="store_true", help="what recomputed blocks keep lies on the host")
     parser.add_argument("--steps", type=int, default=8)
@@ -372,6 +416,9 @@ def main(argv: list[str] | None = None) -> None:
     add_model_arguments(parser)
     add_report_arguments(parser)
     options = parser.parse_args(argv)
+    if options.graph and options.parallel != "ddp":
+        raise SystemExit("--graph needs --parallel ddp: FSDP2 frees its weights within a step")
+    options.warmup = max(options.warmup, WARM + 2) if options.graph else options.warmup
     env = lasp.init()
     layouts = choose_layouts(options.mesh, env.world_size, alone=not (options.strong or options.longest))
     if env.world_size > 1:
@@ -384,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {"ranks": env.world_size, "backend": env.backend, "model": options.model, "decay": options.decay}
     facts |= {"blocks recomputed": "all" if options.recompute is None else options.recompute}
     facts |= {"chunk of the gated units": options.chunk or "all", "kept on the host": options.offload}
-    facts |= {"steps timed": options.steps}
+    facts |= {"data parallel": options.parallel, "one CUDA graph": options.graph, "steps timed": options.steps}
     facts |= {"load of the host (1 minute)": os.getloadavg()[0]}
     kept = report(
         f"scaling_{name}_{options.model}_{env.world_size}x{env.device.type}",

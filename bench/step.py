@@ -18,7 +18,7 @@ import sys
 import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
-from scaling import Layout, Training, add_model_arguments, free, steps
+from scaling import WARM, Layout, Training, add_model_arguments, free, steps
 from torch.profiler import ProfilerActivity, profile
 
 import lasp
@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     add_model_arguments(parser)
     add_report_arguments(parser)
     options = parser.parse_args(argv)
+    options.warmup = max(options.warmup, WARM + 2) if options.graph else options.warmup
     options.exchange = "auto"
     env = lasp.init()
     if env.device.type != "cuda":
