@@ -1,4 +1,7 @@
-"""`LightningAttention`: the layer without parameters that models use and `parallelize` finds."""
+"""The operators as modules, which models use and `parallelize` finds.
+
+A model holds them, gives them what its own layers have made of its tokens, and knows no ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from lasp import arguments
 from lasp.decay import fixed, values_of
 from lasp.layout import ShardLayout
 from lasp.ops.attention import linear_attention
+from lasp.ops.delta import delta_rule
+from lasp.ops.halo import causal_conv
+from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
 
 
@@ -84,3 +90,91 @@ class LightningAttention(nn.Module):
         """The heads that decay, and the scale."""
         decay = "none" if self._fixed is None else f"[{len(self._fixed)}]"
         return f"log_decay={decay}, scale={self.scale}"
+
+
+class DeltaRule(nn.Module):
+    """`lasp.delta_rule` as a module, without parameters; `scale` multiplies the output."""
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def __init__(self, *, scale: float = 1.0):
+        super().__init__()
+        self.scale = arguments.number("scale", scale)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None = None,
+        *,
+        layout: ShardLayout | None = None,
+    ) -> Tensor:
+        """q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H] to o [B, T, H, V]; see `lasp.delta_rule`."""
+        options = {"log_decay": log_decay, "scale": self.scale, "layout": layout, "sequence": self.sequence}
+        return delta_rule(q, k, v, beta, **options)[0]  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        """The scale."""
+        return f"scale={self.scale}"
+
+
+class SoftmaxAttention(nn.Module):
+    """`lasp.softmax_attention` as a module, without parameters: the softmax layers of hybrids.
+
+    Args:
+        scale: multiplies the scores; None is 1 / sqrt(K).
+        window: tokens that a query sees, its own among them; None is all before it.
+    """
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def __init__(self, *, scale: float | None = None, window: int | None = None):
+        super().__init__()
+        self.scale = None if scale is None else arguments.number("scale", scale)
+        self.window = None if window is None else arguments.integer("window", window, at_least=1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, layout: ShardLayout | None = None) -> Tensor:
+        """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.softmax_attention`."""
+        options = {"scale": self.scale, "window": self.window, "layout": layout, "sequence": self.sequence}
+        return softmax_attention(q, k, v, **options)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        """The scale, and the window."""
+        return f"scale={self.scale}, window={self.window}"
+
+
+class CausalConv(nn.Module):
+    """A short causal convolution of each channel (`lasp.causal_conv`), with its weight [channels, width].
+
+    Args:
+        channels: of a token.
+        width: tokens that an output sees, its own among them.
+        bias: add one to each channel.
+    """
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def __init__(self, channels: int, width: int = 4, *, bias: bool = False):
+        super().__init__()
+        channels, width = (arguments.integer(n, x, at_least=1) for n, x in (("channels", channels), ("width", width)))
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if arguments.flag("bias", bias) else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform, as `nn.Conv1d` begins."""
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor, *, layout: ShardLayout | None = None) -> Tensor:
+        """x [B, T, channels] to the same shape; see `lasp.causal_conv`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # under autocast x has another
+        return causal_conv(x, self.weight.to(x.dtype), bias, layout=layout, sequence=self.sequence)
+
+    def extra_repr(self) -> str:
+        """Its size."""
+        return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, bias={self.bias is not None}"

@@ -1,7 +1,9 @@
 """Training over dp x sp with `sync_grads`, DDP and FSDP2: gradients and parameters are those of one process."""
 
 import gc
+import warnings
 import weakref
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
-from lasp.ranks.group import process
+from lasp.ranks.group import process, set_timeout, timeout_of
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # all is in fp64
 
@@ -321,3 +323,16 @@ def _dropped_wrapper(collecting):
 @pytest.mark.parametrize("collecting", [(0, 1, 2), (1,)])
 def test_gradients_are_averaged_also_where_nobody_keeps_ddp_itself(collecting):
     run_ranks(3, _dropped_wrapper, collecting)
+
+
+def _timeout():
+    before = timeout_of(dist.group.WORLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_timeout(timedelta(seconds=77))
+    assert timeout_of(dist.group.WORLD) == timedelta(seconds=77)
+    set_timeout(before)
+
+
+def test_a_timeout_is_set_without_a_warning():
+    run_ranks(2, _timeout)

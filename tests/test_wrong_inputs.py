@@ -145,6 +145,7 @@ SIZES = {name: SIZE for name in ("vocab_size", "layers", "width", "heads")}
 SCHEDULE = {"heads": SIZE, "layer": [*NO_INTEGER, -1, 3], "layers": [*NO_INTEGER, 0]}
 TNL = {"vocab_size": WORDS, "layers": 1, "width": 4, "heads": 2, "glu_width": 4}
 LINEAR = {"vocab_size": WORDS, "layers": 1, "width": 4, "heads": 2, "mlp_width": 4}
+DECODER = {"family": "gla", "vocab_size": WORDS, "layers": 1, "width": 4, "heads": 2, "glu_width": 4}
 FORWARD = {
     "input_ids": [None, [[1]], zeros(1, T), zeros(1, T, dtype=torch.bool), torch.arange(T)],
     "position_ids": [[0], zeros(T), torch.arange(T + 1), torch.zeros(3, 1, T).long()],
@@ -484,13 +485,19 @@ TABLE = {
         {"name": [*NO_TEXT, "huge"]},
     ),
     "TNL": (models.TNL, lambda ranks: {}, {"config": [None, 5, "tiny", TNL]}),
-    "TNL.forward": (models.TNL(models.TNLConfig(**TNL)).forward, lambda ranks: batch(), FORWARD),
+    "LanguageModel.forward": (models.TNL(models.TNLConfig(**TNL)).forward, lambda ranks: batch(), FORWARD),
     "LinearTransformer": (models.LinearTransformer, lambda ranks: {}, {"config": [None, 5, "tiny", LINEAR]}),
-    "LinearTransformer.forward": (
-        models.LinearTransformer(models.LinearTransformerConfig(**LINEAR)).forward,
-        lambda ranks: batch(),
-        FORWARD,
+    "DecoderConfig": (
+        models.DecoderConfig,
+        lambda ranks: DECODER,
+        {**SIZES, "heads": [*SIZE, 3], "glu_width": SIZE, "family": [*NO_TEXT, "rnn"], "pattern": [*NO_TEXT, "", "LX"]},
     ),
+    "DecoderConfig.named": (
+        models.DecoderConfig.named,
+        lambda ranks: {"family": "gla", "size": "tiny"},
+        {"family": [*NO_TEXT, "rnn"], "size": [*NO_TEXT, "huge"]},
+    ),
+    "Decoder": (models.Decoder, lambda ranks: {}, {"config": [None, 5, "tiny", DECODER]}),
 }
 ROWS = [
     (name, argument, number)
@@ -581,8 +588,8 @@ NOT_CALLED = {
     "modules",
 }
 METHODS = [lasp.ShardLayout.even, lasp.ShardLayout.bounds, lasp.ShardLayout.local, LightningAttention.forward]
-METHODS += [c.named for c in (models.TNLConfig, models.LinearTransformerConfig)]
-METHODS += [c.forward for c in (models.TNL, models.LinearTransformer)]
+METHODS += [c.named for c in (models.TNLConfig, models.LinearTransformerConfig, models.DecoderConfig)]
+METHODS += [models.TNL.forward]
 
 
 def public_functions():

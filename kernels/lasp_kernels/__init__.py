@@ -14,12 +14,13 @@ from lasp_kernels.dispatch import (
     steps_of,
 )
 from lasp_kernels.operands import Operands, check_inputs
-from lasp_kernels.reference import recurrent_linear_attention, state_dtype
+from lasp_kernels.reference import activation_of, recurrent_linear_attention, state_dtype
 
 __all__ = [
     "Maps",
     "Operands",
     "Steps",
+    "activation_of",
     "check_inputs",
     "chunked_linear_attention",
     "fold",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lasp import arguments
 from lasp.layout import ShardLayout
+from lasp.models.trunk import LanguageModel
 from lasp.modules import LightningAttention
 
 
@@ -56,7 +57,7 @@ SIZES = {
 }
 
 
-class LinearTransformer(nn.Module):
+class LinearTransformer(LanguageModel):
     """The language model: embedding with sinusoidal positions, blocks, norm, head."""
 
     def __init__(self, config: LinearTransformerConfig):
@@ -86,31 +87,16 @@ class LinearTransformer(nn.Module):
                     out.weight.mul_((2 * self.config.layers) ** -0.5)  # type: ignore[union-attr,operator]
             self.head.weight.mul_(0.1)  # nearly equal logits: the loss starts at ln(vocab_size)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        layout: ShardLayout | None = None,
-        *,
-        return_hidden: bool = False,
-    ) -> Tensor:
-        """Logits [B, T, vocab_size]; the arguments are those of `lasp.models.TNL.forward`."""
-        arguments.positions(position_ids, input_ids)
-        arguments.flag("return_hidden", return_hidden)
-        if position_ids is None:
-            position_ids = self._default_positions(input_ids)
-        x = self.embedding(input_ids)  # [B, T, D]
-        x = x + sinusoids(position_ids, self.config.width).to(x.dtype)
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Tokens [B, T] and their positions to x [B, T, D]."""
+        x = self.embedding(input_ids)
+        return x + sinusoids(position_ids, self.config.width).to(x.dtype)
+
+    def run(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None) -> Tensor:
+        """x [B, T, D] through all blocks."""
         for block in self.blocks:
             x = block(x, layout)
-        x = self.norm(x)
-        return x if return_hidden else self.head(x)
-
-    def _default_positions(self, input_ids: Tensor) -> Tensor:
-        first = self.blocks[0].attention  # type: ignore[union-attr]
-        if first.attention.sequence is not None:  # type: ignore[union-attr]
-            raise ValueError("position_ids are needed when the sequence is split; lasp.shard_batch makes them")
-        return torch.arange(input_ids.shape[1], device=input_ids.device)
+        return x
 
 
 def sinusoids(position_ids: Tensor, width: int) -> Tensor:

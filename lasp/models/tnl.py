@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lasp import arguments, decay
 from lasp.layout import ShardLayout
-from lasp.models._linears import gated_linear, norm_gate_linear, norm_linear
+from lasp.models._linears import SimpleRMSNorm, gated_linear, norm_gate_linear, norm_linear
+from lasp.models.trunk import LanguageModel
 from lasp.modules import LightningAttention
 from lasp_kernels import rotate
 
@@ -71,7 +72,7 @@ SIZES = {
 }
 
 
-class TNL(nn.Module):
+class TNL(LanguageModel):
     """The language model: embedding, blocks, norm, head.
 
     To build it without memory, for a size that one device cannot hold::
@@ -108,41 +109,17 @@ class TNL(nn.Module):
                     layer.out.weight.mul_((2 * self.config.layers) ** -0.5)  # type: ignore[union-attr,operator]
             self.head.weight.mul_(0.1)  # nearly equal logits: the loss starts at ln(vocab_size)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        layout: ShardLayout | None = None,
-        *,
-        return_hidden: bool = False,
-    ) -> Tensor:
-        """Logits [B, T, vocab_size] in the model's dtype.
+    @property
+    def counts_positions(self) -> bool:
+        """Only what rotates queries and keys does."""
+        return self.config.lrpe
 
-        Args:
-            input_ids: [B, T], int64; on a rank of a split sequence its slice, as `lasp.shard_batch` cuts it.
-            position_ids: [B, T] or [T], integers: positions in the *whole* sequence. By default 0, 1, ... T - 1,
-                which is wrong on a slice and refused there.
-            layout: how tokens lie on the ranks, from `lasp.shard_batch`: needed for packed sequences, and heads that
-                forget fast then exchange with their neighbour only.
-            return_hidden: give what the head reads, [B, T, width], for `lasp.linear_token_loss`.
-        """
-        arguments.positions(position_ids, input_ids)
-        arguments.flag("return_hidden", return_hidden)
-        if position_ids is None:
-            position_ids = self._default_positions(input_ids)
-        x = self.embedding(input_ids) * math.sqrt(self.config.width)  # [B, T, D]
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Tokens [B, T] to x [B, T, D]."""
+        x = self.embedding(input_ids) * math.sqrt(self.config.width)
         if torch.is_autocast_enabled(x.device.type):  # between the blocks, too, as in FSDP2's mixed precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for block in self.blocks:
-            x = block(x, position_ids, layout)
-        x = self.norm(x)
-        return x if return_hidden else self.head(x)
-
-    def _default_positions(self, input_ids: Tensor) -> Tensor:
-        first = self.blocks[0].attention  # type: ignore[union-attr]
-        if self.config.lrpe and first.attention.sequence is not None:  # type: ignore[union-attr]
-            raise ValueError("position_ids are needed when the sequence is split; lasp.shard_batch makes them")
-        return torch.arange(input_ids.shape[1], device=input_ids.device)
+        return x
 
 
 class Block(nn.Module):
@@ -238,13 +215,3 @@ class SimpleGLU(nn.Module):
         """x [B, T, D] to the same shape and dtype."""
         x, value, gate = norm_linear(x, self.norm, self.value, self.gate)
         return x + gated_linear(value, gate, self.out)
-
-
-class SimpleRMSNorm(nn.Module):
-    """x sqrt(D) / |x|, without a gain (arXiv 2307.14995, section 3.1); computed in fp32 inside."""
-
-    eps = 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] to the same shape and dtype."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)

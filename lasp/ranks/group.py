@@ -154,6 +154,8 @@ class _Process:
         self._meshes = (None, {})
 
 
+_set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # since torch 2.14 the second one warns
+
 process = _Process()
 
 
@@ -163,7 +165,7 @@ def peers_of(group: ProcessGroup) -> Peers:
     if found is None:
         found = process.peers[group] = Peers(group)
         if process.timeout is not None and not found.fake:
-            c10d._set_pg_timeout(process.timeout, group)
+            _set_timeout(process.timeout, group)
     return found
 
 
@@ -201,7 +203,7 @@ def set_timeout(timeout: timedelta) -> None:
     process.timeout = timeout
     for group in {dist.group.WORLD, *process.peers}:
         if group is not None and peers_of(group).exists and not peers_of(group).fake:
-            c10d._set_pg_timeout(timeout, group)
+            _set_timeout(timeout, group)
 
 
 @contextmanager

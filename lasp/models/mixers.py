@@ -1,0 +1,251 @@
+"""What mixes the tokens in the published families, one class each: x [B, T, D], normed, to what is added to the stream.
+
+Each is its paper's layer around one of the operators in `lasp.modules`, which alone know what crosses ranks. Shapes in
+comments: B sequences, T tokens (of this rank), H heads of K channels of queries and keys and V of values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasp import decay
+from lasp.layout import ShardLayout
+from lasp.models._linears import norm_gate_linear
+from lasp.modules import CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+
+
+class Mixer(nn.Module):
+    """Of `width` channels in `heads` heads. `out` is its last layer."""
+
+    out: nn.Linear
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.width, self.heads = width, heads
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """x [B, T, D] to the same shape; positions are those in the whole sequence."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """What `LanguageModel`s do not set: what is neither a linear layer nor a convolution."""
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, T, H * n] to [B, T, H, n]."""
+        return x.unflatten(-1, (self.heads, -1))
+
+    def _linear(self, outputs: int, inputs: int | None = None) -> nn.Linear:
+        return nn.Linear(self.width if inputs is None else inputs, outputs, bias=False)
+
+
+def rotary(x: Tensor, position_ids: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotate pairs of channels (j, j + K / 2) of x [B, T, H, K] by position * base^(-2j / K) (arXiv 2104.09864).
+
+    Angles are in fp64, as in `lasp_kernels.rotate`: there are sequences of millions of tokens.
+    """
+    half = x.shape[-1] // 2
+    theta = base ** (torch.arange(half, device=x.device, dtype=torch.float64) / -half)
+    angle = (
+        (position_ids.double()[..., None] * theta)
+        .remainder(2 * math.pi)
+        .to(torch.promote_types(x.dtype, torch.float32))
+    )
+    cos, sin = (f(angle).to(x.dtype).unsqueeze(-2) for f in (torch.cos, torch.sin))  # [(B,) T, 1, K / 2]
+    a, b = x.split(half, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class SoftmaxMixer(Mixer):
+    """Causal softmax attention with rotary positions, the layer of LLaMA (arXiv 2302.13971)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.key, self.value, self.out = (self._linear(width) for _ in range(4))
+        self.attention = SoftmaxAttention()
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        q, k = (rotary(self._split(layer(x)), position_ids) for layer in (self.query, self.key))
+        return self.out(self.attention(q, k, self._split(self.value(x)), layout=layout).flatten(2))
+
+
+class Retention(Mixer):
+    """Multi-scale retention (RetNet, arXiv 2307.08621, eq. 8): fixed decays 1 - 2^(-5 - h), rotated queries and keys.
+
+    Values are twice as wide as keys; the norm is in each head, and swish(x W_g) the gate.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.key = self._linear(width), self._linear(width)
+        self.value, self.gate = self._linear(2 * width), self._linear(2 * width)
+        self.out = self._linear(width, 2 * width)
+        self.attention = LightningAttention(decay.schedule("retnet", heads, 0, 1), scale=(width // heads) ** -0.5)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        q, k = (rotary(self._split(layer(x)), position_ids) for layer in (self.query, self.key))
+        o = self.attention(q, k, self._split(self.value(x)), layout=layout)
+        o = F.rms_norm(o, o.shape[-1:], eps=1e-6).flatten(2)
+        return self.out(o * F.silu(self.gate(x)))
+
+
+class GLA(Mixer):
+    """Gated linear attention (arXiv 2312.06635, section 4.4): a decay of each channel, from the token.
+
+    Keys are half as wide as values. The decay is sigmoid(x W_1 W_2 + b)^(1 / 16), with 16 channels between.
+    """
+
+    RANK, TEMPERATURE = 16, 16.0
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.key = self._linear(width // 2), self._linear(width // 2)
+        self.value, self.gate, self.out = (self._linear(width) for _ in range(3))
+        self.decay = nn.Sequential(self._linear(self.RANK), nn.Linear(self.RANK, width // 2))
+        self.norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.attention = LightningAttention(scale=(width // 2 // heads) ** -0.5)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        q, k, v = (self._split(layer(x)) for layer in (self.query, self.key, self.value))
+        log_decay = F.logsigmoid(_wide(self.decay(x))) / self.TEMPERATURE  # [B, T, H * K]
+        o = self.norm(self.attention(q, k, v, self._split(log_decay), layout=layout)).flatten(2)
+        return self.out(o * F.silu(self.gate(x)))
+
+
+class HGRN2(Mixer):
+    """A gated recurrence whose gate is the key (HGRN2, arXiv 2404.07904, eq. 5): f and 1 - f, of each channel.
+
+    The gate's lower bound grows from layer to layer; it is the model's, since it is learned over all layers together.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.forget, self.value, self.out = (self._linear(width) for _ in range(4))
+        self.attention = LightningAttention()
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None, lower_bound: Tensor | None = None
+    ) -> Tensor:
+        """See `Mixer`; lower_bound [D] of the forget gate, in [0, 1), None for 0."""
+        q, v = self._split(F.silu(self.query(x))), self._split(self.value(x))
+        logits = _wide(self.forget(x))
+        if lower_bound is None:  # of small gates the logarithm of the sigmoid keeps its digits
+            log_gate, key = F.logsigmoid(logits), torch.sigmoid(-logits)
+        else:
+            gate = lower_bound + (1 - lower_bound) * torch.sigmoid(logits)
+            log_gate, key = gate.log(), (1 - lower_bound) * torch.sigmoid(-logits)
+        o = self.attention(q, self._split(key.to(v.dtype)), v, self._split(log_gate), layout=layout)
+        return norm_gate_linear(o, torch.ones_like(x), self.out)
+
+
+class DeltaNet(Mixer):
+    """The delta rule with short convolutions (DeltaNet, arXiv 2406.06484, section 3.4)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.key, self.value, self.out = (self._linear(width) for _ in range(4))
+        self.query_conv, self.key_conv, self.value_conv = (CausalConv(width) for _ in range(3))
+        self.beta = self._linear(heads)
+        self.norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.attention = DeltaRule(scale=(width // heads) ** -0.5)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        return self.out(self.norm(self._attend(x, None, layout)).flatten(2))
+
+    def _attend(self, x: Tensor, log_decay: Tensor | None, layout: ShardLayout | None) -> Tensor:
+        layers = ((self.query, self.query_conv), (self.key, self.key_conv), (self.value, self.value_conv))
+        q, k, v = (self._split(F.silu(conv(layer(x), layout=layout))) for layer, conv in layers)
+        q, k = (F.normalize(y, dim=-1, eps=1e-6) for y in (q, k))
+        return self.attention(q, k, v, torch.sigmoid(self.beta(x)), log_decay, layout=layout)
+
+
+class GatedDeltaNet(DeltaNet):
+    """The delta rule with a decay of each token and head, and an output gate (arXiv 2412.06464, section 3.4)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.rate, self.gate = self._linear(heads), self._linear(width)
+        self.log_rate, self.rate_bias = (nn.Parameter(torch.empty(heads)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As Mamba's: rates from 1 to 16, times from 0.001 to 0.1."""
+        _reset_rates(self.log_rate, self.rate_bias)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        log_decay = -_wide(self.log_rate).exp() * F.softplus(_wide(self.rate(x)) + _wide(self.rate_bias))
+        o = self.norm(self._attend(x, log_decay, layout)).flatten(2)
+        return self.out(o * F.silu(self.gate(x)))
+
+
+class Mamba2(Mixer):
+    """The state-space layer of Mamba-2 (arXiv 2405.21060, section 7): linear attention whose decay is exp(a dt).
+
+    Values are twice as wide as the stream, in heads as wide as D / H; all heads share one query (C) and one key (B) of
+    `STATE` channels. A short convolution goes over all three; D x is added; the norm follows the gate.
+    """
+
+    STATE = 64
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, 2 * heads)
+        inner = 2 * width
+        self.gate, self.value, self.keys, self.rate = (
+            self._linear(n) for n in (inner, inner, 2 * self.STATE, 2 * heads)
+        )
+        self.conv = CausalConv(inner + 2 * self.STATE, bias=True)
+        self.log_rate, self.rate_bias, self.skip = (nn.Parameter(torch.empty(2 * heads)) for _ in range(3))
+        self.norm = nn.RMSNorm(inner, eps=1e-6)
+        self.out = self._linear(width, inner)
+        self.attention = LightningAttention()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rates from 1 to 16, times from 0.001 to 0.1, and x added as it is."""
+        _reset_rates(self.log_rate, self.rate_bias)
+        nn.init.ones_(self.skip)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        mixed = F.silu(self.conv(torch.cat([self.value(x), self.keys(x)], -1), layout=layout))
+        value, key, query = mixed.split([2 * self.width, self.STATE, self.STATE], -1)
+        value = self._split(value)
+        step = F.softplus(_wide(self.rate(x)) + _wide(self.rate_bias))  # [B, T, H]
+        q, k = (y.unsqueeze(2).expand(-1, -1, self.heads, -1) for y in (query, key))
+        o = self.attention(
+            q, k, (value * step.unsqueeze(-1)).to(value.dtype), -_wide(self.log_rate).exp() * step, layout=layout
+        )
+        o = (o + value * self.skip.to(value.dtype).unsqueeze(-1)).flatten(2)
+        return self.out(self.norm(o * F.silu(self.gate(x))))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32 at least: decays are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _reset_rates(log_rate: Tensor, rate_bias: Tensor) -> None:
+    """Of softplus(bias) a time from 0.001 to 0.1, log-uniform."""
+    with torch.no_grad():
+        log_rate.uniform_(1, 16).log_()
+        time = torch.empty_like(rate_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+        rate_bias.copy_(time + torch.log(-torch.expm1(-time)))
+
+
+MIXERS: dict[str, type[Mixer]] = {
+    "softmax": SoftmaxMixer,
+    "retnet": Retention,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "mamba2": Mamba2,
+}

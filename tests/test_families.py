@@ -1,0 +1,215 @@
+"""The families of `lasp.models.mixers`: the formulas of their papers, token by token in fp64, and models over ranks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import assert_close
+from ranks import mesh_of, run_ranks
+from torch import nn
+
+import lasp
+from lasp.models import Decoder, DecoderConfig
+from lasp.models._linears import norm_linear
+from lasp.models.mixers import MIXERS, rotary
+
+VOCABULARY, T = 17, 23
+WIDTH, HEADS = 24, 3
+CONFIGS = {family: DecoderConfig(family, VOCABULARY, 2, WIDTH, HEADS, 32) for family in MIXERS}
+CONFIGS["gla, hybrid"] = DecoderConfig("gla", VOCABULARY, 3, WIDTH, HEADS, 32, pattern="LLS")
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    model = Decoder(CONFIGS[kind]).double()
+    with torch.no_grad():
+        for p in model.parameters():  # what begins at zeros or ones would hide a mistake
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def batch_of(rows, **more):
+    draw = torch.Generator().manual_seed(1)
+    return {"input_ids": torch.randint(VOCABULARY, (rows, T), generator=draw), **more}
+
+
+def loss_of(model, batch, mesh):
+    local = lasp.shard_batch(batch, mesh)
+    logits = model(local["input_ids"], local["position_ids"], local["layout"])
+    return lasp.token_loss(logits, local["labels"], mesh=mesh)[0]
+
+
+def _parity(kind, batch, streamed):
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    alone, model = model_of(kind), lasp.parallelize(model_of(kind), mesh)
+    assert list(model.state_dict()) == list(alone.state_dict())
+    serial = loss_of(alone, batch, None)
+    serial.backward()
+    if streamed:
+        loss, _ = lasp.stream_backward(model, batch, mesh=mesh, segment=8)
+    else:
+        loss = loss_of(model, batch, mesh)
+        loss.backward()
+    lasp.sync_grads(model, mesh)
+    assert_close(loss, serial, "loss", rtol=1e-9)
+    for name, p in alone.named_parameters():
+        assert p.grad.abs().max() > 1e-7, f"{name} has no gradient to compare"
+        assert_close(model.get_parameter(name).grad, p.grad, name, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_over_three_ranks(kind):
+    run_ranks(3, _parity, kind, batch_of(2), False)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_packed_documents_in_segments_over_two_ranks(kind):
+    offsets = torch.tensor([0, 5, 16, T], dtype=torch.int32)
+    run_ranks(2, _parity, kind, batch_of(1, cu_seqlens=offsets), True)
+
+
+def recurrence(q, k, v, log_decay=None, beta=None):
+    """o of q, k [B, T, H, K], v [B, T, H, V], a log-decay [B, T, H, K] and, for the delta rule, beta [B, T, H]."""
+    state, outputs = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1]), []
+    for t in range(q.shape[1]):
+        if log_decay is not None:
+            state = log_decay[:, t].exp().unsqueeze(-1) * state
+        value = v[:, t]
+        if beta is not None:
+            value = beta[:, t].unsqueeze(-1) * (value - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
+        state = state + k[:, t].unsqueeze(-1) * value.unsqueeze(-2)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, 1)
+
+
+def heads(x, number=HEADS):
+    return x.unflatten(-1, (number, -1))
+
+
+def norm(x, weight=None):
+    y = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return y if weight is None else y * weight
+
+
+def conv(layer, x):
+    width = layer.weight.shape[1]
+    padded = F.pad(x, (0, 0, width - 1, 0))
+    y = sum(layer.weight[:, j] * padded[:, j : j + x.shape[1]] for j in range(width))
+    return F.silu(y if layer.bias is None else y + layer.bias)
+
+
+def turned(x):
+    """x times e^{i position theta}, its halves as real and imaginary parts."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[1]).double()[:, None] * 10000.0 ** -(torch.arange(half).double() / half)
+    return torch.view_as_real(
+        torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    ).mT.flatten(-2)
+
+
+def softmax(m, x):
+    q, k, v = turned(heads(m.query(x))), turned(heads(m.key(x))), heads(m.value(x))
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -math.inf)
+    return m.out(torch.einsum("bhij,bjhv->bihv", scores.softmax(-1), v).flatten(2))
+
+
+def retnet(m, x):
+    q, k, v = turned(heads(m.query(x))), turned(heads(m.key(x))), heads(m.value(x))
+    log_decay = torch.log(1 - 2.0 ** (-5 - torch.arange(HEADS).double())).float()  # decays are fp32
+    log_decay = log_decay.double()[:, None].expand(*k.shape)
+    o = norm(recurrence(q * q.shape[-1] ** -0.5, k, v, log_decay)).flatten(2)
+    return m.out(o * F.silu(m.gate(x)))
+
+
+def gla(m, x):
+    q, k, v = (heads(layer(x)) for layer in (m.query, m.key, m.value))
+    log_decay = torch.sigmoid(heads(m.decay[1](m.decay[0](x)))).log() / 16
+    o = norm(recurrence(q * q.shape[-1] ** -0.5, k, v, log_decay), m.norm.weight).flatten(2)
+    return m.out(o * F.silu(m.gate(x)))
+
+
+def hgrn2(m, x, bound=None):
+    gate = torch.sigmoid(m.forget(x))
+    gate = gate if bound is None else bound + (1 - bound) * gate
+    o = recurrence(heads(F.silu(m.query(x))), heads(1 - gate), heads(m.value(x)), heads(gate.log()))
+    return m.out(norm(o.flatten(2)))
+
+
+def delta(m, x, log_decay=None):
+    q, k, v = (
+        heads(conv(c, f(x))) for c, f in zip((m.query_conv, m.key_conv, m.value_conv), (m.query, m.key, m.value))
+    )
+    q, k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
+    o = recurrence(q * q.shape[-1] ** -0.5, k, v, log_decay, torch.sigmoid(m.beta(x)))
+    return norm(o, m.norm.weight).flatten(2)
+
+
+def gated_delta(m, x):
+    log_decay = -m.log_rate.exp() * F.softplus(m.rate(x) + m.rate_bias)
+    o = delta(m, x, log_decay.unsqueeze(-1).expand(*x.shape[:2], HEADS, WIDTH // HEADS))
+    return m.out(o * F.silu(m.gate(x)))
+
+
+def mamba2(m, x):
+    mixed = conv(m.conv, torch.cat([m.value(x), m.keys(x)], -1))
+    v, k, q = mixed.split([2 * WIDTH, m.STATE, m.STATE], -1)
+    v, step = heads(v, 2 * HEADS), F.softplus(m.rate(x) + m.rate_bias).unsqueeze(-1)
+    q, k = (y.unsqueeze(2).expand(-1, -1, 2 * HEADS, -1) for y in (q, k))
+    log_decay = (-m.log_rate.exp().unsqueeze(-1) * step).expand(*k.shape)
+    o = recurrence(q, k, v * step, log_decay) + v * m.skip.unsqueeze(-1)
+    return m.out(norm(o.flatten(2) * F.silu(m.gate(x)), m.norm.weight))
+
+
+FORMULAS = {
+    "softmax": softmax,
+    "retnet": retnet,
+    "gla": gla,
+    "hgrn2": hgrn2,
+    "delta_net": lambda m, x: m.out(delta(m, x)),
+    "gated_delta_net": gated_delta,
+    "mamba2": mamba2,
+}
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_a_mixer_is_its_formula(family):
+    mixer = model_of(family).blocks[1].mixer
+    x = torch.randn(2, T, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert_close(mixer(x, torch.arange(T)), FORMULAS[family](mixer, x), family, rtol=1e-9, atol=1e-10)
+
+
+def test_lower_bounds_of_hgrn2_grow_from_zero():
+    model = model_of("hgrn2")
+    bounds = model._lower_bounds()
+    assert bounds[0].abs().max() == 0
+    assert bounds[1].min() > 0
+    assert bounds[1].max() < 1
+    mixer, x = model.blocks[1].mixer, torch.randn(1, T, WIDTH, dtype=torch.float64)
+    bound = bounds[1].detach()
+    assert_close(mixer(x, torch.arange(T), None, bound), hgrn2(mixer, x, bound), "hgrn2", rtol=1e-9, atol=1e-10)
+
+
+def test_rotation_of_far_tokens():
+    """Products depend on the difference of positions alone, also in fp32 and millions of tokens away."""
+    q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+    near, far = ([rotary(x, torch.arange(6) + shift) for x in (q, k)] for shift in (0, 16_000_000))
+    products = [torch.einsum("bihk,bjhk->bhij", *pair) for pair in (near, far)]
+    assert_close(products[1], products[0], "scores", rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_needed_on_a_slice():
+    run_ranks(2, _without_positions)
+
+
+def _without_positions():
+    model = lasp.parallelize(model_of("retnet"), mesh_of(sp=2))
+    with pytest.raises(ValueError, match="position_ids are needed"):
+        model(torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("replaced", [nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH, eps=1e-6)])
+def test_a_norm_that_was_replaced_is_called(replaced):
+    x, layer = torch.randn(2, 3, WIDTH) + 1, nn.Linear(WIDTH, 5, bias=False)
+    assert_close(norm_linear(x, replaced, layer)[1], layer(replaced(x)), "output", rtol=1e-5, atol=1e-6)
