@@ -7,14 +7,15 @@ It writes weights.safetensors and weights.json, after it has checked all sums of
     import json, torch
     from pathlib import Path
     from safetensors.torch import load_file
-    from lasp.models import TNL, TNLConfig
+    from lasp import models
 
+    about = json.loads(Path("weights.json").read_text())
     with torch.device("meta"):
-        model = TNL(TNLConfig(**json.loads(Path("weights.json").read_text())["config"]))
+        model = getattr(models, about["model"])(getattr(models, about["model"] + "Config")(**about["config"]))
     model.load_state_dict(load_file("weights.safetensors"), assign=True)
 
-The names are those of `TNL`, and the numbers those that were trained, in fp32. It runs in one process, on the host, and
-needs memory for the weights.
+The names are those of the model, and the numbers those that were trained, in fp32. It runs in one process, on the host,
+and needs memory for the weights.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ import torch
 import typer
 from _checkpoint import checkpoint_of, load_weights
 from _files import FileError, NotWritten, read_object, replacing, write
+from _model import config_of, model_of
 from _report import RUN
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import lasp
-from lasp.models import TNL, TNLConfig
+from lasp.models import DecoderConfig, TNLConfig
 
 
 def main(
@@ -51,9 +53,9 @@ def main(
     lasp.init("gloo")  # of one process: checkpoints are read on all ranks
     try:
         folder = checkpoint_of(run, step)
-        config, text = config_of(run / RUN)
+        config, text = config_and_text(run / RUN)
         with torch.device("meta"):
-            model = TNL(config)
+            model = model_of(config)
         model.to_empty(device="cpu")  # all of it is read
         load_weights(folder, model)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def main(
                 save_file(model.state_dict(), partial, {"format": "pt"})
             except SafetensorError as error:
                 raise OSError(None, str(error)) from error
-        record = {"model": "TNL", "config": asdict(config), "checkpoint": folder.name, "text": text}
+        record = {"model": type(model).__name__, "config": asdict(config), "checkpoint": folder.name, "text": text}
         write(about, json.dumps(record, indent=1) + "\n")
     except (FileError, NotWritten, FloatingPointError) as error:
         typer.echo(str(error), err=True)
@@ -71,12 +73,13 @@ def main(
     typer.echo(f"{out}: {numbers:,} numbers of {folder}; {about} says of what model")
 
 
-def config_of(file: Path) -> tuple[TNLConfig, str]:
+def config_and_text(file: Path) -> tuple[TNLConfig | DecoderConfig, str]:
     """The model of a run as its run.json tells, and the digest of its text."""
     found = read_object(file)
     try:
         options = found["options"]
-        return TNLConfig.named(options["model"], vocab_size=options["vocab"], decay=options["decay"]), found["text"]
+        of_model = {name: options[name] for name in ("vocab", "decay", "pattern")}
+        return config_of(options["family"], options["model"], **of_model), found["text"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{file} is not what a run writes: {type(error).__name__}: {error}") from error
 

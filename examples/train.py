@@ -1,15 +1,16 @@
-"""Train a TransNormerLLM on the bytes of real text, with every sequence split over the ranks.
+"""Train a TransNormerLLM, or a model of another family, on real text, with every sequence split over the ranks.
 
     python examples/train.py --verify            # all GPUs, or 2 CPU processes where there are none
     python examples/train.py --data my_texts/ --model 385M --seq-len 65536 --parallel fsdp2 --dtype bfloat16
     torchrun --nproc-per-node 4 examples/train.py --dp 2 --sp 2 --validate --validate-every 20 --schedule wsd
-    python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --repeat-text --segment 16384 --batch 1 \
-        --steps 1 --dtype bfloat16 --no-save
+    python examples/train.py --model 1B --vocab 64000 --seq-len 16777216 --repeat-text --segment 32768 --batch 1 \
+        --steps 1 --dtype bfloat16 --parallel fsdp2 --no-save
+    python examples/train.py --family gla --pattern LLLS --verify    # three layers of GLA, one of softmax, and so on
     torchrun --nproc-per-node 8 --max-restarts 3 examples/train.py --out runs/mine --save-every 500 --resume-if-any
 
-The fourth streams its sequence through the GPU in segments (`lasp.stream_backward`): one that no memory would hold.
-The last goes on by itself with its newest checkpoint after a rank or a host was lost, as a job of Slurm's does with
-`#SBATCH --requeue` and the same options behind `srun python`.
+The one of 16,777,216 tokens streams its sequence through the GPU in segments (`lasp.stream_backward`): no memory would
+hold it. The last goes on by itself with its newest checkpoint after a rank or a host was lost, as a job of Slurm's does
+with `#SBATCH --requeue` and the same options behind `srun python`.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
 of lasp; `build_model` holds the others. Text, checkpoints, reports, learning rates and the loss on held-out text have a
@@ -34,6 +35,7 @@ import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _launch import relaunch, started_by_a_launcher
+from _model import FAMILIES, config_of, model_of
 from _report import RUN, Report
 from _saver import Saver
 from _schedule import learning_rate
@@ -49,7 +51,7 @@ from tqdm import trange
 
 import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
-from lasp.models import TNL, TNLConfig
+from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
 from lasp.models.memory import blocks_to_recompute, save_memory
 from lasp.ranks import SCHEDULES
 
@@ -58,7 +60,22 @@ from lasp.ranks import SCHEDULES
 # (with twice the learning rate 7e-5), in one process as well.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 # Options that a resumed run must have as before: what it computes hangs on them.
-SAME = ("model", "vocab", "decay", "seq_len", "batch", "steps", "lr", "schedule", "warmup", "dtype", "seed", "validate")
+SAME = (
+    "family",
+    "model",
+    "pattern",
+    "vocab",
+    "decay",
+    "seq_len",
+    "batch",
+    "steps",
+    "lr",
+    "schedule",
+    "warmup",
+    "dtype",
+    "seed",
+    "validate",
+)
 RUNS = Path("runs")  # for results, where no folder is named
 
 
@@ -71,7 +88,9 @@ class Options:
     seq_len: int
     batch: int
     segment: int
+    family: str
     model: str
+    pattern: str
     vocab: int
     decay: str
     steps: int
@@ -106,9 +125,11 @@ def main(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a whole sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, of all ranks together.")] = 2,
     segment: Annotated[int, typer.Option(min=0, help="Stream it in segments of so many tokens; 0: in one.")] = 0,
+    family: Annotated[str, typer.Option(help=f"What the layers are: {', '.join(FAMILIES)}.")] = "tnl",
     model: Annotated[Literal["tiny", "385M", "1B", "7B"], typer.Option(help="Size.")] = "tiny",
+    pattern: Annotated[str, typer.Option(help="Of the family (L) and softmax (S), repeated: LLLS. Not for tnl.")] = "L",
     vocab: Annotated[int, typer.Option(min=256, help="Words that the model knows; bytes are the first 256.")] = 256,
-    decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule.")] = "alibi",
+    decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule of tnl.")] = "alibi",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the whole run.")] = 80,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default: by model.")] = None,
     schedule: Annotated[
@@ -180,7 +201,13 @@ def check(options: Options, ranks: int, text: Text) -> None:
         refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks")
     if not 0 < options.lr <= 1e30:  # the optimizer scales it, and what fp32 cannot hold is an error there
         refuse("--lr", f"{options.lr} is not a positive number up to 1e30")
-    layers = TNLConfig.named(options.model).layers
+    if options.family not in FAMILIES:
+        refuse("--family", f"{options.family!r} is not one of {', '.join(FAMILIES)}")
+    if options.family != "tnl" and (options.decay != "alibi" or options.chunk):
+        refuse("--decay" if options.decay != "alibi" else "--chunk", f"is for --family tnl, not {options.family}")
+    if not options.pattern or set(options.pattern) - set("L" if options.family == "tnl" else "LS"):
+        refuse("--pattern", f"{options.pattern!r} is not of letters L and S, and of L alone for tnl")
+    layers = config_of_run(options).layers
     if options.recompute not in ("auto", "all", *map(str, range(layers + 1))):
         refuse("--recompute", f"{options.recompute!r} is not auto, all, or a number of blocks up to {layers}")
     if options.offload and options.recompute == "0":
@@ -369,11 +396,16 @@ def new_folder() -> str:
     return str(folder)
 
 
+def config_of_run(options: Options) -> TNLConfig | DecoderConfig:
+    """Of its model."""
+    return config_of(options.family, options.model, vocab=options.vocab, decay=options.decay, pattern=options.pattern)
+
+
 def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
     """The model on this rank; without a mesh the plain one."""
     torch.manual_seed(options.seed)  # the same weights on every rank
     with device:
-        model = TNL(TNLConfig.named(options.model, vocab_size=options.vocab, decay=options.decay))
+        model = model_of(config_of_run(options))
     if mesh is not None:
         lasp.parallelize(model, mesh["sp"], exchange=options.exchange, check_finite=True)
     save_memory(
@@ -388,7 +420,7 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
     return wrap_fsdp2(model, mesh, blocks=model.blocks, mp_policy=policy)
 
 
-def recomputed(options: Options, model: TNL, mesh: DeviceMesh | None, device: torch.device) -> int:
+def recomputed(options: Options, model: TNL | Decoder, mesh: DeviceMesh | None, device: torch.device) -> int:
     """How many blocks are computed again in backward."""
     if options.recompute == "all" or (options.offload and options.recompute == "auto"):
         return model.config.layers
@@ -396,6 +428,8 @@ def recomputed(options: Options, model: TNL, mesh: DeviceMesh | None, device: to
         return int(options.recompute)
     if device.type != "cuda":
         return 0
+    if not isinstance(model, TNL):  # what the others keep is not known
+        return model.config.layers
     sharded, ranks, sp = options.parallel == "fsdp2", mesh.size() if mesh else 1, mesh["sp"].size() if mesh else 1
     tokens = -(-min(options.segment or options.seq_len, options.seq_len) // sp) * (
         options.batch // (options.dp if mesh else 1)

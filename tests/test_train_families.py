@@ -1,0 +1,49 @@
+"""examples/train.py with other families: split as in one process, resumed as the same family only, exported."""
+
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_export import _as_the_docstring_says, _export
+from test_train import _alone, _assert_on_all, _small, text  # noqa: F401
+
+from lasp.models import Decoder, DecoderConfig
+
+
+def _losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("family", "more"), [("gla", ["--pattern=LS"]), ("hgrn2", ["--parallel=fsdp2"])])
+def test_two_ranks_train_as_one(text, tmp_path, family, more):  # noqa: F811
+    options = [f"--family={family}", "--recompute=1", *more]
+    for ranks in (1, 2):
+        _assert_on_all(ranks, 0, [], _small(text, tmp_path / str(ranks), *options))
+    one, two = (_losses(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert len(one) == 2
+    assert torch.allclose(torch.tensor(two), torch.tensor(one), rtol=1e-5)
+    code, said = _alone(*_small(text, tmp_path / "2", "--resume"))
+    assert code == 2
+    assert f"--family: tnl, but the run to be resumed has {family}" in said
+    [(code, said)] = run_ranks(1, _export, tmp_path / "2", tmp_path / "weights.safetensors")
+    assert code == 0, said
+    model = _as_the_docstring_says(tmp_path)
+    assert isinstance(model, Decoder)
+    assert model.config == DecoderConfig.named(family, "tiny", vocab_size=256, pattern="LS" if family == "gla" else "L")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--family=rnn"], "'rnn' is not one of tnl, softmax, retnet"),
+        (["--family=gla", "--decay=tnl"], "is for --family tnl, not gla"),
+        (["--family=gla", "--chunk=5"], "is for --family tnl, not gla"),
+        (["--family=gla", "--pattern=LX"], "'LX' is not of letters L and S"),
+        (["--pattern=LS"], "'LS' is not of letters L and S, and of L alone for tnl"),
+    ],
+)
+def test_what_does_not_fit_is_refused(text, tmp_path, options, said):  # noqa: F811
+    code, output = _alone(*_small(text, tmp_path / "out", *options))
+    assert code == 2
+    assert said in output
