@@ -39,6 +39,10 @@ def main(
         if path.exists():
             raise typer.BadParameter(f"{path} exists; name another file, or remove it", param_hint="OUT")
     files = files_of(source)
+    if not any(path.stat().st_size for path in files):
+        raise typer.BadParameter(
+            f"{source} has no text (hidden files, and those of zeros, are none)", param_hint="SOURCE"
+        )
     encode, vocab = encoder(tokenizer)
     if separator is not None:
         vocab = max(vocab, separator + 1)
@@ -48,7 +52,8 @@ def main(
     except (FileError, NotWritten) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{out}: {found['tokens']:,} tokens ({found['dtype']}) of {len(files):,} files; --vocab {vocab} or more")
+    of = f"{len(files):,} file" + "s" * (len(files) != 1)
+    typer.echo(f"{out}: {found['tokens']:,} tokens ({found['dtype']}) of {of}; --vocab {vocab} or more")
 
 
 def tokens_of(files: list[Path], encode: Encode, separator: int | None) -> Iterator[np.ndarray]:

@@ -215,9 +215,11 @@ def check(options: Options, ranks: int, text: Text) -> None:
     exchanges = ("auto", *SCHEDULES)
     if options.exchange not in exchanges:
         refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
-    if options.seq_len > len(text) and not (options.repeat_text and len(text)):
-        hint = "; --repeat-text starts it again" if len(text) else ""
-        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} {text.unit}s of text{hint}")
+    if not len(text):
+        refuse("--data", f"{describe(options)} has no text (hidden files, and those of zeros, are none)")
+    if options.seq_len > len(text) and not options.repeat_text:
+        hint = "--repeat-text starts it again"
+        refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} {text.unit}s of text; {hint}")
     if options.vocab < text.vocab:
         refuse("--vocab", f"{options.vocab} words are fewer than the {text.vocab} of {describe(options)}")
     check_reports(options, text)
@@ -326,6 +328,8 @@ def run(options: Options) -> None:
     optimizer = optimizer_of(model, options, env.device)
     same = {"text": digest}
     first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
+    if options.resume and env.rank == 0:
+        print(f"going on with step {first_step} of {options.steps}, from {folder / f'step-{first_step:06d}'}")
     validation = None
     if options.validate:
         text, unseen = held_out(text)

@@ -256,3 +256,14 @@ def test_a_run_on_tokens_is_that_on_the_text(texts, tmp_path, more):
     (tmp_path / "tokens" / "LATEST").write_text("step-000001")
     _assert_on_all(2, 0, [], arguments)
     assert _losses(tmp_path / "tokens") == _losses(tmp_path / "text")
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(bytes(100))
+    (folder / "empty.txt").write_bytes(b"")
+    code, said = _prepare(folder, tmp_path / "x.bin")
+    assert code == 2
+    assert "pictures has no text" in said
+    assert not (tmp_path / "x.bin").exists()
