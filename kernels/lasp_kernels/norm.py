@@ -13,6 +13,10 @@ is summed in a fixed order: each program sums its own rows, in order, and then P
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +45,25 @@ def check_norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, activation: 
         raise ValueError(f"weight must have shape {(width,)}, got {tuple(weight.shape)}")
     if x.dtype == torch.float64 or width > MAX_WIDTH:
         raise ValueError(f"norm_gate takes fp32, fp16 or bf16 and rows of at most {MAX_WIDTH}, got {x.dtype}, {width}")
+
+
+def no_second_derivative(function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator of a backward: it raises where a graph of itself is asked for.
+
+    (PyTorch's `once_differentiable` raises in a second `backward()` only. Where `torch.autograd.grad` asks for some
+    gradients its part would be missing in them.)
+    """
+
+    def of(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def once(ctx: Any, *gradients: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{function} has no second derivative: call backward without create_graph")
+            return backward(ctx, *gradients)
+
+        return once
+
+    return of
 
 
 @triton.jit
@@ -122,6 +145,7 @@ def norm(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, activation: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """y [rows, W] in `dtype`, and the scale of each row. x [rows, W] is contiguous, and so are the rows of the gate."""
+    weight = None if weight is None else weight.contiguous()
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if scale.numel():
@@ -144,6 +168,9 @@ def norm_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx (with `beside` added to it), d gate, d weight, and y `again` in this dtype, from what `norm` was given."""
     rows, width = x.shape
+    # What was saved may come back with other strides, from hooks of saved tensors.
+    x, scale, dy = x.contiguous(), scale.contiguous(), dy.contiguous()
+    gate, weight = None if gate is None else rows_of(gate, width), None if weight is None else weight.contiguous()
     dx = torch.empty_like(x)
     d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     y = None if again is None else torch.empty(x.shape, dtype=again, device=x.device)
@@ -175,6 +202,7 @@ class _NormGate(torch.autograd.Function):
         return y.view(gate.shape)
 
     @staticmethod
+    @no_second_derivative("norm_gate")
     def backward(ctx, dy):
         x, gate, weight, scale = ctx.saved_tensors
         dy = dy.reshape(x.shape).contiguous()
