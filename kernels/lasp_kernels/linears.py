@@ -28,11 +28,11 @@ from lasp_kernels.norm import (
     ACTIVATIONS,
     activate,
     check_norm_gate,
-    no_second_derivative,
     norm,
     norm_gradient,
     rows_of,
 )
+from lasp_kernels.once import no_second_derivative
 
 BLOCK = 1024  # numbers of a program of the gate's kernels
 

@@ -13,14 +13,12 @@ is summed in a fixed order: each program sums its own rows, in order, and then P
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lasp_kernels.once import no_second_derivative
 
 ACTIVATIONS = {"none": 0, "sigmoid": 1, "silu": 2}
 MAX_WIDTH = 32768  # of a row, so that it fits the registers of a program
@@ -45,25 +43,6 @@ def check_norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, activation: 
         raise ValueError(f"weight must have shape {(width,)}, got {tuple(weight.shape)}")
     if x.dtype == torch.float64 or width > MAX_WIDTH:
         raise ValueError(f"norm_gate takes fp32, fp16 or bf16 and rows of at most {MAX_WIDTH}, got {x.dtype}, {width}")
-
-
-def no_second_derivative(function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator of a backward: it raises where a graph of itself is asked for.
-
-    (PyTorch's `once_differentiable` raises in a second `backward()` only. Where `torch.autograd.grad` asks for some
-    gradients its part would be missing in them.)
-    """
-
-    def of(backward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(backward)
-        def once(ctx: Any, *gradients: Any) -> Any:
-            if torch.is_grad_enabled():
-                raise RuntimeError(f"{function} has no second derivative: call backward without create_graph")
-            return backward(ctx, *gradients)
-
-        return once
-
-    return of
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasp_kernels.norm import no_second_derivative, programs_of
+from lasp_kernels.norm import programs_of
+from lasp_kernels.once import no_second_derivative
 
 TURN = tl.constexpr(6.283185307179586)
 
