@@ -80,6 +80,10 @@ class LastLayer:
             or (self.finding.layer is not None and all(x is not known for x in candidates.values()))
         ):
             self.finding = None  # layers, or hooks of theirs, are others since
+        if self._model is not self._inner and self._model._forward_hooks:  # behind what `result` compares
+            self.finding = Finding(None, f"{_ALL}: {type(self._model).__name__} around the model has hooks", ())
+            yield
+            return
         if not candidates:
             self.finding = Finding(None, f"{_ALL}: none outside of lists and compiled parts is a plain nn.Linear", ())
             yield

@@ -388,6 +388,29 @@ def averaged(wrap):
         assert how(wrapped) == f"the loss is taken in {name!r}, without logits"
 
 
+def hook_of_ddp():
+    """It changes what the model gave, after the model itself."""
+    reference, model, mesh = pair(lambda: Model(*LINEAR))
+    reference.register_forward_hook(lambda module, args, logits: logits / 2)
+    loss, expected = loss_and_gradients(reference)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in expected)  # some no forward uses
+    wrapped = wrap_ddp(model, mesh)
+    handle = wrapped.register_forward_hook(lambda module, args, logits: logits / 2)
+    for _ in range(2):
+        found, _ = lasp.stream_backward(wrapped, batch_of(), mesh=mesh, segment=SEGMENT)
+        assert abs(found - loss) < BOUND
+        assert_same(gradients_of(model), expected)
+        assert how(wrapped) == MADE + "DistributedDataParallel around the model has hooks"
+    handle.remove()
+    lasp.stream_backward(wrapped, batch_of(), mesh=mesh, segment=SEGMENT)
+    assert how(wrapped) == "the loss is taken in 'module.head', without logits"
+
+
+def test_a_hook_of_what_is_around_the_model():
+    run_ranks(2, hook_of_ddp)
+
+
 def by_ddp(model, mesh):
     return wrap_ddp(model, mesh), "module.head"
 
