@@ -35,6 +35,8 @@ def main(
     separator: Annotated[int | None, typer.Option(min=0, help="Token to put behind each file.")] = None,
 ) -> None:
     """Make a file of tokens from text."""
+    if out.suffix != ".bin":  # by which a run knows it, should the file beside it be lost
+        raise typer.BadParameter(f"{out} must be named *.bin", param_hint="OUT")
     for path in (out, header_of(out)):
         if path.exists():
             raise typer.BadParameter(f"{path} exists; name another file, or remove it", param_hint="OUT")

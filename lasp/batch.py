@@ -17,6 +17,7 @@ from lasp.checks.messages import check_messages
 from lasp.checks.optimizers import before_step
 from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel, collectives, sequence_axis
+from lasp_kernels.once import no_second_derivative
 
 _OFFSETS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")  # names under which batches have those of packed sequences
 _OF_THE_WHOLE = (*_OFFSETS[1:], "seq_idx", "max_length_q", "max_length_k")  # wrong of a slice, or told by the layout
@@ -367,7 +368,7 @@ class _ShardSequence(torch.autograd.Function):
         return x.narrow(dim, start, ctx.lengths[sequence.rank]).clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_second_derivative("lasp.shard_sequence")
     def backward(ctx, gradient):
         _check_messages(gradient, ctx.lengths, ctx.sequence, ctx.dim)
         whole = collectives.gather_tokens(gradient, ctx.lengths, ctx.sequence, _what, dim=ctx.dim)
@@ -385,7 +386,7 @@ class _UnshardSequence(torch.autograd.Function):
         return collectives.gather_tokens(x, ctx.lengths, sequence, _what, dim=dim)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_second_derivative("lasp.unshard_sequence")
     def backward(ctx, gradient):
         _check_messages(gradient, ctx.lengths, ctx.sequence, ctx.dim)
         return collectives.scatter_tokens(gradient, ctx.lengths, ctx.sequence, _what, dim=ctx.dim), None, None

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
+from torch.nn.modules._functions import BackwardHookFunction
 
 from lasp.calls import logits_of
 from lasp.loss import sum_of_linear
@@ -78,6 +80,10 @@ class LastLayer:
             or (self.finding.layer is not None and all(x is not known for x in candidates.values()))
         ):
             self.finding = None  # layers, or hooks of theirs, are others since
+        if self._model is not self._inner and self._model._forward_hooks:  # behind what `result` compares
+            self.finding = Finding(None, f"{_ALL}: {type(self._model).__name__} around the model has hooks", ())
+            yield
+            return
         if not candidates:
             self.finding = Finding(None, f"{_ALL}: none outside of lists and compiled parts is a plain nn.Linear", ())
             yield
@@ -119,6 +125,12 @@ class LastLayer:
                 f"what {type(self._inner).__name__} gives is no longer what its last layer gave: lasp.stream_backward "
                 "saw in an earlier segment that nothing comes behind that, and takes the loss there. A loss_fn is "
                 "always given the logits themselves"
+            )
+        if torch.is_grad_enabled() and (what := _changes_gradient(given[0], logits)):
+            raise RuntimeError(
+                f"{what} behind the last layer of {type(self._inner).__name__} would get the gradient of the loss, "
+                "which lasp.stream_backward takes in that layer, in place of the logits'. Pass a loss_fn: it is always "
+                "given the logits themselves"
             )
         return SumOfLoss(logits_of(output).flatten()[0], layer.out_features)
 
@@ -170,7 +182,10 @@ class LastLayer:
         found = [x for x in seen if _same(x.output, logits) and logits._version == x.version]
         once = len(found) == 1 and sum(x.layer is found[0].layer for x in seen) == 1
         candidates = tuple(dict(self._candidates))
-        if once and found[0].tokens == self._labels.shape:
+        changed = _changes_gradient(found[0].output, logits) if once and torch.is_grad_enabled() else ""
+        if changed:
+            self.finding = Finding(None, f"{_ALL}: {changed} stands behind {found[0].name!r}", candidates)
+        elif once and found[0].tokens == self._labels.shape:
             name, layer = found[0].name, found[0].layer
             self.finding = Finding(weakref.ref(layer), f"the loss is taken in {name!r}, without logits", candidates)
         else:
@@ -200,6 +215,20 @@ def _same(one: Tensor, other: Any) -> bool:
         == (other.data_ptr(), other.shape, other.stride(), other.dtype)
         and one.device == other.device
     )
+
+
+def _changes_gradient(given: Tensor, logits: Tensor) -> str:
+    """What stands between what the layer gave and the logits, the same numbers, and may change their gradient."""
+    hooks = [*(given._backward_hooks or {}).values(), *(logits._backward_hooks or {}).values()]
+    if any(not str(getattr(x, "__module__", "")).startswith("torch.") for x in hooks):  # FSDP2 has one, which looks
+        return "a hook of a tensor"
+    node = logits.grad_fn
+    while node is not None and node is not given.grad_fn:
+        # PyTorch's own, of a view or around a module with backward hooks, hand on what they are given.
+        if isinstance(node, BackwardCFunction) and not isinstance(node, BackwardHookFunction._backward_cls):
+            return f"the autograd.Function {node.name().removesuffix('Backward')}"
+        node = node.next_functions[0][0] if node.next_functions else None
+    return ""
 
 
 def _linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Linear]]:

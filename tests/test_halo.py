@@ -161,3 +161,23 @@ def test_a_rank_that_does_not_come_is_a_peer_error():
 def test_bad_arguments(x, width, error, message):
     with pytest.raises(error, match=message):
         lasp.halo(x, width)
+
+
+def _differentiated_twice():
+    sequence = sequence_of_all()
+    calls = {
+        "halo": lambda x: lasp.halo(x, 2, sequence=sequence),
+        "softmax_attention": lambda x: lasp.softmax_attention(*(x.unsqueeze(2),) * 3, sequence=sequence),
+        "shard_sequence": lambda x: lasp.shard_sequence(x, sequence),
+        "unshard_sequence": lambda x: lasp.unshard_sequence(x, sequence),
+    }
+    for name, call in calls.items():
+        x = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True)
+        y = call(x).square().sum() + x.pow(3).sum()
+        with pytest.raises(RuntimeError, match=rf"lasp\.{name} has no second derivative"):
+            torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_no_second_derivative_of_what_ranks_exchange():
+    """Also where `torch.autograd.grad` would pass over its part, and another one has an own."""
+    run_ranks(2, _differentiated_twice)

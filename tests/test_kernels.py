@@ -685,6 +685,62 @@ def test_linears_without_a_gradient_or_tokens():
     assert dx.isfinite().all()
 
 
+def fused_calls():
+    """Of each function the call, and its leaves."""
+    numbers = linear_inputs(torch.float32)
+    x, gate, norm_weight, heads = numbers(2, 7, 60), numbers(2, 7, 60), numbers(60), numbers(2, 7, 3, 20)
+    weight, back = numbers(24, 60, scale=0.1), numbers(60, scale=0.1)
+    positions, theta = torch.arange(7, device=DEVICE), numbers(3, 20)
+    return {
+        "norm_gate": (norm_gate, [heads, gate, norm_weight]),
+        "norm_linear": (lambda x, w, n: linears.fused_norm_linear(x, (w,), n)[1], [x, weight, norm_weight]),
+        "norm_gate_linear": (linears.fused_norm_gate_linear, [heads, gate, weight, back]),
+        "gated_linear": (linears.fused_gated_linear, [x, gate, weight]),
+        "rotate": (lambda q, k, t: sum(rotary.fused_rotate(q, k, positions, t)), [heads, heads.flip(0), theta]),
+    }
+
+
+@pytest.mark.parametrize("name", list(fused_calls()))
+def test_no_second_derivative_of_what_is_fused(name):
+    """Also where `torch.autograd.grad` would pass over its part, and another one has an own."""
+    function, leaves = fused_calls()[name]
+    leaves = [x.requires_grad_() for x in leaves]
+    y = function(*leaves).square().sum() + leaves[0].pow(3).sum()
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+        torch.autograd.grad(y, leaves[0], create_graph=True)
+
+
+@pytest.mark.parametrize("name", list(fused_calls()))
+def test_saved_tensors_that_come_back_with_other_strides(name):
+    """From hooks; and a weight of a norm that lies so from the start."""
+    function, leaves = fused_calls()[name]
+    leaves = [x.requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    turned = [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in leaves]
+
+    def turn(x):
+        return torch.stack([x, x], -1)[..., 0]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, turn):
+        y = function(*turned)
+    for one, other in zip(torch.autograd.grad(y.square().sum(), turned), expected):
+        assert_near(one, other.double().cpu(), name, 1e-5)
+
+
+def test_shapes_that_fused_functions_refuse():
+    numbers = linear_inputs(torch.float32)
+    x, weight, q = numbers(2, 7, 60), numbers(24, 60), numbers(2, 7, 4, 20)
+    with pytest.raises(ValueError, match=r"gate must have the shape of value, \(2, 7, 60\), got \(1, 7, 60\)"):
+        linears.fused_gated_linear(x, x[:1], weight)
+    with pytest.raises(ValueError, match="activation must be one of none, sigmoid, silu, got 'gelu'"):
+        linears.fused_gated_linear(x, x, weight, activation="gelu")
+    with pytest.raises(ValueError, match=r"norm_weight must have shape \(60,\), got \(30,\)"):
+        linears.fused_norm_linear(x, (weight,), x[0, 0, :30])
+    for k, theta in ((q[:, :, :2], q[0, 0]), (q, q[0, 0, :2])):
+        with pytest.raises(ValueError, match=r"k and theta must have shapes \(2, 7, 4, 20\), as q, and \(4, 20\), got"):
+            rotary.fused_rotate(q, k, torch.arange(7, device=DEVICE), theta)
+
+
 @pytest.mark.parametrize("shared_positions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotate(shared_positions, dtype):

@@ -313,6 +313,68 @@ def test_what_changes_after_it_was_found(world):
     run_ranks(world, changes)
 
 
+class Bounded(torch.autograd.Function):
+    """The same numbers, and another gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-1e-3, 1e-3)
+
+
+def by_function(model, args, logits):
+    return Bounded.apply(logits)
+
+
+def by_hook(model, args, logits):
+    if logits.requires_grad:
+        logits.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+def gradient_changed(change, what):
+    _, model, mesh = pair(lambda: Model(*LINEAR))
+    model.register_forward_hook(change)
+    for segment in (SEGMENT, SEGMENT, TOKENS):
+        with pytest.raises(RuntimeError, match=f"{what} behind the last layer of Model would get the gradient"):
+            lasp.stream_backward(model, batch_of(), mesh=mesh, segment=segment)
+        assert not gradients_of(model)
+    reference, model, mesh = pair(lambda: Model(*LINEAR))
+    loss, _ = loss_and_gradients(reference)
+    model.register_forward_hook(change)
+    for segment in (TOKENS, SEGMENT):  # where the first forward that looks has a backward
+        found, _ = lasp.stream_backward(model, batch_of(), mesh=mesh, segment=segment)
+        assert abs(found - loss) < BOUND
+        assert how(model) == MADE + f"{what} stands behind 'head'"
+        gradients_of(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(by_function, "the autograd.Function Bounded"), (by_hook, "a hook of a tensor")]
+)
+def test_what_changes_the_gradient_of_logits(change, what):
+    run_ranks(2, gradient_changed, change, what)
+
+
+def observed():
+    """Backward hooks of the model, which put a node of PyTorch's behind it."""
+    reference, model, mesh = pair(lambda: Model(*LINEAR))
+    loss, expected = loss_and_gradients(reference)
+    model.register_full_backward_hook(lambda module, before, after: None)
+    for _ in range(2):
+        found, _ = lasp.stream_backward(model, batch_of(), mesh=mesh, segment=SEGMENT)
+        assert abs(found - loss) < BOUND
+        lasp.sync_grads(model, mesh)
+        assert_same(gradients_of(model), expected)
+        assert how(model) == TAKEN
+
+
+def test_backward_hooks_of_the_model():
+    run_ranks(2, observed)
+
+
 def averaged(wrap):
     reference, model, mesh = pair(lambda: Model(*LINEAR[:1], *SHORT))
     loss, expected = loss_and_gradients(reference)
@@ -324,6 +386,29 @@ def averaged(wrap):
         assert abs(found - loss) < BOUND
         assert_same(gradients_of(model), expected)
         assert how(wrapped) == f"the loss is taken in {name!r}, without logits"
+
+
+def hook_of_ddp():
+    """It changes what the model gave, after the model itself."""
+    reference, model, mesh = pair(lambda: Model(*LINEAR))
+    reference.register_forward_hook(lambda module, args, logits: logits / 2)
+    loss, expected = loss_and_gradients(reference)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in expected)  # some no forward uses
+    wrapped = wrap_ddp(model, mesh)
+    handle = wrapped.register_forward_hook(lambda module, args, logits: logits / 2)
+    for _ in range(2):
+        found, _ = lasp.stream_backward(wrapped, batch_of(), mesh=mesh, segment=SEGMENT)
+        assert abs(found - loss) < BOUND
+        assert_same(gradients_of(model), expected)
+        assert how(wrapped) == MADE + "DistributedDataParallel around the model has hooks"
+    handle.remove()
+    lasp.stream_backward(wrapped, batch_of(), mesh=mesh, segment=SEGMENT)
+    assert how(wrapped) == "the loss is taken in 'module.head', without logits"
+
+
+def test_a_hook_of_what_is_around_the_model():
+    run_ranks(2, hook_of_ddp)
 
 
 def by_ddp(model, mesh):

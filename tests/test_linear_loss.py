@@ -246,3 +246,11 @@ def test_bad_arguments(changed, error, message):
     good = {"hidden": torch.zeros(2, 3, D), "weight": torch.zeros(V, D), "labels": torch.zeros(2, 3, dtype=torch.int64)}
     with pytest.raises(error, match=message):
         lasp.linear_token_loss(**{**good, **changed}, mesh=None)
+
+
+def test_no_second_derivative():
+    """Also where `torch.autograd.grad` would pass over its part, and another one has an own."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(7, 8)
+    loss = linear_loss.linear_cross_entropy(hidden, weight, torch.arange(5)) + hidden.pow(3).sum()
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from inputs import assert_close
 from ranks import mesh_of, run_ranks
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp import decay
-from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig
+from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig, _linears
 from lasp.models.tnl import LRPE, GatedLinearAttention, SimpleGLU, SimpleRMSNorm
 from lasp_kernels import recurrent_linear_attention
 
@@ -231,6 +232,20 @@ def test_norm_and_gated_unit_are_their_formulas():
     glu = SimpleGLU(config).double()
     h = norm(x)
     assert_close(glu(x), x + glu.out(glu.value(h) * glu.gate(h)), "glu")
+
+
+def test_a_weight_of_a_class_of_its_own_is_left_to_its_layer(monkeypatch):
+    """As libraries for 8 bits put it into a plain nn.Linear."""
+
+    class Packed(Tensor):
+        pass
+
+    glu = SimpleGLU(TNLConfig(VOCABULARY, layers=1, width=12, heads=3, glu_width=16))
+    for layer in (glu.value, glu.out):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
+    for name in ("norm_linear", "gated_linear"):
+        monkeypatch.setattr(_linears.kernels, name, None)
+    glu(torch.randn(2, 5, 12))
 
 
 def test_lrpe_depends_on_the_difference_of_positions_only():

@@ -66,6 +66,13 @@ def test_separators(texts, tmp_path):
     assert bytes(ids[: len(TEXT)].tolist()) == TEXT
 
 
+def test_a_file_of_tokens_is_never_read_as_text(texts, tmp_path):
+    """Its bytes have the same SHA-256, with which a run would go on."""
+    code, said = _prepare(texts, tmp_path / "corpus.tokens")
+    assert (code, "must be named *.bin" in said) == (2, True), said
+    assert not list(tmp_path.glob("corpus*"))
+
+
 def _tokenizer(path):
     """Words apart, of which there are more than 256."""
     tokenizers = pytest.importorskip("tokenizers")

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lasp_kernels.once import no_second_derivative
+
 TILE = {"cuda": 2**29, "cpu": 2**24}  # logits in memory at once: 1 GiB in bf16 on a GPU, 64 MiB in fp32 on a CPU
 
 
@@ -58,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_second_derivative("linear_cross_entropy")
     def backward(ctx, gradient):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         of_weight, of_bias = ctx.dtypes

@@ -23,9 +23,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lasp_kernels.norm import ACTIVATIONS, activate, check_norm_gate, norm, norm_gradient, rows_of
+from lasp_kernels.norm import (
+    ACTIVATIONS,
+    activate,
+    check_norm_gate,
+    norm,
+    norm_gradient,
+    rows_of,
+)
+from lasp_kernels.once import no_second_derivative
 
 BLOCK = 1024  # numbers of a program of the gate's kernels
 
@@ -34,6 +41,8 @@ def fused_norm_linear(
     x: Tensor, weights: tuple[Tensor, ...], norm_weight: Tensor | None = None, *, eps: float = 1e-6
 ) -> tuple[Tensor, ...]:
     """x itself, to be taken for a residual, and of each weight [N, D] the product with the RMS norm of x [..., D]."""
+    if norm_weight is not None and norm_weight.shape != x.shape[-1:]:  # kernels would read behind its end
+        raise ValueError(f"norm_weight must have shape {tuple(x.shape[-1:])}, got {tuple(norm_weight.shape)}")
     return _NormLinear.apply(x, norm_weight, eps, *weights)  # type: ignore[return-value]
 
 
@@ -53,6 +62,10 @@ def fused_norm_gate_linear(
 
 def fused_gated_linear(value: Tensor, gate: Tensor, weight: Tensor, *, activation: str = "none") -> Tensor:
     """The linear layer with this weight [N, W] of value [..., W] times activation(gate [..., W])."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if gate.shape != value.shape:  # the kernel would read behind its end
+        raise ValueError(f"gate must have the shape of value, {tuple(value.shape)}, got {tuple(gate.shape)}")
     stand_in = _GatedLinear.apply(value, gate, weight, activation)
     with torch.no_grad():
         y = F.linear(_gated(value, gate, weight.dtype, activation), weight)
@@ -70,7 +83,7 @@ class _NormLinear(torch.autograd.Function):
         return (x, *(F.linear(h, w).view(*x.shape[:-1], len(w)) for w in weights))
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative("norm_linear")
     def backward(ctx, beside, *gradients):
         x, scale, norm_weight, *weights = ctx.saved_tensors
         dys = [None if dy is None else rows_of(dy, dy.shape[-1]) for dy in gradients]
@@ -100,7 +113,7 @@ class _NormGateLinear(torch.autograd.Function):
         return F.linear(h, weight).view(*gate.shape[:-1], len(weight))
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative("norm_gate_linear")
     def backward(ctx, dy):
         x, gate, norm_weight, scale, weight = ctx.saved_tensors
         dy = rows_of(dy, len(weight))
@@ -119,7 +132,7 @@ class _GatedLinear(torch.autograd.Function):
         return weight.new_empty(()).expand(*value.shape[:-1], len(weight))  # one number
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative("gated_linear")
     def backward(ctx, dy):
         value, gate, weight = ctx.saved_tensors
         dy = rows_of(dy, len(weight))

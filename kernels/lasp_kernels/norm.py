@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasp_kernels.once import no_second_derivative
+
 ACTIVATIONS = {"none": 0, "sigmoid": 1, "silu": 2}
 MAX_WIDTH = 32768  # of a row, so that it fits the registers of a program
 
@@ -122,6 +124,7 @@ def norm(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, activation: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """y [rows, W] in `dtype`, and the scale of each row. x [rows, W] is contiguous, and so are the rows of the gate."""
+    weight = None if weight is None else weight.contiguous()
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if scale.numel():
@@ -144,6 +147,9 @@ def norm_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx (with `beside` added to it), d gate, d weight, and y `again` in this dtype, from what `norm` was given."""
     rows, width = x.shape
+    # What was saved may come back with other strides, from hooks of saved tensors.
+    x, scale, dy = x.contiguous(), scale.contiguous(), dy.contiguous()
+    gate, weight = None if gate is None else rows_of(gate, width), None if weight is None else weight.contiguous()
     dx = torch.empty_like(x)
     d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     y = None if again is None else torch.empty(x.shape, dtype=again, device=x.device)
@@ -175,6 +181,7 @@ class _NormGate(torch.autograd.Function):
         return y.view(gate.shape)
 
     @staticmethod
+    @no_second_derivative("norm_gate")
     def backward(ctx, dy):
         x, gate, weight, scale = ctx.saved_tensors
         dy = dy.reshape(x.shape).contiguous()

@@ -14,15 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lasp_kernels.norm import programs_of
+from lasp_kernels.once import no_second_derivative
 
 TURN = tl.constexpr(6.283185307179586)
 
 
 def fused_rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """q, k [B, T, H, K], positions [B, T] or [T] and theta [H, K] in fp32 to q, k [B, T, H, 2K] of the same dtype."""
+    if k.shape != q.shape or theta.shape != q.shape[2:]:  # kernels would read behind their ends
+        wanted, got = (tuple(q.shape), tuple(q.shape[2:])), (tuple(k.shape), tuple(theta.shape))
+        raise ValueError(f"k and theta must have shapes {wanted[0]}, as q, and {wanted[1]}, got {got[0]} and {got[1]}")
     positions = position_ids.expand(q.shape[:2]).reshape(-1).contiguous()
     return _Rotate.apply(q, k, positions, theta)  # type: ignore[return-value]
 
@@ -39,9 +42,9 @@ class _Rotate(torch.autograd.Function):
         return q_out, k_out
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative("rotate")
     def backward(ctx, dq_out, dk_out):
-        q, k, positions, theta = ctx.saved_tensors
+        q, k, positions, theta = (x.contiguous() for x in ctx.saved_tensors)  # hooks may give other strides
         H, K = theta.shape
         dq, dk = torch.empty_like(q), torch.empty_like(k)
         programs = min(max(len(positions), 1), programs_of(q.device))

@@ -52,8 +52,10 @@ def gated_linear(value: Tensor, gate: Tensor, layer: nn.Linear, activation: str 
 
 
 def _is_its_weight(layer: Any) -> bool:
-    """Whether calling the layer is to multiply by its weight, and nothing else."""
-    return type(layer) is nn.Linear and layer.bias is None and not _has_hooks(layer)
+    """Whether calling the layer is to multiply by its weight, and nothing else. (Libraries for 8 bits put a weight of a
+    class of their own into a plain layer.)"""
+    plain = type(layer) is nn.Linear and layer.bias is None and type(layer.weight) in (nn.Parameter, Tensor)
+    return plain and not _has_hooks(layer)
 
 
 def _is_rms_norm(norm: Any) -> bool:

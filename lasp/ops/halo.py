@@ -30,6 +30,7 @@ from lasp.ops import recompute, stream
 from lasp.ops.call import Call, begin, call_of, facts_of, kind_of_tensor, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
 from lasp_kernels import convolution
+from lasp_kernels.once import no_second_derivative
 
 NAME = "halo"
 
@@ -354,7 +355,7 @@ class _Halo(torch.autograd.Function):
         return with_halo(x, width, call, border, entering)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_second_derivative("lasp.halo")
     def backward(ctx, dy, d_leaving):
         dx, d_entering = without_halo(dy, ctx.width, ctx.call, ctx.border, d_leaving)
         return dx, None, None, None, d_entering

@@ -42,6 +42,7 @@ from lasp.ops.call import (
 )
 from lasp.ranks import SequenceParallel, collectives
 from lasp_kernels import softmax as local
+from lasp_kernels.once import no_second_derivative
 from lasp_kernels.softmax_pieces import Attended, Gradients, Piece, Queries
 
 NAME = "softmax_attention"
@@ -255,7 +256,7 @@ class _Streamed(torch.autograd.Function):
         return o.detach()  # a recompute may get the same memory again
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_second_derivative("lasp.softmax_attention")
     def backward(ctx, do):
         q, both, real, o, lse = ctx.saved_tensors
         facts: _Facts = ctx.facts

@@ -13,6 +13,7 @@ from torch import Tensor
 from lasp import exchange
 from lasp.ops.call import Call, kind_of_tokens
 from lasp.ranks import SequenceParallel, collectives
+from lasp_kernels.once import no_second_derivative
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _Gather(torch.autograd.Function):
         return gather(x, lengths, call).detach()  # a recompute may get the same memory again
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_second_derivative("lasp.softmax_attention")
     def backward(ctx, dx):
         return scatter(dx, ctx.lengths, ctx.call), None, None
 
@@ -166,7 +167,7 @@ class _Move(torch.autograd.Function):
         return move(x, lengths, call).detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @no_second_derivative("lasp.softmax_attention")
     def backward(ctx, dx):
         return ctx.back(dx, ctx.lengths, ctx.call, reverse=True), *[None] * 4
 
