@@ -1,4 +1,4 @@
-"""Learning rates by step: all begin with a linear warm-up, and those that fall end at a tenth of the highest rate."""
+"""Learning rates by step: a linear warm-up first; those that fall reach a tenth of the highest behind the last step."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ class Finding(NamedTuple):
     layer: weakref.ref[nn.Linear] | None  # that may give the loss
     told: str  # of it, for `explain`
     of: tuple[str, ...]  # the layers among which it was looked for
+    training: bool = True  # whether the model was then
 
 
 class _Seen(NamedTuple):
@@ -77,6 +78,7 @@ class LastLayer:
         known = self._layer()
         if self.finding is not None and (
             self.finding.of != tuple(candidates)
+            or self.finding.training is not self._inner.training
             or (self.finding.layer is not None and all(x is not known for x in candidates.values()))
         ):
             self.finding = None  # layers, or hooks of theirs, are others since
@@ -185,12 +187,15 @@ class LastLayer:
         changed = _changes_gradient(found[0].output, logits) if once and torch.is_grad_enabled() else ""
         if changed:
             self.finding = Finding(None, f"{_ALL}: {changed} stands behind {found[0].name!r}", candidates)
+        elif once and logits is not found[0].output:  # `.view(B, T, V)` asks for V numbers a token
+            self.finding = Finding(None, f"{_ALL}: they are a view of what {found[0].name!r} gave", candidates)
         elif once and found[0].tokens == self._labels.shape:
             name, layer = found[0].name, found[0].layer
             self.finding = Finding(weakref.ref(layer), f"the loss is taken in {name!r}, without logits", candidates)
         else:
             why = "they are of a layer that is called more than once, or not with all tokens"
             self.finding = Finding(None, f"{_ALL}: {why if found else self._why(logits.shape[-1])}", candidates)
+        self.finding = self.finding._replace(training=self._inner.training)
         self._found = True
 
     def _why(self, words: int) -> str:

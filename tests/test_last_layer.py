@@ -351,11 +351,32 @@ def gradient_changed(change, what):
         gradients_of(model)
 
 
-@pytest.mark.parametrize(
-    ("change", "what"), [(by_function, "the autograd.Function Bounded"), (by_hook, "a hook of a tensor")]
-)
-def test_what_changes_the_gradient_of_logits(change, what):
-    run_ranks(2, gradient_changed, change, what)
+def test_what_changes_the_gradient_of_logits():
+    run_ranks(2, gradient_changed, by_hook, "a hook of a tensor")
+
+
+def by_view(model, args, logits):
+    return logits.view(*args[0].shape, VOCABULARY)  # of V numbers a token, whatever comes
+
+
+def behind(change, gradients):
+    reference, model, mesh = pair(lambda: Model(*LINEAR))
+    for m in (reference, model):
+        m.register_forward_hook(change)
+    loss, expected = loss_and_gradients(reference)
+    for segment in (SEGMENT, SEGMENT, TOKENS):
+        found, _ = lasp.stream_backward(model, batch_of(), mesh=mesh, segment=segment)
+        assert abs(found - loss) < BOUND
+        assert how(model).startswith(MADE)
+        lasp.sync_grads(model, mesh)
+        found = gradients_of(model)
+        if gradients:
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("change", "gradients"), [(by_function, False), (by_view, True)])  # bounds scale otherwise
+def test_what_stands_behind_the_last_layer_is_given_logits(change, gradients):
+    run_ranks(2, behind, change, gradients)
 
 
 def observed():
@@ -486,3 +507,18 @@ def wrong_label():
 
 def test_a_label_outside_of_the_vocabulary():
     run_ranks(2, wrong_label)
+
+
+def in_training_after_an_evaluation():
+    _, model, mesh = pair(lambda: Model(*LINEAR))
+    model.register_forward_hook(lambda m, args, logits: torch.dropout(logits, 0.5, m.training))
+    for training in (False, True, True, False):
+        model.train(training)
+        loss, _ = lasp.stream_backward(model, batch_of(), mesh=mesh, segment=SEGMENT)
+        assert loss.isfinite()
+        assert (how(model) == TAKEN) is not training
+        gradients_of(model)
+
+
+def test_what_is_only_in_training_is_looked_for_then():
+    run_ranks(2, in_training_after_an_evaluation)

@@ -144,6 +144,7 @@ class GatedLinearAttention(nn.Module):
     def __init__(self, config: TNLConfig, layer: int):
         super().__init__()
         D, self.heads = config.width, config.heads
+        self.channels = D // self.heads  # K
         self.norm = SimpleRMSNorm()
         self.query = nn.Linear(D, D, bias=False)
         self.key = nn.Linear(D, D, bias=False)
@@ -155,7 +156,7 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
-        split = (*x.shape[:2], self.heads, self.query.out_features // self.heads)  # [B, T, H, K]
+        split = (*x.shape[:2], self.heads, self.channels)  # [B, T, H, K]
         if self.lrpe is None and self.attention.overlaps:
             x, k, v = norm_linear(x, self.norm, self.key, self.value)
             gate = x
