@@ -14,7 +14,7 @@ sequence = lasp.SequenceParallel(dist.group.WORLD)
 H, K, V = 2, 16, 32
 none_on_one, several_tiles, packed = ((70, 0, 33), None), ((65, 64, 3), None), ((40, 30, 7), (0, 10, 50, 50, 77))
 cases = {"none": [none_on_one], "head": [several_tiles, packed], "token": [none_on_one, several_tiles, packed]}
-cases["channel"] = [((33, 0, 18), None), ((20, 15, 5), (0, 4, 25, 25, 37))]
+cases["channel"] = [((33, 0, 18), None), ((20, 15, 5), (0, 4, 25, 25, 40))]
 for form in cases:
     for lengths, offsets in cases[form]:
         T, B = sum(lengths), 1 if offsets else 2
