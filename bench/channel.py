@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         "a sequence that is cut at the border of a segment gives the bits of the whole": same_bits(4133),
     }
     report(
-        "channel", command_line("channel.py", argv), rows, tables={"errors": wrong}, facts=facts, save=args.save, markdown=True,
-        commit=args.commit,
+        "channel", command_line("channel.py", argv), rows, tables={"errors": wrong}, facts=facts, save=args.save,
+        markdown=True, commit=args.commit,
     )  # fmt: skip
 
 
