@@ -1,8 +1,8 @@
 """The steps of `dispatch.Steps` for a decay per token and channel, on the Triton kernels of channel.py.
 
-Inputs are fp32 or bf16, with a query head for each head of k. q~ and k~ are made once in forward and again in backward:
-kept instead they would take a quarter more memory from forward to backward than q, k, v and log_decay (fp32) do, and
-making them is a tenth of the traffic of backward.
+Inputs are fp32 or bf16, with a query head for each head of k. Results are the same bits every time. q~ and k~ are made
+in forward and again in backward: kept from one to the other they would add two fifths to the memory of q, k, v (bf16)
+and log_decay (fp32), which are kept anyway, and to make them is less than a fifth of what backward reads and writes.
 """
 
 from __future__ import annotations
