@@ -16,7 +16,7 @@ def pytest_xdist_auto_num_workers():
 
 # Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
 LONG = """
-transformers trainer verify streaming faults transformers_border kernels train elementwise presence data init
+transformers trainer verify streaming faults transformers_border kernels train channel elementwise presence data init
 kernels_on_ranks recompute bits_alone bench agreement softmax messages replicas data_parallel attention hosts padding
 loss remote_code streaming_transformers docs scripts checkpoint exchange launchers fla trl loops peft
 """

@@ -505,3 +505,14 @@ def test_a_row_that_fails_is_told_and_leaves_the_others(kernels_on_cpu, monkeypa
     assert any("out of order" in text for text in told)
     assert any("cannot be captured" in text for text in session.left_out)
     assert (("fla", "none", 16) in session.dropped) == (broken == "fla")
+
+
+def test_errors_of_a_decay_per_channel(monkeypatch):
+    """Of this device's path; the times need a GPU."""
+    monkeypatch.delenv("LASP_KERNELS", raising=False)
+    channel = importlib.import_module("channel")
+    for kind in channel.DECAYS:
+        row = channel.errors(70, 1, 16, 8, kind, torch.float32, "cpu")
+        assert row["path"] == "reference"
+        assert all(0 < row[name] < 1e-5 for name in channel.NAMES)
+    assert channel.same_bits(600, "cpu")

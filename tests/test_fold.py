@@ -42,6 +42,16 @@ def test_nothing_that_enters_is_a_state_of_zeros(device, kind):
     assert torch.equal(fold(None, state[:1], None if transition is None else transition[:1]), state[0])
 
 
+def test_decays_per_channel_have_the_bits_of_the_reference(device):
+    """Their scan rounds as it does, on all paths."""
+    entering, state, log_decay = maps(K, device=device)
+    log_decay = -log_decay.abs()
+    expected = entering
+    for u in range(U):
+        expected = log_decay[u].exp().unsqueeze(-1) * expected + state[u]
+    assert torch.equal(fold(entering, state, log_decay), expected)
+
+
 def test_matrices_are_applied_in_order_with_the_same_bits_for_some_heads_and_columns(device):
     entering, state, matrix = maps(K, K, device=device)
     found = fold(entering, state, matrix)

@@ -14,12 +14,13 @@ sequence = lasp.SequenceParallel(dist.group.WORLD)
 H, K, V = 2, 16, 32
 none_on_one, several_tiles, packed = ((70, 0, 33), None), ((65, 64, 3), None), ((40, 30, 7), (0, 10, 50, 50, 77))
 cases = {"none": [none_on_one], "head": [several_tiles, packed], "token": [none_on_one, several_tiles, packed]}
+cases["channel"] = [((33, 0, 18), None), ((20, 15, 5), (0, 4, 25, 25, 40))]
 for form in cases:
     for lengths, offsets in cases[form]:
         T, B = sum(lengths), 1 if offsets else 2
         N = len(offsets) - 1 if offsets else B
         torch.manual_seed(T)
-        shape = {"none": None, "head": (H,), "token": (B, T, H)}[form]
+        shape = {"none": None, "head": (H,), "token": (B, T, H), "channel": (B, T, H, K)}[form]
         q, k, v, do = (torch.randn(B, T, H, n) for n in (K, K, V, V))
         g = None if shape is None else -torch.rand(shape)
         h, dh = torch.randn(N, H, K, V), torch.randn(N, H, K, V)
@@ -31,7 +32,7 @@ for form in cases:
 
         start = sum(lengths[: env.rank])
         mine = slice(start, start + lengths[env.rank])
-        local = [q[:, mine], k[:, mine], v[:, mine], g[:, mine] if form == "token" else g, h]
+        local = [q[:, mine], k[:, mine], v[:, mine], g[:, mine] if form in ("token", "channel") else g, h]
         local = [x if x is None else x.clone().requires_grad_() for x in local]
         assert path(Operands(*local[:4])) == "triton"
         layout = lasp.ShardLayout(lengths, offsets) if offsets else None
@@ -70,13 +71,14 @@ H, K, V, lengths, B = 2, 16, 16, (64, 64, 40), 1
 T, options = sum(lengths), {"output_final_state": True, "segment_length": 64}
 start = sum(lengths[: env.rank])
 mine = slice(start, start + lengths[env.rank])
-for form, schedules in (("head", ("ring", "direct")), ("token", ("ring", "all_gather", "pipeline", "direct"))):
+every = ("ring", "all_gather", "pipeline", "direct")
+for form, schedules in (("head", ("ring", "direct")), ("token", every), ("channel", ("ring", "direct"))):
     torch.manual_seed(T)
-    shape = {"head": (H,), "token": (B, T, H)}[form]
+    shape = {"head": (H,), "token": (B, T, H), "channel": (B, T, H, K)}[form]
     q, k, v, do = (torch.randn(B, T, H, n, requires_grad=True) for n in (K, K, V, V))
-    g = (-torch.rand(shape)).requires_grad_(form == "token")
+    g = (-torch.rand(shape)).requires_grad_(form != "head")
     h, dh = torch.randn(B, H, K, V, requires_grad=True), torch.randn(B, H, K, V)
-    inputs = [q, k, v, g, h] if form == "token" else [q, k, v, h]
+    inputs = [q, k, v, h] if form == "head" else [q, k, v, g, h]
     o, final = lasp.linear_attention(q, k, v, log_decay=g, initial_state=h, **options)
     expected = [o, *grad((o, final), inputs, (do, dh))]
     for schedule in schedules:

@@ -1,4 +1,4 @@
-"""Causal linear attention with matrix products, in plain PyTorch: the path of a CPU, of fp64 and of decays per channel.
+"""Causal linear attention with matrix products, in plain PyTorch: the path of a CPU, of fp64 and of what has no kernel.
 
 The same values as the recurrence of reference.py, on two levels of one scan: a *segment* is a run of tokens that is
 walked serially, *tile* by tile, while all segments advance together. `ChunkedSteps` has the steps one by one, because

@@ -3,8 +3,9 @@
 | device | inputs | path |
 |---|---|---|
 | CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K, V up to 256 | `steps.TritonSteps` |
-| CUDA | fp64, or log_decay [B, T, H, K] | `chunked.ChunkedSteps` |
-| CUDA | wider K or V | refused |
+| CUDA | the same with wider K or V | refused |
+| CUDA | bf16, fp32; log_decay [B, T, H, K]; K, V up to 256; as many heads of q as of k | `channel_steps.ChannelSteps` |
+| CUDA | fp64, or log_decay [B, T, H, K] with anything else | `chunked.ChunkedSteps` |
 | CPU | any | `chunked.ChunkedSteps` |
 
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
@@ -137,15 +138,28 @@ class Steps(Protocol):
 
 def path(x: Operands) -> Path:
     """What computes these inputs (see the table above)."""
-    return _path(x.k, per_channel=x.log_decay is not None and x.log_decay.ndim == 4)
+    return _path(x.k, served=not _per_channel(x) or _serves_channels(x))
 
 
-def _path(x: Tensor, *, per_channel: bool) -> Path:
+def _per_channel(x: Operands) -> bool:
+    return x.log_decay is not None and x.log_decay.ndim == 4
+
+
+def _serves_channels(x: Operands) -> bool:
+    """Whether the kernels of a decay per channel do; asked on a GPU alone, for elsewhere there may be no Triton."""
+    if not x.k.is_cuda:
+        return False
+    from lasp_kernels.channel_steps import unsupported
+
+    return unsupported(x) is None
+
+
+def _path(x: Tensor, *, served: bool) -> Path:
     if "LASP_KERNELS" in os.environ and (asked := os.environ["LASP_KERNELS"]):
         if asked == "triton" or asked == "reference":
             return asked
         raise ValueError(f'the environment variable LASP_KERNELS must be "triton" or "reference", got {asked!r}')
-    return "triton" if x.is_cuda and x.dtype != torch.float64 and not per_channel else "reference"
+    return "triton" if x.is_cuda and x.dtype != torch.float64 and served else "reference"
 
 
 def steps_of(
@@ -171,7 +185,12 @@ def steps_of(
         _tell(chosen, x)
     if chosen == "reference":
         return ChunkedSteps(x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient)
-    from lasp_kernels.steps import TritonSteps  # where Triton is not installed, nothing else needs it
+    # Where Triton is not installed, nothing else needs these.
+    if _per_channel(x):
+        from lasp_kernels.channel_steps import ChannelSteps
+
+        return ChannelSteps.of(x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient)
+    from lasp_kernels.steps import TritonSteps
 
     return TritonSteps.of(
         x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient, ends=ends
@@ -204,8 +223,9 @@ def fold(entering: Tensor | None, state: Tensor, transition: Tensor | None) -> T
         if len(state) == 1:
             return state[0]
         entering, state, transition = state[0], state[1:], None if transition is None else transition[1:]
-    per_channel = transition is not None and transition.shape[-1] > 1  # or a matrix
-    if _path(state, per_channel=per_channel) == "triton" and not (transition is not None and transition.ndim == 5):
+    # Per channel and matrices: as the scans of these forms do, on all paths.
+    by_number = transition is None or (transition.ndim == 4 and transition.shape[-1] == 1)
+    if by_number and _path(state, served=True) == "triton":
         from lasp_kernels import steps
 
         return steps.fold(entering, state, transition)

@@ -24,6 +24,7 @@ HEAD_PIECES, PIECE = 8, 2048  # with a decay per head, where a few heads have al
 END_PIECE = 2048  # where others wait for it (`TritonSteps.of_end`), however many
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2  # the forms of state.py, as numbers
+CHANNEL_DECAY = 3  # which has kernels of its own, in channel.py
 
 
 class Config(NamedTuple):
@@ -53,6 +54,9 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "short walk": (NARROW, SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
     "row-sum walk": (SHORT, SHORT, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
+    "channel state": (Config(64, 128, 64, 4, 2),) * 2 + (Config(16, 64, 64, 4, 2),) * 2,
+    "channel walk": (SHORT, SHORT, FP32, FP32_WIDE),
+    "channel tile": (Config(64, 0, 32, 4, 1),) * 2 + (Config(16, 0, 32, 4, 1),) * 2,  # number by number
 }  # all walks on one dtype have the same tile: the decays and row sums of its tokens go from one kernel to another
 
 
@@ -66,7 +70,7 @@ class Sizes(NamedTuple):
     key_dim: int
     value_dim: int
     itemsize: int  # bytes of a number of q, k and v
-    decay: int  # NO_DECAY, HEAD_DECAY or TOKEN_DECAY
+    decay: int  # NO_DECAY, HEAD_DECAY, TOKEN_DECAY or CHANNEL_DECAY
     token_stride: int  # the longest, in numbers
     processors: int  # multiprocessors of the card
     has_tma: bool  # the copy engine for tiles
@@ -159,9 +163,10 @@ class Plan:
         return 3 if sizes.split_sums else 2, sizes.batch, sizes.heads, sizes.tokens
 
     def state_blocks(self) -> Blocks:
-        """Of the kernel that makes the states of pieces."""
+        """Of the kernel that makes the states of pieces; with a decay per channel, of segments."""
         sizes = self.sizes
-        config = config_of("end" if sizes.piece_length else "state", 0, sizes.itemsize)
+        name = "channel state" if sizes.decay == CHANNEL_DECAY else "end" if sizes.piece_length else "state"
+        config = config_of(name, 0, sizes.itemsize)
         rows = min(config.rows, power_of_two(sizes.key_dim))
         columns = min(config.columns, power_of_two(sizes.value_dim))
         return Blocks(config, columns, -(-sizes.key_dim // rows) * -(-sizes.value_dim // columns), rows)
@@ -170,6 +175,10 @@ class Plan:
         """Of a walk whose products contract `contracted` columns and give `width`; `moves` as in `walk_blocks`."""
         name = "row-sum walk" if row_sums else "short walk" if self.sizes.decay == TOKEN_DECAY or not moves else "walk"
         return walk_blocks(name, contracted, width, self.sizes.itemsize, moves)
+
+    def channel_blocks(self, contracted: int, width: int, *, moves: bool) -> Blocks:
+        """The same with a decay per channel."""
+        return walk_blocks("channel walk", contracted, width, self.sizes.itemsize, moves)
 
     def head_decay_blocks(self) -> Blocks:
         """Of the kernel that makes the gradient of a decay per head."""
@@ -228,7 +237,7 @@ def _segment_length(sizes: Sizes) -> int:
     then rather more and shorter segments. Two short ones are slower than one, which needs neither states nor scan.
     """
     length = max(MIN_SEGMENT, -(-sizes.tokens // _wanted_segments(_walk_programs(sizes), sizes.processors)))
-    if sizes.keeps_rows:
+    if sizes.keeps_rows or (sizes.decay_gradient and sizes.decay == CHANNEL_DECAY):
         token_bytes = (2 * sizes.key_dim + sizes.value_dim) * sizes.itemsize
         state_bytes = 4 * sizes.key_dim * sizes.value_dim
         length = min(length, max(DECAY_SEGMENT, math.ceil(state_bytes / (STATE_SHARE * token_bytes))))
@@ -241,6 +250,7 @@ def _segment_length(sizes: Sizes) -> int:
 def _walk_programs(sizes: Sizes) -> int:
     """Of a walk over one segment."""
     name = "short walk" if sizes.decay == TOKEN_DECAY or not sizes.has_tma else "walk"
+    name = "channel walk" if sizes.decay == CHANNEL_DECAY else name
     columns = config_of(name, max(sizes.key_dim, sizes.value_dim), sizes.itemsize).columns
     programs = max(1, sizes.batch * sizes.heads * sizes.groups * -(-sizes.value_dim // columns))
     return programs * (2 if sizes.for_keys else 1)
@@ -261,6 +271,8 @@ def _piece_length(sizes: Sizes, segment_length: int) -> int:
     given = sizes.piece_length or sizes.segment_length
     if given:
         return given
+    if sizes.decay == CHANNEL_DECAY:  # whose segments are short
+        return segment_length
     # Segments' worth of tokens: of packed sequences there may be many that are almost empty.
     segments = sizes.batch * sizes.heads * -(-sizes.tokens // segment_length)
     if sizes.decay != HEAD_DECAY and segments >= 2 * sizes.processors:

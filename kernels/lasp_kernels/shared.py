@@ -69,8 +69,11 @@ class Shared:
 
     def flags(self, config: Config) -> dict[str, object]:
         """Constants and options that most kernels have."""
+        return {"DECAY": self.key.sizes.decay, **self.product_flags(config)}
+
+    def product_flags(self, config: Config) -> dict[str, object]:
+        """Of all kernels with matrix products."""
         return {
-            "DECAY": self.key.sizes.decay,
             "PACKED": self.packed,
             "LOW": self.low,
             "PRECISION": self.precision,
@@ -152,8 +155,8 @@ class Shared:
         """Of `forward_walk_kernel`."""
         plan, sizes = self.plan, self.key.sizes
         contracted, width = reversed(self.state) if transposed else self.state
-        out = self._fresh(sizes.heads * sizes.groups, width)
-        moves = self._moves(x, y, z, out)
+        out = self.fresh(sizes.heads * sizes.groups, width)
+        moves = self.moves(x, y, z, out)
         config, columns, blocks, _ = plan.walk_blocks(contracted, width, row_sums=w is not None, moves=moves)
         numbers = (
             float(scale), sizes.batch, *self.numbers, *x[0][:3], *y[0][:3], *z[0][:3], *out[0][:3],
@@ -171,7 +174,7 @@ class Shared:
         plan, sizes = self.plan, self.key.sizes
         x, x2, y, z, w, decays = layouts
         contracted, width = reversed(self.state) if transposed else self.state
-        moves = sizes.groups == 1 and self._moves(x, x2, y, z, self._fresh(sizes.heads, width))
+        moves = sizes.groups == 1 and self.moves(x, x2, y, z, self.fresh(sizes.heads, width))
         config, columns, blocks, _ = plan.walk_blocks(contracted, width, row_sums=w is not None, moves=moves)
         numbers = (
             float(scale), sizes.batch, *self.numbers, *x[0][:3], *x2[0][:3], *y[0][:3], *z[0][:3],
@@ -217,11 +220,11 @@ class Shared:
             C=blocks.config.tile, GROUP=sizes.groups, **self.flags(blocks.config),
         )  # fmt: skip
 
-    def _fresh(self, heads: int, width: int) -> Layout:
+    def fresh(self, heads: int, width: int) -> Layout:
         """Of a tensor [B, T, heads, width] that is made here."""
         return (self.key.sizes.tokens * heads * width, heads * width, width, 1), True
 
-    def _moves(self, *layouts: Layout) -> bool:
+    def moves(self, *layouts: Layout) -> bool:
         """Whether TMA can move them; heads that are narrower than any block of a product are loaded without it."""
         sizes, wide = self.key.sizes, min(self.state) >= MIN_BLOCK
         return sizes.has_tma and wide and all(fits_tma(x, sizes.itemsize) for x in layouts)

@@ -1,4 +1,4 @@
-"""The steps of `dispatch.Steps`, on Triton kernels.
+"""The steps of `dispatch.Steps`, on Triton kernels; those of a decay per channel are in channel_steps.py.
 
 Inputs are fp32, fp16 or bf16, on any strides with the last dim contiguous; decays None, [H] or [B, T, H]. Results
 are the same bits every time. How the work is divided is in plan.py; what the kernels do is in state.py (states, scan),
@@ -33,64 +33,13 @@ class PieceMaps:
     skipped: int  # segments at the end (reversed: the start) that are left out: 0 or 1
 
 
-class TritonSteps:
-    """The steps of forward and backward on one device, for inputs of one shape; see `dispatch.Steps`.
-
-    `states` and `d_states` are buffers as in state.py. Gradients have the dtype of the inputs. With
-    `decay_gradient` the steps query_gradient and key_value_gradient also keep the row sums that the step of that
-    name needs; it must follow in the same backward. Without `ends` no state enters and the one behind the last token
-    (reversed: before the first) is not wanted: `scan` then returns None for it, and, if there is a single segment, a
-    buffer of no states. With a given `segment_length` a segment is not cut into pieces, so that one device and
-    several fold the same maps (`border_maps`).
-    """
+class KernelSteps:
+    """What the steps of all forms of the decay have in common."""
 
     dtype = torch.float32  # of states
 
-    @classmethod
-    def of(
-        cls,
-        x: Operands,
-        *,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
-        segment_length: int | None = None,
-        decay_gradient: bool = False,
-        ends: bool = True,
-    ) -> TritonSteps:
-        """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not.
-
-        fp32 products use TF32 if PyTorch's own may (`torch.set_float32_matmul_precision`).
-        """
-        q, k, v, log_decay, _ = x
-        _check_supported(k, v, log_decay)
-        bounds = None
-        if cu_seqlens is not None:
-            bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
-        # Sizes as plain numbers: under torch.compile they may be symbols, which would not find what was kept.
-        batch, tokens, heads, key_dim = map(int, k.shape)
-        sizes = Sizes(
-            batch,
-            tokens,
-            heads,
-            int(q.shape[2]) // heads,
-            key_dim,
-            int(v.shape[3]),
-            k.element_size(),
-            NO_DECAY if log_decay is None else HEAD_DECAY if log_decay.ndim == 1 else TOKEN_DECAY,
-            _token_stride(x),
-            processors(k.device),
-            has_tma(k.device),
-            bounds,
-            segment_length,
-            decay_gradient,
-            ends,
-            split_sums=k.dtype != torch.bfloat16,  # whose numbers have fewer digits than the sums lose
-        )
-        tf32 = k.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        return cls(shared_by(Key(sizes, k.dtype, None if log_decay is None else log_decay.dtype, k.device, tf32)))
-
     def __init__(self, shared: Shared):
         self._shared, self.plan = shared, shared.plan
-        self._rows: dict[str, Tensor] = {}  # row sums, and the decays of walks: of one backward
 
     @property
     def tokens(self) -> int:
@@ -115,6 +64,55 @@ class TritonSteps:
     def zero_state(self) -> Tensor:
         """A state of zeros for every run: [N, H, K, V]."""
         return torch.zeros(self._shared.ends_shape, dtype=self.dtype, device=self._shared.device)
+
+    def _of_border(self, of_segments: Tensor, *, reverse: bool) -> Tensor:
+        """[B, H, segments, ...] to those of the run at the border, [U, N, H, ...]; see `dispatch.Steps.border_maps`."""
+        low, high = self.plan.run_segments[0 if reverse else -1]
+        part = of_segments[:, :, low:high].movedim(2, 0)
+        return part.flip(0) if reverse else part.contiguous()
+
+    def _placed(self, x: Tensor) -> tuple[Tensor, Layout]:
+        """x and how it lies; copied where its last dim has gaps or its segments are too far apart for 32 bits."""
+        strides = x.stride()
+        if strides[3] != 1 or strides[1] > self.plan.longest_stride:
+            x = x.contiguous()
+            strides = x.stride()
+        return x, (strides, x.data_ptr() % 16 == 0)
+
+
+class TritonSteps(KernelSteps):
+    """The steps of forward and backward on one device, for inputs of one shape; see `dispatch.Steps`.
+
+    `states` and `d_states` are buffers as in state.py. Gradients have the dtype of the inputs. With
+    `decay_gradient` the steps query_gradient and key_value_gradient also keep the row sums that the step of that
+    name needs; it must follow in the same backward. Without `ends` no state enters and the one behind the last token
+    (reversed: before the first) is not wanted: `scan` then returns None for it, and, if there is a single segment, a
+    buffer of no states. With a given `segment_length` a segment is not cut into pieces, so that one device and
+    several fold the same maps (`border_maps`).
+    """
+
+    @classmethod
+    def of(
+        cls,
+        x: Operands,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        segment_length: int | None = None,
+        decay_gradient: bool = False,
+        ends: bool = True,
+    ) -> TritonSteps:
+        """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not.
+
+        fp32 products use TF32 if PyTorch's own may (`torch.set_float32_matmul_precision`).
+        """
+        log_decay = x.log_decay
+        _check_supported(x.k, x.v, log_decay)
+        decay = NO_DECAY if log_decay is None else HEAD_DECAY if log_decay.ndim == 1 else TOKEN_DECAY
+        return cls(shared_of(x, decay, cu_seqlens, segment_length, decay_gradient, ends))
+
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
+        self._rows: dict[str, Tensor] = {}  # row sums, and the decays of walks: of one backward
 
     def of_end(self, tokens: int) -> TritonSteps:
         """For the last `tokens` of the inputs alone: in more programs, each with less work."""
@@ -171,16 +169,11 @@ class TritonSteps:
         if self.plan.pieces > 1:
             raise ValueError("maps of segments need a given segment_length")
         low, high = self.plan.run_segments[0 if reverse else -1]
-
-        def of_border(of_segments: Tensor) -> Tensor:
-            part = of_segments[:, :, low:high, 0].movedim(2, 0)
-            return part.flip(0) if reverse else part.contiguous()
-
-        state = of_border(maps.pieces)
+        state = self._of_border(maps.pieces[:, :, :, 0], reverse=reverse)
         if maps.log_decay is None:
             return state, None
         if maps.log_total is not None:
-            return state, of_border(maps.log_total).unsqueeze(-1)
+            return state, self._of_border(maps.log_total, reverse=reverse)
         log_decay = self._shared.segment_tokens[low:high, None, None] * maps.log_decay.float()
         log_decay = log_decay.expand(state.shape[:3]).unsqueeze(-1)
         return state, log_decay.flip(0) if reverse else log_decay.contiguous()
@@ -338,13 +331,42 @@ class TritonSteps:
         self._rows[name] = torch.empty(shape, dtype=self.dtype, device=self._shared.device)
         return self._rows[name]
 
-    def _placed(self, x: Tensor) -> tuple[Tensor, Layout]:
-        """x and how it lies; copied where its last dim has gaps or its segments are too far apart for 32 bits."""
-        strides = x.stride()
-        if strides[3] != 1 or strides[1] > self.plan.longest_stride:
-            x = x.contiguous()
-            strides = x.stride()
-        return x, (strides, x.data_ptr() % 16 == 0)
+
+def shared_of(
+    x: Operands,
+    decay: int,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    segment_length: int | None,
+    decay_gradient: bool,
+    ends: bool,
+) -> Shared:
+    """What all calls with such inputs share; `decay` is its form, as a number of plan.py."""
+    q, k, v, log_decay, _ = x
+    bounds = None
+    if cu_seqlens is not None:
+        bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+    # Sizes as plain numbers: under torch.compile they may be symbols, which would not find what was kept.
+    batch, tokens, heads, key_dim = map(int, k.shape)
+    sizes = Sizes(
+        batch,
+        tokens,
+        heads,
+        int(q.shape[2]) // heads,
+        key_dim,
+        int(v.shape[3]),
+        k.element_size(),
+        decay,
+        _token_stride(x),
+        processors(k.device),
+        has_tma(k.device),
+        bounds,
+        segment_length,
+        decay_gradient,
+        ends,
+        split_sums=k.dtype != torch.bfloat16,  # whose numbers have fewer digits than the sums lose
+    )
+    tf32 = k.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return shared_by(Key(sizes, k.dtype, None if log_decay is None else log_decay.dtype, k.device, tf32))
 
 
 def fold(entering: Tensor, state: Tensor, log_decay: Tensor | None) -> Tensor:
@@ -363,8 +385,10 @@ def fold(entering: Tensor, state: Tensor, log_decay: Tensor | None) -> Tensor:
 
 def _token_stride(x: Operands) -> int:
     """The longest; of a tensor whose last dim has gaps that of its copy."""
-    longest = 0
-    for tensor in x[:3]:
+    longest, tensors = 0, [*x[:3]]
+    if x.log_decay is not None and x.log_decay.ndim == 4:
+        tensors.append(x.log_decay)
+    for tensor in tensors:
         strides = tensor.stride()
         longest = max(longest, strides[1] if strides[3] == 1 else tensor.shape[2] * MAX_DIM)
     if x.log_decay is not None and x.log_decay.ndim == 3:

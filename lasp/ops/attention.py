@@ -76,9 +76,9 @@ def linear_attention(
     Per head, over the whole sequence: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t
     (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882).
 
-    A token whose q, k or v is NaN or Inf spoils what depends on it and no more on a CPU (and on a GPU in fp64 or with a
-    decay per channel). The Triton kernels of a GPU may spoil its neighbours too, of the same packed sequence: the up to
-    63 tokens before it in o, or behind it in gradients, that fall into one tile with it.
+    A token whose q, k or v is NaN or Inf spoils what depends on it and no more on a CPU (and on a GPU in fp64). The
+    Triton kernels of a GPU may spoil its neighbours too, of the same packed sequence: the up to 63 tokens before it in
+    o, or behind it in gradients, that fall into one tile with it.
 
     Args:
         q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v (G = 1 is the usual case). Or a

@@ -1,0 +1,166 @@
+"""A decay per channel on one GPU: errors against fp64, and times against the PyTorch path, in two tables.
+
+    python bench/channel.py [--lengths 8192 32768 131072] [--save] [--commit SHA]
+
+Errors are relative to chunked fp64, of a tensor as a whole; o, final state and all gradients. Decays: `gla`
+logsigmoid(x) / 16; `hgrn` logsigmoid(2x); `mixed` from -1e-4 to -50 a token and channel, so that all tiles are flagged
+(see kernels/lasp_kernels/channel.py); `resets` of -1000 among weak ones. Times are medians of
+`triton.testing.do_bench`, forward and forward with backward, of q, k, v in bf16 and log_decay in fp32; beside them the
+memory that forward and backward need beyond the inputs. "% floor" is the time of reading every input and writing every
+output once (forward q, k, v, o and log_decay: 6 tensors of bf16; backward 11) over the measured time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import command_line, report, table
+from torch import Tensor
+
+import lasp
+from lasp_kernels import Operands, chunked_linear_attention, path
+
+DECAYS = ("gla", "hgrn", "mixed", "resets")
+NAMES = ("o", "final", "dq", "dk", "dv", "dg", "ds")
+
+
+def decays(kind: str, shape: tuple[int, ...], device: str) -> Tensor:
+    """Log-decays of a kind, fp32."""
+    x = torch.randn(shape, device=device)
+    if kind == "gla":
+        return F.logsigmoid(x) / 16
+    if kind == "hgrn":
+        return F.logsigmoid(2 * x)
+    if kind == "resets":
+        return torch.where(torch.rand(shape, device=device) < 0.03, -1000.0, -0.01)
+    return -(10 ** (torch.rand(shape, device=device) * (math.log10(50) + 4) - 4))
+
+
+def inputs(T: int, H: int, K: int, V: int, kind: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """q, k, v, log_decay, which all want a gradient, and do."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(1, T, H, n, device=device, dtype=dtype) for n in (K, K, V, V))
+    return [x.requires_grad_() for x in (q, k, v, decays(kind, (1, T, H, K), device))], do
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    """By the path of LASP_KERNELS."""
+    return lasp.linear_attention(q, k, v, log_decay=log_decay, scale=q.shape[-1] ** -0.5, **options)
+
+
+def errors(T: int, H: int, K: int, V: int, kind: str, dtype: torch.dtype, device: str = "cuda") -> dict:
+    """A row."""
+    x, do = inputs(T, H, K, V, kind, dtype, device)
+    state, d_final = (torch.randn(1, H, K, V, device=device) for _ in range(2))
+    found = []
+    for wide in (False, True):
+        leaves = [(y.detach().double() if wide else y.detach()).requires_grad_() for y in (*x, state)]
+        if wide:
+            options = {"log_decay": leaves[3], "initial_state": leaves[4], "scale": K**-0.5}
+            results = chunked_linear_attention(*leaves[:3], **options)
+        else:
+            results = ours(*leaves[:4], initial_state=leaves[4], output_final_state=True)
+        seeds = [y.to(z.dtype) for y, z in zip((do, d_final), results)]
+        found.append([*results, *torch.autograd.grad(results, leaves, seeds)])
+    errors = {name: _relative(a, b) for name, a, b in zip(NAMES, *found)}
+    return {"T": T, "K": K, "V": V, "decay": kind, "dtype": str(dtype)[6:], "path": path(Operands(*x)), **errors}
+
+
+def _relative(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def same_bits(T: int, device: str = "cuda") -> bool:
+    """Whether tokens that are cut at the border of a segment, the state handed on, give the bits of the whole."""
+    x, _ = inputs(T, 2, 64, 64, "gla", torch.bfloat16, device)
+    options, cut = {"segment_length": 256, "output_final_state": True}, T // 2 // 256 * 256
+    with torch.no_grad():
+        o, final = ours(*x, **options)
+        first, state = ours(*(y[:, :cut] for y in x), **options)
+        second, end = ours(*(y[:, cut:] for y in x), initial_state=state, **options)
+        assert final is not None
+        assert end is not None
+        return torch.equal(o, torch.cat([first, second], 1)) and torch.equal(final, end)
+
+
+def times(T: int, dim: int, kind: str, kernels: str, bandwidth: float) -> dict:
+    """A row."""
+    os.environ["LASP_KERNELS"] = kernels
+    x, do = inputs(T, 16, dim, dim, kind, torch.bfloat16, "cuda")
+    row = {"T": T, "dim": dim, "decay": kind, "path": path(Operands(*x))}
+    try:
+        with torch.no_grad():
+            forward = _median(lambda: ours(*x))
+
+        def both():
+            torch.autograd.grad(ours(*x)[0], x, do)
+
+        both()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        torch.cuda.synchronize()
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+        backward = _median(both) - forward
+    except torch.OutOfMemoryError:
+        return {**row, "note": "out of memory"}
+    finally:
+        os.environ.pop("LASP_KERNELS")
+    floor = T * 16 * dim * 2 / bandwidth / 1e6
+    row |= {"fwd ms": forward, "fwd % floor": 600 * floor / forward}
+    return {**row, "bwd ms": backward, "bwd % floor": 1100 * floor / backward, "MiB": memory}
+
+
+def _median(call: Callable[[], object]) -> float:
+    """In ms."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=80, return_mode="median"))  # type: ignore[arg-type]
+
+
+def copies() -> float:
+    """GB/s of a copy on the device, read and written."""
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / _median(lambda: b.copy_(a)) / 1e6
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--save", action="store_true", help="write bench/results/")
+    parser.add_argument("--commit", help="of these files, on a machine that has not their history")
+    args = parser.parse_args(argv)
+    dims = ((128, 128), (64, 64), (96, 80), (256, 256))
+    wrong = [
+        errors(4133, 4, K, V, kind, dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+        for K, V in dims
+        for kind in DECAYS
+    ]
+    print(table(wrong), flush=True)  # whatever comes after
+    bandwidth, rows = copies(), []
+    for dim in (128, 64):
+        for T in args.lengths:
+            rows.append(times(T, dim, "gla", "triton", bandwidth))
+            if T <= 32768:  # PyTorch is slow, and needs much memory
+                rows.append(times(T, dim, "gla", "reference", bandwidth))
+    rows += [times(32768, 128, kind, "triton", bandwidth) for kind in ("hgrn", "mixed")]
+    facts = {
+        "copy GB/s": bandwidth,
+        "a sequence that is cut at the border of a segment gives the bits of the whole": same_bits(4133),
+    }
+    report(
+        "channel", command_line("channel.py", argv), rows, tables={"errors": wrong}, facts=facts, save=args.save,
+        markdown=True, commit=args.commit,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,619 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
+# (a kernel is called with numbers and tensors, not with the types that its body sees)
+"""A decay per token and channel, in Triton: walks without decay, in other variables.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t        g [B, T, H, K] <= 0
+
+In a tile of C tokens let G_i be the decays summed up to token i, inclusive, and R those of the tile's first half. With
+
+    q~_i = scale * q_i exp(G_i - R)        k~_j = k_j exp(R - G_j)        S^ = exp(R) S          (all per channel)
+
+the tile is one of linear attention without a decay: P = causal(q~ k~^T), o = q~ S^ + P v, S^ += k~^T v, and at its end
+S = exp(G_C - R) S^. Its gradients are those without a decay, too; dq = scale dq~ exp(G - R), dk = dk~ exp(R - G), and
+x = q dq - k dk = q~ dq~ - k~ dk~ gives dg_t = sum_{s >= t} x_s + (S . dS summed over V at a border behind).
+So nothing but the first and the last kernel sees a decay, and walks only scale rows of a state by K numbers a tile:
+
+    prepare        q, k, g -> q~, k~ and the decays of each tile                   all tiles at once
+    state, scan    k~, v -> the state at every border between segments             (what ranks exchange is in between)
+    walk           q~, k~, v -> o;   in backward do, v, k~ -> dq~
+    reverse walk   k~, q~, do -> dv;  v, do, q~ -> dk~
+    finish         q~, k~, dq~, dk~, g -> dq, dk, dg                               from a segment's end
+
+Tiles in which a half decays by more than exp(-LIMIT) in any channel are *flagged* (the usual gates of GLA and HGRN2
+flag none): there q~ = scale q exp(G), k~ = k exp(G_C - G), none larger than what it was, and what lies within the tile
+is worked out in blocks of 16 tokens: two blocks by a product, with the border before the later one as reference, a
+block with itself token by token. Exponents are sums there, never differences of sums, which would lose the digits of
+weak decays behind strong ones. P is made by `channel_flagged_kernel` for the walks to read, its gradients by
+`channel_flagged_gradient_kernel`. So decays of any strength are right; a flagged tile costs some 40 powers a number
+instead of 4.
+
+Segments and slots are those of state.py. A segment at token `first` has its tiles from first // C + segment on in what
+is kept by tile (VEC, FLAG, SIDE): no two share one, wherever packed sequences begin.
+
+VEC [3, B, H, all_tiles, K], in units of log 2: what the state decays by before, within and behind the tile's product.
+FLAG [B, H, all_tiles]: 1 where the tile is flagged. SIDE [B, H, all_tiles, C, C]: P of flagged tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from lasp_kernels.state import LOG2E, VARYING, bounded, place_of_program, segment_bounds
+
+LIMIT = tl.constexpr(60.0)  # nats in half a tile: exp(60) leaves bf16 and fp32 room for the numbers that it scales
+LN2 = tl.constexpr(0.6931471805599453)
+FORGOTTEN = tl.constexpr(16.0)  # nats in a tile, behind which a gradient of decays need not know of what came before
+VARYING_HERE = [*VARYING, "all_tiles"]
+
+
+@triton.jit
+def log2_decays(pointers, mask):
+    """Of tokens that are not there 0."""
+    return bounded(tl.load(pointers, mask=mask, other=0.0)) * LOG2E
+
+
+@triton.jit
+def load_tile(base, row, stride, column, n, WIDTH: tl.constexpr, LOW: tl.constexpr):
+    """Tokens `row` of n, in the dtype of the matrix products; zeros outside."""
+    mask = (row < n)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(LOW)
+
+
+@triton.jit
+def load_16(base, at, stride, d, d_mask, n):
+    """16 tokens from `at`: [16, channels] in fp32, zeros behind the end."""
+    row = at + tl.arange(0, 16)
+    mask = (row < n)[:, None] & d_mask[None, :]
+    return tl.load(base + row[:, None] * stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def decays_16(base, at, stride, d, d_mask, n):
+    """Of 16 tokens from `at`."""
+    row = at + tl.arange(0, 16)
+    return log2_decays(base + row[:, None] * stride + d[None, :], (row < n)[:, None] & d_mask[None, :])
+
+
+@triton.jit
+def decays_behind(base, at, stride, d, d_mask, n, C: tl.constexpr):
+    """Of each of C tokens from `at`: the decays behind it up to the last of them, as a sum."""
+    c = tl.arange(0, C)
+    row = at + 1 + c
+    mask = ((c < C - 1) & (row < n))[:, None] & d_mask[None, :]
+    return tl.cumsum(log2_decays(base + row[:, None] * stride + d[None, :], mask), 0, reverse=True)
+
+
+@triton.jit
+def sums_of_halves(g, C: tl.constexpr):
+    """Of a tile [C, D]: the decay of its first half, of its second, and up to each token."""
+    first = (tl.arange(0, C) < C // 2)[:, None]
+    return tl.sum(tl.where(first, g, 0.0), 0), tl.sum(tl.where(first, 0.0, g), 0), tl.cumsum(g, 0)
+
+
+@triton.jit
+def first_tile(b, h, H, first, segment, all_tiles, C: tl.constexpr):
+    """Where the tiles of a segment begin in what is kept by tile."""
+    return (b * H + h) * all_tiles + first // C + segment
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_prepare_kernel(
+    Q, K, G, QT, KT, VEC, FLAG, TABLE,
+    scale, B, T, segment_length, tiles, all_tiles, H, q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """QT and KT [B, T, H, D] of a tile and a block of channels, as if no tile were flagged; without Q, or without K,
+    one of them. With K also VEC, and FLAG, which is zeros before."""
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    block, b, h, rest = place_of_program(B, H, blocks)
+    tile, segment = rest % tiles, rest // tiles
+    first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n = end - first
+    if tile * C >= n:
+        return
+    start = first.to(tl.int64)
+    row, d = tile * C + tl.arange(0, C), block * BD + tl.arange(0, BD)
+    d_mask = d < D
+    mask = (row < n)[:, None] & d_mask[None, :]
+    g = log2_decays(G + b * g_b + start * g_t + h * g_h + row[:, None] * g_t + d[None, :], mask)
+    before, behind, summed = sums_of_halves(g, C)
+    to_q = summed - before[None, :]
+    out_at = ((b * T + start) * H + h) * D + row[:, None] * (H * D) + d[None, :]
+    if Q is not None:
+        q = load_tile(Q + b * q_b + start * q_t + h * q_h, row, q_t, d, n, D, tl.float32)
+        tl.store(QT + out_at, (q * (tl.exp2(to_q) * scale)).to(QT.dtype.element_ty), mask=mask)
+    if K is not None:
+        k = load_tile(K + b * k_b + start * k_t + h * k_h, row, k_t, d, n, D, tl.float32)
+        tl.store(KT + out_at, (k * tl.exp2(-to_q)).to(KT.dtype.element_ty), mask=mask)
+        at = first_tile(b, h, H, first, segment, all_tiles, C) + tile
+        plane = B.to(tl.int64) * H * all_tiles * D
+        tl.store(VEC + at * D + d, before, mask=d_mask)
+        tl.store(VEC + at * D + d + plane, tl.zeros_like(before), mask=d_mask)
+        tl.store(VEC + at * D + d + 2 * plane, behind, mask=d_mask)
+        if tl.min(tl.minimum(before, behind), 0) < -LIMIT * LOG2E:
+            tl.atomic_max(FLAG + at, 1)  # by several blocks of channels
+
+
+@triton.jit
+def flagged_scores(
+    q_base, k_base, g_base, side, tile, q_t, k_t, g_t, n, scale,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P of a tile into `side` [C, C], a block of 16 x 16 after the other."""
+    d, i = tl.arange(0, BD), tl.arange(0, 16)
+    d_mask = d < D
+    side_at = side + i[:, None] * C + i[None, :]
+    for r in tl.static_range(C // 16):
+        at = tile * C + r * 16
+        q = load_16(q_base, at, q_t, d, d_mask, n) * scale
+        x = (q * tl.exp2(tl.cumsum(decays_16(g_base, at, g_t, d, d_mask, n), 0))).to(LOW)
+        between = tl.zeros([BD], tl.float32)  # the decay of the blocks that lie between the two
+        for m in tl.static_range(r):
+            other = tile * C + (r - 1 - m) * 16
+            y = load_16(k_base, other, k_t, d, d_mask, n)
+            y = (y * tl.exp2(decays_behind(g_base, other, g_t, d, d_mask, n, 16) + between[None, :])).to(LOW)
+            p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            tl.store(side_at + r * 16 * C + (r - 1 - m) * 16, p.to(side.dtype.element_ty))
+            between += tl.sum(decays_16(g_base, other, g_t, d, d_mask, n), 0)
+        p = tl.zeros([16, 16], tl.float32)
+        apart = tl.zeros([16, BD], tl.float32)  # the decays behind token j up to i
+        for m in range(16):
+            j = 15 - m
+            j_mask = d < tl.where(at + j < n, D, 0)
+            k_j = tl.load(k_base + (at + j) * k_t + d, mask=j_mask, other=0.0).to(tl.float32)
+            column = tl.sum(q * k_j[None, :] * tl.exp2(apart), 1)
+            p = tl.where((i[None, :] == j) & (i[:, None] >= j), column[:, None], p)
+            g_j = log2_decays(g_base + (at + j) * g_t + d, j_mask)
+            apart = tl.where((i >= j)[:, None], apart + g_j[None, :], apart)
+        tl.store(side_at + r * 16 * C + r * 16, p.to(side.dtype.element_ty))
+        for m in tl.static_range(C // 16 - 1 - r):
+            tl.store(side_at + r * 16 * C + (r + 1 + m) * 16, tl.zeros([16, 16], side.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_flagged_kernel(
+    Q, K, G, QT, KT, VEC, FLAG, SIDE, TABLE,
+    scale, B, T, segment_length, tiles, all_tiles, H, q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles: where they are flagged, what `channel_prepare_kernel` left is replaced. With Q: QT, and SIDE;
+    with KT: that, and VEC."""
+    _, b, h, rest = place_of_program(B, H, 1)
+    groups = tl.cdiv(tiles, TILES)
+    segment = rest // groups
+    first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n, start = end - first, first.to(tl.int64)
+    d = tl.arange(0, BD)
+    d_mask = d < D
+    k_base, g_base = K + b * k_b + start * k_t + h * k_h, G + b * g_b + start * g_t + h * g_h
+    out_base = ((b * T + start) * H + h) * D
+    for t in range(TILES):
+        tile = (rest % groups) * TILES + t
+        at = first_tile(b, h, H, first, segment, all_tiles, C) + tile
+        if tl.load(FLAG + at, mask=tile * C < n, other=0) != 0:
+            row = tile * C + tl.arange(0, C)
+            mask = (row < n)[:, None] & d_mask[None, :]
+            out_at = out_base + row[:, None] * (H * D) + d[None, :]
+            g = log2_decays(g_base + row[:, None] * g_t + d[None, :], mask)
+            if Q is not None:
+                q_base = Q + b * q_b + start * q_t + h * q_h
+                flagged_scores(
+                    q_base, k_base, g_base, SIDE + at * (C * C), tile, q_t, k_t, g_t, n, scale, D, BD, C, LOW, PRECISION
+                )
+                q = load_tile(q_base, row, q_t, d, n, D, tl.float32)
+                tl.store(QT + out_at, (q * (tl.exp2(tl.cumsum(g, 0)) * scale)).to(QT.dtype.element_ty), mask=mask)
+            if KT is not None:
+                k = load_tile(k_base, row, k_t, d, n, D, tl.float32)
+                to_k = decays_behind(g_base, tile * C, g_t, d, d_mask, n, C)
+                tl.store(KT + out_at, (k * tl.exp2(to_k)).to(KT.dtype.element_ty), mask=mask)
+                plane = B.to(tl.int64) * H * all_tiles * D
+                total = tl.sum(g, 0)
+                tl.store(VEC + at * D + d, tl.zeros_like(total), mask=d_mask)
+                tl.store(VEC + at * D + d + plane, total, mask=d_mask)
+                tl.store(VEC + at * D + d + 2 * plane, tl.zeros_like(total), mask=d_mask)
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_state_kernel(
+    Y, Z, VEC, LOCAL, TOTAL, TABLE,
+    B, T, segment_length, segments, all_tiles, H, y_b, y_t, y_h, z_b, z_t, z_h,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
+    PACKED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """LOCAL [B, H, segments, DY, DZ]: the state behind a segment from zero (y = k~, z = v), or REVERSE the gradient of
+    that before it (y = q~, z = do). TOTAL [B, H, segments, DY]: its log-decay."""
+    blocks_z: tl.constexpr = (DZ + BZ - 1) // BZ
+    blocks: tl.constexpr = blocks_z * ((DY + BY - 1) // BY)
+    block, b, h, segment = place_of_program(B, H, blocks)
+    first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n, start = end - first, first.to(tl.int64)
+    c = tl.arange(0, C)
+    d = (block // blocks_z) * BY + tl.arange(0, BY)
+    e = (block % blocks_z) * BZ + tl.arange(0, BZ)
+    y_base = Y + b * y_b + start * y_t + h * y_h
+    z_base = Z + b * z_b + start * z_t + h * z_h
+    plane = B.to(tl.int64) * H * all_tiles * DY
+    vec = VEC + first_tile(b, h, H, first, segment, all_tiles, C) * DY + d
+    tiles = tl.cdiv(n, C)
+    s = tl.zeros([BY, BZ], tl.float32)
+    left = tl.zeros([BY], tl.float32)
+    total = tl.zeros([BY], tl.float32)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        tile = tiles - 1 - i if REVERSE else i
+        before = tl.load(vec + tile * DY, mask=d < DY, other=0.0)
+        within = tl.load(vec + tile * DY + plane, mask=d < DY, other=0.0)
+        behind = tl.load(vec + tile * DY + 2 * plane, mask=d < DY, other=0.0)
+        row = tile * C + c
+        y = load_tile(y_base, row, y_t, d, n, DY, LOW)
+        z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
+        s = s * tl.exp2(left + within + (behind if REVERSE else before))[:, None]
+        s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
+        left = before if REVERSE else behind
+        total += before + within + behind
+    s = s * tl.exp2(left)[:, None]
+    index = (b * H + h) * segments + segment
+    at = index * (DY * DZ) + d[:, None] * DZ + e[None, :]
+    tl.store(LOCAL + at, s, mask=(d < DY)[:, None] & (e < DZ)[None, :])
+    tl.store(TOTAL + index * DY + d, total * LN2, mask=d < tl.where(block % blocks_z == 0, DY, 0))
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_scan_kernel(
+    ENTERING, LOCAL, FACTOR, TOTAL, STATE, END, LOG_END, RUNS,
+    segments, slots, H,
+    DY: tl.constexpr, DZ: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `state.scan_kernel`: fold the segments of one run into ENTERING [N, H, DY, DZ] -> END, keep each border in
+    STATE, and give the log-decay of the run, LOG_END [N, H, DY]. Any of them may be None.
+
+    FACTOR [B, H, segments, DY] are exp(TOTAL), made by PyTorch, and products are rounded before sums (the owner turns
+    fused ones off): the arithmetic of `reference.fold_maps`, which folds such maps between ranks.
+    """
+    row, h = tl.program_id(0) // H, tl.program_id(0) % H
+    run = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = j < DY * DZ
+    d = j // DZ
+    low, high, head = 0, segments, run
+    base = head * slots
+    if PACKED:
+        low, high, head = tl.load(RUNS + row), tl.load(RUNS + row + 1), h.to(tl.int64)
+        base = head * slots + row
+    s = tl.zeros([BLOCK], tl.float32)
+    if ENTERING is not None:
+        s = tl.load(ENTERING + run * (DY * DZ) + j, mask=mask, other=0.0)
+    log_end = tl.zeros([BLOCK], tl.float32)
+    for i in tl.range(0, high - low, num_stages=4):
+        segment = high - 1 - i if REVERSE else low + i
+        if STATE is not None:
+            border = segment + 1 if REVERSE else segment
+            tl.store(STATE + (base + border) * (DY * DZ) + j, s, mask=mask)
+        at = head * segments + segment
+        if LOG_END is not None:
+            log_end += tl.load(TOTAL + at * DY + d, mask=mask, other=0.0)
+        factor = tl.load(FACTOR + at * DY + d, mask=mask, other=0.0)
+        s = s * factor + tl.load(LOCAL + at * (DY * DZ) + j, mask=mask, other=0.0)
+    if STATE is not None:
+        border = low if REVERSE else high
+        tl.store(STATE + (base + border) * (DY * DZ) + j, s, mask=mask)
+    if END is not None:
+        tl.store(END + run * (DY * DZ) + j, s, mask=mask)
+    if LOG_END is not None:
+        tl.store(LOG_END + run * DY + d, log_end, mask=mask & (j % DZ == 0))
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_walk_kernel(
+    X, Y, Z, VEC, FLAG, SIDE, STATE, OUT, TABLE,
+    B, T, segment_length, segments, slots, all_tiles, H, x_b, x_t, x_h, y_b, y_t, y_h, z_b, z_t, z_h,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT [B, T, H, DZ]: o from x = q~, y = k~, z = v; TRANSPOSED dq~ from x = do, y = v, z = k~."""
+    blocks: tl.constexpr = (DZ + BZ - 1) // BZ
+    block, b, h, segment = place_of_program(B, H, blocks)
+    first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n, start = end - first, first.to(tl.int64)
+    c, d = tl.arange(0, C), tl.arange(0, BY)
+    e = block * BZ + tl.arange(0, BZ)
+    x_base = X + b * x_b + start * x_t + h * x_h
+    y_base = Y + b * y_b + start * y_t + h * y_h
+    z_base = Z + b * z_b + start * z_t + h * z_h
+    out_base = OUT + ((b * T + start) * H + h) * DZ
+    if TMA:
+        x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
+        y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
+        z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
+        out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [H * DZ, 1], [C, BZ])
+    past = c[:, None] >= c[None, :]
+    width: tl.constexpr = DZ if TRANSPOSED else DY
+    channel = e if TRANSPOSED else d
+    plane = B.to(tl.int64) * H * all_tiles * width
+    tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
+    vec, flags = VEC + tile_at * width + channel, FLAG + tile_at
+    side_base = SIDE + tile_at * (C * C) + c[:, None] * C + c[None, :]
+    at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
+    inside = (d < DY)[:, None] & (e < DZ)[None, :]
+    s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
+    left = tl.zeros([BZ if TRANSPOSED else BY], tl.float32)
+    for i in tl.range(0, n, C, num_stages=STAGES):
+        tile = i // C
+        before = tl.load(vec + tile * width, mask=channel < width, other=0.0)
+        within = tl.load(vec + tile * width + plane, mask=channel < width, other=0.0)
+        behind = tl.load(vec + tile * width + 2 * plane, mask=channel < width, other=0.0)
+        flag = tl.load(flags + tile)
+        row = i + c
+        if TMA:
+            x = x_tiles.load([i, 0]).to(LOW)
+            y = y_tiles.load([i, 0]).to(LOW)
+            z = z_tiles.load([i, block * BZ]).to(LOW)
+        else:
+            x = load_tile(x_base, row, x_t, d, n, DY, LOW)
+            y = load_tile(y_base, row, y_t, d, n, DY, LOW)
+            z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
+        enter, pass_on = tl.exp2(left + before), tl.exp2(within)
+        s = s * (enter[None, :] if TRANSPOSED else enter[:, None])
+        p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
+        p = tl.where(past & (flag == 0), p, 0.0)
+        if not TRANSPOSED:  # noqa: SIM102  # known when it is compiled, the other is not
+            if flag != 0:
+                p = tl.load(side_base + tile.to(tl.int64) * (C * C)).to(tl.float32)
+        out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
+        if TMA:
+            out_tiles.store([i, block * BZ], out.to(OUT.dtype.element_ty))
+        else:
+            out_at = out_base + row[:, None] * (H * DZ) + e[None, :]
+            tl.store(out_at, out.to(OUT.dtype.element_ty), mask=(row < n)[:, None] & (e < DZ)[None, :])
+        s = s * (pass_on[None, :] if TRANSPOSED else pass_on[:, None])
+        s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
+        left = behind
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_reverse_walk_kernel(
+    KT, QT, V, DO, VEC, FLAG, SIDE, STATE, DKT, DV, TABLE,
+    B, T, segment_length, segments, slots, all_tiles, H,
+    k_b, k_t, k_h, q_b, q_t, q_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
+    ROLE: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """ROLE 0: DV from x = k~, y = q~, z = do, with dS [DY, DZ] = [K, V]. ROLE 1: DKT from x = v, y = do, z = q~, with
+    dS transposed, [DY, DZ] = [V, K]. ROLE 2 (K = V): both, in neighbouring programs, which read the same tiles."""
+    blocks: tl.constexpr = (DZ + BZ - 1) // BZ
+    roles: tl.constexpr = 2 if ROLE == 2 else 1
+    part, b, h, segment = place_of_program(B, H, roles * blocks)
+    role, block = part % roles, part // roles
+    if ROLE == 1:
+        role = 1
+    first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n, start = end - first, first.to(tl.int64)
+    c, d = tl.arange(0, C), tl.arange(0, BY)
+    e = block * BZ + tl.arange(0, BZ)
+    x_base, x_t = KT + b * k_b + start * k_t + h * k_h, k_t
+    y_base, y_t = QT + b * q_b + start * q_t + h * q_h, q_t
+    z_base, z_t = DO + b * do_b + start * do_t + h * do_h, do_t
+    dv_base, dk_base = DV + ((b * T + start) * H + h) * DZ, DKT + ((b * T + start) * H + h) * DZ
+    state_at = d[:, None] * DZ + e[None, :]
+    if role == 1:
+        x_base, x_t = V + b * v_b + start * v_t + h * v_h, v_t
+        y_base, z_base = z_base, y_base
+        y_t, z_t = z_t, y_t
+        state_at = d[:, None] + e[None, :] * DY
+    if TMA:
+        x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
+        y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
+        z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
+    past = c[:, None] <= c[None, :]  # [key, query]
+    K: tl.constexpr = DZ if ROLE == 1 else DY
+    plane = B.to(tl.int64) * H * all_tiles * K
+    tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
+    vec, flags = VEC + tile_at * K, FLAG + tile_at
+    side_base = SIDE + tile_at * (C * C) + c[:, None] + c[None, :] * C
+    inside = (d < DY)[:, None] & (e < DZ)[None, :]
+    ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
+    # A factor of rows for dv, of columns for dk: the other is 1.
+    row_mask, column_mask = (d < tl.where(role == 0, DY, 0)), (e < tl.where(role == 1, DZ, 0))
+    left_row, left_column = tl.zeros([BY], tl.float32), tl.zeros([BZ], tl.float32)
+    last = (n - 1) // C
+    for i in tl.range(0, last + 1, num_stages=STAGES):
+        tile = last - i
+        row = tile * C + c
+        at_row, at_column = vec + tile * K + d, vec + tile * K + e
+        flag = tl.load(flags + tile)
+        if TMA:
+            x = x_tiles.load([tile * C, 0]).to(LOW)
+            y = y_tiles.load([tile * C, 0]).to(LOW)
+            z = z_tiles.load([tile * C, block * BZ]).to(LOW)
+        else:
+            x = load_tile(x_base, row, x_t, d, n, DY, LOW)
+            y = load_tile(y_base, row, y_t, d, n, DY, LOW)
+            z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
+        if ROLE != 1:
+            left_row = tl.exp2(left_row + tl.load(at_row + 2 * plane, mask=row_mask, other=0.0))
+            ds = ds * left_row[:, None]
+            left_row = tl.load(at_row, mask=row_mask, other=0.0)
+        if ROLE != 0:
+            left_column = tl.exp2(left_column + tl.load(at_column + 2 * plane, mask=column_mask, other=0.0))
+            ds = ds * left_column[None, :]
+            left_column = tl.load(at_column, mask=column_mask, other=0.0)
+        p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        out = tl.dot(x, ds.to(LOW), input_precision=PRECISION)
+        p = tl.where(past & (flag == 0), p, 0.0)
+        if ROLE != 1:  # noqa: SIM102
+            if (flag != 0) & (role == 0):
+                p = tl.load(side_base + tile.to(tl.int64) * (C * C)).to(tl.float32)
+        out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
+        # Pointers, for the two may have different dtypes, and TMA stores in a branch do not compile (Triton 3.6).
+        out_at = row[:, None] * (H * DZ) + e[None, :]
+        if ROLE != 1:
+            mask = (row < tl.where(role == 0, n, 0))[:, None] & (e < DZ)[None, :]
+            tl.store(dv_base + out_at, out.to(DV.dtype.element_ty), mask=mask)
+        if ROLE != 0:
+            mask = (row < tl.where(role == 1, n, 0))[:, None] & (e < DZ)[None, :]
+            tl.store(dk_base + out_at, out.to(DKT.dtype.element_ty), mask=mask)
+        if ROLE != 1:
+            ds = ds * tl.exp2(tl.load(at_row + plane, mask=row_mask, other=0.0))[:, None]
+        if ROLE != 0:
+            ds = ds * tl.exp2(tl.load(at_column + plane, mask=column_mask, other=0.0))[None, :]
+        ds = tl.dot(tl.trans(y), z, ds, input_precision=PRECISION)
+
+
+@triton.jit
+def score_gradient_16(
+    do_base, v_base, at, other, do_t, v_t, n, scale, E: tl.constexpr, BE: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale * do v^T of the 16 queries from `at` and the 16 keys from `other`."""
+    dp = tl.zeros([16, 16], tl.float32)
+    for m in range(0, E, BE):
+        e = m + tl.arange(0, BE)
+        do = load_16(do_base, at, do_t, e, e < E, n).to(LOW)
+        dp = tl.dot(do, tl.trans(load_16(v_base, other, v_t, e, e < E, n).to(LOW)), dp, input_precision=PRECISION)
+    return dp * scale
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_flagged_gradient_kernel(
+    Q, K, V, DO, G, FLAG, DQ, DK, TABLE,
+    scale, B, T, segment_length, tiles, all_tiles, H,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
+    PACKED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles and a block of channels: where they are flagged, the part of DQ and DK from within the tile; either
+    may be None."""
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    block, b, h, rest = place_of_program(B, H, blocks)
+    groups = tl.cdiv(tiles, TILES)
+    segment = rest // groups
+    first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n, start = end - first, first.to(tl.int64)
+    d, i = block * BD + tl.arange(0, BD), tl.arange(0, 16)
+    d_mask = d < D
+    q_base, k_base = Q + b * q_b + start * q_t + h * q_h, K + b * k_b + start * k_t + h * k_h
+    v_base, do_base = V + b * v_b + start * v_t + h * v_h, DO + b * do_b + start * do_t + h * do_h
+    g_base, out_base = G + b * g_b + start * g_t + h * g_h, ((b * T + start) * H + h) * D
+    tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
+    for t in range(TILES):
+        tile = (rest % groups) * TILES + t
+        if tl.load(FLAG + tile_at + tile, mask=tile * C < n, other=0) != 0:
+            for r in tl.static_range(C // 16):
+                at = tile * C + r * 16
+                q = load_16(q_base, at, q_t, d, d_mask, n)
+                # These tokens as queries, of keys in earlier blocks; then as keys, for queries in later ones.
+                dq, between = tl.zeros([16, BD], tl.float32), tl.zeros([BD], tl.float32)
+                for m in tl.static_range(r):
+                    other = tile * C + (r - 1 - m) * 16
+                    dp = score_gradient_16(do_base, v_base, at, other, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
+                    y = load_16(k_base, other, k_t, d, d_mask, n)
+                    y = y * tl.exp2(decays_behind(g_base, other, g_t, d, d_mask, n, 16) + between[None, :])
+                    dq = tl.dot(dp.to(LOW), y.to(LOW), dq, input_precision=PRECISION)
+                    between += tl.sum(decays_16(g_base, other, g_t, d, d_mask, n), 0)
+                dq = dq * tl.exp2(tl.cumsum(decays_16(g_base, at, g_t, d, d_mask, n), 0))
+                dk, between = tl.zeros([16, BD], tl.float32), tl.zeros([BD], tl.float32)
+                for m in tl.static_range(C // 16 - 1 - r):
+                    other = tile * C + (r + 1 + m) * 16
+                    dp = score_gradient_16(do_base, v_base, other, at, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
+                    g = decays_16(g_base, other, g_t, d, d_mask, n)
+                    x = load_16(q_base, other, q_t, d, d_mask, n) * tl.exp2(tl.cumsum(g, 0))
+                    part = tl.dot(tl.trans(dp.to(LOW)), x.to(LOW), input_precision=PRECISION)
+                    dk += part * tl.exp2(between)[None, :]
+                    between += tl.sum(g, 0)
+                dk = dk * tl.exp2(decays_behind(g_base, at, g_t, d, d_mask, n, 16))
+                dp = score_gradient_16(do_base, v_base, at, at, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
+                dp = tl.where(i[:, None] >= i[None, :], dp, 0.0)
+                apart = tl.zeros([16, BD], tl.float32)
+                for m in range(16):
+                    j = 15 - m
+                    j_mask = d < tl.where(at + j < n, D, 0)
+                    k_j = tl.load(k_base + (at + j) * k_t + d, mask=j_mask, other=0.0).to(tl.float32)
+                    g_j = log2_decays(g_base + (at + j) * g_t + d, j_mask)
+                    column = tl.sum(tl.where(i[None, :] == j, dp, 0.0), 1)[:, None] * tl.exp2(apart)
+                    dq += column * k_j[None, :]
+                    dk += tl.where((i == j)[:, None], tl.sum(column * q, 0)[None, :], 0.0)
+                    apart = tl.where((i >= j)[:, None], apart + g_j[None, :], apart)
+                row = at + i
+                mask = (row < n)[:, None] & d_mask[None, :]
+                out_at = out_base + row[:, None] * (H * D) + d[None, :]
+                if DQ is not None:
+                    tl.store(DQ + out_at, dq.to(DQ.dtype.element_ty), mask=mask)
+                if DK is not None:
+                    tl.store(DK + out_at, dk.to(DK.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def channel_finish_kernel(
+    Q, K, G, QT, KT, DQT, DKT, FLAG, STATE, GRADIENT, DQ, DK, DG, TABLE,
+    scale, B, T, segment_length, segments, slots, all_tiles, H, q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """DQ, DK, DG [B, T, H, D] of a segment and a block of channels, from its end; or one of DQ and DK alone.
+
+    In DQ and DK flagged tiles have what `channel_flagged_gradient_kernel` left. For DG, STATE and GRADIENT are the
+    state and its gradient at every border; within a segment it gathers rounding noise from the end on.
+    """
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    block, b, h, segment = place_of_program(B, H, blocks)
+    first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n, start = end - first, first.to(tl.int64)
+    c, d = tl.arange(0, C), block * BD + tl.arange(0, BD)
+    d_mask = d < D
+    later = tl.zeros([BD], tl.float32)
+    if DG is not None:
+        border = ((b * H + h) * slots + slot + 1) * (D * E) + d[:, None] * E
+        for i in range(0, E, BE):
+            e = i + tl.arange(0, BE)
+            e_mask = d_mask[:, None] & (e < E)[None, :]
+            s = tl.load(STATE + border + e[None, :], mask=e_mask, other=0.0)
+            later += tl.sum(s * tl.load(GRADIENT + border + e[None, :], mask=e_mask, other=0.0), 1)
+    q_base, k_base = Q + b * q_b + start * q_t + h * q_h + d, K + b * k_b + start * k_t + h * k_h + d
+    g_base = G + b * g_b + start * g_t + h * g_h
+    out_base = ((b * T + start) * H + h) * D + d
+    tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
+    last = (n - 1) // C
+    for i in range(0, last + 1):
+        tile = last - i
+        row = tile * C + c
+        mask = (row < n)[:, None] & d_mask[None, :]
+        at = out_base[None, :] + row[:, None] * (H * D)
+        before, behind, summed = sums_of_halves(log2_decays(g_base + row[:, None] * g_t + d[None, :], mask), C)
+        flag = tl.load(FLAG + tile_at + tile)
+        x, from_state = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
+        if DQ is not None:
+            dq = tl.load(DQT + at, mask=mask, other=0.0)
+            if DG is not None:
+                from_state = tl.load(QT + at, mask=mask, other=0.0).to(tl.float32) * dq
+                x += from_state
+            to_q = summed - tl.where(flag != 0, 0.0, before)[None, :]
+            dq = dq * (tl.exp2(to_q) * scale)
+            if flag != 0:
+                within = tl.load(DQ + at, mask=mask, other=0.0).to(tl.float32)
+                dq += within
+                if DG is not None:
+                    q = tl.load(q_base[None, :] + row[:, None] * q_t, mask=mask, other=0.0)
+                    x += within * q.to(tl.float32)
+            tl.store(DQ + at, dq.to(DQ.dtype.element_ty), mask=mask)
+        if DK is not None:
+            dk = tl.load(DKT + at, mask=mask, other=0.0)
+            if DG is not None:
+                x -= tl.load(KT + at, mask=mask, other=0.0).to(tl.float32) * dk
+            to_k = before[None, :] - summed
+            if flag != 0:
+                to_k = decays_behind(g_base, tile * C, g_t, d, d_mask, n, C)
+            dk = dk * tl.exp2(to_k)
+            if flag != 0:
+                within = tl.load(DK + at, mask=mask, other=0.0).to(tl.float32)
+                dk += within
+                if DG is not None:
+                    k = tl.load(k_base[None, :] + row[:, None] * k_t, mask=mask, other=0.0)
+                    x -= within * k.to(tl.float32)
+            tl.store(DK + at, dk.to(DK.dtype.element_ty), mask=mask)
+        if DG is not None:
+            tl.store(DG + at, tl.cumsum(x, 0, reverse=True) + later[None, :], mask=mask)
+            # Where a flagged tile decays to nothing, all that crosses its start ends within it: the sum starts anew.
+            forgets = (before + behind) < tl.where(flag != 0, -FORGOTTEN * LOG2E, -float("inf"))
+            later = tl.where(forgets, tl.sum(from_state, 0), later + tl.sum(x, 0))
