@@ -1,12 +1,17 @@
-"""How an example becomes several processes, where no launcher has started it."""
+"""How an example starts: as several processes where no launcher has started it, in a folder, or not at all."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from pathlib import Path
 from typing import NoReturn
 
 import torch
+import typer
+
+RUNS = Path("runs")  # for results, where no folder is named
 
 
 def started_by_a_launcher() -> bool:
@@ -21,3 +26,15 @@ def relaunch(script: str, ranks: int) -> NoReturn:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
     os.execv(sys.executable, [sys.executable, *torchrun, script, *sys.argv[1:]])
+
+
+def refuse(option: str, message: str) -> NoReturn:
+    """End with a message about an option."""
+    raise typer.BadParameter(message, param_hint=option)
+
+
+def new_folder(kind: str) -> str:
+    """Make a folder for results, named by their kind and the time at which rank 0 asks."""
+    folder = RUNS / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir(parents=True)
+    return str(folder)

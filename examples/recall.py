@@ -15,14 +15,13 @@ It prints accuracy by distance, and leaves recall.json and recall.png in --out. 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import _recall_report
 import numpy as np
@@ -31,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0
-from _launch import relaunch, started_by_a_launcher
+from _launch import new_folder, refuse, relaunch, started_by_a_launcher
 from _needles import NOBODY_ASKS, Sequences, Task, sequences
 from _recall_report import Answers
 from torch import Tensor, nn
@@ -121,11 +120,6 @@ def check(options: Options, ranks: int) -> None:
     if options.segment >= options.test_length or options.segment % ranks:
         wanted = f"a multiple of {ranks} ranks, and less than the {options.test_length} tokens of a test"
         refuse("--segment", f"{options.segment} is not {wanted}")
-
-
-def refuse(option: str, message: str) -> NoReturn:
-    """End with a message about an option."""
-    raise typer.BadParameter(message, param_hint=option)
 
 
 # ---- the model
@@ -366,7 +360,7 @@ def run(options: Options) -> None:
     env = lasp.init()
     on_all_ranks("looking at the options", lambda: check(options, env.world_size))
     mesh = lasp.init_mesh(dp_shard=1, sp=-1)
-    folder = options.out or Path(on_rank_0("naming the folder for results", new_folder))
+    folder = options.out or Path(on_rank_0("naming the folder for results", lambda: new_folder("recall")))
     folder.mkdir(parents=True, exist_ok=True)
 
     whole = way_of(WHOLE, options, env, mesh)
@@ -391,13 +385,6 @@ def run(options: Options) -> None:
         ),
     )
     dist.destroy_process_group()
-
-
-def new_folder() -> str:
-    """Make a folder named by the time at which rank 0 asks."""
-    folder = Path("runs") / f"{time.strftime('recall-%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder.mkdir(parents=True)
-    return str(folder)
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)  # plain tracebacks: every rank may print one

@@ -24,17 +24,16 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import _checkpoint
 import torch
 import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
-from _launch import relaunch, started_by_a_launcher
+from _launch import RUNS, new_folder, refuse, relaunch, started_by_a_launcher
 from _model import FAMILIES, config_of, model_of
 from _report import RUN, Report
 from _saver import Saver
@@ -76,7 +75,6 @@ SAME = (
     "seed",
     "validate",
 )
-RUNS = Path("runs")  # for results, where no folder is named
 
 
 @dataclass(frozen=True)
@@ -306,11 +304,6 @@ def text_of(options: Options) -> Text:
         refuse("--data", f"{describe(options)} cannot be read: {error}")
 
 
-def refuse(option: str, message: str) -> NoReturn:
-    """End with a message about an option."""
-    raise typer.BadParameter(message, param_hint=option)
-
-
 def as_json(options: Options) -> dict:
     """The options as run.json holds them."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
@@ -322,7 +315,7 @@ def run(options: Options) -> None:
     options = going_on(options)
     text, digest = agree(options, env)
     mesh = lasp.init_mesh(dp_shard=options.dp, sp=options.sp or -1)
-    folder = options.out or Path(on_rank_0("naming the folder for results", new_folder))
+    folder = options.out or Path(on_rank_0("naming the folder for results", lambda: new_folder("tnl")))
 
     model = build_model(options, mesh, env.device)
     optimizer = optimizer_of(model, options, env.device)
@@ -391,13 +384,6 @@ def agree(options: Options, env: lasp.Env) -> tuple[Text, str]:
         on_all_ranks("waiting for rank 0 to say what is wrong with the options", lambda: None)
         raise typer.Exit(2)
     return texts[0], found[env.rank]["digest"]
-
-
-def new_folder() -> str:
-    """Make a folder named by the time at which rank 0 asks."""
-    folder = RUNS / f"{time.strftime('tnl-%Y%m%d-%H%M%S')}-{os.getpid()}"
-    folder.mkdir(parents=True)
-    return str(folder)
 
 
 def config_of_run(options: Options) -> TNLConfig | DecoderConfig:

@@ -302,13 +302,17 @@ for life in range(2):
     except ValueError:
         pass
     dist.destroy_process_group()
+    print("life", life, "ended", flush=True)
 """
 
 
 def test_a_second_life_of_the_group():
     """On one port, with what the first has left in the store."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    succeed(AGAIN, [{**common, "RANK": str(r)} for r in range(2)])
+    found = run_processes(AGAIN, [{**common, "RANK": str(r)} for r in range(2)])
+    assert [(code, out.count("life 0 ended"), out.count("life 1 ended")) for code, out, _ in found] == [
+        (0, 1, 1)
+    ] * 2, found
 
 
 RESTARTED = f"""

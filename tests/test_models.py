@@ -243,9 +243,12 @@ def test_a_weight_of_a_class_of_its_own_is_left_to_its_layer(monkeypatch):
     glu = SimpleGLU(TNLConfig(VOCABULARY, layers=1, width=12, heads=3, glu_width=16))
     for layer in (glu.value, glu.out):
         layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
+    x = torch.randn(2, 5, 12)
+    h = glu.norm(x)
+    expected = x + glu.out(glu.value(h) * glu.gate(h))
     for name in ("norm_linear", "gated_linear"):
-        monkeypatch.setattr(_linears.kernels, name, None)
-    glu(torch.randn(2, 5, 12))
+        monkeypatch.setattr(_linears.kernels, name, None)  # a call of it would be an error
+    assert torch.equal(glu(x), expected)
 
 
 def test_lrpe_depends_on_the_difference_of_positions_only():

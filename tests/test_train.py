@@ -404,7 +404,7 @@ def test_metrics_on_a_full_disk(copy):
 
 def test_without_a_folder_a_new_one_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = Path(train.new_folder())
+    made = Path(train.new_folder("tnl"))
     assert made.is_dir()
     assert made.parent == Path("runs")
 
