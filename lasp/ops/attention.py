@@ -50,11 +50,13 @@ NAME = "linear_attention"
 
 
 def _stand_in(
-    q: Tensor, k: Tensor, v: Tensor, output_final_state: bool = False, **_: Any
+    q: Tensor, k: Tensor, v: Tensor, output_final_state: bool = False, normalize: bool = False, **_: Any
 ) -> tuple[Tensor, Tensor | None]:
     """For a trial."""
-    final_state = k.new_zeros(k.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=kernels.state_dtype(k.dtype))
-    return of_own_tokens(q, k, v, q.shape[2]), final_state if output_final_state else None
+    x = Operands(q, k, v, normalize=normalize)
+    shape = (k.shape[0], x.heads, k.shape[3], x.state_columns)
+    final_state = k.new_zeros(shape, dtype=kernels.state_dtype(k.dtype))
+    return of_own_tokens(q, k, v, x.output_heads), final_state if output_final_state else None
 
 
 @operator(_stand_in)
@@ -65,6 +67,7 @@ def linear_attention(
     *,
     log_decay: Tensor | None = None,
     scale: float = 1.0,
+    normalize: bool = False,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: ShardLayout | None = None,
@@ -74,7 +77,8 @@ def linear_attention(
     """Causal linear attention over a sequence that may be split over ranks.
 
     Per head, over the whole sequence: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t
-    (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882).
+    (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882). With `normalize` o_t is divided by
+    q_t s_t, where s_t = exp(log_decay_t) s_{t-1} + k_t is the sum of keys ("Transformers are RNNs", arXiv 2006.16236).
 
     A token whose q, k or v is NaN or Inf spoils what depends on it and no more on a CPU (and on a GPU in fp64). The
     Triton kernels of a GPU may spoil its neighbours too, of the same packed sequence: the up to 63 tokens before it in
@@ -86,14 +90,19 @@ def linear_attention(
             must leave these as they are, and must not exchange anything among the same ranks itself. What it uses
             gets its gradients as elsewhere, but not through a reentrant checkpoint around this call alone.
         k: [B, T, H, K].
-        v: [B, T, H, V]. q, k and v have one float dtype (fp32 may use TF32 as PyTorch's own products do, by
-            `torch.set_float32_matmul_precision`). T may differ between ranks, down to zero.
+        v: [B, T, H, V]; or G*H heads where q and k both have H: then G heads of v, with a state and a decay each, share
+            one of q and k (the groups of Mamba-2). q, k and v have one float dtype (fp32 may use TF32 as PyTorch's own
+            products do, by `torch.set_float32_matmul_precision`). T may differ between ranks, down to zero.
         log_decay: fp32, <= 0 and finite: None, [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per token
-            and channel). With a decay for each of H*G query heads, k and v are repeated to as many. Values are looked
-            at on a CPU only: on a GPU the host would have to wait (`lasp.decay.fixed` looks at them once).
+            and channel), H the heads of v. With a decay for each of H*G query heads, k and v are repeated to as many.
+            Values are looked at on a CPU only: on a GPU the host would have to wait (`lasp.decay.fixed` looks at them
+            once).
         scale: multiplies the output.
+        normalize: divide by q_t s_t, which is for q and k whose channels are positive, as those of elu(x) + 1. Nothing
+            is added to it: where it is 0, o is NaN or Inf, and where it is near 0, gradients are large.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
-            sequences. The rank on which a sequence begins gets its gradient, the others zero.
+            sequences; H the heads of v. With `normalize` [N, H, K, V + 1], whose last column is s. The rank on which a
+            sequence begins gets its gradient, the others zero.
         output_final_state: also return the state after the last token.
         layout: how tokens lie on the ranks; needed for packed sequences (then B = 1), whose state starts anew, and
             where some tokens are padding, which then is in no state, and whose o is zero. With it, heads of a fixed
@@ -105,8 +114,8 @@ def linear_attention(
             hold equally many tokens.
 
     Returns:
-        o [B, T, H*G, V] in the dtype of v, and the final state [N, H, K, V] (fp32; fp64 for fp64 inputs; the same
-        on every rank) or None. A gradient that ranks give to the final state is summed over them.
+        o [B, T, H*G, V] in the dtype of v, and the final state, of the shape of the initial one (fp32; fp64 for fp64
+        inputs; the same on every rank), or None. A gradient that ranks give to the final state is summed over them.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, before any communication; a q that a function made, after
@@ -125,6 +134,7 @@ def linear_attention(
             padding.cut(v),
             log_decay=padding.cut(log_decay),
             scale=scale,
+            normalize=normalize,
             initial_state=initial_state,
             output_final_state=output_final_state,
             layout=padding.layout,
@@ -133,8 +143,12 @@ def linear_attention(
         )
         return padding.fill(o), final_state
     if stream.under_way(sequence):
-        return _streamed(q, k, v, log_decay, scale, initial_state, output_final_state, layout, sequence, segment_length)
-    return _run(q, k, v, log_decay, scale, initial_state, output_final_state, layout, sequence, segment_length)
+        return _streamed(
+            q, k, v, log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length
+        )
+    return _run(
+        q, k, v, log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length
+    )
 
 
 @stream.in_eager
@@ -144,6 +158,7 @@ def _streamed(
     v: Tensor,
     log_decay: Tensor | None,
     scale: float,
+    normalize: bool,
     initial_state: Tensor | None,
     output_final_state: bool,
     layout: ShardLayout | None,
@@ -156,7 +171,7 @@ def _streamed(
     crossing = stream.crossing(NAME, sequence)
     assert crossing is not None
     initial_state = crossing.enter(initial_state, k, v, log_decay)
-    options = (log_decay, scale, initial_state, crossing.leaves, layout, sequence, segment_length)
+    options = (log_decay, scale, normalize, initial_state, crossing.leaves, layout, sequence, segment_length)
     o, final_state = _run(q, k, v, *options, edges=edges)
     return crossing.leave(o, final_state), None
 
@@ -167,6 +182,7 @@ def _run(
     v: Tensor,
     log_decay: Tensor | None,
     scale: float,
+    normalize: bool,
     initial_state: Tensor | None,
     output_final_state: bool,
     layout: ShardLayout | None,
@@ -178,16 +194,17 @@ def _run(
     """Of tokens none of which is padding; `edges` as in `call_of`."""
     if torch.compiler.is_compiling():
         q = _made(q, k, sequence) if callable(q) else q
-        x = _prepare(q, k, v, log_decay, initial_state, scale)
+        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
+        arguments.flag("normalize", normalize)
         # What ranks compare must be there before they exchange, and without ranks nothing travels meanwhile.
         if callable(q) and (alone or ranks_agree is not None):
             q = _made(q, k, sequence)
         later, q = (q, k) if callable(q) else (None, q)  # until it is made the shape of k says it all
-        x = _prepare(q, k, v, log_decay, initial_state, scale)
+        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
         kernels.check_inputs(x.q, x.k, x.v, log_decay, segment_length)
         ends, rates = initial_state is not None or output_final_state, decay.host_values(log_decay)
         call = call_of(
@@ -202,7 +219,7 @@ def _run(
             edges=edges,
         )
         if initial_state is not None:
-            check_initial_state(initial_state, x.k, x.v, call)
+            check_initial_state(initial_state, x.k, x.v, call, normalize=normalize)
         grad_mode = torch.is_grad_enabled()
         decay_gradient = log_decay is not None and grad_mode and log_decay.requires_grad
         needs = Needs(output_final_state, decay_gradient, waits_next=later is None, grad_mode=grad_mode)
@@ -212,7 +229,7 @@ def _run(
             with torch.no_grad():
                 started.append(start_forward(x, initial_state, call, needs, ranks_agree))
             x = x._replace(q=_made_meanwhile(later, k, started, call))
-        facts = (call, scale, needs, ranks_agree)
+        facts = (call, scale, normalize, needs, ranks_agree)
         return _LinearAttention.apply(*x[:4], initial_state, facts, started)  # type: ignore[return-value]
 
 
@@ -225,8 +242,10 @@ def settings_of(
     """
     return (
         ("scale", x.scale),
+        ("normalize", x.normalize),
         ("dtype", x.k.dtype),
         ("query heads", x.q.shape[2]),
+        ("key heads", x.k.shape[2]),
         ("log_decay", None if x.log_decay is None else _FORMS[x.log_decay.ndim]),
         ("fixed decays", rates if x.k.device.type == "cpu" else None),
         ("initial_state", "none" if initial_state is None else "given"),
@@ -256,7 +275,13 @@ class Started(NamedTuple):
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    normalize: bool,
 ) -> Operands:
     """q, k and v in one dtype, and with a head of k and v for each head of the decay."""
     for name, x in (("k", k), ("v", v), ("q", q), ("log_decay", log_decay), ("initial_state", initial_state)):
@@ -266,9 +291,10 @@ def _prepare(
         q, k, v = autocast(q, k, v)
     if log_decay is not None and k.ndim == 4 and q.ndim == 4 and log_decay.ndim in (1, 3, 4):
         heads = log_decay.shape[0 if log_decay.ndim == 1 else 2]
-        if heads == q.shape[2] != k.shape[2] and k.shape[2] and heads % k.shape[2] == 0:
+        alike = v.ndim == 4 and v.shape[2] == k.shape[2]
+        if heads == q.shape[2] != k.shape[2] and alike and k.shape[2] and heads % k.shape[2] == 0:
             k, v = (x.repeat_interleave(heads // k.shape[2], 2) for x in (k, v))
-    return Operands(q, k, v, log_decay, scale)
+    return Operands(q, k, v, log_decay, scale, normalize)
 
 
 def _made(make: Callable[[], Tensor], k: Tensor, sequence: SequenceParallel | None) -> Tensor:
@@ -341,9 +367,9 @@ def steps_of(x: Operands, call: Call, decay_gradient: bool) -> kernels.Steps:
 
 def _fingerprint(x: Operands, initial_state: Tensor | None, call: Call, needs: Needs) -> dict[str, object]:
     tensors = {**x._asdict(), "initial_state": initial_state}
-    scale = tensors.pop("scale")
+    scale, normalize = tensors.pop("scale"), tensors.pop("normalize")
     modes = {} if needs.grad_mode is None else {"grad_mode": needs.grad_mode}
-    return call.fingerprint(tensors, scale=scale, output_final_state=needs.final_state, **modes)
+    return call.fingerprint(tensors, scale=scale, normalize=normalize, output_final_state=needs.final_state, **modes)
 
 
 def _last_tokens_suffice(x: Operands, steps: kernels.Steps, call: Call) -> bool:
@@ -376,20 +402,29 @@ def _last_tokens_first(
     return maps, lambda: call.shard.enter(None, wait(), reverse=False)
 
 
-def forward(x: Operands, call: Call, started: list[Started]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """o, the final state if asked for, and the states that backward needs."""
+class Kept(NamedTuple):
+    """Of a forward, for its backward: the states of segments; with a normaliser also o and its denominators."""
+
+    states: Tensor
+    o: Tensor | None = None
+    denominators: Tensor | None = None
+
+
+def forward(x: Operands, call: Call, started: list[Started]) -> tuple[Tensor, Tensor | None, Kept]:
+    """o, the final state if asked for, and what backward needs."""
     steps, maps, wait, wants_final = started.pop()
     with no_autocast(x.q.device.type):
         states, behind = steps.scan(maps, wait())
         if behind is not None:
             finite.note(call.sequence, behind)
         del maps  # large, and no longer needed
-        o = steps.outputs(x, states).to(x.v.dtype)
+        o, denominators = steps.outputs(x, states)
+        o = o.to(x.v.dtype)
         final_state = None
         if wants_final:
             assert behind is not None
             final_state = call.final_state(behind)
-    return o, final_state, states
+    return o, final_state, Kept(states, o if x.normalize else None, denominators)
 
 
 class Gradients(NamedTuple):
@@ -404,7 +439,7 @@ class Gradients(NamedTuple):
 
 def backward(
     x: Operands,
-    states: Tensor,
+    kept: Kept,
     do: Tensor,
     d_final_state: Tensor | None,
     call: Call,
@@ -418,11 +453,13 @@ def backward(
             # Ranks add memory to memory, so it must lie in the same way on all of them.
             d_final_state = d_final_state.clone(memory_format=torch.contiguous_format)
             d_final_state = call.sum_over_ranks(d_final_state, reverse=True)
+        if kept.o is not None and kept.denominators is not None:
+            do = steps.output_gradient(x, do, kept.o, kept.denominators)
         of_keys = steps.of_keys()
         maps = of_keys.gradient_maps(x, do)
         # Always, whichever inputs need a gradient here: the ranks before this one wait for it.
         wait = call.enter(of_keys, maps, d_final_state, reverse=True)
-        dq = steps.query_gradient(x, do, states)
+        dq = steps.query_gradient(x, do, kept.states)
         d_states, d_first = of_keys.scan(maps, wait(), reverse=True)
         if d_first is not None:
             finite.note(call.sequence, d_first, reverse=True)
@@ -432,31 +469,31 @@ def backward(
             assert d_first is not None
             d_initial = call.shard.all_states(d_first, first=True)
         if needs_grad[1]:
-            d_decay = steps.decay_gradient(x, (do, dq, dk), states, d_states)
+            d_decay = steps.decay_gradient(x, (do, dq, dk), kept.states, d_states)
     return Gradients(dq.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype), d_initial, d_decay)
 
 
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_decay, initial_state, facts, started):
-        ctx.call, ctx.scale, needs, ranks_agree = facts
+        ctx.call, *ctx.options, needs, ranks_agree = facts
         ctx.needs_grad = (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
-        x = Operands(q, k, v, log_decay, ctx.scale)
+        x = Operands(q, k, v, log_decay, *ctx.options)
         if not started:
             started.append(start_forward(x, initial_state, ctx.call, needs, ranks_agree))
         ctx.steps = started[0].steps
-        o, final_state, states = forward(x, ctx.call, started)
-        ctx.save_for_backward(q, k, v, log_decay, states)
+        o, final_state, kept = forward(x, ctx.call, started)
+        ctx.save_for_backward(q, k, v, log_decay, *kept)
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, d_final_state):
         if torch.is_grad_enabled():
             raise RuntimeError("lasp.linear_attention has no second derivative: call backward without create_graph")
-        q, k, v, log_decay, states = ctx.saved_tensors
-        x = Operands(q, k, v, log_decay, ctx.scale)
-        found = backward(x, states, do, d_final_state, ctx.call, ctx.steps, ctx.needs_grad)
+        q, k, v, log_decay, *kept = ctx.saved_tensors
+        x = Operands(q, k, v, log_decay, *ctx.options)
+        found = backward(x, Kept(*kept), do, d_final_state, ctx.call, ctx.steps, ctx.needs_grad)
         d_initial = None if found.d_initial is None else found.d_initial.to(ctx.initial_dtype)
         d_decay = None if found.d_decay is None else found.d_decay.to(log_decay.dtype)
         return found.dq, found.dk, found.dv, d_decay, d_initial, None, None
@@ -472,7 +509,7 @@ def _compiled(
 ) -> tuple[Tensor, Tensor | None]:
     """The same through the custom op of compiled.py, which torch.compile takes as it is."""
     lengths, cu_seqlens = (None, None) if layout is None else layout.facts
-    o, final_state, _ = torch.ops.lasp.linear_attention(
+    o, final_state, *_ = torch.ops.lasp.linear_attention(
         *x,
         initial_state,
         output_final_state,

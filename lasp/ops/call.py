@@ -509,11 +509,12 @@ def check_options(scale: float, output_final_state: bool, segment_length: int | 
     return arguments.number("scale", scale), length
 
 
-def check_initial_state(initial_state: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-    """Raise `ValueError` unless it is [N, H, K, V] on the device of k, H the heads of v."""
+def check_initial_state(initial_state: Tensor, k: Tensor, v: Tensor, call: Call, *, normalize: bool = False) -> None:
+    """Raise `ValueError` unless it is [N, H, K, V] on the device of k, H the heads of v; `normalize`: V + 1."""
     arguments.float_tensor("initial_state", initial_state)
-    expected = (call.shard.num_sequences, v.shape[2], k.shape[3], v.shape[3])
+    expected = (call.shard.num_sequences, v.shape[2], k.shape[3], v.shape[3] + normalize)
     if tuple(initial_state.shape) != expected:
-        raise ValueError(f"initial_state must have shape [N, H, K, V] = {expected}, got {tuple(initial_state.shape)}")
+        form = "[N, H, K, V + 1]" if normalize else "[N, H, K, V]"
+        raise ValueError(f"initial_state must have shape {form} = {expected}, got {tuple(initial_state.shape)}")
     if initial_state.device != k.device:
         raise ValueError(f"initial_state must be on the device of k, {k.device}, got {initial_state.device}")
