@@ -219,7 +219,7 @@ class Mamba2(Mixer):
         value, key, query = mixed.split([2 * self.width, self.STATE, self.STATE], -1)
         value = self._split(value)
         step = F.softplus(_wide(self.rate(x)) + _wide(self.rate_bias))  # [B, T, H]
-        q, k = (y.unsqueeze(2).expand(-1, -1, self.heads, -1) for y in (query, key))
+        q, k = (y.unsqueeze(2) for y in (query, key))  # one head
         o = self.attention(
             q, k, (value * step.unsqueeze(-1)).to(value.dtype), -_wide(self.log_rate).exp() * step, layout=layout
         )
