@@ -247,7 +247,8 @@ def channel_state_kernel(
         row = tile * C + c
         y = load_tile(y_base, row, y_t, d, n, DY, LOW)
         z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
-        s = s * tl.exp2(left + within + (behind if REVERSE else before))[:, None]
+        # One factor after the other: their product may be less than fp32 holds, where the state is not.
+        s = s * tl.exp2(left)[:, None] * tl.exp2(within + (behind if REVERSE else before))[:, None]
         s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
         left = before if REVERSE else behind
         total += before + within + behind
@@ -353,8 +354,9 @@ def channel_walk_kernel(
             x = load_tile(x_base, row, x_t, d, n, DY, LOW)
             y = load_tile(y_base, row, y_t, d, n, DY, LOW)
             z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
-        enter, pass_on = tl.exp2(left + before), tl.exp2(within)
-        s = s * (enter[None, :] if TRANSPOSED else enter[:, None])
+        # One factor after the other: their product may be less than fp32 holds, where the state is not.
+        end, enter, pass_on = tl.exp2(left), tl.exp2(before), tl.exp2(within)
+        s = s * (end[None, :] if TRANSPOSED else end[:, None]) * (enter[None, :] if TRANSPOSED else enter[:, None])
         p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
         p = tl.where(past & (flag == 0), p, 0.0)
@@ -433,12 +435,12 @@ def channel_reverse_walk_kernel(
             y = load_tile(y_base, row, y_t, d, n, DY, LOW)
             z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
         if ROLE != 1:
-            left_row = tl.exp2(left_row + tl.load(at_row + 2 * plane, mask=row_mask, other=0.0))
-            ds = ds * left_row[:, None]
+            behind = tl.load(at_row + 2 * plane, mask=row_mask, other=0.0)
+            ds = ds * tl.exp2(left_row)[:, None] * tl.exp2(behind)[:, None]  # one by one, as in the other walk
             left_row = tl.load(at_row, mask=row_mask, other=0.0)
         if ROLE != 0:
-            left_column = tl.exp2(left_column + tl.load(at_column + 2 * plane, mask=column_mask, other=0.0))
-            ds = ds * left_column[None, :]
+            behind = tl.load(at_column + 2 * plane, mask=column_mask, other=0.0)
+            ds = ds * tl.exp2(left_column)[None, :] * tl.exp2(behind)[None, :]
             left_column = tl.load(at_column, mask=column_mask, other=0.0)
         p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         out = tl.dot(x, ds.to(LOW), input_precision=PRECISION)
