@@ -28,7 +28,7 @@ def tile(request, monkeypatch):
     """Tokens of a tile, whatever the dtype. The interpreter's time goes by what it does one by one: few and short."""
     tile = getattr(request, "param", 16)
     if not CUDA:
-        for name in ("walk", "channel state", "channel walk", "channel tile"):
+        for name in ("walk", *(name for name in plan.CONFIGS if name.startswith("channel "))):
             configs = tuple(config._replace(tile=tile) for config in plan.CONFIGS[name])
             monkeypatch.setitem(plan.CONFIGS, name, configs)
     for kept in (shared.shared_by, plan.walk_blocks):
