@@ -601,76 +601,132 @@ def channel_flagged_gradient_kernel(
                     tl.store(DK + out_at, dk.to(DK.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def finish_tokens(
+    g_base, qt_base, kt_base, dqt_base, dkt_base, behind, dq_base, dk_base, dg_base, scale, first, end, later, g_t,
+    out_t, d, D: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tokens first to end of a segment, none in a flagged tile, from the last: dq, dk and dg. Returns `later`, which
+    is the gradient of a decay just behind them, for those before. `behind` is what tiles decay by behind their state.
+    """
+    to_q = tl.zeros_like(later)
+    for i in tl.range(0, end - first, num_stages=STAGES):
+        t = end - 1 - i
+        mask, at = d < D, t * out_t + d
+        g = log2_decays(g_base + t * g_t + d, mask)
+        # From the tile's reference, which is between its halves, to this token: a sum that starts where a half ends.
+        at_end = (t % C == C - 1) | (i == 0)
+        of_half = tl.load(behind + (t // C) * D + d, mask=d < tl.where(at_end, D, 0), other=0.0)
+        to_q = tl.where(at_end, of_half, tl.where(t % C == C // 2 - 1, 0.0, to_q))
+        if dq_base is not None:
+            dq = tl.load(dqt_base + at, mask=mask, other=0.0)
+            if dg_base is not None:
+                later += tl.load(qt_base + at, mask=mask, other=0.0).to(tl.float32) * dq
+            tl.store(dq_base + at, (dq * (tl.exp2(to_q) * scale)).to(dq_base.dtype.element_ty), mask=mask)
+        if dk_base is not None:
+            dk = tl.load(dkt_base + at, mask=mask, other=0.0)
+            if dg_base is not None:
+                later -= tl.load(kt_base + at, mask=mask, other=0.0).to(tl.float32) * dk
+            tl.store(dk_base + at, (dk * tl.exp2(-to_q)).to(dk_base.dtype.element_ty), mask=mask)
+        if dg_base is not None:
+            tl.store(dg_base + at, later, mask=mask)
+        to_q -= g
+    return later
+
+
+@triton.jit
+def finish_flagged_tile(
+    q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale, first, end, later,
+    q_t, k_t, g_t, out_t, d, D: tl.constexpr,
+):  # fmt: skip
+    """The same of a flagged tile. In dq and dk is what `channel_flagged_gradient_kernel` left there."""
+    mask = d < D
+    to_k, from_state = tl.zeros_like(later), tl.zeros_like(later)
+    for i in range(0, end - first):
+        t = end - 1 - i
+        at = t * out_t + d
+        if dg_base is not None:
+            dq, within = tl.load(dqt_base + at, mask=mask, other=0.0), tl.load(dq_base + at, mask=mask, other=0.0)
+            product = tl.load(qt_base + at, mask=mask, other=0.0).to(tl.float32) * dq
+            from_state += product
+            q = tl.load(q_base + t * q_t + d, mask=mask, other=0.0).to(tl.float32)
+            later += product + q * within.to(tl.float32)
+        if dk_base is not None:
+            dk = tl.load(dkt_base + at, mask=mask, other=0.0)
+            within = tl.load(dk_base + at, mask=mask, other=0.0).to(tl.float32)
+            if dg_base is not None:
+                later -= tl.load(kt_base + at, mask=mask, other=0.0).to(tl.float32) * dk
+                later -= tl.load(k_base + t * k_t + d, mask=mask, other=0.0).to(tl.float32) * within
+            tl.store(dk_base + at, (dk * tl.exp2(to_k) + within).to(dk_base.dtype.element_ty), mask=mask)
+        if dg_base is not None:
+            tl.store(dg_base + at, later, mask=mask)
+        to_k += log2_decays(g_base + t * g_t + d, mask)
+    if dq_base is not None:
+        to_q = tl.zeros_like(later)
+        for t in range(first, end):  # sums from the tile's start: no differences
+            at = t * out_t + d
+            to_q += log2_decays(g_base + t * g_t + d, mask)
+            dq, within = tl.load(dqt_base + at, mask=mask, other=0.0), tl.load(dq_base + at, mask=mask, other=0.0)
+            dq = dq * (tl.exp2(to_q) * scale) + within.to(tl.float32)
+            tl.store(dq_base + at, dq.to(dq_base.dtype.element_ty), mask=mask)
+    # Where the tile decays to nothing, all that crosses its start ends within it: the sum starts anew.
+    return tl.where(to_k < -FORGOTTEN * LOG2E, from_state, later)
+
+
 @triton.jit(do_not_specialize=VARYING_HERE)
 def channel_finish_kernel(
-    Q, K, G, QT, KT, DQT, DKT, FLAG, STATE, GRADIENT, DQ, DK, DG, TABLE,
+    Q, K, G, QT, KT, DQT, DKT, VEC, FLAG, STATE, GRADIENT, DQ, DK, DG, TABLE,
     scale, B, T, segment_length, segments, slots, all_tiles, H, q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """DQ, DK, DG [B, T, H, D] of a segment and a block of channels, from its end; or one of DQ and DK alone.
 
-    In DQ and DK flagged tiles have what `channel_flagged_gradient_kernel` left. For DG, STATE and GRADIENT are the
-    state and its gradient at every border; within a segment it gathers rounding noise from the end on.
+    Token by token: a program is as wide as its channels, and sums along tokens need nobody else. For DG, STATE and
+    GRADIENT are the state and its gradient at every border; within a segment it gathers rounding noise from the end on.
     """
     blocks: tl.constexpr = (D + BD - 1) // BD
     block, b, h, segment = place_of_program(B, H, blocks)
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n, start = end - first, first.to(tl.int64)
-    c, d = tl.arange(0, C), block * BD + tl.arange(0, BD)
-    d_mask = d < D
+    d = block * BD + tl.arange(0, BD)
     later = tl.zeros([BD], tl.float32)
     if DG is not None:
         border = ((b * H + h) * slots + slot + 1) * (D * E) + d[:, None] * E
         for i in range(0, E, BE):
             e = i + tl.arange(0, BE)
-            e_mask = d_mask[:, None] & (e < E)[None, :]
+            e_mask = (d < D)[:, None] & (e < E)[None, :]
             s = tl.load(STATE + border + e[None, :], mask=e_mask, other=0.0)
             later += tl.sum(s * tl.load(GRADIENT + border + e[None, :], mask=e_mask, other=0.0), 1)
-    q_base, k_base = Q + b * q_b + start * q_t + h * q_h + d, K + b * k_b + start * k_t + h * k_h + d
-    g_base = G + b * g_b + start * g_t + h * g_h
-    out_base = ((b * T + start) * H + h) * D + d
+    q_base, k_base = Q + b * q_b + start * q_t + h * q_h, K + b * k_b + start * k_t + h * k_h
+    g_base, at = G + b * g_b + start * g_t + h * g_h, ((b * T + start) * H + h) * D
+    qt_base, kt_base, dqt_base, dkt_base = QT + at, KT + at, DQT, DKT
+    dq_base, dk_base, dg_base = DQ, DK, DG
+    if DQ is not None:
+        dqt_base, dq_base = DQT + at, DQ + at
+    if DK is not None:
+        dkt_base, dk_base = DKT + at, DK + at
+    if DG is not None:
+        dg_base = DG + at
     tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
-    last = (n - 1) // C
-    for i in tl.range(0, last + 1, num_stages=STAGES):
-        tile = last - i
-        row = tile * C + c
-        mask = (row < n)[:, None] & d_mask[None, :]
-        at = out_base[None, :] + row[:, None] * (H * D)
-        before, behind, summed = sums_of_halves(log2_decays(g_base + row[:, None] * g_t + d[None, :], mask), C)
-        flag = tl.load(FLAG + tile_at + tile)
-        x, from_state = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
-        if DQ is not None:
-            dq = tl.load(DQT + at, mask=mask, other=0.0)
-            if DG is not None:
-                from_state = tl.load(QT + at, mask=mask, other=0.0).to(tl.float32) * dq
-                x += from_state
-            to_q = summed - tl.where(flag != 0, 0.0, before)[None, :]
-            dq = dq * (tl.exp2(to_q) * scale)
-            if flag != 0:
-                within = tl.load(DQ + at, mask=mask, other=0.0).to(tl.float32)
-                dq += within
-                if DG is not None:
-                    q = tl.load(q_base[None, :] + row[:, None] * q_t, mask=mask, other=0.0)
-                    x += within * q.to(tl.float32)
-            tl.store(DQ + at, dq.to(DQ.dtype.element_ty), mask=mask)
-        if DK is not None:
-            dk = tl.load(DKT + at, mask=mask, other=0.0)
-            if DG is not None:
-                x -= tl.load(KT + at, mask=mask, other=0.0).to(tl.float32) * dk
-            to_k = before[None, :] - summed
-            if flag != 0:
-                to_k = decays_behind(g_base, tile * C, g_t, d, d_mask, n, C)
-            dk = dk * tl.exp2(to_k)
-            if flag != 0:
-                within = tl.load(DK + at, mask=mask, other=0.0).to(tl.float32)
-                dk += within
-                if DG is not None:
-                    k = tl.load(k_base[None, :] + row[:, None] * k_t, mask=mask, other=0.0)
-                    x -= within * k.to(tl.float32)
-            tl.store(DK + at, dk.to(DK.dtype.element_ty), mask=mask)
-        if DG is not None:
-            tl.store(DG + at, tl.cumsum(x, 0, reverse=True) + later[None, :], mask=mask)
-            # Where a flagged tile decays to nothing, all that crosses its start ends within it: the sum starts anew.
-            forgets = (before + behind) < tl.where(flag != 0, -FORGOTTEN * LOG2E, -float("inf"))
-            later = tl.where(forgets, tl.sum(from_state, 0), later + tl.sum(x, 0))
+    behind = VEC + tile_at * D + 2 * B.to(tl.int64) * H * all_tiles * D
+    tiles = tl.cdiv(n, C)
+    if any_flagged(FLAG + tile_at, tiles):
+        for i in range(0, tiles):
+            low = (tiles - 1 - i) * C
+            high = tl.minimum(low + C, n)
+            if tl.load(FLAG + tile_at + tiles - 1 - i) != 0:
+                later = finish_flagged_tile(
+                    q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale,
+                    low, high, later, q_t, k_t, g_t, H * D, d, D
+                )  # fmt: skip
+            else:
+                later = finish_tokens(
+                    g_base, qt_base, kt_base, dqt_base, dkt_base, behind, dq_base, dk_base, dg_base, scale, low, high,
+                    later, g_t, H * D, d, D, C, STAGES
+                )  # fmt: skip
+    else:
+        finish_tokens(
+            g_base, qt_base, kt_base, dqt_base, dkt_base, behind, dq_base, dk_base, dg_base, scale, 0, n, later, g_t,
+            H * D, d, D, C, STAGES
+        )  # fmt: skip

@@ -112,8 +112,7 @@ def finish_launch(shared: Shared, scale: float, q: Layout, k: Layout, log_decay:
     return Launch(
         channel.channel_finish_kernel, shared.device, (blocks * sizes.batch * sizes.heads * plan.segments, 1),
         (float(scale), *_of_segments(shared), *_strides(q, k, log_decay)), D=sizes.key_dim, E=sizes.value_dim,
-        BD=channels, BE=min(64, power_of_two(sizes.value_dim)), C=config.tile, PACKED=shared.packed,
-        STAGES=config.stages, num_warps=config.warps,
+        BD=channels, BE=8, C=plan.walk_tile, PACKED=shared.packed, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
 
 
