@@ -129,8 +129,8 @@ def test_the_strength_from_which_a_tile_is_flagged():
 def test_a_state_survives_between_tiles_that_are_not_flagged(half):
     """Two halves beside each other decay by more than fp32 holds, and what the one leaves reaches the other.
 
-    Exponents up to 60 are exact to 4e-6; the gradient of a decay is a difference of numbers of order 1 and, here, of the
-    order of one token's decay.
+    Exponents up to 60 are exact to 4e-6; the gradient of a decay is a difference of numbers of order 1, and here as
+    small as one token's decay.
     """
     x = channel_inputs("even", 70, B=1, H=1, K=16, V=16)
     x = replace(x, log_decay=torch.full_like(x.log_decay, -half / 8))
