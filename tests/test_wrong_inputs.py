@@ -501,7 +501,8 @@ TABLE = {
     "DecoderConfig": (
         models.DecoderConfig,
         lambda ranks: DECODER,
-        {**SIZES, "heads": [*SIZE, 3], "glu_width": SIZE, "family": [*NO_TEXT, "rnn"], "pattern": [*NO_TEXT, "", "LX"]},
+        {**SIZES, "heads": [*SIZE, 3], "glu_width": SIZE, "family": [*NO_TEXT, "rnn"], "pattern": [*NO_TEXT, "", "LX"]}
+        | {"tpe": NO_FLAG},
     ),
     "DecoderConfig.named": (
         models.DecoderConfig.named,
