@@ -76,6 +76,36 @@ def test_packed_documents_in_segments_over_two_ranks(kind):
     run_ranks(2, _parity, kind, batch_of(1, cu_seqlens=offsets), True)
 
 
+# Of each family: its operators, with the form of decays and what computes them on a CPU.
+EXPLAINED = {
+    "softmax": {("softmax_attention", "none", "SDPA")},
+    "block_softmax": {("halo", "none", "torch")},
+    "transnormer": {("halo", "none", "torch"), ("linear_attention", "none", "reference")},
+    "cosformer2": {("linear_attention", "none", "reference")},
+    "retnet": {("linear_attention", "[H]", "reference")},
+    "gla": {("linear_attention", "[B, T, H, K]", "reference")},
+    "hgrn2": {("linear_attention", "[B, T, H, K]", "reference")},
+    "delta_net": {("halo", "none", "torch"), ("delta_rule", "none", "reference")},
+    "gated_delta_net": {("halo", "none", "torch"), ("delta_rule", "[B, T, H]", "reference")},
+    "kda": {("halo", "none", "torch"), ("delta_rule", "[B, T, H, K]", "reference")},
+    "mamba2": {("halo", "none", "torch"), ("linear_attention", "[B, T, H]", "reference")},
+}
+
+
+def _explained():
+    mesh = mesh_of(sp=2)
+    for family in MIXERS:
+        model = lasp.parallelize(model_of(family), mesh)
+        loss_of(model, batch_of(1), mesh)
+        report = lasp.explain(model)
+        assert {(row.operator, row.decay, row.kernels) for row in report} == EXPLAINED[family], family
+        assert all(row.decay in str(report) for row in report)
+
+
+def test_explain_tells_operators_decays_and_kernels_of_every_family():
+    run_ranks(2, _explained)
+
+
 def recurrence(q, k, v, log_decay=None, beta=None):
     """o of q, k [B, T, H, K], v [B, T, H, V], a log-decay [B, T, H, K] and, for the delta rule, beta [B, T, H]."""
     state, outputs = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1]), []

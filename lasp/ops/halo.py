@@ -457,7 +457,7 @@ def _travel(tail: _Tail, call: Call, entering: Tensor | None, *, reverse: bool) 
     exchange.count_exchange(sequence, traffic, reverse=reverse)
     if not sequence.peers.connected:
         exchange.connect(sequence, tail.tokens)
-    traffic.schedule = "neighbour"
+    traffic.schedule, traffic.kernels, traffic.decay = "neighbour", "torch", "none"
     state = StateMap(tail.tokens)  # in whose place the tokens are; nothing is folded
     job = Job(state, sequence, traffic, lambda *_: tail.tokens, 1, True, Terms(reverse), "the tokens before a shard")
     link = Link(job)
