@@ -184,7 +184,7 @@ def _softmax() -> Iterator[Case]:
         "block_attention",
         "none",
         _QKV,
-        lambda *qkv, **options: block_attention(*qkv, block, **options),
+        lambda q, k, v, **options: block_attention(q, k, v, block, **options),
         lambda *qkv: _masked(*qkv, block=block),
     )
 
