@@ -11,6 +11,7 @@ from ranks import run_ranks, sequence_of_all
 from torch.utils.checkpoint import checkpoint
 
 import lasp
+from lasp_kernels import blocks
 
 H, G, K, V = 2, 2, 3, 5
 
@@ -74,6 +75,13 @@ def test_documents_get_what_they_would_get_alone():
     packed = lasp.block_attention(q, k, v, 4, layout=lasp.ShardLayout((13,), (0, 6, 13)))
     alone = [lasp.block_attention(q[:, a:b], k[:, a:b], v[:, a:b], 4) for a, b in ((0, 6), (6, 13))]
     assert torch.equal(packed, torch.cat(alone, 1))
+
+
+def test_more_blocks_than_a_kernel_takes(monkeypatch):
+    q, k, v, _ = tensors(23, 2)
+    expected = whole_attention(q, k, v, 3, (0, 23))
+    monkeypatch.setattr(blocks, "ROWS", 5)
+    assert_close(lasp.block_attention(q, k, v, 3), expected, "o", rtol=1e-12, atol=1e-13)
 
 
 def test_a_token_that_is_not_finite_spoils_its_block_behind_it():

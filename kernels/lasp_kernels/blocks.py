@@ -17,6 +17,8 @@ from torch import Tensor
 from lasp_kernels.operands import check_tensors
 from lasp_kernels.softmax import check_queries_keys_values, softmax_attention
 
+ROWS = 2**15  # of a batch, in one call: kernels take fewer than 2**16
+
 
 def block_attention(
     q: Tensor,
@@ -40,21 +42,32 @@ def block_attention(
     offsets = (0, tokens) if cu_seqlens is None else cu_seqlens
     bounds = [(start, end) for start, end in zip(offsets, offsets[1:]) if start < end]
     runs = [(start, end, before % block if start == 0 else 0) for start, end in bounds]
-    rows_of_q = [_rows(F.pad(q[:, start:end], (0, 0, 0, 0, seen, 0)), block) for start, end, seen in runs]
+    rows_of_q = [_rows(_padded(q[:, start:end], seen, 0), block) for start, end, seen in runs]
     rows_of_k, rows_of_v = (
         [_rows(x[:, reach + start - seen : reach + end], block) for start, end, seen in runs] for x in (k, v)
     )
-    o = softmax_attention(*map(torch.cat, (rows_of_q, rows_of_k, rows_of_v)), scale=scale)
+    operands = map(_joined, (rows_of_q, rows_of_k, rows_of_v))
+    o = _joined([softmax_attention(*x, scale=scale) for x in zip(*(x.split(ROWS) for x in operands))])
     parts = []
     for of_run, (start, end, seen) in zip(o.split([len(x) for x in rows_of_q]), runs):
         tokens_of_run = of_run.unflatten(0, (len(q), len(of_run) // len(q))).flatten(1, 2)
         parts.append(tokens_of_run[:, seen : seen + end - start])
-    return torch.cat(parts, 1)
+    return _joined(parts, 1)
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """Along a dimension, without a copy of one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _rows(x: Tensor, block: int) -> Tensor:
     """x [B, T, H, n] as [B * blocks, block, H, n], with zeros behind it."""
-    return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block)).flatten(0, 1)
+    return _padded(x, 0, -x.shape[1] % block).unflatten(1, (-1, block)).flatten(0, 1)
+
+
+def _padded(x: Tensor, before: int, behind: int) -> Tensor:
+    """With so many tokens of zeros."""
+    return F.pad(x, (0, 0, 0, 0, before, behind)) if before or behind else x
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
