@@ -30,9 +30,8 @@ class LRPE(nn.Module):
         if position_ids.is_floating_point():
             raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
         H, K = self.delta.shape
-        wide = torch.promote_types(self.delta.dtype, torch.float32)
-        exponent = torch.arange(H * K, device=q.device, dtype=wide).view(H, K) * (-2 / (H * K))
-        theta = torch.pow(10000.0, exponent) * self.delta.to(wide).exp()
-        # Angles are made in fp64 whatever the model's dtype: in bf16 tokens beyond position 256 would share their
-        # positions, and in fp32 the angle of token 4,000,000 would be off by a quarter.
+        # Frequencies and angles are made in fp64 whatever the model's dtype: in bf16 tokens beyond position 256 would
+        # share their positions, and in fp32 the angle of token 4,000,000 would be off by a quarter.
+        exponent = torch.arange(H * K, device=q.device, dtype=torch.float64).view(H, K) * (-2 / (H * K))
+        theta = torch.pow(10000.0, exponent) * self.delta.double().exp()
         return rotate(q, k, position_ids, theta)
