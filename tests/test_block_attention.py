@@ -103,6 +103,10 @@ def _without_layout():
     layout = lasp.ShardLayout((4, 4))
     with pytest.raises(lasp.RankMismatchError, match='layer "blocks": rank 1 has width 5, the others 4'):
         lasp.block_attention(q, k, v, 4 + dist.get_rank(), layout=layout, sequence=sequence)
+    scale = 0.5 if dist.get_rank() else None
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="blocks")
+    with pytest.raises(lasp.RankMismatchError, match=r'layer "blocks": rank 1 has scale 0\.5, the others null'):
+        lasp.block_attention(q, k, v, 4, scale=scale, layout=layout, sequence=sequence)
     wrong = v[:, :3] if dist.get_rank() else v  # of one rank: all are told
     with pytest.raises((ValueError, lasp.RankMismatchError), match=r"k and v must agree in \[B, S, H\]"):
         lasp.block_attention(q, k, wrong, 4, layout=layout, sequence=sequence)

@@ -316,8 +316,7 @@ class TPE(Mixer):
         """See `Mixer`."""
         v = self._split(x)
         q, k = (y.to(x.dtype).expand(*v.shape[:2], -1, -1) for y in (self.query, self.key))
-        log_decay = F.logsigmoid(_wide(self.decay)).expand(*v.shape[:3])
-        o = self.attention(q, k, v, log_decay, layout=layout)
+        o = self.attention(q, k, v, F.logsigmoid(_wide(self.decay)), layout=layout)
         return norm_gate_linear(o, torch.ones_like(x), self.out)
 
 

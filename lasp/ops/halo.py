@@ -116,9 +116,10 @@ def _bring(
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
+    **compared: object,
 ) -> Brought:
-    """x with the tokens before it."""
-    call = _checked_call(x, width, layout, sequence, check_arguments)
+    """x with the tokens before it. `compared`: what else must be the same on all ranks."""
+    call = _checked_call(x, width, layout, sequence, check_arguments, **compared)
     y = _Halo.apply(x, int(width), call, None)[0]  # type: ignore[index]
     return Brought(y, call.shard.runs.cu_seqlens, call.shard.tokens_before)
 
@@ -130,9 +131,10 @@ def _streamed(
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
+    **compared: object,
 ) -> Brought:
     """The same on a segment of a sequence: the last tokens of the segment before stand before the first rank's."""
-    call = _checked_call(x, width, layout, sequence, check_arguments)
+    call = _checked_call(x, width, layout, sequence, check_arguments, **compared)
     if int(width) == 1:  # the token itself
         return Brought(x, call.shard.runs.cu_seqlens, 0)
     crossing = stream.crossing(NAME, sequence)
@@ -163,12 +165,14 @@ def _checked_call(
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
+    **compared: object,
 ) -> Call:
     with begin(NAME, sequence, x) as ranks_agree:
         check_arguments()
         call = call_of(NAME, x, layout, sequence, name="x")
         if ranks_agree is not None:
-            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=int(width), gradient=wants_gradient(x)))
+            gradient = wants_gradient(x)
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=int(width), gradient=gradient, **compared))
     return call
 
 
@@ -271,7 +275,8 @@ def block_attention(
     if stream.under_way(sequence):
         return _streamed_blocks(q, both, block, scale, layout, sequence, check_arguments)
     if not torch.compiler.is_compiling():
-        return attend_in_blocks(q, _bring(both, block, layout, sequence, check_arguments), block, scale)
+        brought = _bring(both, block, layout, sequence, check_arguments, scale=scale)
+        return attend_in_blocks(q, brought, block, scale)
     with_before = _in_graph(both, block, layout, sequence, check_arguments)
     if layout is not None and layout.packed:
         return torch.ops.lasp.packed_blocks(q, with_before, block, scale, *facts_of(layout, sequence))
@@ -317,7 +322,8 @@ def _streamed_blocks(
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
 ) -> Tensor:
-    return attend_in_blocks(q, _streamed(both, block, layout, sequence, check_arguments), block, scale)
+    brought = _streamed(both, block, layout, sequence, check_arguments, scale=scale)
+    return attend_in_blocks(q, brought, block, scale)
 
 
 def attend_in_blocks(q: Tensor, keys_and_values: Brought, block: int, scale: float | None) -> Tensor:
