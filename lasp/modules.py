@@ -204,5 +204,4 @@ class CausalConv(nn.Module):
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, bias={self.bias is not None}"
 
 
-OPERATORS = (LightningAttention, DeltaRule, SoftmaxAttention, BlockAttention, CausalConv)
-"""All of them: what `parallelize` gives the ranks to."""
+OPERATOR_MODULES = (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv, BlockAttention)
