@@ -41,7 +41,8 @@ def balance_loss(model: nn.Module, *, mesh) -> Tensor:
 
     Raises:
         TypeError, ValueError: before any communication: an argument that does not fit, a model without routers, or one
-            that has not run since; a mesh that lacks ranks over which the model was split.
+            that has not run since, or ran without gradients (also in a checkpoint with use_reentrant=True); a mesh that
+            lacks ranks over which the model was split.
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
     routers = routers_of(model)
@@ -118,8 +119,14 @@ def _take(routers: Mapping[str, Router]) -> list[_Kind]:
             f"model must have run since the last lasp.balance_loss, got one whose router {idle[0]!r} has not"
         )
     found: dict[tuple[int, int], list[Counted]] = {}
-    for router in routers.values():
+    for path, router in routers.items():
         assert router.counted is not None
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in router.parameters())
+        if wanted and not router.counted.probability.requires_grad:
+            raise ValueError(
+                f"model must have run with gradients, but its router {path!r} has not: it ran in torch.no_grad, or in "
+                "a checkpoint, which then needs use_reentrant=False"
+            )
         found.setdefault((router.chosen, router.experts), []).append(router.counted)
         router.counted = None
     return [

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from inputs import assert_close
 from ranks import mesh_of, run_ranks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
@@ -16,7 +17,7 @@ from lasp.models.experts import GatedExperts
 from lasp.models.memory import save_memory
 from lasp.models.mixers import MIXERS
 from lasp.modules import Router
-from lasp_kernels.grouped import grouped_linear
+from lasp_kernels.grouped import grouped_linear, in_one_call
 
 VOCABULARY, T, TIMES = 17, 23, 0.3  # so many times the balance is added to the loss
 BOTH = {"experts": 5, "experts_per_token": 2, "shared_experts": 1, "attention_experts": 3}
@@ -56,6 +57,20 @@ def test_groups_of_rows_are_multiplied_by_their_own_weight():
     expected = torch.stack([weight[0 if row < 2 else 2] @ x[row] for row in range(9)])
     assert_close(grouped_linear(x, weight, sizes), expected, "y", rtol=1e-12)
     torch.autograd.gradcheck(lambda *a: grouped_linear(*a, sizes), (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_calls_is_the_same(dtype):
+    x, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((9, 16), (3, 24, 16)))
+    sizes, seed = torch.tensor([2, 0, 7]), torch.randn(9, 24, dtype=dtype)
+    found, expected = (f(x, weight, sizes) for f in (in_one_call, grouped_linear))
+    for a, b in zip(
+        (found, *torch.autograd.grad(found, (x, weight), seed)),
+        (expected, *torch.autograd.grad(expected, (x, weight), seed)),
+    ):
+        assert_close(a, b, "grouped", rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"weight must have multiples of . rows and columns .*\(3, 5, 4\)"):
+        in_one_call(torch.randn(9, 4, dtype=dtype), torch.randn(3, 5, 4, dtype=dtype), sizes)
 
 
 @pytest.mark.parametrize("shared", [0, 1])
@@ -314,6 +329,22 @@ def test_what_does_not_fit_is_refused():
         experts_from_dense(dense(), shared_experts=1, attention_experts=3)
     with pytest.raises(ValueError, match="chosen must be at most the 2 experts, got 3"):
         Router(4, 2, 3)
+
+
+def test_a_forward_without_gradients_gives_no_loss_to_train_with():
+    """A reentrant checkpoint runs its forward so: the balance would have no gradient, and nothing would show it."""
+    router, x = Router(4, 3, 2), torch.randn(1, 5, 4, requires_grad=True)
+    with torch.no_grad():
+        router(x)
+        assert lasp.balance_loss(router, mesh=None) > 0
+    for reentrant in (True, False):
+        checkpoint(router, x, use_reentrant=reentrant)
+        if reentrant:
+            with pytest.raises(ValueError, match=r"model must have run with gradients, .*needs use_reentrant=False"):
+                lasp.balance_loss(router, mesh=None)
+        else:
+            lasp.balance_loss(router, mesh=None).backward()
+    assert router.score.weight.grad.abs().max() > 0
 
 
 # In other dtypes, and on a GPU
