@@ -13,7 +13,8 @@ those are in all. "x fla" is fla's time over ours (for softmax that of PyTorch's
 settings that processes compile beforehand.
 
 A training step is one of `Decoder` with `--layers` blocks of the size, embedding and last layer: forward, loss,
-backward, AdamW; weights in fp32, bf16 by autocast, no block recomputed.
+backward, AdamW; weights in fp32, bf16 by autocast, no block recomputed. `--no-operators --experts 8` is one with
+experts, and their balance in the loss.
 
 `--published`: `lasp.linear_attention` with TransNormerLLM's decays, PyTorch's flash kernel, and softmax with all scores
 in memory where they fit; MiB are peaks with inputs. What others published of Lightning Attention and FlashAttention
@@ -41,7 +42,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fla_families
-import plots
 import torch
 import torch.nn.functional as F
 from common import add_report_arguments, command_line, report
@@ -383,8 +383,11 @@ def _compared(found: Times, beside: Peer | None, theirs: tuple[float, float | No
 def step_of(family: str, T: int, session: Session) -> dict[str, Any]:
     """A row: tokens a second of a training step."""
     options, device = session.options, session.device
-    config = DecoderConfig.named(family, options.size, layers=options.layers, vocab_size=options.vocab)
+    changes = {"experts": options.experts, "experts_per_token": options.experts_per_token}
+    config = DecoderConfig.named(family, options.size, layers=options.layers, vocab_size=options.vocab, **changes)
     torch.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with device:
         model = Decoder(config)
     optimizer = AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
@@ -395,6 +398,8 @@ def step_of(family: str, T: int, session: Session) -> dict[str, Any]:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = model(batch["input_ids"], batch["position_ids"], return_hidden=True)
             loss, _ = lasp.linear_token_loss(hidden, model.head.weight, batch["labels"], mesh=None)
+            if options.experts:
+                loss = loss + 0.01 * lasp.balance_loss(model, mesh=None)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -403,7 +408,14 @@ def step_of(family: str, T: int, session: Session) -> dict[str, Any]:
     once = _once(step, device)
     steps = 1 if once > 3000 else 3
     seconds = _once(lambda: [step() for _ in range(steps)], device) / steps / 1e3
-    row = {"family": family, "layers": options.layers, "T": T, "step ms": 1e3 * seconds, "tokens/s": T / seconds}
+    row = {
+        "family": family,
+        "layers": options.layers,
+        "experts": options.experts,
+        "T": T,
+        "step ms": 1e3 * seconds,
+        "tokens/s": T / seconds,
+    }
     return {**row, "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None}
 
 
@@ -411,8 +423,6 @@ def steps_of(session: Session, family: str) -> list[dict]:
     """A row for each length."""
     rows: list[dict] = []
     for T in session.options.lengths:
-        if session.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         row = session.cell(f"{family} T{T}, training step", lambda: step_of(family, T, session))  # noqa: B023
         if row is not None:
             session.measured(rows, row)
@@ -438,15 +448,28 @@ def published(session: Session) -> tuple[list[dict], dict[str, list[dict]]]:
                 _one(session, rows, row, lambda: _qkv(module, batch, T, heads, dim, session), call)  # noqa: B023
     beside: list[dict] = []
     batch, width = session.options.gla
+    right = session.gate("gated linear attention", lambda: error_of(_gla(1, GATE_TOKENS, width, session))) is not None
     for T in session.options.gla_lengths:
-        for what, make, call in (
-            ("lasp, gated linear attention", lambda: _gla(batch, T, width, session), None),  # noqa: B023
-            ("flash", lambda: _qkv(_tnl(width // 64 or 1), batch, T, width // 64 or 1, 64, session), flash),  # noqa: B023
-        ):
-            _one(session, beside, {"B": batch, "width": width, "T": T, "what": what}, make, call)
+        row, heads = {"B": batch, "width": width, "T": T}, max(1, width // 64)
+        if right:
+            _one(session, beside, {**row, "what": "lasp"}, lambda: _gla(batch, T, width, session), None)  # noqa: B023
+        softmax = lambda: _qkv(_tnl(heads), batch, T, heads, 64, session)  # noqa: B023, E731
+        _one(session, beside, {**row, "what": "flash"}, softmax, flash)
+    for found in (rows, beside):
+        _times_flash(found)
     lines = [line for line in PUBLISHED.read_text().splitlines() if not line.startswith("#")]
     printed = [{k: float(x) if "." in x else int(x) for k, x in row.items()} for row in csv.DictReader(lines)]
     return rows, {"gated linear attention beside softmax attention": beside, "published by others": printed}
+
+
+def _times_flash(rows: list[dict]) -> None:
+    """Beside our times how many times as long flash takes."""
+    key = lambda row: [x for name, x in row.items() if name in ("shape", "B", "width", "T")]  # noqa: E731
+    for row in rows:
+        theirs = next((other for other in rows if other["what"] == "flash" and key(other) == key(row)), None)
+        for part in ("fwd", "bwd"):
+            ours = theirs is not None and row["what"] == "lasp"
+            row[f"{part} x flash"] = rounded(theirs[f"{part} ms"] / row[f"{part} ms"]) if ours else None
 
 
 def _one(
@@ -521,7 +544,10 @@ def ready_peers(session: Session) -> dict[str, Any]:
         return {"fla-core": "left out"}
     command = [sys.executable, __file__, "--size", options.size, "--families", *options.families]
     seconds = fla_families.compile_beside(command, options.compile_limit)
-    fla_families.measure_quickly()
+    try:
+        fla_families.measure_quickly()
+    except Exception as problem:  # of a version of Triton that it does not know: then it measures as it does
+        session.left_out.append(f"fla's tuning, in less time: {brief(problem)}")
     return {"fla-core": found, "seconds of compiling fla's settings": round(seconds)}
 
 
@@ -532,6 +558,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", default="385M", help="of the model (default 385M)")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the training step (default 4)")
     parser.add_argument("--vocab", type=int, default=64000)
+    parser.add_argument("--experts", type=int, default=0, help="slices of the step's gated units; 0: none")
+    parser.add_argument("--experts-per-token", type=int, default=2)
+    parser.add_argument("--no-operators", action="store_true", help="training steps alone")
     parser.add_argument("--no-steps", action="store_true", help="operators alone")
     parser.add_argument("--no-fla", action="store_true", help="without peers")
     parser.add_argument("--published", action="store_true", help="the comparison with published figures, alone")
@@ -562,15 +591,18 @@ def main(argv: list[str] | None = None) -> None:
         name, (rows, tables) = "families_published", published(session)
     else:
         name, rows, tables = f"families_{options.size}", [], {}
-        facts |= ready_peers(session)
-        copy = session.cell("the speed of a copy", lambda: copy_speed(device))
-        facts["copy GB/s"] = copy
         steps: list[dict] = []
-        for family in options.families:
-            rows += of_family(session, family, copy)
+        if not options.no_operators:
+            facts |= ready_peers(session)
+            copy = session.cell("the speed of a copy", lambda: copy_speed(device))
+            facts["copy GB/s"] = copy
+            for family in options.families:
+                rows += of_family(session, family, copy)
         for family in () if options.no_steps else options.families:
             steps += steps_of(session, family)
-        tables = {f"training step, {options.layers} blocks of the {options.size} model": steps}
+        title = f"training step, {options.layers} blocks of the {options.size} model"
+        name += f"_experts-{options.experts}" if options.experts else ""
+        rows, tables = (rows, {title: steps}) if rows else (steps, {})
     facts |= {"left out": session.left_out, "seconds": round(time.perf_counter() - session.begin)}
     if not rows:
         raise SystemExit(f"nothing was measured: {'; '.join(session.left_out)}")
@@ -586,7 +618,17 @@ def main(argv: list[str] | None = None) -> None:
         markdown=True,
     )
     if kept:
-        plots.draw(kept)
+        draw(kept)
+
+
+def draw(kept: Path) -> None:
+    """The plot of what was kept, if it can be drawn here."""
+    try:
+        import plots
+    except ImportError as missing:  # the numbers are there, and it can be drawn on another machine
+        print(f"no plot: {missing}; python bench/plots.py {kept}", file=sys.stderr)
+        return
+    plots.draw(kept)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,8 @@ def families(result: dict) -> Figure:
     """Tokens a second over the length, a line a family: the operator, forward and backward, and a training step."""
     steps = [(title, rows) for title, rows in result.get("tables", {}).items() if rows]
     figure = Figure(figsize=(13 if steps else 7, 5), layout="constrained")
-    pairs = [("the operator of a layer, forward and backward", result["rows"]), *steps]
+    of_rows = "a training step" if "step ms" in result["rows"][0] else "the operator of a layer, forward and backward"
+    pairs = [(of_rows, result["rows"]), *steps]
     for axes, (title, rows) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):
         for number, ((family,), of) in enumerate(groups(rows, "family").items()):
             style = {"marker": "o", "linestyle": "-" if number < 10 else "--"}

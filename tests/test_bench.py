@@ -547,6 +547,13 @@ def test_families_at_a_tiny_size(families, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_training_steps_with_experts(families, tmp_path):
+    size = ("--size", "tiny", "--lengths", 48, "--layers", 1, "--vocab", 300, "--no-operators", "--experts", 8)
+    result, _ = _script("families", "--families", "gla", *size, "--save", "--out", tmp_path)
+    assert [(row["family"], row["experts"]) for row in result["rows"]] == [("gla", 8)]
+    assert len(list(tmp_path.glob("*_families_tiny_experts-8_1xcpu.png"))) == 1
+
+
 def test_published_figures_beside_ours(families, tmp_path):
     small = ("--shapes", "1x2x16", "--lengths", 32, 64, "--gla", 2, 128, "--gla-lengths", 48)
     result, _ = _script("families", "--published", *small, "--save", "--out", tmp_path)
@@ -554,7 +561,10 @@ def test_published_figures_beside_ours(families, tmp_path):
         (T, what) for T in (32, 64) for what in ("lasp", "flash", "scores")
     ]
     gated, theirs = result["tables"].values()
-    assert [row["what"] for row in gated] == ["lasp, gated linear attention", "flash"]
+    assert [row["what"] for row in gated] == ["lasp", "flash"]
+    for ours, flash in ((gated[0], gated[1]), (result["rows"][0], result["rows"][1])):
+        assert ours["fwd x flash"] == pytest.approx(flash["fwd ms"] / ours["fwd ms"], rel=1e-2)
+        assert flash["fwd x flash"] is None
     assert [row["tokens"] for row in theirs] == [2**n for n in range(10, 16)]
     assert theirs[-1]["fwd_lightning"] == 6.380953
     assert len(list(tmp_path.glob("*_families_published_1xcpu.png"))) == 1
