@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
 from lasp.models.mixers import MIXERS
 
 FAMILIES = ("tnl", *MIXERS)
+Size = Literal[
+    "tiny",
+    "385M",
+    "1B",
+    "7B",
+    "scaling-70M",
+    "scaling-160M",
+    "scaling-410M",
+    "scaling-1B",
+    "scaling-3B",
+    "scaling-7B",
+]
+"""The names of `lasp.models.sizes`."""
+LEARNING_RATES = {
+    "tiny": 2e-3,
+    "70M": 1e-3,
+    "160M": 6e-4,
+    "385M": 6e-4,
+    "410M": 6e-4,
+    "1B": 4e-4,
+    "3B": 3e-4,
+    "7B": 3e-4,
+}
+"""The highest, if not given, by what a size is called behind its suite."""
 
 
 # What runs are that do not say of experts.

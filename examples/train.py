@@ -34,7 +34,7 @@ import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _launch import RUNS, new_folder, refuse, relaunch, started_by_a_launcher
-from _model import FAMILIES, NO_EXPERTS, config_of, experts_of, model_of
+from _model import FAMILIES, LEARNING_RATES, NO_EXPERTS, Size, config_of, experts_of, model_of
 from _report import RUN, Report
 from _saver import Saver
 from _schedule import learning_rate
@@ -129,7 +129,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, of all ranks together.")] = 2,
     segment: Annotated[int, typer.Option(min=0, help="Stream it in segments of so many tokens; 0: in one.")] = 0,
     family: Annotated[str, typer.Option(help=f"What the layers are: {', '.join(FAMILIES)}.")] = "tnl",
-    model: Annotated[Literal["tiny", "385M", "1B", "7B"], typer.Option(help="Size.")] = "tiny",
+    model: Annotated[Size, typer.Option(help="Size.")] = "tiny",
     pattern: Annotated[str, typer.Option(help="Of the family (L) and softmax (S), repeated: LLLS. Not for tnl.")] = "L",
     vocab: Annotated[int, typer.Option(min=256, help="Words that the model knows; bytes are the first 256.")] = 256,
     decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule of tnl.")] = "alibi",
@@ -178,7 +178,7 @@ def main(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; default: GPUs, or 2.")] = None,
 ) -> None:
     """Train a byte-level TransNormerLLM with its sequences split over ranks."""
-    default_lr = {"tiny": 2e-3, "385M": 6e-4, "1B": 4e-4, "7B": 3e-4}[model]
+    default_lr = LEARNING_RATES[model.split("-")[-1]]
     arguments = {**locals(), "lr": default_lr if lr is None else lr}
     options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
     if not started_by_a_launcher():

@@ -16,7 +16,7 @@ from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
 from lasp.ops.attention import linear_attention
 from lasp.ops.delta import delta_rule
-from lasp.ops.halo import causal_conv, halo
+from lasp.ops.halo import block_attention, causal_conv, halo
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
 from lasp.streaming import stream_backward
@@ -31,6 +31,7 @@ __all__ = [
     "adapters",
     "assert_finite",
     "balance_loss",
+    "block_attention",
     "causal_conv",
     "compiled",
     "decay",

@@ -18,7 +18,7 @@ from lasp.ops import recompute
 from lasp.ops.attention import linear_attention
 from lasp.ops.call import padding_of
 from lasp.ops.delta import delta_rule
-from lasp.ops.halo import causal_conv
+from lasp.ops.halo import block_attention, causal_conv
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
 
@@ -148,6 +148,30 @@ class SoftmaxAttention(nn.Module):
         return f"scale={self.scale}, window={self.window}"
 
 
+class BlockAttention(nn.Module):
+    """`lasp.block_attention` as a module, without parameters: softmax attention within blocks of `block` tokens.
+
+    Args:
+        block: tokens of a block, counted from the beginning of the sequence, or of a packed document.
+        scale: multiplies the scores; None is 1 / sqrt(K).
+    """
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def __init__(self, block: int, *, scale: float | None = None):
+        super().__init__()
+        self.block = arguments.integer("block", block, at_least=1)
+        self.scale = None if scale is None else arguments.number("scale", scale)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, layout: ShardLayout | None = None) -> Tensor:
+        """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.block_attention`."""
+        return block_attention(q, k, v, self.block, scale=self.scale, layout=layout, sequence=self.sequence)
+
+    def extra_repr(self) -> str:
+        """The block, and the scale."""
+        return f"{self.block}, scale={self.scale}"
+
+
 class CausalConv(nn.Module):
     """A short causal convolution of each channel (`lasp.causal_conv`), with its weight [channels, width].
 
@@ -241,3 +265,7 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         """How many of how many."""
         return f"{self.chosen} of {self.experts}, scale={self.scale}"
+
+
+OPERATORS = (LightningAttention, DeltaRule, SoftmaxAttention, BlockAttention, CausalConv)
+"""All of them: what `parallelize` gives the ranks to."""

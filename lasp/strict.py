@@ -20,7 +20,7 @@ from lasp.adapters import Adapter, sketch
 from lasp.checks import trial
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.use import of_a_pickle
-from lasp.modules import CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+from lasp.modules import OPERATORS
 
 Layers = Mapping[str, tuple[nn.Module, Adapter]]
 
@@ -34,7 +34,6 @@ _LOCAL_NAMES = re.compile(
     r"(norm|mlp|glu|ffn|feed_?forward|(rotary|position\w*|word|token)_?embeddings?|rope|experts?|router|linear|head)\d?d?$",
     re.IGNORECASE,
 )
-_OWN = (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv)  # which do as they say
 _LISTED = 8  # of what is refused, or could not be asked
 
 
@@ -138,7 +137,7 @@ def _by_class(path: str, module: nn.Module, layers: Layers) -> str:
 
 
 def _what_was_not_asked(unasked: list[str], modules: Mapping[str, nn.Module], answers: trial.Answers) -> str:
-    paths = [p for p in unasked if not is_of_torch(modules[p]) and not isinstance(modules[p], _OWN)]
+    paths = [p for p in unasked if not is_of_torch(modules[p]) and not isinstance(modules[p], OPERATORS)]
     if not paths:
         return ""
     listed = ", ".join(_name(path, modules) for path in paths[:_LISTED])

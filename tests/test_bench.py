@@ -597,6 +597,7 @@ def test_peers_get_what_our_operators_get(families, monkeypatch):
         "chunk_gla": lambda q, k, v, g, scale: simple(q, k, v, scale, g),
         "chunk_delta_rule": delta,
         "chunk_gated_delta_rule": delta,
+        "chunk_kda": delta,
     }
     monkeypatch.setattr(fla_families, "_fla", lambda file, name: functions[name])
     names = {
@@ -607,6 +608,9 @@ def test_peers_get_what_our_operators_get(families, monkeypatch):
         "hgrn2": "chunk_gla",
         "delta_net": "chunk_delta_rule",
         "gated_delta_net": "chunk_gated_delta_rule",
+        "kda": "chunk_kda",
+        "transnormer": "chunk_simple_gla",
+        "cosformer2": "chunk_simple_gla",
     }
     for family, name in names.items():
         made = families.operation(family, DecoderConfig.named(family, "tiny"), 40, torch.device("cpu"))

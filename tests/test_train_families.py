@@ -1,7 +1,9 @@
 """examples/train.py with other families: split as in one process, resumed as the same family only, exported."""
 
 import json
+from typing import get_args
 
+import _model
 import pytest
 import torch
 from ranks import run_ranks
@@ -9,6 +11,12 @@ from test_export import _as_the_docstring_says, _export
 from test_train import _alone, _assert_on_all, _small, text  # noqa: F401
 
 from lasp.models import Decoder, DecoderConfig
+from lasp.models.sizes import SIZES
+
+
+def test_every_size_has_a_learning_rate():
+    assert get_args(_model.Size) == tuple(SIZES)
+    assert {name.split("-")[-1] for name in SIZES} == set(_model.LEARNING_RATES)
 
 
 def _losses(folder):
@@ -53,7 +61,7 @@ def test_two_ranks_train_experts_as_one(text, tmp_path, more):  # noqa: F811
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--family=rnn"], "'rnn' is not one of tnl, softmax, retnet"),
+        (["--family=rnn"], "'rnn' is not one of tnl, softmax, block_softmax"),
         (["--family=gla", "--decay=tnl"], "is for --family tnl, not gla"),
         (["--family=gla", "--chunk=5"], "is for --family tnl, not gla"),
         (["--family=gla", "--pattern=LX"], "'LX' is not of letters L and S"),

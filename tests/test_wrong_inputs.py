@@ -259,6 +259,17 @@ TABLE = {
             "dropout_p": [*NO_NUMBER, 1.0, -0.1],
         },
     ),
+    "block_attention": (
+        lasp.block_attention,
+        lambda ranks: {**softmax(ranks), "block": 3, "layout": lasp.ShardLayout((T,) * ranks.size)},
+        {
+            **{name: [*qkv((B, T, H, dim)), zeros(B, T + 1, H, dim)] for name, dim in (("q", K), ("k", K), ("v", V))},
+            "block": SIZE,
+            "scale": [x for x in NO_NUMBER if x is not None],
+            "layout": STATEFUL["layout"],
+            "sequence": NO_SEQUENCE,
+        },
+    ),
     "halo": (
         lasp.halo,
         lambda ranks: {"x": zeros(B, T, 3), "width": 2, "sequence": ranks},
@@ -506,7 +517,7 @@ TABLE = {
         lambda ranks: DECODER,
         {
             **{**SIZES, "heads": [*SIZE, 3], "glu_width": SIZE, "family": [*NO_TEXT, "rnn"]},
-            **{"pattern": [*NO_TEXT, "", "LX"], **EXPERTS, "experts_per_token": SIZE},
+            **{"pattern": [*NO_TEXT, "", "LX"], "tpe": NO_FLAG, **EXPERTS, "experts_per_token": SIZE},
         },
     ),
     "experts_from_dense": (

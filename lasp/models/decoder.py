@@ -15,7 +15,9 @@ from lasp import arguments
 from lasp.layout import ShardLayout
 from lasp.models._linears import gated_linear, norm_linear
 from lasp.models.experts import GatedExperts, HeadExperts, cut_unit
-from lasp.models.mixers import HGRN2, MIXERS, Mixer
+from lasp.models.lrpe import LRPE
+from lasp.models.mixers import HGRN2, MIXERS, TPE, Mixer
+from lasp.models.sizes import SIZES
 from lasp.models.trunk import LanguageModel
 from lasp.modules import CausalConv, Router
 
@@ -38,6 +40,7 @@ class DecoderConfig:
         experts_per_token: that it chooses.
         shared_experts: slices beside these that all tokens take.
         attention_experts: groups of heads of each mixer, of which every token takes the outputs of as many; 0 is all.
+        tpe: add a Toeplitz positional encoding (`lasp.models.mixers.TPE`) to the embeddings, as cosFormer2 does.
     """
 
     family: str
@@ -51,6 +54,7 @@ class DecoderConfig:
     experts_per_token: int = 2
     shared_experts: int = 0
     attention_experts: int = 0
+    tpe: bool = False
 
     def __post_init__(self):
         arguments.choice("family", self.family, MIXERS)
@@ -60,6 +64,7 @@ class DecoderConfig:
             raise ValueError(f"width must be a multiple of twice the heads, got {self.width} and {self.heads}")
         if not isinstance(self.pattern, str) or not self.pattern or set(self.pattern) - set("LS"):
             raise ValueError(f"pattern must be letters L and S, such as LLLS, got {self.pattern!r}")
+        arguments.flag("tpe", self.tpe)
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -84,23 +89,17 @@ class DecoderConfig:
 
     @classmethod
     def named(cls, family: str, size: str, **changes) -> DecoderConfig:
-        """A configuration by family and size: "tiny", "385M", "1B" or "7B", the shapes of `TNLConfig`'s; `changes` are
-        fields to set otherwise."""
+        """A configuration by family and size (`lasp.models.sizes`): "tiny", "385M", "1B", "7B", or "scaling-70M" to
+        "scaling-7B"; `changes` are fields to set otherwise."""
         arguments.choice("size", size, SIZES)
-        layers, width, heads, glu_width = SIZES[size]
-        return replace(cls(family, 64000, layers, width, heads, glu_width), **changes)
+        return replace(cls(family, 64000, *SIZES[size]), **changes)
 
     def family_of(self, layer: int) -> str:
-        """Of a layer, by the pattern."""
-        return self.family if self.pattern[layer % len(self.pattern)] == "L" else "softmax"
-
-
-SIZES = {
-    "tiny": (4, 128, 4, 384),
-    "385M": (24, 1024, 8, 2816),
-    "1B": (16, 2048, 16, 5632),
-    "7B": (30, 4096, 32, 11008),
-}
+        """Of a layer, by the pattern. TransNormer's first half of layers is softmax within blocks."""
+        if self.pattern[layer % len(self.pattern)] == "S":
+            return "softmax"
+        in_first_half = layer < self.layers // 2
+        return "block_softmax" if self.family == "transnormer" and in_first_half else self.family
 
 
 class Decoder(LanguageModel):
@@ -112,6 +111,7 @@ class Decoder(LanguageModel):
             raise TypeError(f"config must be a DecoderConfig, got {arguments.shown(config)}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.tpe = TPE(config.width, config.heads) if config.tpe else None
         self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -128,7 +128,7 @@ class Decoder(LanguageModel):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.RMSNorm, CausalConv, Mixer, GatedExperts)):
+            elif isinstance(module, (nn.RMSNorm, CausalConv, Mixer, LRPE, GatedExperts)):
                 module.reset_parameters()
         with torch.no_grad():
             for block in self.blocks:  # what a block adds starts small, as the number of blocks asks
@@ -139,6 +139,8 @@ class Decoder(LanguageModel):
 
     def run(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None) -> Tensor:
         """x [B, T, D] through all blocks."""
+        if self.tpe is not None:
+            x = x + self.tpe(x, position_ids, layout)
         bounds = None if self.bound_shares is None else self._lower_bounds()
         for number, block in enumerate(self.blocks):
             x = block(x, position_ids, layout, None if bounds is None else bounds[number])
