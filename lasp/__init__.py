@@ -7,6 +7,7 @@ whose size does not depend on the length.
 from lasp import adapters, decay, integrations, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
+from lasp.balance import balance_loss
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
 from lasp.data_parallel import sync_grads
@@ -29,6 +30,7 @@ __all__ = [
     "ShardLayout",
     "adapters",
     "assert_finite",
+    "balance_loss",
     "block_attention",
     "causal_conv",
     "compiled",
