@@ -1,13 +1,14 @@
-"""A decay per channel on one GPU: errors against fp64, and times against the PyTorch path, in two tables.
+"""A decay per channel on one GPU: errors against fp64, and times beside the PyTorch path and fla's, in two tables.
 
-    python bench/channel.py [--lengths 8192 32768 131072] [--save] [--commit SHA]
+    python bench/channel.py [--lengths 8192 32768 131072] [--fla] [--save] [--commit SHA]
 
 Errors are relative to chunked fp64, of a tensor as a whole; o, final state and all gradients. Decays: `gla`
 logsigmoid(x) / 16; `hgrn` logsigmoid(2x); `mixed` from -1e-4 to -50 a token and channel, so that all tiles are flagged
 (see kernels/lasp_kernels/channel.py); `resets` of -1000 among weak ones. Times are medians of
 `triton.testing.do_bench`, forward and forward with backward, of q, k, v in bf16 and log_decay in fp32; beside them the
 memory that forward and backward need beyond the inputs. "% floor" is the time of reading every input and writing every
-output once (forward q, k, v, o and log_decay: 6 tensors of bf16; backward 11) over the measured time.
+output once (forward q, k, v, o and log_decay: 6 tensors of bf16; backward 11) over the measured time. With --fla the
+`gla` rows have fla-core's `chunk_gla` of the same process beside: its times, and its both over ours.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 
+import fla_families
 import torch
 import torch.nn.functional as F
 from common import command_line, report, table
@@ -27,6 +30,7 @@ from lasp_kernels import Operands, chunked_linear_attention, path
 
 DECAYS = ("gla", "hgrn", "mixed", "resets")
 NAMES = ("o", "final", "dq", "dk", "dv", "dg", "ds")
+DIMS = (128, 64)  # of what is timed
 
 
 def decays(kind: str, shape: tuple[int, ...], device: str) -> Tensor:
@@ -88,33 +92,59 @@ def same_bits(T: int, device: str = "cuda") -> bool:
         return torch.equal(o, torch.cat([first, second], 1)) and torch.equal(final, end)
 
 
-def times(T: int, dim: int, kind: str, kernels: str, bandwidth: float) -> dict:
-    """A row."""
+def times(T: int, dim: int, kind: str, kernels: str, bandwidth: float, *, beside: bool = False) -> dict:
+    """A row; `beside`: with fla's times."""
     os.environ["LASP_KERNELS"] = kernels
     x, do = inputs(T, 16, dim, dim, kind, torch.bfloat16, "cuda")
     row = {"T": T, "dim": dim, "decay": kind, "path": path(Operands(*x))}
     try:
-        with torch.no_grad():
-            forward = _median(lambda: ours(*x))
-
-        def both():
-            torch.autograd.grad(ours(*x)[0], x, do)
-
-        both()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both()
-        torch.cuda.synchronize()
-        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-        backward = _median(both) - forward
+        forward, backward, memory = _both(lambda: ours(*x)[0], x, do)
     except torch.OutOfMemoryError:
         return {**row, "note": "out of memory"}
     finally:
         os.environ.pop("LASP_KERNELS")
     floor = T * 16 * dim * 2 / bandwidth / 1e6
     row |= {"fwd ms": forward, "fwd % floor": 600 * floor / forward}
-    return {**row, "bwd ms": backward, "bwd % floor": 1100 * floor / backward, "MiB": memory}
+    row |= {"bwd ms": backward, "bwd % floor": 1100 * floor / backward, "MiB": memory}
+    if not beside:
+        return row
+    theirs = _both(lambda: fla_gla(*x), x, do)
+    row |= {"fla fwd ms": theirs[0], "fla bwd ms": theirs[1], "fla MiB": theirs[2]}
+    return {**row, "fla / lasp": (theirs[0] + theirs[1]) / (forward + backward)}
+
+
+def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """The same by fla-core."""
+    from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
+
+    return chunk_gla(q, k, v, log_decay, scale=q.shape[-1] ** -0.5)[0]
+
+
+def _both(call: Callable[[], Tensor], x: list[Tensor], do: Tensor) -> tuple[float, float, float]:
+    """Forward and backward in ms, and the MiB of memory that both need."""
+    with torch.no_grad():
+        forward = _median(call)
+
+    def both():
+        torch.autograd.grad(call(), x, do)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    torch.cuda.synchronize()
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return forward, _median(both) - forward, memory
+
+
+def compile_part(part: str) -> None:
+    """In a process of its own: this part of the settings of fla's kernels (see fla_families.py)."""
+    fla_families.take_part(*map(int, part.split("/")))
+    for dim in DIMS:
+        x, do = inputs(1024, 16, dim, dim, "gla", torch.bfloat16, "cuda")
+        torch.autograd.grad(fla_gla(*x), x, do)
+    torch.cuda.synchronize()
 
 
 def _median(call: Callable[[], object]) -> float:
@@ -134,9 +164,13 @@ def copies() -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--fla", action="store_true", help="fla-core's times beside")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help="write bench/results/")
     parser.add_argument("--commit", help="of these files, on a machine that has not their history")
     args = parser.parse_args(argv)
+    if args.compile_part:
+        return compile_part(args.compile_part)
     dims = ((128, 128), (64, 64), (96, 80), (256, 256))
     wrong = [
         errors(4133, 4, K, V, kind, dtype)
@@ -145,11 +179,14 @@ def main(argv: list[str] | None = None) -> None:
         for kind in DECAYS
     ]
     print(table(wrong), flush=True)  # whatever comes after
+    if args.fla:
+        fla_families.compile_beside([sys.executable, __file__], 100)
+        fla_families.measure_quickly()
     bandwidth, rows = copies(), []
-    for dim in (128, 64):
+    for dim in DIMS:
         for T in args.lengths:
-            rows.append(times(T, dim, "gla", "triton", bandwidth))
-            if T <= 32768:  # PyTorch is slow, and needs much memory
+            rows.append(times(T, dim, "gla", "triton", bandwidth, beside=args.fla))
+            if T == 32768:  # PyTorch is slow, and needs much memory
                 rows.append(times(T, dim, "gla", "reference", bandwidth))
     rows += [times(32768, 128, kind, "triton", bandwidth) for kind in ("hgrn", "mixed")]
     facts = {

@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -206,11 +207,62 @@ def lengths(result: dict) -> Figure:
     return figure
 
 
+def families(result: dict) -> Figure:
+    """Tokens a second over the length, a line a family: the operator, forward and backward, and a training step."""
+    steps = [(title, rows) for title, rows in result.get("tables", {}).items() if rows]
+    figure = Figure(figsize=(13 if steps else 7, 5), layout="constrained")
+    of_rows = "a training step" if "step ms" in result["rows"][0] else "the operator of a layer, forward and backward"
+    pairs = [(of_rows, result["rows"]), *steps]
+    for axes, (title, rows) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):
+        for number, ((family,), of) in enumerate(groups(rows, "family").items()):
+            style = {"marker": "o", "linestyle": "-" if number < 10 else "--"}
+            axes.plot([row["T"] for row in of], [row["tokens/s"] for row in of], label=family, **style)
+            theirs = [row for row in of if row.get("fla fwd ms") and row.get("fla bwd ms")]
+            speed = [1e3 * row["T"] / (row["fla fwd ms"] + row["fla bwd ms"]) for row in theirs]
+            style = {"marker": "x", "linestyle": ":", "color": axes.lines[-1].get_color()}
+            axes.plot([row["T"] for row in theirs], speed, **style)
+        double_steps(axes, [row["T"] for row in rows], "tokens of a sequence")
+        axes.set_yscale("log")
+        axes.set_ylabel("tokens/s of one GPU")
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=7)
+    figure.suptitle("Families of linear attention; dotted: fla-core's, or of softmax PyTorch's kernel", fontsize=10)
+    return figure
+
+
+def published(result: dict) -> Figure:
+    """Forward and backward over the length: measured, and what was published of another card."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    names = {"lasp": "lasp, TransNormerLLM's decays", "flash": "softmax, flash", "scores": "softmax, all scores"}
+    theirs = result["tables"]["published by others"]
+    others = {"lightning": "Lightning", "flash2": "FlashAttention-2", "flash1": "FlashAttention-1"}
+    for axes, part, title in zip(figure.subplots(1, 2), ("fwd", "bwd"), ("forward", "backward")):
+        colors: dict[str, Any] = {}
+        for number, ((shape,), rows) in enumerate(groups(result["rows"], "shape").items()):
+            for (what,), of in groups(rows, "what").items():
+                style = {"color": colors.get(what), "linestyle": "-" if number == 0 else "--", "marker": "o"}
+                times = [row[f"{part} ms"] for row in of]
+                [line] = axes.plot([row["T"] for row in of], times, label=f"{names[what]}, {shape}", **style)
+                colors.setdefault(what, line.get_color())
+        for (name, label), marker in zip(others.items(), "sx+"):
+            style = {"color": "gray", "linestyle": ":", "marker": marker}
+            times = [row[f"{part}_{name}"] for row in theirs]
+            axes.plot([row["tokens"] for row in theirs], times, label=f"{label}, published, another card", **style)
+        double_steps(axes, [row["T"] for row in result["rows"]], "tokens of a sequence")
+        axes.set_yscale("log")
+        axes.set_ylabel("ms")
+        axes.set_title(title)
+        axes.legend(fontsize=7)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[dict], Figure]] = {
     "simulation": simulation,
     "scaling": scaling,
     "operator_scaling": operator_scaling,
     "lengths": lengths,
+    "families_published": published,
+    "families": families,
 }
 
 

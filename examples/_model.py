@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
 from lasp.models.mixers import MIXERS
 
 FAMILIES = ("tnl", *MIXERS)
+Size = Literal[
+    "tiny",
+    "385M",
+    "1B",
+    "7B",
+    "scaling-70M",
+    "scaling-160M",
+    "scaling-410M",
+    "scaling-1B",
+    "scaling-3B",
+    "scaling-7B",
+]
+"""The names of `lasp.models.sizes`."""
+LEARNING_RATES = {
+    "tiny": 2e-3,
+    "70M": 1e-3,
+    "160M": 6e-4,
+    "385M": 6e-4,
+    "410M": 6e-4,
+    "1B": 4e-4,
+    "3B": 3e-4,
+    "7B": 3e-4,
+}
+"""The highest, if not given, by what a size is called behind its suite."""
 
 
-def config_of(family: str, size: str, *, vocab: int, decay: str, pattern: str) -> TNLConfig | DecoderConfig:
-    """The configuration of a family (`FAMILIES`) by size; `decay` is of TNL alone, and `pattern` of the others."""
+# What runs are that do not say of experts.
+NO_EXPERTS = {"experts": 0, "experts_per_token": 2, "attention_experts": 0, "balance": 0.01}
+
+
+def config_of(
+    family: str, size: str, *, vocab: int, decay: str, pattern: str, **experts: int
+) -> TNLConfig | DecoderConfig:
+    """The configuration of a family (`FAMILIES`) by size; `decay` is of TNL alone, the rest of the others: `pattern`,
+    and `experts` and what else of them `DecoderConfig` knows."""
     if family == "tnl":
         return TNLConfig.named(size, vocab_size=vocab, decay=decay)
-    return DecoderConfig.named(family, size, vocab_size=vocab, pattern=pattern)
+    return DecoderConfig.named(family, size, vocab_size=vocab, pattern=pattern, **experts)
+
+
+def experts_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of a run, those of `config_of` about experts."""
+    found = {**NO_EXPERTS, **options}
+    return {name: found[name] for name in NO_EXPERTS if name != "balance"}
 
 
 def model_of(config: TNLConfig | DecoderConfig) -> TNL | Decoder:

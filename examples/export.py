@@ -29,7 +29,7 @@ import torch
 import typer
 from _checkpoint import checkpoint_of, load_weights
 from _files import FileError, NotWritten, read_object, replacing, write
-from _model import config_of, model_of
+from _model import config_of, experts_of, model_of
 from _report import RUN
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -79,7 +79,7 @@ def config_and_text(file: Path) -> tuple[TNLConfig | DecoderConfig, str]:
     try:
         options = found["options"]
         of_model = {name: options[name] for name in ("vocab", "decay", "pattern")}
-        return config_of(options["family"], options["model"], **of_model), found["text"]
+        return config_of(options["family"], options["model"], **of_model, **experts_of(options)), found["text"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{file} is not what a run writes: {type(error).__name__}: {error}") from error
 

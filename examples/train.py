@@ -34,7 +34,7 @@ import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
 from _launch import RUNS, new_folder, refuse, relaunch, started_by_a_launcher
-from _model import FAMILIES, config_of, model_of
+from _model import FAMILIES, LEARNING_RATES, NO_EXPERTS, Size, config_of, experts_of, model_of
 from _report import RUN, Report
 from _saver import Saver
 from _schedule import learning_rate
@@ -65,6 +65,7 @@ SAME = (
     "pattern",
     "vocab",
     "decay",
+    *NO_EXPERTS,
     "seq_len",
     "batch",
     "steps",
@@ -91,6 +92,10 @@ class Options:
     pattern: str
     vocab: int
     decay: str
+    experts: int
+    experts_per_token: int
+    attention_experts: int
+    balance: float
     steps: int
     lr: float
     schedule: str
@@ -124,10 +129,16 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, of all ranks together.")] = 2,
     segment: Annotated[int, typer.Option(min=0, help="Stream it in segments of so many tokens; 0: in one.")] = 0,
     family: Annotated[str, typer.Option(help=f"What the layers are: {', '.join(FAMILIES)}.")] = "tnl",
-    model: Annotated[Literal["tiny", "385M", "1B", "7B"], typer.Option(help="Size.")] = "tiny",
+    model: Annotated[Size, typer.Option(help="Size.")] = "tiny",
     pattern: Annotated[str, typer.Option(help="Of the family (L) and softmax (S), repeated: LLLS. Not for tnl.")] = "L",
     vocab: Annotated[int, typer.Option(min=256, help="Words that the model knows; bytes are the first 256.")] = 256,
     decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule of tnl.")] = "alibi",
+    experts: Annotated[int, typer.Option(min=0, help="Slices of a gated unit that tokens choose from; 0: none.")] = 0,
+    experts_per_token: Annotated[int, typer.Option(min=1, help="How many of them a token chooses.")] = 2,
+    attention_experts: Annotated[int, typer.Option(min=0, help="Groups of heads likewise; 0: all heads.")] = 0,
+    balance: Annotated[
+        float, typer.Option(min=0, help="The loss holds so many times the balance of the experts.")
+    ] = 0.01,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the whole run.")] = 80,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate; default: by model.")] = None,
     schedule: Annotated[
@@ -167,7 +178,7 @@ def main(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; default: GPUs, or 2.")] = None,
 ) -> None:
     """Train a byte-level TransNormerLLM with its sequences split over ranks."""
-    default_lr = {"tiny": 2e-3, "385M": 6e-4, "1B": 4e-4, "7B": 3e-4}[model]
+    default_lr = LEARNING_RATES[model.split("-")[-1]]
     arguments = {**locals(), "lr": default_lr if lr is None else lr}
     options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
     if not started_by_a_launcher():
@@ -205,6 +216,7 @@ def check(options: Options, ranks: int, text: Text) -> None:
         refuse("--decay" if options.decay != "alibi" else "--chunk", f"is for --family tnl, not {options.family}")
     if not options.pattern or set(options.pattern) - set("L" if options.family == "tnl" else "LS"):
         refuse("--pattern", f"{options.pattern!r} is not of letters L and S, and of L alone for tnl")
+    check_experts(options)
     layers = config_of_run(options).layers
     if options.recompute not in ("auto", "all", *map(str, range(layers + 1))):
         refuse("--recompute", f"{options.recompute!r} is not auto, all, or a number of blocks up to {layers}")
@@ -238,6 +250,18 @@ def check(options: Options, ranks: int, text: Text) -> None:
     check_folder(options.out or RUNS, options.data)
     if options.resume:
         check_same_run(options, text)
+
+
+def check_experts(options: Options) -> None:
+    """Refuse numbers of experts that the model cannot have."""
+    if not (options.experts or options.attention_experts):
+        return
+    if options.family == "tnl":
+        refuse("--experts" if options.experts else "--attention-experts", "is for families other than tnl")
+    try:
+        config_of_run(options)
+    except ValueError as error:
+        refuse("--experts", str(error))
 
 
 def check_reports(options: Options, text: Text) -> None:
@@ -275,6 +299,7 @@ def check_same_run(options: Options, text: Text) -> None:
         _checkpoint.newest(options.out)
         run_before = read_object(file)
         before, digest = run_before.get("options"), run_before.get("text")
+        before = {**NO_EXPERTS, **before} if isinstance(before, dict) else before
         if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*SAME, "data"}:
             raise FileError(f"{file} is not what a run writes: options and a digest of its text are not in it")
     except FileError as error:
@@ -388,7 +413,8 @@ def agree(options: Options, env: lasp.Env) -> tuple[Text, str]:
 
 def config_of_run(options: Options) -> TNLConfig | DecoderConfig:
     """Of its model."""
-    return config_of(options.family, options.model, vocab=options.vocab, decay=options.decay, pattern=options.pattern)
+    of_model = {"vocab": options.vocab, "decay": options.decay, "pattern": options.pattern}
+    return config_of(options.family, options.model, **of_model, **experts_of(asdict(options)))
 
 
 def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
@@ -452,11 +478,12 @@ def train_step(
     optimizer.zero_grad()
     sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
+    balance = options.balance if options.experts or options.attention_experts else 0.0
     if options.segment and mesh is not None:
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
             ids = batch_of_step(text, mesh, **drawn)
             loss, tokens = lasp.stream_backward(
-                model, {"input_ids": ids}, mesh=mesh, segment=options.segment, progress=step == 0
+                model, {"input_ids": ids}, mesh=mesh, segment=options.segment, balance=balance, progress=step == 0
             )
     else:
         if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
@@ -467,6 +494,8 @@ def train_step(
         with autocast:
             hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
             loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=mesh)  # type: ignore[union-attr,arg-type]
+            if balance:
+                loss = loss + balance * lasp.balance_loss(model, mesh=mesh)
         loss.backward()  # DDP and FSDP2 average the gradients over dp x sp
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:

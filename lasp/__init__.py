@@ -7,6 +7,7 @@ whose size does not depend on the length.
 from lasp import adapters, decay, integrations, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
+from lasp.balance import balance_loss
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
 from lasp.data_parallel import sync_grads
@@ -15,7 +16,7 @@ from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
 from lasp.ops.attention import linear_attention
 from lasp.ops.delta import delta_rule
-from lasp.ops.halo import causal_conv, halo
+from lasp.ops.halo import block_attention, causal_conv, halo
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
 from lasp.streaming import stream_backward
@@ -29,6 +30,8 @@ __all__ = [
     "ShardLayout",
     "adapters",
     "assert_finite",
+    "balance_loss",
+    "block_attention",
     "causal_conv",
     "compiled",
     "decay",

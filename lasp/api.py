@@ -203,10 +203,11 @@ class LayerReport:
     schedule: str  # that the last exchange took; "neighbour" where no head needs more (docs/exchange.md)
     blocks: int  # that it cut a state into
     predicted_seconds: float  # for it, by the cost model
-    kernels: str  # what computed the layer, "triton" or "reference"
+    kernels: str  # what computed it: "triton", "reference" (lasp's steps in PyTorch), "SDPA", "torch"
     repeats: str  # why a recompute repeats the exchange; empty if it does not
     adapter: str = ""  # where it stands: a function, of lasp's own the file
     expected: tuple[str, ...] = ()  # operators that the code of layer and adapter names
+    decay: str = ""  # the form of its log-decays, such as "[B, T, H]"; "none" without
 
     @classmethod
     def of(cls, path: str, module: nn.Module, operator: str, sequence: SequenceParallel) -> LayerReport:
@@ -227,6 +228,7 @@ class LayerReport:
             found.repeats,
             split.adapter if isinstance(split, _Split) else "",
             split.operators if isinstance(split, _Split) else (),
+            found.decay,
         )
 
     @property
@@ -245,12 +247,23 @@ class LayerReport:
         crosses = "; ".join(dict.fromkeys(outlook.CROSSES[name] for name in self.expected))
         told = (crosses or "run a step") if sent is None else f"{sent:,.0f}"
         operator = self.operator or ", ".join(self.expected)
-        return (self.path, self.module, self.adapter, operator, how, str(self.ranks), predicted, told, self.kernels)
+        return (
+            self.path,
+            self.module,
+            self.adapter,
+            operator,
+            how,
+            str(self.ranks),
+            predicted,
+            told,
+            self.decay,
+            self.kernels,
+        )
 
 
 _AFTER_A_STEP = (
     "of layers that have not run, operators and what they send are told from the code of the layer and its adapter; "
-    "schedule, bytes and kernels are known after a step"
+    "schedule, bytes, decay and kernels are known after a step"
 )
 
 
@@ -267,7 +280,7 @@ class Explanation(list[LayerReport]):
         if not self:
             return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
-        rows = [("layer", "module", "adapter", "operator", "exchange", "ranks", "predicted", sent, "kernels")]
+        rows = [("layer", "module", "adapter", "operator", "exchange", "ranks", "predicted", sent, "decay", "kernels")]
         rows += [layer.cells for layer in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -278,7 +291,7 @@ class Explanation(list[LayerReport]):
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Which layers are split, how their states travel, how long that should take, and the bytes that were counted.
+    """Which layers are split and how: operators, schedules, predicted time, counted bytes, form of decays, kernels.
 
     A row for each operator of a layer. A layer that has not run yet has one row: with the adapter that split it, the
     operators that its code and the adapter's name, and what these send; the rest is known after a step.

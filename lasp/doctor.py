@@ -5,22 +5,44 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.cuda import nccl
 
 from lasp import exchange
 from lasp.exchange import StateMap
 from lasp.exchange.board import obstacle
+from lasp.layout import ShardLayout
 from lasp.ops.attention import linear_attention
+from lasp.ops.delta import delta_rule
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
+from lasp.ops.halo import block_attention, causal_conv
+from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SCHEDULES, Env, SequenceParallel, init, waiting
 from lasp_kernels import fold, recurrent_linear_attention
+from lasp_kernels.delta import recurrent_delta_rule
+from lasp_kernels.elementwise import recurrent_elementwise
+from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_scan
 
 # Relative Frobenius error allowed against the fp64 recurrence. bf16 has 8 bits, and its products are rounded twice.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+_OF_CONVOLUTION = 1e-3  # PyTorch lets a GPU's convolutions of fp32 round their inputs to TF32
+H, K, V, WINDOW = 4, 32, 48, 4
+
+
+class Case(NamedTuple):
+    """An operator, on inputs whose decays are as `form` says."""
+
+    operator: str
+    form: str
+    inputs: dict[str, tuple[int, ...]]  # random numbers of a token, by name
+    run: Callable[..., Tensor]  # of the inputs of this rank's tokens, layout= and sequence=
+    whole: Callable[..., Tensor]  # of those of all tokens, in fp64
 
 
 def run_doctor(*, backend: str | None = None, timeout: float = 60.0) -> int:
@@ -30,18 +52,18 @@ def run_doctor(*, backend: str | None = None, timeout: float = 60.0) -> int:
     for name, value in _environment(env):
         say(f"{name:<12}{value}")
     sequence = SequenceParallel(dist.group.WORLD, exchange="ring")
-    say(f"\nlinear attention on {env.world_size} rank(s) against the fp64 recurrence, worst relative error")
+    say(f"\noperators on {env.world_size} rank(s) against the fp64 recurrence, worst relative error")
     healthy = True
-    for dtype, tolerance in _TOLERANCE.items():
-        for form in ("none", "[H]", "[B,T,H]", "[B,T,H,K]"):
-            forward, backward = _worst_over_ranks(_errors(form, dtype, env, sequence), env)
-            passed = forward <= tolerance and backward <= tolerance  # also false for NaN
-            healthy &= passed
-            name = str(dtype).removeprefix("torch.")
-            say(
-                f"  {name:<9} log_decay {form:<10} forward {forward:.1e}  gradients {backward:.1e}  "
-                f"{'ok' if passed else f'FAILED: more than {tolerance:.0e}'}"
-            )
+    for case, dtype in _cases():
+        tolerance = _OF_CONVOLUTION if case.operator == "causal_conv" else _TOLERANCE[dtype]
+        forward, backward = _worst_over_ranks(_errors(case, dtype, env, sequence), env)
+        passed = forward <= tolerance and backward <= tolerance  # also false for NaN
+        healthy &= passed
+        name = str(dtype).removeprefix("torch.")
+        say(
+            f"  {case.operator:<23}{case.form:<14}{name:<9} forward {forward:.1e}  gradients {backward:.1e}  "
+            f"{'ok' if passed else f'FAILED: more than {tolerance:.0e}'}"
+        )
     if env.world_size > 1:
         say("\nexchange of one state, until the last rank has it, median of 20")
         for name in ("ring", "direct"):
@@ -79,28 +101,136 @@ def _environment(env: Env) -> Iterator[tuple[str, str]]:
         yield "", f"(several: torchrun --nproc-per-node {count} -m lasp doctor)"
 
 
-def _errors(form: str, dtype: torch.dtype, env: Env, sequence: SequenceParallel) -> tuple[float, float]:
+def _cases() -> Iterator[tuple[Case, torch.dtype]]:
+    """Linear attention with every form of decay in two dtypes, and the other operators once."""
+    for dtype in _TOLERANCE:
+        for form in ("none", "[H]", "[B, T, H]", "[B, T, H, K]"):
+            yield _linear(form), dtype
+    for case in (_delta("[B, T, H]"), _delta("[B, T, H, K]"), _channels(), _selective(), *_softmax(), _convolution()):
+        yield case, torch.float32
+
+
+_QKV = {"q": (H, K), "k": (H, K), "v": (H, V)}
+
+
+def _linear(form: str) -> Case:
+    of_token = {"[B, T, H]": {"g": (H,)}, "[B, T, H, K]": {"g": (H, K)}}.get(form, {})
+
+    def decay(q: Tensor, g: Tensor | None) -> Tensor | None:
+        if form == "[H]":
+            return -0.3 * torch.arange(1, H + 1, device=q.device) / H
+        return None if g is None else -0.3 * torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32)))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **options: Any) -> Tensor:
+        return linear_attention(q, k, v, log_decay=decay(q, g), **options)[0]
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
+        return recurrent_linear_attention(q, k, v, log_decay=decay(q, g))[0]
+
+    return Case("linear_attention", form, {**_QKV, **of_token}, run, whole)
+
+
+def _delta(form: str) -> Case:
+    def given(q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return q, k, v, torch.sigmoid(b), -0.3 * torch.sigmoid(g)
+
+    def run(*inputs: Tensor, **options: Any) -> Tensor:
+        q, k, v, beta, log_decay = given(*inputs)
+        return delta_rule(q, k, v, beta, log_decay=log_decay, **options)[0]
+
+    def whole(*inputs: Tensor) -> Tensor:
+        q, k, v, beta, log_decay = given(*inputs)
+        return recurrent_delta_rule(q, k, v, beta, log_decay=log_decay)[0]
+
+    decays = (H,) if form == "[B, T, H]" else (H, K)
+    return Case("delta_rule", form, {**_QKV, "b": (H,), "g": decays}, run, whole)
+
+
+def _channels() -> Case:
+    def run(x: Tensor, g: Tensor, **options: Any) -> Tensor:
+        return elementwise_recurrence(x, -torch.sigmoid(g), **options)
+
+    def whole(x: Tensor, g: Tensor) -> Tensor:
+        return recurrent_elementwise(x, -torch.sigmoid(g))
+
+    return Case("elementwise_recurrence", "[B, T, ...]", {"x": (K,), "g": (K,)}, run, whole)
+
+
+def _selective() -> Case:
+    def given(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> SelectiveOperands:
+        A = -torch.arange(1, 9, device=u.device, dtype=u.dtype).expand(K, 8)
+        return SelectiveOperands(u, F.softplus(dt - 2), A, B, C)
+
+    def run(*inputs: Tensor, **options: Any) -> Tensor:
+        return selective_scan(*given(*inputs), **options)
+
+    def whole(*inputs: Tensor) -> Tensor:
+        return recurrent_selective_scan(given(*inputs))
+
+    return Case("selective_scan", "dt A", {"u": (K,), "dt": (K,), "B": (8,), "C": (8,)}, run, whole)
+
+
+def _softmax() -> Iterator[Case]:
+    yield Case(
+        "softmax_attention",
+        "none",
+        _QKV,
+        lambda *qkv, **options: softmax_attention(*qkv, **options),
+        lambda *qkv: _masked(*qkv, block=None),
+    )
+    block = 13  # at no border of a rank
+    yield Case(
+        "block_attention",
+        "none",
+        _QKV,
+        lambda q, k, v, **options: block_attention(q, k, v, block, **options),
+        lambda *qkv: _masked(*qkv, block=block),
+    )
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, block: int | None) -> Tensor:
+    t = torch.arange(q.shape[1])
+    unseen = t > t[:, None]
+    if block is not None:
+        unseen |= t // block != t[:, None] // block
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * K**-0.5
+    return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
+
+
+def _convolution() -> Case:
+    def weight(x: Tensor) -> Tensor:
+        return torch.linspace(-1, 1, K * WINDOW, device=x.device, dtype=x.dtype).view(K, WINDOW)
+
+    def run(x: Tensor, **options: Any) -> Tensor:
+        return causal_conv(x, weight(x), **options)
+
+    def whole(x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, WINDOW - 1, 0))
+        taps = zip(weight(x).unbind(1), (padded[:, j : j + x.shape[1]] for j in range(WINDOW)))
+        return sum((tap * seen for tap, seen in taps), torch.zeros_like(x))
+
+    return Case("causal_conv", "none", {"x": (K,)}, run, whole)
+
+
+def _errors(case: Case, dtype: torch.dtype, env: Env, sequence: SequenceParallel) -> tuple[float, float]:
     """Relative errors of this rank's output, and of its worst gradient. Shards differ in length."""
-    H, K, V = 4, 32, 48
-    lengths = [97 + 31 * (r % 3) for r in range(env.world_size)]
+    lengths = tuple(97 + 31 * (r % 3) for r in range(env.world_size))
     start, T = sum(lengths[: env.rank]), sum(lengths)
     mine = slice(start, start + lengths[env.rank])
     generator = torch.Generator().manual_seed(0)
-    q, k, v, do = (torch.randn(1, T, H, n, generator=generator) for n in (K, K, V, V))
-    shape = {"none": None, "[H]": (H,), "[B,T,H]": (1, T, H), "[B,T,H,K]": (1, T, H, K)}[form]
-    log_decay = None if shape is None else -0.3 * torch.rand(shape, generator=generator)
+    rounded = [torch.randn(1, T, *shape, generator=generator).to(dtype) for shape in case.inputs.values()]
 
-    rounded = [x.to(dtype) for x in (q, k, v, do)]
-    whole = [x.double().requires_grad_() for x in rounded[:3]]
-    expected, _ = recurrent_linear_attention(*whole, log_decay=None if log_decay is None else log_decay.double())
-    expected_gradients = torch.autograd.grad(expected, whole, rounded[3].double())
+    whole = [x.double().requires_grad_() for x in rounded]
+    expected = case.whole(*whole)
+    do = torch.randn(expected.shape, generator=generator).to(dtype)
+    expected_gradients = torch.autograd.grad(expected, whole, do.double())
 
-    local = [x[:, mine].to(env.device).requires_grad_() for x in rounded[:3]]
-    if log_decay is not None:
-        log_decay = (log_decay if form == "[H]" else log_decay[:, mine]).to(env.device)
-    o, _ = linear_attention(*local, log_decay=log_decay, sequence=sequence)
-    gradients = torch.autograd.grad(o, local, rounded[3][:, mine].to(env.device))
-    backward = [_relative(x, y[:, mine]) for x, y in zip(gradients, expected_gradients)]
+    local = [x[:, mine].to(env.device).requires_grad_() for x in rounded]
+    o = case.run(*local, layout=ShardLayout(lengths), sequence=sequence)
+    gradients = torch.autograd.grad(o, local, do[:, mine].to(env.device))
+    pairs = zip(case.inputs, gradients, expected_gradients)
+    backward = [_relative(x, y[:, mine]) for name, x, y in pairs if name != "g"]  # a decay's gradient is a long sum
     return _relative(o, expected[:, mine]), max(backward)
 
 

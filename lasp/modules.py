@@ -6,6 +6,7 @@ A model holds them, gives them what its own layers have made of its tokens, and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from lasp import arguments
 from lasp.decay import fixed, values_of
 from lasp.layout import ShardLayout
+from lasp.ops import recompute
 from lasp.ops.attention import linear_attention
+from lasp.ops.call import padding_of
 from lasp.ops.delta import delta_rule
-from lasp.ops.halo import causal_conv
+from lasp.ops.halo import block_attention, causal_conv
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
 
@@ -148,6 +151,30 @@ class SoftmaxAttention(nn.Module):
         return f"scale={self.scale}, window={self.window}"
 
 
+class BlockAttention(nn.Module):
+    """`lasp.block_attention` as a module, without parameters: softmax attention within blocks of `block` tokens.
+
+    Args:
+        block: tokens of a block, counted from the beginning of the sequence, or of a packed document.
+        scale: multiplies the scores; None is 1 / sqrt(K).
+    """
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def __init__(self, block: int, *, scale: float | None = None):
+        super().__init__()
+        self.block = arguments.integer("block", block, at_least=1)
+        self.scale = None if scale is None else arguments.number("scale", scale)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, layout: ShardLayout | None = None) -> Tensor:
+        """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.block_attention`."""
+        return block_attention(q, k, v, self.block, scale=self.scale, layout=layout, sequence=self.sequence)
+
+    def extra_repr(self) -> str:
+        """The block, and the scale."""
+        return f"{self.block}, scale={self.scale}"
+
+
 class CausalConv(nn.Module):
     """A short causal convolution of each channel (`lasp.causal_conv`), with its weight [channels, width].
 
@@ -181,3 +208,67 @@ class CausalConv(nn.Module):
     def extra_repr(self) -> str:
         """Its size."""
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, bias={self.bias is not None}"
+
+
+class Counted(NamedTuple):
+    """What a `Router` has counted in a forward, of this rank's tokens."""
+
+    chosen: Tensor  # [experts], int64: how often each
+    probability: Tensor  # [experts], the sum over tokens of the softmax of all logits, with its gradient
+
+
+class Router(nn.Module):
+    """Chooses experts for each token, from that token alone; who is chosen how often `lasp.balance_loss` asks.
+
+    As in LLaMA-MoE v2 (arXiv 2411.15708): of the logits x W the largest are chosen, and the gates are the softmax over
+    these alone, times `scale`.
+
+    Args:
+        width: D, channels of a token.
+        experts: among which it chooses.
+        chosen: how many of them for a token.
+        scale: of the gates; None is `chosen`, so that those of a token are 1 on average.
+    """
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+    counted: Counted | None = None  # of the last forward, until lasp.balance_loss has taken it
+
+    def __init__(self, width: int, experts: int, chosen: int, *, scale: float | None = None):
+        super().__init__()
+        width, self.experts, self.chosen = (
+            arguments.integer(name, x, at_least=1)
+            for name, x in (("width", width), ("experts", experts), ("chosen", chosen))
+        )
+        if self.chosen > self.experts:
+            raise ValueError(f"chosen must be at most the {self.experts} experts, got {chosen}")
+        self.scale = float(self.chosen) if scale is None else arguments.number("scale", scale)
+        self.score = nn.Linear(width, self.experts, bias=False)
+
+    def forward(self, x: Tensor, *, layout: ShardLayout | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] to gates [B, T, chosen], in x's dtype, and the experts they are of, int64.
+
+        The layout says which tokens are padding and count for nothing.
+        """
+        logits = self.score(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest, chosen = logits.topk(self.chosen, -1)
+        counted = self._count(logits, chosen, layout)  # also in a recompute, which must save what the original saved
+        if torch.compiler.is_compiling() or not recompute.under_way():
+            self.counted = counted
+        return (largest.softmax(-1) * self.scale).to(x.dtype), chosen
+
+    def _count(self, logits: Tensor, chosen: Tensor, layout: ShardLayout | None) -> Counted:
+        padding = padding_of(logits, layout, self.sequence)
+        if padding is not None:
+            logits, chosen = padding.cut(logits), padding.cut(chosen)
+        times = chosen.new_zeros(self.experts)
+        times.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+        return Counted(times, logits.softmax(-1).flatten(0, -2).sum(0))
+
+    def extra_repr(self) -> str:
+        """How many of how many."""
+        return f"{self.chosen} of {self.experts}, scale={self.scale}"
+
+
+OPERATOR_MODULES = (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv, BlockAttention)
+"""All of them: what `parallelize` gives the ranks to."""

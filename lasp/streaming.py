@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from lasp import arguments
 from lasp.adapters import border
 from lasp.adapters.handles import Parallelized, held_by
+from lasp.balance import BalanceOverSegments, routers_of
 from lasp.batch import Whole, whole_batch
 from lasp.calls import caller, logits_of
 from lasp.checks import agreement
@@ -56,6 +57,7 @@ def stream_backward(
     segment: int | None = None,
     loss_fn: LossFunction | None = None,
     loss_scale: float | Tensor = 1.0,
+    balance: float = 0.0,
     shift_labels: bool = True,
     ignore_index: int = -100,
     progress: bool = False,
@@ -83,6 +85,7 @@ def stream_backward(
             layer gave, the loss is taken there, and no logits are made (docs/streaming.md).
         loss_scale: gradients are those of this times the loss: 1 / n for the accumulation of n steps, or
             `scaler.get_scale()` of a GradScaler.
+        balance: add so many times `lasp.balance_loss`, over all segments, of a model that has routers.
         shift_labels: False if the labels are already the next tokens.
         ignore_index: the label that the loss skips.
         progress: show a bar, on the first rank (needs tqdm).
@@ -103,11 +106,12 @@ def stream_backward(
     sequence = sequence_axis(mesh)
     with agreement.of_batch(sequence, validate=validate, before="stream_backward") as ranks_agree:
         run, whole = prepared(model, batch, sequence, shift_labels=shift_labels, ignore_index=ignore_index)
+        run.set_balance(balance, mesh)
         step = None if segment is None else arguments.integer("segment", segment, at_least=1)
         scale = _scale(loss_scale)
         make_loss = _loss(loss_fn, ignore_index, mesh, scale)
         bar = _Bar(progress)
-        options = {"segment": segment, "shift_labels": shift_labels, "ignore_index": ignore_index}
+        options = {"segment": segment, "balance": balance, "shift_labels": shift_labels, "ignore_index": ignore_index}
         ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(whole)})
     loss = make_loss()
     found = run.backward(whole, run.fitting(whole, make_loss) if step is None else step, loss, bar)
@@ -235,7 +239,14 @@ class Run:
         self.call = caller(model, ask="stream_backward cannot call it")
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.averaged = AveragedOnce(model)
+        self._balance_loss, self._balance_mesh = 0.0, None  # how many times it is added, over which ranks
         _refuse_steps_in_backward(model, self.averaged.once)
+
+    def set_balance(self, times: float, mesh: Any) -> None:
+        """Add the balance of the model's routers to the loss, so many times."""
+        if arguments.number("balance", times):
+            routers_of(self.model)  # raises if there are none
+        self._balance_loss, self._balance_mesh = times, mesh
 
     def backward(self, whole: Whole, step: int, loss: Loss, bar: _Bar | None = None) -> tuple[Tensor, Tensor]:
         """Leave the gradients of a loss over segments of `step` tokens; returns its mean, and of how many tokens."""
@@ -253,6 +264,9 @@ class Run:
         self.stream = Stream(self.segments, longest, largest)
         loss.labels = torch.cat([self._cut(x)["labels"].flatten() for x in self.segments])
         self._random: list[_Random] = []
+        self._balanced = None
+        if self._balance_loss:
+            self._balanced = BalanceOverSegments(self.model, self._balance_mesh, loss.group, loss.ranks)
         split = self.splits[0]
         self.last_layer = None
         if loss.ignores is not None:
@@ -352,6 +366,8 @@ class Run:
                 self._random.append(_Random(self.device))
                 output, of_loss, labels = self._forward(self.averaged.without_backward, segment, sweeping=True)
                 self.loss.look(of_loss, labels)
+                if self._balanced is not None:
+                    self._balanced.look()
                 del output, of_loss  # logits, beside which the next would lie
                 bar.step()
 
@@ -369,6 +385,8 @@ class Run:
                 part = self.loss.part(of_loss, labels)
                 if (balance := self._balance(output)) is not None:
                     part = part + self.loss.beside(balance)
+                if self._balanced is not None:
+                    part = part + self.loss.beside(self._balance_loss * self._balanced.part())
                 del output, of_loss, balance
                 with torch.autocast(self.device.type, enabled=False):
                     part.backward()

@@ -166,6 +166,13 @@ class Window(Softmax):
 
 
 @lasp.register
+class Blocks(Layer):
+    def forward(self, x, layout=None):
+        q, k, v = self.split(x)
+        return lasp.block_attention(q, k, v, 6, layout=layout, sequence=self.sequence).flatten(-2)
+
+
+@lasp.register
 class Grouped(Layer):
     """Heads of queries that share keys, with a cap on scores."""
 
@@ -192,7 +199,7 @@ def lasp_dtype(x):
 LINEAR = (PerHead, NoDecay, PerToken, PerChannel, Normalised)
 SHORT = (Conv, Shift)
 STATES = (Delta, Elementwise, Selective)
-HYBRID = (PerHead, Softmax, Window, Conv, Grouped)
+HYBRID = (PerHead, Softmax, Window, Conv, Grouped, Blocks)
 
 
 class Model(nn.Module):

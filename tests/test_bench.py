@@ -516,3 +516,124 @@ def test_errors_of_a_decay_per_channel(monkeypatch):
         assert row["path"] == "reference"
         assert all(0 < row[name] < 1e-5 for name in channel.NAMES)
     assert channel.same_bits(600, "cpu")
+
+
+# ---- families.py, on a CPU
+
+
+@pytest.fixture
+def families(monkeypatch):
+    found = importlib.import_module("families")
+    monkeypatch.setattr(found, "GATE_TOKENS", 67)
+    return found
+
+
+def test_families_at_a_tiny_size(families, tmp_path):
+    size = ("--size", "tiny", "--lengths", 48, "--layers", 1, "--vocab", 300)
+    result, _ = _script("families", "--families", "gla", "delta_net", *size, "--save", "--out", tmp_path)
+    assert [(row["family"], row["operator"]) for row in result["rows"]] == [
+        ("gla", "LightningAttention"),
+        ("delta_net", "DeltaRule"),
+    ]
+    for row in result["rows"]:
+        assert row["error"] < 1e-5
+        assert row["tokens/s"] == pytest.approx(48e3 / (row["fwd ms"] + row["bwd ms"]), rel=1e-2)
+        assert (row["fwd % floor"], row["peak MiB"], row["fla"]) == (None, None, None)  # a CPU tells none of these
+    [steps] = result["tables"].values()
+    assert [row["family"] for row in steps] == ["gla", "delta_net"]
+    assert all(row["tokens/s"] == pytest.approx(48e3 / row["step ms"], rel=1e-2) for row in steps)
+    assert result["facts"]["left out"] == []
+    [plot] = tmp_path.glob("*_families_tiny_1xcpu.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_steps_with_experts(families, tmp_path):
+    size = ("--size", "tiny", "--lengths", 48, "--layers", 1, "--vocab", 300, "--no-operators", "--experts", 8)
+    result, _ = _script("families", "--families", "gla", *size, "--save", "--out", tmp_path)
+    assert [(row["family"], row["experts"]) for row in result["rows"]] == [("gla", 8)]
+    assert len(list(tmp_path.glob("*_families_tiny_experts-8_1xcpu.png"))) == 1
+
+
+def test_published_figures_beside_ours(families, tmp_path):
+    small = ("--shapes", "1x2x16", "--lengths", 32, 64, "--gla", 2, 128, "--gla-lengths", 48)
+    result, _ = _script("families", "--published", *small, "--save", "--out", tmp_path)
+    assert [(row["T"], row["what"]) for row in result["rows"]] == [
+        (T, what) for T in (32, 64) for what in ("lasp", "flash", "scores")
+    ]
+    gated, theirs = result["tables"].values()
+    assert [row["what"] for row in gated] == ["lasp", "flash"]
+    for ours, flash in ((gated[0], gated[1]), (result["rows"][0], result["rows"][1])):
+        assert ours["fwd x flash"] == pytest.approx(flash["fwd ms"] / ours["fwd ms"], rel=1e-2)
+        assert flash["fwd x flash"] is None
+    assert [row["tokens"] for row in theirs] == [2**n for n in range(10, 16)]
+    assert theirs[-1]["fwd_lightning"] == 6.380953
+    assert len(list(tmp_path.glob("*_families_published_1xcpu.png"))) == 1
+
+
+def test_every_family_gives_its_operator_what_it_can_be_timed_with(families):
+    from lasp.models import DecoderConfig
+    from lasp.models.mixers import MIXERS
+
+    for family in MIXERS:
+        made = families.operation(family, DecoderConfig.named(family, "tiny"), 20, torch.device("cpu"))
+        assert families.error_of(made) < 1e-4, family
+        assert made.call().shape[:2] == (1, 20)
+
+
+def test_peers_get_what_our_operators_get(families, monkeypatch):
+    """fla's functions by our reference, with its names for arguments: each family's peer computes the same."""
+    import fla_families
+
+    from lasp.models import DecoderConfig
+
+    def simple(q, k, v, scale, g=None, g_gamma=None):
+        return lasp.linear_attention(q, k, v, scale=scale, log_decay=g_gamma if g is None else g)
+
+    def delta(q, k, v, beta, scale, g=None):
+        return lasp.delta_rule(q, k, v, beta, log_decay=g, scale=scale)
+
+    functions = {
+        "chunk_simple_gla": simple,
+        "chunk_gla": lambda q, k, v, g, scale: simple(q, k, v, scale, g),
+        "chunk_delta_rule": delta,
+        "chunk_gated_delta_rule": delta,
+        "chunk_kda": delta,
+    }
+    monkeypatch.setattr(fla_families, "_fla", lambda file, name: functions[name])
+    names = {
+        "softmax": "sdpa flash",
+        "retnet": "chunk_simple_gla",
+        "mamba2": "chunk_simple_gla",
+        "gla": "chunk_gla",
+        "hgrn2": "chunk_gla",
+        "delta_net": "chunk_delta_rule",
+        "gated_delta_net": "chunk_gated_delta_rule",
+        "kda": "chunk_kda",
+        "transnormer": "chunk_simple_gla",
+        "cosformer2": "chunk_simple_gla",
+    }
+    for family, name in names.items():
+        made = families.operation(family, DecoderConfig.named(family, "tiny"), 40, torch.device("cpu"))
+        beside = fla_families.peer_of(made.module, made.given)
+        assert beside.name == name
+        assert families.error_of_peer(made, beside) < 1e-4, family
+
+
+def test_what_is_wrong_or_fails_is_told_and_not_timed(families, monkeypatch):
+    from lasp.modules import LightningAttention
+
+    def half_wrong(self, q, k, v, log_decay=None, *, layout=None):
+        if q.shape[1] == 64:
+            raise RuntimeError("out of order")
+        return lasp.linear_attention(q, k, v, log_decay=log_decay)[0] * (1.1 if q.dtype == torch.float32 else 1.0)
+
+    monkeypatch.setattr(LightningAttention, "forward", half_wrong)
+    size = ("--size", "tiny", "--no-steps", "--lengths", 48, 64)
+    with pytest.raises(SystemExit, match=r"nothing was measured: gla: 1\.0e-01 off, not timed"):
+        _script("families", "--families", "gla", *size)
+    monkeypatch.setattr(families, "GATE_LIMIT", 0.2)
+    result, _ = _script("families", "--families", "gla", *size)
+    assert [row["T"] for row in result["rows"]] == [48]
+    assert result["facts"]["left out"] == ["gla T64: RuntimeError: out of order"]
+    with pytest.raises(SystemExit, match="gla, gate: out of time"):
+        _script("families", "--families", "gla", *size, "--budget", 0)

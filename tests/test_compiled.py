@@ -77,6 +77,7 @@ OPERATORS = {
     "halo": lambda x, **facts: lasp.halo(x, 4, **facts).square().sum(),
     "causal_conv": _convolution,
     "softmax_attention": lambda x, **facts: lasp.softmax_attention(x, x, x, **facts).square().sum(),
+    "block_attention": lambda x, **facts: lasp.block_attention(x, x, x, 5, **facts).square().sum(),
     "elementwise_recurrence": lambda x, **facts: (
         elementwise_recurrence(x, -x[..., :1].square(), **facts).square().sum()
     ),

@@ -10,13 +10,17 @@ from ranks import mesh_of, run_ranks
 from torch import nn
 
 import lasp
-from lasp.models import Decoder, DecoderConfig
+from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
 from lasp.models._linears import norm_linear
 from lasp.models.mixers import MIXERS, rotary
+from lasp.modules import BlockAttention
 
 VOCABULARY, T = 17, 23
 WIDTH, HEADS = 24, 3
+BLOCK = 5  # tokens of a block: borders of blocks and ranks differ
 CONFIGS = {family: DecoderConfig(family, VOCABULARY, 2, WIDTH, HEADS, 32) for family in MIXERS}
+CONFIGS["cosformer2, tpe"] = DecoderConfig("cosformer2", VOCABULARY, 1, WIDTH, HEADS, 32, tpe=True)
+CONFIGS["transnormer, hybrid"] = DecoderConfig("transnormer", VOCABULARY, 3, WIDTH, HEADS, 32, pattern="LLS")
 CONFIGS["gla, hybrid"] = DecoderConfig("gla", VOCABULARY, 3, WIDTH, HEADS, 32, pattern="LLS")
 
 
@@ -26,6 +30,9 @@ def model_of(kind):
     with torch.no_grad():
         for p in model.parameters():  # what begins at zeros or ones would hide a mistake
             p.add_(0.1 * torch.randn_like(p))
+    for module in model.modules():
+        if isinstance(module, BlockAttention):
+            module.block = BLOCK
     return model
 
 
@@ -69,6 +76,36 @@ def test_packed_documents_in_segments_over_two_ranks(kind):
     run_ranks(2, _parity, kind, batch_of(1, cu_seqlens=offsets), True)
 
 
+# Of each family: its operators, with the form of decays and what computes them on a CPU.
+EXPLAINED = {
+    "softmax": {("softmax_attention", "none", "SDPA")},
+    "block_softmax": {("halo", "none", "torch")},
+    "transnormer": {("halo", "none", "torch"), ("linear_attention", "none", "reference")},
+    "cosformer2": {("linear_attention", "none", "reference")},
+    "retnet": {("linear_attention", "[H]", "reference")},
+    "gla": {("linear_attention", "[B, T, H, K]", "reference")},
+    "hgrn2": {("linear_attention", "[B, T, H, K]", "reference")},
+    "delta_net": {("halo", "none", "torch"), ("delta_rule", "none", "reference")},
+    "gated_delta_net": {("halo", "none", "torch"), ("delta_rule", "[B, T, H]", "reference")},
+    "kda": {("halo", "none", "torch"), ("delta_rule", "[B, T, H, K]", "reference")},
+    "mamba2": {("halo", "none", "torch"), ("linear_attention", "[B, T, H]", "reference")},
+}
+
+
+def _explained():
+    mesh = mesh_of(sp=2)
+    for family in MIXERS:
+        model = lasp.parallelize(model_of(family), mesh)
+        loss_of(model, batch_of(1), mesh)
+        report = lasp.explain(model)
+        assert {(row.operator, row.decay, row.kernels) for row in report} == EXPLAINED[family], family
+        assert all(row.decay in str(report) for row in report)
+
+
+def test_explain_tells_operators_decays_and_kernels_of_every_family():
+    run_ranks(2, _explained)
+
+
 def recurrence(q, k, v, log_decay=None, beta=None):
     """o of q, k [B, T, H, K], v [B, T, H, V], a log-decay [B, T, H, K] and, for the delta rule, beta [B, T, H]."""
     state, outputs = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1]), []
@@ -108,10 +145,11 @@ def turned(x):
     ).mT.flatten(-2)
 
 
-def softmax(m, x):
+def softmax(m, x, block=10**9):
     q, k, v = turned(heads(m.query(x))), turned(heads(m.key(x))), heads(m.value(x))
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -math.inf)
+    t = torch.arange(x.shape[1])
+    scores = scores.masked_fill((t > t[:, None]) | (t // block != t[:, None] // block), -math.inf)
     return m.out(torch.einsum("bhij,bjhv->bihv", scores.softmax(-1), v).flatten(2))
 
 
@@ -146,6 +184,25 @@ def delta(m, x, log_decay=None):
     return norm(o, m.norm.weight).flatten(2)
 
 
+def kda(m, x):
+    log_decay = -m.log_rate.exp().unsqueeze(-1) * heads(F.softplus(m.rate[1](m.rate[0](x)) + m.rate_bias))
+    return m.out(delta(m, x, log_decay) * torch.sigmoid(m.gate[1](m.gate[0](x))))
+
+
+def cosformer2(m, x):
+    theta = 10000.0 ** (torch.arange(WIDTH).double() * (-2 / WIDTH)).view(HEADS, -1) * m.lrpe.delta.exp()
+    angle = torch.arange(x.shape[1])[:, None, None] * theta
+    q, k = (heads(F.silu(layer(x))) for layer in (m.query, m.key))
+    q, k = (torch.cat([y * angle.cos(), y * angle.sin()], -1) for y in (q, k))
+    o = norm(recurrence(q, k, heads(m.value(x))).flatten(2))
+    return m.out(o * torch.sigmoid(m.gate[1](m.gate[0](x))))
+
+
+def norm_attention(m, x):
+    q, k = (heads(F.elu(layer(x)) + 1) for layer in (m.query, m.key))
+    return m.out(norm(recurrence(q * q.shape[-1] ** -0.5, k, heads(m.value(x))).flatten(2)))
+
+
 def gated_delta(m, x):
     log_decay = -m.log_rate.exp() * F.softplus(m.rate(x) + m.rate_bias)
     o = delta(m, x, log_decay.unsqueeze(-1).expand(*x.shape[:2], HEADS, WIDTH // HEADS))
@@ -164,11 +221,15 @@ def mamba2(m, x):
 
 FORMULAS = {
     "softmax": softmax,
+    "block_softmax": lambda m, x: softmax(m, x, BLOCK),
+    "transnormer": norm_attention,
+    "cosformer2": cosformer2,
     "retnet": retnet,
     "gla": gla,
     "hgrn2": hgrn2,
     "delta_net": lambda m, x: m.out(delta(m, x)),
     "gated_delta_net": gated_delta,
+    "kda": kda,
     "mamba2": mamba2,
 }
 
@@ -178,6 +239,26 @@ def test_a_mixer_is_its_formula(family):
     mixer = model_of(family).blocks[1].mixer
     x = torch.randn(2, T, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     assert_close(mixer(x, torch.arange(T)), FORMULAS[family](mixer, x), family, rtol=1e-9, atol=1e-10)
+
+
+def test_a_toeplitz_positional_encoding_depends_on_the_distance():
+    tpe = model_of("cosformer2, tpe").tpe
+    x = torch.randn(2, T, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    decay = torch.sigmoid(tpe.decay).view(-1, 1, 1) ** distance.clamp(min=0) * (distance >= 0)  # [H, T, T]
+    o = torch.einsum("hk,hij,hk,bjhv->bihv", tpe.query, decay, tpe.key, heads(x)).flatten(2)
+    assert_close(tpe(x, torch.arange(T)), tpe.out(norm(o)), "tpe", rtol=1e-9, atol=1e-10)
+
+
+def test_transnormer_begins_with_blocks():
+    config = DecoderConfig("transnormer", VOCABULARY, 5, WIDTH, HEADS, 32, pattern="LLS")
+    assert [config.family_of(layer) for layer in range(5)] == [
+        "block_softmax",
+        "block_softmax",
+        "softmax",
+        "transnormer",
+        "transnormer",
+    ]
 
 
 def test_lower_bounds_of_hgrn2_grow_from_zero():
@@ -213,3 +294,26 @@ def _without_positions():
 def test_a_norm_that_was_replaced_is_called(replaced):
     x, layer = torch.randn(2, 3, WIDTH) + 1, nn.Linear(WIDTH, 5, bias=False)
     assert_close(norm_linear(x, replaced, layer)[1], layer(replaced(x)), "output", rtol=1e-5, atol=1e-6)
+
+
+# Millions of parameters without the table of embeddings, with 64000 tokens in the head.
+COUNTS = {
+    "scaling-70M": {"tnl": 54.8, "hgrn2": 53.2, "cosformer2": 54.0, "softmax": 53.2},
+    "scaling-160M": {"tnl": 141.2, "hgrn2": 134.1, "cosformer2": 136.5, "softmax": 134.1},
+    "scaling-410M": {"tnl": 412.9, "hgrn2": 386.7, "cosformer2": 393.3, "softmax": 386.7},
+    "scaling-1B": {"tnl": 1306.3, "hgrn2": 1230.9, "cosformer2": 1240.4, "softmax": 1230.9},
+    "scaling-3B": {"tnl": 3168.7, "hgrn2": 2939.6, "cosformer2": 2962.5, "softmax": 2939.5},
+    "scaling-7B": {"tnl": 7275.0, "hgrn2": 6738.5, "cosformer2": 6772.1, "softmax": 6738.4},
+}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_sizes_of_the_scaling_laws_have_about_as_many_parameters_as_they_are_named(size):
+    """The paper's "1B" is the farthest off. (Its TNL has a gate of low rank, where this one's has a full matrix.)"""
+    named = float(size[len("scaling-") : -1]) * (1 if size.endswith("M") else 1000)
+    for family, millions in COUNTS[size].items():
+        with torch.device("meta"):
+            model = TNL(TNLConfig.named(size)) if family == "tnl" else Decoder(DecoderConfig.named(family, size))
+        count = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+        assert count / 1e6 == pytest.approx(millions, abs=0.1)
+        assert 0.75 < millions / named < 1.31

@@ -795,13 +795,14 @@ def test_shapes_that_fused_functions_refuse():
 
 @pytest.mark.parametrize("shared_positions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotate(shared_positions, dtype):
+@pytest.mark.parametrize("of_theta", [torch.float32, torch.float64])
+def test_rotate(shared_positions, dtype, of_theta):
     """Positions of millions too, where fp32 angles would be off by a quarter."""
     numbers = linear_inputs(dtype)
     q, k = numbers(2, 7, 3, 20), numbers(2, 7, 3, 20)
     positions = torch.tensor([[0, 1, 2, 300, 70_000, 4_000_000, 16_000_001], [5, 4, 3, 2, 1, 0, 9]], device=DEVICE)
     positions = positions[0] if shared_positions else positions
-    theta = 10000.0 ** -torch.rand(3, 20, generator=torch.Generator().manual_seed(2))
+    theta = 10000.0 ** -torch.rand(3, 20, generator=torch.Generator().manual_seed(2), dtype=of_theta)
     results = []
     for function, wide in ((rotary.fused_rotate, lambda t: t), (reference_rotate, torch.Tensor.double)):
         leaves = [wide(q).requires_grad_(), wide(k).requires_grad_(), theta.to(DEVICE).clone().requires_grad_()]

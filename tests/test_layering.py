@@ -17,7 +17,7 @@ LAYERS = [
     {"lasp.batch", "lasp.loss"},
     {"lasp.ops"},
     {"lasp.modules"},
-    {"lasp.adapters", "lasp.data_parallel", "lasp.models"},
+    {"lasp.adapters", "lasp.balance", "lasp.data_parallel", "lasp.models"},
     {"lasp.strict"},
     {"lasp.api", "lasp.calls"},
     {"lasp.last_layer"},

@@ -691,7 +691,14 @@ def test_every_operator_answers_in_a_trial():
     """What takes the ranks is a border that a trial knows, and keeps its name and its arguments."""
     named = {name: getattr(lasp, name) for name in lasp.__all__}
     operators = {n for n, f in named.items() if inspect.isfunction(f) and "sequence" in inspect.signature(f).parameters}
-    assert operators == {"linear_attention", "delta_rule", "causal_conv", "halo", "softmax_attention"}
+    assert operators == {
+        "linear_attention",
+        "delta_rule",
+        "causal_conv",
+        "halo",
+        "softmax_attention",
+        "block_attention",
+    }
     assert all(named[n].__wrapped__.__name__ == n and named[n].__doc__ for n in operators)
 
 

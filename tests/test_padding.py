@@ -48,6 +48,8 @@ def operator(name, x, **options):
         )
     if name == "softmax_attention":
         return lasp.softmax_attention(x["q"], x["k"], x["v"], window=4, key_mask=x["mask"], **options), None
+    if name == "block_attention":
+        return lasp.block_attention(x["q"], x["k"], x["v"], 3, **options), None
     y = x["k"].flatten(2)
     if name == "elementwise_recurrence":
         return elementwise_recurrence(x["v"], x["g"].unsqueeze(-1), **options), None
@@ -129,7 +131,7 @@ def _as_without_padding(name, T, cu_seqlens, compiled):
 
 
 OPERATORS = ["linear_attention", "queries made later", "delta_rule", "softmax_attention", "halo", "causal_conv"]
-OPERATORS += ["elementwise_recurrence", "selective_scan"]
+OPERATORS += ["elementwise_recurrence", "selective_scan", "block_attention"]
 
 
 @pytest.mark.parametrize("world", [2, 4])

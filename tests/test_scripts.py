@@ -3,14 +3,18 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 from processes import ROOT, finish, start
 from ranks import run_ranks
 from scripts import run_processes, run_script
 
 import lasp
+from lasp import doctor
+from lasp.adapters.outlook import CROSSES
 from lasp.doctor import run_doctor
 
 EXAMPLES = ROOT / "examples"
@@ -39,6 +43,24 @@ def test_the_doctor_finds_that_all_is_well(world):
 
 def test_the_doctor_fails_on_every_rank_when_one_is_wrong():
     assert run_ranks(3, _doctor, (1,)) == [1, 1, 1]
+
+
+def test_the_doctor_tries_every_operator_and_tells_each_that_is_wrong():
+    cases = list(doctor._cases())
+    assert {case.operator for case, _ in cases} == set(CROSSES) - {"halo"}  # which causal_conv and others bring along
+    env = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    for case, dtype in cases:
+        right = getattr(doctor, case.operator)
+
+        def slightly_wrong(*args, right=right, **options):
+            found = right(*args, **options)
+            return (found[0] * 1.02, *found[1:]) if isinstance(found, tuple) else found * 1.02
+
+        forward, backward = doctor._errors(case, dtype, env, None)
+        assert max(forward, backward) < doctor._TOLERANCE[dtype]
+        with mock.patch.object(doctor, case.operator, slightly_wrong):
+            forward, backward = doctor._errors(case, dtype, env, None)
+        assert min(forward, backward) == pytest.approx(0.02, rel=0.2), case
 
 
 def test_the_command_line_of_the_doctor():

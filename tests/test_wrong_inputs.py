@@ -17,7 +17,7 @@ from torch import nn
 
 import lasp
 from lasp import adapters, arguments, data_parallel, decay, models
-from lasp.modules import LightningAttention
+from lasp.modules import LightningAttention, Router
 
 B, T, H, K, V, WORDS = 1, 4, 2, 3, 5, 7
 
@@ -112,6 +112,13 @@ def split_model(ranks):
     return lasp.parallelize(models.TNL(models.TNLConfig(**TNL)), mesh_of(ranks), strict=False)
 
 
+def routed():
+    """A model that has run."""
+    router = Router(4, 3, 2)
+    router(zeros(B, T, 4))
+    return router
+
+
 def softmax(ranks):
     return {name: x for name, x in attention(ranks).items() if name != "log_decay"}
 
@@ -146,6 +153,7 @@ SCHEDULE = {"heads": SIZE, "layer": [*NO_INTEGER, -1, 3], "layers": [*NO_INTEGER
 TNL = {"vocab_size": WORDS, "layers": 1, "width": 4, "heads": 2, "glu_width": 4}
 LINEAR = {"vocab_size": WORDS, "layers": 1, "width": 4, "heads": 2, "mlp_width": 4}
 DECODER = {"family": "gla", "vocab_size": WORDS, "layers": 1, "width": 4, "heads": 2, "glu_width": 4}
+EXPERTS = {name: [*NO_INTEGER, -1, 3] for name in ("experts", "attention_experts", "shared_experts")}
 FORWARD = {
     "input_ids": [None, [[1]], zeros(1, T), zeros(1, T, dtype=torch.bool), torch.arange(T)],
     "position_ids": [[0], zeros(T), torch.arange(T + 1), torch.zeros(3, 1, T).long()],
@@ -253,6 +261,17 @@ TABLE = {
             "softcap": [*(x for x in NO_NUMBER if x is not None), 0.0, -1.0],
             "key_mask": ["x", [True], zeros(B, T), zeros(B, T + 1).bool()],
             "dropout_p": [*NO_NUMBER, 1.0, -0.1],
+        },
+    ),
+    "block_attention": (
+        lasp.block_attention,
+        lambda ranks: {**softmax(ranks), "block": 3, "layout": lasp.ShardLayout((T,) * ranks.size)},
+        {
+            **{name: [*qkv((B, T, H, dim)), zeros(B, T + 1, H, dim)] for name, dim in (("q", K), ("k", K), ("v", V))},
+            "block": SIZE,
+            "scale": [x for x in NO_NUMBER if x is not None],
+            "layout": STATEFUL["layout"],
+            "sequence": NO_SEQUENCE,
         },
     ),
     "halo": (
@@ -377,6 +396,11 @@ TABLE = {
             "reduction": [*NO_TEXT, "none"],
         },
     ),
+    "balance_loss": (
+        lasp.balance_loss,
+        lambda ranks: {"model": routed(), "mesh": mesh_of(ranks)},
+        {"model": [*NO_MODULE, Wrong(nn.Identity(), "Identity")], "mesh": NO_MESH},
+    ),
     "parallelize": (
         lasp.parallelize,
         lambda ranks: {"model": model(), "mesh": mesh_of(ranks)},
@@ -410,6 +434,7 @@ TABLE = {
             "mesh": NO_MESH,
             "segment": [*(x for x in NO_INTEGER if x is not None), 0, -3],
             "loss_fn": [5, "x"],
+            "balance": [*NO_NUMBER, Wrong(0.1, "TNL", "routers")],
             "loss_scale": [*(x for x in NO_NUMBER if not isinstance(x, torch.Tensor)), zeros(2), zeros(1).long()],
             "shift_labels": NO_FLAG,
             "ignore_index": NO_INTEGER,
@@ -498,7 +523,15 @@ TABLE = {
     "DecoderConfig": (
         models.DecoderConfig,
         lambda ranks: DECODER,
-        {**SIZES, "heads": [*SIZE, 3], "glu_width": SIZE, "family": [*NO_TEXT, "rnn"], "pattern": [*NO_TEXT, "", "LX"]},
+        {
+            **{**SIZES, "heads": [*SIZE, 3], "glu_width": SIZE, "family": [*NO_TEXT, "rnn"]},
+            **{"pattern": [*NO_TEXT, "", "LX"], "tpe": NO_FLAG, **EXPERTS, "experts_per_token": SIZE},
+        },
+    ),
+    "experts_from_dense": (
+        models.experts_from_dense,
+        lambda ranks: {"model": models.Decoder(models.DecoderConfig(**DECODER)), "experts": 2},
+        {"model": [*NO_MODULE, Wrong(nn.Identity(), "Identity")], **EXPERTS, "experts_per_token": [*SIZE, 3]},
     ),
     "DecoderConfig.named": (
         models.DecoderConfig.named,

@@ -96,6 +96,16 @@ def first_tile(b, h, H, first, segment, all_tiles, C: tl.constexpr):
     return (b * H + h) * all_tiles + first // C + segment
 
 
+@triton.jit
+def any_flagged(flags, tiles):
+    """Whether any tile of a segment is."""
+    found = tl.zeros([64], tl.int32)
+    for i in range(0, tiles, 64):
+        tile = i + tl.arange(0, 64)
+        found = tl.maximum(found, tl.load(flags + tile, mask=tile < tiles, other=0))
+    return tl.max(found, 0) != 0
+
+
 @triton.jit(do_not_specialize=VARYING_HERE)
 def channel_prepare_kernel(
     Q, K, G, QT, KT, VEC, FLAG, TABLE,
@@ -247,7 +257,8 @@ def channel_state_kernel(
         row = tile * C + c
         y = load_tile(y_base, row, y_t, d, n, DY, LOW)
         z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
-        s = s * tl.exp2(left + within + (behind if REVERSE else before))[:, None]
+        # One factor after the other: their product may be less than fp32 holds, where the state is not.
+        s = s * tl.exp2(left)[:, None] * tl.exp2(within + (behind if REVERSE else before))[:, None]
         s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
         left = before if REVERSE else behind
         total += before + within + behind
@@ -303,6 +314,60 @@ def channel_scan_kernel(
         tl.store(LOG_END + run * DY + d, log_end, mask=mask & (j % DZ == 0))
 
 
+@triton.jit
+def walk_tiles(
+    x_base, y_base, z_base, out_base, vec, plane, flags, side_base, s, n, block, x_t, y_t, z_t, out_t,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr,
+    FLAGGED: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A segment's n tokens of `channel_walk_kernel`, from the state s; FLAGGED: some tiles may be."""
+    c, d, e = tl.arange(0, C), tl.arange(0, BY), block * BZ + tl.arange(0, BZ)
+    if TMA:
+        x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
+        y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
+        z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
+        out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [out_t, 1], [C, BZ])
+    past = c[:, None] >= c[None, :]
+    width: tl.constexpr = DZ if TRANSPOSED else DY
+    channel = e if TRANSPOSED else d
+    for i in tl.range(0, n, C, num_stages=STAGES):
+        tile = i // C
+        # All that feeds the products is loaded in the turn in which it does: then Triton loads it turns ahead.
+        behind_last = channel < tl.where(i > 0, width, 0)
+        leave = tl.exp2(tl.load(vec + (tile - 1) * width + channel + 2 * plane, mask=behind_last, other=0.0))
+        enter = tl.exp2(tl.load(vec + tile * width + channel, mask=channel < width, other=0.0))
+        row = i + c
+        if TMA:
+            x = x_tiles.load([i, 0]).to(LOW)
+            y = y_tiles.load([i, 0]).to(LOW)
+            z = z_tiles.load([i, block * BZ]).to(LOW)
+        else:
+            x = load_tile(x_base, row, x_t, d, n, DY, LOW)
+            y = load_tile(y_base, row, y_t, d, n, DY, LOW)
+            z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
+        # One factor after the other: their product may be less than fp32 holds, where the state is not.
+        s = s * (leave[None, :] if TRANSPOSED else leave[:, None]) * (enter[None, :] if TRANSPOSED else enter[:, None])
+        p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
+        p = tl.where(past, p, 0.0)
+        if FLAGGED:
+            flag = tl.load(flags + tile)
+            p = tl.where(flag != 0, 0.0, p)
+            if not TRANSPOSED:  # noqa: SIM102  # known when it is compiled, the other is not
+                if flag != 0:
+                    p = tl.load(side_base + tile.to(tl.int64) * (C * C) + c[:, None] * C + c[None, :]).to(tl.float32)
+        out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
+        if TMA:
+            out_tiles.store([i, block * BZ], out.to(out_base.dtype.element_ty))
+        else:
+            out_at = out_base + row[:, None] * out_t + e[None, :]
+            tl.store(out_at, out.to(out_base.dtype.element_ty), mask=(row < n)[:, None] & (e < DZ)[None, :])
+        if FLAGGED:
+            within = tl.exp2(tl.load(vec + tile * width + channel + plane, mask=channel < width, other=0.0))
+            s = s * (within[None, :] if TRANSPOSED else within[:, None])
+        s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=VARYING_HERE)
 def channel_walk_kernel(
     X, Y, Z, VEC, FLAG, SIDE, STATE, OUT, TABLE,
@@ -316,60 +381,92 @@ def channel_walk_kernel(
     block, b, h, segment = place_of_program(B, H, blocks)
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n, start = end - first, first.to(tl.int64)
-    c, d = tl.arange(0, C), tl.arange(0, BY)
-    e = block * BZ + tl.arange(0, BZ)
+    d, e = tl.arange(0, BY), block * BZ + tl.arange(0, BZ)
     x_base = X + b * x_b + start * x_t + h * x_h
     y_base = Y + b * y_b + start * y_t + h * y_h
     z_base = Z + b * z_b + start * z_t + h * z_h
     out_base = OUT + ((b * T + start) * H + h) * DZ
+    at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
+    inside = (d < DY)[:, None] & (e < DZ)[None, :]
+    s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
+    width: tl.constexpr = DZ if TRANSPOSED else DY
+    tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
+    vec, flags, side_base = VEC + tile_at * width, FLAG + tile_at, SIDE + tile_at * (C * C)
+    plane = B.to(tl.int64) * H * all_tiles * width
+    # Few segments have a flagged tile, and the others need not ask for each.
+    if any_flagged(flags, tl.cdiv(n, C)):
+        walk_tiles(
+            x_base, y_base, z_base, out_base, vec, plane, flags, side_base, s, n, block, x_t, y_t, z_t, H * DZ,
+            DY, DZ, BY, BZ, C, TRANSPOSED, True, TMA, LOW, PRECISION, STAGES
+        )  # fmt: skip
+    else:
+        walk_tiles(
+            x_base, y_base, z_base, out_base, vec, plane, flags, side_base, s, n, block, x_t, y_t, z_t, H * DZ,
+            DY, DZ, BY, BZ, C, TRANSPOSED, False, TMA, LOW, PRECISION, STAGES
+        )  # fmt: skip
+
+
+@triton.jit
+def reverse_walk_tiles(
+    x_base, y_base, z_base, dv_base, dk_base, vec, plane, flags, side_base, ds, n, role, block, x_t, y_t, z_t, out_t,
+    DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    ROLE: tl.constexpr, FLAGGED: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A segment's n tokens of `channel_reverse_walk_kernel`, from the gradient ds of the state behind them."""
+    c, d, e = tl.arange(0, C), tl.arange(0, BY), block * BZ + tl.arange(0, BZ)
     if TMA:
         x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
         y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
         z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
-        out_tiles = tl.make_tensor_descriptor(out_base, [n, DZ], [H * DZ, 1], [C, BZ])
-    past = c[:, None] >= c[None, :]
-    width: tl.constexpr = DZ if TRANSPOSED else DY
-    channel = e if TRANSPOSED else d
-    plane = B.to(tl.int64) * H * all_tiles * width
-    tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
-    vec, flags = VEC + tile_at * width + channel, FLAG + tile_at
-    side_base = SIDE + tile_at * (C * C) + c[:, None] * C + c[None, :]
-    at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
-    inside = (d < DY)[:, None] & (e < DZ)[None, :]
-    s = tl.load(STATE + ((b * H + h) * slots + slot) * (DY * DZ) + at, mask=inside, other=0.0)
-    left = tl.zeros([BZ if TRANSPOSED else BY], tl.float32)
-    for i in tl.range(0, n, C, num_stages=STAGES):
-        tile = i // C
-        before = tl.load(vec + tile * width, mask=channel < width, other=0.0)
-        within = tl.load(vec + tile * width + plane, mask=channel < width, other=0.0)
-        behind = tl.load(vec + tile * width + 2 * plane, mask=channel < width, other=0.0)
-        flag = tl.load(flags + tile)
-        row = i + c
+    past = c[:, None] <= c[None, :]  # [key, query]
+    # A factor of rows for dv, of columns for dk: the other is 1.
+    rows, columns = tl.where(role == 0, DY, 0), tl.where(role == 1, DZ, 0)
+    last = (n - 1) // C
+    for i in tl.range(0, last + 1, num_stages=STAGES):
+        tile = last - i
+        row = tile * C + c
+        at = vec + tile * K
         if TMA:
-            x = x_tiles.load([i, 0]).to(LOW)
-            y = y_tiles.load([i, 0]).to(LOW)
-            z = z_tiles.load([i, block * BZ]).to(LOW)
+            x = x_tiles.load([tile * C, 0]).to(LOW)
+            y = y_tiles.load([tile * C, 0]).to(LOW)
+            z = z_tiles.load([tile * C, block * BZ]).to(LOW)
         else:
             x = load_tile(x_base, row, x_t, d, n, DY, LOW)
             y = load_tile(y_base, row, y_t, d, n, DY, LOW)
             z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
-        enter, pass_on = tl.exp2(left + before), tl.exp2(within)
-        s = s * (enter[None, :] if TRANSPOSED else enter[:, None])
+        if ROLE != 1:  # as in the other walk
+            leave = tl.exp2(tl.load(at + K + d, mask=d < tl.where(i > 0, rows, 0), other=0.0))
+            enter = tl.exp2(tl.load(at + 2 * plane + d, mask=d < rows, other=0.0))
+            ds = ds * leave[:, None] * enter[:, None]
+        if ROLE != 0:
+            leave = tl.exp2(tl.load(at + K + e, mask=e < tl.where(i > 0, columns, 0), other=0.0))
+            enter = tl.exp2(tl.load(at + 2 * plane + e, mask=e < columns, other=0.0))
+            ds = ds * leave[None, :] * enter[None, :]
         p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
-        p = tl.where(past & (flag == 0), p, 0.0)
-        if not TRANSPOSED:  # noqa: SIM102  # known when it is compiled, the other is not
-            if flag != 0:
-                p = tl.load(side_base + tile.to(tl.int64) * (C * C)).to(tl.float32)
+        out = tl.dot(x, ds.to(LOW), input_precision=PRECISION)
+        p = tl.where(past, p, 0.0)
+        if FLAGGED:
+            flag = tl.load(flags + tile)
+            p = tl.where(flag != 0, 0.0, p)
+            if ROLE != 1:  # noqa: SIM102  # known when it is compiled, the other is not
+                if (flag != 0) & (role == 0):
+                    p = tl.load(side_base + tile.to(tl.int64) * (C * C) + c[:, None] + c[None, :] * C).to(tl.float32)
         out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
-        if TMA:
-            out_tiles.store([i, block * BZ], out.to(OUT.dtype.element_ty))
-        else:
-            out_at = out_base + row[:, None] * (H * DZ) + e[None, :]
-            tl.store(out_at, out.to(OUT.dtype.element_ty), mask=(row < n)[:, None] & (e < DZ)[None, :])
-        s = s * (pass_on[None, :] if TRANSPOSED else pass_on[:, None])
-        s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
-        left = behind
+        # Pointers, for the two may have different dtypes, and TMA stores in a branch do not compile (Triton 3.6).
+        out_at = row[:, None] * out_t + e[None, :]
+        if ROLE != 1:
+            mask = (row < tl.where(role == 0, n, 0))[:, None] & (e < DZ)[None, :]
+            tl.store(dv_base + out_at, out.to(dv_base.dtype.element_ty), mask=mask)
+        if ROLE != 0:
+            mask = (row < tl.where(role == 1, n, 0))[:, None] & (e < DZ)[None, :]
+            tl.store(dk_base + out_at, out.to(dk_base.dtype.element_ty), mask=mask)
+        if FLAGGED:
+            if ROLE != 1:
+                ds = ds * tl.exp2(tl.load(at + plane + d, mask=d < rows, other=0.0))[:, None]
+            if ROLE != 0:
+                ds = ds * tl.exp2(tl.load(at + plane + e, mask=e < columns, other=0.0))[None, :]
+        ds = tl.dot(tl.trans(y), z, ds, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=VARYING_HERE)
@@ -391,8 +488,7 @@ def channel_reverse_walk_kernel(
         role = 1
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n, start = end - first, first.to(tl.int64)
-    c, d = tl.arange(0, C), tl.arange(0, BY)
-    e = block * BZ + tl.arange(0, BZ)
+    d, e = tl.arange(0, BY), block * BZ + tl.arange(0, BZ)
     x_base, x_t = KT + b * k_b + start * k_t + h * k_h, k_t
     y_base, y_t = QT + b * q_b + start * q_t + h * q_h, q_t
     z_base, z_t = DO + b * do_b + start * do_t + h * do_h, do_t
@@ -403,63 +499,23 @@ def channel_reverse_walk_kernel(
         y_base, z_base = z_base, y_base
         y_t, z_t = z_t, y_t
         state_at = d[:, None] + e[None, :] * DY
-    if TMA:
-        x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
-        y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
-        z_tiles = tl.make_tensor_descriptor(z_base, [n, DZ], [z_t, 1], [C, BZ])
-    past = c[:, None] <= c[None, :]  # [key, query]
     K: tl.constexpr = DZ if ROLE == 1 else DY
-    plane = B.to(tl.int64) * H * all_tiles * K
     tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
-    vec, flags = VEC + tile_at * K, FLAG + tile_at
-    side_base = SIDE + tile_at * (C * C) + c[:, None] + c[None, :] * C
+    vec, flags, side_base = VEC + tile_at * K, FLAG + tile_at, SIDE + tile_at * (C * C)
+    plane = B.to(tl.int64) * H * all_tiles * K
     inside = (d < DY)[:, None] & (e < DZ)[None, :]
     ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
-    # A factor of rows for dv, of columns for dk: the other is 1.
-    row_mask, column_mask = (d < tl.where(role == 0, DY, 0)), (e < tl.where(role == 1, DZ, 0))
-    left_row, left_column = tl.zeros([BY], tl.float32), tl.zeros([BZ], tl.float32)
-    last = (n - 1) // C
-    for i in tl.range(0, last + 1, num_stages=STAGES):
-        tile = last - i
-        row = tile * C + c
-        at_row, at_column = vec + tile * K + d, vec + tile * K + e
-        flag = tl.load(flags + tile)
-        if TMA:
-            x = x_tiles.load([tile * C, 0]).to(LOW)
-            y = y_tiles.load([tile * C, 0]).to(LOW)
-            z = z_tiles.load([tile * C, block * BZ]).to(LOW)
-        else:
-            x = load_tile(x_base, row, x_t, d, n, DY, LOW)
-            y = load_tile(y_base, row, y_t, d, n, DY, LOW)
-            z = load_tile(z_base, row, z_t, e, n, DZ, LOW)
-        if ROLE != 1:
-            left_row = tl.exp2(left_row + tl.load(at_row + 2 * plane, mask=row_mask, other=0.0))
-            ds = ds * left_row[:, None]
-            left_row = tl.load(at_row, mask=row_mask, other=0.0)
-        if ROLE != 0:
-            left_column = tl.exp2(left_column + tl.load(at_column + 2 * plane, mask=column_mask, other=0.0))
-            ds = ds * left_column[None, :]
-            left_column = tl.load(at_column, mask=column_mask, other=0.0)
-        p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        out = tl.dot(x, ds.to(LOW), input_precision=PRECISION)
-        p = tl.where(past & (flag == 0), p, 0.0)
-        if ROLE != 1:  # noqa: SIM102
-            if (flag != 0) & (role == 0):
-                p = tl.load(side_base + tile.to(tl.int64) * (C * C)).to(tl.float32)
-        out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
-        # Pointers, for the two may have different dtypes, and TMA stores in a branch do not compile (Triton 3.6).
-        out_at = row[:, None] * (H * DZ) + e[None, :]
-        if ROLE != 1:
-            mask = (row < tl.where(role == 0, n, 0))[:, None] & (e < DZ)[None, :]
-            tl.store(dv_base + out_at, out.to(DV.dtype.element_ty), mask=mask)
-        if ROLE != 0:
-            mask = (row < tl.where(role == 1, n, 0))[:, None] & (e < DZ)[None, :]
-            tl.store(dk_base + out_at, out.to(DKT.dtype.element_ty), mask=mask)
-        if ROLE != 1:
-            ds = ds * tl.exp2(tl.load(at_row + plane, mask=row_mask, other=0.0))[:, None]
-        if ROLE != 0:
-            ds = ds * tl.exp2(tl.load(at_column + plane, mask=column_mask, other=0.0))[None, :]
-        ds = tl.dot(tl.trans(y), z, ds, input_precision=PRECISION)
+    # Few segments have a flagged tile, and the others need not ask for each.
+    if any_flagged(flags, tl.cdiv(n, C)):
+        reverse_walk_tiles(
+            x_base, y_base, z_base, dv_base, dk_base, vec, plane, flags, side_base, ds, n, role, block, x_t, y_t, z_t,
+            H * DZ, DY, DZ, BY, BZ, K, C, ROLE, True, TMA, LOW, PRECISION, STAGES
+        )  # fmt: skip
+    else:
+        reverse_walk_tiles(
+            x_base, y_base, z_base, dv_base, dk_base, vec, plane, flags, side_base, ds, n, role, block, x_t, y_t, z_t,
+            H * DZ, DY, DZ, BY, BZ, K, C, ROLE, False, TMA, LOW, PRECISION, STAGES
+        )  # fmt: skip
 
 
 @triton.jit
@@ -545,75 +601,132 @@ def channel_flagged_gradient_kernel(
                     tl.store(DK + out_at, dk.to(DK.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def finish_tokens(
+    g_base, qt_base, kt_base, dqt_base, dkt_base, behind, dq_base, dk_base, dg_base, scale, first, end, later, g_t,
+    out_t, d, D: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tokens first to end of a segment, none in a flagged tile, from the last: dq, dk and dg. Returns `later`, which
+    is the gradient of a decay just behind them, for those before. `behind` is what tiles decay by behind their state.
+    """
+    to_q = tl.zeros_like(later)
+    for i in tl.range(0, end - first, num_stages=STAGES):
+        t = end - 1 - i
+        mask, at = d < D, t * out_t + d
+        g = log2_decays(g_base + t * g_t + d, mask)
+        # From the tile's reference, which is between its halves, to this token: a sum that starts where a half ends.
+        at_end = (t % C == C - 1) | (i == 0)
+        of_half = tl.load(behind + (t // C) * D + d, mask=d < tl.where(at_end, D, 0), other=0.0)
+        to_q = tl.where(at_end, of_half, tl.where(t % C == C // 2 - 1, 0.0, to_q))
+        if dq_base is not None:
+            dq = tl.load(dqt_base + at, mask=mask, other=0.0)
+            if dg_base is not None:
+                later += tl.load(qt_base + at, mask=mask, other=0.0).to(tl.float32) * dq
+            tl.store(dq_base + at, (dq * (tl.exp2(to_q) * scale)).to(dq_base.dtype.element_ty), mask=mask)
+        if dk_base is not None:
+            dk = tl.load(dkt_base + at, mask=mask, other=0.0)
+            if dg_base is not None:
+                later -= tl.load(kt_base + at, mask=mask, other=0.0).to(tl.float32) * dk
+            tl.store(dk_base + at, (dk * tl.exp2(-to_q)).to(dk_base.dtype.element_ty), mask=mask)
+        if dg_base is not None:
+            tl.store(dg_base + at, later, mask=mask)
+        to_q -= g
+    return later
+
+
+@triton.jit
+def finish_flagged_tile(
+    q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale, first, end, later,
+    q_t, k_t, g_t, out_t, d, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same of a flagged tile. In dq and dk is what `channel_flagged_gradient_kernel` left there."""
+    mask = d < D
+    to_k, from_state = tl.zeros_like(later), tl.zeros_like(later)
+    for i in tl.range(0, end - first, num_stages=STAGES):
+        t = end - 1 - i
+        at = t * out_t + d
+        if dg_base is not None:
+            dq, within = tl.load(dqt_base + at, mask=mask, other=0.0), tl.load(dq_base + at, mask=mask, other=0.0)
+            product = tl.load(qt_base + at, mask=mask, other=0.0).to(tl.float32) * dq
+            from_state += product
+            q = tl.load(q_base + t * q_t + d, mask=mask, other=0.0).to(tl.float32)
+            later += product + q * within.to(tl.float32)
+        if dk_base is not None:
+            dk = tl.load(dkt_base + at, mask=mask, other=0.0)
+            within = tl.load(dk_base + at, mask=mask, other=0.0).to(tl.float32)
+            if dg_base is not None:
+                later -= tl.load(kt_base + at, mask=mask, other=0.0).to(tl.float32) * dk
+                later -= tl.load(k_base + t * k_t + d, mask=mask, other=0.0).to(tl.float32) * within
+            tl.store(dk_base + at, (dk * tl.exp2(to_k) + within).to(dk_base.dtype.element_ty), mask=mask)
+        if dg_base is not None:
+            tl.store(dg_base + at, later, mask=mask)
+        to_k += log2_decays(g_base + t * g_t + d, mask)
+    if dq_base is not None:
+        to_q = tl.zeros_like(later)
+        for t in tl.range(first, end, num_stages=STAGES):  # sums from the tile's start: no differences
+            at = t * out_t + d
+            to_q += log2_decays(g_base + t * g_t + d, mask)
+            dq, within = tl.load(dqt_base + at, mask=mask, other=0.0), tl.load(dq_base + at, mask=mask, other=0.0)
+            dq = dq * (tl.exp2(to_q) * scale) + within.to(tl.float32)
+            tl.store(dq_base + at, dq.to(dq_base.dtype.element_ty), mask=mask)
+    # Where the tile decays to nothing, all that crosses its start ends within it: the sum starts anew.
+    return tl.where(to_k < -FORGOTTEN * LOG2E, from_state, later)
+
+
 @triton.jit(do_not_specialize=VARYING_HERE)
 def channel_finish_kernel(
-    Q, K, G, QT, KT, DQT, DKT, FLAG, STATE, GRADIENT, DQ, DK, DG, TABLE,
+    Q, K, G, QT, KT, DQT, DKT, VEC, FLAG, STATE, GRADIENT, DQ, DK, DG, TABLE,
     scale, B, T, segment_length, segments, slots, all_tiles, H, q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """DQ, DK, DG [B, T, H, D] of a segment and a block of channels, from its end; or one of DQ and DK alone.
 
-    In DQ and DK flagged tiles have what `channel_flagged_gradient_kernel` left. For DG, STATE and GRADIENT are the
-    state and its gradient at every border; within a segment it gathers rounding noise from the end on.
+    Token by token: a program is as wide as its channels, and sums along tokens need nobody else. For DG, STATE and
+    GRADIENT are the state and its gradient at every border; within a segment it gathers rounding noise from the end on.
     """
     blocks: tl.constexpr = (D + BD - 1) // BD
     block, b, h, segment = place_of_program(B, H, blocks)
     first, end, slot = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     n, start = end - first, first.to(tl.int64)
-    c, d = tl.arange(0, C), block * BD + tl.arange(0, BD)
-    d_mask = d < D
+    d = block * BD + tl.arange(0, BD)
     later = tl.zeros([BD], tl.float32)
     if DG is not None:
         border = ((b * H + h) * slots + slot + 1) * (D * E) + d[:, None] * E
         for i in range(0, E, BE):
             e = i + tl.arange(0, BE)
-            e_mask = d_mask[:, None] & (e < E)[None, :]
+            e_mask = (d < D)[:, None] & (e < E)[None, :]
             s = tl.load(STATE + border + e[None, :], mask=e_mask, other=0.0)
             later += tl.sum(s * tl.load(GRADIENT + border + e[None, :], mask=e_mask, other=0.0), 1)
-    q_base, k_base = Q + b * q_b + start * q_t + h * q_h + d, K + b * k_b + start * k_t + h * k_h + d
-    g_base = G + b * g_b + start * g_t + h * g_h
-    out_base = ((b * T + start) * H + h) * D + d
+    q_base, k_base = Q + b * q_b + start * q_t + h * q_h, K + b * k_b + start * k_t + h * k_h
+    g_base, at = G + b * g_b + start * g_t + h * g_h, ((b * T + start) * H + h) * D
+    qt_base, kt_base, dqt_base, dkt_base = QT + at, KT + at, DQT, DKT
+    dq_base, dk_base, dg_base = DQ, DK, DG
+    if DQ is not None:
+        dqt_base, dq_base = DQT + at, DQ + at
+    if DK is not None:
+        dkt_base, dk_base = DKT + at, DK + at
+    if DG is not None:
+        dg_base = DG + at
     tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
-    last = (n - 1) // C
-    for i in range(0, last + 1):
-        tile = last - i
-        row = tile * C + c
-        mask = (row < n)[:, None] & d_mask[None, :]
-        at = out_base[None, :] + row[:, None] * (H * D)
-        before, behind, summed = sums_of_halves(log2_decays(g_base + row[:, None] * g_t + d[None, :], mask), C)
-        flag = tl.load(FLAG + tile_at + tile)
-        x, from_state = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
-        if DQ is not None:
-            dq = tl.load(DQT + at, mask=mask, other=0.0)
-            if DG is not None:
-                from_state = tl.load(QT + at, mask=mask, other=0.0).to(tl.float32) * dq
-                x += from_state
-            to_q = summed - tl.where(flag != 0, 0.0, before)[None, :]
-            dq = dq * (tl.exp2(to_q) * scale)
-            if flag != 0:
-                within = tl.load(DQ + at, mask=mask, other=0.0).to(tl.float32)
-                dq += within
-                if DG is not None:
-                    q = tl.load(q_base[None, :] + row[:, None] * q_t, mask=mask, other=0.0)
-                    x += within * q.to(tl.float32)
-            tl.store(DQ + at, dq.to(DQ.dtype.element_ty), mask=mask)
-        if DK is not None:
-            dk = tl.load(DKT + at, mask=mask, other=0.0)
-            if DG is not None:
-                x -= tl.load(KT + at, mask=mask, other=0.0).to(tl.float32) * dk
-            to_k = before[None, :] - summed
-            if flag != 0:
-                to_k = decays_behind(g_base, tile * C, g_t, d, d_mask, n, C)
-            dk = dk * tl.exp2(to_k)
-            if flag != 0:
-                within = tl.load(DK + at, mask=mask, other=0.0).to(tl.float32)
-                dk += within
-                if DG is not None:
-                    k = tl.load(k_base[None, :] + row[:, None] * k_t, mask=mask, other=0.0)
-                    x -= within * k.to(tl.float32)
-            tl.store(DK + at, dk.to(DK.dtype.element_ty), mask=mask)
-        if DG is not None:
-            tl.store(DG + at, tl.cumsum(x, 0, reverse=True) + later[None, :], mask=mask)
-            # Where a flagged tile decays to nothing, all that crosses its start ends within it: the sum starts anew.
-            forgets = (before + behind) < tl.where(flag != 0, -FORGOTTEN * LOG2E, -float("inf"))
-            later = tl.where(forgets, tl.sum(from_state, 0), later + tl.sum(x, 0))
+    behind = VEC + tile_at * D + 2 * B.to(tl.int64) * H * all_tiles * D
+    tiles = tl.cdiv(n, C)
+    if any_flagged(FLAG + tile_at, tiles):
+        for i in range(0, tiles):
+            low = (tiles - 1 - i) * C
+            high = tl.minimum(low + C, n)
+            if tl.load(FLAG + tile_at + tiles - 1 - i) != 0:
+                later = finish_flagged_tile(
+                    q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale,
+                    low, high, later, q_t, k_t, g_t, H * D, d, D, STAGES
+                )  # fmt: skip
+            else:
+                later = finish_tokens(
+                    g_base, qt_base, kt_base, dqt_base, dkt_base, behind, dq_base, dk_base, dg_base, scale, low, high,
+                    later, g_t, H * D, d, D, C, STAGES
+                )  # fmt: skip
+    else:
+        finish_tokens(
+            g_base, qt_base, kt_base, dqt_base, dkt_base, behind, dq_base, dk_base, dg_base, scale, 0, n, later, g_t,
+            H * D, d, D, C, STAGES
+        )  # fmt: skip

@@ -20,7 +20,7 @@ def all_tiles(shared: Shared) -> int:
 def prepare_launch(shared: Shared, scale: float, q: Layout | None, k: Layout | None, log_decay: Layout) -> Launch:
     """Of `channel_prepare_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
-    config, channels, blocks = _channels(shared, sizes.key_dim)
+    config, channels, blocks = _channels(shared, "channel tile", sizes.key_dim)
     programs = blocks * sizes.batch * sizes.heads * plan.segments * plan.tiles
     return Launch(
         channel.channel_prepare_kernel, shared.device, (programs, 1),
@@ -37,7 +37,7 @@ def flagged_launch(shared: Shared, scale: float, q: Layout | None, k: Layout, lo
         channel.channel_flagged_kernel, shared.device, (programs, 1),
         (*_of_tiles(shared, scale), *_strides(q, k, log_decay)),
         D=sizes.key_dim, BD=power_of_two(sizes.key_dim), C=plan.walk_tile, TILES=TILES, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, num_warps=4,
+        LOW=shared.low, PRECISION=shared.precision, num_warps=1,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def walk_launch(shared: Shared, transposed: bool, x: Layout, y: Layout, z: Layou
     plan, sizes = shared.plan, shared.plan.sizes
     contracted, width = reversed(shared.state) if transposed else shared.state
     moves = shared.moves(x, y, z, shared.fresh(sizes.heads, width))
-    config, columns, blocks, _ = plan.channel_blocks(contracted, width, moves=moves)
+    config, columns, blocks, _ = plan.channel_blocks("walk", contracted, width, moves=moves)
     return Launch(
         channel.channel_walk_kernel, shared.device, (blocks * sizes.batch * sizes.heads * plan.segments, 1),
         (*_of_segments(shared), *_strides(x, y, z)), DY=contracted, DZ=width, BY=power_of_two(contracted), BZ=columns,
@@ -82,7 +82,7 @@ def reverse_walk_launch(shared: Shared, role: int, kt: Layout, qt: Layout, v: La
     plan, sizes = shared.plan, shared.plan.sizes
     contracted, width = reversed(shared.state) if role == 1 else shared.state
     moves = shared.moves(kt, qt, v, do)
-    config, columns, blocks, _ = plan.channel_blocks(contracted, width, moves=moves)
+    config, columns, blocks, _ = plan.channel_blocks("reverse", contracted, width, moves=moves)
     programs = (2 if role == 2 else 1) * blocks * sizes.batch * sizes.heads * plan.segments
     return Launch(
         channel.channel_reverse_walk_kernel, shared.device, (programs, 1),
@@ -101,25 +101,24 @@ def flagged_gradient_launch(shared: Shared, scale: float, layouts: tuple[Layout,
         channel.channel_flagged_gradient_kernel, shared.device, (programs, 1),
         (*_of_tiles(shared, scale), *_strides(*layouts)), D=sizes.key_dim, E=sizes.value_dim, BD=channels,
         BE=min(64, power_of_two(sizes.value_dim)), C=plan.walk_tile, TILES=TILES, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, num_warps=4,
+        LOW=shared.low, PRECISION=shared.precision, num_warps=1,
     )  # fmt: skip
 
 
 def finish_launch(shared: Shared, scale: float, q: Layout, k: Layout, log_decay: Layout) -> Launch:
     """Of `channel_finish_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
-    config, channels, blocks = _channels(shared, sizes.key_dim)
+    config, channels, blocks = _channels(shared, "channel finish", sizes.key_dim)
     return Launch(
         channel.channel_finish_kernel, shared.device, (blocks * sizes.batch * sizes.heads * plan.segments, 1),
         (float(scale), *_of_segments(shared), *_strides(q, k, log_decay)), D=sizes.key_dim, E=sizes.value_dim,
-        BD=channels, BE=min(64, power_of_two(sizes.value_dim)), C=config.tile, PACKED=shared.packed,
-        num_warps=config.warps,
+        BD=channels, BE=8, C=plan.walk_tile, PACKED=shared.packed, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
 
 
-def _channels(shared: Shared, dim: int):
+def _channels(shared: Shared, name: str, dim: int):
     """How a kernel runs that goes number by number, the channels of a program, and the number of blocks of them."""
-    config = config_of("channel tile", dim, shared.plan.sizes.itemsize)
+    config = config_of(name, dim, shared.plan.sizes.itemsize)
     channels = min(config.columns, power_of_two(dim))
     return config, channels, -(-dim // channels)
 

@@ -256,7 +256,7 @@ class ChannelSteps(KernelSteps):
         aligned = None if states is None or d_states is None else (layout(states)[1], layout(d_states)[1])
         key = ("finish", x.scale, q_at, k_at, g_at, which, aligned)
         launch = shared.launches.get(key) or shared.keep(key, launches.finish_launch(shared, *key[1:5]))
-        launch(q, k, g, made.qt, made.kt, *prepared, made.flag, states, d_states, *out, d_decay, shared.table)
+        launch(q, k, g, made.qt, made.kt, *prepared, made.vec, made.flag, states, d_states, *out, d_decay, shared.table)
 
 
 def unsupported(x: Operands) -> str | None:

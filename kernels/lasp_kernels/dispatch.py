@@ -302,8 +302,8 @@ def gated_linear(value: Tensor, gate: Tensor, weight: Tensor, *, activation: str
 def rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """[x cos(position * theta), x sin(position * theta)] of q and k [B, T, H, K], as [B, T, H, 2K] of the same dtype.
 
-    position_ids integers [B, T] or [T], theta [H, K] in fp32; angles are computed in fp64. On a GPU in one pass over
-    memory (`rotary.py`), elsewhere in PyTorch.
+    position_ids integers [B, T] or [T], theta [H, K] in fp32 or fp64; angles are computed in fp64. On a GPU in one pass
+    over memory (`rotary.py`), elsewhere in PyTorch.
     """
     if q.is_cuda and q.dtype != torch.float64 and not torch.compiler.is_compiling():
         from lasp_kernels.rotary import fused_rotate

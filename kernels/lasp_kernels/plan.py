@@ -54,9 +54,11 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "short walk": (NARROW, SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
     "row-sum walk": (SHORT, SHORT, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
-    "channel state": (Config(64, 128, 64, 4, 2),) * 2 + (Config(16, 64, 64, 4, 2),) * 2,
-    "channel walk": (SHORT, SHORT, FP32, FP32_WIDE),
-    "channel tile": (Config(64, 0, 32, 4, 1),) * 2 + (Config(16, 0, 32, 4, 1),) * 2,  # number by number
+    "channel state": (Config(64, 64, 128, 4, 3),) * 2 + (Config(16, 64, 64, 4, 2),) * 2,
+    "channel walk": (Config(64, 0, 64, 4, 3), SHORT, FP32, FP32_WIDE),
+    "channel reverse": (SHORT, SHORT, FP32, FP32_WIDE),
+    "channel tile": (Config(64, 0, 32, 1, 1),) * 2 + (Config(16, 0, 32, 4, 1),) * 2,  # number by number
+    "channel finish": (Config(1, 0, 128, 1, 8),) * 4,  # token by token
 }  # all walks on one dtype have the same tile: the decays and row sums of its tokens go from one kernel to another
 
 
@@ -178,9 +180,9 @@ class Plan:
         name = "row-sum walk" if row_sums else "short walk" if self.sizes.decay == TOKEN_DECAY or not moves else "walk"
         return walk_blocks(name, contracted, width, self.sizes.itemsize, moves)
 
-    def channel_blocks(self, contracted: int, width: int, *, moves: bool) -> Blocks:
-        """The same with a decay per channel."""
-        return walk_blocks("channel walk", contracted, width, self.sizes.itemsize, moves)
+    def channel_blocks(self, walk: str, contracted: int, width: int, *, moves: bool) -> Blocks:
+        """The same with a decay per channel, of the "walk" or of the "reverse" one."""
+        return walk_blocks(f"channel {walk}", contracted, width, self.sizes.itemsize, moves)
 
     def head_decay_blocks(self) -> Blocks:
         """Of the kernel that makes the gradient of a decay per head."""

@@ -101,7 +101,8 @@ def reference_norm_gate(
 
 def reference_rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Rotation by position (see `dispatch.rotate`), in any dtype."""
-    angle = (position_ids.double()[..., None, None] * theta).remainder(2 * math.pi).float()  # [(B,) T, H, K]
+    angle = (position_ids.double()[..., None, None] * theta).remainder(2 * math.pi)  # [(B,) T, H, K]
+    angle = angle.to(state_dtype(q.dtype))
     cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
     return torch.cat([q * cos, q * sin], -1), torch.cat([k * cos, k * sin], -1)
 

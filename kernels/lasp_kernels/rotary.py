@@ -22,7 +22,7 @@ TURN = tl.constexpr(6.283185307179586)
 
 
 def fused_rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, H, K], positions [B, T] or [T] and theta [H, K] in fp32 to q, k [B, T, H, 2K] of the same dtype."""
+    """q, k [B, T, H, K], positions [B, T] or [T], theta [H, K] in fp32 or fp64, to q, k [B, T, H, 2K] as they were."""
     if k.shape != q.shape or theta.shape != q.shape[2:]:  # kernels would read behind their ends
         wanted, got = (tuple(q.shape), tuple(q.shape[2:])), (tuple(k.shape), tuple(theta.shape))
         raise ValueError(f"k and theta must have shapes {wanted[0]}, as q, and {wanted[1]}, got {got[0]} and {got[1]}")

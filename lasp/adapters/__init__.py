@@ -19,7 +19,7 @@ from torch import nn
 from lasp import arguments
 from lasp.adapters.border import Border, layout_of
 from lasp.adapters.rebind import is_function, names_in, rebind, without_methods
-from lasp.modules import CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+from lasp.modules import OPERATOR_MODULES, Router
 from lasp.ranks import SequenceParallel
 
 __all__ = ["is_function", "layout_of", "linear", "names_in", "rebind", "register", "token_local"]
@@ -38,12 +38,18 @@ def token_local(module: nn.Module, sequence: SequenceParallel) -> None:
     """For a layer that mixes no tokens, though it looks as if it did: leaves it, and all below, as it is."""
 
 
+def _counting(module: nn.Module, sequence: SequenceParallel) -> None:
+    """For a router, which sends nothing, but must know which of this rank's tokens are padding."""
+    module.sequence = sequence  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class Covering:
     """An adapter that also answers for modules below its own: their paths from there, or True for all of them."""
 
     adapter: Adapter
     covers: Covers
+    exchanges: bool = True  # whether the layer calls an operator with the ranks
 
     def __call__(self, module: nn.Module, sequence: SequenceParallel) -> None:
         self.adapter(module, sequence)
@@ -53,13 +59,11 @@ class Covering:
 class Foreign(Covering):
     """An adapter for a layer of a model that takes no `layout`: it is told at the model's border (border.py)."""
 
-    exchanges: bool = True  # whether the layer calls an operator with the ranks
     stand_in: Callable[[nn.Module], None] | None = None  # for a trial: gives it a quick forward, each token by itself
 
 
-_ADAPTERS: dict[type[nn.Module], Adapter] = dict.fromkeys(
-    (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv), linear
-)
+_ADAPTERS: dict[type[nn.Module], Adapter] = dict.fromkeys(OPERATOR_MODULES, linear)
+_ADAPTERS[Router] = Covering(_counting, (), exchanges=False)
 _BY_NAME: dict[str, Adapter] = {}  # patterns of dotted names of classes
 _LIBRARIES = {
     "fla": "lasp.adapters.fla",

@@ -17,6 +17,7 @@ CROSSES = {
     "selective_scan": "a state",
     "elementwise_recurrence": "a number a channel",
     "causal_conv": "the last tokens",
+    "block_attention": "the last tokens",
     "halo": "the last tokens",
     "softmax_attention": "K and V",
 }

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lasp import decay
 from lasp.layout import ShardLayout
 from lasp.models._linears import norm_gate_linear
-from lasp.modules import CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+from lasp.models.lrpe import LRPE
+from lasp.modules import BlockAttention, CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
 
 
 class Mixer(nn.Module):
@@ -240,12 +241,124 @@ def _reset_rates(log_rate: Tensor, rate_bias: Tensor) -> None:
         rate_bias.copy_(time + torch.log(-torch.expm1(-time)))
 
 
+class KDA(DeltaNet):
+    """Kimi Delta Attention (arXiv 2510.26692, section 4): the delta rule with a decay of each token and channel.
+
+    Decay and output gate come from the token by way of as many channels as a head has.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        between = width // heads
+        self.rate = nn.Sequential(self._linear(between), self._linear(width, between))
+        self.gate = nn.Sequential(self._linear(between), nn.Linear(between, width))
+        self.log_rate, self.rate_bias = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As Mamba's: rates from 1 to 16, times from 0.001 to 0.1."""
+        _reset_rates(self.log_rate, self.rate_bias)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        step = F.softplus(_wide(self.rate(x)) + _wide(self.rate_bias))
+        log_decay = -_wide(self.log_rate).exp().unsqueeze(-1) * self._split(step)  # [B, T, H, K]
+        o = self.norm(self._attend(x, log_decay, layout)).flatten(2)
+        return self.out(o * torch.sigmoid(self.gate(x)))
+
+
+class CosFormer2(Mixer):
+    """Linear attention without decay, whose queries and keys turn with the position by learned angles (`LRPE`).
+
+    cosFormer (arXiv 2202.08791) as arXiv 2406.16690 scales it: no denominator but a norm over all heads, and a gate,
+    sigmoid(x W_1 W_2) with as many channels between as a head has.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.key, self.value, self.out = (self._linear(width) for _ in range(4))
+        self.gate = nn.Sequential(self._linear(width // heads), self._linear(width, width // heads))
+        self.lrpe = LRPE(heads, width // heads)
+        self.attention = LightningAttention()
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        q, k = (self._split(F.silu(layer(x))) for layer in (self.query, self.key))
+        q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
+        o = self.attention(q, k, self._split(self.value(x)), layout=layout)
+        return norm_gate_linear(o, torch.sigmoid(self.gate(x)), self.out)
+
+
+class TPE(Mixer):
+    """Toeplitz positional encoding, for embeddings (arXiv 2405.21022): norm(sum_s q k lambda^(t - s) x_s) W.
+
+    Linear attention in which queries and keys are the same for all tokens, so that what a token gets of another depends
+    on their distance alone. q and k are learned, as is the decay lambda of each head, a sigmoid. (The paper's is for
+    several dimensions; this is that of text.)
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.key = (nn.Parameter(torch.empty(heads, width // heads)) for _ in range(2))
+        self.decay = nn.Parameter(torch.empty(heads))
+        self.out = self._linear(width)
+        self.attention = LightningAttention()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Decays from about 0.5 to 0.99."""
+        for parameter in (self.query, self.key):
+            nn.init.normal_(parameter)
+        with torch.no_grad():
+            self.decay.copy_(torch.linspace(0, 5, self.heads))
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        v = self._split(x)
+        q, k = (y.to(x.dtype).expand(*v.shape[:2], -1, -1) for y in (self.query, self.key))
+        o = self.attention(q, k, v, F.logsigmoid(_wide(self.decay)), layout=layout)
+        return norm_gate_linear(o, torch.ones_like(x), self.out)
+
+
+class BlockSoftmax(SoftmaxMixer):
+    """Softmax attention within blocks of `BLOCK` tokens: TransNormer's DiagAttention (arXiv 2210.10340, section 4)."""
+
+    BLOCK = 64
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.attention = BlockAttention(self.BLOCK)
+
+
+class NormAttention(Mixer):
+    """Linear attention with a norm in place of the denominator, and phi(x) = elu(x) + 1 (arXiv 2210.10340, section 4).
+
+    TransNormer has it in its later layers, where what a token needs lies farther than a block away.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.query, self.key, self.value, self.out = (self._linear(width) for _ in range(4))
+        self.attention = LightningAttention(scale=(width // heads) ** -0.5)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        k, v = self._split(F.elu(self.key(x)) + 1), self._split(self.value(x))
+        # As a function q is made while the state of k and v travels, where the sequence is split.
+        o = self.attention(lambda: self._split(F.elu(self.query(x)) + 1), k, v, layout=layout)
+        return norm_gate_linear(o, torch.ones_like(x), self.out)
+
+
 MIXERS: dict[str, type[Mixer]] = {
     "softmax": SoftmaxMixer,
+    "block_softmax": BlockSoftmax,
+    "transnormer": NormAttention,
+    "cosformer2": CosFormer2,
     "retnet": Retention,
     "gla": GLA,
     "hgrn2": HGRN2,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
     "mamba2": Mamba2,
 }

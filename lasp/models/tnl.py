@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lasp import arguments, decay
 from lasp.layout import ShardLayout
 from lasp.models._linears import SimpleRMSNorm, gated_linear, norm_gate_linear, norm_linear
+from lasp.models.lrpe import LRPE
+from lasp.models.sizes import SIZES
 from lasp.models.trunk import LanguageModel
 from lasp.modules import LightningAttention
-from lasp_kernels import rotate
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,10 @@ class TNLConfig:
 
     @classmethod
     def named(cls, name: str, **changes) -> TNLConfig:
-        """A configuration by name: "tiny", "385M", "1B" or "7B"; `changes` are fields to set otherwise.
-
-        The sizes are those of OpenNLPLab's released models, whose vocabulary of 64000 is the default; "tiny" is
-        this project's, for demonstrations on CPUs. The 7B's glu_width is that of the same group's 7B in
-        arXiv 2406.16690: it is not published for TNL.
-        """
+        """A configuration by name (`lasp.models.sizes`): "tiny", "385M", "1B", "7B", or "scaling-70M" to "scaling-7B";
+        `changes` are fields to set otherwise. The vocabulary is that of OpenNLPLab's models, 64000, if not changed."""
         arguments.choice("name", name, SIZES)
-        return replace(SIZES[name], **changes)
-
-
-SIZES = {
-    "tiny": TNLConfig(64000, layers=4, width=128, heads=4, glu_width=384),
-    "385M": TNLConfig(64000, layers=24, width=1024, heads=8, glu_width=2816),
-    "1B": TNLConfig(64000, layers=16, width=2048, heads=16, glu_width=5632),
-    "7B": TNLConfig(64000, layers=30, width=4096, heads=32, glu_width=11008),
-}
+        return replace(cls(64000, *SIZES[name]), **changes)
 
 
 class TNL(LanguageModel):
@@ -102,7 +91,7 @@ class TNL(LanguageModel):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, LRPE):
-                nn.init.zeros_(module.delta)
+                module.reset_parameters()
         with torch.no_grad():
             for block in self.blocks:  # what a block adds starts small, as the number of blocks asks
                 for layer in (block.attention, block.glu):
@@ -175,31 +164,6 @@ class GatedLinearAttention(nn.Module):
                 q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
             o = self.attention(q, k, v.view(split), layout=layout)
         return x + norm_gate_linear(o, gate, self.out)
-
-
-class LRPE(nn.Module):
-    """Linearized relative positional encoding: q_t . k_s becomes sum_j q_tj k_sj cos(theta_j (t - s)).
-
-    The rotation e^{i theta t} of arXiv 2307.14995, section 3.1, in real form: x to [x cos(theta t), x sin(theta t)], so
-    K doubles. The frequencies are learned, theta_j = 10000^(-2j/D) exp(delta_j) over the channels j of all heads. What
-    is trained and stored is delta, zero at first: casting a model to bf16 then leaves the frequencies exact, and a
-    step of the optimizer changes slow frequencies as much as fast ones, in proportion.
-    """
-
-    def __init__(self, heads: int, channels: int):
-        super().__init__()
-        self.delta = nn.Parameter(torch.zeros(heads, channels))
-
-    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k [B, T, H, K] and integer positions [B, T] or [T] to q, k [B, T, H, 2K] of the same dtype."""
-        if position_ids.is_floating_point():
-            raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
-        H, K = self.delta.shape
-        exponent = torch.arange(H * K, device=q.device, dtype=torch.float32).view(H, K) * (-2 / (H * K))
-        theta = torch.pow(10000.0, exponent) * self.delta.float().exp()
-        # Angles are made in fp64 whatever the model's dtype: in bf16 tokens beyond position 256 would share their
-        # positions, and in fp32 the angle of token 4,000,000 would be off by a quarter.
-        return rotate(q, k, position_ids, theta)
 
 
 class SimpleGLU(nn.Module):

@@ -33,12 +33,14 @@ from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
 from lasp.ops import stream
 from lasp.ops.call import (
+    FORMS,
     Call,
     autocast,
     begin,
     call_of,
     check_initial_state,
     check_options,
+    form_of,
     no_autocast,
     of_own_tokens,
     padding_of,
@@ -246,14 +248,11 @@ def settings_of(
         ("dtype", x.k.dtype),
         ("query heads", x.q.shape[2]),
         ("key heads", x.k.shape[2]),
-        ("log_decay", None if x.log_decay is None else _FORMS[x.log_decay.ndim]),
+        ("log_decay", None if x.log_decay is None else FORMS[x.log_decay.ndim]),
         ("fixed decays", rates if x.k.device.type == "cpu" else None),
         ("initial_state", "none" if initial_state is None else "given"),
         ("output_final_state", output_final_state),
     )
-
-
-_FORMS = {1: "[H]", 3: "[B, T, H]", 4: "[B, T, H, K]"}
 
 
 class Needs(NamedTuple):
@@ -342,7 +341,7 @@ def start_forward(
     with no_autocast(x.k.device.type):
         steps = steps_of(x, call, needs.decay_gradient)
         if not call.traffic.kernels:
-            call.traffic.kernels = kernels.path(x)
+            call.traffic.kernels, call.traffic.decay = kernels.path(x), form_of(x.log_decay)
         agree = None
         if ranks_agree is not None:
             agree = functools.partial(ranks_agree.settle, lambda: _fingerprint(x, initial_state, call, needs))

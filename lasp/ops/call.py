@@ -53,6 +53,15 @@ class MapSteps(Protocol):
     def border_maps(self, maps: Any, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]: ...  # noqa: D102
 
 
+FORMS = {1: "[H]", 3: "[B, T, H]", 4: "[B, T, H, K]"}
+"""Of log-decays, by their dimensions, in messages and for `lasp.explain`."""
+
+
+def form_of(log_decay: Tensor | None) -> str:
+    """Of a log-decay."""
+    return "none" if log_decay is None else FORMS[log_decay.ndim]
+
+
 def begin(
     operator: str, sequence: SequenceParallel | None, x: Tensor | None = None
 ) -> AbstractContextManager[Agreement | None]:

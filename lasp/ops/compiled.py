@@ -15,7 +15,7 @@ from torch import Tensor
 import lasp_kernels as kernels
 from lasp import decay
 from lasp.checks.messages import Kind
-from lasp.layout import ShardLayout
+from lasp.layout import Shard, ShardLayout
 from lasp.ops import attention, delta, elementwise, halo, softmax, tokens
 from lasp.ops.call import Call, begin, call_of, check_initial_state
 from lasp.ranks import sequence_of_handle
@@ -624,6 +624,69 @@ def _conv_gradients(ctx, dy):
 
 
 packed_conv_op.register_autograd(_conv_gradients, setup_context=_setup_conv)
+
+
+def _blocks(q: Tensor, both: Tensor, block: int, scale: MaybeFloat, *facts: MaybeTensor) -> Tensor:
+    lengths, cu_seqlens, sequence = facts
+    shard = Shard.of(q, ShardLayout.of_facts(lengths, cu_seqlens), sequence_of_handle(sequence), "q")
+    keys_and_values = halo.Brought(both, shard.runs.cu_seqlens, shard.tokens_before)
+    return halo.attend_in_blocks(q, keys_and_values, block, scale)
+
+
+@torch.library.custom_op("lasp::packed_blocks", mutates_args=())
+def packed_blocks_op(
+    q: Tensor,
+    both: Tensor,
+    block: int,
+    scale: MaybeFloat,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    sequence: MaybeTensor,
+) -> Tensor:
+    """Attention in blocks of this rank's documents, from keys and values side by side with the tokens before them."""
+    o = _blocks(q, both, block, scale, lengths, cu_seqlens, sequence)
+    return o.clone(memory_format=torch.contiguous_format)
+
+
+@packed_blocks_op.register_fake
+def _(q, both, *rest):
+    return q.new_empty(*q.shape[:3], both.shape[3] - q.shape[3])
+
+
+@torch.library.custom_op("lasp::packed_blocks_backward", mutates_args=())
+def packed_blocks_backward_op(
+    do: Tensor,
+    q: Tensor,
+    both: Tensor,
+    block: int,
+    scale: MaybeFloat,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    sequence: MaybeTensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q, and of keys and values."""
+    dq, d_both = _gradients_of(
+        lambda q, both: _blocks(q, both, block, scale, lengths, cu_seqlens, sequence), (q, both), do
+    )
+    return dq, d_both
+
+
+@packed_blocks_backward_op.register_fake
+def _(do, q, both, *rest):
+    return tuple(_like_all((q, both), do))
+
+
+def _setup_blocks(ctx, inputs, output):
+    q, both, ctx.block, ctx.scale, *facts = inputs
+    ctx.save_for_backward(q, both, *facts)
+
+
+def _blocks_gradients(ctx, do):
+    q, both, *facts = ctx.saved_tensors
+    return *packed_blocks_backward_op(do, q, both, ctx.block, ctx.scale, *facts), *[None] * 5
+
+
+packed_blocks_op.register_autograd(_blocks_gradients, setup_context=_setup_blocks)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: MaybeTensor, options: tuple, *facts: MaybeTensor) -> Tensor:

@@ -28,6 +28,7 @@ from lasp.ops.call import (
     call_of,
     check_initial_state,
     check_options,
+    form_of,
     no_autocast,
     of_own_tokens,
     padding_of,
@@ -216,6 +217,7 @@ def start_forward(
             ranks_agree.settle(lambda: call.fingerprint(tensors, scale=scale, output_final_state=output_final_state))
         if call.sequence is not None:
             call.traffic.kernels = "reference"
+            call.traffic.decay = form_of(x.log_decay)
         return Started(steps, maps, call.enter(steps, maps, initial_state, at_once=True), output_final_state)
 
 

@@ -122,11 +122,14 @@ class Kind(NamedTuple):
     check: Callable[[Any], None]
     steps: Callable[..., ElementwiseSteps]
     of_tokens: tuple[str, ...]  # the tensors [B, T, ...]; the others all ranks hold whole
+    decay: str  # the form of its log-decays
 
 
 _KINDS = {
-    RECURRENCE: Kind(RecurrenceOperands, lambda x: check_recurrence_inputs(*x), RecurrenceSteps, ("x", "log_decay")),
-    SELECTIVE: Kind(SelectiveOperands, check_selective_inputs, SelectiveSteps, ("u", "dt", "B", "C")),
+    RECURRENCE: Kind(
+        RecurrenceOperands, lambda x: check_recurrence_inputs(*x), RecurrenceSteps, ("x", "log_decay"), "[B, T, ...]"
+    ),
+    SELECTIVE: Kind(SelectiveOperands, check_selective_inputs, SelectiveSteps, ("u", "dt", "B", "C"), "dt A"),
 }
 
 
@@ -192,6 +195,7 @@ def start(
                 ranks_agree.settle(lambda: _fingerprint(x, call, gradient))
             if call.sequence is not None:
                 call.traffic.kernels = "reference"
+                call.traffic.decay = _KINDS[call.operator].decay
             return call, Started(steps, maps, call.enter(steps, maps, initial_state, at_once=True))
 
 

@@ -1,4 +1,5 @@
-"""`halo`: the last tokens of the ranks before this one, for what looks a few tokens back; and `causal_conv` on it.
+"""`halo`: the last tokens of the ranks before this one, for what looks a few tokens back; and on it `causal_conv` and
+`block_attention`.
 
     rank 0   a b c d e                tokens; W - 1 = 2
     rank 1         (d e) f            its halo in brackets. It holds fewer than W - 1 tokens, so it passes on e f
@@ -27,9 +28,19 @@ from lasp.exchange import Job, Link, StateMap, Terms
 from lasp.exchange.base import Run
 from lasp.layout import ShardLayout
 from lasp.ops import recompute, stream
-from lasp.ops.call import Call, begin, call_of, facts_of, kind_of_tensor, padding_of, wants_gradient
+from lasp.ops.call import (
+    Call,
+    autocast,
+    begin,
+    call_of,
+    facts_of,
+    kind_of_tensor,
+    of_own_tokens,
+    padding_of,
+    wants_gradient,
+)
 from lasp.ranks import SequenceParallel
-from lasp_kernels import convolution
+from lasp_kernels import blocks, convolution
 from lasp_kernels.once import no_second_derivative
 
 NAME = "halo"
@@ -43,6 +54,11 @@ def _zeros_before(x: Tensor, width: int, **_: Any) -> Tensor:
 def _the_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
     """For a trial."""
     return x
+
+
+def _of_own_tokens(q: Tensor, k: Tensor, v: Tensor, block: int, **_: Any) -> Tensor:
+    """For a trial."""
+    return of_own_tokens(q, k, v, q.shape[2])
 
 
 @operator(_zeros_before)
@@ -67,10 +83,10 @@ def halo(
         return padding.fill(halo(padding.cut(x), width, layout=padding.layout, sequence=sequence))
     check_arguments = functools.partial(check, x, width)
     if stream.under_way(sequence):
-        return _streamed(x, width, layout, sequence, check_arguments)[0]
+        return _streamed(x, width, layout, sequence, check_arguments).tokens
     if torch.compiler.is_compiling():
         return _in_graph(x, width, layout, sequence, check_arguments)
-    return _bring(x, width, layout, sequence, check_arguments)[0]
+    return _bring(x, width, layout, sequence, check_arguments).tokens
 
 
 def _in_graph(
@@ -86,16 +102,26 @@ def _in_graph(
     return torch.ops.lasp.halo(x, width, *facts_of(layout, sequence))
 
 
+class Brought(NamedTuple):
+    """Tokens with those before them."""
+
+    tokens: Tensor
+    runs: tuple[int, ...] | None  # borders of packed documents among this rank's tokens
+    before: int | None  # tokens of the document of the first token that lie before it; None: no layout tells
+
+
 def _bring(
     x: Tensor,
     width: int,
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
-) -> tuple[Tensor, tuple[int, ...] | None]:
-    """x with the tokens before it, and the borders of packed documents among this rank's tokens."""
-    call = _checked_call(x, width, layout, sequence, check_arguments)
-    return _Halo.apply(x, int(width), call, None)[0], call.shard.runs.cu_seqlens  # type: ignore[index]
+    **compared: object,
+) -> Brought:
+    """x with the tokens before it. `compared`: what else must be the same on all ranks."""
+    call = _checked_call(x, width, layout, sequence, check_arguments, **compared)
+    y = _Halo.apply(x, int(width), call, None)[0]  # type: ignore[index]
+    return Brought(y, call.shard.runs.cu_seqlens, call.shard.tokens_before)
 
 
 @stream.in_eager
@@ -105,17 +131,18 @@ def _streamed(
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
-) -> tuple[Tensor, tuple[int, ...] | None]:
+    **compared: object,
+) -> Brought:
     """The same on a segment of a sequence: the last tokens of the segment before stand before the first rank's."""
-    call = _checked_call(x, width, layout, sequence, check_arguments)
+    call = _checked_call(x, width, layout, sequence, check_arguments, **compared)
     if int(width) == 1:  # the token itself
-        return x, call.shard.runs.cu_seqlens
+        return Brought(x, call.shard.runs.cu_seqlens, 0)
     crossing = stream.crossing(NAME, sequence)
     assert crossing is not None
     entering = crossing.enter(None, x)
     border = Border(entering is not None, crossing.segment.before, crossing.leaves)
     y, tail = _Halo.apply(x, int(width), call, border, entering)  # type: ignore[misc]
-    return crossing.leave(y, tail), call.shard.runs.cu_seqlens
+    return Brought(crossing.leave(y, tail), call.shard.runs.cu_seqlens, _before(call, border))
 
 
 @stream.in_eager
@@ -128,8 +155,8 @@ def _streamed_conv(
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
 ) -> Tensor:
-    with_before, runs = _streamed(x, width, layout, sequence, check_arguments)
-    return convolution.causal_conv(with_before, weight, bias, cu_seqlens=runs)
+    brought = _streamed(x, width, layout, sequence, check_arguments)
+    return convolution.causal_conv(brought.tokens, weight, bias, cu_seqlens=brought.runs)
 
 
 def _checked_call(
@@ -138,12 +165,14 @@ def _checked_call(
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
+    **compared: object,
 ) -> Call:
     with begin(NAME, sequence, x) as ranks_agree:
         check_arguments()
         call = call_of(NAME, x, layout, sequence, name="x")
         if ranks_agree is not None:
-            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=int(width), gradient=wants_gradient(x)))
+            gradient = wants_gradient(x)
+            ranks_agree.settle(lambda: call.fingerprint({"x": x}, width=int(width), gradient=gradient, **compared))
     return call
 
 
@@ -196,8 +225,113 @@ def causal_conv(
         if layout is not None and layout.packed:
             return torch.ops.lasp.packed_conv(with_before, weight, bias, *facts_of(layout, sequence))
         return convolution.causal_conv(with_before, weight, bias)
-    with_before, runs = _bring(x, width, layout, sequence, check_arguments)
-    return convolution.causal_conv(with_before, weight, bias, cu_seqlens=runs)
+    brought = _bring(x, width, layout, sequence, check_arguments)
+    return convolution.causal_conv(brought.tokens, weight, bias, cu_seqlens=brought.runs)
+
+
+@operator(_of_own_tokens)
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    *,
+    scale: float | None = None,
+    layout: ShardLayout | None = None,
+    sequence: SequenceParallel | None = None,
+) -> Tensor:
+    """Causal softmax attention within blocks of `block` tokens, over a sequence that may be split over ranks.
+
+    A token sees itself and the tokens before it in its block, and nothing of another. (DiagAttention of TransNormer,
+    arXiv 2210.10340, section 4; elsewhere local, block-wise or chunked attention.) Blocks are counted from the first
+    token of the whole sequence, wherever ranks begin; in packed documents from the first token of each, so that a
+    document gets what it would get alone. What crosses ranks are the keys and values of `block` - 1 tokens.
+
+    Args:
+        q: [B, T, H*G, K], this rank's tokens; G query heads share a head of k and v.
+        k: [B, T, H, K].
+        v: [B, T, H, V]. q, k and v have one float dtype. T may differ between ranks, down to zero.
+        block: tokens of a block.
+        scale: of the scores; None is K^-0.5.
+        layout: how tokens lie on the ranks, which tells where blocks begin: needed over several ranks, and for packed
+            documents (then B = 1).
+        sequence: the ranks; None is one rank. All of them must call it.
+
+    Returns:
+        o [B, T, H*G, V] in the dtype of q.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before any communication.
+        RankMismatchError, PeerError: as `lasp.linear_attention`.
+    """
+    padding = padding_of(k, layout, sequence)
+    if padding is not None:
+        q, k, v = (padding.cut(x) for x in (q, k, v))
+        return padding.fill(block_attention(q, k, v, block, scale=scale, layout=padding.layout, sequence=sequence))
+    if all(isinstance(x, Tensor) for x in (q, k, v)):
+        q, k, v = autocast(q, k, v)
+    check_arguments = functools.partial(_check_blocks, q, k, v, block, scale, layout, sequence)
+    both = _side_by_side(k, v)
+    if stream.under_way(sequence):
+        return _streamed_blocks(q, both, block, scale, layout, sequence, check_arguments)
+    if not torch.compiler.is_compiling():
+        brought = _bring(both, block, layout, sequence, check_arguments, scale=scale)
+        return attend_in_blocks(q, brought, block, scale)
+    with_before = _in_graph(both, block, layout, sequence, check_arguments)
+    if layout is not None and layout.packed:
+        return torch.ops.lasp.packed_blocks(q, with_before, block, scale, *facts_of(layout, sequence))
+    before = 0 if layout is None or sequence is None else layout.bounds(sequence.rank)[0]
+    return attend_in_blocks(q, Brought(with_before, None, before), block, scale)
+
+
+def _side_by_side(k: Tensor, v: Tensor) -> Tensor:
+    """Both, for one message. Of what does not fit together k alone: a check comes next, of which all ranks hear."""
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)) or k.ndim != 4 or k.shape[:3] != v.shape[:3]:
+        return k
+    fits = v.ndim == 4 and k.device == v.device and k.layout == v.layout == torch.strided
+    return torch.cat([k, v], 3) if fits else k
+
+
+def _check_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    scale: float | None,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+) -> None:
+    arguments.integer("block", block, at_least=1)
+    if scale is not None:
+        arguments.number("scale", scale)
+    blocks.check(q, k, v)
+    if layout is None and isinstance(sequence, SequenceParallel) and sequence.size > 1:
+        raise ValueError(
+            "layout must tell how tokens lie on the ranks (lasp.shard_batch makes it), since blocks are counted from "
+            "the beginning of the sequence; got None"
+        )
+
+
+@stream.in_eager
+def _streamed_blocks(
+    q: Tensor,
+    both: Tensor,
+    block: int,
+    scale: float | None,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    check_arguments: Callable[[], None],
+) -> Tensor:
+    brought = _streamed(both, block, layout, sequence, check_arguments, scale=scale)
+    return attend_in_blocks(q, brought, block, scale)
+
+
+def attend_in_blocks(q: Tensor, keys_and_values: Brought, block: int, scale: float | None) -> Tensor:
+    """The arithmetic of `block_attention`, on one device; keys and values stand side by side."""
+    both, runs, before = keys_and_values
+    assert before is not None  # there is a layout
+    k, v = both.split([q.shape[3], both.shape[3] - q.shape[3]], 3)
+    return blocks.block_attention(q, k, v, int(block), before=before, cu_seqlens=runs, scale=scale)
 
 
 def check(x: Tensor, width: int) -> None:
@@ -260,14 +394,19 @@ def without_halo(
     return dx, tail.after(arrived) if first else torch.zeros_like(d_before)
 
 
-def _seen(call: Call, reach: int, border: Border | None) -> int:
-    """How many of the tokens before this rank belong to the document of its first token."""
+def _before(call: Call, border: Border | None) -> int | None:
+    """How many tokens of the document of this rank's first token lie before it; None where no layout tells."""
     known = call.shard.tokens_before
-    if known is None:
-        return reach
-    if border is not None and (call.shard.layout is None or call.shard.first_token == known):
-        known += border.before  # that document did not begin in this segment
-    return min(reach, known)
+    if known is None or border is None:
+        return known
+    in_segment = call.shard.layout is not None and call.shard.first_token != known
+    return known if in_segment else known + border.before  # that document did not begin in this segment
+
+
+def _seen(call: Call, reach: int, border: Border | None) -> int:
+    """How many of the `reach` tokens before this rank belong to the document of its first token."""
+    known = _before(call, border)
+    return reach if known is None else min(reach, known)
 
 
 def _tail(x: Tensor, reach: int) -> _Tail:
@@ -324,7 +463,7 @@ def _travel(tail: _Tail, call: Call, entering: Tensor | None, *, reverse: bool) 
     exchange.count_exchange(sequence, traffic, reverse=reverse)
     if not sequence.peers.connected:
         exchange.connect(sequence, tail.tokens)
-    traffic.schedule = "neighbour"
+    traffic.schedule, traffic.kernels, traffic.decay = "neighbour", "torch", "none"
     state = StateMap(tail.tokens)  # in whose place the tokens are; nothing is folded
     job = Job(state, sequence, traffic, lambda *_: tail.tokens, 1, True, Terms(reverse), "the tokens before a shard")
     link = Link(job)

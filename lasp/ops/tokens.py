@@ -130,7 +130,7 @@ def _moved(
     call.check_messages(thing, kind_of_tokens(x, lengths), x, reverse=reverse)
     exchange.count_exchange(sequence, traffic, reverse=reverse)
     found = move(x, lengths, sequence, lambda: name_of(call, thing, reverse=reverse))
-    traffic.schedule = "all_to_all"
+    traffic.schedule, traffic.kernels, traffic.decay = "all_to_all", "SDPA", "none"
     traffic.messages += 1
     traffic.bytes_sent += sent * x.element_size()
     return found if reception is None else reception.keep(found)
@@ -139,7 +139,7 @@ def _moved(
 def _count(mine: Tensor, itemsize: int, lengths: tuple[int, ...], call: Call) -> None:
     """What a rank sends or passes on: as many slices as there are other ranks, each padded to the longest."""
     traffic, numbers_of_token = call.traffic, mine.shape[0] * math.prod(mine.shape[2:])
-    traffic.schedule = "all_gather"
+    traffic.schedule, traffic.kernels, traffic.decay = "all_gather", "SDPA", "none"
     traffic.messages += 1
     traffic.bytes_sent += (len(lengths) - 1) * max(lengths) * numbers_of_token * itemsize
 

@@ -33,7 +33,8 @@ class Traffic:
     schedule: str = ""  # of the heads that the horizon leaves; "neighbour" if it leaves none
     blocks: int = 1  # that a state was cut into
     predicted_seconds: float = 0.0  # for the last exchange, by the cost model
-    kernels: str = ""  # "triton" or "reference": what computed the layer
+    kernels: str = ""  # what computed it: "triton", "reference" (lasp's steps in PyTorch), "SDPA", "torch"
+    decay: str = ""  # the form of its log-decays, such as "[B, T, H]"; "none" without
     repeats: str = ""  # why a recompute repeats the exchange; empty if it does not
 
     def __add__(self, other: Traffic) -> Traffic:
