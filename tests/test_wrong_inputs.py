@@ -222,6 +222,7 @@ TABLE = {
             "k": [*qkv((B, T, H, K)), zeros(B, T + 1, H, K), Wrong(zeros(B, T, 0, K), "(1, 4, 0, 3)")],
             "v": [*qkv((B, T, H, V)), zeros(B, T, H + 1, V), zeros(B, T, H, V).half()],
             "log_decay": LOG_DECAY,
+            "causal": NO_FLAG,
             **STATEFUL,
         },
     ),

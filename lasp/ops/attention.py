@@ -31,7 +31,7 @@ from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
-from lasp.ops import stream
+from lasp.ops import stream, unmasked
 from lasp.ops.call import (
     Call,
     autocast,
@@ -39,6 +39,7 @@ from lasp.ops.call import (
     call_of,
     check_initial_state,
     check_options,
+    facts_of,
     no_autocast,
     of_own_tokens,
     padding_of,
@@ -65,16 +66,18 @@ def linear_attention(
     *,
     log_decay: Tensor | None = None,
     scale: float = 1.0,
+    causal: bool = True,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: ShardLayout | None = None,
     sequence: SequenceParallel | None = None,
     segment_length: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal linear attention over a sequence that may be split over ranks.
+    """Linear attention over a sequence that may be split over ranks.
 
     Per head, over the whole sequence: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t
-    (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882).
+    (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882). With `causal=False` there is no mask:
+    each token sees the final state, which is the sum of k^T v over all tokens of its sequence, on all ranks.
 
     A token whose q, k or v is NaN or Inf spoils what depends on it and no more on a CPU (and on a GPU in fp64). The
     Triton kernels of a GPU may spoil its neighbours too, of the same packed sequence: the up to 63 tokens before it in
@@ -92,6 +95,8 @@ def linear_attention(
             and channel). With a decay for each of H*G query heads, k and v are repeated to as many. Values are looked
             at on a CPU only: on a GPU the host would have to wait (`lasp.decay.fixed` looks at them once).
         scale: multiplies the output.
+        causal: False for a sum over all tokens (of each packed sequence) in place of the states before a token. It goes
+            with no log_decay and no segment_length, and not with `lasp.stream_backward`. An initial state is added.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences. The rank on which a sequence begins gets its gradient, the others zero.
         output_final_state: also return the state after the last token.
@@ -125,6 +130,7 @@ def linear_attention(
             padding.cut(v),
             log_decay=padding.cut(log_decay),
             scale=scale,
+            causal=causal,
             initial_state=initial_state,
             output_final_state=output_final_state,
             layout=padding.layout,
@@ -133,8 +139,11 @@ def linear_attention(
         )
         return padding.fill(o), final_state
     if stream.under_way(sequence):
+        if causal is not True:
+            unmasked.not_streamed()
         return _streamed(q, k, v, log_decay, scale, initial_state, output_final_state, layout, sequence, segment_length)
-    return _run(q, k, v, log_decay, scale, initial_state, output_final_state, layout, sequence, segment_length)
+    options = (log_decay, scale, initial_state, output_final_state, layout, sequence, segment_length)
+    return _run(q, k, v, *options, causal=causal)
 
 
 @stream.in_eager
@@ -173,22 +182,28 @@ def _run(
     sequence: SequenceParallel | None,
     segment_length: int | None,
     *,
+    causal: bool = True,
     edges: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Of tokens none of which is padding; `edges` as in `call_of`."""
     if torch.compiler.is_compiling():
         q = _made(q, k, sequence) if callable(q) else q
         x = _prepare(q, k, v, log_decay, initial_state, scale)
+        if not arguments.flag("causal", causal):
+            return _compiled_unmasked(x, initial_state, output_final_state, layout, sequence, segment_length)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
+        causal = arguments.flag("causal", causal)
         # What ranks compare must be there before they exchange, and without ranks nothing travels meanwhile.
-        if callable(q) and (alone or ranks_agree is not None):
+        if callable(q) and (alone or ranks_agree is not None or not causal):
             q = _made(q, k, sequence)
         later, q = (q, k) if callable(q) else (None, q)  # until it is made the shape of k says it all
         x = _prepare(q, k, v, log_decay, initial_state, scale)
         kernels.check_inputs(x.q, x.k, x.v, log_decay, segment_length)
+        if not causal:
+            unmasked.check(log_decay, segment_length)
         ends, rates = initial_state is not None or output_final_state, decay.host_values(log_decay)
         call = call_of(
             NAME,
@@ -205,7 +220,11 @@ def _run(
             check_initial_state(initial_state, x.k, x.v, call)
         grad_mode = torch.is_grad_enabled()
         decay_gradient = log_decay is not None and grad_mode and log_decay.requires_grad
-        needs = Needs(output_final_state, decay_gradient, waits_next=later is None, grad_mode=grad_mode)
+        needs = Needs(output_final_state, decay_gradient, later is None, grad_mode=grad_mode, causal=causal)
+        if not causal:
+            if ranks_agree is not None:
+                ranks_agree.settle(lambda: fingerprint(x, initial_state, call, needs))
+            return unmasked.Unmasked.apply(*x[:3], initial_state, (call, scale, output_final_state))
         # In a list, from which `forward` takes it, so that it lives no longer than it is needed.
         started: list[Started] = []
         if later is not None:
@@ -244,6 +263,7 @@ class Needs(NamedTuple):
     decay_gradient: bool
     waits_next: bool = True  # nothing is computed between the start of the exchange and the wait for it
     grad_mode: bool | None = None  # of the caller, where it can be told; for the comparison of ranks
+    causal: bool = True
 
 
 class Started(NamedTuple):
@@ -319,7 +339,7 @@ def start_forward(
             call.traffic.kernels = kernels.path(x)
         agree = None
         if ranks_agree is not None:
-            agree = functools.partial(ranks_agree.settle, lambda: _fingerprint(x, initial_state, call, needs))
+            agree = functools.partial(ranks_agree.settle, lambda: fingerprint(x, initial_state, call, needs))
         if call.rates is not None and initial_state is None and _last_tokens_suffice(x, steps, call):
             return Started(steps, *_last_tokens_first(x, steps, call, needs, agree), needs.final_state)
         maps = steps.local_maps(x)
@@ -339,10 +359,11 @@ def steps_of(x: Operands, call: Call, decay_gradient: bool) -> kernels.Steps:
     )
 
 
-def _fingerprint(x: Operands, initial_state: Tensor | None, call: Call, needs: Needs) -> dict[str, object]:
+def fingerprint(x: Operands, initial_state: Tensor | None, call: Call, needs: Needs) -> dict[str, object]:
+    """What ranks compare at the calls that are compared in full."""
     tensors = {**x._asdict(), "initial_state": initial_state}
     scale = tensors.pop("scale")
-    modes = {} if needs.grad_mode is None else {"grad_mode": needs.grad_mode}
+    modes = {"causal": needs.causal} | ({} if needs.grad_mode is None else {"grad_mode": needs.grad_mode})
     return call.fingerprint(tensors, scale=scale, output_final_state=needs.final_state, **modes)
 
 
@@ -482,5 +503,22 @@ def _compiled(
         segment_length,
         initial_state is not None and initial_state.requires_grad,
         x.log_decay is not None and x.log_decay.requires_grad,
+    )
+    return o, final_state if output_final_state else None
+
+
+def _compiled_unmasked(
+    x: Operands,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    unmasked.check(x.log_decay, segment_length)
+    lengths, cu_seqlens, ranks = facts_of(layout, sequence)
+    with_gradient = initial_state is not None and initial_state.requires_grad
+    o, final_state, _ = torch.ops.lasp.unmasked_attention(
+        *x[:3], x.scale, initial_state, output_final_state, lengths, cu_seqlens, ranks, with_gradient
     )
     return o, final_state if output_final_state else None
