@@ -370,7 +370,7 @@ def elementwise_op(
 @elementwise_op.register_fake
 def _(operator, tensors, lengths, cu_seqlens, sequence):
     x, y = elementwise.operands_of(operator, tensors), tensors[0]
-    kept_shape = (0,) if elementwise.keeps_result(x) or operator != elementwise.RECURRENCE else y.shape
+    kept_shape = y.shape if elementwise.keeps_states(x) and not elementwise.keeps_result(x) else (0,)
     dtype, segments = kernels.state_dtype(y.dtype), torch.library.get_ctx().new_dynamic_size()
     states = y.new_empty(y.shape[0], segments, *elementwise.state_shape(x), dtype=dtype)
     return torch.empty(y.shape, dtype=y.dtype, device=y.device), states, y.new_empty(kept_shape, dtype=dtype)
