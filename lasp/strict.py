@@ -20,7 +20,7 @@ from lasp.adapters import Adapter, sketch
 from lasp.checks import trial
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.use import of_a_pickle
-from lasp.modules import CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+from lasp.modules import OPERATOR_MODULES
 
 Layers = Mapping[str, tuple[nn.Module, Adapter]]
 
@@ -34,7 +34,7 @@ _LOCAL_NAMES = re.compile(
     r"(norm|mlp|glu|ffn|feed_?forward|(rotary|position\w*|word|token)_?embeddings?|rope|experts?|router|linear|head)\d?d?$",
     re.IGNORECASE,
 )
-_OWN = (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv)  # which do as they say
+_OWN = OPERATOR_MODULES  # which do as they say
 _LISTED = 8  # of what is refused, or could not be asked
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from lasp import arguments
 from lasp.adapters.border import Border, layout_of
 from lasp.adapters.rebind import is_function, names_in, rebind, without_methods
-from lasp.modules import CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+from lasp.modules import OPERATOR_MODULES
 from lasp.ranks import SequenceParallel
 
 __all__ = ["is_function", "layout_of", "linear", "names_in", "rebind", "register", "token_local"]
@@ -57,9 +57,7 @@ class Foreign(Covering):
     stand_in: Callable[[nn.Module], None] | None = None  # for a trial: gives it a quick forward, each token by itself
 
 
-_ADAPTERS: dict[type[nn.Module], Adapter] = dict.fromkeys(
-    (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv), linear
-)
+_ADAPTERS: dict[type[nn.Module], Adapter] = dict.fromkeys(OPERATOR_MODULES, linear)
 _BY_NAME: dict[str, Adapter] = {}  # patterns of dotted names of classes
 _LIBRARIES = {
     "fla": "lasp.adapters.fla",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lasp import arguments
 from lasp.layout import ShardLayout
-from lasp.modules import CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+from lasp.modules import OPERATOR_MODULES
 
 
 class LanguageModel(nn.Module):
@@ -64,9 +64,8 @@ class LanguageModel(nn.Module):
         return x
 
     def _default_positions(self, input_ids: Tensor) -> Tensor:
-        if self.counts_positions and any(m.sequence is not None for m in self.modules() if isinstance(m, _SPLIT)):
+        if self.counts_positions and any(
+            m.sequence is not None for m in self.modules() if isinstance(m, OPERATOR_MODULES)
+        ):
             raise ValueError("position_ids are needed when the sequence is split; lasp.shard_batch makes them")
         return torch.arange(input_ids.shape[1], device=input_ids.device)
-
-
-_SPLIT = (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv)
