@@ -3,7 +3,6 @@
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ if not CUDA:
 
 from processes import finish, free_port, start  # noqa: E402
 from test_elementwise import OPERATORS, assert_near, example, results, true_results  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 import lasp  # noqa: E402
 from lasp_kernels import elementwise_path, elementwise_steps_of, scan_steps  # noqa: E402
@@ -26,27 +24,15 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # 
 T, PACKED = (2731, (0, 5, 700, 700, 1601, 1700, 2731)) if CUDA else (45, (0, 3, 18, 18, 30, 31, 45))
 
 
-def _scan_row_by_row(self, given):
-    """What Triton's interpreter does element by element, with the same function, whose operations take rows as well."""
-    rows = list(zip(*(np.split(x.handle.data, x.handle.data.shape[self.axis], self.axis) for x in given)))
-    found = rows[:1]
-    for row in rows[1:]:
-        tensors = [self.to_tensor(part, x.dtype) for part, x in zip((*found[-1], *row), (*given, *given))]
-        found.append([x.handle.data for x in self.combine_fn.fn(*tensors)])
-    whole = [np.concatenate(parts, self.axis) for parts in zip(*found)]
-    return [self.to_tensor(part, x.dtype) for part, x in zip(whole, given)]
-
-
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
     """The interpreter's time goes by the number of tiles, and by what it does element by element."""
     monkeypatch.setenv("LASP_KERNELS", "triton")
     if not CUDA:
-        monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _scan_row_by_row)
         monkeypatch.setattr(scan_steps, "GROUP", 2)
         monkeypatch.setattr(scan_steps, "PREFIX_BLOCK", 8)
-        monkeypatch.setattr(scan_steps.TileRecurrenceSteps, "config", scan_steps.Config(8, 4, 4, 4))
-        monkeypatch.setattr(scan_steps.TileSelectiveSteps, "config", scan_steps.Config(8, 16, 4, 4, 2))
+        monkeypatch.setattr(scan_steps.TileRecurrenceSteps, "config", scan_steps.Config(4, 2, 4, 128))
+        monkeypatch.setattr(scan_steps.TileSelectiveSteps, "config", scan_steps.Config(2, 4, 4, 128))
 
 
 def on_device(x, dy, dtype):
@@ -245,8 +231,8 @@ from lasp_kernels.elementwise import recurrent_elementwise
 from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_scan
 
 scan_steps.GROUP, scan_steps.PREFIX_BLOCK = 2, 8
-scan_steps.TileRecurrenceSteps.config = scan_steps.Config(4, 4, 4, 4)
-scan_steps.TileSelectiveSteps.config = scan_steps.Config(4, 8, 4, 4, 2)
+scan_steps.TileRecurrenceSteps.config = scan_steps.Config(2, 2, 4, 128)
+scan_steps.TileSelectiveSteps.config = scan_steps.Config(2, 2, 4, 128)
 env = lasp.init("gloo", timeout=60)
 D, N = 3, 2
 two, three = dist.new_group([0, 1]), dist.group.WORLD

@@ -6,88 +6,98 @@
     h_t = exp(log_decay_t) * h_{t-1} + x_t          dh_t = dy_t + c_{t+1}      c_t = exp(log_decay_t) * dh_t
                                                     dx_t = dh_t                d log_decay_t = c_t * h_{t-1}
 
-A program has a *tile* of tokens and some channels, all in registers. It reads them once, scans them as if zero came
-in, and leaves for the others what its tokens do to a state that passes: S -> exp(log) * S + state. Then it needs what
-really comes in, and can write its results:
+A program has a *tile* of some channels and S * U tokens: S warps with U tokens each, a *strip*, one after the other in
+each thread. It reads all of them at once, into registers, walks from zero, and leaves for the other programs what its
+tokens do to a state that passes: S -> exp(log) * S + state. Then it needs what really comes in, walks again in the
+registers, and writes its results:
 
-    tiles      0  1 .. 15 | 16 17 .. 31 | 32 ..      GROUP = 16 of them are a group
-    entering   E0         | E1          | E2 ..      the last program of a group makes what enters the next group
-    tile 18                 E1, then the maps of 16 and 17
+    tiles      0  1 .. 7 | 8  9 .. 15 | 16 ..      GROUP = 8 of them are a group
+    entering   E0        | E1         | E2 ..      the last program of a group makes what enters the next group
+    tile 10                E1, then the maps of 8 and 9
 
 What a tile waits for is the maps of those before it in its group, which run beside it, and one number a channel for
-the group, so the chain from one end of the sequence to the other has a link for each 16 tiles. All is put together in
+the group, so the chain from one end of the sequence to the other has a link for each 8 tiles. All is put together in
 the same order each time: results are the same bits, whoever came first. Programs number themselves as they begin, so
 who is waited for has begun. That is MODE ALONE, where nothing comes from elsewhere in between. With other ranks before
 (in backward: behind) there are three launches: MAPS leaves the maps, `prefix_kernel` what enters groups, first from
 zero, for the others, then from what they sent; and WALK reads the tiles again, and needs to wait for nobody.
 
 Backward is the same from the last tile to the first; n counts tiles in the order in which they pass something on. The
-states before its tokens it makes again, from the one that entered the tile, which forward kept: 1/64 of the tokens'.
+states before its tokens it makes again, from those that entered the strips, which forward kept.
 
-A packed document that begins lets nothing pass, not even NaN: its factor is -1, its log 1, which no decay can be.
+A packed document that begins lets nothing pass, not even NaN. A map of which that holds has a log of 1, and a factor of
+-1, which no decay can have.
 """
 
 import triton
 import triton.language as tl
 
 ALONE, MAPS, WALK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that change from call to call: a kernel must not be compiled anew when they become 1 or divisible by 16.
-VARYING = ["B", "T", "tiles", "groups", "x_b", "g_b", "dy_b"]
-
-
-@triton.jit
-def join(a1, s1, a2, s2):
-    """S -> a1 S + s1, then S -> a2 S + s2."""
-    return a1 * a2, a2 * s1 + s2
-
-
-@triton.jit
-def join_documents(a1, s1, a2, s2):
-    """The same, where a factor of -1 lets nothing pass."""
-    begins = a2 < 0
-    return tl.where(begins | (a1 < 0), -1.0, a1 * a2), tl.where(begins, s2, a2 * s1 + s2)
-
-
-@triton.jit
-def scan_rows(a, s, REVERSE: tl.constexpr, PACKED: tl.constexpr):
-    """All maps up to each row (reversed: from the last one back to it), as one."""
-    if PACKED:
-        return tl.associative_scan((a, s), 0, join_documents, reverse=REVERSE)
-    return tl.associative_scan((a, s), 0, join, reverse=REVERSE)
-
-
-@triton.jit
-def passed(a, s, entering, PACKED: tl.constexpr):
-    """What is behind a map when this enters it."""
-    behind = a * entering + s
-    if PACKED:
-        behind = tl.where(a < 0, s, behind)
-    return behind
+VARYING = ["B", "T", "tiles", "groups"]
 
 
 @triton.jit
 def factor_of(log, PACKED: tl.constexpr):
     """Of a map, from its log."""
-    a = tl.exp(log)
+    a = tl.exp2(log * LOG2E)
     if PACKED:
         a = tl.where(log > 0, -1.0, a)
     return a
 
 
 @triton.jit
-def log_of_all(log, PACKED: tl.constexpr):
-    """Of the maps in all rows, as one."""
-    total = tl.sum(log, 0, keep_dims=True)
+def passed(a, state, entering, PACKED: tl.constexpr):
+    """What is behind a map of factor a when this enters it."""
+    behind = a * entering + state
     if PACKED:
-        total = tl.where(tl.max(log, 0, keep_dims=True) > 0, 1.0, total)
-    return total
+        behind = tl.where(a < 0, state, behind)
+    return behind
 
 
 @triton.jit
-def row_of(x, rows, row):
+def log_of_both(first, second, PACKED: tl.constexpr):
+    """Of two maps, one behind the other, as one."""
+    log = first + second
+    if PACKED:
+        log = tl.where((first > 0) | (second > 0), 1.0, log)
+    return log
+
+
+@triton.jit
+def strip_of(x, strips, s, AXIS: tl.constexpr):
     """One of them; the others may be NaN."""
-    return tl.sum(tl.where(rows == row, x, 0.0), 0, keep_dims=True)
+    return tl.sum(tl.where(strips == s, x, 0.0), AXIS, keep_dims=True)
+
+
+@triton.jit
+def and_one(values, value):
+    """A tuple and one more."""
+    return values + (value,)  # noqa: RUF005  # which the compiler does not know
+
+
+@triton.jit
+def load_tokens(X, first, strips, T, stride, columns, mask, U: tl.constexpr):
+    """The U tokens of each strip, each [S, columns], of a tile that begins at the token `first`; zeros from T on."""
+    X, left, found = X + first * stride, T - first, ()
+    for u in tl.static_range(U):
+        t = strips * U + u
+        found = and_one(found, tl.load(X + t * stride + columns, mask=mask & (t < left), other=0.0))
+    return found
+
+
+@triton.jit
+def logs_of(logs, begins, U: tl.constexpr, PACKED: tl.constexpr):
+    """Of tokens, in fp32; 1 where documents begin."""
+    found = ()
+    for u in tl.static_range(U):
+        log = logs[u].to(tl.float32)
+        if PACKED:
+            log = tl.where(begins[u] != 0, 1.0, log)
+        found = and_one(found, log)
+    return found
 
 
 @triton.jit
@@ -125,22 +135,31 @@ def leave_map(LOG, STATE, FLAG, at, mask, log, state, MODE: tl.constexpr):
 
 
 @triton.jit
+def map_of_tiles(LOG, STATE, first, count, C, c, mask, MOST: tl.constexpr, PACKED: tl.constexpr):
+    """The maps of `count` tiles, of MOST at most, as one."""
+    logs, states, zero = (), (), tl.zeros_like(c)
+    LOG, STATE = LOG + first.to(tl.int64) * C, STATE + first.to(tl.int64) * C
+    for j in tl.static_range(MOST):
+        at, here = c + j * C, mask & (zero + j < count)
+        logs = and_one(logs, tl.load(LOG + at, mask=here, other=0.0, cache_modifier=".cg"))
+        states = and_one(states, tl.load(STATE + at, mask=here, other=0.0, cache_modifier=".cg"))
+    log, state = logs[0], states[0]
+    for j in tl.static_range(1, MOST):
+        state = passed(factor_of(logs[j], PACKED), states[j], state, PACKED)
+        log = log_of_both(log, logs[j], PACKED)
+    return log, state
+
+
+@triton.jit
 def entering_tile(
-    LOG, STATE, PREFIX, ENTERING, FLAGS, PREFIX_FLAGS, n, C, c, outer, mask, earlier,
+    LOG, STATE, PREFIX, ENTERING, FLAGS, PREFIX_FLAGS, n, C, c, outer, mask,
     GROUP: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters the n-th tile; `earlier` are the numbers up to GROUP as rows, c the channels of a state.
-
-    `outer` are the same channels where others put them.
-    """
+    """The state that enters the n-th tile; c are the channels of a state, `outer` the same where others put them."""
     group, count = n // GROUP, n % GROUP
     if MODE == ALONE:
         wait_for(FLAGS + group * GROUP, count, GROUP)
-    at, before = (group * GROUP + earlier).to(tl.int64) * C + c, mask & (earlier < count)
-    log = tl.load(LOG + at, mask=before, other=0.0, cache_modifier=".cg")
-    state = tl.load(STATE + at, mask=before, other=0.0, cache_modifier=".cg")
-    _, state = scan_rows(factor_of(log, PACKED), state, False, PACKED)
-    log = log_of_all(log, PACKED)
+    log, state = map_of_tiles(LOG, STATE, group * GROUP, count, C, c, mask, GROUP - 1, PACKED)
     if ENTERING is None:  # noqa: SIM108  # a choice of the compiler
         prefix = tl.zeros_like(log)
     else:
@@ -149,7 +168,7 @@ def entering_tile(
         if MODE == ALONE:
             wait_for(PREFIX_FLAGS + group, 1, 1)
         prefix = tl.load(PREFIX + group.to(tl.int64) * C + c, mask=mask, other=0.0, cache_modifier=".cg")
-    return passed(factor_of(log, PACKED), row_of(state, earlier, GROUP - 1), prefix, PACKED)
+    return passed(factor_of(log, PACKED), state, prefix, PACKED)
 
 
 @triton.jit
@@ -166,6 +185,35 @@ def leave_prefix(
             raise_flag(PREFIX_FLAGS + group)
 
 
+@triton.jit
+def map_of_strips(
+    logs, states, strips, S: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr
+):
+    """The maps of a tile's strips as one."""
+    log = strip_of(logs, strips, S - 1 if REVERSE else 0, AXIS)
+    state = strip_of(states, strips, S - 1 if REVERSE else 0, AXIS)
+    for n in tl.static_range(1, S):
+        own = strip_of(logs, strips, S - 1 - n if REVERSE else n, AXIS)
+        new = strip_of(states, strips, S - 1 - n if REVERSE else n, AXIS)
+        state = passed(factor_of(own, PACKED), new, state, PACKED)
+        log = log_of_both(log, own, PACKED)
+    return log, state
+
+
+@triton.jit
+def entering_strips(
+    logs, states, strips, entering, S: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr
+):
+    """What enters each strip of a tile, from what enters the tile."""
+    found = tl.where(strips == (S - 1 if REVERSE else 0), entering, tl.zeros_like(states))
+    for n in tl.static_range(1, S):
+        own = strip_of(logs, strips, S - n if REVERSE else n - 1, AXIS)
+        new = strip_of(states, strips, S - n if REVERSE else n - 1, AXIS)
+        entering = passed(factor_of(own, PACKED), new, entering, PACKED)
+        found = tl.where(strips == (S - 1 - n if REVERSE else n), entering, found)
+    return found
+
+
 @triton.jit(do_not_specialize=["tiles", "groups"])
 def prefix_kernel(
     LOG, STATE, PREFIX, ENTERING, END, LOG_END, tiles, groups, C, D,
@@ -178,30 +226,18 @@ def prefix_kernel(
     document begins.
     """
     b = tl.program_id(0).to(tl.int64)
-    c = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
     mask, outer = c < C, b * C + (c % D) * (C // D) + c // D
-    earlier = tl.arange(0, GROUP)[:, None]
     LOG, STATE = LOG + b * tiles * C, STATE + b * tiles * C
     if ENTERING is None:  # noqa: SIM108  # a choice of the compiler
-        state = tl.zeros([1, BC], tl.float32)
+        state = tl.zeros([BC], tl.float32)
     else:
         state = tl.load(ENTERING + outer, mask=mask, other=0.0)
-    whole = tl.zeros([1, BC], tl.float32)
-    here = mask & (earlier < tiles)
-    logs = tl.load(LOG + earlier * C + c, mask=here, other=0.0)
-    states = tl.load(STATE + earlier * C + c, mask=here, other=0.0)
-    for group in range(groups):
-        log = log_of_all(logs, PACKED)
-        _, local = scan_rows(factor_of(logs, PACKED), states, False, PACKED)
-        n = (group + 1) * GROUP + earlier  # read already, while the scan is under way
-        at, here = n.to(tl.int64) * C + c, mask & (n < tiles)
-        logs = tl.load(LOG + at, mask=here, other=0.0)
-        states = tl.load(STATE + at, mask=here, other=0.0)
-        state = passed(factor_of(log, PACKED), row_of(local, earlier, GROUP - 1), state, PACKED)
-        if PACKED:
-            whole = tl.where((whole > 0) | (log > 0), 1.0, whole + log)
-        else:
-            whole += log
+    whole = tl.zeros([BC], tl.float32)
+    for group in tl.range(groups):
+        log, local = map_of_tiles(LOG, STATE, group * GROUP, tiles - group * GROUP, C, c, mask, GROUP, PACKED)
+        state = passed(factor_of(log, PACKED), local, state, PACKED)
+        whole = log_of_both(whole, log, PACKED)
         if PREFIX is not None:  # noqa: SIM102  # a choice of the compiler
             if group + 1 < groups:
                 tl.store(PREFIX + (b * groups + group + 1) * C + c, state, mask=mask)
@@ -212,107 +248,118 @@ def prefix_kernel(
         tl.store(LOG_END + outer, whole, mask=mask)
 
 
-@triton.jit
-def begins_at(BEGINS, t, valid):
-    """Whether documents begin at these tokens; BEGINS [T] int8."""
-    return tl.load(BEGINS + t, mask=valid, other=0) != 0
-
-
 @triton.jit(do_not_specialize=VARYING)
 def recurrence_kernel(
     X, G, Y, BEGINS, LOG, STATE, PREFIX, ENTERING, STATES, END, FLAGS,
     B, T, tiles, groups, C, x_b, x_t, g_b, g_t, g_c,
-    L: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Forward. X [B, T, C], G with strides; Y [B, T, C]; LOG, STATE and STATES [B, tiles, C]; END [B, C].
+    """Forward. X [B, T, C], G, Y [B, T, C]; LOG and STATE [B, tiles, C]; STATES [B, strips, C]; END [B, C].
 
-    FLAGS: one counter, then one a tile for each b and block of channels, then as many with one a group.
+    BEGINS [T] int8. FLAGS: one counter; for each b and block of channels one a tile; then for each of them one a group.
     """
     number, blocks = number_of_program(FLAGS, MODE), tl.cdiv(C, BC)
     part, n = number % (blocks * B), number // (blocks * B)
     b = (part // blocks).to(tl.int64)
-    rows, c = tl.arange(0, L)[:, None], ((part % blocks) * BC + tl.arange(0, BC))[None, :]
-    mask, t = c < C, n * L + rows
-    valid, t = mask & (t < T), t.to(tl.int64)
-    x = tl.load(X + b * x_b + t * x_t + c, mask=valid, other=0.0).to(tl.float32)
-    g = tl.load(G + b * g_b + t * g_t + c * g_c, mask=valid, other=0.0).to(tl.float32)
-    if PACKED:
-        g = tl.where(begins_at(BEGINS, t, t < T), 1.0, g)
-    a, h = scan_rows(factor_of(g, PACKED), x, False, PACKED)
-    log, last = log_of_all(g, PACKED), row_of(h, rows, L - 1)
-    at, earlier = b * tiles * C + c, tl.arange(0, GROUP)[:, None]
+    strips, c = tl.arange(0, S)[:, None], ((part % blocks) * BC + tl.arange(0, BC))[None, :]
+    mask, first = c < C, n.to(tl.int64) * (S * U)
+    xs = load_tokens(X + b * x_b, first, strips, T, x_t, c, mask, U)
+    gs = load_tokens(G + b * g_b, first, strips, T, g_t, c * g_c, mask, U)
+    begins = load_tokens(BEGINS, first, strips, T, 1, 0, strips >= 0, U) if PACKED else ()
+    gs = logs_of(gs, begins, U, PACKED)
+    logs, h = tl.zeros([S, BC], tl.float32), tl.zeros([S, BC], tl.float32)
+    for u in tl.static_range(U):
+        h = passed(factor_of(gs[u], PACKED), xs[u].to(tl.float32), h, PACKED)
+        logs = log_of_both(logs, gs[u], PACKED)
+    log, state = map_of_strips(logs, h, strips, S, 0, False, PACKED)
+    own = c + n.to(tl.int64) * C
     flags, prefix_flags = FLAGS + 1 + part * tiles, FLAGS + 1 + blocks * B * tiles + part * groups
     if MODE != WALK:
-        leave_map(LOG, STATE, flags + n, at + n.to(tl.int64) * C, mask, log, last, MODE)
+        leave_map(LOG + b * tiles * C, STATE + b * tiles * C, flags + n, own, mask, log, state, MODE)
     if MODE != MAPS:
         PREFIX += b * groups * C
         entering = entering_tile(
             LOG + b * tiles * C, STATE + b * tiles * C, PREFIX, ENTERING, flags, prefix_flags, n, C, c, b * C + c, mask,
-            earlier, GROUP, MODE, PACKED,
+            GROUP, MODE, PACKED,
         )  # fmt: skip
-        leave_prefix(PREFIX, prefix_flags, n, groups, C, c, mask, log, last, entering, GROUP, MODE, PACKED)
-        h = passed(a, h, entering, PACKED)
-        tl.store(Y + (b * T + t) * C + c, h.to(Y.dtype.element_ty), mask=valid)
-        tl.store(STATES + at + n.to(tl.int64) * C, entering, mask=mask)
+        leave_prefix(PREFIX, prefix_flags, n, groups, C, c, mask, log, state, entering, GROUP, MODE, PACKED)
+        h = entering_strips(logs, h, strips, entering, S, 0, False, PACKED)
+        tl.store(STATES + ((b * tiles + n) * S + strips) * C + c, h, mask=mask)
+        Y, left = Y + (b * T + first) * C, T - first
+        for u in tl.static_range(U):
+            h = passed(factor_of(gs[u], PACKED), xs[u].to(tl.float32), h, PACKED)
+            t = strips * U + u
+            tl.store(Y + t * C + c, h.to(Y.dtype.element_ty), mask=mask & (t < left))
         if n == tiles - 1:
-            tl.store(END + b * C + c, row_of(h, rows, L - 1), mask=mask)
+            tl.store(END + b * C + c, strip_of(h, strips, S - 1, 0), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def recurrence_gradient_kernel(
     DY, X, G, DX, DG, BEGINS, LOG, STATE, PREFIX, ENTERING, STATES, FIRST, FLAGS,
     B, T, tiles, groups, C, dy_b, dy_t, x_b, x_t, g_b, g_t, g_c,
-    L: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Backward. What passes is c: the gradient of the state before a tile, FIRST [B, C] that before all tokens.
 
-    DX, DG [B, T, C], DG may be None; STATES are what entered the tiles in forward.
+    DX, DG [B, T, C], DG may be None; STATES are what entered the strips in forward.
     """
     number, blocks = number_of_program(FLAGS, MODE), tl.cdiv(C, BC)
     part, n = number % (blocks * B), number // (blocks * B)
-    b, tile = (part // blocks).to(tl.int64), tiles - 1 - n
-    rows, c = tl.arange(0, L)[:, None], ((part % blocks) * BC + tl.arange(0, BC))[None, :]
-    mask, t = c < C, tile * L + rows
-    valid, behind, t = mask & (t < T), mask & (t + 1 < T) & (rows < L - 1), t.to(tl.int64)
-    dy = tl.load(DY + b * dy_b + t * dy_t + c, mask=valid, other=0.0).to(tl.float32)
-    at_g = G + b * g_b + t * g_t + c * g_c
-    g = tl.load(at_g, mask=valid, other=0.0).to(tl.float32)
-    g_behind = tl.load(at_g + g_t, mask=behind, other=0.0).to(tl.float32)
-    if PACKED:
-        g = tl.where(begins_at(BEGINS, t, t < T), 1.0, g)
-        g_behind = tl.where(begins_at(BEGINS, t + 1, (t + 1 < T) & (rows < L - 1)), 1.0, g_behind)
-    a, dh = scan_rows(factor_of(g_behind, PACKED), dy, True, PACKED)
-    own = factor_of(g, PACKED)
-    if PACKED:  # what would go on to another document
-        own = tl.where(own < 0, 0.0, own)
-    log, first = log_of_all(g, PACKED), row_of(dh, rows, 0) * row_of(own, rows, 0)
-    if PACKED:
-        first = tl.where(row_of(g, rows, 0) > 0, 0.0, first)
-    at, earlier = b * tiles * C + c, tl.arange(0, GROUP)[:, None]
+    b, tile = (part // blocks).to(tl.int64), (tiles - 1 - n).to(tl.int64)
+    strips, c = tl.arange(0, S)[:, None], ((part % blocks) * BC + tl.arange(0, BC))[None, :]
+    mask, start = c < C, tile * (S * U)
+    dys = load_tokens(DY + b * dy_b, start, strips, T, dy_t, c, mask, U)
+    gs = load_tokens(G + b * g_b, start, strips, T, g_t, c * g_c, mask, U)
+    begins = load_tokens(BEGINS, start, strips, T, 1, 0, strips >= 0, U) if PACKED else ()
+    gs = logs_of(gs, begins, U, PACKED)
+    logs, back = tl.zeros([S, BC], tl.float32), tl.zeros([S, BC], tl.float32)
+    for u in tl.static_range(U):
+        back = through_token(gs[U - 1 - u], dys[U - 1 - u].to(tl.float32) + back, PACKED)
+        logs = log_of_both(logs, gs[U - 1 - u], PACKED)
+    log, first = map_of_strips(logs, back, strips, S, 0, True, PACKED)
     flags, prefix_flags = FLAGS + 1 + part * tiles, FLAGS + 1 + blocks * B * tiles + part * groups
+    own = c + n.to(tl.int64) * C
     if MODE != WALK:
-        leave_map(LOG, STATE, flags + n, at + n.to(tl.int64) * C, mask, log, first, MODE)
+        leave_map(LOG + b * tiles * C, STATE + b * tiles * C, flags + n, own, mask, log, first, MODE)
     if MODE != MAPS:
+        # The state before each token.
+        befores = ()
+        if DG is not None:
+            xs = load_tokens(X + b * x_b, start, strips, T, x_t, c, mask, U)
+            h = tl.load(STATES + ((b * tiles + tile) * S + strips) * C + c, mask=mask, other=0.0)
+            for u in tl.static_range(U):
+                befores = and_one(befores, h)
+                h = passed(factor_of(gs[u], PACKED), xs[u].to(tl.float32), h, PACKED)
         PREFIX += b * groups * C
         entering = entering_tile(
             LOG + b * tiles * C, STATE + b * tiles * C, PREFIX, ENTERING, flags, prefix_flags, n, C, c, b * C + c, mask,
-            earlier, GROUP, MODE, PACKED,
+            GROUP, MODE, PACKED,
         )  # fmt: skip
         leave_prefix(PREFIX, prefix_flags, n, groups, C, c, mask, log, first, entering, GROUP, MODE, PACKED)
-        dh = passed(a, dh, entering, PACKED)
-        tl.store(DX + (b * T + t) * C + c, dh.to(DX.dtype.element_ty), mask=valid)
-        if n == tiles - 1:
-            tl.store(FIRST + b * C + c, passed(factor_of(log, PACKED), first, entering, PACKED), mask=mask)
+        back = entering_strips(logs, back, strips, entering, S, 0, True, PACKED)
+        left, DX = T - start, DX + (b * T + start) * C
         if DG is not None:
-            # The state before each token: that before the tile, then each token's before it.
-            before = valid & (rows > 0)
-            x = tl.load(X + b * x_b + (t - 1) * x_t + c, mask=before, other=0.0).to(tl.float32)
-            g_before = tl.load(at_g - g_t, mask=before, other=0.0).to(tl.float32)
-            if PACKED:
-                g_before = tl.where(begins_at(BEGINS, t - 1, (t < T) & (rows > 0)), 1.0, g_before)
-            state = tl.load(STATES + at + tile.to(tl.int64) * C, mask=mask, other=0.0)
-            _, h = scan_rows(factor_of(g_before, PACKED), tl.where(rows > 0, x, state), False, PACKED)
-            dg = own * dh * h
-            if PACKED:
-                dg = tl.where(g > 0, 0.0, dg)
-            tl.store(DG + (b * T + t) * C + c, dg.to(DG.dtype.element_ty), mask=valid)
+            DG += (b * T + start) * C
+        for u in tl.static_range(U):
+            t = strips * U + U - 1 - u
+            at, here = t * C + c, mask & (t < left)
+            dh = dys[U - 1 - u].to(tl.float32) + back
+            tl.store(DX + at, dh.to(DX.dtype.element_ty), mask=here)
+            back = through_token(gs[U - 1 - u], dh, PACKED)
+            if DG is not None:
+                dg = back * befores[U - 1 - u]
+                if PACKED:
+                    dg = tl.where(gs[U - 1 - u] > 0, 0.0, dg)
+                tl.store(DG + at, dg.to(DG.dtype.element_ty), mask=here)
+        if n == tiles - 1:
+            tl.store(FIRST + b * C + c, strip_of(back, strips, 0, 0), mask=mask)
+
+
+@triton.jit
+def through_token(log, dh, PACKED: tl.constexpr):
+    """c of the formulas above: what goes on to the token before, nothing where a document begins."""
+    back = factor_of(log, PACKED) * dh
+    if PACKED:
+        back = tl.where(log > 0, 0.0, back)
+    return back

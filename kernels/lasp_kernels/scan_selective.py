@@ -6,12 +6,13 @@
     h_t = exp(dt_t A) * h_{t-1} + (dt_t u_t) B_t        y_t = sum_N h_t C_t
     dh_t = dy_t C_t + c_{t+1}                           c_t = exp(dt_t A) * dh_t
 
-A state has D channels of N numbers. A tile here is [tokens, N, channels], made in registers from what is [tokens, D] or
-[tokens, N] in memory; nothing of the size of all states is ever there. What tiles leave and keep lies as [N, D], so
-that neighbours in memory are channels, as in all else.
+A state has D channels of N numbers; a program has [N, S, channels] of them, so that a thread has all N of a channel in
+one strip. The states of single tokens are in registers only. So that these hold them, inputs are read again for each
+walk, from the caches, and backward makes the states before V tokens at a time again, from the last ones of a strip to
+the first. What tiles leave and keep lies as [N, D], so that neighbours in memory are channels, as in all else.
 
-In backward a program goes through some blocks of channels one after the other, and adds up over them what it gives to
-the gradients of B and C; other programs' sums, and those of A over tokens, are added up afterwards, in a fixed order.
+The gradients of B and C are sums over channels, and that of A over tokens: each program leaves its own, and they are
+added up afterwards, in a fixed order.
 """
 
 import triton
@@ -20,181 +21,190 @@ import triton.language as tl
 from lasp_kernels.scan import (
     MAPS,
     WALK,
-    begins_at,
+    and_one,
+    entering_strips,
     entering_tile,
     factor_of,
     leave_map,
     leave_prefix,
-    log_of_all,
+    map_of_strips,
     number_of_program,
     passed,
-    row_of,
-    scan_rows,
+    strip_of,
+    through_token,
 )
 
-VARYING = ["B", "T", "tiles", "groups", "u_b", "dt_b", "B_b", "C_b", "dy_b", "parts"]
+VARYING = ["B", "T", "tiles", "groups"]
 
 
 @triton.jit
-def rows_of(X, t, stride, columns, mask):
-    """Rows of a tensor in fp32, zeros outside."""
-    return tl.load(X + t * stride + columns, mask=mask, other=0.0).to(tl.float32)
+def token_of(X, t, left, stride, columns, mask):
+    """The t-th of a tile, in fp32; zeros behind the last of the `left` ones."""
+    return tl.load(X + t * stride + columns, mask=mask & (t < left), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def logs_of(dt, A, BEGINS, t, valid, PACKED: tl.constexpr):
-    """The log-decays [tokens, N, channels] of tokens t [tokens, 1], from dt [tokens, channels] and A [N, channels]."""
-    log = dt[:, None, :] * A[None, :, :]
+def log_of_token(dt, begins, a, PACKED: tl.constexpr):
+    """Its log-decays [N, S, channels], from dt [S, channels]; `begins` [S, 1] is not 0 where a document does."""
+    log = dt[None, :, :] * a
     if PACKED:
-        log = tl.where(begins_at(BEGINS, t, valid)[:, :, None], 1.0, log)
+        log = tl.where((begins != 0)[None, :, :], 1.0, log)
     return log
+
+
+@triton.jit
+def begins_of(BEGINS, t, left, PACKED: tl.constexpr):
+    """Whether documents begin at a token."""
+    if PACKED:
+        return tl.load(BEGINS + t, mask=t < left, other=0)
+    return t * 0
+
+
+@triton.jit
+def next_state(h, u, dt, into, begins, a, PACKED: tl.constexpr):
+    """Behind a token: u and dt [S, channels], into [N, S, 1]."""
+    return passed(factor_of(log_of_token(dt, begins, a, PACKED), PACKED), (dt * u)[None, :, :] * into, h, PACKED)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def selective_kernel(
-    U, DT, A, IN, OUT, Y, BEGINS, LOG, STATE, PREFIX, ENTERING, STATES, END, FLAGS,
+    U_, DT, A, IN, OUT, Y, BEGINS, LOG, STATE, PREFIX, ENTERING, STATES, END, FLAGS,
     B, T, tiles, groups, D, N, u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t,
-    L: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, MODE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Forward. U, DT [B, T, D], A [D, N], IN and OUT (what others call B and C) [B, T, N], Y [B, T, D]; else as in
-    `recurrence_kernel`, with D * N channels."""
+    """Forward. U_ (what others call u) and DT [B, T, D], A [D, N], IN and OUT (B and C) [B, T, N], Y [B, T, D]; else as
+    in `recurrence_kernel`, with D * N channels."""
     number, blocks = number_of_program(FLAGS, MODE), tl.cdiv(D, BD)
     part, n = number % (blocks * B), number // (blocks * B)
-    b = (part // blocks).to(tl.int64)
-    t = n * L + tl.arange(0, L)[:, None]
-    here, t = t < T, t.to(tl.int64)
-    d = ((part % blocks) * BD + tl.arange(0, BD))[None, :]
-    s = tl.arange(0, NP)
-    a = tl.load(A + d * N + s[:, None], mask=(d < D) & (s[:, None] < N), other=0.0).to(tl.float32)
-    u = rows_of(U + b * u_b, t, u_t, d, here & (d < D))
-    dt = rows_of(DT + b * dt_b, t, dt_t, d, here & (d < D))
-    into = rows_of(IN + b * B_b, t, B_t, s[None, :], here & (s[None, :] < N))
-    log = logs_of(dt, a, BEGINS, t, here, PACKED)
-    through, h = scan_rows(factor_of(log, PACKED), (dt * u)[:, None, :] * into[:, :, None], False, PACKED)
-    rows, earlier = tl.arange(0, L)[:, None, None], tl.arange(0, GROUP)[:, None, None]
-    log, last = log_of_all(log, PACKED), row_of(h, rows, L - 1)
-    c, outer = s[None, :, None] * D + d[:, None, :], d[:, None, :] * N + s[None, :, None]
-    mask, C = (s[None, :, None] < N) & (d[:, None, :] < D), D * N
-    at = b * tiles * C + n.to(tl.int64) * C + c
+    b, start = (part // blocks).to(tl.int64), n.to(tl.int64) * (S * U)
+    d, strips, left = ((part % blocks) * BD + tl.arange(0, BD))[None, :], tl.arange(0, S)[:, None], T - start
+    s3, d3, strips3, wide = tl.arange(0, NP)[:, None, None], d[None, :, :], strips[None, :, :], d < D
+    mask, narrow, C = (s3 < N) & (d3 < D), s3 < N, D * N
+    U_, DT = U_ + b * u_b + start * u_t, DT + b * dt_b + start * dt_t
+    IN, OUT = IN + b * B_b + start * B_t, OUT + b * C_b + start * C_t
+    if PACKED:
+        BEGINS += start
+    a = tl.load(A + d3 * N + s3, mask=mask, other=0.0).to(tl.float32)
+    h, total, document = tl.zeros([NP, S, BD], tl.float32), tl.zeros([S, BD], tl.float32), strips * 0
+    for i in range(U):
+        t, t3 = strips * U + i, strips3 * U + i
+        u, dt = token_of(U_, t, left, u_t, d, wide), token_of(DT, t, left, dt_t, d, wide)
+        into, begins = token_of(IN, t3, left, B_t, s3, narrow), begins_of(BEGINS, t, left, PACKED)
+        h = next_state(h, u, dt, into, begins, a, PACKED)
+        total += dt
+        document += begins
+    logs = log_of_token(total, document, a, PACKED)
+    log, state = map_of_strips(logs, h, strips3, S, 1, False, PACKED)
+    c, outer = s3 * D + d3, d3 * N + s3
+    own = n.to(tl.int64) * C + c
     flags, prefix_flags = FLAGS + 1 + part * tiles, FLAGS + 1 + blocks * B * tiles + part * groups
     if MODE != WALK:
-        leave_map(LOG, STATE, flags + n, at, mask, log, last, MODE)
+        leave_map(LOG + b * tiles * C, STATE + b * tiles * C, flags + n, own, mask, log, state, MODE)
     if MODE != MAPS:
         PREFIX += b * groups * C
         entering = entering_tile(
             LOG + b * tiles * C, STATE + b * tiles * C, PREFIX, ENTERING, flags, prefix_flags, n, C, c, b * C + outer,
-            mask, earlier, GROUP, MODE, PACKED,
+            mask, GROUP, MODE, PACKED,
         )  # fmt: skip
-        leave_prefix(PREFIX, prefix_flags, n, groups, C, c, mask, log, last, entering, GROUP, MODE, PACKED)
-        h = passed(through, h, entering, PACKED)
-        out = rows_of(OUT + b * C_b, t, C_t, s[None, :], here & (s[None, :] < N))
-        y = tl.sum(h * out[:, :, None], 1)
-        tl.store(Y + (b * T + t) * D + d, y.to(Y.dtype.element_ty), mask=here & (d < D))
-        tl.store(STATES + at, entering, mask=mask)
+        leave_prefix(PREFIX, prefix_flags, n, groups, C, c, mask, log, state, entering, GROUP, MODE, PACKED)
+        h = entering_strips(logs, h, strips3, entering, S, 1, False, PACKED)
+        tl.store(STATES + ((b * tiles + n) * S + strips3) * C + c, h, mask=mask)
+        Y += (b * T + start) * D
+        for i in range(U):
+            t, t3 = strips * U + i, strips3 * U + i
+            u, dt = token_of(U_, t, left, u_t, d, wide), token_of(DT, t, left, dt_t, d, wide)
+            into, begins = token_of(IN, t3, left, B_t, s3, narrow), begins_of(BEGINS, t, left, PACKED)
+            h = next_state(h, u, dt, into, begins, a, PACKED)
+            y = tl.sum(h * token_of(OUT, t3, left, C_t, s3, narrow), 0)
+            tl.store(Y + t * D + d, y.to(Y.dtype.element_ty), mask=wide & (t < left))
         if n == tiles - 1:
-            tl.store(END + b * C + outer, row_of(h, rows, L - 1), mask=mask)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def selective_maps_kernel(
-    DY, DT, A, OUT, BEGINS, LOG, STATE, B, T, tiles, D, N, dy_b, dy_t, dt_b, dt_t, C_b, C_t,
-    L: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Backward: what tiles do to the gradient of a state; the n-th in order is the n-th from the end."""
-    blocks = tl.cdiv(D, BD)
-    part, n = tl.program_id(0) % (blocks * B), tl.program_id(0) // (blocks * B)
-    b = (part // blocks).to(tl.int64)
-    t = (tiles - 1 - n) * L + tl.arange(0, L)[:, None]
-    here, t = t < T, t.to(tl.int64)
-    d, s = ((part % blocks) * BD + tl.arange(0, BD))[None, :], tl.arange(0, NP)
-    a = tl.load(A + d * N + s[:, None], mask=(d < D) & (s[:, None] < N), other=0.0).to(tl.float32)
-    dy = rows_of(DY + b * dy_b, t, dy_t, d, here & (d < D))
-    dt = rows_of(DT + b * dt_b, t, dt_t, d, here & (d < D))
-    out = rows_of(OUT + b * C_b, t, C_t, s[None, :], here & (s[None, :] < N))
-    log, dh = logs_of(dt, a, BEGINS, t, here, PACKED), dy[:, None, :] * out[:, :, None]
-    # Element by element what a token passes on is c = exp(log) (dy C + c of the token behind): no row must be shifted.
-    own = factor_of(log, PACKED)
-    new = own * dh
-    if PACKED:
-        new = tl.where(own < 0, 0.0, new)
-    _, c_of = scan_rows(own, new, True, PACKED)
-    rows = tl.arange(0, L)[:, None, None]
-    c, mask = s[None, :, None] * D + d[:, None, :], (s[None, :, None] < N) & (d[:, None, :] < D)
-    at = b * tiles * D * N + n.to(tl.int64) * D * N + c
-    tl.store(LOG + at, log_of_all(log, PACKED), mask=mask)
-    tl.store(STATE + at, row_of(c_of, rows, 0), mask=mask)
+            tl.store(END + b * C + outer, strip_of(h, strips3, S - 1, 1), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def selective_gradient_kernel(
-    DY, U, DT, A, IN, OUT, DU, DDT, DA, DIN, DOUT, BEGINS, LOG, STATE, PREFIX, ENTERING, STATES, FIRST,
-    B, T, tiles, groups, D, N, parts, dy_b, dy_t, u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t,
-    L: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    PACKED: tl.constexpr,
+    DY, U_, DT, A, IN, OUT, DU, DDT, DA, DIN, DOUT, BEGINS, LOG, STATE, PREFIX, ENTERING, STATES, FIRST, FLAGS,
+    B, T, tiles, groups, D, N, dy_b, dy_t, u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t,
+    S: tl.constexpr, U: tl.constexpr, V: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+    MODE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Backward. DU, DDT [B, T, D]; DA [B, tiles, N, D]; DIN, DOUT [parts, B, T, N], of BLOCKS blocks of channels each.
+    """Backward. DU, DDT [B, T, D]; DA [B, tiles, N, D]; DIN, DOUT [blocks of channels, B, T, N].
 
-    STATES are what entered the tiles in forward, FIRST [B, D, N] the gradient of the state before all tokens.
+    STATES are what entered the strips in forward, FIRST [B, D, N] the gradient of the state before all tokens.
     """
-    part, n = tl.program_id(0) % parts, tl.program_id(0) // parts % tiles
-    b, tile = (tl.program_id(0) // parts // tiles).to(tl.int64), tiles - 1 - n
-    s, rows = tl.arange(0, NP), tl.arange(0, L)[:, None, None]
-    row = tl.arange(0, L)[:, None]
-    t, earlier = tile * L + row, tl.arange(0, GROUP)[:, None, None]
-    here, behind, before, t = t < T, (t + 1 < T) & (row < L - 1), (t < T) & (row > 0), t.to(tl.int64)
-    IN, OUT, C = IN + b * B_b, OUT + b * C_b, D * N
-    into = rows_of(IN, t, B_t, s[None, :], here & (s[None, :] < N))
-    out = rows_of(OUT, t, C_t, s[None, :], here & (s[None, :] < N))
-    into_before = rows_of(IN, t - 1, B_t, s[None, :], before & (s[None, :] < N))
-    d_into, d_out = tl.zeros([L, NP], tl.float32), tl.zeros([L, NP], tl.float32)
-    for block in range(BLOCKS):
-        d = ((part * BLOCKS + block) * BD + tl.arange(0, BD))[None, :]
-        wide = d < D
-        a = tl.load(A + d * N + s[:, None], mask=wide & (s[:, None] < N), other=0.0).to(tl.float32)
-        dy = rows_of(DY + b * dy_b, t, dy_t, d, here & wide)
-        u = rows_of(U + b * u_b, t, u_t, d, here & wide)
-        dt = rows_of(DT + b * dt_b, t, dt_t, d, here & wide)
-        dt_behind = rows_of(DT + b * dt_b, t + 1, dt_t, d, behind & wide)
-        dt_before = rows_of(DT + b * dt_b, t - 1, dt_t, d, before & wide)
-        u_before = rows_of(U + b * u_b, t - 1, u_t, d, before & wide)
-        c, outer = s[None, :, None] * D + d[:, None, :], d[:, None, :] * N + s[None, :, None]
-        mask = (s[None, :, None] < N) & (d[:, None, :] < D)
+    number, blocks = number_of_program(FLAGS, MODE), tl.cdiv(D, BD)
+    part, n = number % (blocks * B), number // (blocks * B)
+    b, tile = (part // blocks).to(tl.int64), (tiles - 1 - n).to(tl.int64)
+    start = tile * (S * U)
+    d, strips, left = ((part % blocks) * BD + tl.arange(0, BD))[None, :], tl.arange(0, S)[:, None], T - start
+    s3, d3, strips3, wide = tl.arange(0, NP)[:, None, None], d[None, :, :], strips[None, :, :], d < D
+    mask, narrow, C = (s3 < N) & (d3 < D), s3 < N, D * N
+    DY, U_, DT = DY + b * dy_b + start * dy_t, U_ + b * u_b + start * u_t, DT + b * dt_b + start * dt_t
+    IN, OUT = IN + b * B_b + start * B_t, OUT + b * C_b + start * C_t
+    if PACKED:
+        BEGINS += start
+    a = tl.load(A + d3 * N + s3, mask=mask, other=0.0).to(tl.float32)
+    back, total, document = tl.zeros([NP, S, BD], tl.float32), tl.zeros([S, BD], tl.float32), strips * 0
+    for i in range(U):
+        t, t3 = strips * U + (U - 1 - i), strips3 * U + (U - 1 - i)
+        dy, dt = token_of(DY, t, left, dy_t, d, wide), token_of(DT, t, left, dt_t, d, wide)
+        out, begins = token_of(OUT, t3, left, C_t, s3, narrow), begins_of(BEGINS, t, left, PACKED)
+        back = through_token(log_of_token(dt, begins, a, PACKED), dy[None, :, :] * out + back, PACKED)
+        total += dt
+        document += begins
+    logs = log_of_token(total, document, a, PACKED)
+    log, first = map_of_strips(logs, back, strips3, S, 1, True, PACKED)
+    c, outer = s3 * D + d3, d3 * N + s3
+    own = n.to(tl.int64) * C + c
+    flags, prefix_flags = FLAGS + 1 + part * tiles, FLAGS + 1 + blocks * B * tiles + part * groups
+    if MODE != WALK:
+        leave_map(LOG + b * tiles * C, STATE + b * tiles * C, flags + n, own, mask, log, first, MODE)
+    if MODE != MAPS:
+        PREFIX += b * groups * C
         entering = entering_tile(
-            LOG + b * tiles * C, STATE + b * tiles * C, PREFIX + b * groups * C, ENTERING, LOG, LOG, n, C, c,
-            b * C + outer, mask, earlier, GROUP, WALK, PACKED,
+            LOG + b * tiles * C, STATE + b * tiles * C, PREFIX, ENTERING, flags, prefix_flags, n, C, c, b * C + outer,
+            mask, GROUP, MODE, PACKED,
         )  # fmt: skip
-        through, dh = scan_rows(
-            factor_of(logs_of(dt_behind, a, BEGINS, t + 1, behind, PACKED), PACKED), dy[:, None, :] * out[:, :, None],
-            True, PACKED,
-        )  # fmt: skip
-        dh = passed(through, dh, entering, PACKED)
-        # The state before each token: that before the tile, then each token's before it.
-        at = b * tiles * C + tile.to(tl.int64) * C + c
-        state = tl.load(STATES + at, mask=mask, other=0.0)
-        new = (dt_before * u_before)[:, None, :] * into_before[:, :, None]
-        _, h = scan_rows(
-            factor_of(logs_of(dt_before, a, BEGINS, t - 1, before, PACKED), PACKED), tl.where(rows > 0, new, state),
-            False, PACKED,
-        )  # fmt: skip
-        log = logs_of(dt, a, BEGINS, t, here, PACKED)
-        h = factor_of(log, PACKED) * h
-        if PACKED:
-            h = tl.where(log > 0, 0.0, h)
-        d_log = dh * h  # of the state that came through to the token
-        h += (dt * u)[:, None, :] * into[:, :, None]
-        d_out += tl.sum(h * dy[:, None, :], 2)
-        d_into += tl.sum(dh * (dt * u)[:, None, :], 2)
-        d_new = tl.sum(dh * into[:, :, None], 1)
-        at_d = (b * T + t) * D + d
-        tl.store(DU + at_d, (dt * d_new).to(DU.dtype.element_ty), mask=here & wide)
-        d_dt = u * d_new + tl.sum(d_log * a[None, :, :], 1)
-        tl.store(DDT + at_d, d_dt.to(DDT.dtype.element_ty), mask=here & wide)
-        tl.store(DA + at, tl.sum(d_log * dt[:, None, :], 0, keep_dims=True), mask=mask)
+        leave_prefix(PREFIX, prefix_flags, n, groups, C, c, mask, log, first, entering, GROUP, MODE, PACKED)
+        back = entering_strips(logs, back, strips3, entering, S, 1, True, PACKED)
+        of_part = (((part % blocks) * B + b) * T + start) * N
+        DU, DDT, DIN, DOUT = DU + (b * T + start) * D, DDT + (b * T + start) * D, DIN + of_part, DOUT + of_part
+        d_a = tl.zeros([NP, S, BD], tl.float32)
+        for piece in range(U // V):
+            before = U - V * (piece + 1)  # tokens of a strip
+            h = tl.load(STATES + ((b * tiles + tile) * S + strips3) * C + c, mask=mask, other=0.0)
+            for i in range(before):
+                t, t3 = strips * U + i, strips3 * U + i
+                u, dt = token_of(U_, t, left, u_t, d, wide), token_of(DT, t, left, dt_t, d, wide)
+                into, begins = token_of(IN, t3, left, B_t, s3, narrow), begins_of(BEGINS, t, left, PACKED)
+                h = next_state(h, u, dt, into, begins, a, PACKED)
+            befores = ()
+            for v in tl.static_range(V):
+                befores = and_one(befores, h)
+                t, t3 = strips * U + before + v, strips3 * U + before + v
+                u, dt = token_of(U_, t, left, u_t, d, wide), token_of(DT, t, left, dt_t, d, wide)
+                into, begins = token_of(IN, t3, left, B_t, s3, narrow), begins_of(BEGINS, t, left, PACKED)
+                h = next_state(h, u, dt, into, begins, a, PACKED)
+                d_out = tl.sum(h * token_of(DY, t, left, dy_t, d, wide)[None, :, :], 2, keep_dims=True)
+                tl.store(DOUT + t3 * N + s3, d_out, mask=narrow & (t3 < left))
+            for v in tl.static_range(V):
+                t, t3 = strips * U + before + (V - 1 - v), strips3 * U + before + (V - 1 - v)
+                u, dt = token_of(U_, t, left, u_t, d, wide), token_of(DT, t, left, dt_t, d, wide)
+                dy, begins = token_of(DY, t, left, dy_t, d, wide), begins_of(BEGINS, t, left, PACKED)
+                dh = dy[None, :, :] * token_of(OUT, t3, left, C_t, s3, narrow) + back
+                log_here = log_of_token(dt, begins, a, PACKED)
+                back = through_token(log_here, dh, PACKED)
+                d_log = back * befores[V - 1 - v]
+                if PACKED:
+                    d_log = tl.where(log_here > 0, 0.0, d_log)
+                d_in = tl.sum(dh * (dt * u)[None, :, :], 2, keep_dims=True)
+                tl.store(DIN + t3 * N + s3, d_in, mask=narrow & (t3 < left))
+                d_new, at = tl.sum(dh * token_of(IN, t3, left, B_t, s3, narrow), 0), t * D + d
+                tl.store(DU + at, (dt * d_new).to(DU.dtype.element_ty), mask=wide & (t < left))
+                d_dt = u * d_new + tl.sum(d_log * a, 0)
+                tl.store(DDT + at, d_dt.to(DDT.dtype.element_ty), mask=wide & (t < left))
+                d_a += d_log * dt[None, :, :]
+        tl.store(DA + (b * tiles + tile) * C + c, tl.sum(d_a, 1, keep_dims=True), mask=mask)
         if n == tiles - 1:
-            first = row_of(dh, rows, 0) * row_of(factor_of(log, PACKED), rows, 0)
-            if PACKED:
-                first = tl.where(row_of(log, rows, 0) > 0, 0.0, first)
-            tl.store(FIRST + b * C + outer, first, mask=mask)
-    at_n = ((part * B + b) * T + t) * N + s[None, :]
-    tl.store(DIN + at_n, d_into, mask=here & (s[None, :] < N))
-    tl.store(DOUT + at_n, d_out, mask=here & (s[None, :] < N))
+            tl.store(FIRST + b * C + outer, strip_of(back, strips3, 0, 1), mask=mask)

@@ -23,21 +23,21 @@ from lasp_kernels.elementwise import RecurrenceOperands, document_starts
 from lasp_kernels.launch import Launch, layout
 from lasp_kernels.selective_scan import MOST_STATES, SelectiveOperands
 
-GROUP = 16  # tiles
+STATES = 4  # of a channel that backward of a selective scan holds at once
+GROUP = 8  # tiles
 PREFIX_BLOCK = 64  # channels of a program of `prefix_kernel`
 
 
 class Config(NamedTuple):
     """Of the programs of an operator."""
 
-    tile: int  # tokens
-    numbers: int  # of a state that a program has
-    warps: int
-    warps_back: int
-    blocks: int = 1  # of channels that a program of backward goes through
+    strips: int  # of a tile, one a warp
+    tokens: int  # of a strip
+    channels: int
+    registers: int  # of a thread, so that more programs have room; what they do not hold lies in the L1 cache
 
 
-RECURRENCE, SELECTIVE = Config(64, 64, 4, 4), Config(32, 256, 4, 4, 4)
+RECURRENCE, SELECTIVE = Config(4, 16, 64, 128), Config(4, 16, 32, 255)
 
 
 @dataclass
@@ -69,8 +69,8 @@ class TileSteps(ABC):
         self.heads, self.dtype, self.device = 1, torch.float32, like.device
         self.batch, self.tokens = like.shape[:2]
         self.channels, self.numbers = channels, torch.Size(channels).numel()
-        self.segment_length = self.config.tile
-        self.tiles = -(-self.tokens // self.segment_length)
+        self.segment_length = self.config.tokens  # of a strip: the states that enter these are kept
+        self.tiles = -(-self.tokens // (self.config.strips * self.config.tokens))
         self.groups = -(-self.tiles // GROUP)
         bounds = None if cu_seqlens is None else tuple(host_bounds(cu_seqlens, self.batch, self.tokens))
         self._starts = None if bounds is None else document_starts(bounds, self.tokens, self.device)
@@ -89,7 +89,7 @@ class TileSteps(ABC):
         """Of channels, for each a program a tile."""
 
     @abstractmethod
-    def _launch(self, maps: TileMaps, mode: int, **tensors: Tensor | None) -> None:
+    def _launch(self, maps: TileMaps, mode: int, **tensors: Any) -> None:
         """Start the kernel of a pass over all tiles."""
 
     # The steps
@@ -125,12 +125,12 @@ class TileSteps(ABC):
         raise NotImplementedError
 
     def scan(self, maps: TileMaps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
-        """From the state that enters the tokens: those that enter tiles [B, tiles, *channels]; the one behind.
+        """From the state that enters the tokens: those that enter strips [B, strips, *channels]; the one behind.
 
         `outputs` (reversed: `gradients`) must follow, and fills both. Of gradients none are kept.
         """
         end = self._empty(self.batch, 1, self.numbers, 1)
-        states = self._empty(self.batch, 0 if reverse else self.tiles, *self.channels)
+        states = self._empty(self.batch, 0 if reverse else self.tiles * self.config.strips, *self.channels)
         if entering is not None:
             entering = entering.to(torch.float32).contiguous()
         if not self.tokens:
@@ -164,7 +164,7 @@ class TileSteps(ABC):
         assert found is not None, "scan comes before"
         return found
 
-    def _walk(self, **tensors: Tensor | None) -> None:
+    def _walk(self, **tensors: Any) -> None:
         """The pass that writes results, from what `scan` was told."""
         entering = self._taken()
         maps, flags, prefix = entering.maps, None, entering.prefix
@@ -224,7 +224,7 @@ class TileRecurrenceSteps(TileSteps):
 
     def __init__(self, x: RecurrenceOperands, *, cu_seqlens: Sequence[int] | None = None):
         super().__init__(x.x, tuple(x.x.shape[2:]), cu_seqlens)
-        self._block = min(self.config.numbers, max(16, power_of_two(self.numbers)))
+        self._block = min(self.config.channels, power_of_two(self.numbers))
 
     @property
     def _blocks(self) -> int:
@@ -283,19 +283,19 @@ class TileRecurrenceSteps(TileSteps):
         dy = None if maps.dy is None else _flat(maps.dy)
         others = (self._starts, log, state, prefix, entering, states, end, log if flags is None else flags)
         if dy is None:
-            tensors, kernel, warps = (x, g, y, *others), scan.recurrence_kernel, self.config.warps
+            tensors, kernel = (x, g, y, *others), scan.recurrence_kernel
             strides = _strides(x, g)
         else:
             tensors, kernel = (dy, x, g, y, dg, *others), scan.recurrence_gradient_kernel
-            strides, warps = _strides(dy, x, g), self.config.warps_back
+            strides = _strides(dy, x, g)
         programs = self._blocks * self.batch * self.tiles
         launch = _launches.of(
             ("recurrence", mode, dy is None, self.config, g_c), (self.batch, self.tokens, self.numbers), self.device,
             lambda: Launch(
                 kernel, self.device, (programs, 1),
                 (self.batch, self.tokens, self.tiles, self.groups, self.numbers, *strides, g_c),
-                L=self.config.tile, BC=self._block, GROUP=GROUP, MODE=mode, PACKED=self._starts is not None,
-                num_warps=warps,
+                S=self.config.strips, U=self.config.tokens, BC=self._block, GROUP=GROUP, MODE=mode,
+                PACKED=self._starts is not None, num_warps=self.config.strips, maxnreg=self.config.registers,
             ),
             *tensors,
         )  # fmt: skip
@@ -309,8 +309,7 @@ class TileSelectiveSteps(TileSteps):
 
     def __init__(self, x: SelectiveOperands, *, cu_seqlens: Sequence[int] | None = None):
         super().__init__(x.u, tuple(x.A.shape), cu_seqlens)
-        self._padded = power_of_two(self._inner)
-        self._block = max(1, min(power_of_two(self.channels[0]), self.config.numbers // self._padded))
+        self._block = min(power_of_two(self.channels[0]), self.config.channels)
 
     @property
     def _inner(self) -> int:
@@ -339,33 +338,12 @@ class TileSelectiveSteps(TileSteps):
         """Of all operands. (They share nearly all of the work.)"""
         if not self.tokens:
             return tuple(torch.zeros_like(y) for y in x)
-        entering, (D, N) = self._taken(), self.channels
-        maps, prefix = entering.maps, entering.prefix
-        if prefix is None:
-            maps.log, maps.state = (self._empty(self.batch, self.tiles, self.numbers) for _ in range(2))
-            self._launch(maps, scan.MAPS.value, log=maps.log, state=maps.state)
-            prefix = self._empty(self.batch, self.groups, self.numbers)
-            self._prefixes(maps, entering.state, prefix, entering.end, None)
-        u, dt, A, B, C, dy = (_dense(y) for y in (*x, dy))
-        parts = -(-self._blocks // self.config.blocks)
+        D, N = self.channels
         du, d_dt = (torch.empty(y.shape, dtype=y.dtype, device=self.device) for y in (x.u, x.dt))
         dA = self._empty(self.batch, self.tiles, N, D)
-        dB, dC = (self._empty(parts, *B.shape) for _ in range(2))
-        tensors = (dy, u, dt, A, B, C, du, d_dt, dA, dB, dC, self._starts, maps.log, maps.state, prefix)
-        tensors += (entering.state, states, entering.end)
-        launch = _launches.of(
-            ("selective gradient", self.config), (self.batch, self.tokens, self.channels), self.device,
-            lambda: Launch(
-                scan_selective.selective_gradient_kernel, self.device, (parts * self.batch * self.tiles, 1),
-                (self.batch, self.tokens, self.tiles, self.groups, D, N, parts, *_strides(dy, u, dt, B, C)),
-                L=self.config.tile, NP=self._padded, BD=self._block, BLOCKS=self.config.blocks, GROUP=GROUP,
-                PACKED=self._starts is not None, num_warps=self.config.warps_back,
-            ),
-            *tensors,
-        )  # fmt: skip
-        launch(*tensors)
-        maps.log = maps.state = None
-        return du, d_dt, dA.sum((0, 1)).mT.contiguous(), dB.sum(0), dC.sum(0)  # as ranks add it up
+        dB, dC = (self._empty(self._blocks, *x.B.shape) for _ in range(2))
+        self._walk(y=du, states=states, others=(d_dt, dA, dB, dC))
+        return du, d_dt, dA.sum((0, 1)).mT.contiguous(), dB.sum(0), dC.sum(0)  # dense, as ranks add them up
 
     def _launch(
         self,
@@ -373,6 +351,7 @@ class TileSelectiveSteps(TileSteps):
         mode: int,
         *,
         y: Tensor | None = None,
+        others: tuple[Tensor | None, ...] = (None,) * 4,
         log: Tensor | None = None,
         state: Tensor | None = None,
         prefix: Tensor | None = None,
@@ -381,24 +360,27 @@ class TileSelectiveSteps(TileSteps):
         end: Tensor | None = None,
         flags: Tensor | None = None,
     ) -> None:
-        u, dt, A, B, C = (_dense(x) for x in maps.x)
-        numbers = (self.batch, self.tokens, self.tiles)
-        settings = {"L": self.config.tile, "NP": self._padded, "BD": self._block, "PACKED": self._starts is not None}
-        settings["num_warps"] = self.config.warps
+        x = tuple(_dense(y) for y in maps.x)
+        settings = {}
+        more = (self._starts, log, state, prefix, entering, states, end, log if flags is None else flags)
         if maps.dy is None:
-            tensors = (u, dt, A, B, C, y, self._starts, log, state, prefix, entering, states, end)
-            tensors += (log if flags is None else flags,)
-            kernel, numbers = scan_selective.selective_kernel, (*numbers, self.groups)
-            numbers, settings = (*numbers, *self.channels, *_strides(u, dt, B, C)), {**settings, "MODE": mode}
-            settings["GROUP"] = GROUP
+            tensors, kernel = (*x, y, *more), scan_selective.selective_kernel
+            strides = _strides(x[0], x[1], *x[3:])
         else:
             dy = _dense(maps.dy)
-            tensors = (dy, dt, A, C, self._starts, log, state)
-            kernel, numbers = scan_selective.selective_maps_kernel, (*numbers, *self.channels, *_strides(dy, dt, C))
+            settings["V"] = min(STATES, self.config.tokens)
+            tensors, kernel = (dy, *x, y, *others, *more), scan_selective.selective_gradient_kernel
+            strides = _strides(dy, x[0], x[1], *x[3:])
         programs = self._blocks * self.batch * self.tiles
         launch = _launches.of(
             ("selective", mode, maps.dy is None, self.config), (self.batch, self.tokens, self.channels), self.device,
-            lambda: Launch(kernel, self.device, (programs, 1), numbers, **settings),
+            lambda: Launch(
+                kernel, self.device, (programs, 1),
+                (self.batch, self.tokens, self.tiles, self.groups, *self.channels, *strides),
+                S=self.config.strips, U=self.config.tokens, NP=power_of_two(self._inner), BD=self._block, GROUP=GROUP,
+                MODE=mode, PACKED=self._starts is not None, num_warps=self.config.strips, maxnreg=self.config.registers,
+                **settings,
+            ),
             *tensors,
         )  # fmt: skip
         launch(*tensors)
