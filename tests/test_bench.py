@@ -516,3 +516,10 @@ def test_errors_of_a_decay_per_channel(monkeypatch):
         assert row["path"] == "reference"
         assert all(0 < row[name] < 1e-5 for name in channel.NAMES)
     assert channel.same_bits(600, "cpu")
+
+
+def test_errors_of_a_scan():
+    scan = importlib.import_module("scan")
+    for operator in scan.OPERATORS:
+        row = scan.errors(operator, 70, "fp32", "cpu")
+        assert all(0 < row[name] < 1e-5 for name in row if name not in ("operator", "T", "dtype"))

@@ -21,7 +21,7 @@ from lasp_kernels.selective_scan import SelectiveOperands  # noqa: E402
 DEVICE = "cuda" if CUDA else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # of the greatest
 # Some groups of tiles, of which the last one is not full.
-T, PACKED = (2731, (0, 5, 700, 700, 1601, 1700, 2731)) if CUDA else (45, (0, 3, 18, 18, 30, 31, 45))
+T, PACKED = (1163, (0, 5, 200, 200, 601, 700, 1163)) if CUDA else (45, (0, 3, 18, 18, 30, 31, 45))
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,10 @@ def check(operator, x, dy, dtype=torch.float32, cu_seqlens=None):
 def test_all_gradients(operator, cu_seqlens, dtype):
     if not CUDA and dtype == torch.float16:
         pytest.skip("as bf16 for the interpreter")
-    check(operator, *example(operator, T, rows=1 if cu_seqlens else 2), dtype, cu_seqlens)
+    x, dy = example(operator, T, rows=1 if cu_seqlens else 2)
+    if operator == "selective_scan":
+        x["dt"] = x["dt"].clamp(max=10.0)  # fp16 holds no more than 65504
+    check(operator, x, dy, dtype, cu_seqlens)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -187,7 +190,7 @@ def test_the_same_bits_every_time(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_kept(operator):
-    """Inputs and one state a tile."""
+    """Inputs and one state a strip."""
     x, _ = on_device(*example(operator, T), torch.float32)
     x, kept = {name: y.requires_grad_() for name, y in x.items()}, {}
     pointers = {y.untyped_storage().data_ptr() for y in x.values()}
@@ -198,9 +201,11 @@ def test_what_is_kept(operator):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
         OPERATORS[operator](**x)
-    tile, state = (64, 3) if operator == "elementwise_recurrence" else (32, 12)
-    tiles = -(-T // (tile if CUDA else 8))
-    assert sum(size for pointer, size in kept.items() if pointer not in pointers) == 2 * tiles * state
+    steps = elementwise_steps_of(operands(x))
+    state = 3 if operator == "elementwise_recurrence" else 12
+    strips = steps.tiles * steps.config.strips
+    assert strips * steps.config.tokens < T + 64
+    assert sum(size for pointer, size in kept.items() if pointer not in pointers) == 2 * strips * state
 
 
 def test_what_the_kernels_do_not_take(monkeypatch):

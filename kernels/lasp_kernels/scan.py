@@ -135,10 +135,9 @@ def leave_map(LOG, STATE, FLAG, at, mask, log, state, MODE: tl.constexpr):
 
 
 @triton.jit
-def map_of_tiles(LOG, STATE, first, count, C, c, mask, MOST: tl.constexpr, PACKED: tl.constexpr):
-    """The maps of `count` tiles, of MOST at most, as one."""
+def map_of_tiles(LOG, STATE, count, C, c, mask, MOST: tl.constexpr, PACKED: tl.constexpr):
+    """The maps of the first `count` tiles, of MOST at most, as one."""
     logs, states, zero = (), (), tl.zeros_like(c)
-    LOG, STATE = LOG + first.to(tl.int64) * C, STATE + first.to(tl.int64) * C
     for j in tl.static_range(MOST):
         at, here = c + j * C, mask & (zero + j < count)
         logs = and_one(logs, tl.load(LOG + at, mask=here, other=0.0, cache_modifier=".cg"))
@@ -159,7 +158,8 @@ def entering_tile(
     group, count = n // GROUP, n % GROUP
     if MODE == ALONE:
         wait_for(FLAGS + group * GROUP, count, GROUP)
-    log, state = map_of_tiles(LOG, STATE, group * GROUP, count, C, c, mask, GROUP - 1, PACKED)
+    first = (n - count).to(tl.int64) * C
+    log, state = map_of_tiles(LOG + first, STATE + first, count, C, c, mask, GROUP - 1, PACKED)
     if ENTERING is None:  # noqa: SIM108  # a choice of the compiler
         prefix = tl.zeros_like(log)
     else:
@@ -235,7 +235,9 @@ def prefix_kernel(
         state = tl.load(ENTERING + outer, mask=mask, other=0.0)
     whole = tl.zeros([BC], tl.float32)
     for group in tl.range(groups):
-        log, local = map_of_tiles(LOG, STATE, group * GROUP, tiles - group * GROUP, C, c, mask, GROUP, PACKED)
+        log, local = map_of_tiles(LOG, STATE, tiles - group * GROUP, C, c, mask, GROUP, PACKED)
+        LOG += GROUP * C
+        STATE += GROUP * C
         state = passed(factor_of(log, PACKED), local, state, PACKED)
         whole = log_of_both(whole, log, PACKED)
         if PREFIX is not None:  # noqa: SIM102  # a choice of the compiler

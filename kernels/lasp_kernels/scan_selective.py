@@ -56,7 +56,7 @@ def log_of_token(dt, begins, a, PACKED: tl.constexpr):
 def begins_of(BEGINS, t, left, PACKED: tl.constexpr):
     """Whether documents begin at a token."""
     if PACKED:
-        return tl.load(BEGINS + t, mask=t < left, other=0)
+        return tl.load(BEGINS + t, mask=t < left, other=0).to(tl.int32)
     return t * 0
 
 
