@@ -179,7 +179,7 @@ def hgrn(m, x, bound=None):
 
 def mamba(m, x):
     u = conv(m.conv, m.value(x))
-    time, B, C = m.keys(u).split([m.rank, m.STATE, m.STATE], -1)
+    time, B, C = m.keys(u).split([m.between, m.STATE, m.STATE], -1)
     dt = F.softplus(m.time(time) + m.time_bias).unsqueeze(-1)
     h = by_channel(dt * u.unsqueeze(-1) * B.unsqueeze(2), -dt * m.log_rate.exp())
     return m.out(((h * C.unsqueeze(2)).sum(-1) + m.skip * u) * F.silu(m.gate(x)))

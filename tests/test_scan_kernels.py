@@ -21,7 +21,7 @@ from lasp_kernels.selective_scan import SelectiveOperands  # noqa: E402
 DEVICE = "cuda" if CUDA else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # of the greatest
 # Some groups of tiles, of which the last one is not full.
-T, PACKED = (1163, (0, 5, 200, 200, 601, 700, 1163)) if CUDA else (45, (0, 3, 18, 18, 30, 31, 45))
+T, PACKED = (1163, (0, 5, 200, 200, 601, 700, 1163)) if CUDA else (37, (0, 3, 14, 14, 26, 27, 37))
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +56,9 @@ def check(operator, x, dy, dtype=torch.float32, cu_seqlens=None):
 @pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["dense", "packed"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_all_gradients(operator, cu_seqlens, dtype):
-    if not CUDA and dtype == torch.float16:
-        pytest.skip("as bf16 for the interpreter")
-    x, dy = example(operator, T, rows=1 if cu_seqlens else 2)
+    if not CUDA and (dtype == torch.float16 or (dtype == torch.bfloat16 and operator == "selective_scan")):
+        pytest.skip("for the interpreter as another dtype or operator")
+    x, dy = example(operator, T, rows=2 if CUDA and cu_seqlens is None else 1)
     if operator == "selective_scan":
         x["dt"] = x["dt"].clamp(max=10.0)  # fp16 holds no more than 65504
     check(operator, x, dy, dtype, cu_seqlens)
@@ -236,12 +236,12 @@ from lasp_kernels.elementwise import recurrent_elementwise
 from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_scan
 
 scan_steps.GROUP, scan_steps.PREFIX_BLOCK = 2, 8
-scan_steps.TileRecurrenceSteps.config = scan_steps.Config(2, 2, 4, 128)
-scan_steps.TileSelectiveSteps.config = scan_steps.Config(2, 2, 4, 128)
-env = lasp.init("gloo", timeout=60)
-D, N = 3, 2
+scan_steps.TileRecurrenceSteps.config = scan_steps.Config(2, 2, 2, 128)
+scan_steps.TileSelectiveSteps.config = scan_steps.Config(2, 2, 2, 128)
+env = lasp.init("gloo", timeout=120)
+D, N = 2, 2
 two, three = dist.new_group([0, 1]), dist.group.WORLD
-cases = [(two, (8, 5), (0, 3, 7, 13)), (three, (6, 0, 7), None), (three, (5, 1, 7), (0, 2, 9, 9, 13))]
+cases = [(two, (6, 3), (0, 1, 5, 9)), (three, (4, 0, 5), None), (three, (4, 1, 4), (0, 2, 6, 6, 9))]
 for group, lengths, offsets in cases:
     if env.rank >= len(lengths):
         continue
@@ -260,7 +260,7 @@ for group, lengths, offsets in cases:
         start = sum(lengths[: env.rank])
         here = slice(start, start + lengths[env.rank])
         mine = [(y if y.ndim == 2 else y[:, here]).clone().requires_grad_() for y in inputs]
-        for schedule in ("ring", "all_gather")[: 1 if offsets else 2]:
+        for schedule in ("ring",) if offsets else ("all_gather",):
             sequence = lasp.SequenceParallel(group, exchange=schedule)
             y = f(*mine, layout=lasp.ShardLayout(lengths, offsets), sequence=sequence)
             found = [y.detach(), *torch.autograd.grad(y, mine, dy[:, here])]
@@ -279,6 +279,6 @@ def test_over_two_and_three_ranks():
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
     common |= {"TRITON_INTERPRET": "1", "LASP_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
     ranks = [start(COMPARE, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(3)]
-    outputs = finish(ranks, timeout=150)
+    outputs = finish(ranks, timeout=240)
     assert [rank.returncode for rank in ranks] == [0] * 3, outputs
     assert all("compared" in out for out, _ in outputs)

@@ -280,11 +280,11 @@ class Mamba(Mixer):
 
     def __init__(self, width: int, heads: int):
         super().__init__(width, heads)
-        inner, self.rank = 2 * width, -(-width // 16)
+        inner, self.between = 2 * width, -(-width // 16)
         self.value, self.gate = self._linear(inner), self._linear(inner)
         self.conv = CausalConv(inner, bias=True)
-        self.keys = self._linear(self.rank + 2 * self.STATE, inner)
-        self.time = self._linear(inner, self.rank)
+        self.keys = self._linear(self.between + 2 * self.STATE, inner)
+        self.time = self._linear(inner, self.between)
         self.log_rate = nn.Parameter(torch.empty(inner, self.STATE))
         self.time_bias, self.skip = (nn.Parameter(torch.empty(inner)) for _ in range(2))
         self.out = self._linear(width, inner)
@@ -303,7 +303,7 @@ class Mamba(Mixer):
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """See `Mixer`."""
         u = F.silu(self.conv(self.value(x), layout=layout))
-        time, B, C = self.keys(u).split([self.rank, self.STATE, self.STATE], -1)
+        time, B, C = self.keys(u).split([self.between, self.STATE, self.STATE], -1)
         step = F.softplus(_wide(self.time(time)) + _wide(self.time_bias))
         y = self.scan(u, step, -_wide(self.log_rate).exp(), B, C, layout=layout)
         return self.out((y + u * self.skip.to(u.dtype)) * F.silu(self.gate(x)))
