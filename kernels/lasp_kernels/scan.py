@@ -155,19 +155,19 @@ def entering_tile(
     GROUP: tl.constexpr, MODE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The state that enters the n-th tile; c are the channels of a state, `outer` the same where others put them."""
-    group, count = n // GROUP, n % GROUP
+    of_group, count = n // GROUP, n % GROUP
     if MODE == ALONE:
-        wait_for(FLAGS + group * GROUP, count, GROUP)
+        wait_for(FLAGS + of_group * GROUP, count, GROUP)
     first = (n - count).to(tl.int64) * C
     log, state = map_of_tiles(LOG + first, STATE + first, count, C, c, mask, GROUP - 1, PACKED)
     if ENTERING is None:  # noqa: SIM108  # a choice of the compiler
         prefix = tl.zeros_like(log)
     else:
         prefix = tl.load(ENTERING + outer, mask=mask, other=0.0)
-    if group > 0:
+    if of_group > 0:
         if MODE == ALONE:
-            wait_for(PREFIX_FLAGS + group, 1, 1)
-        prefix = tl.load(PREFIX + group.to(tl.int64) * C + c, mask=mask, other=0.0, cache_modifier=".cg")
+            wait_for(PREFIX_FLAGS + of_group, 1, 1)
+        prefix = tl.load(PREFIX + of_group.to(tl.int64) * C + c, mask=mask, other=0.0, cache_modifier=".cg")
     return passed(factor_of(log, PACKED), state, prefix, PACKED)
 
 
@@ -178,11 +178,11 @@ def leave_prefix(
 ):  # fmt: skip
     """The last tile of a group says what enters the next one, if there is one."""
     if MODE == ALONE:
-        group = n // GROUP + 1
-        if (n % GROUP == GROUP - 1) & (group < groups):
+        of_group = n // GROUP + 1
+        if (n % GROUP == GROUP - 1) & (of_group < groups):
             behind = passed(factor_of(log, PACKED), state, entering, PACKED)
-            tl.store(PREFIX + group.to(tl.int64) * C + c, behind, mask=mask)
-            raise_flag(PREFIX_FLAGS + group)
+            tl.store(PREFIX + of_group.to(tl.int64) * C + c, behind, mask=mask)
+            raise_flag(PREFIX_FLAGS + of_group)
 
 
 @triton.jit
@@ -234,15 +234,15 @@ def prefix_kernel(
     else:
         state = tl.load(ENTERING + outer, mask=mask, other=0.0)
     whole = tl.zeros([BC], tl.float32)
-    for group in tl.range(groups):
-        log, local = map_of_tiles(LOG, STATE, tiles - group * GROUP, C, c, mask, GROUP, PACKED)
+    for of_group in tl.range(groups):
+        log, local = map_of_tiles(LOG, STATE, tiles - of_group * GROUP, C, c, mask, GROUP, PACKED)
         LOG += GROUP * C
         STATE += GROUP * C
         state = passed(factor_of(log, PACKED), local, state, PACKED)
         whole = log_of_both(whole, log, PACKED)
         if PREFIX is not None:  # noqa: SIM102  # a choice of the compiler
-            if group + 1 < groups:
-                tl.store(PREFIX + (b * groups + group + 1) * C + c, state, mask=mask)
+            if of_group + 1 < groups:
+                tl.store(PREFIX + (b * groups + of_group + 1) * C + c, state, mask=mask)
     tl.store(END + outer, state, mask=mask)
     if LOG_END is not None:
         if PACKED:
