@@ -4,6 +4,7 @@ from lasp_kernels.chunked import chunked_linear_attention
 from lasp_kernels.dispatch import (
     Maps,
     Steps,
+    delta_steps_of,
     fold,
     gated_linear,
     norm_gate,
@@ -23,6 +24,7 @@ __all__ = [
     "activation_of",
     "check_inputs",
     "chunked_linear_attention",
+    "delta_steps_of",
     "fold",
     "gated_linear",
     "norm_gate",
