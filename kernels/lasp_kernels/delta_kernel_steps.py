@@ -1,7 +1,7 @@
 """The steps of the delta rule, as delta_steps.py has them in PyTorch, on the Triton kernels of delta_kernels.py.
 
 Inputs are fp32 or bf16, K and V up to 256. Results are the same bits every time.
-N and P are made in forward and again in backward, U in backward only: what is kept between the two are the states at
+M and P are made in forward and again in backward, U in backward only: what is kept between the two are the states at
 the borders of segments, and their matrices.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lasp_kernels import delta_launches as launches
 from lasp_kernels.delta import DeltaOperands
-from lasp_kernels.launch import Layout, has_tma, layout, processors
+from lasp_kernels.launch import has_tma, layout, processors
 from lasp_kernels.plan import DELTA, MAX_DIM, Sizes
 from lasp_kernels.shared import Key, Shared, shared_by
 from lasp_kernels.steps import KernelSteps
@@ -31,22 +31,36 @@ class DeltaKernelMaps:
 
 
 @dataclass
+class Gates:
+    """With a decay per channel what the walks read in place of q and k; see delta_channel.py."""
+
+    hats: tuple[Tensor, Tensor, Tensor]  # Q^, K^ and K_
+    sides: tuple[Tensor, Tensor, Tensor]  # q>, k> and k<
+    factors: tuple[Tensor, Tensor] | tuple[None, None]  # of q> and k>, and of k<
+    steps: Tensor
+    total: Tensor
+    flag: Tensor
+
+
+@dataclass
 class Prepared:
     """What the walks of a pass read beside `x`; see delta_kernels.py."""
 
     x: DeltaOperands
-    n: Tensor
+    m: Tensor
     p: Tensor
     factors: Tensor
-    # With a decay per channel Q^, K^ and K_, what each tile decays by, and which tiles are flagged.
-    decayed: tuple[Tensor, Tensor, Tensor] | None = None
-    total: Tensor | None = None
-    flag: Tensor | None = None
+    gates: Gates | None = None
 
     @property
     def walked(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The queries and keys of the walks, and with which keys they write, if with others."""
-        return (self.x.q, self.x.k, None) if self.decayed is None else self.decayed
+        return (self.x.q, self.x.k, None) if self.gates is None else self.gates.hats
+
+    @property
+    def total(self) -> Tensor | None:
+        """The decays of the tiles, per channel."""
+        return None if self.gates is None else self.gates.total
 
 
 class DeltaKernelSteps(KernelSteps):
@@ -93,9 +107,9 @@ class DeltaKernelSteps(KernelSteps):
         decay_dtype = None if x.log_decay is None else x.log_decay.dtype
         return cls(shared_by(Key(sizes, dtype, decay_dtype, device, tf32)), heads // int(x.k.shape[2]))
 
-    def __init__(self, shared: Shared, group: int):
+    def __init__(self, shared: Shared, groups: int):
         super().__init__(shared)
-        self._group = group  # heads of v that share one of k
+        self._groups = groups  # heads of v that share one of k
         self._made: Prepared | None = None  # of one pass
         self._written: tuple[Tensor, Tensor, Tensor] | None = None  # dq, U and the borders' states, for `gradients`
 
@@ -108,34 +122,58 @@ class DeltaKernelSteps(KernelSteps):
     def _empty(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self._shared.device)
 
-    def _prepared(self, x: DeltaOperands) -> Prepared:
-        """What an earlier step of the pass has made, or made now."""
+    def _prepared(self, x: DeltaOperands, *, reverse: bool = False) -> Prepared:
+        """What an earlier step of the pass has made, or made now; `reverse`: for the gradients, too."""
         made = self._made
         if made is not None and all(a is b for a, b in zip(made.x[:5], x[:5])):
             return made
         shared, sizes, tile = self._shared, self.plan.sizes, self.plan.walk_tile
         of_tiles = (sizes.batch, sizes.heads, launches.all_tiles(shared), tile)
-        n, p = (self._empty((*of_tiles, tile), shared.dtype) for _ in range(2))
-        made = Prepared(x, n, p, self._empty((1 if x.log_decay is None or _per_channel(x) else 5, *of_tiles)))
-        (q, q_at), (k, k_at), (g, g_at) = self._placed(x.q), self._placed(x.k), self._placed_decay(x)
-        more: tuple[Tensor, ...] = ()
+        m, p = (self._empty((*of_tiles, tile), shared.dtype) for _ in range(2))
         if _per_channel(x):
-            queries, keys, write = (self._empty(shared.key_shape, shared.dtype) for _ in range(3))
-            made.decayed = queries, keys, write
-            made.total = self._empty((*of_tiles[:3], sizes.key_dim))
-            made.flag = self._empty(of_tiles[:3], torch.int32)
-            more = (*made.decayed, made.total, made.flag)
-        key = ("prepare", self._group, x.scale, q_at, k_at, g_at, layout(x.beta), x.beta.dtype)
+            self._made = made = Prepared(x, m, p, self._empty((1, *of_tiles)), self._gates(x, of_tiles[:3], reverse))
+            self._inner(x, made)
+            return made
+        self._made = made = Prepared(x, m, p, self._empty((1 if x.log_decay is None else 6, *of_tiles)))
+        (q, q_at), (k, k_at) = map(self._placed, (x.q, x.k))
+        g_at = None if x.log_decay is None else layout(x.log_decay)
+        key = ("prepare", self._groups, x.scale, q_at, k_at, g_at, layout(x.beta), x.beta.dtype)
         launch = shared.launches.get(key) or shared.keep(key, launches.prepare_launch(shared, *key[1:-1]))
-        launch(q, k, g, x.beta, n, p, made.factors, *more, shared.table)
-        self._made = made
+        launch(q, k, x.log_decay, x.beta, m, p, made.factors, shared.table)
         return made
 
-    def _placed_decay(self, x: DeltaOperands) -> tuple[Tensor | None, Layout | None]:
-        """Of log_decay, as `_placed`."""
-        if x.log_decay is None:
-            return None, None
-        return self._placed(x.log_decay) if _per_channel(x) else (x.log_decay, layout(x.log_decay))
+    def _gates(self, x: DeltaOperands, of_tiles: tuple[int, ...], reverse: bool) -> Gates:
+        assert x.log_decay is not None
+        shared, key_dim = self._shared, self.plan.sizes.key_dim
+        tokens = [self._empty(shared.key_shape, shared.dtype) for _ in range(8 if reverse else 6)]
+        gates = Gates(
+            (tokens[0], tokens[1], tokens[2]),
+            (tokens[3], tokens[4], tokens[5]),
+            (tokens[6], tokens[7]) if reverse else (None, None),
+            self._empty((*of_tiles, 5, self.plan.walk_tile // 16, key_dim)),
+            self._empty((*of_tiles, key_dim)),
+            self._empty(of_tiles, torch.int32),
+        )
+        (q, q_at), (k, k_at), (g, g_at) = map(self._placed, (x.q, x.k, x.log_decay))
+        key = ("gate", self._groups, x.scale, q_at, k_at, g_at, reverse)
+        launch = shared.launches.get(key) or shared.keep(key, launches.gate_launch(shared, *key[1:-1]))
+        tensors = (*gates.hats, *gates.sides, *gates.factors, gates.steps, gates.total, gates.flag)
+        launch(q, k, g, *tensors, shared.table)
+        return gates
+
+    def _inner(self, x: DeltaOperands, made: Prepared) -> None:
+        """M and P, with a decay per channel."""
+        shared, gates = self._shared, made.gates
+        assert gates is not None
+        assert x.log_decay is not None
+        side = self._empty((2, *gates.flag.shape, self.plan.walk_tile, 16))
+        (q, q_at), (k, k_at), (g, g_at) = map(self._placed, (x.q, x.k, x.log_decay))
+        key = ("flagged", self._groups, x.scale, q_at, k_at, g_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.flagged_launch(shared, *key[1:]))
+        launch(q, k, g, gates.flag, side, shared.table)
+        key = ("inner", layout(x.beta), x.beta.dtype)
+        launch = shared.launches.get(key) or shared.keep(key, launches.inner_launch(shared, key[1]))
+        launch(*gates.sides, gates.steps, gates.flag, side, x.beta, made.m, made.p, made.factors, shared.table)
 
     def local_maps(self, x: DeltaOperands) -> DeltaKernelMaps:
         """What each segment does to a state. Its matrix is walked as more columns: from I, with v = 0."""
@@ -147,6 +185,7 @@ class DeltaKernelSteps(KernelSteps):
     def gradient_maps(self, x: DeltaOperands, do: Tensor, transition: Tensor) -> DeltaKernelMaps:
         """What each segment does to the gradient of a state; `transition` is that of `local_maps`."""
         self._made = None
+        self._prepared(x, reverse=True)
         local = self._empty(self._local_shape)
         self._reverse_walk(x, do, None, None, None, None, None, local)
         return DeltaKernelMaps(local, transition, transposed=True)
@@ -183,15 +222,15 @@ class DeltaKernelSteps(KernelSteps):
         self._reverse_walk(x, do, d_states, u, dv, d_beta, d_borders, None)
         dk = self._empty(x.k.shape, shared.dtype)
         # Where heads of v share one of k, each has its own gradient of it, and these are summed.
-        own = (dq, dk) if self._group == 1 else (self._empty(shared.key_shape), self._empty(shared.key_shape))
+        own = (dq, dk) if self._groups == 1 else (self._empty(shared.key_shape), self._empty(shared.key_shape))
         if _per_channel(x):
             d_decay = self._channel_gradients(x, do, u, dv, borders, d_borders, own)
         else:
             d_decay = self._token_gradients(x, do, u, dv, borders, d_borders, own)
         self._made = None
-        if self._group > 1:
+        if self._groups > 1:
             for whole, of_each in zip((dq, dk), own):
-                whole.copy_(of_each.unflatten(2, (-1, self._group)).sum(3))
+                whole.copy_(of_each.unflatten(2, (-1, self._groups)).sum(3))
         return dk, dv, d_beta.sum(0).transpose(1, 2), d_decay
 
     def _token_gradients(
@@ -202,7 +241,7 @@ class DeltaKernelSteps(KernelSteps):
         blocks, rows = launches.key_blocks(shared), (sizes.batch, sizes.heads, sizes.tokens)
         query_rows = key_rows = None
         if x.log_decay is not None:
-            query_rows, key_rows = self._empty((2, blocks, *rows)), self._empty((blocks, *rows))
+            query_rows, key_rows = self._empty((2, 2 * blocks, *rows)), self._empty((blocks, *rows))
         self._gradient_walk(x, do, u, dv, borders, (*out, query_rows), of_keys=False)
         self._gradient_walk(x, do, u, dv, d_borders, (out[1], key_rows), of_keys=True)
         if x.log_decay is None:
@@ -217,27 +256,24 @@ class DeltaKernelSteps(KernelSteps):
         self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, borders: Tensor, d_borders: Tensor, out: tuple
     ) -> Tensor:
         """dq and dk into `out`, and the gradient of a decay per channel."""
-        shared, made, (dq, dk) = self._shared, self._prepared(x), out
-        assert made.total is not None
+        shared, gates, (dq, dk) = self._shared, self._prepared(x).gates, out
+        assert gates is not None
         assert x.log_decay is not None
         (q, q_at), (k, k_at), (g, g_at), (do, do_at) = map(self._placed, (x.q, x.k, x.log_decay, do))
-        write, sums = self._empty(dk.shape, dk.dtype), self._empty(shared.key_shape)
-        from_state, d_decay = torch.empty_like(made.total), self._empty(shared.key_shape)
-        at = (self._group, x.scale, q_at, k_at, g_at, do_at)
-        key = ("flagged", *at)
-        launch = shared.launches.get(key) or shared.keep(key, launches.flagged_launch(shared, *at))
-        launch(q, k, g, u, do, dv, made.flag, dq, dk, write, shared.table)
-        tensors = (q, k, g, u, do, dv, made.flag)
-        for of_keys in (False, True):
-            key = ("channel gradient", of_keys, *at)
-            launch = shared.launches.get(key)
-            if launch is None:
-                launch = launches.channel_gradient_launch(shared, at[0], of_keys, *at[1:])
-                shared.keep(key, launch)
-            if of_keys:
-                launch(*tensors, borders, d_borders, dk, write, sums, from_state, d_decay, shared.table)
-            else:
-                launch(*tensors, borders, dq, dk, sums, from_state, shared.table)
+        write, sums = self._empty(dk.shape, dk.dtype), self._empty((2, *shared.key_shape))
+        from_state, d_decay = self._empty((2, *gates.total.shape)), self._empty(shared.key_shape)
+        key = ("flagged gradient", self._groups, x.scale, q_at, k_at, g_at, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.flagged_gradient_launch(shared, *key[1:]))
+        launch(q, k, g, u, do, dv, gates.flag, dq, dk, write, sums, shared.table)
+        (later, earlier), (queries, keys, written) = gates.factors, gates.hats
+        tiles = (gates.steps, gates.total, gates.flag, u, do, dv, borders)
+        key = ("channel gradient", False, x.scale, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[1:]))
+        launch(*gates.sides, written, later, *tiles, dq, dk, sums, from_state, shared.table)
+        key = ("channel gradient", True, x.scale, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[1:]))
+        out = (d_borders, dk, write, sums, from_state, d_decay)
+        launch(*gates.sides, queries, keys, earlier, *tiles, *out, shared.table)
         return d_decay
 
     def _walk(
@@ -256,12 +292,12 @@ class DeltaKernelSteps(KernelSteps):
         (q, q_at), (k, k_at), (v, v_at) = map(self._placed, (q, k, x.v))
         states_at, channel = None if states is None else layout(states)[1], write is not None
         decay = x.log_decay is not None and not channel
-        key = ("walk", self._group, kind, x.scale, q_at, k_at, v_at, decay, channel, states_at)
+        key = ("walk", self._groups, kind, x.scale, q_at, k_at, v_at, decay, channel, states_at)
         launch = shared.launches.get(key)
         if launch is None:
             launch = launches.walk_launch(shared, *key[1:7], decay=decay, channel=channel)
             shared.keep(key, launch)
-        inner = (made.n, made.p, made.factors, made.total)
+        inner = (made.m, made.p, made.factors, made.total)
         launch(q, k, write, v, *inner, states, o, u, borders, local, transition, shared.table)
 
     def _reverse_walk(
@@ -280,12 +316,12 @@ class DeltaKernelSteps(KernelSteps):
         (q, q_at), (k, k_at), (do, do_at) = map(self._placed, (q, k, do))
         states_at, channel = None if d_states is None else layout(d_states)[1], write is not None
         decay = x.log_decay is not None and not channel
-        key = ("reverse walk", self._group, x.scale, q_at, k_at, do_at, decay, channel, states_at)
+        key = ("reverse walk", self._groups, x.scale, q_at, k_at, do_at, decay, channel, states_at)
         launch = shared.launches.get(key)
         if launch is None:
             launch = launches.reverse_walk_launch(shared, *key[1:6], decay=decay, channel=channel)
             shared.keep(key, launch)
-        tensors = (made.n, made.p, made.factors, made.total, d_states, dv, d_beta, borders, local)
+        tensors = (made.m, made.p, made.factors, made.total, d_states, dv, d_beta, borders, local)
         launch(q, k, write, do, u, *tensors, shared.table)
 
     def _gradient_walk(
@@ -293,7 +329,7 @@ class DeltaKernelSteps(KernelSteps):
     ) -> None:
         shared, made = self._shared, self._prepared(x)
         (q, q_at), (k, k_at), (do, do_at) = map(self._placed, (x.q, x.k, do))
-        key = ("gradient", self._group, of_keys, x.scale, q_at, k_at, do_at, x.log_decay is not None)
+        key = ("gradient", self._groups, of_keys, x.scale, q_at, k_at, do_at, x.log_decay is not None)
         launch = shared.launches.get(key)
         if launch is None:
             launch = launches.gradient_launch(shared, *key[1:7], decay=key[7])

@@ -47,7 +47,7 @@ import triton
 import triton.language as tl
 
 from lasp_kernels.channel import first_tile, load_tile
-from lasp_kernels.state import LOG2E, VARYING, bounded, place_of_program, segment_bounds
+from lasp_kernels.state import LOG2E, VARYING, bounded, differences, place_of_program, segment_bounds
 
 # A token that writes nothing writes next to nothing instead: what it would write, E = U / beta, is found from that.
 LEAST_BETA = tl.constexpr(1e-12)
@@ -55,33 +55,64 @@ VARYING_HERE = [*VARYING, "all_tiles", "stretches", "beta_b", "units"]
 
 
 @triton.jit
-def solved(a, beta, C: tl.constexpr, PRECISION: tl.constexpr):
-    """N = A (I + beta A)^-1 of a strictly lower A [C, C]: by blocks, pairs of which become blocks twice as large.
-
-    With N of two blocks in a row known, the corner below is (I - N_2 beta) A_21 (I - beta N_1): products alone, each as
-    well-conditioned as a forward substitution, and the 1 of a diagonal is added without rounding. In a pair of single
-    tokens it is A_21 itself.
-    """
-    c = tl.arange(0, C)
-    n = tl.where(((c // 2)[:, None] == (c // 2)[None, :]), a, 0.0)
-    size = 2
-    for _ in tl.static_range(5):
-        if size < C:
-            pair = (c // (2 * size))[:, None] == (c // (2 * size))[None, :]
-            corner = tl.where(pair & ((c // size)[:, None] > (c // size)[None, :]), a, 0.0)
-            corner -= tl.dot(corner, n * beta[:, None], input_precision=PRECISION)
-            n += corner - tl.dot(n * beta[None, :], corner, input_precision=PRECISION)
-        size *= 2
-    return tl.where(c[:, None] > c[None, :], n, 0.0)
+def on_diagonal(rows_16, C: tl.constexpr):
+    """[C, 16] as the blocks of a diagonal: [C, C], 0 elsewhere."""
+    here = (tl.arange(0, C // 16)[None, :] == (tl.arange(0, C) // 16)[:, None])[:, :, None]
+    return tl.reshape(tl.where(here, tl.reshape(rows_16, [C, 1, 16]), 0.0), [C, C])
 
 
 @triton.jit
-def store_inner(a, p, beta, N, P, at, C: tl.constexpr, PRECISION: tl.constexpr):
-    """N, from A, and P of the tile at `at`."""
+def from_diagonal(whole, C: tl.constexpr):
+    """The inverse, as [C / 16, 16, 16]."""
+    here = (tl.arange(0, C // 16)[None, :] == (tl.arange(0, C) // 16)[:, None])[:, :, None]
+    return tl.reshape(tl.sum(tl.where(here, tl.reshape(whole, [C, C // 16, 16]), 0.0), 1), [C // 16, 16, 16])
+
+
+@triton.jit
+def corners(rows, columns, SIZE: tl.constexpr):
+    """What lies below the diagonal between the two halves of a pair of blocks of SIZE."""
+    same = (rows // (2 * SIZE)) == (columns // (2 * SIZE))
+    return same & ((rows // SIZE) > (columns // SIZE))
+
+
+@triton.jit
+def joined(m, a, here, PRECISION: tl.constexpr):
+    """M of blocks, two of which in a row become one: see `solved`. `here` are the corners."""
+    corner = tl.where(here, a, 0.0)
+    corner -= tl.dot(corner, m, input_precision=PRECISION)
+    return m + corner - tl.dot(m, corner, input_precision=PRECISION)
+
+
+@triton.jit
+def solved(a, C: tl.constexpr, PRECISION: tl.constexpr):
+    """M = I - (I + a)^-1 of a strictly lower a [C, C]: by blocks, pairs of which become blocks twice as large.
+
+    With M of two blocks in a row known, the corner below is (I - M_2) a_21 (I - M_1): products alone, each as
+    well-conditioned as a forward substitution, and the 1 of a diagonal is added without rounding. In a pair of single
+    tokens it is a_21 itself. Up to 16 tokens all blocks of 16 are worked on at once.
+    """
+    i, j = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    small = from_diagonal(a, C)
+    m = tl.where(corners(i, j, 1), small, 0.0)
+    m = joined(m, small, corners(i, j, 2), PRECISION)
+    m = joined(m, small, corners(i, j, 4), PRECISION)
+    m = joined(m, small, corners(i, j, 8), PRECISION)
+    m = on_diagonal(tl.reshape(m, [C, 16]), C)
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    if C >= 32:
+        m = joined(m, a, corners(i, j, 16), PRECISION)
+    if C >= 64:
+        m = joined(m, a, corners(i, j, 32), PRECISION)
+    return tl.where(i > j, m, 0.0)
+
+
+@triton.jit
+def store_inner(a, p, beta, M, P, at, C: tl.constexpr, PRECISION: tl.constexpr):
+    """M and P of the tile at `at`, from a and p without beta."""
     c = tl.arange(0, C)
     tile = at * (C * C) + c[:, None] * C + c[None, :]
-    tl.store(P + tile, p.to(P.dtype.element_ty))
-    tl.store(N + tile, solved(a, beta, C, PRECISION).to(N.dtype.element_ty))
+    tl.store(P + tile, (p * beta[None, :]).to(P.dtype.element_ty))
+    tl.store(M + tile, solved(a * beta[None, :], C, PRECISION).to(M.dtype.element_ty))
 
 
 @triton.jit
@@ -93,13 +124,13 @@ def load_beta(pointers, mask):
 
 @triton.jit(do_not_specialize=VARYING_HERE)
 def delta_prepare_kernel(
-    Q, K, G, BETA, N, P, FACTORS, TABLE,
+    Q, K, G, BETA, M, P, FACTORS, TABLE,
     scale, B, T, segment_length, tiles, all_tiles, H,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    SPLIT_SUMS: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """N, P and FACTORS of a tile; no decay (G None), or one per token."""
+    """M, P and FACTORS of a tile; no decay (G None), or one per token."""
     _, b, h, rest = place_of_program(B, H, 1)
     tile, segment = rest % tiles, rest // tiles
     first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
@@ -125,31 +156,36 @@ def delta_prepare_kernel(
         apart = tl.exp2(tl.where(past, sums[:, None] - sums[None, :], -float("inf")).to(tl.float32))
         a, p = a * apart, p * apart
         plane = B.to(tl.int64) * H * all_tiles * C
-        whole = tl.floor(sums + 0.5)
+        leave = tl.exp2((total - sums).to(tl.float32))
         tl.store(FACTORS + plane + at * C + c, tl.exp2(sums.to(tl.float32)))
-        tl.store(FACTORS + 2 * plane + at * C + c, tl.exp2((total - sums).to(tl.float32)))
-        tl.store(FACTORS + 3 * plane + at * C + c, whole.to(tl.float32))
-        tl.store(FACTORS + 4 * plane + at * C + c, (sums - whole).to(tl.float32))
+        tl.store(FACTORS + 2 * plane + at * C + c, leave)
+        tl.store(FACTORS + 3 * plane + at * C + c, leave * beta)
+        if SPLIT_SUMS:
+            whole = tl.floor(sums + 0.5)
+            tl.store(FACTORS + 5 * plane + at * C + c, (sums - whole).to(tl.float32))
+            sums = whole
+        tl.store(FACTORS + 4 * plane + at * C + c, sums.to(tl.float32))
     a = tl.where(c[:, None] > c[None, :], a, 0.0)
     p = tl.where(past, p, 0.0)
-    store_inner(a, p, beta, N, P, at, C, INVERSE)
+    store_inner(a, p, beta, M, P, at, C, INVERSE)
 
 
 @triton.jit
-def decays_between(factors, plane, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """[query, key] (TRANSPOSED: [key, query]): exp(G_query - G_key) of a tile, 0 for later keys."""
+def decays_between(factors, plane, C: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT_SUMS: tl.constexpr):
+    """[query, key] (TRANSPOSED: [key, query]): exp(G_query - G_key) of a tile, 0 for later keys; see
+    `state.tile_decays`."""
     c = tl.arange(0, C)
-    whole, rest = tl.load(factors + 3 * plane + c), tl.load(factors + 4 * plane + c)
-    if TRANSPOSED:
-        difference = (whole[None, :] - whole[:, None]) + (rest[None, :] - rest[:, None])
-        return tl.exp2(tl.where(c[:, None] <= c[None, :], difference, -float("inf")))
-    difference = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
-    return tl.exp2(tl.where(c[:, None] >= c[None, :], difference, -float("inf")))
+    sums = tl.load(factors + 4 * plane + c)
+    difference = differences(sums, TRANSPOSED)
+    if SPLIT_SUMS:
+        difference += differences(tl.load(factors + 5 * plane + c), TRANSPOSED)
+    past = c[:, None] <= c[None, :] if TRANSPOSED else c[:, None] >= c[None, :]
+    return tl.exp2(tl.where(past, difference, -float("inf")))
 
 
 @triton.jit(do_not_specialize=VARYING_HERE)
 def delta_walk_kernel(
-    Q, K, WRITE, V, N, P, FACTORS, TOTAL, STATE, OUT, U, BORDERS, LOCAL, TRANSITION, TABLE,
+    Q, K, WRITE, V, M, P, FACTORS, TOTAL, STATE, OUT, U, BORDERS, LOCAL, TRANSITION, TABLE,
     scale, B, T, segment_length, segments, slots, all_tiles, stretches, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
@@ -178,7 +214,7 @@ def delta_walk_kernel(
     if TMA:
         k_tiles = tl.make_tensor_descriptor(k_base, [n, DK], [k_t, 1], [C, BK])
         v_tiles = tl.make_tensor_descriptor(v_base, [n, DV], [v_t, 1], [C, BV])
-        n_tiles = tl.make_tensor_descriptor(N + tile_at * (C * C), [n + C, C], [C, 1], [C, C])
+        m_tiles = tl.make_tensor_descriptor(M + tile_at * (C * C), [n + C, C], [C, 1], [C, C])
         if CHANNEL:
             write_tiles = tl.make_tensor_descriptor(write_base, [n, DK], [k_t, 1], [C, BK])
         if OUT is not None:
@@ -189,6 +225,7 @@ def delta_walk_kernel(
             u_tiles = tl.make_tensor_descriptor(U + out_at, [n, DV], [H * DV, 1], [C, BV])
     plane = B.to(tl.int64) * H * all_tiles * C
     factors, inner = FACTORS + tile_at * C, tile_at * (C * C) + c[:, None] * C + c[None, :]
+    WEIGHT: tl.constexpr = 3 if DECAY else 0  # of what a token writes: beta, and what of it is left at the tile's end
     state_at = d[None, :] * DV + e[:, None]
     inside = (d < DK)[None, :] & (e < DV)[:, None]
     if LOCAL is None:
@@ -205,20 +242,18 @@ def delta_walk_kernel(
         if TMA:
             k = k_tiles.load([i, 0]).to(LOW)
             v = v_tiles.load([i, block * BV])
-            inner_n = n_tiles.load([i, 0]).to(LOW)
+            inner_m = m_tiles.load([i, 0]).to(LOW)
         else:
             k = load_tile(k_base, row, k_t, d, n, DK, LOW)
             v = load_tile(v_base, row, v_t, e, n, DV, V.dtype.element_ty)
-            inner_n = tl.load(N + inner + i * C).to(LOW)
-        beta = tl.load(factors + i + c)
+            inner_m = tl.load(M + inner + i * C).to(LOW)
         low = s.to(LOW)
         read = tl.dot(low, tl.trans(k), input_precision=PRECISION)
         if DECAY:
-            enter, leave = tl.load(factors + plane + i + c), tl.load(factors + 2 * plane + i + c)
+            enter = tl.load(factors + plane + i + c)
             read = read * enter[None, :]
-        r = tl.trans(v).to(tl.float32) - read
-        error = r - tl.dot((r * beta[None, :]).to(LOW), tl.trans(inner_n), input_precision=PRECISION)
-        u = error * beta[None, :]
+        error = tl.trans(v).to(tl.float32) - read
+        error -= tl.dot(error.to(LOW), tl.trans(inner_m), input_precision=PRECISION)
         if OUT is not None:
             if TMA:
                 q = q_tiles.load([i, 0]).to(LOW)
@@ -229,27 +264,26 @@ def delta_walk_kernel(
             out = tl.dot(low, tl.trans(q), input_precision=PRECISION)
             if not CHANNEL:
                 out = out * (enter * scale)[None, :] if DECAY else out * scale
-            out = tl.dot(u.to(LOW), tl.trans(inner_p), out, input_precision=PRECISION)
+            out = tl.dot(error.to(LOW), tl.trans(inner_p), out, input_precision=PRECISION)
             if TMA:
                 out_tiles.store([i, block * BV], tl.trans(out).to(OUT.dtype.element_ty))
             else:
                 at = out_at + row[None, :] * (H * DV) + e[:, None]
                 tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=(row < n)[None, :] & (e < DV)[:, None])
         if U is not None:
+            u = error * tl.load(factors + i + c)[None, :]
             if TMA:
                 u_tiles.store([i, block * BV], tl.trans(u).to(U.dtype.element_ty))
             else:
                 at = out_at + row[None, :] * (H * DV) + e[:, None]
                 tl.store(U + at, u.to(U.dtype.element_ty), mask=(row < n)[None, :] & (e < DV)[:, None])
         if CHANNEL:
-            write = write_tiles.load([i, 0]).to(LOW) if TMA else load_tile(write_base, row, k_t, d, n, DK, LOW)
+            k = write_tiles.load([i, 0]).to(LOW) if TMA else load_tile(write_base, row, k_t, d, n, DK, LOW)
             s = s * tl.exp2(tl.load(TOTAL + (tile_at + tile) * DK + d, mask=d < DK, other=0.0))[None, :]
-            s = tl.dot(u.to(LOW), write, s, input_precision=PRECISION)
         elif DECAY:
             s = s * tl.load(factors + plane + i + C - 1)
-            s = tl.dot((u * leave[None, :]).to(LOW), k, s, input_precision=PRECISION)
-        else:
-            s = tl.dot(u.to(LOW), k, s, input_precision=PRECISION)
+        error = error * tl.load(factors + WEIGHT * plane + i + c)[None, :]
+        s = tl.dot(error.to(LOW), k, s, input_precision=PRECISION)
     if BORDERS is not None:
         at = borders_at + tl.cdiv(n, C * STRETCH).to(tl.int64) * (DK * DV)
         tl.store(BORDERS + at, s, mask=inside)
@@ -264,7 +298,7 @@ def delta_walk_kernel(
 
 @triton.jit(do_not_specialize=VARYING_HERE)
 def delta_reverse_walk_kernel(
-    Q, K, WRITE, DO, U, N, P, FACTORS, TOTAL, STATE, DV_, D_BETA, BORDERS, LOCAL, TABLE,
+    Q, K, WRITE, DO, U, M, P, FACTORS, TOTAL, STATE, DV_, D_BETA, BORDERS, LOCAL, TABLE,
     scale, B, T, segment_length, segments, slots, all_tiles, stretches, H,
     q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
@@ -292,7 +326,7 @@ def delta_reverse_walk_kernel(
         q_tiles = tl.make_tensor_descriptor(q_base, [n, DK], [q_t, 1], [C, BK])
         k_tiles = tl.make_tensor_descriptor(k_base, [n, DK], [k_t, 1], [C, BK])
         do_tiles = tl.make_tensor_descriptor(do_base, [n, DV], [do_t, 1], [C, BV])
-        n_tiles = tl.make_tensor_descriptor(N + tile_at * (C * C), [n + C, C], [C, 1], [C, C])
+        m_tiles = tl.make_tensor_descriptor(M + tile_at * (C * C), [n + C, C], [C, 1], [C, C])
         p_tiles = tl.make_tensor_descriptor(P + tile_at * (C * C), [n + C, C], [C, 1], [C, C])
         if CHANNEL:
             write_tiles = tl.make_tensor_descriptor(write_base, [n, DK], [k_t, 1], [C, BK])
@@ -301,6 +335,7 @@ def delta_reverse_walk_kernel(
             u_tiles = tl.make_tensor_descriptor(U + out_at, [n, DV], [H * DV, 1], [C, BV])
     plane = B.to(tl.int64) * H * all_tiles * C
     factors, inner = FACTORS + tile_at * C, tile_at * (C * C) + c[:, None] * C + c[None, :]
+    WEIGHT: tl.constexpr = 3 if DECAY else 0  # of what a token writes: beta, and what of it is left at the tile's end
     state_at = d[None, :] * DV + e[:, None]
     inside = (d < DK)[None, :] & (e < DV)[:, None]
     ds = tl.zeros([BV, BK], tl.float32)
@@ -320,26 +355,22 @@ def delta_reverse_walk_kernel(
             q = q_tiles.load([i, 0]).to(LOW)
             k = k_tiles.load([i, 0]).to(LOW)
             do = do_tiles.load([i, block * BV]).to(LOW)
-            inner_n = n_tiles.load([i, 0]).to(LOW)
+            inner_m = m_tiles.load([i, 0]).to(LOW)
             inner_p = p_tiles.load([i, 0]).to(LOW)
         else:
             q = load_tile(q_base, row, q_t, d, n, DK, LOW)
             k = load_tile(k_base, row, k_t, d, n, DK, LOW)
             do = load_tile(do_base, row, do_t, e, n, DV, LOW)
-            inner_n = tl.load(N + inner + i * C).to(LOW)
+            inner_m = tl.load(M + inner + i * C).to(LOW)
             inner_p = tl.load(P + inner + i * C).to(LOW)
         do = tl.trans(do)
-        beta = tl.load(factors + i + c)
         write = k
         if CHANNEL:
             write = write_tiles.load([i, 0]).to(LOW) if TMA else load_tile(write_base, row, k_t, d, n, DK, LOW)
-        du = tl.dot(ds.to(LOW), tl.trans(write), input_precision=PRECISION)
-        if DECAY:
-            enter, leave = tl.load(factors + plane + i + c), tl.load(factors + 2 * plane + i + c)
-            du = du * leave[None, :]
-        du = tl.dot(do, inner_p, du, input_precision=PRECISION)
-        y = du - tl.dot((du * beta[None, :]).to(LOW), inner_n, input_precision=PRECISION)
-        dv = y * beta[None, :]
+        dv = tl.dot(ds.to(LOW), tl.trans(write), input_precision=PRECISION)
+        dv = dv * tl.load(factors + WEIGHT * plane + i + c)[None, :]
+        dv = tl.dot(do, inner_p, dv, input_precision=PRECISION)
+        dv -= tl.dot(dv.to(LOW), inner_m, input_precision=PRECISION)
         if DV_ is not None:
             mask = (row < n)[None, :] & (e < DV)[:, None]
             at = out_at + row[None, :] * (H * DV) + e[:, None]
@@ -349,7 +380,8 @@ def delta_reverse_walk_kernel(
             else:
                 tl.store(DV_ + at, dv.to(DV_.dtype.element_ty), mask=mask)
                 u = tl.load(U + at, mask=mask, other=0.0).to(tl.float32)
-            d_beta = tl.sum(y * u, 0) / tl.where(row < n, beta, 1.0)
+            beta = tl.load(factors + i + c)
+            d_beta = tl.sum(dv * u, 0) / tl.where(row < n, beta * beta, 1.0)
             tl.store(D_BETA + ((block * B + b) * H + h) * T + start + row, d_beta, mask=row < n)
         if CHANNEL:
             ds = ds * tl.exp2(tl.load(TOTAL + (tile_at + tile) * DK + d, mask=d < DK, other=0.0))[None, :]
@@ -357,6 +389,7 @@ def delta_reverse_walk_kernel(
             ds = tl.dot((-dv).to(LOW), k, ds, input_precision=PRECISION)
         elif DECAY:
             ds = ds * tl.load(factors + plane + i + C - 1)
+            enter = tl.load(factors + plane + i + c)
             ds = tl.dot((do.to(tl.float32) * (enter * scale)[None, :]).to(LOW), q, ds, input_precision=PRECISION)
             ds = tl.dot((dv * -enter[None, :]).to(LOW), k, ds, input_precision=PRECISION)
         else:
@@ -444,13 +477,15 @@ def delta_query_walk_kernel(
     scale, B, T, segment_length, segments, all_tiles, stretches, H,
     q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
-    STRETCH: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+    STRETCH: tl.constexpr, DECAY: tl.constexpr, SPLIT_SUMS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """DQ and READ [B, T, H, DK] of a stretch, BK columns. With DECAY also ROWS [2, blocks, B, H, T]: the sums over the
-    columns of q dq + k read, and of what in it comes from the state before the tile."""
+    """DQ or READ [B, T, H, DK] of a stretch, BK columns; neighbouring programs, which read the same tiles, have the
+    two. With DECAY also ROWS [2, 2 * blocks, B, H, T]: the sums over the columns of q dq or k read, and of what in it
+    comes from the state before the tile."""
     blocks: tl.constexpr = (DK + BK - 1) // BK
-    block, b, h, rest = place_of_program(B, H, blocks)
+    part, b, h, rest = place_of_program(B, H, 2 * blocks)
+    role, block = part % 2, part // 2
     stretch, segment = rest % stretches, rest // stretches
     first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
     start, n = stretch_bounds(first, end, stretch, C, STRETCH)
@@ -459,18 +494,21 @@ def delta_query_walk_kernel(
     hk = h // GROUP
     c, e = tl.arange(0, C), tl.arange(0, BV)
     d = block * BK + tl.arange(0, BK)
-    q_base, k_base = Q + b * q_b + start * q_t + hk * q_h, K + b * k_b + start * k_t + hk * k_h
-    do_base, value_at = DO + b * do_b + start * do_t + h * do_h, ((b * T + start) * H + h) * DV
-    out_at = ((b * T + start) * H + h) * DK
+    value_at, out_at = ((b * T + start) * H + h) * DV, ((b * T + start) * H + h) * DK
+    k_base = K + b * k_b + start * k_t + hk * k_h
+    # A query q whose output has the gradient do; or a query k, whose output, of earlier keys, is subtracted from v.
+    x_base, x_t, factor = DO + b * do_b + start * do_t + h * do_h, do_t, tl.where(role == 1, -1.0, scale)
+    w_base, w_t, out_base = Q + b * q_b + start * q_t + hk * q_h, q_t, DQ + out_at
+    if role == 1:
+        x_base, x_t = DV_ + value_at, H * DV
+        w_base, w_t, out_base = k_base, k_t, READ + out_at
     if TMA:
         k_tiles = tl.make_tensor_descriptor(k_base, [n, DK], [k_t, 1], [C, BK])
-        do_tiles = tl.make_tensor_descriptor(do_base, [n, DV], [do_t, 1], [C, BV])
+        x_tiles = tl.make_tensor_descriptor(x_base, [n, DV], [x_t, 1], [C, BV])
         u_tiles = tl.make_tensor_descriptor(U + value_at, [n, DV], [H * DV, 1], [C, BV])
-        dv_tiles = tl.make_tensor_descriptor(DV_ + value_at, [n, DV], [H * DV, 1], [C, BV])
-        dq_tiles = tl.make_tensor_descriptor(DQ + out_at, [n, DK], [H * DK, 1], [C, BK])
-        read_tiles = tl.make_tensor_descriptor(READ + out_at, [n, DK], [H * DK, 1], [C, BK])
+        out_tiles = tl.make_tensor_descriptor(out_base, [n, DK], [H * DK, 1], [C, BK])
         if DECAY:
-            q_tiles = tl.make_tensor_descriptor(q_base, [n, DK], [q_t, 1], [C, BK])
+            w_tiles = tl.make_tensor_descriptor(w_base, [n, DK], [w_t, 1], [C, BK])
     tile_at = first_tile(b, h, H, first, segment, all_tiles, C) + stretch * STRETCH
     plane = B.to(tl.int64) * H * all_tiles * C
     factors = FACTORS + tile_at * C
@@ -478,50 +516,38 @@ def delta_query_walk_kernel(
     inside = (d < DK)[None, :] & (e < DV)[:, None]
     border = ((b * H + h) * segments + segment) * (stretches + 1) + stretch
     s = tl.load(BORDERS + border * (DK * DV) + state_at, mask=inside, other=0.0)  # [V, some of K]
-    past, earlier = c[:, None] >= c[None, :], c[:, None] > c[None, :]
+    seen = c[:, None] >= c[None, :] + role
     for i in tl.range(0, n, C, num_stages=STAGES):
         row = i + c
         if TMA:
             k = k_tiles.load([i, block * BK]).to(LOW)
-            do = do_tiles.load([i, 0]).to(LOW)
+            x = x_tiles.load([i, 0]).to(LOW)
             u = u_tiles.load([i, 0]).to(LOW)
-            dv = dv_tiles.load([i, 0]).to(LOW)
         else:
             k = load_tile(k_base, row, k_t, d, n, DK, LOW)
-            do = load_tile(do_base, row, do_t, e, n, DV, LOW)
+            x = load_tile(x_base, row, x_t, e, n, DV, LOW)
             u = load_tile(U + value_at, row, H * DV, e, n, DV, LOW)
-            dv = load_tile(DV_ + value_at, row, H * DV, e, n, DV, LOW)
-        low = s.to(LOW)
-        dq = tl.dot(do, low, input_precision=PRECISION)
-        read = tl.dot(dv, low, input_precision=PRECISION)
+        out = tl.dot(x, s.to(LOW), input_precision=PRECISION)
         if DECAY:
-            enter, leave = tl.load(factors + plane + i + c), tl.load(factors + 2 * plane + i + c)
-            dq, read = dq * enter[:, None], read * enter[:, None]
-            q = q_tiles.load([i, block * BK]) if TMA else load_tile(q_base, row, q_t, d, n, DK, LOW)
-            rows_at = ROWS + ((block * B + b) * H + h) * T + start + row
-            from_state = tl.sum(q.to(tl.float32) * scale * dq - k.to(tl.float32) * read, 1)
-            tl.store(rows_at + blocks * B.to(tl.int64) * H * T, from_state, mask=row < n)
-        dp = tl.dot(do, tl.trans(u), input_precision=PRECISION)
-        dp = dp * decays_between(factors + i, plane, C, False) if DECAY else tl.where(past, dp, 0.0)
-        dq = tl.dot(dp.to(LOW), k, dq, input_precision=PRECISION)
-        da = tl.dot(dv, tl.trans(u), input_precision=PRECISION)
+            out = out * tl.load(factors + plane + i + c)[:, None]
+            w = w_tiles.load([i, block * BK]) if TMA else load_tile(w_base, row, w_t, d, n, DK, LOW)
+            rows_at = ROWS + ((part * B + b) * H + h) * T + start + row
+            from_state = tl.sum(w.to(tl.float32) * out, 1) * factor
+            tl.store(rows_at + 2 * blocks * B.to(tl.int64) * H * T, from_state, mask=row < n)
+        p = tl.dot(x, tl.trans(u), input_precision=PRECISION)
         if DECAY:
-            da = da * decays_between(factors + i, plane, C, False)
-        da = tl.where(earlier, da, 0.0)
-        read = tl.dot(da.to(LOW), k, read, input_precision=PRECISION)
-        if DECAY:
-            tl.store(rows_at, tl.sum(q.to(tl.float32) * scale * dq - k.to(tl.float32) * read, 1), mask=row < n)
+            p = p * decays_between(factors + i, plane, C, False, SPLIT_SUMS)
+        p = tl.where(seen, p, 0.0)
+        out = tl.dot(p.to(LOW), k, out, input_precision=PRECISION) * factor
         if TMA:
-            dq_tiles.store([i, block * BK], (dq * scale).to(DQ.dtype.element_ty))
-            read_tiles.store([i, block * BK], (-read).to(READ.dtype.element_ty))
+            out_tiles.store([i, block * BK], out.to(DQ.dtype.element_ty))
         else:
-            mask = (row < n)[:, None] & (d < DK)[None, :]
-            at = out_at + row[:, None] * (H * DK) + d[None, :]
-            tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mask=mask)
-            tl.store(READ + at, (-read).to(READ.dtype.element_ty), mask=mask)
+            mask, at = (row < n)[:, None] & (d < DK)[None, :], row[:, None] * (H * DK) + d[None, :]
+            tl.store(out_base + at, out.to(DQ.dtype.element_ty), mask=mask)
         if DECAY:
+            tl.store(rows_at, tl.sum(w.to(tl.float32) * out, 1), mask=row < n)
             s = s * tl.load(factors + plane + i + C - 1)
-            k = (k.to(tl.float32) * leave[:, None]).to(LOW)
+            k = (k.to(tl.float32) * tl.load(factors + 2 * plane + i + c)[:, None]).to(LOW)
         s = tl.dot(tl.trans(u), k, s, input_precision=PRECISION)
 
 
@@ -531,7 +557,7 @@ def delta_key_walk_kernel(
     scale, B, T, segment_length, segments, all_tiles, stretches, H,
     q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
-    STRETCH: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+    STRETCH: tl.constexpr, DECAY: tl.constexpr, SPLIT_SUMS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """DK_ [B, T, H, DK] of a stretch, from its end, BK columns: `read` lies there, and `write` is added. With DECAY
@@ -586,11 +612,11 @@ def delta_key_walk_kernel(
             read = tl.load(DK_ + at, mask=mask, other=0.0).to(tl.float32)
         # Rounded as in the query walk, so that in the sum of x what a pair of tokens gives to both cancels.
         dp = tl.dot(u, tl.trans(do), input_precision=PRECISION)
-        dp = dp * decays_between(factors + i, plane, C, True) if DECAY else tl.where(later, dp, 0.0)
+        dp = dp * decays_between(factors + i, plane, C, True, SPLIT_SUMS) if DECAY else tl.where(later, dp, 0.0)
         inner = tl.dot(dp.to(LOW), q, input_precision=PRECISION) * scale
         da = tl.dot(u, tl.trans(dv), input_precision=PRECISION)
         if DECAY:
-            da = da * decays_between(factors + i, plane, C, True)
+            da = da * decays_between(factors + i, plane, C, True, SPLIT_SUMS)
         da = tl.where(behind, -da, 0.0)
         inner = tl.dot(da.to(LOW), k, inner, input_precision=PRECISION)
         write = tl.dot(u, ds.to(LOW), input_precision=PRECISION)
@@ -643,9 +669,10 @@ def delta_decay_kernel(
         rows_at, valid = (b * H + h) * T + start + row, row < n
         x, from_state = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         for m in tl.static_range(BLOCKS):
-            x += tl.load(QUERY_ROWS + m * kind + rows_at, mask=valid, other=0.0)
             x -= tl.load(KEY_ROWS + m * kind + rows_at, mask=valid, other=0.0)
-            from_state += tl.load(QUERY_ROWS + (BLOCKS + m) * kind + rows_at, mask=valid, other=0.0)
+        for m in tl.static_range(2 * BLOCKS):
+            x += tl.load(QUERY_ROWS + m * kind + rows_at, mask=valid, other=0.0)
+            from_state += tl.load(QUERY_ROWS + (2 * BLOCKS + m) * kind + rows_at, mask=valid, other=0.0)
         tl.store(OUT + (b * T + start + row) * H + h, tl.cumsum(x, 0, reverse=True) + later, mask=valid)
         g = bounded(tl.load(G + b * g_b + (start + row) * g_t + h * g_h, mask=valid, other=0.0))
         # Where a tile decays to nothing (exp(-16) is fp32's rounding) all that crosses its start ends within it.

@@ -18,7 +18,12 @@ from lasp_kernels.shared import Shared
 
 TILES = 4  # that a program looks at for one that is flagged
 SCAN_COLUMNS = 16  # of a state, in a program of a scan: few, for a chain of products that fills the card
-SCAN_WIDTH, SCAN_STAGES = 32, 2  # columns of a matrix at a time, which lie in shared memory
+SCAN_WIDTH, SCAN_STAGES, SCAN_WARPS, SCAN_PRECISION = (
+    32,
+    2,
+    4,
+    "tf32x3",
+)  # columns of a matrix at a time, which lie in shared memory
 
 
 def all_tiles(shared: Shared) -> int:
@@ -49,25 +54,53 @@ def key_blocks(shared: Shared) -> int:
 
 
 def prepare_launch(
-    shared: Shared, group: int, scale: float, q: Layout, k: Layout, log_decay: Layout | None, beta: Layout
+    shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout | None, beta: Layout
 ) -> Launch:
-    """Of `delta_prepare_kernel`, or with a decay per channel of `delta_channel_prepare_kernel`."""
-    plan, sizes = shared.plan, shared.plan.sizes
-    channel = log_decay is not None and len(log_decay[0]) == 4
-    config = _config(shared, "delta channel prepare" if channel else "delta prepare", sizes.key_dim)
-    width = min(config.columns, power_of_two(sizes.key_dim)) if channel else _whole(shared, sizes.key_dim)
-    strides = (*_strides(q, k), *((0, 0, 0) if log_decay is None else log_decay[0][:3]), *beta[0])
+    """Of `delta_prepare_kernel`."""
+    sizes, config = shared.plan.sizes, _config(shared, "delta prepare", shared.plan.sizes.key_dim)
+    strides = (*_strides(q, k), *((0, 0, 0) if log_decay is None else log_decay[0]), *beta[0])
     return Launch(
-        channels.delta_channel_prepare_kernel if channel else kernels.delta_prepare_kernel, shared.device,
-        (sizes.batch * sizes.heads * plan.segments * plan.tiles, 1),
-        (scale, sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, all_tiles(shared), sizes.heads, *strides),
-        D=sizes.key_dim, BD=width, C=config.tile, GROUP=group, PACKED=shared.packed, LOW=shared.low,
-        PRECISION=shared.precision, INVERSE=_inverse_precision(shared), num_warps=config.warps,
+        kernels.delta_prepare_kernel, shared.device, _of_tiles(shared), (scale, *_tile_numbers(shared), *strides),
+        D=sizes.key_dim, BD=_whole(shared, sizes.key_dim), C=config.tile, GROUP=groups, PACKED=shared.packed,
+        SPLIT_SUMS=sizes.itemsize == 4, LOW=shared.low, PRECISION=shared.precision,
+        INVERSE=_inverse_precision(shared), num_warps=config.warps,
+    )  # fmt: skip
+
+
+def gate_launch(shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout) -> Launch:
+    """Of `delta_gate_kernel`."""
+    sizes = shared.plan.sizes
+    return Launch(
+        channels.delta_gate_kernel, shared.device, _of_tiles(shared),
+        (scale, *_tile_numbers(shared), *_strides(q, k, log_decay)), D=sizes.key_dim, BD=power_of_two(sizes.key_dim),
+        C=shared.plan.walk_tile, GROUP=groups, PACKED=shared.packed, num_warps=4,
+    )  # fmt: skip
+
+
+def inner_launch(shared: Shared, beta: Layout) -> Launch:
+    """Of `delta_inner_kernel`."""
+    sizes, config = shared.plan.sizes, _config(shared, "delta inner", shared.plan.sizes.key_dim)
+    return Launch(
+        channels.delta_inner_kernel, shared.device, _of_tiles(shared), (*_tile_numbers(shared), *beta[0]),
+        D=sizes.key_dim, BD=min(config.columns, _whole(shared, sizes.key_dim)), C=config.tile, PACKED=shared.packed,
+        LOW=shared.low, PRECISION=shared.precision, INVERSE=_inverse_precision(shared), num_warps=config.warps,
+    )  # fmt: skip
+
+
+def flagged_launch(shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout) -> Launch:
+    """Of `delta_flagged_kernel`."""
+    plan, sizes = shared.plan, shared.plan.sizes
+    programs = sizes.batch * sizes.heads * plan.segments * -(-plan.tiles // TILES)
+    return Launch(
+        channels.delta_flagged_kernel, shared.device, (programs, 1),
+        (scale, *_tile_numbers(shared), *_strides(q, k, log_decay)), D=sizes.key_dim,
+        BD=min(64, power_of_two(sizes.key_dim)), C=plan.walk_tile, GROUP=groups, TILES=TILES, PACKED=shared.packed,
+        num_warps=4,
     )  # fmt: skip
 
 
 def walk_launch(
-    shared: Shared, group: int, kind: str, scale: float, q: Layout, k: Layout, v: Layout, *, decay: bool, channel: bool
+    shared: Shared, groups: int, kind: str, scale: float, q: Layout, k: Layout, v: Layout, *, decay: bool, channel: bool
 ) -> Launch:
     """Of `delta_walk_kernel`; `kind` is "maps", "outputs" or "writes"."""
     plan, sizes = shared.plan, shared.plan.sizes
@@ -77,13 +110,13 @@ def walk_launch(
     return Launch(
         kernels.delta_walk_kernel, shared.device, (blocks * sizes.batch * sizes.heads * plan.segments, 1),
         (scale, *_numbers(shared), *_strides(q, k, v)), DK=sizes.key_dim, DV=sizes.value_dim,
-        BK=_whole(shared, sizes.key_dim), BV=columns, C=config.tile, GROUP=group, STRETCH=stretch_tiles(shared),
+        BK=_whole(shared, sizes.key_dim), BV=columns, C=config.tile, GROUP=groups, STRETCH=stretch_tiles(shared),
         DECAY=decay, CHANNEL=channel, TMA=_moves(shared, q, k, v), **shared.product_flags(config),
     )  # fmt: skip
 
 
 def reverse_walk_launch(
-    shared: Shared, group: int, scale: float, q: Layout, k: Layout, do: Layout, *, decay: bool, channel: bool
+    shared: Shared, groups: int, scale: float, q: Layout, k: Layout, do: Layout, *, decay: bool, channel: bool
 ) -> Launch:
     """Of `delta_reverse_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
@@ -92,58 +125,59 @@ def reverse_walk_launch(
     return Launch(
         kernels.delta_reverse_walk_kernel, shared.device, (programs, 1),
         (scale, *_numbers(shared), *_strides(q, k, do)), DK=sizes.key_dim, DV=sizes.value_dim,
-        BK=_whole(shared, sizes.key_dim), BV=_columns(shared, config, sizes.value_dim), C=config.tile, GROUP=group,
+        BK=_whole(shared, sizes.key_dim), BV=_columns(shared, config, sizes.value_dim), C=config.tile, GROUP=groups,
         STRETCH=stretch_tiles(shared), DECAY=decay, CHANNEL=channel, TMA=_moves(shared, q, k, do),
         **shared.product_flags(config),
     )  # fmt: skip
 
 
 def gradient_launch(
-    shared: Shared, group: int, of_keys: bool, scale: float, q: Layout, k: Layout, do: Layout, *, decay: bool
+    shared: Shared, groups: int, of_keys: bool, scale: float, q: Layout, k: Layout, do: Layout, *, decay: bool
 ) -> Launch:
     """Of `delta_key_walk_kernel` (`of_keys`) or `delta_query_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config = _config(shared, "delta gradient", sizes.value_dim)
     programs = key_blocks(shared) * sizes.batch * sizes.heads * plan.segments * stretches(shared)
+    programs *= 1 if of_keys else 2
     numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, all_tiles(shared), stretches(shared))
     return Launch(
         kernels.delta_key_walk_kernel if of_keys else kernels.delta_query_walk_kernel, shared.device, (programs, 1),
         (scale, *numbers, sizes.heads, *_strides(q, k, do)), DK=sizes.key_dim, DV=sizes.value_dim,
-        BK=_columns(shared, config, sizes.key_dim), BV=_whole(shared, sizes.value_dim), C=config.tile, GROUP=group,
-        STRETCH=stretch_tiles(shared), DECAY=decay, TMA=_moves(shared, q, k, do), **shared.product_flags(config),
+        BK=_columns(shared, config, sizes.key_dim), BV=_whole(shared, sizes.value_dim), C=config.tile, GROUP=groups,
+        STRETCH=stretch_tiles(shared), DECAY=decay, SPLIT_SUMS=sizes.itemsize == 4, TMA=_moves(shared, q, k, do),
+        **shared.product_flags(config),
     )  # fmt: skip
 
 
-def channel_gradient_launch(
-    shared: Shared, group: int, of_keys: bool, scale: float, q: Layout, k: Layout, log_decay: Layout, do: Layout
-) -> Launch:
+def channel_gradient_launch(shared: Shared, of_keys: bool, scale: float, do: Layout) -> Launch:
     """Of `delta_channel_key_walk_kernel` (`of_keys`) or `delta_channel_query_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config = _config(shared, "delta channel gradient", sizes.value_dim)
     columns = channel_columns(shared)
     programs = -(-sizes.key_dim // columns) * sizes.batch * sizes.heads * plan.segments * stretches(shared)
+    programs *= 1 if of_keys else 2
     numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, all_tiles(shared), stretches(shared))
-    kernel = channels.delta_channel_key_walk_kernel if of_keys else channels.delta_channel_query_walk_kernel
+    numbers = (*numbers, sizes.heads, *_strides(do))
     return Launch(
-        kernel, shared.device, (programs, 1), (scale, *numbers, sizes.heads, *_strides(q, k, log_decay, do)),
-        DK=sizes.key_dim, DV=sizes.value_dim, BK=columns, BV=_whole(shared, sizes.value_dim), C=config.tile,
-        GROUP=group, STRETCH=stretch_tiles(shared), **shared.product_flags(config),
+        channels.delta_channel_key_walk_kernel if of_keys else channels.delta_channel_query_walk_kernel,
+        shared.device, (programs, 1), numbers if of_keys else (scale, *numbers), DK=sizes.key_dim, DV=sizes.value_dim,
+        BK=columns, BV=_whole(shared, sizes.value_dim), C=config.tile, STRETCH=stretch_tiles(shared),
+        **shared.product_flags(config),
     )  # fmt: skip
 
 
-def flagged_launch(
-    shared: Shared, group: int, scale: float, q: Layout, k: Layout, log_decay: Layout, do: Layout
+def flagged_gradient_launch(
+    shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout, do: Layout
 ) -> Launch:
     """Of `delta_flagged_gradient_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     columns = channel_columns(shared)
     programs = -(-sizes.key_dim // columns) * sizes.batch * sizes.heads * plan.segments * -(-plan.tiles // TILES)
-    numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, all_tiles(shared), sizes.heads)
     return Launch(
         channels.delta_flagged_gradient_kernel, shared.device, (programs, 1),
-        (scale, *numbers, *_strides(q, k, log_decay, do)), DK=sizes.key_dim, DV=sizes.value_dim, BK=columns,
-        BV=min(64, power_of_two(sizes.value_dim)), C=plan.walk_tile, GROUP=group, TILES=TILES, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, num_warps=4,
+        (scale, *_tile_numbers(shared), *_strides(q, k, log_decay, do)), DK=sizes.key_dim, DV=sizes.value_dim,
+        BK=columns, BV=min(64, power_of_two(sizes.value_dim)), C=plan.walk_tile, GROUP=groups, TILES=TILES,
+        PACKED=shared.packed, LOW=shared.low, PRECISION=shared.precision, num_warps=4,
     )  # fmt: skip
 
 
@@ -178,7 +212,7 @@ def scan_launch(
     return Launch(
         kernels.delta_scan_kernel, device, (runs * heads, blocks), (segments, slots, heads), DK=key_dim, DV=value_dim,
         BK=rows, BV=SCAN_COLUMNS, PARTS=rows // width, REVERSE=reverse, TRANSPOSED=transposed, PACKED=packed,
-        PRECISION="ieee" if knobs.runtime.interpret else "tf32x3", STAGES=1 if rows > 128 else SCAN_STAGES, num_warps=4,
+        PRECISION="ieee" if knobs.runtime.interpret else SCAN_PRECISION, STAGES=1 if rows > 128 else SCAN_STAGES, num_warps=SCAN_WARPS,
     )  # fmt: skip
 
 
@@ -204,6 +238,18 @@ def _inverse_precision(shared: Shared) -> str:
 def _moves(shared: Shared, *layouts: Layout) -> bool:
     sizes = shared.plan.sizes
     return shared.moves(*layouts, *(shared.fresh(sizes.heads, width) for width in shared.state))
+
+
+def _of_tiles(shared: Shared) -> tuple[int, int]:
+    """Programs of a grid over all tiles."""
+    plan, sizes = shared.plan, shared.plan.sizes
+    return sizes.batch * sizes.heads * plan.segments * plan.tiles, 1
+
+
+def _tile_numbers(shared: Shared) -> tuple[int, ...]:
+    """What kernels take whose programs have tiles."""
+    plan, sizes = shared.plan, shared.plan.sizes
+    return sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, all_tiles(shared), sizes.heads
 
 
 def _numbers(shared: Shared) -> tuple[int, ...]:
