@@ -159,7 +159,7 @@ def test_the_strength_from_which_a_tile_is_flagged(tile):
     check(x, do, d_final, bound=1e-5)
     steps = DeltaKernelSteps.of(operands := DeltaOperands(*list(x.values())[:5], 0.7))
     steps.local_maps(operands)
-    assert steps._made.flag[:, :, 0].flatten().tolist() == [0, 1, 0, 1]
+    assert steps._made.gates.flag[:, :, 0].flatten().tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,8 +13,8 @@ up to token i, inclusive, h those of its first 8 tokens, w those of all 16, and
 
 None of the factors is beyond exp(+-LIMIT) if half a block decays by no more. A pair in one block is then q> k<, and one
 in different blocks q> k< times the decay from the middle of one block to that of the other, which is <= 1: earlier
-keys are moved from block to block (`moved_on`), later queries back (`seen_from_behind`). The gradients of q>, k> and k< are
-found alike, and x = q> dq> + k> dk> - k< dk<; what a pair in one block gives to both sides of that sum is exactly
+keys are moved from block to block (`moved_on`), later queries back (`seen_from_behind`). The gradients of q>, k> and k<
+are found alike, and x = q> dq> + k> dk> - k< dk<; what a pair in one block gives to both sides of that sum is exactly
 the same, however it is rounded.
 
 A tile in which half a block decays by more than exp(-LIMIT) in any channel is *flagged* (gates of at least -5 a token
@@ -467,5 +467,5 @@ def delta_channel_key_walk_kernel(
         tl.store(DK_ + at, write.to(DK_.dtype.element_ty), mask=mask)
         ds = ds * tl.exp2(total)[None, :]
         ds = tl.dot(tl.trans(do), load_tile(QH + key_at, row, H * DK, d, n, DK, LOW), ds, input_precision=PRECISION)
-        read = -load_tile(KH + key_at, row, H * DK, d, n, DK, LOW)
+        read = (-load_tile(KH + key_at, row, H * DK, d, n, DK, tl.float32)).to(LOW)
         ds = tl.dot(tl.trans(dv), read, ds, input_precision=PRECISION)

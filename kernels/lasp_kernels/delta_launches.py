@@ -18,12 +18,7 @@ from lasp_kernels.shared import Shared
 
 TILES = 4  # that a program looks at for one that is flagged
 SCAN_COLUMNS = 16  # of a state, in a program of a scan: few, for a chain of products that fills the card
-SCAN_WIDTH, SCAN_STAGES, SCAN_WARPS, SCAN_PRECISION = (
-    32,
-    2,
-    4,
-    "tf32x3",
-)  # columns of a matrix at a time, which lie in shared memory
+SCAN_WIDTH, SCAN_STAGES = 32, 2  # columns of a matrix at a time, which lie in shared memory
 
 
 def all_tiles(shared: Shared) -> int:
@@ -212,12 +207,15 @@ def scan_launch(
     return Launch(
         kernels.delta_scan_kernel, device, (runs * heads, blocks), (segments, slots, heads), DK=key_dim, DV=value_dim,
         BK=rows, BV=SCAN_COLUMNS, PARTS=rows // width, REVERSE=reverse, TRANSPOSED=transposed, PACKED=packed,
-        PRECISION="ieee" if knobs.runtime.interpret else SCAN_PRECISION, STAGES=1 if rows > 128 else SCAN_STAGES, num_warps=SCAN_WARPS,
+        PRECISION="ieee" if knobs.runtime.interpret else "tf32x3", STAGES=1 if rows > 128 else SCAN_STAGES,
+        num_warps=4,
     )  # fmt: skip
 
 
 def _config(shared: Shared, name: str, dim: int) -> Config:
-    return config_of(name, dim, shared.plan.sizes.itemsize)
+    config = config_of(name, dim, shared.plan.sizes.itemsize)
+    # Cards without TMA have less shared memory than the 220 KiB that two stages need here.
+    return config if shared.plan.sizes.has_tma or name != "delta channel gradient" else config._replace(stages=1)
 
 
 def _columns(shared: Shared, config: Config, width: int) -> int:
