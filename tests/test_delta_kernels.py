@@ -358,6 +358,17 @@ def test_full_size(form, dtype, K, V):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("form", FORMS)
+def test_full_size_with_grouped_heads_behind_others(form):
+    """Calls with as many heads of v share launches; gradients of each group's heads are fp32, others as the inputs."""
+    for heads, groups in ((4, 1), (2, 2), (4, 1)):
+        x, do, d_final = delta_inputs(form, 700, heads=heads, groups=groups, K=64, V=64, dtype=torch.bfloat16)
+        expected = exactly(x, do, d_final, function=chunked_delta_rule)
+        for name, value in by_kernels(x, do, d_final).items():
+            assert relative(value, expected[name]) < 1e-2, name
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_full_size_without_a_wait_of_the_host():
     x, do, d_final = delta_inputs("channel", 3000, heads=2, K=64, V=64, dtype=torch.bfloat16)
     by_kernels(x, do, d_final)

@@ -267,11 +267,12 @@ class DeltaKernelSteps(KernelSteps):
         launch(q, k, g, u, do, dv, gates.flag, dq, dk, write, sums, shared.table)
         (later, earlier), (queries, keys, written) = gates.factors, gates.hats
         tiles = (gates.steps, gates.total, gates.flag, u, do, dv, borders)
-        key = ("channel gradient", False, x.scale, do_at)
-        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[1:]))
+        # The dtype of what is written depends on the groups, as in all of these launches.
+        key = ("channel gradient", self._groups > 1, False, x.scale, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[2:]))
         launch(*gates.sides, written, later, *tiles, dq, dk, sums, from_state, shared.table)
-        key = ("channel gradient", True, x.scale, do_at)
-        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[1:]))
+        key = ("channel gradient", self._groups > 1, True, x.scale, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[2:]))
         out = (d_borders, dk, write, sums, from_state, d_decay)
         launch(*gates.sides, queries, keys, earlier, *tiles, *out, shared.table)
         return d_decay
