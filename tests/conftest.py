@@ -10,8 +10,11 @@ import torch
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """How many files run at once with `-n auto`: few, as a test may start four ranks; one where these may be GPUs."""
-    return 0 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    """How many files run at once with `-n auto`: few, as a test may start four ranks; one where these may be GPUs.
+
+    One more than there are cores: what waits for a timeout, or for a rank, needs none.
+    """
+    return 0 if torch.cuda.is_available() else min(3, 1 + (os.cpu_count() or 1))
 
 
 # Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
