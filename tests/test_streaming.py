@@ -355,7 +355,7 @@ def under_fsdp2(replicas):
     torch.set_num_threads(1)
     mesh = mesh_of(dp_replicate=replicas, dp_shard=2 // replicas, sp=2)
     replica = dist.get_rank() // 2
-    reference = Model(*LINEAR, *SHORT, *STATES).double()
+    reference = Model(*LINEAR[:2], *SHORT, *STATES[:2]).double()
     model = copy.deepcopy(reference)
     lasp.parallelize(model, mesh, strict=False)
     wrap_fsdp2(model, mesh, blocks=[*model.layers, *model.mlps])
@@ -901,7 +901,7 @@ def compiled_as_one_pass(whole):
     _, _, expected = one_pass(reference, batch_of(True))
     called = torch.compile(model, backend="aot_eager") if whole else model
     if not whole:
-        for layer in (*model.layers, *model.mlps):
+        for layer in (*model.layers, model.mlps[0]):
             layer.compile(backend="aot_eager")
     for _ in range(2):
         lasp.stream_backward(called, batch_of(True), mesh=mesh, segment=24)

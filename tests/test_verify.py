@@ -778,6 +778,7 @@ def run_command(*arguments, folder=None):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.any_pytorch  # test_launchers.py starts ranks in this way, too
 @pytest.mark.timeout(300)  # four processes import PyTorch
 def test_the_command_verifies_a_tnl_on_two_ranks():
     done = run_command("--layers=1", "--tokens=33", "--dtype=float64")
