@@ -19,9 +19,10 @@ def pytest_xdist_auto_num_workers():
 
 # Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
 LONG = """
-transformers trainer verify streaming faults transformers_border kernels train channel elementwise presence data init
-kernels_on_ranks recompute bits_alone bench agreement softmax messages replicas data_parallel attention hosts padding
-loss remote_code streaming_transformers docs scripts checkpoint exchange launchers fla trl loops peft
+transformers trainer streaming kernels verify faults kernels_on_ranks train channel scan_kernels delta_kernels
+streaming_transformers transformers_border init bench bits_alone agreement recompute messages presence elementwise
+data softmax replicas data_parallel attention hosts padding loss remote_code families experts docs scripts checkpoint
+exchange launchers fla trl loops peft
 """
 
 
