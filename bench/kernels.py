@@ -1,6 +1,6 @@
 """`lasp.linear_attention` on one GPU against fla-core, torch SDPA and the limits of the card, in one process.
 
-    python bench/kernels.py --suite headline [lengths published grid cold] [--budget 500] [--save]
+    python bench/kernels.py --suite headline [lengths published grid normaliser groups cold] [--budget 500] [--save]
 
 Before a decay form and head dim are timed, the bf16 output and gradients must be as near to an fp64 computation as
 fla's (at most 1.2 times its error). Times are medians of `triton.testing.do_bench`, which empties the L2 cache before
@@ -8,7 +8,8 @@ every call. Short calls wait for the host, whose time varies by a factor of two 
 are timed in six rounds that take turns with fla's, and the least median counts. "card" is the time of the card alone,
 from a CUDA graph of calls below 2 ms. "% floor" is the time that reading every input and writing every output once
 takes at the speed of a device-to-device copy, over the measured time: forward q, k, v, o; backward q, k, v, do, dq, dk,
-dv.
+dv. The suites `normaliser` and `groups` have no peer: they are timed next to what gives the same without these forms, a
+column of ones behind v ("ones") and q and k that are repeated ("repeated"); "plain" is without a normaliser.
 """
 
 from __future__ import annotations
@@ -55,13 +56,25 @@ Attention = Callable[["Inputs"], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One shape; K = V = dim. `decay`: none, fixed ([H]) or token ([B, T, H], which then has a gradient)."""
+    """One shape; K = V = dim. `decay`: none, fixed ([H]) or token ([B, T, H], which then has a gradient).
+
+    `values`: V, if it is another. `groups`: heads of q and k, if there are fewer than of v.
+    """
 
     batch: int
     tokens: int
     heads: int
     dim: int
     decay: str
+    values: int = 0
+    groups: int = 0
+    normalize: bool = False
+
+    @property
+    def form(self) -> str:
+        """The decay, and what is not usual."""
+        groups = f", V{self.values or self.dim} of {self.groups} group{'s' * (self.groups > 1)}" if self.groups else ""
+        return f"{self.decay}{groups}{', normalised' if self.normalize else ''}"
 
     @property
     def tensor_bytes(self) -> int:
@@ -72,7 +85,7 @@ class Case:
         return 2.0 * self.batch * self.heads * self.tokens**2 * self.dim
 
     def __str__(self) -> str:
-        return f"B{self.batch} T{self.tokens} H{self.heads} D{self.dim} {self.decay}"
+        return f"B{self.batch} T{self.tokens} H{self.heads} D{self.dim} {self.form}"
 
 
 @dataclass(frozen=True)
@@ -84,18 +97,23 @@ class Inputs:
     v: Tensor
     do: Tensor
     log_decay: Tensor | None
+    normalize: bool = False
 
     @classmethod
     def random(cls, case: Case) -> Inputs:
         draw = torch.Generator(DEVICE).manual_seed(0)
-        shape = (case.batch, case.tokens, case.heads, case.dim)
-        q, k, v, do = (torch.randn(shape, generator=draw, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+        shape = (case.batch, case.tokens, case.heads, case.values or case.dim)
+        narrow = (case.batch, case.tokens, case.groups or case.heads, case.dim)
+        shapes = (narrow, narrow, shape, shape)
+        q, k, v, do = (torch.randn(s, generator=draw, device=DEVICE, dtype=torch.bfloat16) for s in shapes)
+        if case.normalize:
+            q, k = (F.elu(x) + 1 for x in (q, k))
         log_decay = None
         if case.decay == "fixed":
             log_decay = lasp.decay.alibi(case.heads, 0, LAYERS).to(DEVICE)
         elif case.decay == "token":
             log_decay = (-0.1 * torch.rand(shape[:3], generator=draw, device=DEVICE)).requires_grad_()
-        return cls(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do, log_decay)
+        return cls(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do, log_decay, case.normalize)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -107,15 +125,36 @@ class Inputs:
             return x.detach().double().requires_grad_(x.requires_grad)
 
         decay = None if self.log_decay is None else up(self.log_decay)
-        return Inputs(up(self.q), up(self.k), up(self.v), up(self.do), decay)
+        return Inputs(up(self.q), up(self.k), up(self.v), up(self.do), decay, self.normalize)
+
+    @property
+    def floors(self) -> tuple[int, int]:
+        """Bytes of the inputs and outputs of forward, and of backward."""
+        qkv = self.q.nbytes + self.k.nbytes + self.v.nbytes
+        return qkv + self.do.nbytes, 2 * qkv + self.do.nbytes
 
 
 def linear(x: Inputs) -> Tensor:
+    return lasp.linear_attention(x.q, x.k, x.v, log_decay=x.log_decay, normalize=x.normalize)[0]
+
+
+def plain(x: Inputs) -> Tensor:
     return lasp.linear_attention(x.q, x.k, x.v, log_decay=x.log_decay)[0]
 
 
+def ones(x: Inputs) -> Tensor:
+    """The normaliser as a column of v."""
+    o = lasp.linear_attention(x.q, x.k, F.pad(x.v, (0, 1), value=1.0), log_decay=x.log_decay)[0]
+    return o[..., :-1] / o[..., -1:]
+
+
+def repeated(x: Inputs) -> Tensor:
+    q, k = (y.repeat_interleave(x.v.shape[2] // y.shape[2], 2) for y in (x.q, x.k))
+    return lasp.linear_attention(q, k, x.v, log_decay=x.log_decay, normalize=x.normalize)[0]
+
+
 def oracle(x: Inputs) -> Tensor:
-    return chunked_linear_attention(x.q, x.k, x.v, log_decay=x.log_decay)[0]
+    return chunked_linear_attention(x.q, x.k, x.v, log_decay=x.log_decay, normalize=x.normalize)[0]
 
 
 @lru_cache
@@ -139,6 +178,7 @@ def softmax(x: Inputs) -> Tensor:
 
 
 ATTENTIONS: dict[str, Attention] = {"lasp": linear, "fla": fla, "sdpa": softmax}
+OTHER_WAYS: dict[str, Attention] = {"plain": plain, "ones": ones, "repeated": repeated}
 
 
 # ---- correctness
@@ -159,9 +199,9 @@ def errors(attention: Attention, x: Inputs, exact: list[Tensor]) -> dict[str, fl
     return found
 
 
-def gate(decay: str, dim: int, peer: Attention | None) -> tuple[bool, list[dict]]:
+def gate(case: Case, peer: Attention | None) -> tuple[bool, list[dict]]:
     """Whether output and gradients are right, and a row for each of them."""
-    x = Inputs.random(Case(**GATE_CASE, dim=dim, decay=decay))
+    x = Inputs.random(case)
     exact = step(oracle, x.double())
     ours = errors(linear, x, exact)
     theirs = {} if peer is None else errors(peer, x, exact)
@@ -170,7 +210,7 @@ def gate(decay: str, dim: int, peer: Attention | None) -> tuple[bool, list[dict]
         limit = GATE_LIMIT_DECAY if name == "dlog_decay" else GATE_LIMIT
         if math.isfinite(theirs.get(name, math.inf)):
             limit = min(limit, GATE_RATIO * theirs[name])
-        row = {"decay": decay, "dim": dim, "what": name, "lasp": rounded(error)}
+        row = {"decay": case.form, "dim": case.dim, "what": name, "lasp": rounded(error)}
         row |= {"fla": rounded(theirs.get(name)), "limit": rounded(limit), "ok": error <= limit}
         rows.append(row)
     return all(row["ok"] for row in rows), rows
@@ -253,12 +293,12 @@ class Timing:
         """Times in ms, % of the floor at `copy` GB/s, memory in MiB."""
         if not self.calls:
             self.calls = self.prepared()
-        floor = self.x.q.nbytes / copy / 1e6  # ms for one tensor
+        forward, backward = (n / copy / 1e6 for n in self.x.floors)  # ms
         for part, call in self.calls.items():
             time = milliseconds(call, rep)
             self.row[f"{part} ms"] = time = min(time, self.row.get(f"{part} ms") or math.inf)
             if part != "both":
-                self.row[f"{part} % floor"] = 100 * (4 if part == "fwd" else 7) * floor / time
+                self.row[f"{part} % floor"] = 100 * (forward if part == "fwd" else backward) / time
         if self.forward_only:
             return
         if "fwd card ms" not in self.row:
@@ -311,7 +351,8 @@ def memory(attention: Attention, x: Inputs, leaves: list[Tensor]) -> dict[str, f
     o = attention(x)
     kept = torch.cuda.memory_allocated() - before - o.nbytes
     extra = backward_memory(o, x, leaves)
-    return {"kept MiB": kept / 2**20, "bwd extra MiB": extra / 2**20, "extra %": 100 * extra / (3 * x.q.nbytes)}
+    gradients = x.q.nbytes + x.k.nbytes + x.v.nbytes
+    return {"kept MiB": kept / 2**20, "bwd extra MiB": extra / 2**20, "extra %": 100 * extra / gradients}
 
 
 # ---- bounds
@@ -348,7 +389,7 @@ class Session:
     begin: float = field(default_factory=time.perf_counter)
     limits: dict[str, float] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
-    gates: dict[tuple[str, int, bool], bool] = field(default_factory=dict)
+    gates: dict[tuple[Case, bool], bool] = field(default_factory=dict)
     gate_rows: list[dict] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -383,24 +424,29 @@ class Session:
             self.tune("fla", max(alike, key=lambda c: c.tensor_bytes))
         whole = ("fla", case.decay, case.dim) not in self.forward_only
         peer = fla if "fla" in names and self.usable("fla", case) and whole else None
-        key = (case.decay, case.dim, peer is not None)
+        small = replace(case, **{**GATE_CASE, "heads": max(GATE_CASE["heads"], 2 * case.groups)})
+        key = (small, peer is not None)
         if key not in self.gates:
-            say(f"gate: {case.decay}, D{case.dim}")
+            say(f"gate: {case.form}, D{case.dim}")
             try:
-                self.gates[key], rows = gate(case.decay, case.dim, peer)
+                self.gates[key], rows = gate(small, peer)
             except Exception as problem:
                 self.gates[key], rows = False, []
-                self.failed.append(f"gate {case.decay} D{case.dim}: {brief(problem)}")
+                self.failed.append(f"gate {case.form} D{case.dim}: {brief(problem)}")
             self.gate_rows += rows
             if not self.gates[key]:
-                say(f"gate is RED for {case.decay}, D{case.dim}: not timed")
+                say(f"gate is RED for {case.form}, D{case.dim}: not timed")
             free()
         return self.gates[key]
 
     def usable(self, name: str, case: Case) -> bool:
         if name == "sdpa" and (case.softmax_flops > SOFTMAX_FLOPS or replace(case, decay="none") in self.softmax):
             return False
-        return name == "lasp" or (name in self.peers and (name, case.decay, case.dim) not in self.dropped)
+        return (
+            name == "lasp"
+            or name in OTHER_WAYS
+            or (name in self.peers and (name, case.decay, case.dim) not in self.dropped)
+        )
 
     def tune(self, name: str, case: Case) -> None:
         say(f"{name} compiles and tunes itself: {case}")
@@ -434,7 +480,8 @@ class Session:
             self.failed_to_time(suite, "lasp", case, problem)
             return free()
         short = case.batch * case.tokens * case.heads <= SHORT
-        timings = {name: Timing(ATTENTIONS[name], x) for name in names if self.usable(name, case)}
+        known = ATTENTIONS | OTHER_WAYS
+        timings = {name: Timing(known[name], x) for name in names if self.usable(name, case)}
         for _ in range(ROUNDS if short else 1):
             for name, timing in list(timings.items()):
                 timing.forward_only = (name, case.decay, case.dim) in self.forward_only
@@ -453,7 +500,7 @@ class Session:
         rows = {name: {n: rounded(value) for n, value in timing.row.items()} for name, timing in timings.items()}
         for name, row in rows.items():
             head = {"suite": suite, "B": case.batch, "T": case.tokens, "H": case.heads, "D": case.dim}
-            head |= {"decay": "softmax" if name == "sdpa" else case.decay, "what": name}
+            head |= {"decay": "softmax" if name == "sdpa" else case.form, "what": name}
             self.rows.append({**head, **row, **self.speedups(row, rows.get("fla") if name == "lasp" else None)})
         del timings, timing
         free()
@@ -513,11 +560,30 @@ def grid() -> list[Case]:
     return [case for case in cases if 8 * case.tensor_bytes <= GRID_BYTES]
 
 
+def normaliser() -> list[Case]:
+    return [
+        Case(1, T, 16, dim, decay, normalize=True)
+        for dim, T in ((128, 8192), (128, 131072), (64, 131072))
+        for decay in DECAYS
+    ]
+
+
+def groups() -> list[Case]:
+    """Of Mamba-2: V = 64 and K = 128, with one group 24 heads at 130M and 64 at 1.3B; Codestral has 128 and 8."""
+    return [
+        Case(1, T, heads, 128, "token", values=64, groups=count)
+        for heads, count in ((64, 1), (24, 1), (128, 8))
+        for T in (8192, 32768)
+    ]
+
+
 SUITES: dict[str, tuple[Callable[[], list[Case]], tuple[str, ...]]] = {
     "headline": (headline, ("lasp", "fla", "sdpa")),
     "lengths": (lengths, ("lasp",)),
     "published": (published, ("lasp", "fla", "sdpa")),
     "grid": (grid, ("lasp", "fla")),
+    "normaliser": (normaliser, ("lasp", "plain", "ones")),
+    "groups": (groups, ("lasp", "repeated")),
 }
 
 

@@ -18,6 +18,7 @@ from lasp.ops import recompute
 from lasp.ops.attention import linear_attention
 from lasp.ops.call import padding_of
 from lasp.ops.delta import delta_rule
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ops.halo import block_attention, causal_conv
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
@@ -31,6 +32,7 @@ class LightningAttention(nn.Module):
             whatever dtype the model is cast to. A decay that is learned or depends on data is an argument of `forward`
             instead.
         scale: multiplies the output.
+        normalize: divide the output by the query's product with the sum of keys, see `lasp.linear_attention`.
 
     Raises:
         ValueError, TypeError: values that are no decays, or require a gradient; a scale that is no finite number.
@@ -38,12 +40,12 @@ class LightningAttention(nn.Module):
 
     sequence: SequenceParallel | None = None  # set by lasp.parallelize
 
-    def __init__(self, log_decay: Tensor | None = None, *, scale: float = 1.0):
+    def __init__(self, log_decay: Tensor | None = None, *, scale: float = 1.0, normalize: bool = False):
         super().__init__()
         # Not a buffer: model.to(bfloat16) would round it, and a decay in bf16 is a bug.
         self._fixed = None if log_decay is None else values_of("log_decay", log_decay)
         self._on_device: Tensor | None = None
-        self.scale = arguments.number("scale", scale)
+        self.scale, self.normalize = arguments.number("scale", scale), arguments.flag("normalize", normalize)
         self._copy_to(torch.get_default_device())
 
     def log_decay(self, device: torch.device) -> Tensor | None:
@@ -75,14 +77,15 @@ class LightningAttention(nn.Module):
     ) -> Tensor:
         """q [B, T, H*G, K], k [B, T, H, K], v [B, T, H, V] to o [B, T, H*G, V]; see `lasp.linear_attention`.
 
-        q may be a function that makes it, which is called while the state travels to the next rank.
+        Or q and k with fewer heads than v, whose number o then has. q may be a function that makes it, which is called
+        while the state travels to the next rank.
         """
         if log_decay is None:
             log_decay = self.log_decay(k.device)
         elif self._fixed is not None:
             raise ValueError("log_decay is fixed for this layer; it cannot also be given to forward")
-        o, _ = linear_attention(q, k, v, log_decay=log_decay, scale=self.scale, layout=layout, sequence=self.sequence)
-        return o
+        options = {"log_decay": log_decay, "scale": self.scale, "normalize": self.normalize, "layout": layout}
+        return linear_attention(q, k, v, sequence=self.sequence, **options)[0]  # type: ignore[arg-type]
 
     @property
     def overlaps(self) -> bool:
@@ -90,9 +93,10 @@ class LightningAttention(nn.Module):
         return self.sequence is not None and self.sequence.size > 1
 
     def extra_repr(self) -> str:
-        """The heads that decay, and the scale."""
+        """The heads that decay, the scale, and whether it is normalised."""
         decay = "none" if self._fixed is None else f"[{len(self._fixed)}]"
-        return f"log_decay={decay}, scale={self.scale}"
+        normalize = ", normalize=True" if self.normalize else ""
+        return f"log_decay={decay}, scale={self.scale}{normalize}"
 
 
 class DeltaRule(nn.Module):
@@ -207,6 +211,28 @@ class CausalConv(nn.Module):
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, bias={self.bias is not None}"
 
 
+class ElementwiseRecurrence(nn.Module):
+    """`elementwise_recurrence` of lasp.ops.elementwise as a module, without parameters: HGRN, RG-LRU."""
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def forward(self, x: Tensor, log_decay: Tensor, *, layout: ShardLayout | None = None) -> Tensor:
+        """x and log_decay [B, T, D] to h of the same shape, h_t = exp(log_decay_t) h_{t-1} + x_t."""
+        return elementwise_recurrence(x, log_decay, layout=layout, sequence=self.sequence)
+
+
+class SelectiveScan(nn.Module):
+    """Mamba's `selective_scan` of lasp.ops.elementwise as a module, without parameters."""
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def forward(
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, layout: ShardLayout | None = None
+    ) -> Tensor:
+        """u and dt [B, T, D], A [D, N], B and C [B, T, N] to y [B, T, D]."""
+        return selective_scan(u, dt, A, B, C, layout=layout, sequence=self.sequence)
+
+
 class Counted(NamedTuple):
     """What a `Router` has counted in a forward, of this rank's tokens."""
 
@@ -267,5 +293,13 @@ class Router(nn.Module):
         return f"{self.chosen} of {self.experts}, scale={self.scale}"
 
 
-OPERATOR_MODULES = (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv, BlockAttention)
+OPERATOR_MODULES = (
+    LightningAttention,
+    DeltaRule,
+    SoftmaxAttention,
+    CausalConv,
+    BlockAttention,
+    ElementwiseRecurrence,
+    SelectiveScan,
+)
 """All of them: what `parallelize` gives the ranks to."""

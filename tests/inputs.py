@@ -1,6 +1,7 @@
 """Random inputs of linear attention in all decay forms, and what the fp64 recurrence makes of them."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,12 @@ from lasp_kernels import recurrent_linear_attention
 
 FORMS = ("none", "head", "token", "channel")
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
+VARIANTS = {  # of `random_inputs`
+    "normalised": {"normalize": True},
+    "grouped values": {"share": 2},
+    "both": {"normalize": True, "share": 2},
+    "normalised, grouped queries": {"normalize": True, "groups": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Inputs:
     initial_state: Tensor | None
     do: Tensor
     d_final_state: Tensor
+    normalize: ClassVar[bool] = False
 
     @property
     def given(self) -> dict[str, Tensor]:
@@ -47,30 +55,60 @@ class Inputs:
         return [x.requires_grad_() for name, x in self.given.items() if name in names]
 
 
+class NormalisedInputs(Inputs):
+    """For a call with `normalize`."""
+
+    normalize = True
+
+
 def random_inputs(
-    form, T, *, B=2, H=2, groups=1, K=5, V=4, sequences=None, state=True, strength=1.0, seed=0, dtype=torch.float64
+    form,
+    T,
+    *,
+    B=2,
+    H=2,
+    groups=1,
+    share=1,
+    normalize=False,
+    K=5,
+    V=4,
+    sequences=None,
+    state=True,
+    strength=1.0,
+    seed=0,
+    dtype=torch.float64,
 ) -> Inputs:
-    """`sequences` is the number of packed ones; the decays lie between -strength and 0."""
+    """`sequences` is the number of packed ones; the decays lie between -strength and 0.
+
+    H heads of k, of which `groups` heads of q read one, and `share` heads of v share one. With `normalize` q and k are
+    positive, and so is the sum of keys that enters.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(shape, generator=draw, dtype=dtype)
 
-    N = B if sequences is None else sequences
-    shape = {"none": None, "head": (H,), "token": (B, T, H), "channel": (B, T, H, K)}[form]
-    return Inputs(
+    N, S = B if sequences is None else sequences, H * share  # heads of states
+    shape = {"none": None, "head": (S,), "token": (B, T, S), "channel": (B, T, S, K)}[form]
+    x = (NormalisedInputs if normalize else Inputs)(
         q=normal(B, T, H * groups, K),
         k=normal(B, T, H, K),
-        v=normal(B, T, H, V),
+        v=normal(B, T, S, V),
         log_decay=None if shape is None else -strength * torch.rand(shape, generator=draw, dtype=dtype),
-        initial_state=normal(N, H, K, V) if state else None,
-        do=normal(B, T, H * groups, V),
-        d_final_state=normal(N, H, K, V),
+        initial_state=normal(N, S, K, V + normalize) if state else None,
+        do=normal(B, T, S * groups, V),
+        d_final_state=normal(N, S, K, V + normalize),
     )
+    if normalize:
+        x = replace(x, q=x.q.abs() + 0.1, k=x.k.abs() + 0.1)
+        if state:
+            x.initial_state[..., -1].abs_().add_(0.1)
+    return x
 
 
 def run(function, x: Inputs, **options):
     """Outputs and final state of a function with the oracle's signature."""
+    options = {"normalize": True, **options} if x.normalize else options
     return function(x.q, x.k, x.v, log_decay=x.log_decay, initial_state=x.initial_state, **options)
 
 

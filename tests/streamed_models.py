@@ -50,6 +50,18 @@ class PerToken(Layer):
 
 
 @lasp.register
+class Normalised(Layer):
+    """All heads of v share one of q and k."""
+
+    def forward(self, x, layout=None):
+        q, k, v = self.split(x)
+        decay = -F.softplus(self.gates(x)[..., :HEADS]).to(lasp_dtype(x))
+        options = {"log_decay": decay, "normalize": True, "layout": layout, "sequence": self.sequence}
+        o, _ = lasp.linear_attention(F.elu(q[:, :, :1]) + 1, F.elu(k[:, :, :1]) + 1, v, **options)
+        return o.flatten(-2)
+
+
+@lasp.register
 class PerChannel(Layer):
     def forward(self, x, layout=None):
         q, k, v = self.split(x)
@@ -184,7 +196,7 @@ def lasp_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-LINEAR = (PerHead, NoDecay, PerToken, PerChannel)
+LINEAR = (PerHead, NoDecay, PerToken, PerChannel, Normalised)
 SHORT = (Conv, Shift)
 STATES = (Delta, Elementwise, Selective)
 HYBRID = (PerHead, Softmax, Window, Conv, Grouped, Blocks)

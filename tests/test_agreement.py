@@ -49,6 +49,8 @@ def odd_calls(world):
         (arguments(log_decay=zeros(B, T, H)), r'has log_decay \[2, "T", 2, "torch.float32"\], the others null'),
         (arguments(initial_state=zeros(B, H, K, V)), r"has initial_state \[2, 2, 3, 4, .*, the others null"),
         (arguments(scale=0.5), "has scale 0.5, the others 1.0"),
+        (arguments(normalize=True), "has normalize true, the others false"),
+        (arguments(v=zeros(B, T, 2 * H, V)), r'has v \[2, "T", 4, 4, .*\], the others \[2, "T", 2, 4, .*\]'),
         (arguments(segment_length=64), "has segment_length 64, the others null"),
         (arguments(output_final_state=True), "has output_final_state true, the others false"),
         (packed(world), '.*has layout "2 packed sequences over 3 ranks, checksum [0-9a-f]{8}", the others null'),

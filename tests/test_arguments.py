@@ -54,10 +54,26 @@ def test_the_arguments_that_the_others_change_are_good():
         (
             {"v": torch.zeros(B, T + 1, H, V)},
             ValueError,
-            r"k and v must agree in \[B, T, H\], got k .* and v \(2, 6, 2, 4\)",
+            r"k and v must agree in B and T, got k .* and v \(2, 6, 2, 4\)",
         ),
         ({"q": torch.zeros(B, T, H, K + 1)}, ValueError, r"q and k must agree in B, T and K, got q \(2, 5, 2, 4\)"),
         ({"q": torch.zeros(B, T, 3, K)}, ValueError, "q must have a multiple of the heads of k, got 3 and 2"),
+        (
+            {"v": torch.zeros(B, T, 3, V)},
+            ValueError,
+            "v must have the heads of k, or a multiple of them, got 3 and 2",
+        ),
+        (
+            {"v": torch.zeros(B, T, 2 * H, V)},
+            ValueError,
+            "only one of q and v may have more heads than k, got q 4, k 2 and v 4",
+        ),
+        ({"normalize": 1}, TypeError, "normalize must be True or False, got 1"),
+        (
+            {"initial_state": torch.zeros(B, H, K, V), "normalize": True},
+            ValueError,
+            r"initial_state must have shape \[N, H, K, V \+ 1\] = \(2, 2, 3, 5\), got \(2, 2, 3, 4\)",
+        ),
         ({"segment_length": 0}, ValueError, "segment_length must be a positive multiple of 64, got 0"),
         ({"segment_length": 100}, ValueError, "segment_length must be a positive multiple of 64, got 100"),
         ({"log_decay": torch.zeros(H, dtype=torch.int64)}, TypeError, "log_decay must be a floating-point tensor"),

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from inputs import FORMS, NAMES, assert_close, gradients, oracle, random_inputs, run
+from inputs import FORMS, NAMES, VARIANTS, assert_close, gradients, oracle, random_inputs, run
 from ranks import mesh_of, run_ranks, sequence_of_all
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -127,6 +127,82 @@ def _segmented(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_segment_length(form):
     run_ranks(2, _segmented, form)
+
+
+def _variants(lengths, form):
+    """A normaliser, and heads of v that share one of q and k: dense with states and without, packed, in segments."""
+    T, sequence = sum(lengths), sequence_of_all()
+    for options in VARIANTS.values():
+        check_against_oracle(random_inputs(form, T, **options), lengths, sequence)
+        check_against_oracle(random_inputs(form, T, state=False, **options), lengths, sequence, segment_length=64)
+        cu_seqlens = (0, 0, 1, T // 3, 3 * T // 4, T)
+        x = random_inputs(form, T, B=1, sequences=5, **options)
+        check_against_oracle(x, lengths, sequence, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", [(77,), (66, 9), (7, 0, 66)], ids=str)
+def test_normaliser_and_grouped_values(lengths, form):
+    run_ranks(len(lengths), _variants, lengths, form)
+
+
+def _queries_later_and_a_horizon():
+    """q is made while the state travels; of the strong decays only the neighbour's last tokens are left."""
+    lengths, sequence = (130, 140, 150), lasp.SequenceParallel(dist.group.WORLD)
+    for options in VARIANTS.values():
+        x = random_inputs("head", sum(lengths), B=1, H=2, state=False, **options)
+        decay = torch.linspace(-8, -20, x.v.shape[2], dtype=torch.float64)
+        x = replace(x, log_decay=decay, d_final_state=torch.zeros_like(x.d_final_state))
+        o, _, expected = oracle(x)
+        mine = x.shard(lengths, sequence.rank)
+        for later in (False, True):
+            if later and x.q.shape[2] != x.k.shape[2]:  # such a function makes as many heads as k has
+                continue
+            mine.require_grad(("q", "k", "v"))
+            q = (lambda mine=mine: mine.q * 1) if later else mine.q
+            found, _ = lasp.linear_attention(
+                q, mine.k, mine.v, log_decay=mine.log_decay, normalize=x.normalize, sequence=sequence
+            )
+            assert_close(found, cut(o, lengths, sequence.rank), "o")
+            for name, gradient in zip("qkv", torch.autograd.grad(found, (mine.q, mine.k, mine.v), mine.do)):
+                assert_close(gradient, cut(expected[name], lengths, sequence.rank), f"d{name}")
+
+
+def test_normaliser_and_grouped_values_whose_queries_come_later():
+    run_ranks(3, _queries_later_and_a_horizon)
+
+
+def test_the_sum_of_keys_is_the_last_column_of_a_state():
+    """Also of one that goes on with the tokens behind."""
+    x = random_inputs("none", 40, state=False, normalize=True)
+    whole, final_state = run(lasp.linear_attention, x, output_final_state=True)
+    assert_close(final_state[..., -1], x.k.sum(1), "sum of keys")
+    assert_close(final_state[..., :-1], torch.einsum("bthk,bthv->bhkv", x.k, x.v), "state")
+    first, second = (x.shard((15, 25), rank) for rank in (0, 1))
+    a, state = run(lasp.linear_attention, first, output_final_state=True)
+    b, _ = run(lasp.linear_attention, replace(second, initial_state=state))
+    assert_close(torch.cat([a, b], 1), whole, "o")
+
+
+def test_a_denominator_of_zero_spoils_its_token_alone():
+    x = random_inputs("token", 70, state=False, normalize=True)
+    x.q[0, 9, 1] = 0
+    o, _ = run(lasp.linear_attention, x)
+    spoilt = ~o.isfinite().all(-1)
+    assert spoilt.nonzero().tolist() == [[0, 9, 1]]
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0])
+def test_scale_of_a_normalised_output(scale):
+    x = random_inputs("head", 70, normalize=True)
+    o, _, _ = oracle(x, scale=1.0)
+    x.require_grad()
+    found = run(lasp.linear_attention, x, scale=scale, output_final_state=True)
+    assert_close(found[0], scale * o, "o")
+    x_of_o = replace(x, d_final_state=torch.zeros_like(x.d_final_state))
+    _, _, of_o = oracle(x_of_o, scale=1.0)
+    for name, gradient in gradients(x_of_o, *found).items():
+        assert_close(gradient, scale * of_o[name], f"d{name}")
 
 
 def _no_tokens_at_all(form):

@@ -52,6 +52,14 @@ def _linear(x, **facts):
     return o.square().sum() + final.sum()
 
 
+def _normalised(x, **facts):
+    """With two heads of v for each of q and k."""
+    v, decay = torch.cat([x, x.sin()], 2), -torch.cat([x, x], 2)[..., 0].square()
+    options = {"log_decay": decay, "normalize": True, "output_final_state": True, **facts}
+    o, final = lasp.linear_attention(x.abs() + 1, x.square() + 1, v, **options)
+    return o.square().sum() + final.sin().sum()
+
+
 def _convolution(x, **facts):
     weight, bias = torch.linspace(-1, 1, 16 * 4).view(16, 4), x.new_ones(16)
     return lasp.causal_conv(x.flatten(2), weight, bias, **facts).square().sum()
@@ -64,6 +72,7 @@ def _selective(x, **facts):
 
 OPERATORS = {
     "linear_attention": _linear,
+    "linear_attention, normalised": _normalised,
     "delta_rule": lambda x, **facts: lasp.delta_rule(x, x, x, x[..., 0].sigmoid(), **facts)[0].square().sum(),
     "halo": lambda x, **facts: lasp.halo(x, 4, **facts).square().sum(),
     "causal_conv": _convolution,

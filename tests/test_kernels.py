@@ -14,7 +14,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from inputs import assert_digits, every_strength, gradients, oracle, random_inputs, run  # noqa: E402
+from inputs import VARIANTS, assert_digits, every_strength, gradients, oracle, random_inputs, run  # noqa: E402
 from steps import backward_steps, forward_steps, operands  # noqa: E402
 
 import lasp  # noqa: E402
@@ -127,6 +127,55 @@ def test_grouped_heads(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_normaliser_and_grouped_values(variant, form):
+    """dk and dv in one grid and in two; some in several blocks of columns, packed, and in two bytes."""
+    options = {"B": 1, **VARIANTS[variant]}
+    check(random_inputs(form, 70, H=2, K=16, V=16, **options), segment_length=64)
+    check(random_inputs(form, 30, H=1, K=16, V=32, **options))
+    if variant not in ("normalised", "both"):
+        return
+    x = random_inputs(form, 30, H=1, K=80, V=70, sequences=3, **options)
+    check(x, dtype=torch.bfloat16, cu_seqlens=(0, 0, 3, 30))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", ["normalised", "both"])
+def test_normaliser_and_grouped_values_of_the_operator(monkeypatch, variant, form):
+    """A scale of its own, several segments and pieces, no state in or out: then there may be no states at all."""
+    monkeypatch.setenv("LASP_KERNELS", "triton")
+    for T, ends in ((5, False), (300, False), (70, True)):
+        x = random_inputs(form, T, B=1, H=1, K=16, V=16, state=ends, strength=0.1, **VARIANTS[variant])
+        x = replace(x, d_final_state=x.d_final_state * ends)
+        o, final_state, expected = oracle(x, scale=0.7)
+        x = on_device(x, torch.float32)
+        x.require_grad()
+        found, behind = run(lasp.linear_attention, x, scale=0.7, output_final_state=ends)
+        assert_near(found, o, "o", 1e-5)
+        if ends:
+            assert_near(behind, final_state, "final_state", 1e-5)
+        for name, gradient in gradients(x, found, found.new_zeros(()) if behind is None else behind).items():
+            assert_near(gradient, expected[name], f"d{name}", 4e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0])
+def test_scale_of_a_normalised_output(scale):
+    check(random_inputs("head", 70, B=1, H=1, K=16, V=16, normalize=True), scale=scale, segment_length=64)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 3.0])
+def test_gradient_of_a_fixed_decay_with_a_normaliser(rate):
+    """At most ten times the error of a loop in fp32."""
+    x = random_inputs("head", 300, B=1, H=1, K=16, V=16, normalize=True, dtype=torch.float32)
+    x = replace(x, log_decay=torch.full((1,), -rate))
+    exact = replace(x, **{name: t.double() for name, t in vars(x).items()})
+    (*_, expected), (*_, of_loop) = oracle(exact), oracle(x)
+    _, _, found = all_steps(on_device(x, torch.float32), 1.0)
+    error, bound = (y["log_decay"].double().cpu() - expected["log_decay"] for y in (found, of_loop))
+    assert error.abs().max() <= 10 * bound.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cu_seqlens", [(0, 0, 1, 6, 71, 71, 200, 200), (0, 64, 128, 170)])
 def test_packed(form, groups, cu_seqlens):
@@ -193,7 +242,7 @@ def test_packed_all_empty():
     x = on_device(x, torch.float32)
     states, final_state = steps.scan(steps.local_maps(operands(x)), x.initial_state)
     assert torch.equal(final_state, x.initial_state)
-    assert steps.outputs(operands(x), states).shape == x.q.shape
+    assert steps.outputs(operands(x), states)[0].shape == x.q.shape
 
 
 @pytest.mark.parametrize("form", ["head", "token"])
@@ -413,7 +462,7 @@ def test_blocks_may_have_more_columns_than_there_are(form, K, V):
     x = replace(x, **odd)
     steps = TritonSteps.of(operands(x), decay_gradient=form == "token")
     states, _ = steps.scan(steps.local_maps(operands(x)), None)
-    o = steps.outputs(operands(x), states)
+    o, _ = steps.outputs(operands(x), states)
     found = backward_steps(steps, x, states, decay_gradient=form == "token")
     rounded = replace(x, **{name: t.double().cpu() for name, t in vars(x).items() if t is not None})
     expected_o, _, expected = oracle(rounded)
@@ -581,8 +630,8 @@ def test_the_last_segment_is_left_out_where_nobody_needs_the_end(form, T):
     assert end is not None
     assert no_end is None
     assert torch.equal(states[:, :, : steps.plan.segments], whole[:, :, : steps.plan.segments])
-    o = steps.outputs(operands(x), states)
-    assert torch.equal(o, steps.outputs(operands(x), whole))
+    o, _ = steps.outputs(operands(x), states)
+    assert torch.equal(o, steps.outputs(operands(x), whole)[0])
     with pytest.raises(ValueError, match="all segments"):
         steps.run_map(segments)
 

@@ -274,6 +274,94 @@ def test_views_of_a_fused_projection():
             assert torch.equal(x, expected[name]), name
 
 
+def positive(x):
+    """As a feature map makes them."""
+    return torch.nn.functional.elu(x) + 1
+
+
+@pytest.mark.parametrize("form", ["none", "fixed", "token"])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (128, 64), (80, 17), (256, 256)])
+def test_normaliser(form, K, V):
+    """In bf16 at most about twice as far off as without one: the gradient begins with o, which is rounded."""
+    q, k, v, do = random_qkv(2, 1500, 3, K, V)
+    q, k = positive(q), positive(k)
+    decay = {"none": None, "fixed": fixed_decay(3), "token": token_decay(2, 1500, 3)}[form]
+    errors = []
+    for normalize in (False, True):
+        actual, _ = step(lasp.linear_attention, [q, k, v, decay], do, normalize=normalize)
+        expected, _ = exact_step([q, k, v, decay], do, normalize=normalize)
+        errors.append({name: relative_error(x, expected[name]) for name, x in actual.items()})
+        assert_near(actual, expected, TOLERANCE[torch.bfloat16], decay_tolerance=2e-2)
+    for name in ("o", "dq", "dk", "dv"):
+        assert errors[1][name] <= 2 * errors[0][name] + 1e-3, f"{name}: {errors}"
+    wide = [None if t is None else t.float() for t in (q, k, v, decay)]
+    actual, _ = step(lasp.linear_attention, wide, do.float(), normalize=True)
+    expected, _ = exact_step(wide, do, normalize=True)
+    assert_near(actual, expected, 2 * TOLERANCE[torch.float32], decay_tolerance=1e-3)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("form", ["none", "fixed", "token"])
+def test_grouped_values(form, groups, normalize):
+    """The shape of Mamba-2: heads of 64 channels of v, all or half of which share a q and k of 128, without a copy."""
+    B, T, H, K, V = 1, 3001, 16, 128, 64
+    q, k = (positive(random(B, T, groups, K, seed=seed)) for seed in (0, 1))
+    v, do = (random(B, T, H, V, seed=seed) for seed in (2, 3))
+    decay = {"none": None, "fixed": fixed_decay(H), "token": token_decay(B, T, H)}[form]
+    actual, _ = step(lasp.linear_attention, [q, k, v, decay], do, normalize=normalize)
+    expected, _ = exact_step([q, k, v, decay], do, normalize=normalize)
+    assert_near(actual, expected, TOLERANCE[torch.bfloat16])
+    with torch.no_grad():
+        options = {"log_decay": decay, "normalize": normalize}
+        needed, _ = peak_memory(lambda: lasp.linear_attention(q, k, v, **options))
+        repeated = [x.repeat_interleave(H // groups, 2) for x in (q, k)]
+        more, (o, _) = peak_memory(lambda: lasp.linear_attention(*repeated, v, **options))
+        assert needed <= more
+        assert torch.equal(o, actual["o"])
+
+
+@pytest.mark.parametrize("form", ["none", "fixed", "token"])
+def test_normaliser_packed_with_states_and_grouped_queries(form):
+    bounds, H, D = (0, 1, 1, 700, 2048, 5000), 4, 64
+    q, do = (random(1, bounds[-1], 2 * H, D, seed=seed) for seed in (0, 3))
+    k, v = (random(1, bounds[-1], H, D, seed=seed) for seed in (1, 2))
+    decay = {"none": None, "fixed": fixed_decay(H), "token": token_decay(1, bounds[-1], H)}[form]
+    initial, d_final = (random(5, H, D, D + 1, dtype=torch.float32, seed=n) for n in (5, 6))
+    initial[..., -1].abs_().add_(0.1)
+    found = []
+    for function, dtype in ((lasp.linear_attention, None), (chunked_linear_attention, torch.float64)):
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (positive(q), positive(k), v, initial)]
+        if dtype is None:
+            options = {"output_final_state": True, "layout": lasp.ShardLayout((bounds[-1],), bounds)}
+        else:
+            options = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=DEVICE)}
+        log_decay = None if decay is None else decay.to(dtype or torch.float32)
+        options |= {"log_decay": log_decay, "normalize": True, "initial_state": leaves[3]}
+        o, final = function(*leaves[:3], **options)
+        assert final is not None
+        grads = torch.autograd.grad([o, final], leaves, [do.to(o.dtype), d_final.to(final.dtype)])
+        found.append(dict(zip(("o", "final", "dq", "dk", "dv", "d_initial"), (o, final, *grads))))
+    assert_near(found[0], found[1], TOLERANCE[torch.bfloat16])
+
+
+def test_memory_of_a_normaliser():
+    """Forward keeps a number of each query more, and o, which is there in any case; backward makes two of these."""
+    B, T, H, D = 1, MEMORY_TOKENS, 16, 64
+    *qkv, do = random_qkv(B, T, H, D, D)
+    qkv = [positive(x) if n < 2 else x for n, x in enumerate(qkv)]
+    peaks = []
+    for normalize in (False, True):
+        leaves = [t.detach().requires_grad_() for t in qkv]
+        forward, (o, _) = peak_memory(lambda leaves=leaves, n=normalize: lasp.linear_attention(*leaves, normalize=n))
+        backward, grads = peak_memory(lambda o=o, leaves=leaves: torch.autograd.grad(o, leaves, do))
+        peaks.append((forward, backward))
+        del o, grads, leaves
+    numbers = 4 * B * T * H
+    assert peaks[1][0] - peaks[0][0] <= 1.1 * numbers + 2**20
+    assert peaks[1][1] - peaks[0][1] <= 2.2 * numbers + 2**20
+
+
 def test_same_bits_twice():
     *qkv, do = random_qkv(2, 5000, 4, 64, 64)
     for decay in (fixed_decay(4), token_decay(2, 5000, 4)):
@@ -344,6 +432,8 @@ def test_no_kernel_is_compiled_again_for_another_length_or_batch():
         for decay in (fixed_decay(4), token_decay(B, T, 4)):
             step(lasp.linear_attention, [*qkv, decay], do)
         step(lasp.linear_attention, qkv, do, log_decay=fixed_decay(4))  # needs no state at the end
+        step(lasp.linear_attention, [positive(x) for x in qkv[:2]] + qkv[2:], do, normalize=True)
+        step(lasp.linear_attention, [x[:, :, :2] for x in qkv[:2]] + qkv[2:], do)
 
     run(2, 1000)
     before = compiled_kernels()

@@ -14,32 +14,37 @@ sequence = lasp.SequenceParallel(dist.group.WORLD)
 K, V = 16, 32
 none_on_one, several_tiles, packed = ((70, 0, 33), None), ((65, 64, 3), None), ((40, 30, 7), (0, 10, 50, 50, 77))
 cases = {"none": [none_on_one], "head": [several_tiles, packed], "token": [none_on_one, several_tiles, packed]}
+cases["token, normalised"] = [packed]  # and heads of v that share one of q and k
 cases["channel"] = [((33, 0, 18), None), ((20, 15, 5), (0, 4, 25, 25, 40))]
 for form in cases:
     H = 2 if form == "head" else 1  # the interpreter's time goes by programs
     for lengths, offsets in cases[form]:
-        T, B = sum(lengths), 1 if offsets else 2
+        T, B, more = sum(lengths), 1 if offsets else 2, "normalised" in form
         N = len(offsets) - 1 if offsets else B
         torch.manual_seed(T)
-        shape = {"none": None, "head": (H,), "token": (B, T, H), "channel": (B, T, H, K)}[form]
+        shape = {"none": None, "head": (H,), "token": (B, T, H), "channel": (B, T, H, K)}[form.split(",")[0]]
         q, k, v, do = (torch.randn(B, T, H, n) for n in (K, K, V, V))
         g = None if shape is None else -torch.rand(shape)
-        h, dh = torch.randn(N, H, K, V), torch.randn(N, H, K, V)
+        h, dh = torch.randn(N, H, K, V + more), torch.randn(N, H, K, V + more)
+        if more:
+            q, k = (x[:, :, :1].abs() + 0.1 for x in (q, k))
+            h[..., -1].abs_().add_(0.1)
 
         whole = [x if x is None else x.double().requires_grad_() for x in (q, k, v, g, h)]
         cu = None if offsets is None else torch.tensor(offsets)
-        o, final = recurrent_linear_attention(*whole[:3], log_decay=whole[3], initial_state=whole[4], cu_seqlens=cu)
+        options = {"log_decay": whole[3], "initial_state": whole[4], "normalize": more}
+        o, final = recurrent_linear_attention(*whole[:3], cu_seqlens=cu, **options)
         expected = torch.autograd.grad((o, final), [x for x in whole if x is not None], (do.double(), dh.double()))
 
         start = sum(lengths[: env.rank])
         mine = slice(start, start + lengths[env.rank])
-        local = [q[:, mine], k[:, mine], v[:, mine], g[:, mine] if form in ("token", "channel") else g, h]
+        local = [q[:, mine], k[:, mine], v[:, mine], g[:, mine] if g is not None and g.ndim > 1 else g, h]
         local = [x if x is None else x.clone().requires_grad_() for x in local]
         assert path(Operands(*local[:4])) == "triton"
         layout = lasp.ShardLayout(lengths, offsets) if offsets else None
         actual_o, actual_final = lasp.linear_attention(
             *local[:3], log_decay=local[3], initial_state=local[4], output_final_state=True, layout=layout,
-            sequence=sequence,
+            sequence=sequence, normalize=more,
         )
         inputs = [x for x in local if x is not None]
         found = torch.autograd.grad((actual_o, actual_final), inputs, (do[:, mine], dh / env.world_size))

@@ -27,8 +27,12 @@ SMALL = {
         LinearTransformer,
         LinearTransformerConfig(VOCABULARY, layers=2, width=12, heads=3, mlp_width=16),
     ),
+    "normalised transformer": (
+        LinearTransformer,
+        LinearTransformerConfig(VOCABULARY, layers=2, width=12, heads=3, mlp_width=16, normalize=True),
+    ),
 }
-EVERY_MODEL = pytest.mark.parametrize("kind", SMALL)
+EVERY_MODEL = pytest.mark.parametrize("kind", [kind for kind in SMALL if kind != "normalised transformer"])
 
 
 def small_model(kind):
@@ -86,8 +90,21 @@ def test_packed_documents_over_ranks(kind):
     run_ranks(2, _parity, kind, {"input_ids": tokens(rows=1), "cu_seqlens": cu_seqlens}, False)
 
 
-def test_activation_checkpointing_over_ranks():
-    run_ranks(2, _parity, "tnl", {"input_ids": tokens()}, True)
+@pytest.mark.parametrize("kind", ["tnl", "normalised transformer"])
+def test_activation_checkpointing_over_ranks(kind):
+    run_ranks(2, _parity, kind, {"input_ids": tokens()}, True)
+
+
+def test_the_normalised_attention_is_that_of_its_paper():
+    """arXiv 2006.16236, equation 9: weights phi(q) . phi(k) of the tokens so far, divided by their sum."""
+    attention = small_model("normalised transformer").blocks[0].attention
+    x = torch.randn(2, 11, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    q, k, v = (layer(x).unflatten(-1, (3, -1)) for layer in (attention.query, attention.key, attention.value))
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    weights = torch.einsum("bihk,bjhk->bhij", q, k).tril()
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = attention.out(torch.einsum("bhij,bjhv->bihv", weights, v).flatten(2))
+    assert_close(attention(x), expected, "attention")
 
 
 def _empty_shards(kind, lengths, rows):

@@ -228,8 +228,13 @@ TABLE = {
         {
             "q": [*qkv((B, T, H, K)), zeros(B, T, H, K + 1), Wrong(zeros(B, T, 3, K), "3"), Wrong(lambda: 3, "3")],
             "k": [*qkv((B, T, H, K)), zeros(B, T + 1, H, K), Wrong(zeros(B, T, 0, K), "(1, 4, 0, 3)")],
-            "v": [*qkv((B, T, H, V)), zeros(B, T, H + 1, V), zeros(B, T, H, V).half()],
+            "v": [
+                *(*qkv((B, T, H, V)), zeros(B, T + 1, H, V), zeros(B, T, H, V).half()),
+                *(Wrong(zeros(B, T, heads, V), str(heads)) for heads in (0, 1, 3)),
+            ],
+            "normalize": NO_FLAG,
             "log_decay": LOG_DECAY,
+            "causal": NO_FLAG,
             **STATEFUL,
         },
     ),
@@ -486,7 +491,11 @@ TABLE = {
         {"values": [None, *FIXED], "device": [5, "warp", ["cpu"]]},
     ),
     "decay.host_values": (decay.host_values, lambda ranks: {}, {"log_decay": ["x", 5, [-1.0]]}),
-    "LightningAttention": (LightningAttention, lambda ranks: {}, {"log_decay": FIXED, "scale": NO_NUMBER}),
+    "LightningAttention": (
+        LightningAttention,
+        lambda ranks: {},
+        {"log_decay": FIXED, "scale": NO_NUMBER, "normalize": NO_FLAG},
+    ),
     "LightningAttention.forward": (
         LightningAttention().forward,
         module_forward,
@@ -502,7 +511,7 @@ TABLE = {
     "LinearTransformerConfig": (
         models.LinearTransformerConfig,
         lambda ranks: LINEAR,
-        {**SIZES, "width": [*SIZE, 3], "heads": [*SIZE, 3], "mlp_width": SIZE},
+        {**SIZES, "width": [*SIZE, 3], "heads": [*SIZE, 3], "mlp_width": SIZE, "normalize": NO_FLAG},
     ),
     "LinearTransformerConfig.named": (
         models.LinearTransformerConfig.named,

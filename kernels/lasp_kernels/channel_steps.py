@@ -168,14 +168,18 @@ class ChannelSteps(KernelSteps):
         launch(entering, maps.local, maps.log_total.exp(), maps.log_total, states, end, log_end, shared.run_starts)
         return end
 
-    def outputs(self, x: Operands, states: Tensor) -> Tensor:
-        """o [B, T, H, V] from the states at the borders of the segments."""
+    def outputs(self, x: Operands, states: Tensor) -> tuple[Tensor, None]:
+        """o [B, T, H, V] from the states at the borders of the segments; no denominators."""
         made = self._prepared(x)
         self._made = None
         assert made.qt is not None
         out = torch.empty(self._shared.value_shape, dtype=self._shared.dtype, device=self._shared.device)
         self._walk(made, (made.qt, made.kt, x.v), states, out, transposed=False)
-        return out
+        return out, None
+
+    def output_gradient(self, x: Operands, do: Tensor, o: Tensor, denominators: Tensor) -> Tensor:
+        """There is no normaliser here, see `unsupported`."""
+        raise ValueError("the Triton kernels of a decay per channel take no normalize")
 
     def query_gradient(self, x: Operands, do: Tensor, states: Tensor) -> Tensor:
         """dq, from the states that `scan` gave in forward; with `decay_gradient` filled there."""
@@ -257,11 +261,15 @@ class ChannelSteps(KernelSteps):
 
 def unsupported(x: Operands) -> str | None:
     """What the kernels take in place of what these inputs have; None where they serve."""
-    dtype, heads = x.k.dtype, (x.q.shape[2], x.k.shape[2])
+    dtype, heads = x.k.dtype, (x.q.shape[2], x.k.shape[2], x.v.shape[2])
     if dtype not in (torch.float32, torch.bfloat16):  # exp(LIMIT) is no number of fp16
         return f"fp32 or bf16, got {dtype}"
     if heads[0] != heads[1]:
         return f"a query head for each head of k, got {heads[0]} and {heads[1]}"
+    if heads[1] != heads[2]:
+        return f"a head of k for each head of v, got {heads[1]} and {heads[2]}"
+    if x.normalize:
+        return "no normalize, got True"
     for name, dim in (("K", x.k.shape[-1]), ("V", x.v.shape[-1])):
         if not 1 <= dim <= MAX_DIM:
             return f"head dims from 1 to {MAX_DIM}, got {name} = {dim}"

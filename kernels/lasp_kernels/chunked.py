@@ -13,6 +13,8 @@ that enters the tile. With C tokens a tile::
 All exponents are <= 0, so no decay, however strong or long, can overflow. (Lightning Attention-2, arXiv
 2401.04658, algorithm 1, with the decay of each form; backward is algorithm 2.)
 
+A normaliser is a column more of v, of ones, and its denominator that of o: what is here V is then one more than of x.
+
 A tile of all segments is a tensor [b, h, s, g, C, D]: batch, head of k, segment, query head of the group, token, dim.
 """
 
@@ -47,6 +49,7 @@ def chunked_linear_attention(
     *,
     log_decay: Tensor | None = None,
     scale: float = 1.0,
+    normalize: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     segment_length: int | None = None,
@@ -55,10 +58,10 @@ def chunked_linear_attention(
 
     `segment_length` is a number of tokens, a multiple of 64; by default about the square root of T tiles.
     """
-    x = Operands(q, k, v, log_decay, scale)
+    x = Operands(q, k, v, log_decay, scale, normalize)
     steps = ChunkedSteps(x, cu_seqlens=cu_seqlens, segment_length=segment_length)
     states, final_state = steps.scan(steps.local_maps(x), initial_state)
-    return steps.outputs(x, states).to(q.dtype), final_state
+    return steps.outputs(x, states)[0].to(q.dtype), final_state
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class _Tiling:
 class ChunkedSteps:
     """The steps of forward and backward on one device, for inputs of one shape; see `dispatch.Steps`.
 
-    Gradients are returned in the state's dtype.
+    Gradients are returned in the state's dtype. Where heads of v share one of q and k, these are repeated here.
     """
 
     def __init__(
@@ -131,8 +134,9 @@ class ChunkedSteps:
         segment_length: int | None = None,
         decay_gradient: bool = False,
     ):
-        self.batch, self.tokens, self.heads, self.key_dim = x.k.shape
-        self.value_dim, self.groups = x.v.shape[-1], x.q.shape[2] // self.heads
+        self.batch, self.tokens, _, self.key_dim = x.k.shape
+        self.heads, self.share, self.value_dim = x.heads, x.heads // x.k.shape[2], x.state_columns
+        self.groups, self._normalize = x.output_heads // x.heads, x.normalize
         self.dtype, self.device = state_dtype(x.k.dtype), x.k.device
         bounds = None
         if cu_seqlens is not None:
@@ -167,7 +171,8 @@ class ChunkedSteps:
         number = torch.empty((), dtype=self.dtype, device=self.device)
         q = number.expand(self.batch, tokens, self.heads * self.groups, self.key_dim)
         k = number.expand(self.batch, tokens, self.heads, self.key_dim)
-        return ChunkedSteps(Operands(q, k, number.expand(*k.shape[:3], self.value_dim)))
+        v = number.expand(*k.shape[:3], self.value_dim - self._normalize)
+        return ChunkedSteps(Operands(q, k, v, normalize=self._normalize))
 
     def of_keys(self) -> ChunkedSteps:
         """For the gradients of k and v: these."""
@@ -179,6 +184,8 @@ class ChunkedSteps:
         In one dense order, however x lies in memory, so that products have the same bits for the same numbers.
         """
         x, tiling = x.to(self.dtype), self._tiling
+        if x.shape[2] < self.heads:  # of a head of q or k that heads of v share
+            x = x.repeat_interleave(self.heads // x.shape[2], 2)
         if tiling.bounds is not None:
             if self._index is None:
                 self._index = tiling.index(self.device)
@@ -193,6 +200,18 @@ class ChunkedSteps:
         """The inverse of `_tile`, from a list over n."""
         x = torch.stack(tiles).permute(1, 3, 0, 5, 2, 4, 6).flatten(4, 5).flatten(1, 3)
         return x[:, : self.tokens] if self._index is None else x[:, self._index]
+
+    def _queries(self, x: Operands) -> Tensor:
+        """Tiles of q; with a normaliser the scale comes later."""
+        return self._tile(x.q) * (1.0 if self._normalize else x.scale)
+
+    def _values(self, x: Operands) -> Tensor:
+        """Tiles of v, with the column of a normaliser."""
+        return self._tile(F.pad(x.v, (0, 1), value=1.0) if self._normalize else x.v)
+
+    def _of_group(self, of_values: Tensor) -> Tensor:
+        """Of q or k, from the part of each head of v: the sum over those that share one."""
+        return of_values if self.share == 1 else of_values.unflatten(2, (-1, self.share)).sum(3)
 
     def _tile_decays(self, log_decay: Tensor | None, *, last: bool = False) -> list[TileDecay]:
         """Of each n; kept from the first step of a pass to the `last`."""
@@ -215,7 +234,7 @@ class ChunkedSteps:
     def local_maps(self, x: Operands, *, needs_end: bool = True) -> SegmentMaps:
         """The state at the end of every segment, from zero. (`needs_end` is for a path that may leave the last out.)"""
         decays = self._tile_decays(x.log_decay)
-        k, v = self._tile(x.k), self._tile(x.v)
+        k, v = self._tile(x.k), self._values(x)
         state = decays[0].left(k[0]).mT @ v[0]
         for k_n, v_n, decay in zip(k[1:], v[1:], decays[1:]):
             state = _advance(state, k_n, v_n, decay)
@@ -224,7 +243,7 @@ class ChunkedSteps:
     def gradient_maps(self, x: Operands, do: Tensor) -> SegmentMaps:
         """The gradient of the state before every segment, from zero behind it."""
         decays = self._tile_decays(x.log_decay)
-        q, do = self._tile(x.q) * x.scale, self._tile(do)
+        q, do = self._queries(x), self._tile(do)
         state = _group_sum(decays[-1].entered(q[-1]).mT @ do[-1])
         for q_n, do_n, decay in _backwards(q[:-1], do[:-1], decays[:-1]):
             state = _retreat(state, q_n, do_n, decay)
@@ -285,29 +304,38 @@ class ChunkedSteps:
             ends.append(state)
         return torch.stack(states, 2) if states else torch.zeros_like(maps.state), torch.cat(ends).squeeze(2)
 
-    def outputs(self, x: Operands, states: Tensor) -> Tensor:
-        """o [B, T, H*G, V] from the state that enters every segment."""
+    def outputs(self, x: Operands, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """o [B, T, H*G, V] from the state that enters every segment; with a normaliser also the denominators."""
         decays = self._tile_decays(x.log_decay, last=True)
-        q, k, v = self._tile(x.q) * x.scale, self._tile(x.k), self._tile(x.v)
+        q, k, v = self._queries(x), self._tile(x.k), self._values(x)
         tiles = []
         for q_n, k_n, v_n, decay, state in zip(q, k, v, decays, _states_before(states, k, v, decays)):
             tiles.append(causal_product(decay.scores(q_n, k_n), v_n) + decay.entered(q_n) @ state)
-        return self._untile(tiles)
+        o = self._untile(tiles)
+        if not self._normalize:
+            return o, None
+        denominators = o[..., -1:]
+        return o[..., :-1] / denominators * x.scale, denominators.squeeze(-1).mT.contiguous()
+
+    def output_gradient(self, x: Operands, do: Tensor, o: Tensor, denominators: Tensor) -> Tensor:
+        """What the steps of backward take as `do` where there is a normaliser: with the column that it adds."""
+        do, o, denominators = do.to(self.dtype), o.to(self.dtype), denominators.mT.unsqueeze(-1)
+        return torch.cat([do * x.scale, -(do * o).sum(-1, keepdim=True)], -1) / denominators
 
     def query_gradient(self, x: Operands, do: Tensor, states: Tensor) -> Tensor:
         """dq, from the states that `scan` gave in forward."""
         decays = self._tile_decays(x.log_decay)
-        k, v = self._tile(x.k), self._tile(x.v)
+        k, v = self._tile(x.k), self._values(x)
         tiles = []
         for k_n, v_n, do_n, decay, state in zip(k, v, self._tile(do), decays, _states_before(states, k, v, decays)):
             within = decay.query_gradient(do_n @ v_n.mT, k_n)
             tiles.append(within + decay.entered(do_n @ state.mT))
-        return self._untile(tiles) * x.scale
+        return self._of_group(self._untile(tiles)) * (1.0 if self._normalize else x.scale)
 
     def key_value_gradient(self, x: Operands, do: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor]:
         """dk and dv, from the gradient of the state behind every segment."""
         decays = self._tile_decays(x.log_decay, last=not self._decay_gradient)
-        q, k, v, do = self._tile(x.q) * x.scale, self._tile(x.k), self._tile(x.v), self._tile(do)
+        q, k, v, do = self._queries(x), self._tile(x.k), self._values(x), self._tile(do)
         behind = _gradients_behind(d_states, q, do, decays)
         dk, dv = [], []
         for (q_n, k_n, v_n, do_n, decay), d_state in zip(_backwards(q, k, v, do, decays), behind):
@@ -315,7 +343,8 @@ class ChunkedSteps:
             dk.append(_group_sum(within) + decay.left(v_n @ d_state.mT))
             written = causal_product(decay.scores(q_n, k_n).mT, do_n, reverse=True)
             dv.append(_group_sum(written) + decay.left(k_n) @ d_state)
-        return self._untile(dk[::-1]), self._untile(dv[::-1])
+        of_values = self._untile(dv[::-1])
+        return self._of_group(self._untile(dk[::-1])), of_values[..., :-1] if self._normalize else of_values
 
     def decay_gradient(
         self, x: Operands, gradients: tuple[Tensor, Tensor, Tensor], states: Tensor, d_states: Tensor
@@ -332,7 +361,7 @@ class ChunkedSteps:
         assert x.log_decay is not None
         decays = self._tile_decays(x.log_decay, last=True)
         per_channel = x.log_decay.ndim == 4
-        q, k, v, do = self._tile(x.q) * x.scale, self._tile(x.k), self._tile(x.v), self._tile(gradients[0])
+        q, k, v, do = self._queries(x), self._tile(x.k), self._values(x), self._tile(gradients[0])
         before = list(_states_before(states, k, v, decays))
         behind = _gradients_behind(d_states, q, do, decays)
         tiles = []

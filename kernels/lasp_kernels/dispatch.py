@@ -4,9 +4,12 @@
 |---|---|---|
 | CUDA | bf16, fp16, fp32; log_decay None, [H], [B, T, H]; K, V up to 256 | `steps.TritonSteps` |
 | CUDA | the same with wider K or V | refused |
-| CUDA | bf16, fp32; log_decay [B, T, H, K]; K, V up to 256; as many heads of q as of k | `channel_steps.ChannelSteps` |
-| CUDA | fp64, or log_decay [B, T, H, K] with anything else | `chunked.ChunkedSteps` |
+| CUDA | bf16, fp32; log_decay [B, T, H, K]; K, V up to 256; heads of q, k, v alike | `channel_steps.ChannelSteps` |
+| CUDA | fp64, or log_decay [B, T, H, K] with anything else, a normaliser too | `chunked.ChunkedSteps` |
 | CPU | any | `chunked.ChunkedSteps` |
+
+Recurrences of channels that decay each by itself (`elementwise_path`): on CUDA `scan_steps` for bf16, fp16 and fp32,
+and states of up to 256 numbers a channel; else PyTorch's steps in elementwise.py and selective_scan.py.
 
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
@@ -22,18 +25,24 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lasp_kernels.chunked import ChunkedSteps
+from lasp_kernels.elementwise import ElementwiseSteps, RecurrenceOperands, RecurrenceSteps
 from lasp_kernels.operands import Operands
 from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate, reference_rotate
+from lasp_kernels.selective_scan import MOST_STATES, SelectiveOperands, SelectiveSteps
+
+if TYPE_CHECKING:
+    from lasp_kernels.scan_steps import TileSteps
 
 Path = Literal["triton", "reference"]
 Maps: TypeAlias = Any  # chunked.SegmentMaps or steps.PieceMaps; only the steps of the same path can read them
+OutputGradient: TypeAlias = Any  # do; with a normaliser what `output_gradient` of the same path makes of it
 
 
 class Steps(Protocol):
@@ -43,6 +52,7 @@ class Steps(Protocol):
     forward only; `gradient_maps` -> `scan(reverse=True)` -> `key_value_gradient`; `decay_gradient` last.
     Between the first and the second, `run_map` or `border_maps` give what these tokens do to a state that passes
     through, for others that hold the tokens before or behind. x are operands of the shapes and dtypes of the inputs.
+    With a normaliser V of states is one more than that of v, and `output_gradient` is the first step of backward.
     """
 
     @property
@@ -52,7 +62,7 @@ class Steps(Protocol):
 
     @property
     def heads(self) -> int:
-        """Of k and v."""
+        """Of states: of k and v, or where heads of v share one of k, of v."""
         ...
 
     @property
@@ -92,7 +102,7 @@ class Steps(Protocol):
         """
         ...
 
-    def gradient_maps(self, x: Operands, do: Tensor) -> Maps:
+    def gradient_maps(self, x: Operands, do: OutputGradient) -> Maps:
         """The same for the gradient of a state, which passes from the last segment to the first."""
         ...
 
@@ -117,20 +127,24 @@ class Steps(Protocol):
         """
         ...
 
-    def outputs(self, x: Operands, states: Tensor) -> Tensor:
-        """o [B, T, H*G, V] from the states of `scan`."""
+    def outputs(self, x: Operands, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """o [B, T, H*G, V] from the states of `scan`; with a normaliser also its denominators [B, H*G, T]."""
         ...
 
-    def query_gradient(self, x: Operands, do: Tensor, states: Tensor) -> Tensor:
+    def output_gradient(self, x: Operands, do: Tensor, o: Tensor, denominators: Tensor) -> OutputGradient:
+        """With a normaliser: what the other steps of backward take as `do`."""
+        ...
+
+    def query_gradient(self, x: Operands, do: OutputGradient, states: Tensor) -> Tensor:
         """dq, from the states that `scan` gave in forward."""
         ...
 
-    def key_value_gradient(self, x: Operands, do: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor]:
+    def key_value_gradient(self, x: Operands, do: OutputGradient, d_states: Tensor) -> tuple[Tensor, Tensor]:
         """dk and dv, from the states of `scan(reverse=True)`."""
         ...
 
     def decay_gradient(
-        self, x: Operands, gradients: tuple[Tensor, Tensor, Tensor], states: Tensor, d_states: Tensor
+        self, x: Operands, gradients: tuple[OutputGradient, Tensor, Tensor], states: Tensor, d_states: Tensor
     ) -> Tensor:
         """d log_decay in its shape, from do, dq and dk, and the states of both scans."""
         ...
@@ -195,6 +209,27 @@ def steps_of(
     return TritonSteps.of(
         x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient, ends=ends
     )
+
+
+def elementwise_path(x: RecurrenceOperands | SelectiveOperands) -> Path:
+    """What computes a recurrence of these inputs (see above)."""
+    return _path(x[0], served=isinstance(x, RecurrenceOperands) or x.A.shape[-1] <= MOST_STATES)
+
+
+def elementwise_steps_of(
+    x: RecurrenceOperands | SelectiveOperands, *, cu_seqlens: Sequence[int] | None = None
+) -> ElementwiseSteps | TileSteps:
+    """The steps of that path."""
+    recurrence = isinstance(x, RecurrenceOperands)
+    if elementwise_path(x) == "reference":
+        steps = RecurrenceSteps if recurrence else SelectiveSteps
+    else:
+        from lasp_kernels import scan_steps
+
+        if (reason := scan_steps.unsupported(x)) is not None:
+            raise ValueError(f"the Triton kernels of a recurrence take {reason}")
+        steps = scan_steps.TileRecurrenceSteps if recurrence else scan_steps.TileSelectiveSteps
+    return steps(x, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
 
 
 def _tell(chosen: Path, x: Operands) -> None:

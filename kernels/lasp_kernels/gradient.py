@@ -18,6 +18,9 @@ Tiles are aligned to the segment's start, as in output.py. In the one at its end
 zero behind the end. (Aligned to the end instead, tiles would start at negative rows, which TMA refuses.) The sum over
 a group stays in one program: no atomics.
 
+With a normaliser (normaliser.py) `scale` is a number r of each query, and the state has a column more, the sum of keys.
+So does dS, the sum of r c q; k dS is without it, v dS^T has it added, and c is added to v do^T.
+
 The decay of token t scales all that crosses from before t to t or later: within a segment::
 
     d log_decay_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s) + <S, dS> at the segment's end
@@ -54,11 +57,12 @@ from lasp_kernels.state import (
 
 @triton.jit(do_not_specialize=VARYING)
 def backward_walk_kernel(
-    X, X2, Y, Z, W, G, STATE, OUT, OUT2, ROWS, TABLE,
+    X, X2, Y, Z, W, NORM, G, STATE, OUT, OUT2, ROWS, TABLE,
     scale, B, T, segment_length, segments, slots, H,
     x_b, x_t, x_h, x2_b, x2_t, x2_h, y_b, y_t, y_h, z_b, z_t, z_h, w_b, w_t, w_h, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, NORMALIZE: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRED: tl.constexpr,
     SUM_ROWS: tl.constexpr, SPLIT_SUMS: tl.constexpr, TMA: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +71,12 @@ def backward_walk_kernel(
 
     PAIRED (DY = DZ, not TRANSPOSED): every other program computes OUT2 from x = X2, y = Z, z = Y, STATE transposed.
     SUM_ROWS: also ROWS [blocks, B, H, T] = sum over the block's columns of W * out (PAIRED: of OUT2), unrounded.
+    SHARE heads of v have one of q and k; both outputs have one for each of them. NORMALIZE: NORM is what normaliser.py
+    makes.
     """
+    width: tl.constexpr = (DY if TRANSPOSED else DZ) + (1 if NORMALIZE else 0)  # of a row of the state
+    size: tl.constexpr = (DZ if TRANSPOSED else DY) * width
+    of_keys: tl.constexpr = TRANSPOSED or PAIRED  # dk, perhaps
     blocks: tl.constexpr = (DZ + BZ - 1) // BZ
     roles: tl.constexpr = 2 if PAIRED else 1
     part, b, h, segment = place_of_program(B, H, roles * blocks)
@@ -76,18 +85,20 @@ def backward_walk_kernel(
     n, start = end - first, first.to(tl.int64)
     c, d, e = tl.arange(0, C), tl.arange(0, BY), block * BZ + tl.arange(0, BZ)
     y_h, z_h = tl.cast(y_h, tl.int64), tl.cast(z_h, tl.int64)  # heads of a group may be far apart
-    x_base = X + b * x_b + start * x_t + h * x_h
-    y_base = Y + b * y_b + start * y_t + (h * GROUP) * y_h
-    z_base = Z + b * z_b + start * z_t + (h * GROUP) * z_h
+    xh = h if TRANSPOSED else h // SHARE
+    yh, zh = h if TRANSPOSED else h // SHARE, h // SHARE if TRANSPOSED else h
+    x_base = X + b * x_b + start * x_t + xh * x_h
+    y_base = Y + b * y_b + start * y_t + (yh * GROUP) * y_h
+    z_base = Z + b * z_b + start * z_t + (zh * GROUP) * z_h
     out_base = OUT + ((b * T + start) * H + h) * DZ
-    state_at = d[:, None] + e[None, :] * DY if TRANSPOSED else d[:, None] * DZ + e[None, :]
+    state_at = d[:, None] + e[None, :] * width if TRANSPOSED else d[:, None] * width + e[None, :]
     if PAIRED:
         if role == 1:
             x_base = X2 + b * x2_b + start * x2_t + h * x2_h
             y_base, z_base = z_base, y_base
             out_base = OUT2 + ((b * T + start) * H + h) * DZ
         x_t, y_t, z_t = tl.where(role == 1, x2_t, x_t), tl.where(role == 1, z_t, y_t), tl.where(role == 1, y_t, z_t)
-        state_at = tl.where(role == 1, d[:, None] + e[None, :] * DY, state_at)
+        state_at = tl.where(role == 1, d[:, None] + e[None, :] * width, state_at)
     if TMA:
         x_tiles = tl.make_tensor_descriptor(x_base, [n, DY], [x_t, 1], [C, BY])
         y_tiles = tl.make_tensor_descriptor(y_base, [n, DY], [y_t, 1], [C, BY])
@@ -101,7 +112,13 @@ def backward_walk_kernel(
     if DECAY == TOKEN_DECAY:
         g_base = G + (b * H + h) * T + start
     inside = (d < tl.where(slots > 0, DY, 0))[:, None] & (e < DZ)[None, :]
-    ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * (DY * DZ) + state_at, mask=inside, other=0.0)
+    ds = tl.load(STATE + ((b * H + h) * slots + slot + 1) * size + state_at, mask=inside, other=0.0)
+    if NORMALIZE:
+        norm_at = NORM + (b * H + h) * GROUP * T + start
+        if of_keys:
+            inside = e < tl.where((slots > 0) & (role == roles - 1), DZ, 0)
+            d_sum_at = STATE + ((b * H + h) * slots + slot + 1) * size + e * width + width - 1
+            d_sum = tl.load(d_sum_at, mask=inside, other=0.0)  # gradient of the sum of keys
     last = (n - 1) // C * C  # where the last tile begins
     for i in tl.range(0, n, C, num_stages=STAGES):
         at = last - i
@@ -112,6 +129,8 @@ def backward_walk_kernel(
         else:
             x = load_columns(x_base + (rows[:, None] * x_t + d[None, :]), d[None, :], DY, BY, LOW)
         out = tl.dot(x, ds.to(LOW), input_precision=PRECISION)
+        if NORMALIZE and of_keys:
+            out += d_sum[None, :]
         if DECAY == HEAD_DECAY:  # to the segment's end, where the last tile may end early
             length = tl.minimum(n - at, C)
             leave, tile_decay = tl.exp(g * tl.maximum(length - 1 - c, 0).to(tl.float32)), tl.exp(g * length)
@@ -121,6 +140,8 @@ def backward_walk_kernel(
         if DECAY != NO_DECAY:
             out = out * leave[:, None]
             ds = ds * tile_decay
+            if NORMALIZE and of_keys:
+                d_sum = d_sum * tile_decay
         for m in range(GROUP):
             if TMA:
                 y = y_tiles.load([at, 0]).to(LOW)
@@ -129,10 +150,22 @@ def backward_walk_kernel(
                 y = load_columns(y_base + m * y_h + (rows[:, None] * y_t + d[None, :]), d[None, :], DY, BY, LOW)
                 z_mask = valid[:, None] & (e < DZ)[None, :]
                 z = tl.load(z_base + m * z_h + rows[:, None] * z_t + e[None, :], mask=z_mask, other=0.0).to(LOW)
-            p = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+            p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            factor = scale
+            if NORMALIZE:
+                factor = tl.load(norm_at + m * T + rows, mask=valid, other=0.0)
+                if of_keys:
+                    added_at = norm_at + (B.to(tl.int64) * (H * GROUP) + m) * T + rows
+                    added = tl.load(added_at, mask=at + c < tl.where(role == roles - 1, n, 0), other=0.0)
+                    p += added[None, :]
+            p = p * (factor[None, :] if NORMALIZE else scale)
             p = tl.where(past, p, 0.0) if DECAY == NO_DECAY else p * causal
             out = tl.dot(p.to(LOW), z, out, input_precision=PRECISION)
-            z = (z * scale).to(LOW) if DECAY == NO_DECAY else (z * (enter * scale)[:, None]).to(LOW)
+            if DECAY != NO_DECAY:
+                factor = enter * factor
+            z = (z * (factor if DECAY == NO_DECAY and not NORMALIZE else factor[:, None])).to(LOW)
+            if NORMALIZE and of_keys:
+                d_sum += tl.sum(z.to(tl.float32) * added[:, None], 0)
             ds = tl.dot(tl.trans(y), z, ds, input_precision=PRECISION)
         mask = valid[:, None] & (e < DZ)[None, :]
         if TMA:
@@ -142,7 +175,8 @@ def backward_walk_kernel(
         if SUM_ROWS:
             valid = at + c < tl.where(role == roles - 1, n, 0)  # of a pair only dk
             mask = valid[:, None] & (e < DZ)[None, :]
-            w = tl.load(W + b * w_b + (start + rows[:, None]) * w_t + h * w_h + e[None, :], mask=mask, other=0.0)
+            w_at = W + b * w_b + (start + rows[:, None]) * w_t + h // SHARE * w_h + e[None, :]
+            w = tl.load(w_at, mask=mask, other=0.0)
             tl.store(ROWS + ((block * B + b) * H + h) * T + start + rows, tl.sum(w * out, 1), mask=valid)
 
 
@@ -190,14 +224,15 @@ def token_decay_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def head_decay_kernel(
-    Q, K, V, DO, G, STATE, GRADIENT, OUT, TABLE,
+    Q, K, V, DO, NORM, G, STATE, GRADIENT, OUT, TABLE,
     scale, B, T, segment_length, segments, slots, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_h,
     DK_: tl.constexpr, DV_: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, NORMALIZE: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT [segments, blocks, B, H * GROUP]: the part of each segment, block of columns and query head."""
+    width: tl.constexpr = DV_ + 1 if NORMALIZE else DV_
     blocks: tl.constexpr = (DV_ + BV - 1) // BV
     heads = H * GROUP
     block, b, hq, segment = place_of_program(B, heads, blocks)
@@ -208,8 +243,8 @@ def head_decay_kernel(
     c = tl.arange(0, C)
     d = tl.arange(0, BK)
     e = block * BV + tl.arange(0, BV)
-    q_base = Q + b * q_b + start * q_t + hq * q_h
-    k_base = K + b * k_b + start * k_t + h * k_h
+    q_base = Q + b * q_b + start * q_t + hq // SHARE * q_h
+    k_base = K + b * k_b + start * k_t + h // SHARE * k_h
     v_base = V + b * v_b + start * v_t + h * v_h
     do_base = DO + b * do_b + start * do_t + hq * do_h
     g = bounded(tl.load(G + h * g_h))
@@ -217,8 +252,13 @@ def head_decay_kernel(
     distance = tl.maximum(c[:, None] - c[None, :], 0).to(tl.float32)
     by_distance = distance * head_causal_decays(g, C, False)
     inside = (d < DK_)[:, None] & (e < DV_)[None, :]
-    at = ((b * H + h) * slots + slot) * (DK_ * DV_) + d[:, None] * DV_ + e[None, :]
+    at = ((b * H + h) * slots + slot) * (DK_ * width) + d[:, None] * width + e[None, :]
     s = tl.load(STATE + at, mask=inside, other=0.0)
+    if NORMALIZE:  # the column of the sum of keys, and its derivative
+        norm_at = NORM + (b * heads + hq) * T + start
+        sum_at = ((b * H + h) * slots + slot) * (DK_ * width) + d * width + DV_
+        keys = tl.load(STATE + sum_at, mask=d < DK_, other=0.0)
+        n_keys, weighed = tl.zeros([BK], tl.float32), tl.zeros([C], tl.float32)
     ns = tl.zeros([BK, BV], tl.float32)  # N, the derivative of s by g
     products = tl.zeros([C, BV], tl.float32)
     for i in tl.range(0, n, C, num_stages=STAGES):
@@ -233,17 +273,32 @@ def head_decay_kernel(
         d_o = tl.dot(q, ns.to(LOW), d_o, input_precision=PRECISION) * enter[:, None]
         p = tl.dot(q, kt, input_precision=PRECISION) * by_distance
         d_o = tl.dot(p.to(LOW), v, d_o, input_precision=PRECISION)
+        if NORMALIZE:
+            factor = tl.load(norm_at + rows)
+            d_o = d_o * factor[:, None]
+            by_g = (c + 1).to(tl.float32)[:, None] * keys[None, :] + n_keys[None, :]  # [query, K]
+            d_norm = tl.sum(q.to(tl.float32) * by_g, 1) * enter + tl.sum(p, 1)
+            factor = factor * tl.load(norm_at + B.to(tl.int64) * heads * T + rows)
+            weighed += tl.where(valid, d_norm * factor, 0.0)
         products += tl.where(valid[:, None], d_o * do.to(tl.float32), 0.0)
         # The end of the last tile counts, so its decays are those of its own tokens.
         length = tl.minimum(n - i, C)
         after = tl.maximum(length - 1 - c, 0).to(tl.float32)
         leave = tl.where(valid, tl.exp(g * after), 0.0)
         tile_decay = tl.exp(g * length)
+        if NORMALIZE:
+            n_keys = (n_keys + keys * length) * tile_decay
+            n_keys += tl.sum(kt.to(tl.float32) * (leave * after)[None, :], 1)
+            keys = keys * tile_decay + tl.sum(kt.to(tl.float32) * leave[None, :], 1)
         ns = (ns + s * length) * tile_decay
         ns = tl.dot((kt * (leave * after)[None, :]).to(LOW), v, ns, input_precision=PRECISION)
         s = tl.dot((kt * leave[None, :]).to(LOW), v, s * tile_decay, input_precision=PRECISION)
-    ds = tl.load(GRADIENT + at + DK_ * DV_, mask=inside, other=0.0)
-    part = tl.sum(tl.sum(products, 1), 0) * scale
+    ds = tl.load(GRADIENT + at + DK_ * width, mask=inside, other=0.0)
+    part = tl.sum(tl.sum(products, 1), 0) * (1.0 if NORMALIZE else scale)
     if hq % GROUP == 0:  # the state's own gradient, once for a group
         part += tl.sum(tl.sum(ns * ds, 1), 0)
+    if NORMALIZE:  # of all blocks of columns one has this
+        inside = d < tl.where((block == 0) & (hq % GROUP == 0), DK_, 0)
+        d_sum = tl.load(GRADIENT + sum_at + DK_ * width, mask=inside, other=0.0)
+        part += tl.where(block == 0, tl.sum(weighed, 0), 0.0) + tl.sum(n_keys * d_sum, 0)
     tl.store(OUT + ((segment * blocks + block) * B + b) * heads + hq, part)

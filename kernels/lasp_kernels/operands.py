@@ -13,8 +13,10 @@ TILE = 64  # tokens; a segment is a multiple of it
 class Operands(NamedTuple):
     """What linear attention computes on, handed as one from step to step.
 
-    q [B, T, H*G, K]; k [B, T, H, K]; v [B, T, H, V], of one float dtype. `log_decay`, natural logarithm and <= 0:
-    None, [H] (fixed per head), [B, T, H] (per token) or [B, T, H, K] (per token and channel). `scale` multiplies o.
+    q [B, T, H*G, K]; k [B, T, H, K]; v [B, T, H, V], of one float dtype; or q and k [B, T, H/G, K] with v of H heads, G
+    of which share one of q and k. `log_decay`, natural logarithm and <= 0: None, [H] (fixed per head), [B, T, H] (per
+    token) or [B, T, H, K] (per token and channel). `scale` multiplies o. `normalize`: o is divided by what it would be
+    with values of 1 (and a scale of 1), and states have that as a column more.
     """
 
     q: Tensor
@@ -22,6 +24,22 @@ class Operands(NamedTuple):
     v: Tensor
     log_decay: Tensor | None = None
     scale: float = 1.0
+    normalize: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Of states."""
+        return self.v.shape[2]
+
+    @property
+    def output_heads(self) -> int:
+        """Of o."""
+        return max(self.q.shape[2], self.v.shape[2])
+
+    @property
+    def state_columns(self) -> int:
+        """Of states: V, and one more for the sum of keys."""
+        return self.v.shape[3] + self.normalize
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -65,20 +83,32 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segm
     Decays are only looked at on a CPU: on a GPU that would wait for the device.
     """
     check_tensors(q, k, v)
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k and v must agree in [B, T, H], got k {tuple(k.shape)} and v {tuple(v.shape)}")
+    if k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"k and v must agree in B and T, got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must agree in B, T and K, got q {tuple(q.shape)} and k {tuple(k.shape)}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"q must have a multiple of the heads of k, got {q.shape[2]} and {k.shape[2]}")
+    if k.shape[2] == 0:
+        raise ValueError(f"k must have at least one head, got {tuple(k.shape)}")
+    _check_heads(q.shape[2], k.shape[2], v.shape[2])
     if segment_length is not None and (segment_length < TILE or segment_length % TILE):
         raise ValueError(f"segment_length must be a positive multiple of {TILE}, got {segment_length}")
     if log_decay is not None:
-        _check_log_decay(log_decay, k)
+        _check_log_decay(log_decay, k, v.shape[2])
 
 
-def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
-    B, T, H, K = k.shape
+def _check_heads(q: int, k: int, v: int) -> None:
+    """As many of each; or more of q (grouped queries), or more of v (grouped values)."""
+    if q == 0 or q % k:
+        raise ValueError(f"q must have a multiple of the heads of k, got {q} and {k}")
+    if v == 0 or v % k:
+        raise ValueError(f"v must have the heads of k, or a multiple of them, got {v} and {k}")
+    if q > k < v:
+        raise ValueError(f"only one of q and v may have more heads than k, got q {q}, k {k} and v {v}")
+
+
+def _check_log_decay(log_decay: Tensor, k: Tensor, H: int) -> None:
+    """For H heads of states."""
+    B, T, _, K = k.shape
     check_dense("log_decay", log_decay)
     if tuple(log_decay.shape) not in {(H,), (B, T, H), (B, T, H, K)}:
         raise ValueError(

@@ -67,7 +67,7 @@ class Sizes(NamedTuple):
 
     batch: int
     tokens: int
-    heads: int  # of k and v
+    heads: int  # of states, so of k and v; of v where heads share one of k
     groups: int  # query heads that share one of them
     key_dim: int
     value_dim: int
@@ -83,6 +83,8 @@ class Sizes(NamedTuple):
     piece_length: int | None = None
     for_keys: bool = False  # for the gradients of k and v alone
     split_sums: bool = False  # sums of decays per token in two numbers each, see `state.tile_decays`
+    share: int = 1  # heads of v that share one of q and k
+    normalize: bool = False  # a state has the sum of keys as a column more
 
     @property
     def keeps_rows(self) -> bool:

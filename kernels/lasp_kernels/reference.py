@@ -4,7 +4,9 @@ Per head, with a state S [K, V] that starts at the initial state::
 
     S_t = exp(log_decay_t) * S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
-`recurrent_linear_attention` is that loop. What a run of tokens does to the state before it is a map S -> T(S) + state,
+`recurrent_linear_attention` is that loop. With a normaliser o_t is divided by q_t s_t, where s is the sum of keys that
+decays as S does: S with a column more, whose value is 1 at every token ("Transformers are RNNs", arXiv 2006.16236,
+equations 16 to 20). What a run of tokens does to the state before it is a map S -> T(S) + state,
 where `state` is what the tokens alone leave. T is one of three, told apart by the `transition` that stands for it:
 
     None                         S                    no decay
@@ -14,8 +16,9 @@ where `state` is what the tokens alone leave. T is one of three, told apart by t
 Two maps in a row are a map of the same kind, which is why a sequence can be cut anywhere. `fold_maps` passes a state
 through maps, in order, with an arithmetic that depends on nothing else.
 
-Shapes: q [B, T, H*G, K]; k [B, T, H, K]; v [B, T, H, V]: G query heads read one state. States [N, H, K, V] where
-N is B, or the number of packed sequences (then B = 1). `log_decay`, natural logarithm and <= 0: None, [H] (fixed
+Shapes: q [B, T, H*G, K]; k [B, T, H, K]; v [B, T, H, V]: G query heads read one state. Or q and k [B, T, H/G, K]: G
+states are written by one key, and read by one query. States [N, H, K, V], with a normaliser [N, H, K, V + 1], where N
+is B, or the number of packed sequences (then B = 1). `log_decay`, natural logarithm and <= 0: None, [H] (fixed
 per head), [B, T, H] (per token), [B, T, H, K] (per token and channel). Inputs have any float dtype; states are
 fp32, or fp64 when the inputs are.
 """
@@ -42,6 +45,7 @@ def recurrent_linear_attention(
     *,
     log_decay: Tensor | None = None,
     scale: float = 1.0,
+    normalize: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -58,12 +62,17 @@ def recurrent_linear_attention(
                 v[:, a:b],
                 log_decay=log_decay if log_decay is None or log_decay.ndim == 1 else log_decay[:, a:b],
                 scale=scale,
+                normalize=normalize,
                 initial_state=None if initial_state is None else initial_state[n : n + 1],
             )
             for n, (a, b) in enumerate(zip(bounds, bounds[1:]))
         ]
         return torch.cat([o for o, _ in runs], 1), torch.cat([s for _, s in runs])
     dtype = state_dtype(q.dtype)
+    if k.shape[2] < v.shape[2]:
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+    if normalize:
+        v = F.pad(v, (0, 1), value=1.0)
     B, T, H, K = k.shape
     V, G = v.shape[-1], q.shape[2] // H
     state = q.new_zeros(B, H, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
@@ -74,9 +83,11 @@ def recurrent_linear_attention(
             log_factor = log_factor.unsqueeze(-1) if log_decay.ndim < 4 else log_factor
             state = log_factor.to(dtype).exp().unsqueeze(-1) * state
         state = state + k[:, t].to(dtype).unsqueeze(-1) * v[:, t].to(dtype).unsqueeze(-2)
-        q_t = q[:, t].to(dtype).view(B, H, G, K) * scale
-        outputs.append((q_t @ state).reshape(B, H * G, V))
-    o = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, H * G, V)
+        q_t = q[:, t].to(dtype).view(B, H, G, K)
+        o_t = q_t @ state
+        o_t = o_t[..., :-1] / o_t[..., -1:] if normalize else o_t
+        outputs.append((scale * o_t).reshape(B, H * G, -1))
+    o = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, H * G, V - normalize)
     return o.to(q.dtype), state
 
 

@@ -14,6 +14,7 @@ from triton import knobs
 
 from lasp_kernels.gradient import backward_walk_kernel, head_decay_kernel, token_decay_kernel
 from lasp_kernels.launch import Launch, Layout, fits_tma
+from lasp_kernels.normaliser import normaliser_kernel
 from lasp_kernels.output import forward_walk_kernel
 from lasp_kernels.plan import (
     MIN_BLOCK,
@@ -54,13 +55,15 @@ class Shared:
         self.packed = sizes.bounds is not None
         # As kernels take them.
         self.numbers = (sizes.tokens, plan.segment_length, plan.segments, plan.slots, sizes.heads)
-        self.state = (sizes.key_dim, sizes.value_dim)
+        self.dims = (sizes.key_dim, sizes.value_dim)
+        self.state = (sizes.key_dim, sizes.value_dim + sizes.normalize)
         self.states_shape = (sizes.batch, sizes.heads, plan.slots, *self.state)
         self.ends_shape = (plan.runs, sizes.heads, *self.state)
         self.pieces_shape = (sizes.batch, sizes.heads, plan.segments, plan.pieces, *self.state)
         tokens, queries = (sizes.batch, sizes.tokens), sizes.heads * sizes.groups
         self.query_shapes = ((*tokens, queries, sizes.value_dim), (*tokens, queries, sizes.key_dim))  # of o and dq
-        self.key_shape, self.value_shape = ((*tokens, sizes.heads, dim) for dim in self.state)
+        self.norm_shape = (sizes.batch, queries, sizes.tokens)  # of the denominators of a normaliser
+        self.key_shape, self.value_shape = ((*tokens, sizes.heads, dim) for dim in self.dims)
         low = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[key.dtype]
         # The interpreter's product of bf16 operands is wrong: upcast there.
         upcast = knobs.runtime.interpret and key.dtype == torch.bfloat16
@@ -69,7 +72,9 @@ class Shared:
 
     def flags(self, config: Config) -> dict[str, object]:
         """Constants and options that most kernels have."""
-        return {"DECAY": self.key.sizes.decay, **self.product_flags(config)}
+        sizes = self.key.sizes
+        form = {"DECAY": sizes.decay, "SHARE": sizes.share, "NORMALIZE": sizes.normalize}
+        return {**form, **self.product_flags(config)}
 
     def product_flags(self, config: Config) -> dict[str, object]:
         """Of all kernels with matrix products."""
@@ -141,7 +146,7 @@ class Shared:
     def scan_launch(self, reverse: bool, skipped: int) -> Launch:
         """Of `scan_kernel`."""
         plan, sizes = self.plan, self.key.sizes
-        size = sizes.key_dim * sizes.value_dim
+        size = self.state[0] * self.state[1]
         return Launch(
             scan_kernel, self.device, (plan.runs * sizes.heads, -(-size // BLOCK)),
             (*self.numbers, plan.piece_length, plan.pieces, skipped, size),
@@ -154,7 +159,7 @@ class Shared:
     ) -> Launch:
         """Of `forward_walk_kernel`."""
         plan, sizes = self.plan, self.key.sizes
-        contracted, width = reversed(self.state) if transposed else self.state
+        contracted, width = reversed(self.dims) if transposed else self.dims
         out = self.fresh(sizes.heads * sizes.groups, width)
         moves = self.moves(x, y, z, out)
         config, columns, blocks, _ = plan.walk_blocks(contracted, width, row_sums=w is not None, moves=moves)
@@ -173,7 +178,7 @@ class Shared:
         """Of `backward_walk_kernel`, over x, x2, y, z; w and decays where there are such."""
         plan, sizes = self.plan, self.key.sizes
         x, x2, y, z, w, decays = layouts
-        contracted, width = reversed(self.state) if transposed else self.state
+        contracted, width = reversed(self.dims) if transposed else self.dims
         moves = sizes.groups == 1 and self.moves(x, x2, y, z, self.fresh(sizes.heads, width))
         config, columns, blocks, _ = plan.walk_blocks(contracted, width, row_sums=w is not None, moves=moves)
         numbers = (
@@ -204,7 +209,7 @@ class Shared:
         return Launch(
             token_decay_kernel, self.device, (sizes.batch * sizes.heads * plan.segments, 1),
             (sizes.batch, *self.numbers, *log_decay[0]),
-            SIZE=sizes.key_dim * sizes.value_dim, GROUP=sizes.groups, Q_BLOCKS=query_blocks, K_BLOCKS=key_blocks,
+            SIZE=self.state[0] * self.state[1], GROUP=sizes.groups, Q_BLOCKS=query_blocks, K_BLOCKS=key_blocks,
             PACKED=self.packed, C=plan.walk_tile, BLOCK=1024, num_warps=4,
         )  # fmt: skip
 
@@ -220,13 +225,23 @@ class Shared:
             C=blocks.config.tile, GROUP=sizes.groups, **self.flags(blocks.config),
         )  # fmt: skip
 
+    def normaliser_launch(self, scale: float, o: Layout, do: Layout) -> Launch:
+        """Of `normaliser_kernel`."""
+        sizes, tokens = self.key.sizes, 32  # of a program
+        heads = sizes.heads * sizes.groups
+        return Launch(
+            normaliser_kernel, self.device, (-(-sizes.tokens // tokens) * heads * sizes.batch, 1),
+            (float(scale), sizes.batch, sizes.tokens, heads, *o[0][:3], *do[0][:3]),
+            V=sizes.value_dim, BV=power_of_two(sizes.value_dim), C=tokens, num_warps=4,
+        )  # fmt: skip
+
     def fresh(self, heads: int, width: int) -> Layout:
         """Of a tensor [B, T, heads, width] that is made here."""
         return (self.key.sizes.tokens * heads * width, heads * width, width, 1), True
 
     def moves(self, *layouts: Layout) -> bool:
         """Whether TMA can move them; heads that are narrower than any block of a product are loaded without it."""
-        sizes, wide = self.key.sizes, min(self.state) >= MIN_BLOCK
+        sizes, wide = self.key.sizes, min(self.dims) >= MIN_BLOCK
         return sizes.has_tma and wide and all(fits_tma(x, sizes.itemsize) for x in layouts)
 
 

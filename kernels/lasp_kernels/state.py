@@ -184,18 +184,22 @@ def advance(s, log_decay, local):
 
 @triton.jit(do_not_specialize=VARYING)
 def segment_state_kernel(
-    Y, Z, G, PIECES, TOTAL, TABLE,
+    Y, Z, NORM, G, PIECES, TOTAL, TABLE,
     scale, B, T, segment_length, segments, slots, H, piece_length, pieces, skipped,
     y_b, y_t, y_h, z_b, z_t, z_h, g_b, g_t, g_h,
     DY: tl.constexpr, DZ: tl.constexpr, BY: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, NORMALIZE: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """PIECES[b, h, segment, piece] = sum over its tokens (reversed: and the group's query heads) of decayed y^T z.
 
     Forward y = k, z = v; REVERSE y = q, z = do. TOTAL [B, H, segments, pieces]: summed log-decay, per token only.
-    `skipped` segments, 0 or 1, at the end (reversed: the start) are left out.
+    `skipped` segments, 0 or 1, at the end (reversed: the start) are left out. SHARE heads of z have one of y.
+    NORMALIZE: with a column behind z whose numbers are 1, and REVERSE those of NORM (normaliser.py), which is not
+    among the blocks of columns but a sum beside the products.
     """
+    width: tl.constexpr = DZ + 1 if NORMALIZE else DZ
     blocks_z: tl.constexpr = (DZ + BZ - 1) // BZ
     blocks: tl.constexpr = blocks_z * ((DY + BY - 1) // BY)
     block = tl.program_id(0) % blocks
@@ -211,7 +215,7 @@ def segment_state_kernel(
     c = tl.arange(0, C)
     d = (block // blocks_z) * BY + tl.arange(0, BY)
     e = (block % blocks_z) * BZ + tl.arange(0, BZ)
-    y_base = Y + b * y_b + first.to(tl.int64) * y_t + (h * GROUP) * y_h
+    y_base = Y + b * y_b + first.to(tl.int64) * y_t + (h // SHARE * GROUP) * y_h
     z_base = Z + b * z_b + first.to(tl.int64) * z_t + (h * GROUP) * z_h
     near = piece * piece_length  # tokens between the piece and the border
     far = tl.minimum(n, near + piece_length)
@@ -227,6 +231,8 @@ def segment_state_kernel(
         g_base = G + b * g_b + first.to(tl.int64) * g_t + h * g_h
     tiles = tl.cdiv(tl.maximum(far - near, 0), C)
     s = tl.zeros([BY, BZ], tl.float32)
+    if NORMALIZE:
+        last = tl.zeros([BY], tl.float32)  # column
     for i in tl.range(0, tiles * GROUP, num_stages=STAGES):
         tile = i // GROUP  # the heads of a group are walked within a tile
         distance = near + (tiles - 1 - tile) * C + (c if REVERSE else C - 1 - c)  # of each token to the border
@@ -242,13 +248,28 @@ def segment_state_kernel(
             weight = enter if REVERSE else leave
             tile_decay = tl.exp(tile_total)
             total += tl.where(i % GROUP == 0, tile_total, 0.0)
-        if DECAY != NO_DECAY:
+        if NORMALIZE:
+            factor = tl.where(valid, 1.0, 0.0) if DECAY == NO_DECAY else tl.where(valid, weight, 0.0)
+            if REVERSE:
+                norm_at = NORM + ((b * H + h) * GROUP + m) * T + first + rows
+                factor = factor * tl.load(norm_at)
+                z = (z * factor[:, None]).to(LOW)
+                factor = factor * tl.load(norm_at + B.to(tl.int64) * (H * GROUP) * T)
+            elif DECAY != NO_DECAY:
+                z = (z * weight[:, None]).to(LOW)
+            if DECAY != NO_DECAY:
+                passed = tile_decay if GROUP == 1 else tl.where(i % GROUP == 0, tile_decay, 1.0)
+                s, last = s * passed, last * passed
+            last += tl.sum(y.to(tl.float32) * factor[:, None], 0)
+        elif DECAY != NO_DECAY:
             z = (z * weight[:, None]).to(LOW)
             s = s * (tile_decay if GROUP == 1 else tl.where(i % GROUP == 0, tile_decay, 1.0))
         s = tl.dot(tl.trans(y), z, s, input_precision=PRECISION)
     index = (bh.to(tl.int64) * segments + segment) * pieces + piece
-    at = index * (DY * DZ) + d[:, None] * DZ + e[None, :]
+    at = index * (DY * width) + d[:, None] * width + e[None, :]
     tl.store(PIECES + at, s * scale, mask=(d < DY)[:, None] & (e < DZ)[None, :])
+    if NORMALIZE:
+        tl.store(PIECES + index * (DY * width) + d * width + DZ, last, mask=d < tl.where(block % blocks_z == 0, DY, 0))
     if DECAY == TOKEN_DECAY:
         tl.store(TOTAL + index, total, mask=block == 0)
 

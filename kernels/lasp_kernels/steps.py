@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ class PieceMaps:
     skipped: int  # segments at the end (reversed: the start) that are left out: 0 or 1
 
 
+class NormalisedGradient(NamedTuple):
+    """The gradient of an o that a denominator divides, and [2, B, H*G, T] fp32 of `normaliser_kernel`."""
+
+    do: Tensor
+    norm: Tensor
+
+
+def _parts(do: Tensor | NormalisedGradient) -> tuple[Tensor, Tensor | None]:
+    return do if isinstance(do, NormalisedGradient) else (do, None)
+
+
 class KernelSteps:
     """What the steps of all forms of the decay have in common."""
 
@@ -48,7 +60,7 @@ class KernelSteps:
 
     @property
     def heads(self) -> int:
-        """Of k and v."""
+        """Of states: of k and v, or where heads of v share one of k, of v."""
         return self.plan.sizes.heads
 
     @property
@@ -129,14 +141,24 @@ class TritonSteps(KernelSteps):
 
     def local_maps(self, x: Operands, *, needs_end: bool = True) -> PieceMaps:
         """The state at the end of every piece, from zero; of the last only if the state behind it is needed."""
-        return self._piece_maps(x.k, x.v, x.log_decay, 1.0, reverse=False, needs_end=needs_end)
+        return self._piece_maps(x.k, x.v, None, x.log_decay, 1.0, reverse=False, needs_end=needs_end)
 
-    def gradient_maps(self, x: Operands, do: Tensor) -> PieceMaps:
+    def gradient_maps(self, x: Operands, do: Tensor | NormalisedGradient) -> PieceMaps:
         """The gradient of the state before every piece, from zero behind it."""
-        return self._piece_maps(x.q, do, x.log_decay, x.scale, reverse=True)
+        do, norm = _parts(do)
+        scale = x.scale if norm is None else 1.0  # which is in `norm`
+        return self._piece_maps(x.q, do, norm, x.log_decay, scale, reverse=True)
 
     def _piece_maps(
-        self, y: Tensor, z: Tensor, log_decay: Tensor | None, scale: float, *, reverse: bool, needs_end: bool = True
+        self,
+        y: Tensor,
+        z: Tensor,
+        norm: Tensor | None,
+        log_decay: Tensor | None,
+        scale: float,
+        *,
+        reverse: bool,
+        needs_end: bool = True,
     ) -> PieceMaps:
         shared, plan = self._shared, self.plan
         skipped = plan.skipped if needs_end else plan.skippable
@@ -147,7 +169,7 @@ class TritonSteps(KernelSteps):
             (y, y_at), (z, z_at) = self._placed(y), self._placed(z)
             key = ("states", reverse, skipped, scale, y_at, z_at, None if log_decay is None else layout(log_decay))
             launch = shared.launches.get(key) or shared.keep(key, shared.states_launch(*key[1:]))
-            launch(y, z, log_decay, pieces, log_total, shared.table)
+            launch(y, z, norm, log_decay, pieces, log_total, shared.table)
         return PieceMaps(pieces, log_decay, log_total, skipped)
 
     def run_map(self, maps: PieceMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -213,18 +235,35 @@ class TritonSteps(KernelSteps):
         launch(log_decay, entering, maps.pieces, maps.log_total, states, end, log_end, shared.table, shared.run_starts)
         return end
 
-    def outputs(self, x: Operands, states: Tensor) -> Tensor:
-        """o [B, T, H*G, V] from the states at the borders of the segments."""
-        return self._forward_walk(x, (x.q, x.k, x.v, None), states, transposed=False)
+    def outputs(self, x: Operands, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """o [B, T, H*G, V] from the states at the borders of the segments; with a normaliser also the denominators."""
+        norm = None
+        if self.plan.sizes.normalize:
+            norm = torch.empty(self._shared.norm_shape, dtype=self.dtype, device=self._shared.device)
+        return self._forward_walk(x, (x.q, x.k, x.v, None), norm, states, transposed=False), norm
 
-    def query_gradient(self, x: Operands, do: Tensor, states: Tensor) -> Tensor:
+    def output_gradient(self, x: Operands, do: Tensor, o: Tensor, denominators: Tensor) -> NormalisedGradient:
+        """What the steps of backward take as `do` where there is a normaliser."""
+        shared, (o, o_at), (do, do_at) = self._shared, self._placed(o), self._placed(do)
+        norm = torch.empty(2, *shared.norm_shape, dtype=self.dtype, device=shared.device)
+        key = ("normaliser", x.scale, o_at, do_at, layout(denominators)[1])
+        launch = shared.launches.get(key) or shared.keep(key, shared.normaliser_launch(*key[1:4]))
+        launch(o, do, denominators, norm)
+        return NormalisedGradient(do, norm)
+
+    def query_gradient(self, x: Operands, do: Tensor | NormalisedGradient, states: Tensor) -> Tensor:
         """dq, from the states that `scan` gave in forward."""
-        w = x.q if self.plan.sizes.keeps_rows else None
-        return self._forward_walk(x, (do, x.v, x.k, w), states, transposed=True)
+        (do, norm), w = _parts(do), x.q if self.plan.sizes.keeps_rows else None
+        return self._of_group(self._forward_walk(x, (do, x.v, x.k, w), norm, states, transposed=True))
+
+    def _of_group(self, of_values: Tensor) -> Tensor:
+        """Of q or k, from the part of each head of v: the sum over those that share one."""
+        share = self.plan.sizes.share
+        return of_values if share == 1 else of_values.unflatten(2, (-1, share)).sum(3)
 
     def _forward_walk(
-        self, operands: Operands, tiles: tuple[Tensor, Tensor, Tensor, Tensor | None], states: Tensor, *,
-        transposed: bool,
+        self, operands: Operands, tiles: tuple[Tensor, Tensor, Tensor, Tensor | None], norm: Tensor | None,
+        states: Tensor, *, transposed: bool,
     ) -> Tensor:  # fmt: skip
         """The outputs, or dq, by the walk of output.py over x, y, z; with w also row sums."""
         shared, (x, y, z, w) = self._shared, tiles
@@ -236,23 +275,25 @@ class TritonSteps(KernelSteps):
         walk = shared.launches.get(key) or shared.keep(key, shared.forward_launch(*key[1:-1]))
         out = torch.empty(shared.query_shapes[transposed], dtype=shared.dtype, device=shared.device)
         sums = None if w is None else self._row_sums("dq", 2, walk.blocks, shared.query_shapes[0][2])
-        walk(x, y, z, w, decays, states, out, sums, shared.table)
+        walk(x, y, z, w, norm, decays, states, out, sums, shared.table)
         return out
 
-    def key_value_gradient(self, x: Operands, do: Tensor, d_states: Tensor) -> tuple[Tensor, Tensor]:
+    def key_value_gradient(
+        self, x: Operands, do: Tensor | NormalisedGradient, d_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """dk and dv, from the gradients of the states at the borders of the segments."""
-        shared, w = self._shared, x.k if self.plan.sizes.keeps_rows else None
+        shared, w, (do, norm) = self._shared, x.k if self.plan.sizes.keeps_rows else None, _parts(do)
         dk = torch.empty(shared.key_shape, dtype=shared.dtype, device=shared.device)
         dv = torch.empty(shared.value_shape, dtype=shared.dtype, device=shared.device)
         if self.plan.sizes.paired:
-            self._backward_walk(x, (x.k, x.v, x.q, do, w), (dv, dk), d_states, transposed=False)
+            self._backward_walk(x, (x.k, x.v, x.q, do, w), norm, (dv, dk), d_states, transposed=False)
         else:
-            self._backward_walk(x, (x.k, x.k, x.q, do, None), (dv, dv), d_states, transposed=False)
-            self._backward_walk(x, (x.v, x.v, do, x.q, w), (dk, dk), d_states, transposed=True)
-        return dk, dv
+            self._backward_walk(x, (x.k, x.k, x.q, do, None), norm, (dv, dv), d_states, transposed=False)
+            self._backward_walk(x, (x.v, x.v, do, x.q, w), norm, (dk, dk), d_states, transposed=True)
+        return self._of_group(dk), dv
 
     def _backward_walk(
-        self, operands: Operands, tiles: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+        self, operands: Operands, tiles: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], norm: Tensor | None,
         out: tuple[Tensor, Tensor], d_states: Tensor, *, transposed: bool,
     ) -> None:  # fmt: skip
         """dv or dk into `out` by the walk of gradient.py over x, x2, y, z; both where there is a pair x and x2.
@@ -269,7 +310,7 @@ class TritonSteps(KernelSteps):
         key = ("backward", transposed, operands.scale, at, d_states.data_ptr() % 16 == 0)
         walk = shared.launches.get(key) or shared.keep(key, shared.backward_launch(*key[1:4]))
         sums = None if w is None else self._row_sums("dk", 1, walk.blocks, self.heads)
-        walk(x, x2, y, z, w, decays, d_states, *out, sums, shared.table)
+        walk(x, x2, y, z, w, norm, decays, d_states, *out, sums, shared.table)
 
     def _walk_decays(self, log_decay: Tensor | None, *, keep: bool) -> tuple[Tensor | None, Layout | None]:
         """What a walk reads of the decays, and how those given lie: per token summed up in tiles, fp32.
@@ -294,7 +335,11 @@ class TritonSteps(KernelSteps):
         return decays
 
     def decay_gradient(
-        self, x: Operands, gradients: tuple[Tensor, Tensor, Tensor], states: Tensor, d_states: Tensor
+        self,
+        x: Operands,
+        gradients: tuple[Tensor | NormalisedGradient, Tensor, Tensor],
+        states: Tensor,
+        d_states: Tensor,
     ) -> Tensor:
         """d log_decay in its shape, fp32, from do, dq and dk; per token from the row sums that their steps kept."""
         assert x.log_decay is not None
@@ -312,9 +357,9 @@ class TritonSteps(KernelSteps):
         return out
 
     def _head_decay_gradient(
-        self, x: Operands, do: Tensor, log_decay: Tensor, states: Tensor, d_states: Tensor
+        self, x: Operands, do: Tensor | NormalisedGradient, log_decay: Tensor, states: Tensor, d_states: Tensor
     ) -> Tensor:
-        shared, sizes = self._shared, self.plan.sizes
+        shared, sizes, (do, norm) = self._shared, self.plan.sizes, _parts(do)
         (q, q_at), (k, k_at), (v, v_at), (do, do_at) = map(self._placed, (x.q, x.k, x.v, do))
         aligned = (layout(states)[1], layout(d_states)[1])
         key = ("head decay", x.scale, q_at, k_at, v_at, do_at, layout(log_decay), aligned)
@@ -322,7 +367,7 @@ class TritonSteps(KernelSteps):
         launch = shared.launches.get(key) or shared.keep(key, shared.head_decay_launch(blocks, x.scale, key[2:7]))
         shape = (self.plan.segments, blocks.count, sizes.batch, sizes.heads, sizes.groups)
         parts = torch.empty(shape, dtype=self.dtype, device=shared.device)
-        launch(q, k, v, do, log_decay, states, d_states, parts, shared.table)
+        launch(q, k, v, do, norm, log_decay, states, d_states, parts, shared.table)
         return parts.sum((0, 1, 2, 4))
 
     def _row_sums(self, name: str, kinds: int, blocks: int, heads: int) -> Tensor:
@@ -341,17 +386,18 @@ def shared_of(
     ends: bool,
 ) -> Shared:
     """What all calls with such inputs share; `decay` is its form, as a number of plan.py."""
-    q, k, v, log_decay, _ = x
+    q, k, v, log_decay, *_ = x
     bounds = None
     if cu_seqlens is not None:
         bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
     # Sizes as plain numbers: under torch.compile they may be symbols, which would not find what was kept.
-    batch, tokens, heads, key_dim = map(int, k.shape)
+    batch, tokens, _, key_dim = map(int, k.shape)
+    heads = int(v.shape[2])
     sizes = Sizes(
         batch,
         tokens,
         heads,
-        int(q.shape[2]) // heads,
+        max(1, int(q.shape[2]) // heads),
         key_dim,
         int(v.shape[3]),
         k.element_size(),
@@ -364,6 +410,8 @@ def shared_of(
         decay_gradient,
         ends,
         split_sums=k.dtype != torch.bfloat16,  # whose numbers have fewer digits than the sums lose
+        share=heads // int(k.shape[2]),
+        normalize=x.normalize,
     )
     tf32 = k.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return shared_by(Key(sizes, k.dtype, None if log_decay is None else log_decay.dtype, k.device, tf32))

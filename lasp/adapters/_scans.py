@@ -84,8 +84,8 @@ def mamba2_scan(
     """y [B, T, H, P] in the dtype of x. (arXiv 2405.21060, equation 16: q = C, k = B, v = dt x, log_decay = dt A; and
     D x is added.)
 
-    x [B, T, H, P], B and C [B, T, H, N] in its dtype, D [H] or [H, P]; A [H], and dt [B, T, H] with its bias, softplus
-    and limits, in the state's dtype.
+    x [B, T, H, P], B and C [B, T, G, N] in its dtype, of which H / G neighbouring heads of x share one, D [H] or
+    [H, P]; A [H], and dt [B, T, H] with its bias, softplus and limits, in the state's dtype.
     """
     v = (x * dt[..., None]).to(x.dtype)
     y, _state = linear_attention(C, B, v, log_decay=dt * A, layout=layout, sequence=sequence)

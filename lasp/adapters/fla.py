@@ -488,11 +488,10 @@ def _mamba2_forward(
 
 
 def _of_heads(module: Any, x: Tensor) -> Tensor:
-    """[B, T, G, N] to [B, T, H, N]. fla has two ways: H / G neighbours share a group in the kernels of mamba-ssm, and
-    every G-th head does in its own code, which runs where these are not installed or there is no GPU."""
-    each = module.num_heads // module.n_groups
+    """[B, T, G, N] for H heads. fla has two ways: H / G neighbours share a group in the kernels of mamba-ssm, as in the
+    operator, and every G-th head does in its own code, which runs where these are not installed or there is no GPU."""
     kernels = type(module).forward.__globals__.get("is_fast_path_available") and x.device.type == "cuda"
-    return x.repeat_interleave(each, 2) if kernels else x.repeat(1, 1, each, 1)
+    return x if kernels or module.n_groups == 1 else x.repeat(1, 1, module.num_heads // module.n_groups, 1)
 
 
 _REBOUND = Foreign(_rebind_known, (), stand_in=_stand_in)

@@ -132,7 +132,7 @@ def _ssd(sequence: SequenceParallel) -> Callable[..., Tensor]:
         x, wide = hidden_states, state_dtype(hidden_states.dtype)
         dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(wide)
-        B, C = (y.to(x.dtype).repeat_interleave(x.shape[2] // y.shape[2], 2) for y in (B, C))
+        B, C = (y.to(x.dtype) for y in (B, C))
         y = mamba2_scan(x, dt, A.to(wide), B, C, D, layout=layout_of(sequence), sequence=sequence)
         return (y if z is None else y * F.silu(z)).contiguous()  # FalconH1 views it
 

@@ -1,8 +1,9 @@
 """A transformer whose attention is linear and has no decay: the second model that LASP was measured with.
 
 The feature map elu(x) + 1 is that of "Transformers are RNNs" (arXiv 2006.16236, eq. 7). Its denominator is left out
-and the output normalised instead, since that denominator makes gradients unbounded (arXiv 2210.10340, section 3).
-The rest is the usual pre-norm transformer. Written for one device, as `lasp.models.tnl`; shapes as there.
+and the output normalised instead, since that denominator makes gradients unbounded (arXiv 2210.10340, section 3); or
+it is there, with `normalize`. The rest is the usual pre-norm transformer. Written for one device, as `lasp.models.tnl`;
+shapes as there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class LinearTransformerConfig:
         width: D, the channels of a token; even.
         heads: H; it divides the width.
         mlp_width: inner channels of the feed-forward layer.
+        normalize: divide what attention gives by the sum of its weights, as arXiv 2006.16236 does, with no norm behind.
     """
 
     vocab_size: int
@@ -37,8 +39,10 @@ class LinearTransformerConfig:
     width: int
     heads: int
     mlp_width: int
+    normalize: bool = False
 
     def __post_init__(self):
+        arguments.flag("normalize", self.normalize)
         for name in ("vocab_size", "layers", "width", "heads", "mlp_width"):
             object.__setattr__(self, name, arguments.integer(name, getattr(self, name), at_least=1))
         if self.width % self.heads or self.width % 2:
@@ -127,7 +131,10 @@ class Block(nn.Module):
 
 
 class MultiHeadLinearAttention(nn.Module):
-    """norm(phi(x W_q) sum_s phi(x W_k)^T (x W_v)) W_o with phi(x) = elu(x) + 1; the norm is RMS, in each head."""
+    """norm(phi(x W_q) sum_s phi(x W_k)^T (x W_v)) W_o with phi(x) = elu(x) + 1; the norm is RMS, in each head.
+
+    Or in its place, with `config.normalize`, a division by phi(x W_q) sum_s phi(x W_k)^T.
+    """
 
     def __init__(self, config: LinearTransformerConfig):
         super().__init__()
@@ -136,7 +143,8 @@ class MultiHeadLinearAttention(nn.Module):
         self.key = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(D, D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
-        self.attention = LightningAttention(scale=1 / math.sqrt(D // self.heads))
+        scale = 1.0 if config.normalize else 1 / math.sqrt(D // self.heads)
+        self.attention = LightningAttention(scale=scale, normalize=config.normalize)
 
     def forward(self, x: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the layout as in `LinearTransformer.forward`."""
@@ -145,4 +153,5 @@ class MultiHeadLinearAttention(nn.Module):
         v = self.value(x).view(split)
         # As a function q is made while the state of k and v travels, where the sequence is split.
         o = self.attention(lambda: F.elu(self.query(x)).add(1).view(split), k, v, layout=layout)
-        return self.out(F.rms_norm(o, o.shape[-1:], eps=1e-6).flatten(2))
+        o = o if self.attention.normalize else F.rms_norm(o, o.shape[-1:], eps=1e-6)
+        return self.out(o.flatten(2))

@@ -346,12 +346,12 @@ class Call:
             transition = state.new_zeros(*state.shape[:3], 1)
         return state, transition
 
-    def sum_over_ranks(self, states: Tensor, *, reverse: bool = False) -> Tensor:
+    def sum_over_ranks(self, states: Tensor, *, reverse: bool = False, what: str = "final states") -> Tensor:
         """In place. Forward, one rank holds each final state, the others zeros; reverse, each its gradient of all."""
         sequence = self.sequence
         if sequence is not None:
             direction = "backward" if reverse else "forward"
-            what = "gradients of the final states" if reverse else "final states"
+            what = f"gradients of the {what}" if reverse else what
             self.check_messages(f"the sum of the {what}", kind_of_tensor(states), states, reverse=reverse)
             with waiting(f"layer {sequence.name!r}, {direction}: the sum of the {what} of all ranks"):
                 dist.all_reduce(states, group=sequence.group)
@@ -518,11 +518,12 @@ def check_options(scale: float, output_final_state: bool, segment_length: int | 
     return arguments.number("scale", scale), length
 
 
-def check_initial_state(initial_state: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-    """Raise `ValueError` unless it is [N, H, K, V] on the device of k, H the heads of v."""
+def check_initial_state(initial_state: Tensor, k: Tensor, v: Tensor, call: Call, *, normalize: bool = False) -> None:
+    """Raise `ValueError` unless it is [N, H, K, V] on the device of k, H the heads of v; `normalize`: V + 1."""
     arguments.float_tensor("initial_state", initial_state)
-    expected = (call.shard.num_sequences, v.shape[2], k.shape[3], v.shape[3])
+    expected = (call.shard.num_sequences, v.shape[2], k.shape[3], v.shape[3] + normalize)
     if tuple(initial_state.shape) != expected:
-        raise ValueError(f"initial_state must have shape [N, H, K, V] = {expected}, got {tuple(initial_state.shape)}")
+        form = "[N, H, K, V + 1]" if normalize else "[N, H, K, V]"
+        raise ValueError(f"initial_state must have shape {form} = {expected}, got {tuple(initial_state.shape)}")
     if initial_state.device != k.device:
         raise ValueError(f"initial_state must be on the device of k, {k.device}, got {initial_state.device}")
