@@ -17,7 +17,7 @@ cases = {"none": [none_on_one], "head": [several_tiles, packed], "token": [none_
 cases["token, normalised"] = [packed]  # and heads of v that share one of q and k
 cases["channel"] = [((33, 0, 18), None), ((20, 15, 5), (0, 4, 25, 25, 40))]
 for form in cases:
-    H = 2 if form == "head" else 1  # the interpreter's time goes by programs
+    H = 1 if form in ("none", "token", "channel") else 2  # the interpreter's time goes by programs
     for lengths, offsets in cases[form]:
         T, B, more = sum(lengths), 1 if offsets else 2, "normalised" in form
         N = len(offsets) - 1 if offsets else B
