@@ -82,9 +82,12 @@ def test_ragged_lengths(form, T):
     check(random_inputs(form, T, H=1, K=16, V=32), segment_length=64 if T == 65 else 128)
 
 
-@pytest.mark.parametrize("form", FORMS)
+HEAD_DIMS = [(16, 16), (32, 80), (80, 17), (80, 80), (96, 128), (128, 48), (256, 16), (16, 200)]
+
+
 @pytest.mark.parametrize(
-    ("K", "V"), [(16, 16), (32, 80), (80, 17), (80, 80), (96, 128), (128, 48), (256, 16), (16, 200)]
+    ("form", "K", "V"),
+    [("token", *dims) for dims in HEAD_DIMS] + [(FORMS[n % 2], *dims) for n, dims in enumerate(HEAD_DIMS)],
 )
 def test_head_dims(form, K, V):
     check(random_inputs(form, 70, B=1, H=1, K=K, V=V), segment_length=64)
