@@ -42,15 +42,16 @@ def block_attention(
     offsets = (0, tokens) if cu_seqlens is None else cu_seqlens
     bounds = [(start, end) for start, end in zip(offsets, offsets[1:]) if start < end]
     runs = [(start, end, before % block if start == 0 else 0) for start, end in bounds]
-    rows_of_q = [_rows(_padded(q[:, start:end], seen, 0), block) for start, end, seen in runs]
+    size = min(block, max(seen + end - start for start, end, seen in runs))  # of a row: it may be that none fills one
+    rows_of_q = [_rows(_padded(q[:, start:end], seen, 0), size) for start, end, seen in runs]
     rows_of_k, rows_of_v = (
-        [_rows(x[:, reach + start - seen : reach + end], block) for start, end, seen in runs] for x in (k, v)
+        [_rows(x[:, reach + start - seen : reach + end], size) for start, end, seen in runs] for x in (k, v)
     )
     operands = map(_joined, (rows_of_q, rows_of_k, rows_of_v))
     o = _joined([softmax_attention(*x, scale=scale) for x in zip(*(x.split(ROWS) for x in operands))])
     parts = []
     for of_run, (start, end, seen) in zip(o.split([len(x) for x in rows_of_q]), runs):
-        tokens_of_run = of_run.unflatten(0, (len(q), len(of_run) // len(q))).flatten(1, 2)
+        tokens_of_run = of_run.unflatten(0, (len(q), -(-(seen + end - start) // size))).flatten(1, 2)
         parts.append(tokens_of_run[:, seen : seen + end - start])
     return _joined(parts, 1)
 
