@@ -244,6 +244,26 @@ def test_the_last_tokens_alone():
     assert_near(log_decay, last.log_decay.sum(1).double().cpu(), "log_decay", 1e-6)
 
 
+@pytest.mark.parametrize("form", ["grouped queries", "grouped values"])
+def test_heads_that_share(monkeypatch, form):
+    """The kernels take one number of heads; the operator gives it to them, and states stay those of heads."""
+    monkeypatch.setenv("LASP_KERNELS", "triton")
+    x = random_inputs("channel", 40, B=1, H=2, K=8, V=5, groups=2)
+    if form == "grouped values":
+        x = random_inputs("channel", 40, B=1, H=4, K=8, V=5)
+        x = replace(x, q=x.q[:, :, :2], k=x.k[:, :, :2])
+    expected = []
+    for dtype, kernels in ((torch.float64, "reference"), (torch.float32, "triton")):
+        monkeypatch.setenv("LASP_KERNELS", kernels)
+        leaves = on_device(x, dtype) if kernels == "triton" else x.to(dtype)
+        leaves.require_grad()
+        found = run(lasp.linear_attention, leaves, output_final_state=True)
+        expected.append([*found, *gradients(leaves, *found).values()])
+    for exact, actual in zip(*expected):
+        assert actual.shape == exact.shape
+        assert_near(actual, exact.detach(), "heads", TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("later", ["given", "a function", "the same as k"])
 @pytest.mark.parametrize("under_autocast", [False, True])
 def test_the_operator(monkeypatch, later, under_autocast):
@@ -314,7 +334,7 @@ def test_unsupported_is_an_error_where_the_kernels_are_asked_for(monkeypatch, ca
     x = random_inputs("channel", 4, **{"K": 16, "V": 16, **options}).to(dtype)
     monkeypatch.setenv("LASP_KERNELS", "triton")
     with pytest.raises(ValueError, match=match):
-        lasp.linear_attention(x.q, x.k, x.v, log_decay=x.log_decay.float())
+        steps_of(operands(x)._replace(log_decay=x.log_decay.float()))
 
 
 def on_cuda(x):

@@ -198,6 +198,11 @@ def _run(
         q = _made(q, k, sequence) if callable(q) else q
         x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
+    if (equal := _with_equal_heads(q, k, v, log_decay, initial_state, normalize)) is not None:
+        groups, given, initial_state = equal
+        options = (scale, normalize, initial_state, output_final_state, layout, sequence, segment_length)
+        o, final_state = _run(*given, *options, edges=edges)
+        return o, None if final_state is None else final_state[:, ::groups]
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
@@ -233,6 +238,29 @@ def _run(
             x = x._replace(q=_made_meanwhile(later, k, started, call))
         facts = (call, scale, normalize, needs, ranks_agree)
         return _LinearAttention.apply(*x[:4], initial_state, facts, started)  # type: ignore[return-value]
+
+
+def _with_equal_heads(
+    q: Any, k: Any, v: Any, log_decay: Any, initial_state: Any, normalize: bool
+) -> tuple[int, tuple[Any, ...], Any] | None:
+    """q, k, v and log_decay with one number of heads, for kernels that take nothing else; None where all is well.
+
+    Before them: each how many heads of states is one that was given; behind them: the initial state.
+    """
+    if normalize or not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v, log_decay)):
+        return None
+    queries, keys, values = (x.shape[2] for x in (q, k, v))
+    groups = max(queries, values) // max(1, keys)
+    forms = ((groups * keys, keys), (keys, groups * keys))  # grouped queries, grouped values
+    if groups < 2 or log_decay.shape[2] != values or (queries, values) not in forms:
+        return None
+    if kernels.path(Operands(k, k, v[:, :, :keys], log_decay[:, :, :keys])) == "reference":
+        return None
+    if values > keys:
+        return 1, (*(x.repeat_interleave(groups, 2) for x in (q, k)), v, log_decay), initial_state
+    if isinstance(initial_state, Tensor) and initial_state.ndim == 4:
+        initial_state = initial_state.repeat_interleave(groups, 1)
+    return groups, (q, *(x.repeat_interleave(groups, 2) for x in (k, v, log_decay))), initial_state
 
 
 def settings_of(
