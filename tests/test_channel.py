@@ -301,7 +301,9 @@ def test_q_of_a_rank_that_makes_it_while_the_state_travels():
     assert torch.equal(steps.outputs(operands(x), states)[0], o)
 
 
-def test_compiled(monkeypatch):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compiled(monkeypatch, groups):
+    """Heads that share, too: the graph has the kernels as the call without it has."""
     monkeypatch.setenv("LASP_KERNELS", "triton")
 
     def f(q, k, v, log_decay):
@@ -309,7 +311,7 @@ def test_compiled(monkeypatch):
 
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     for T in (40, 55):
-        x = on_device(channel_inputs("even", T, B=1, H=1, K=8, V=8, state=False), torch.float32)
+        x = on_device(random_inputs("channel", T, B=1, H=1, K=8, V=8, state=False, groups=groups), torch.float32)
         found = []
         for function in (f, compiled):
             leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.log_decay)]

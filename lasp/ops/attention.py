@@ -194,15 +194,16 @@ def _run(
     edges: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Of tokens none of which is padding; `edges` as in `call_of`."""
-    if torch.compiler.is_compiling():
-        q = _made(q, k, sequence) if callable(q) else q
-        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
-        return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
+    if torch.compiler.is_compiling() and callable(q):
+        q = _made(q, k, sequence)
     if (equal := _with_equal_heads(q, k, v, log_decay, initial_state, normalize)) is not None:
         groups, given, initial_state = equal
         options = (scale, normalize, initial_state, output_final_state, layout, sequence, segment_length)
         o, final_state = _run(*given, *options, edges=edges)
         return o, None if final_state is None else final_state[:, ::groups]
+    if torch.compiler.is_compiling():
+        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
+        return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
