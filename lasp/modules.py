@@ -18,6 +18,7 @@ from lasp.ops import recompute
 from lasp.ops.attention import linear_attention
 from lasp.ops.call import padding_of
 from lasp.ops.delta import delta_rule
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ops.halo import block_attention, causal_conv
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
@@ -210,6 +211,28 @@ class CausalConv(nn.Module):
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, bias={self.bias is not None}"
 
 
+class ElementwiseRecurrence(nn.Module):
+    """`elementwise_recurrence` of lasp.ops.elementwise as a module, without parameters: HGRN, RG-LRU."""
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def forward(self, x: Tensor, log_decay: Tensor, *, layout: ShardLayout | None = None) -> Tensor:
+        """x and log_decay [B, T, D] to h of the same shape, h_t = exp(log_decay_t) h_{t-1} + x_t."""
+        return elementwise_recurrence(x, log_decay, layout=layout, sequence=self.sequence)
+
+
+class SelectiveScan(nn.Module):
+    """Mamba's `selective_scan` of lasp.ops.elementwise as a module, without parameters."""
+
+    sequence: SequenceParallel | None = None  # set by lasp.parallelize
+
+    def forward(
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, layout: ShardLayout | None = None
+    ) -> Tensor:
+        """u and dt [B, T, D], A [D, N], B and C [B, T, N] to y [B, T, D]."""
+        return selective_scan(u, dt, A, B, C, layout=layout, sequence=self.sequence)
+
+
 class Counted(NamedTuple):
     """What a `Router` has counted in a forward, of this rank's tokens."""
 
@@ -274,5 +297,13 @@ class Router(nn.Module):
         return f"{self.chosen} of {self.experts}, scale={self.scale}"
 
 
-OPERATOR_MODULES = (LightningAttention, DeltaRule, SoftmaxAttention, CausalConv, BlockAttention)
+OPERATOR_MODULES = (
+    LightningAttention,
+    DeltaRule,
+    SoftmaxAttention,
+    CausalConv,
+    BlockAttention,
+    ElementwiseRecurrence,
+    SelectiveScan,
+)
 """All of them: what `parallelize` gives the ranks to."""

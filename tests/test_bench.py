@@ -637,3 +637,10 @@ def test_what_is_wrong_or_fails_is_told_and_not_timed(families, monkeypatch):
     assert result["facts"]["left out"] == ["gla T64: RuntimeError: out of order"]
     with pytest.raises(SystemExit, match="gla, gate: out of time"):
         _script("families", "--families", "gla", *size, "--budget", 0)
+
+
+def test_errors_of_a_scan():
+    scan = importlib.import_module("scan")
+    for operator in scan.OPERATORS:
+        row = scan.errors(operator, 70, "fp32", "cpu")
+        assert all(0 < row[name] < 1e-5 for name in row if name not in ("operator", "T", "dtype"))

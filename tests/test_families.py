@@ -89,6 +89,9 @@ EXPLAINED = {
     "gated_delta_net": {("halo", "none", "torch"), ("delta_rule", "[B, T, H]", "reference")},
     "kda": {("halo", "none", "torch"), ("delta_rule", "[B, T, H, K]", "reference")},
     "mamba2": {("halo", "none", "torch"), ("linear_attention", "[B, T, H]", "reference")},
+    "hgrn": {("elementwise_recurrence", "[B, T, ...]", "reference")},
+    "rglru": {("halo", "none", "torch"), ("elementwise_recurrence", "[B, T, ...]", "reference")},
+    "mamba": {("halo", "none", "torch"), ("selective_scan", "dt A", "reference")},
 }
 
 
@@ -219,6 +222,40 @@ def mamba2(m, x):
     return m.out(norm(o.flatten(2) * F.silu(m.gate(x)), m.norm.weight))
 
 
+def by_channel(x, log_decay):
+    state, outputs = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        state = log_decay[:, t].exp() * state + x[:, t]
+        outputs.append(state)
+    return torch.stack(outputs, 1)
+
+
+def hgrn(m, x, bound=None):
+    gate = torch.sigmoid(m.forget(x))
+    gate = gate if bound is None else bound + (1 - bound) * gate
+    h = by_channel((1 - gate) * F.silu(m.value(x)), gate.log())
+    return m.out(norm(h, m.norm.weight) * F.silu(m.gate(x)))
+
+
+def mamba(m, x):
+    u = conv(m.conv, m.value(x))
+    time, B, C = m.keys(u).split([m.between, m.STATE, m.STATE], -1)
+    dt = F.softplus(m.time(time) + m.time_bias).unsqueeze(-1)
+    h = by_channel(dt * u.unsqueeze(-1) * B.unsqueeze(2), -dt * m.log_rate.exp())
+    return m.out(((h * C.unsqueeze(2)).sum(-1) + m.skip * u) * F.silu(m.gate(x)))
+
+
+def rglru(m, x):
+    padded = F.pad(m.value(x), (0, 0, 3, 0))
+    u = sum(m.conv.weight[:, j] * padded[:, j : j + x.shape[1]] for j in range(4)) + m.conv.bias
+    opened = [
+        torch.sigmoid(torch.cat([heads(u)[:, :, h] @ weight[h] for h in range(HEADS)], -1) + bias)
+        for weight, bias in ((m.input_gate, m.input_bias), (m.recurrence_gate, m.recurrence_bias))
+    ]
+    a = torch.sigmoid(m.rate) ** (8 * opened[1])
+    return m.out(by_channel((1 - a * a).sqrt() * opened[0] * u, a.log()) * F.gelu(m.gate(x)))
+
+
 FORMULAS = {
     "softmax": softmax,
     "block_softmax": lambda m, x: softmax(m, x, BLOCK),
@@ -231,6 +268,9 @@ FORMULAS = {
     "gated_delta_net": gated_delta,
     "kda": kda,
     "mamba2": mamba2,
+    "hgrn": hgrn,
+    "mamba": mamba,
+    "rglru": rglru,
 }
 
 
@@ -261,15 +301,17 @@ def test_transnormer_begins_with_blocks():
     ]
 
 
-def test_lower_bounds_of_hgrn2_grow_from_zero():
-    model = model_of("hgrn2")
+@pytest.mark.parametrize("family", ["hgrn", "hgrn2"])
+def test_lower_bounds_grow_from_zero(family):
+    model = model_of(family)
     bounds = model._lower_bounds()
     assert bounds[0].abs().max() == 0
     assert bounds[1].min() > 0
     assert bounds[1].max() < 1
     mixer, x = model.blocks[1].mixer, torch.randn(1, T, WIDTH, dtype=torch.float64)
     bound = bounds[1].detach()
-    assert_close(mixer(x, torch.arange(T), None, bound), hgrn2(mixer, x, bound), "hgrn2", rtol=1e-9, atol=1e-10)
+    expected = FORMULAS[family](mixer, x, bound)
+    assert_close(mixer(x, torch.arange(T), None, bound), expected, family, rtol=1e-9, atol=1e-10)
 
 
 def test_rotation_of_far_tokens():

@@ -234,6 +234,7 @@ TABLE = {
             ],
             "normalize": NO_FLAG,
             "log_decay": LOG_DECAY,
+            "causal": NO_FLAG,
             **STATEFUL,
         },
     ),

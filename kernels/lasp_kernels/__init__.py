@@ -4,6 +4,8 @@ from lasp_kernels.chunked import chunked_linear_attention
 from lasp_kernels.dispatch import (
     Maps,
     Steps,
+    elementwise_path,
+    elementwise_steps_of,
     fold,
     gated_linear,
     norm_gate,
@@ -23,6 +25,8 @@ __all__ = [
     "activation_of",
     "check_inputs",
     "chunked_linear_attention",
+    "elementwise_path",
+    "elementwise_steps_of",
     "fold",
     "gated_linear",
     "norm_gate",

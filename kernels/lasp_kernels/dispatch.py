@@ -8,6 +8,9 @@
 | CUDA | fp64, or log_decay [B, T, H, K] with anything else, a normaliser too | `chunked.ChunkedSteps` |
 | CPU | any | `chunked.ChunkedSteps` |
 
+Recurrences of channels that decay each by itself (`elementwise_path`): on CUDA `scan_steps` for bf16, fp16 and fp32,
+and states of up to 256 numbers a channel; else PyTorch's steps in elementwise.py and selective_scan.py.
+
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
 LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it: "triton", or "reference" for
@@ -22,15 +25,20 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lasp_kernels.chunked import ChunkedSteps
+from lasp_kernels.elementwise import ElementwiseSteps, RecurrenceOperands, RecurrenceSteps
 from lasp_kernels.operands import Operands
 from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate, reference_rotate
+from lasp_kernels.selective_scan import MOST_STATES, SelectiveOperands, SelectiveSteps
+
+if TYPE_CHECKING:
+    from lasp_kernels.scan_steps import TileSteps
 
 Path = Literal["triton", "reference"]
 Maps: TypeAlias = Any  # chunked.SegmentMaps or steps.PieceMaps; only the steps of the same path can read them
@@ -201,6 +209,27 @@ def steps_of(
     return TritonSteps.of(
         x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient, ends=ends
     )
+
+
+def elementwise_path(x: RecurrenceOperands | SelectiveOperands) -> Path:
+    """What computes a recurrence of these inputs (see above)."""
+    return _path(x[0], served=isinstance(x, RecurrenceOperands) or x.A.shape[-1] <= MOST_STATES)
+
+
+def elementwise_steps_of(
+    x: RecurrenceOperands | SelectiveOperands, *, cu_seqlens: Sequence[int] | None = None
+) -> ElementwiseSteps | TileSteps:
+    """The steps of that path."""
+    recurrence = isinstance(x, RecurrenceOperands)
+    if elementwise_path(x) == "reference":
+        steps = RecurrenceSteps if recurrence else SelectiveSteps
+    else:
+        from lasp_kernels import scan_steps
+
+        if (reason := scan_steps.unsupported(x)) is not None:
+            raise ValueError(f"the Triton kernels of a recurrence take {reason}")
+        steps = scan_steps.TileRecurrenceSteps if recurrence else scan_steps.TileSelectiveSteps
+    return steps(x, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
 
 
 def _tell(chosen: Path, x: Operands) -> None:

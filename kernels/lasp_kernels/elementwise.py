@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -121,10 +122,11 @@ class ElementwiseSteps(ABC):
     def _find_documents(self, bounds: list[int]) -> None:
         """At which tokens documents begin, and in which segments such tokens are. Not the first: what enters it is
         zero, if it begins here."""
-        padded = torch.zeros(self.segments, self.segment_length, dtype=torch.bool)
-        padded.view(-1)[[n for n in bounds[1:-1] if n < self.tokens]] = True
-        self._begins = padded.view(-1)[: self.tokens].to(self.device, non_blocking=True)
-        self._opens = padded.any(1).to(self.device, non_blocking=True)
+        begins = document_starts(tuple(bounds), self.tokens, self.device)
+        self._begins = begins != 0
+        padding = self.segments * self.segment_length - self.tokens
+        padded = torch.nn.functional.pad(self._begins, (0, padding))
+        self._opens = padded.view(self.segments, self.segment_length).any(1)
 
     @abstractmethod
     def _token(self, x: Any, places: slice) -> tuple[Tensor, Tensor]:
@@ -243,6 +245,16 @@ class ElementwiseSteps(ABC):
             reach *= 2
         states, end = state[:, :-1], state[:, -1]
         return states.flip(1) if reverse else states, end.reshape(self.batch, 1, -1, 1)
+
+
+@lru_cache(maxsize=64)
+def document_starts(bounds: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
+    """[T] int8: 1 where a packed document begins, the first token left out. Shared by calls: not to be changed."""
+    starts = torch.zeros(tokens, dtype=torch.int8)
+    starts[[n for n in bounds[1:-1] if n < tokens]] = 1
+    if device.type == "cuda":  # so that the host need not wait for the copy
+        starts = starts.pin_memory()
+    return starts.to(device, non_blocking=True)
 
 
 class RecurrenceSteps(ElementwiseSteps):

@@ -20,6 +20,7 @@ from lasp_kernels.elementwise import ElementwiseSteps, check_not_positive, recur
 from lasp_kernels.operands import check_dense
 from lasp_kernels.reference import state_dtype
 
+MOST_STATES = 256  # numbers N of a channel's state for which there is a kernel
 PIECE = 1 << 22  # numbers of the states that backward holds at once, or as many as u has
 
 

@@ -16,7 +16,7 @@ from lasp.layout import ShardLayout
 from lasp.models._linears import gated_linear, norm_linear
 from lasp.models.experts import GatedExperts, HeadExperts, cut_unit
 from lasp.models.lrpe import LRPE
-from lasp.models.mixers import HGRN2, MIXERS, TPE, Mixer
+from lasp.models.mixers import HGRN, HGRN2, MIXERS, TPE, Mixer
 from lasp.models.sizes import SIZES
 from lasp.models.trunk import LanguageModel
 from lasp.modules import CausalConv, Router
@@ -115,8 +115,8 @@ class Decoder(LanguageModel):
         self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        gated = config.family == "hgrn2"
-        # Of HGRN2's gates: the bound of a layer is the share of all layers before it.
+        gated = config.family in ("hgrn", "hgrn2")
+        # Of HGRN's and HGRN2's gates: the bound of a layer is the share of all layers before it.
         self.bound_shares = nn.Parameter(torch.empty(config.layers, config.width)) if gated else None
         self.init_weights()
 
@@ -186,8 +186,8 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None, lower_bound: Tensor | None = None
     ) -> Tensor:
-        """x [B, T, D] to the same shape and dtype; lower_bound [D] of HGRN2's gate."""
-        more = (lower_bound,) if isinstance(self.mixer, HGRN2) else ()
+        """x [B, T, D] to the same shape and dtype; lower_bound [D] of a gate of HGRN or HGRN2."""
+        more = (lower_bound,) if isinstance(self.mixer, (HGRN, HGRN2)) else ()
         h = self.mixer_norm(x)
         mixed = self.mixer(h, position_ids, layout, *more)
         x = x + (mixed if self.head_experts is None else self.head_experts(h, mixed, layout=layout))

@@ -16,7 +16,15 @@ from lasp import decay
 from lasp.layout import ShardLayout
 from lasp.models._linears import norm_gate_linear
 from lasp.models.lrpe import LRPE
-from lasp.modules import BlockAttention, CausalConv, DeltaRule, LightningAttention, SoftmaxAttention
+from lasp.modules import (
+    BlockAttention,
+    CausalConv,
+    DeltaRule,
+    ElementwiseRecurrence,
+    LightningAttention,
+    SelectiveScan,
+    SoftmaxAttention,
+)
 
 
 class Mixer(nn.Module):
@@ -135,12 +143,7 @@ class HGRN2(Mixer):
     ) -> Tensor:
         """See `Mixer`; lower_bound [D] of the forget gate, in [0, 1), None for 0."""
         q, v = self._split(F.silu(self.query(x))), self._split(self.value(x))
-        logits = _wide(self.forget(x))
-        if lower_bound is None:  # of small gates the logarithm of the sigmoid keeps its digits
-            log_gate, key = F.logsigmoid(logits), torch.sigmoid(-logits)
-        else:
-            gate = lower_bound + (1 - lower_bound) * torch.sigmoid(logits)
-            log_gate, key = gate.log(), (1 - lower_bound) * torch.sigmoid(-logits)
+        log_gate, key = _bounded_gate(_wide(self.forget(x)), lower_bound)
         o = self.attention(q, self._split(key.to(v.dtype)), v, self._split(log_gate), layout=layout)
         return norm_gate_linear(o, torch.ones_like(x), self.out)
 
@@ -234,11 +237,128 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _reset_rates(log_rate: Tensor, rate_bias: Tensor) -> None:
-    """Of softplus(bias) a time from 0.001 to 0.1, log-uniform."""
+    """Rates from 1 to 16, and times."""
     with torch.no_grad():
         log_rate.uniform_(1, 16).log_()
-        time = torch.empty_like(rate_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
-        rate_bias.copy_(time + torch.log(-torch.expm1(-time)))
+    _reset_times(rate_bias)
+
+
+def _reset_times(bias: Tensor) -> None:
+    """Of softplus(bias) a time from 0.001 to 0.1, log-uniform."""
+    with torch.no_grad():
+        time = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+        bias.copy_(time + torch.log(-torch.expm1(-time)))
+
+
+class HGRN(Mixer):
+    """A gated recurrence of each channel (HGRN, arXiv 2311.04823, section 3), of real numbers, without heads.
+
+    h_t = f_t h_{t-1} + (1 - f_t) silu(x_t W), whose gate has a lower bound that grows from layer to layer, as HGRN2's.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.value, self.forget, self.gate, self.out = (self._linear(width) for _ in range(4))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.recurrence = ElementwiseRecurrence()
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None, lower_bound: Tensor | None = None
+    ) -> Tensor:
+        """See `Mixer`; lower_bound [D] of the forget gate, in [0, 1), None for 0."""
+        log_gate, rest = _bounded_gate(_wide(self.forget(x)), lower_bound)
+        h = self.recurrence((rest * F.silu(self.value(x))).to(x.dtype), log_gate, layout=layout)
+        return self.out(self.norm(h) * F.silu(self.gate(x)))
+
+
+class Mamba(Mixer):
+    """The selective state-space layer of Mamba (arXiv 2312.00752, section 3.4), without heads.
+
+    Twice as many channels as the stream, each with a state of `STATE` numbers; B, C and the time of a step are made
+    from the channels behind a short convolution, the time through D / 16 channels between. D u is added.
+    """
+
+    STATE = 16
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        inner, self.between = 2 * width, -(-width // 16)
+        self.value, self.gate = self._linear(inner), self._linear(inner)
+        self.conv = CausalConv(inner, bias=True)
+        self.keys = self._linear(self.between + 2 * self.STATE, inner)
+        self.time = self._linear(inner, self.between)
+        self.log_rate = nn.Parameter(torch.empty(inner, self.STATE))
+        self.time_bias, self.skip = (nn.Parameter(torch.empty(inner)) for _ in range(2))
+        self.out = self._linear(width, inner)
+        self.scan = SelectiveScan()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rates 1 to N, times from 0.001 to 0.1, and u added as it is."""
+        _reset_times(self.time_bias)
+        with torch.no_grad():
+            self.log_rate.copy_(
+                torch.arange(1, self.STATE + 1, device=self.log_rate.device).log().expand_as(self.log_rate)
+            )
+        nn.init.ones_(self.skip)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        u = F.silu(self.conv(self.value(x), layout=layout))
+        time, B, C = self.keys(u).split([self.between, self.STATE, self.STATE], -1)
+        step = F.softplus(_wide(self.time(time)) + _wide(self.time_bias))
+        y = self.scan(u, step, -_wide(self.log_rate).exp(), B, C, layout=layout)
+        return self.out((y + u * self.skip.to(u.dtype)) * F.silu(self.gate(x)))
+
+
+class RGLRU(Mixer):
+    """The recurrent layer of Griffin (arXiv 2402.19427, section 2.4) around its RG-LRU: a^(8 r_t), r_t a gate.
+
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t) behind a short convolution, beside a branch with GELU. The layers of
+    the gates are of blocks, one a head.
+    """
+
+    POWER = 8.0
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.value, self.gate, self.out = (self._linear(width) for _ in range(3))
+        self.conv = CausalConv(width, bias=True)
+        block = width // heads
+        self.input_gate, self.recurrence_gate = (nn.Parameter(torch.empty(heads, block, block)) for _ in range(2))
+        self.input_bias, self.recurrence_bias, self.rate = (nn.Parameter(torch.empty(width)) for _ in range(3))
+        self.recurrence = ElementwiseRecurrence()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """a = sigmoid(rate) so that a^8 is from 0.9 to 0.999; gates begin open by half."""
+        with torch.no_grad():
+            for weight in (self.input_gate, self.recurrence_gate):
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+            self.input_bias.zero_()
+            self.recurrence_bias.zero_()
+            log_a = torch.empty_like(self.rate).uniform_(0.9, 0.999).log_().div_(self.POWER)
+            self.rate.copy_(log_a - torch.log(-torch.expm1(log_a)))
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
+        """See `Mixer`."""
+        u = self.conv(self.value(x), layout=layout)
+        opened = [
+            torch.sigmoid(_wide(torch.einsum("bthi,hij->bthj", self._split(u), weight.to(u.dtype)).flatten(2) + bias))
+            for weight, bias in ((self.input_gate, self.input_bias), (self.recurrence_gate, self.recurrence_bias))
+        ]
+        log_a = self.POWER * opened[1] * F.logsigmoid(_wide(self.rate))
+        new = torch.sqrt(-torch.expm1(2 * log_a)) * opened[0] * u
+        h = self.recurrence(new.to(u.dtype), log_a, layout=layout)
+        return self.out(h * F.gelu(self.gate(x)))
+
+
+def _bounded_gate(logits: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logarithm of a forget gate that is no less than the bound, and 1 - gate."""
+    if lower_bound is None:  # of small gates the logarithm of the sigmoid keeps its digits
+        return F.logsigmoid(logits), torch.sigmoid(-logits)
+    gate = lower_bound + (1 - lower_bound) * torch.sigmoid(logits)
+    return gate.log(), (1 - lower_bound) * torch.sigmoid(-logits)
 
 
 class KDA(DeltaNet):
@@ -361,4 +481,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_delta_net": GatedDeltaNet,
     "kda": KDA,
     "mamba2": Mamba2,
+    "hgrn": HGRN,
+    "mamba": Mamba,
+    "rglru": RGLRU,
 }

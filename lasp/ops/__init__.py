@@ -3,6 +3,7 @@
 | operator | who | what crosses |
 |---|---|---|
 | `linear_attention` | TNL, RetNet, Mamba-2, GLA, HGRN2 ... | a state; its map is a number, a vector or nothing |
+| the same with `causal=False` | encoders | the sum of all states |
 | `delta_rule` | DeltaNet, Gated DeltaNet, KDA | a state; its map is a K x K matrix |
 | `elementwise_recurrence`, and `selective_scan` | RG-LRU, HGRN; Mamba-1 | a state; its map is a number a channel |
 | `halo`, and on it `causal_conv` | causal convolutions, token shift | the last W - 1 tokens |

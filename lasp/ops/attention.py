@@ -31,7 +31,7 @@ from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.exchange import StateMap
 from lasp.layout import ShardLayout
-from lasp.ops import stream
+from lasp.ops import stream, unmasked
 from lasp.ops.call import (
     FORMS,
     Call,
@@ -40,6 +40,7 @@ from lasp.ops.call import (
     call_of,
     check_initial_state,
     check_options,
+    facts_of,
     form_of,
     no_autocast,
     of_own_tokens,
@@ -70,17 +71,20 @@ def linear_attention(
     log_decay: Tensor | None = None,
     scale: float = 1.0,
     normalize: bool = False,
+    causal: bool = True,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     layout: ShardLayout | None = None,
     sequence: SequenceParallel | None = None,
     segment_length: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal linear attention over a sequence that may be split over ranks.
+    """Linear attention over a sequence that may be split over ranks.
 
     Per head, over the whole sequence: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t
     (Lightning Attention-2, arXiv 2401.04658; over ranks LASP, arXiv 2404.02882). With `normalize` o_t is divided by
     q_t s_t, where s_t = exp(log_decay_t) s_{t-1} + k_t is the sum of keys ("Transformers are RNNs", arXiv 2006.16236).
+    With `causal=False` there is no mask: each token sees the final state, which is the sum of k^T v over all tokens of
+    its sequence, on all ranks.
 
     A token whose q, k or v is NaN or Inf spoils what depends on it and no more on a CPU (and on a GPU in fp64). The
     Triton kernels of a GPU may spoil its neighbours too, of the same packed sequence: the up to 63 tokens before it in
@@ -102,6 +106,9 @@ def linear_attention(
         scale: multiplies the output.
         normalize: divide by q_t s_t, which is for q and k whose channels are positive, as those of elu(x) + 1. Nothing
             is added to it: where it is 0, o is NaN or Inf, and where it is near 0, gradients are large.
+        causal: False for a sum over all tokens (of each packed sequence) in place of the states before a token. It goes
+            with no log_decay, normalize, segment_length or grouped values, and not with `lasp.stream_backward`. An
+            initial state is added.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences; H the heads of v. With `normalize` [N, H, K, V + 1], whose last column is s. The rank on which a
             sequence begins gets its gradient, the others zero.
@@ -137,6 +144,7 @@ def linear_attention(
             log_decay=padding.cut(log_decay),
             scale=scale,
             normalize=normalize,
+            causal=causal,
             initial_state=initial_state,
             output_final_state=output_final_state,
             layout=padding.layout,
@@ -145,12 +153,13 @@ def linear_attention(
         )
         return padding.fill(o), final_state
     if stream.under_way(sequence):
+        if causal is not True:
+            unmasked.not_streamed()
         return _streamed(
             q, k, v, log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length
         )
-    return _run(
-        q, k, v, log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length
-    )
+    options = (log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length)
+    return _run(q, k, v, *options, causal=causal)
 
 
 @stream.in_eager
@@ -191,29 +200,35 @@ def _run(
     sequence: SequenceParallel | None,
     segment_length: int | None,
     *,
+    causal: bool = True,
     edges: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Of tokens none of which is padding; `edges` as in `call_of`."""
-    if torch.compiler.is_compiling() and callable(q):
-        q = _made(q, k, sequence)
+    in_graph = torch.compiler.is_compiling()
+    q = _made(q, k, sequence) if in_graph and callable(q) else q
     if (equal := _with_equal_heads(q, k, v, log_decay, initial_state, normalize)) is not None:
-        groups, given, initial_state = equal
-        options = (scale, normalize, initial_state, output_final_state, layout, sequence, segment_length)
-        o, final_state = _run(*given, *options, edges=edges)
+        groups, (q, k, v, log_decay), initial_state = equal
+        options = (log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length)
+        o, final_state = _run(q, k, v, *options, edges=edges, causal=causal)
         return o, None if final_state is None else final_state[:, ::groups]
-    if torch.compiler.is_compiling():
-        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
+    if in_graph:
+        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)  # type: ignore[arg-type]
+        if not arguments.flag("causal", causal):
+            return _compiled_unmasked(x, initial_state, output_final_state, layout, sequence, segment_length)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
         arguments.flag("normalize", normalize)
+        causal = arguments.flag("causal", causal)
         # What ranks compare must be there before they exchange, and without ranks nothing travels meanwhile.
-        if callable(q) and (alone or ranks_agree is not None):
+        if callable(q) and (alone or ranks_agree is not None or not causal):
             q = _made(q, k, sequence)
         later, q = (q, k) if callable(q) else (None, q)  # until it is made the shape of k says it all
         x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
         kernels.check_inputs(x.q, x.k, x.v, log_decay, segment_length)
+        if not causal:
+            unmasked.check(x, segment_length)
         ends, rates = initial_state is not None or output_final_state, decay.host_values(log_decay)
         call = call_of(
             NAME,
@@ -230,7 +245,11 @@ def _run(
             check_initial_state(initial_state, x.k, x.v, call, normalize=normalize)
         grad_mode = torch.is_grad_enabled()
         decay_gradient = log_decay is not None and grad_mode and log_decay.requires_grad
-        needs = Needs(output_final_state, decay_gradient, waits_next=later is None, grad_mode=grad_mode)
+        needs = Needs(output_final_state, decay_gradient, later is None, grad_mode=grad_mode, causal=causal)
+        if not causal:
+            if ranks_agree is not None:
+                ranks_agree.settle(lambda: fingerprint(x, initial_state, call, needs))
+            return unmasked.Unmasked.apply(*x[:3], initial_state, (call, scale, output_final_state))
         # In a list, from which `forward` takes it, so that it lives no longer than it is needed.
         started: list[Started] = []
         if later is not None:
@@ -255,12 +274,18 @@ def _with_equal_heads(
     forms = ((groups * keys, keys), (keys, groups * keys))  # grouped queries, grouped values
     if groups < 2 or log_decay.shape[2] != values or (queries, values) not in forms:
         return None
+    fits = q.shape[:2] == k.shape[:2] == v.shape[:2] == log_decay.shape[:2]
+    fits = fits and q.shape[3] == k.shape[3] == log_decay.shape[3]
+    if initial_state is not None:
+        shape = getattr(initial_state, "shape", ())[1:]
+        fits = fits and isinstance(initial_state, Tensor) and shape == (values, k.shape[3], v.shape[3])
+    if not fits:
+        return None  # to the error that names what was given
     if kernels.path(Operands(k, k, v[:, :, :keys], log_decay[:, :, :keys])) == "reference":
         return None
     if values > keys:
         return 1, (*(x.repeat_interleave(groups, 2) for x in (q, k)), v, log_decay), initial_state
-    if isinstance(initial_state, Tensor) and initial_state.ndim == 4:
-        initial_state = initial_state.repeat_interleave(groups, 1)
+    initial_state = None if initial_state is None else initial_state.repeat_interleave(groups, 1)
     return groups, (q, *(x.repeat_interleave(groups, 2) for x in (k, v, log_decay))), initial_state
 
 
@@ -291,6 +316,7 @@ class Needs(NamedTuple):
     decay_gradient: bool
     waits_next: bool = True  # nothing is computed between the start of the exchange and the wait for it
     grad_mode: bool | None = None  # of the caller, where it can be told; for the comparison of ranks
+    causal: bool = True
 
 
 class Started(NamedTuple):
@@ -373,7 +399,7 @@ def start_forward(
             call.traffic.kernels, call.traffic.decay = kernels.path(x), form_of(x.log_decay)
         agree = None
         if ranks_agree is not None:
-            agree = functools.partial(ranks_agree.settle, lambda: _fingerprint(x, initial_state, call, needs))
+            agree = functools.partial(ranks_agree.settle, lambda: fingerprint(x, initial_state, call, needs))
         if call.rates is not None and initial_state is None and _last_tokens_suffice(x, steps, call):
             return Started(steps, *_last_tokens_first(x, steps, call, needs, agree), needs.final_state)
         maps = steps.local_maps(x)
@@ -393,10 +419,11 @@ def steps_of(x: Operands, call: Call, decay_gradient: bool) -> kernels.Steps:
     )
 
 
-def _fingerprint(x: Operands, initial_state: Tensor | None, call: Call, needs: Needs) -> dict[str, object]:
+def fingerprint(x: Operands, initial_state: Tensor | None, call: Call, needs: Needs) -> dict[str, object]:
+    """What ranks compare of a call."""
     tensors = {**x._asdict(), "initial_state": initial_state}
     scale, normalize = tensors.pop("scale"), tensors.pop("normalize")
-    modes = {} if needs.grad_mode is None else {"grad_mode": needs.grad_mode}
+    modes = {"causal": needs.causal} | ({} if needs.grad_mode is None else {"grad_mode": needs.grad_mode})
     return call.fingerprint(tensors, scale=scale, normalize=normalize, output_final_state=needs.final_state, **modes)
 
 
@@ -547,5 +574,22 @@ def _compiled(
         segment_length,
         initial_state is not None and initial_state.requires_grad,
         x.log_decay is not None and x.log_decay.requires_grad,
+    )
+    return o, final_state if output_final_state else None
+
+
+def _compiled_unmasked(
+    x: Operands,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel | None,
+    segment_length: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    unmasked.check(x, segment_length)
+    lengths, cu_seqlens, ranks = facts_of(layout, sequence)
+    with_gradient = initial_state is not None and initial_state.requires_grad
+    o, final_state, _ = torch.ops.lasp.unmasked_attention(
+        *x[:3], x.scale, initial_state, output_final_state, lengths, cu_seqlens, ranks, with_gradient
     )
     return o, final_state if output_final_state else None

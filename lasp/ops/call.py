@@ -346,12 +346,12 @@ class Call:
             transition = state.new_zeros(*state.shape[:3], 1)
         return state, transition
 
-    def sum_over_ranks(self, states: Tensor, *, reverse: bool = False) -> Tensor:
+    def sum_over_ranks(self, states: Tensor, *, reverse: bool = False, what: str = "final states") -> Tensor:
         """In place. Forward, one rank holds each final state, the others zeros; reverse, each its gradient of all."""
         sequence = self.sequence
         if sequence is not None:
             direction = "backward" if reverse else "forward"
-            what = "gradients of the final states" if reverse else "final states"
+            what = f"gradients of the {what}" if reverse else what
             self.check_messages(f"the sum of the {what}", kind_of_tensor(states), states, reverse=reverse)
             with waiting(f"layer {sequence.name!r}, {direction}: the sum of the {what} of all ranks"):
                 dist.all_reduce(states, group=sequence.group)

@@ -16,7 +16,7 @@ import lasp_kernels as kernels
 from lasp import decay
 from lasp.checks.messages import Kind
 from lasp.layout import Shard, ShardLayout
-from lasp.ops import attention, delta, elementwise, halo, softmax, tokens
+from lasp.ops import attention, delta, elementwise, halo, softmax, tokens, unmasked
 from lasp.ops.call import Call, begin, call_of, check_initial_state
 from lasp.ranks import sequence_of_handle
 from lasp_kernels import Operands, convolution
@@ -155,6 +155,99 @@ def _gradients(ctx, do, d_final_state, *_):
 linear_attention_op.register_autograd(_gradients, setup_context=_setup_context)
 
 
+# The same without a mask
+
+
+@torch.library.custom_op("lasp::unmasked_attention", mutates_args=())
+def unmasked_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    initial_state: MaybeTensor,
+    output_final_state: bool,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    initial_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state (empty unless asked for), and the sums that backward needs."""
+    x = Operands(q, k, v, None, scale)
+    with begin(attention.NAME, sequence_of_handle(sequence)) as ranks_agree:
+        kernels.check_inputs(q, k, v, None)
+        settings = attention.settings_of(x, initial_state, output_final_state, None)
+        ends = initial_state is not None or output_final_state
+        call = _call(x, ends, lengths, cu_seqlens, sequence, None, settings)
+        if initial_state is not None:
+            check_initial_state(initial_state, k, v, call)
+        if ranks_agree is not None:
+            needs = attention.Needs(output_final_state, False, causal=False)
+            ranks_agree.settle(lambda: attention.fingerprint(x, initial_state, call, needs))
+    o, final_state, states = unmasked.forward(x, initial_state, call, output_final_state)
+    return o, states.new_empty(0) if final_state is None else final_state, states
+
+
+@unmasked_op.register_fake
+def _(q, k, v, scale, initial_state, output_final_state, lengths, cu_seqlens, sequence, initial_grad):
+    dtype, state = kernels.state_dtype(q.dtype), (*k.shape[2:], v.shape[3])
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_shape = (rows, *state) if output_final_state else (0,)
+    # How many documents are on a rank depends on the numbers in the layout.
+    runs = k.shape[0] if cu_seqlens is None else torch.library.get_ctx().new_dynamic_size()
+    o = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
+    return o, q.new_empty(final_shape, dtype=dtype), q.new_empty(runs, *state, dtype=dtype)
+
+
+@torch.library.custom_op("lasp::unmasked_attention_backward", mutates_args=())
+def unmasked_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    states: Tensor,
+    do: Tensor,
+    d_final_state: MaybeTensor,
+    ends: bool,
+    lengths: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    sequence: MaybeTensor,
+    initial_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and the gradient of the initial state, empty if not asked for."""
+    x = Operands(q, k, v, None, scale)
+    call = _call(x, ends, lengths, cu_seqlens, sequence, None)
+    dq, dk, dv, d_initial = unmasked.backward(x, states, do, d_final_state, call, initial_grad)
+    return dq, dk, dv, states.new_empty(0) if d_initial is None else d_initial
+
+
+@unmasked_backward_op.register_fake
+def _(q, k, v, scale, states, do, d_final_state, ends, lengths, cu_seqlens, sequence, initial_grad):
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    initial_shape = (rows, *states.shape[1:]) if initial_grad else (0,)
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    return *gradients, states.new_empty(initial_shape)
+
+
+def _setup_unmasked(ctx, inputs, output):
+    q, k, v, scale, initial_state, output_final_state, *facts, initial_grad = inputs
+    ctx.save_for_backward(q, k, v, output[2], *facts)
+    ctx.scale, ctx.output_final_state, ctx.initial_grad = scale, output_final_state, initial_grad
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+
+
+def _unmasked_gradients(ctx, do, d_final_state, _):
+    q, k, v, states, *facts = ctx.saved_tensors
+    ends = ctx.initial_dtype is not None or ctx.output_final_state
+    d_final_state = d_final_state if ctx.output_final_state else None
+    *gradients, d_initial = unmasked_backward_op(
+        q, k, v, ctx.scale, states, do, d_final_state, ends, *facts, ctx.initial_grad
+    )
+    return *gradients, None, d_initial.to(ctx.initial_dtype) if ctx.initial_grad else None, *[None] * 5
+
+
+unmasked_op.register_autograd(_unmasked_gradients, setup_context=_setup_unmasked)
+
+
 # The delta rule
 
 
@@ -285,7 +378,7 @@ def elementwise_op(
 @elementwise_op.register_fake
 def _(operator, tensors, lengths, cu_seqlens, sequence):
     x, y = elementwise.operands_of(operator, tensors), tensors[0]
-    kept_shape = (0,) if elementwise.keeps_result(x) or operator != elementwise.RECURRENCE else y.shape
+    kept_shape = y.shape if elementwise.keeps_states(x) and not elementwise.keeps_result(x) else (0,)
     dtype, segments = kernels.state_dtype(y.dtype), torch.library.get_ctx().new_dynamic_size()
     states = y.new_empty(y.shape[0], segments, *elementwise.state_shape(x), dtype=dtype)
     return torch.empty(y.shape, dtype=y.dtype, device=y.device), states, y.new_empty(kept_shape, dtype=dtype)

@@ -4,7 +4,7 @@ The four steps are those of `linear_attention` (attention.py): local maps, excha
 same in reverse order. What travels is one number a channel of the state, and where maps travel too (all_gather, direct)
 its log-decay: to an exchange it is one head's state with all channels as rows and one column, which decays by row.
 
-The arithmetic is PyTorch's on every device for now (`lasp_kernels.elementwise`): exact, and slower than fused kernels.
+The arithmetic is that of `lasp_kernels.elementwise_steps_of`: Triton's on a GPU, PyTorch's elsewhere.
 """
 
 from __future__ import annotations
@@ -15,21 +15,16 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+import lasp_kernels as kernels
 from lasp.checks import finite
 from lasp.checks.trial import operator
 from lasp.layout import ShardLayout
 from lasp.ops import stream
 from lasp.ops.call import Call, begin, call_of, facts_of, no_autocast, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
-from lasp_kernels.elementwise import (
-    ElementwiseMaps,
-    ElementwiseSteps,
-    RecurrenceOperands,
-    RecurrenceSteps,
-    check_recurrence_inputs,
-)
+from lasp_kernels.elementwise import RecurrenceOperands, check_recurrence_inputs
 from lasp_kernels.reference import state_dtype
-from lasp_kernels.selective_scan import SelectiveOperands, SelectiveSteps, check_selective_inputs
+from lasp_kernels.selective_scan import SelectiveOperands, check_selective_inputs
 
 RECURRENCE, SELECTIVE = "elementwise_recurrence", "selective_scan"
 
@@ -61,8 +56,8 @@ def elementwise_recurrence(
         sequence: the ranks; None is one rank, before which the state is zero. All of them must call it.
 
     Returns:
-        h in the shape and dtype of x. Inside, states are fp32 (fp64 for fp64 inputs), and that is what is kept for
-        backward.
+        h in the shape and dtype of x. Inside, states are fp32 (fp64 for fp64 inputs). On a GPU backward makes them
+        again from those at every 64th token; elsewhere they are kept, all of them in that dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before any communication.
@@ -120,16 +115,13 @@ class Kind(NamedTuple):
 
     operands: type[Operands]
     check: Callable[[Any], None]
-    steps: Callable[..., ElementwiseSteps]
     of_tokens: tuple[str, ...]  # the tensors [B, T, ...]; the others all ranks hold whole
     decay: str  # the form of its log-decays
 
 
 _KINDS = {
-    RECURRENCE: Kind(
-        RecurrenceOperands, lambda x: check_recurrence_inputs(*x), RecurrenceSteps, ("x", "log_decay"), "[B, T, ...]"
-    ),
-    SELECTIVE: Kind(SelectiveOperands, check_selective_inputs, SelectiveSteps, ("u", "dt", "B", "C"), "dt A"),
+    RECURRENCE: Kind(RecurrenceOperands, lambda x: check_recurrence_inputs(*x), ("x", "log_decay"), "[B, T, ...]"),
+    SELECTIVE: Kind(SelectiveOperands, check_selective_inputs, ("u", "dt", "B", "C"), "dt A"),
 }
 
 
@@ -145,7 +137,12 @@ def operands_of(operator: str, tensors: Sequence[Tensor]) -> Operands:
 
 def keeps_result(x: Operands) -> bool:
     """Whether what backward needs of all tokens is the result itself."""
-    return isinstance(x, RecurrenceOperands) and x.x.dtype == state_dtype(x.x.dtype)
+    return keeps_states(x) and x[0].dtype == state_dtype(x[0].dtype)
+
+
+def keeps_states(x: Operands) -> bool:
+    """Whether backward needs the states of all tokens; else it makes them again."""
+    return isinstance(x, RecurrenceOperands) and kernels.elementwise_path(x) == "reference"
 
 
 def state_shape(x: Operands) -> tuple[int, ...]:
@@ -156,8 +153,8 @@ def state_shape(x: Operands) -> tuple[int, ...]:
 class Started(NamedTuple):
     """A forward whose state travels."""
 
-    steps: ElementwiseSteps
-    maps: ElementwiseMaps  # of this rank's segments
+    steps: Any  # of `kernels.elementwise_steps_of`
+    maps: Any  # of this rank's segments
     wait: Callable[[], Tensor | None]  # for the state that enters them
 
 
@@ -171,9 +168,9 @@ def checked_call(
     return call_of(operator, x[0], layout, sequence, name=x._fields[0], settings=settings, edges=edges)
 
 
-def steps_of(x: Operands, call: Call) -> ElementwiseSteps:
+def steps_of(x: Operands, call: Call) -> Any:
     """The steps on this device."""
-    return _KINDS[name_of(x)].steps(x, cu_seqlens=call.shard.runs.cu_seqlens)
+    return kernels.elementwise_steps_of(x, cu_seqlens=call.shard.runs.cu_seqlens)
 
 
 def start(
@@ -194,7 +191,7 @@ def start(
             if ranks_agree is not None:
                 ranks_agree.settle(lambda: _fingerprint(x, call, gradient))
             if call.sequence is not None:
-                call.traffic.kernels = "reference"
+                call.traffic.kernels = kernels.elementwise_path(x)
                 call.traffic.decay = _KINDS[call.operator].decay
             return call, Started(steps, maps, call.enter(steps, maps, initial_state, at_once=True))
 
@@ -208,7 +205,7 @@ def _fingerprint(x: Operands, call: Call, gradient: bool) -> dict[str, object]:
 class Forward(NamedTuple):
     """A result, and what backward needs beside the inputs."""
 
-    y: Tensor  # in the state's dtype
+    y: Tensor  # in the state's dtype, or that of the inputs
     states: Tensor  # that enter segments
     kept: Tensor | None
     final_state: Tensor | None  # [B, 1, channels, 1], that behind the last token, on every rank; None: not asked for
@@ -219,8 +216,8 @@ def forward(x: Operands, call: Call, started: Started, *, final_state: bool = Fa
     steps, maps, wait = started
     with torch.no_grad(), no_autocast(x[0].device.type):
         states, behind = steps.scan(maps, wait())
+        y, kept = steps.outputs(x, states)  # which may fill what `scan` has returned
         finite.note(call.sequence, behind)
-        y, kept = steps.outputs(x, states)
         final = call.final_state(behind) if final_state else None
     return Forward(y, states, kept, final)
 
@@ -246,8 +243,8 @@ def backward(
             d_final_state = call.sum_over_ranks(d_final_state.clone(), reverse=True)
         wait = call.enter(steps, maps, d_final_state, reverse=True)
         d_states, d_first = steps.scan(maps, wait(), reverse=True)
-        finite.note(call.sequence, d_first, reverse=True)
         found = steps.gradients(x, dy, states, kept, d_states, needed)
+        finite.note(call.sequence, d_first, reverse=True)
         d_initial = call.shard.all_states(d_first, first=True) if initial_grad else None
     return tuple(None if d is None else d.to(y.dtype) for d, y in zip(found, x)), d_initial
 
