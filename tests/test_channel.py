@@ -264,6 +264,21 @@ def test_heads_that_share(monkeypatch, form):
         assert_near(actual, exact.detach(), "heads", TOLERANCE[torch.float32])
 
 
+def test_errors_of_heads_that_share_name_what_was_given(monkeypatch):
+    """Not what the kernels would be given."""
+    monkeypatch.setenv("LASP_KERNELS", "triton")
+    x = random_inputs("channel", 40, B=1, H=2, K=8, V=5, groups=2)
+    call = {"q": x.q, "k": x.k, "v": x.v, "log_decay": x.log_decay}
+    for wrong, error, said in (
+        ({"initial_state": torch.zeros(1, 4, 8, 5)}, ValueError, r"= \(1, 2, 8, 5\), got \(1, 4, 8, 5\)"),
+        ({"initial_state": [0.0]}, TypeError, r"initial_state must be a .*tensor, got \[0\.0\]"),
+        ({"k": torch.cat([x.k, x.k])}, ValueError, r"got k \(2, 40, 2, 8\) and v \(1, 40, 2, 5\)"),
+        ({"k": x.k[..., :5]}, ValueError, r"got q \(1, 40, 4, 8\) and k \(1, 40, 2, 5\)"),
+    ):
+        with pytest.raises(error, match=said):
+            lasp.linear_attention(**{**call, **wrong})
+
+
 @pytest.mark.parametrize("later", ["given", "a function", "the same as k"])
 @pytest.mark.parametrize("under_autocast", [False, True])
 def test_the_operator(monkeypatch, later, under_autocast):
