@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from inputs import assert_close
 from ranks import run_ranks, sequence_of_all
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lasp
@@ -100,6 +101,26 @@ def test_a_row_is_no_longer_than_what_there_is(monkeypatch):
         expected = whole_attention(q, k, v, 1000, documents)
         assert_close(lasp.block_attention(q, k, v, 1000, layout=layout), expected, "o", rtol=1e-12, atol=1e-13)
         assert seen.pop() == rows
+
+
+class _Counted(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_documents_are_not_worked_on_one_by_one():
+    """On a GPU each would cost the host some thirty launches."""
+    found = []
+    for step in (200, 2):
+        q, k, v = (x.requires_grad_() for x in tensors(400, 1)[:3])
+        layout = lasp.ShardLayout((400,), tuple(range(0, 401, step)))
+        with _Counted() as counted:
+            lasp.block_attention(q, k, v, 16, layout=layout).sum().backward()
+        found.append(counted.number)
+    assert (found[1] - found[0]) / 198 < 8  # the halves of a split, views for the most part
 
 
 def test_no_row_of_a_batch():
