@@ -54,11 +54,11 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "short walk": (NARROW, SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
     "row-sum walk": (SHORT, SHORT, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
-    "channel state": (Config(64, 64, 128, 4, 3),) * 2 + (Config(16, 64, 64, 4, 2),) * 2,
+    "channel state": (Config(64, 128, 64, 4, 2),) * 2 + (Config(16, 64, 64, 4, 2),) * 2,
     "channel walk": (Config(64, 0, 64, 4, 3), SHORT, FP32, FP32_WIDE),
     "channel reverse": (SHORT, SHORT, FP32, FP32_WIDE),
     "channel tile": (Config(64, 0, 32, 1, 1),) * 2 + (Config(16, 0, 32, 4, 1),) * 2,  # number by number
-    "channel finish": (Config(1, 0, 128, 1, 8),) * 4,  # token by token
+    "channel finish": (Config(1, 0, 128, 1, 6),) * 4,  # token by token
 }  # all walks on one dtype have the same tile: the decays and row sums of its tokens go from one kernel to another
 
 
