@@ -284,7 +284,8 @@ def _with_equal_heads(
         fits = fits and isinstance(initial_state, Tensor) and shape == (values, k.shape[3], v.shape[3])
     if not fits:
         return None  # to the error that names what was given
-    one_each = Operands(k, k, v[:, :, :keys], log_decay[:, :, :keys] if by_channel else None)
+    per_state = None if log_decay is None or log_decay.ndim < 4 else log_decay[:, :, :keys]
+    one_each = Operands(k, k, v[:, :, :keys], per_state)
     if kernels.path(one_each) == "reference":
         return None
     if not by_channel and kernels.path(Operands(q, k, v, log_decay)) == "triton":
@@ -292,6 +293,7 @@ def _with_equal_heads(
     if values > keys:
         return 1, (*(x.repeat_interleave(groups, 2) for x in (q, k)), v, log_decay), initial_state
     initial_state = None if initial_state is None else initial_state.repeat_interleave(groups, 1)
+    assert log_decay is not None  # grouped queries are here with a decay per channel only
     return groups, (q, *(x.repeat_interleave(groups, 2) for x in (k, v, log_decay))), initial_state
 
 
