@@ -8,6 +8,7 @@ gradient, and backward sends nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from lasp import arguments
 from lasp.modules import Counted, Router
-from lasp.ranks import grad_group, waiting
+from lasp.ranks import RankMismatchError, grad_group, waiting
 
 
 def balance_loss(model: nn.Module, *, mesh) -> Tensor:
@@ -44,12 +45,14 @@ def balance_loss(model: nn.Module, *, mesh) -> Tensor:
         TypeError, ValueError: before any communication: an argument that does not fit, a model without routers, or one
             that has not run since, or ran without gradients (also in a checkpoint with use_reentrant=True); a mesh that
             lacks ranks over which the model was split.
+        RankMismatchError: another rank's model has not run, or has other routers; on every rank (on a CPU: elsewhere the
+            host would have to wait).
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
     routers = routers_of(model)
     group, ranks = grad_group(mesh)
     _check_ranks(routers, mesh, group)
-    kinds = _take(routers)
+    kinds = _take_together(routers, group, ranks)
     sums = _over_ranks([x for kind in kinds for x in (kind.times, kind.probability.detach().double())], group, ranks)
     value, local = sums[0].new_zeros(()), kinds[0].probability.new_zeros(())
     for kind, times, probability in zip(kinds, sums[::2], sums[1::2]):
@@ -70,9 +73,9 @@ class BalanceOverSegments:
         self._times: list[Tensor] | None = None
         self._weights: list[Tensor] | None = None
 
-    def look(self) -> list[_Kind]:
-        """After a forward of the sweep."""
-        kinds = _take(self._routers)
+    def look(self, *, together: bool = False) -> list[_Kind]:
+        """After a forward of the sweep; `together`: all ranks do."""
+        kinds = _take_together(self._routers, self._group, self._ranks) if together else _take(self._routers)
         times = [kind.times for kind in kinds]
         self._times = times if self._times is None else [a + b for a, b in zip(self._times, times)]
         return kinds
@@ -81,7 +84,7 @@ class BalanceOverSegments:
         """After a forward with graph: this rank's part of the loss, times the ranks. The first is of the segment that
         no sweep went over."""
         if self._weights is None:
-            kinds = self.look()
+            kinds = self.look(together=True)
             assert self._times is not None
             sums = _over_ranks(self._times, self._group, self._ranks)
             self._weights = [kind.weights(times) for kind, times in zip(kinds, sums)]
@@ -134,6 +137,39 @@ def _take(routers: Mapping[str, Router]) -> list[_Kind]:
         _Kind(chosen, torch.stack([x.chosen for x in of]).double(), torch.stack([x.probability for x in of]))
         for (chosen, _), of in found.items()
     ]
+
+
+def _take_together(routers: Mapping[str, Router], group: ProcessGroup | None, ranks: int) -> list[_Kind]:
+    """The same on all ranks, which on a CPU tell each other first whether there is something, and how much."""
+    problem, kinds = None, []
+    try:
+        kinds = _take(routers)
+    except ValueError as found:
+        problem = found
+    on_cpu = next(next(iter(routers.values())).parameters()).device.type == "cpu"
+    if ranks > 1 and on_cpu and not torch.compiler.is_compiling():
+        told = torch.zeros(ranks, 2, dtype=torch.int64)
+        told[dist.get_rank(group)] = torch.tensor([problem is not None, sum(kind.times.numel() for kind in kinds)])
+        with waiting("balance_loss, forward: whether all ranks have counted"):
+            dist.all_reduce(told, group=group)
+        if problem is None:
+            _compare(told.tolist(), group)
+    if problem is not None:
+        raise problem
+    return kinds
+
+
+def _compare(told: list[list[int]], group: ProcessGroup | None) -> None:
+    """Raise unless every rank has counted, and as many numbers."""
+    usual = Counter(count for failed, count in told if not failed).most_common(1)[0][0]
+    listed = [
+        f"rank {rank if group is None else dist.get_global_rank(group, rank)} "
+        + ("has failed before the sum (see its error)" if failed else f"has {count} experts in its routers")
+        for rank, (failed, count) in enumerate(told)
+        if failed or count != usual
+    ]
+    if listed:
+        raise RankMismatchError(f"balance_loss: {'; '.join(listed)}, the others {usual} experts in their routers")
 
 
 def _over_ranks(numbers: Sequence[Tensor], group: ProcessGroup | None, ranks: int) -> list[Tensor]:

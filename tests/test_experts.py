@@ -348,6 +348,30 @@ def test_a_forward_without_gradients_gives_no_loss_to_train_with():
     assert router.score.weight.grad.abs().max() > 0
 
 
+def _ranks_that_differ():
+    rank, mesh, x = torch.distributed.get_rank(), mesh_of(sp=2), torch.randn(1, 5, 4)
+    router = Router(4, 3, 2)
+    if rank == 0:
+        router(x)
+    error, said = (
+        (lasp.RankMismatchError, "rank 1 has failed before the sum")
+        if rank == 0
+        else (ValueError, "must have run since")
+    )
+    with pytest.raises(error, match=said):
+        lasp.balance_loss(router, mesh=mesh)
+    other = Router(4, 3 + rank, 2)
+    other(x)
+    with pytest.raises(lasp.RankMismatchError, match="rank 1 has 4 experts in its routers, the others 3"):
+        lasp.balance_loss(other, mesh=mesh)
+    router(x)
+    assert lasp.balance_loss(router, mesh=mesh) > 0  # the group is as it was
+
+
+def test_ranks_that_differ_are_told():
+    run_ranks(2, _ranks_that_differ)
+
+
 def test_a_copy_and_a_file_have_no_counts():
     """What a forward has counted belongs to its graph, which cannot be copied."""
     model, ids, file = with_experts(), batch_of(1)["input_ids"], io.BytesIO()
