@@ -319,7 +319,7 @@ def test_what_does_not_fit_is_refused():
         experts_from_dense(nn.Linear(1, 1), experts=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="experts or attention_experts must be more than 0"):
         experts_from_dense(dense())
-    with pytest.raises(ValueError, match=r"experts must divide glu_width 30 .* got 4 and 0"):
+    with pytest.raises(ValueError, match=r"experts \+ shared_experts must divide glu_width 30, got 4 \+ 0"):
         experts_from_dense(dense(), experts=4)
     with pytest.raises(ValueError, match="attention_experts must divide the 3 heads, got 2"):
         experts_from_dense(dense(), attention_experts=2)

@@ -132,8 +132,7 @@ def normalised(x):
 
 
 def normalised_call(x, **options):
-    o, _ = lasp.linear_attention(phi(x.q), phi(x.k), F.pad(x.v, (0, 1), value=1.0), **options)
-    return o[..., :-1] / o[..., -1:]
+    return lasp.linear_attention(phi(x.q), phi(x.k), x.v, normalize=True, **options)[0]
 
 
 CELLS["linear attention, normalised"] = Cell(QKV, normalised, normalised_call)
@@ -233,7 +232,7 @@ def mamba(x):
 
 
 def rg_lru(x):
-    decay = -8 * F.softplus(x.rate) * torch.sigmoid(x.r)
+    decay = 8 * F.logsigmoid(x.rate) * torch.sigmoid(x.r)
     return decay, (-torch.expm1(2 * decay)).sqrt() * torch.sigmoid(x.i) * x.x
 
 

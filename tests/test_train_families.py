@@ -66,7 +66,7 @@ def test_two_ranks_train_experts_as_one(text, tmp_path, more):  # noqa: F811
         (["--family=gla", "--chunk=5"], "is for --family tnl, not gla"),
         (["--family=gla", "--pattern=LX"], "'LX' is not of letters L and S"),
         (["--experts=8"], "--experts: is for families other than tnl"),
-        (["--family=gla", "--experts=7"], "experts must divide glu_width 384"),
+        (["--family=gla", "--experts=7"], "--experts: experts + shared_experts must divide glu_width 384"),
         (["--family=gla", "--attention-experts=3"], "attention_experts must divide the 4 heads, got 3"),
         (["--pattern=LS"], "'LS' is not of letters L and S, and of L alone for tnl"),
     ],
