@@ -4,10 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles a file when it first imports it. All files of an environment would take pip half a minute of a core.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+# Where it may not keep that (a setting of many containers), each process compiles PyTorch anew, for seconds; tests start
+# hundreds.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The oldest and the newest PyTorch that pyproject.toml allows; each has an environment beside .venv.
 OLDEST := 2.11.0
 NEWEST := 2.14.1
+
+# An environment beside .venv finds there what it has not got itself: pip installs what differs, and writes 2 GB less.
+BESIDE = test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D); \
+	$(@D)/bin/python -c "import sysconfig; own = sysconfig.get_path('purelib'); \
+	open(own + '/beside.pth', 'w').write(own.replace('$(@D)', '$(VENV)'))"
 
 # What leans on parts of PyTorch that change: collectives, launchers, compiled graphs, hooks of autograd, FSDP2,
 # checkpoints. In these files tests are marked any_pytorch that take long and do not.
@@ -25,22 +33,22 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # these need a GPU.
 OTHERS := $(addprefix tests/test_,fla.py trl.py peft.py loops.py)
 
-.PHONY: demo test test-all test-fast test-matrix test-newest test-others environments lint bench doctor clean
+.PHONY: demo install test test-all test-fast test-matrix test-newest test-others environments lint bench doctor clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) -c constraints.txt torch
 	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[train,transformers,dev]'
 	touch $@
 
 # The oldest PyTorch brings Triton 3.6, whose interpreter fails with numpy 2.4.
-.venv-torch-%/.installed: pyproject.toml constraints.txt
-	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+.venv-torch-%/.installed: $(VENV)/.installed
+	$(BESIDE)
 	grep -v -E '^(torch|triton$(if $(filter $(OLDEST),$*),|numpy))==' constraints.txt > $(@D)/constraints.txt
 	$(if $(filter $(OLDEST),$*),echo 'numpy<2.4' >> $(@D)/constraints.txt)
-	$(@D)/bin/python $(INSTALL) -c $(@D)/constraints.txt torch==$*
 	$(@D)/bin/python $(INSTALL) -c $(@D)/constraints.txt -e '.[train,transformers,dev]' torch==$*
 	touch $@
+
+install: $(VENV)/.installed  ## what most targets need
 
 demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compare it with one process
 	$(BIN)/python examples/train.py --verify
@@ -61,9 +69,8 @@ test-torch-%: .venv-torch-%/.installed
 test-newest: .venv-torch-$(NEWEST)/.installed  ## on the newest PyTorch what leans on its insides
 	.venv-torch-$(NEWEST)/bin/python $(PYTEST) -m 'not any_pytorch' $(LEANS_ON_PYTORCH)
 
-.venv-others/.installed: pyproject.toml constraints.txt
-	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python $(INSTALL) -c constraints.txt torch
+.venv-others/.installed: $(VENV)/.installed
+	$(BESIDE)
 	$(@D)/bin/python $(INSTALL) -c constraints.txt -e '.[transformers,fla,others,dev]'
 	touch $@
 

@@ -255,6 +255,9 @@ def check(options: Options, ranks: int, text: Text) -> None:
 def check_experts(options: Options) -> None:
     """Refuse numbers of experts that the model cannot have."""
     if not (options.experts or options.attention_experts):
+        for name in ("experts_per_token", "balance"):
+            if getattr(options, name) != NO_EXPERTS[name]:
+                refuse(f"--{name.replace('_', '-')}", "is for models with --experts or --attention-experts")
         return
     if options.family == "tnl":
         refuse("--experts" if options.experts else "--attention-experts", "is for families other than tnl")

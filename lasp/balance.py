@@ -32,7 +32,8 @@ def balance_loss(model: nn.Module, *, mesh) -> Tensor:
         (loss + 0.01 * lasp.balance_loss(model, mesh=mesh)).backward()
 
     Args:
-        model: with `lasp.modules.Router`s in it, which has run since the last call of this; wrapped or not.
+        model: with `lasp.modules.Router`s in it, which has run since the last call of this; wrapped or not. Of a router
+            that was called more than once since, the last call counts.
         mesh: as of `token_loss`.
 
     Returns:

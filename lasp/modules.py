@@ -6,7 +6,7 @@ A model holds them, gives them what its own layers have made of its tokens, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -279,6 +279,10 @@ class Router(nn.Module):
         if torch.compiler.is_compiling() or not recompute.under_way():
             self.counted = counted
         return (largest.softmax(-1) * self.scale).to(x.dtype), chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or a file: without what the last forward has counted, which is part of its graph."""
+        return {name: x for name, x in self.__dict__.items() if name != "counted"}
 
     def _count(self, logits: Tensor, chosen: Tensor, layout: ShardLayout | None) -> Counted:
         padding = padding_of(logits, layout, self.sequence)

@@ -10,15 +10,19 @@ import torch
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """How many files run at once with `-n auto`: few, as a test may start four ranks; one where these may be GPUs."""
-    return 0 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    """How many files run at once with `-n auto`: few, as a test may start four ranks; one where these may be GPUs.
+
+    One more than there are cores: what waits for a timeout, or for a rank, needs none.
+    """
+    return 0 if torch.cuda.is_available() else min(3, 1 + (os.cpu_count() or 1))
 
 
 # Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
 LONG = """
-transformers trainer verify streaming faults transformers_border kernels train channel elementwise presence data init
-kernels_on_ranks recompute bits_alone bench agreement softmax messages replicas data_parallel attention hosts padding
-loss remote_code streaming_transformers docs scripts checkpoint exchange launchers fla trl loops peft
+transformers trainer streaming kernels verify faults kernels_on_ranks train channel scan_kernels delta_kernels
+streaming_transformers transformers_border init bench bits_alone agreement recompute messages presence elementwise
+data softmax replicas data_parallel attention hosts padding loss remote_code families experts docs scripts checkpoint
+exchange launchers fla trl loops peft
 """
 
 

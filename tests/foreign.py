@@ -15,7 +15,7 @@ import torch.nn.functional as F
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 32,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
@@ -24,7 +24,9 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TYPES = ["linear_attention", "full_attention"] * 2
+# Two layers of what carries a state, so that one that is taken for another shows, with softmax attention between them.
+TYPES = ["linear_attention", "full_attention", "linear_attention"]
+HYBRID = {"num_hidden_layers": 3, "layer_types": TYPES}
 SSD = {
     "mamba_n_heads": 8,
     "mamba_d_head": 8,
@@ -38,7 +40,7 @@ GDN = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
-    "layer_types": TYPES,
+    **HYBRID,
 }
 MOE = {
     "num_experts": 4,
@@ -56,7 +58,7 @@ KDA = {
     "num_experts_per_token": 2,
     "linear_head_dim": 8,
     "linear_num_heads": 4,
-    "layer_types": TYPES,
+    **HYBRID,
     "num_key_value_heads": 4,
     "num_shared_experts": 1,
 }
@@ -66,17 +68,17 @@ MAMBA = {"state_size": 8, "time_step_rank": 4, "expand": 2}
 MODELS: dict[str, tuple[str, dict]] = {
     "minimax": (
         "MiniMax",
-        {"head_dim": 8, "num_experts_per_tok": 2, "num_local_experts": 4, "block_size": 16, "layer_types": TYPES},
+        {"head_dim": 8, "num_experts_per_tok": 2, "num_local_experts": 4, "block_size": 16, **HYBRID},
     ),
     "mamba2": (
         "Mamba2",
         {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2, "expand": 2, "chunk_size": 16},
     ),
-    "bamba": ("Bamba", {"attn_layer_indices": [1, 3], **SSD}),
+    "bamba": ("Bamba", {"num_hidden_layers": 3, "attn_layer_indices": [1], **SSD}),
     "falcon_h1": ("FalconH1", {"mamba_d_ssm": 64, **SSD}),
     "granitemoehybrid": (
         "GraniteMoeHybrid",
-        {"num_local_experts": 4, "shared_intermediate_size": 16, "layer_types": TYPES, **SSD},
+        {"num_local_experts": 4, "shared_intermediate_size": 16, **HYBRID, **SSD},
     ),
     "nemotron_h": (
         "NemotronH",
@@ -90,6 +92,7 @@ MODELS: dict[str, tuple[str, dict]] = {
             "n_routed_experts": 4,
             "moe_intermediate_size": 16,
             "moe_shared_expert_intermediate_size": 16,
+            "num_hidden_layers": 4,
             "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
         },
     ),
@@ -107,7 +110,8 @@ MODELS: dict[str, tuple[str, dict]] = {
             "attention_head_dim": 16,
             "use_mem_rope": True,
             "adapter_rank": 4,
-            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["hybrid", "mamba", "hybrid"],  # the two share a block
         },
     ),
     "mamba": ("Mamba", MAMBA),
@@ -120,6 +124,7 @@ MODELS: dict[str, tuple[str, dict]] = {
             "mamba_expand": 2,
             "num_experts": 4,
             "num_experts_per_tok": 2,
+            "num_hidden_layers": 3,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
         },
@@ -134,7 +139,10 @@ MODELS: dict[str, tuple[str, dict]] = {
     "olmo_hybrid": ("OlmoHybrid", {**GDN, "linear_num_key_heads": 4}),
     "kimi_linear": ("KimiLinear", KDA),
     "bailing_hybrid": ("BailingHybrid", {"num_expert_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **KDA}),
-    "lfm2": ("Lfm2", {"block_multiple_of": 8, "layer_types": ["conv", "full_attention"] * 2}),
+    "lfm2": (
+        "Lfm2",
+        {"block_multiple_of": 8, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    ),
     "llama": ("Llama", {"head_dim": 8}),
     "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 9}),
     "qwen3": ("Qwen3", {"head_dim": 8}),

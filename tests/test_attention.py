@@ -89,6 +89,7 @@ def _dense(lengths, form, groups, state):
     check_against_oracle(x, lengths, sequence_of_all())
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_dense(lengths, form):

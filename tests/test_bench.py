@@ -507,6 +507,18 @@ def test_a_row_that_fails_is_told_and_leaves_the_others(kernels_on_cpu, monkeypa
     assert (("fla", "none", 16) in session.dropped) == (broken == "fla")
 
 
+def test_errors_of_the_delta_rule(monkeypatch):
+    """Of this device's path; the times need a GPU."""
+    monkeypatch.delenv("LASP_KERNELS", raising=False)
+    delta = importlib.import_module("delta")
+    for form in delta.FORMS:
+        row = delta.errors(70, 1, 16, 8, form, torch.float32, 1.0, "cpu")
+        assert row["path"] == "reference"
+        assert (row["dg"] is None) == (form == "none")
+        assert all(0 < row[name] < 1e-5 for name in delta.NAMES if row[name] is not None)
+        assert delta.same_bits(600, form, "cpu")
+
+
 def test_errors_of_a_decay_per_channel(monkeypatch):
     """Of this device's path; the times need a GPU."""
     monkeypatch.delenv("LASP_KERNELS", raising=False)

@@ -47,8 +47,9 @@ def inputs(monkeypatch, path, form, T, dtype=torch.float32, **options):
 
 
 @pytest.mark.parametrize(("path", "form"), CASES)
-@pytest.mark.parametrize("segment_length", [64, 128])
-@pytest.mark.parametrize(("groups", "heads", "dtype"), [(1, 2, torch.float32), (3, 1, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("segment_length", "groups", "heads", "dtype"), [(64, 1, 2, torch.float32), (128, 3, 1, torch.bfloat16)]
+)
 def test_packed_sequences_have_the_bits_of_each_alone(monkeypatch, path, form, segment_length, groups, heads, dtype):
     x = inputs(monkeypatch, path, form, OFFSETS[-1], dtype, H=heads, groups=groups, sequences=len(OFFSETS) - 1)
     together = results(x, segment_length=segment_length, cu_seqlens=OFFSETS)

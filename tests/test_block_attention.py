@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from inputs import assert_close
 from ranks import run_ranks, sequence_of_all
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lasp
 from lasp_kernels import blocks
+from lasp_kernels.softmax import softmax_attention
 
 H, G, K, V = 2, 2, 3, 5
 
@@ -82,6 +84,51 @@ def test_more_blocks_than_a_kernel_takes(monkeypatch):
     expected = whole_attention(q, k, v, 3, (0, 23))
     monkeypatch.setattr(blocks, "ROWS", 5)
     assert_close(lasp.block_attention(q, k, v, 3), expected, "o", rtol=1e-12, atol=1e-13)
+
+
+def test_a_row_is_no_longer_than_what_there_is(monkeypatch):
+    """Of a block of millions, and of documents that are shorter than a block."""
+    seen = []
+
+    def noted(q, k, v, *, scale):
+        seen.append(q.shape[:2])
+        return softmax_attention(q, k, v, scale=scale)
+
+    monkeypatch.setattr(blocks, "softmax_attention", noted)
+    q, k, v, _ = tensors(23, 1)
+    for documents, rows in (((0, 23), (1, 23)), ((0, 4, 11, 23), (3, 12))):
+        layout = lasp.ShardLayout((23,), documents)
+        expected = whole_attention(q, k, v, 1000, documents)
+        assert_close(lasp.block_attention(q, k, v, 1000, layout=layout), expected, "o", rtol=1e-12, atol=1e-13)
+        assert seen.pop() == rows
+
+
+class _Counted(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_documents_are_not_worked_on_one_by_one():
+    """On a GPU each would cost the host some thirty launches."""
+    found = []
+    for step in (200, 2):
+        q, k, v = (x.requires_grad_() for x in tensors(400, 1)[:3])
+        layout = lasp.ShardLayout((400,), tuple(range(0, 401, step)))
+        with _Counted() as counted:
+            lasp.block_attention(q, k, v, 16, layout=layout).sum().backward()
+        found.append(counted.number)
+    assert (found[1] - found[0]) / 198 < 8  # the halves of a split, views for the most part
+
+
+def test_no_row_of_a_batch():
+    q, k, v = (x[:0].requires_grad_() for x in tensors(23, 2)[:3])
+    o = lasp.block_attention(q, k, v, 5)
+    o.sum().backward()
+    assert o.shape == (0, 23, H * G, V)
+    assert k.grad.shape == k.shape
 
 
 def test_a_token_that_is_not_finite_spoils_its_block_behind_it():

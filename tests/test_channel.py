@@ -264,6 +264,21 @@ def test_heads_that_share(monkeypatch, form):
         assert_near(actual, exact.detach(), "heads", TOLERANCE[torch.float32])
 
 
+def test_errors_of_heads_that_share_name_what_was_given(monkeypatch):
+    """Not what the kernels would be given."""
+    monkeypatch.setenv("LASP_KERNELS", "triton")
+    x = random_inputs("channel", 40, B=1, H=2, K=8, V=5, groups=2)
+    call = {"q": x.q, "k": x.k, "v": x.v, "log_decay": x.log_decay}
+    for wrong, error, said in (
+        ({"initial_state": torch.zeros(1, 4, 8, 5)}, ValueError, r"= \(1, 2, 8, 5\), got \(1, 4, 8, 5\)"),
+        ({"initial_state": [0.0]}, TypeError, r"initial_state must be a .*tensor, got \[0\.0\]"),
+        ({"k": torch.cat([x.k, x.k])}, ValueError, r"got k \(2, 40, 2, 8\) and v \(1, 40, 2, 5\)"),
+        ({"k": x.k[..., :5]}, ValueError, r"got q \(1, 40, 4, 8\) and k \(1, 40, 2, 5\)"),
+    ):
+        with pytest.raises(error, match=said):
+            lasp.linear_attention(**{**call, **wrong})
+
+
 @pytest.mark.parametrize("later", ["given", "a function", "the same as k"])
 @pytest.mark.parametrize("under_autocast", [False, True])
 def test_the_operator(monkeypatch, later, under_autocast):
@@ -301,7 +316,9 @@ def test_q_of_a_rank_that_makes_it_while_the_state_travels():
     assert torch.equal(steps.outputs(operands(x), states)[0], o)
 
 
-def test_compiled(monkeypatch):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compiled(monkeypatch, groups):
+    """Heads that share, too: the graph has the kernels as the call without it has."""
     monkeypatch.setenv("LASP_KERNELS", "triton")
 
     def f(q, k, v, log_decay):
@@ -309,7 +326,7 @@ def test_compiled(monkeypatch):
 
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     for T in (40, 55):
-        x = on_device(channel_inputs("even", T, B=1, H=1, K=8, V=8, state=False), torch.float32)
+        x = on_device(random_inputs("channel", T, B=1, H=1, K=8, V=8, state=False, groups=groups), torch.float32)
         found = []
         for function in (f, compiled):
             leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.log_decay)]

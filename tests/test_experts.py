@@ -1,6 +1,7 @@
 """Experts over gated units and heads: the formula, what is cut of a dense model, and their balance over ranks."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -345,6 +346,19 @@ def test_a_forward_without_gradients_gives_no_loss_to_train_with():
         else:
             lasp.balance_loss(router, mesh=None).backward()
     assert router.score.weight.grad.abs().max() > 0
+
+
+def test_a_copy_and_a_file_have_no_counts():
+    """What a forward has counted belongs to its graph, which cannot be copied."""
+    model, ids, file = with_experts(), batch_of(1)["input_ids"], io.BytesIO()
+    expected = model(ids)
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        with pytest.raises(ValueError, match=r"model must have run since the last lasp\.balance_loss"):
+            lasp.balance_loss(other, mesh=None)
+        assert torch.equal(other(ids), expected)
+    lasp.balance_loss(model, mesh=None).backward()  # the counts of the original are still there
 
 
 # In other dtypes, and on a GPU

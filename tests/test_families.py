@@ -314,6 +314,24 @@ def test_lower_bounds_grow_from_zero(family):
     assert_close(mixer(x, torch.arange(T), None, bound), expected, family, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("family", ["hgrn", "hgrn2", "rglru"])
+def test_a_gate_that_is_shut_leaves_finite_gradients(family):
+    """In fp32 sigmoid(-200) is 0."""
+    torch.manual_seed(0)
+    mixer, more = MIXERS[family](WIDTH, HEADS), ()
+    with torch.no_grad():
+        if family == "rglru":
+            mixer.recurrence_bias.fill_(-200.0)
+        else:
+            mixer.forget.weight.fill_(-200.0 / WIDTH)
+            more = (torch.zeros(WIDTH),)
+    o = mixer(torch.ones(1, T, WIDTH), torch.arange(T), None, *more)
+    o.square().sum().backward()
+    assert o.isfinite().all()
+    for name, p in mixer.named_parameters():
+        assert p.grad.isfinite().all(), name
+
+
 def test_rotation_of_far_tokens():
     """Products depend on the difference of positions alone, also in fp32 and millions of tokens away."""
     q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)

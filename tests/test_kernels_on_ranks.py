@@ -11,12 +11,13 @@ from torch.testing import assert_close
 
 env = lasp.init("gloo", timeout=60)
 sequence = lasp.SequenceParallel(dist.group.WORLD)
-H, K, V = 2, 16, 32
+K, V = 16, 32
 none_on_one, several_tiles, packed = ((70, 0, 33), None), ((65, 64, 3), None), ((40, 30, 7), (0, 10, 50, 50, 77))
 cases = {"none": [none_on_one], "head": [several_tiles, packed], "token": [none_on_one, several_tiles, packed]}
 cases["token, normalised"] = [packed]  # and heads of v that share one of q and k
 cases["channel"] = [((33, 0, 18), None), ((20, 15, 5), (0, 4, 25, 25, 40))]
 for form in cases:
+    H = 1 if form in ("none", "token", "channel") else 2  # the interpreter's time goes by programs
     for lengths, offsets in cases[form]:
         T, B, more = sum(lengths), 1 if offsets else 2, "normalised" in form
         N = len(offsets) - 1 if offsets else B
@@ -66,18 +67,19 @@ print("compared")
 """
 
 
-# With a segment length: the bits of one rank, for every schedule.
+# With a segment length: the bits of one rank, on every schedule.
 SAME_BITS = """
 import torch, torch.distributed as dist, lasp
 from torch.autograd import grad
 
 env = lasp.init("gloo", timeout=60)
-H, K, V, lengths, B = 2, 16, 16, (64, 64, 40), 1
+K, V, lengths, B = 16, 16, (64, 64, 40), 1
 T, options = sum(lengths), {"output_final_state": True, "segment_length": 64}
 start = sum(lengths[: env.rank])
 mine = slice(start, start + lengths[env.rank])
-every = ("ring", "all_gather", "pipeline", "direct")
-for form, schedules in (("head", ("ring", "direct")), ("token", every), ("channel", ("ring", "direct"))):
+some, others = ("ring", "direct"), ("all_gather", "pipeline")  # of any form test_bits.py has all
+for form, schedules in (("head", some), ("token", others), ("channel", some)):
+    H = 2 if form == "head" else 1
     torch.manual_seed(T)
     shape = {"head": (H,), "token": (B, T, H), "channel": (B, T, H, K)}[form]
     q, k, v, do = (torch.randn(B, T, H, n, requires_grad=True) for n in (K, K, V, V))
@@ -104,7 +106,66 @@ print("compared")
 """
 
 
-@pytest.mark.parametrize("script", [COMPARE, SAME_BITS], ids=["the recurrence", "the bits of one rank"])
+# The delta rule: against the recurrence by the schedule that sends matrices; and the bits of one rank by the others.
+DELTA = """
+import torch, torch.distributed as dist, lasp
+import torch.nn.functional as F
+from lasp_kernels import path
+from lasp_kernels.delta import DeltaOperands, recurrent_delta_rule
+
+env = lasp.init("gloo", timeout=60)
+H, K, V = 1, 16, 8
+odd, whole_segments, packed = ((17, 0, 9), None), ((64, 0, 7), None), ((9, 7, 5), (0, 4, 12, 12, 21))
+cases = [("none", *odd), ("token", *packed), ("channel", *odd), ("token", *whole_segments)]
+for form, lengths, offsets in cases:
+    T, N, G = sum(lengths), len(offsets) - 1 if offsets else 1, 2 if offsets else 1
+    torch.manual_seed(T)
+    shape = {"none": None, "token": (1, T, G * H), "channel": (1, T, G * H, K)}[form]
+    q, k, v, do = (torch.randn(1, T, h, n) for h, n in ((H, K), (H, K), (G * H, V), (G * H, V)))
+    g = None if shape is None else -torch.rand(shape)
+    beta, h, dh = 2 * torch.rand(1, T, G * H), torch.randn(N, G * H, K, V), torch.randn(N, G * H, K, V)
+    names, tensors = ("q", "k", "v", "beta", "g", "h"), (q, F.normalize(k, dim=-1), v, beta, g, h)
+
+    def results(function, x, do, dh, **options):
+        x = [y if y is None else y.detach().requires_grad_() for y in x]
+        o, final = function(*x[:4], log_decay=x[4], initial_state=x[5], scale=0.3, **options)
+        leaves = [y for y in x if y is not None]
+        found = torch.autograd.grad((o, final), leaves, (do.to(o.dtype), dh.to(final.dtype)))
+        return {"o": o, "final": final, **dict(zip([n for n, y in zip(names, x) if y is not None], found))}
+
+    bits = lengths == whole_segments[0]
+    if bits:
+        options = {"segment_length": 64, "output_final_state": True}
+        expected = results(lasp.delta_rule, tensors, do, dh, **options)
+    else:
+        options = {"output_final_state": True}
+        exact = [y if y is None else y.double() for y in tensors]
+        cu = None if offsets is None else torch.tensor(offsets)
+        expected = results(recurrent_delta_rule, exact, do, dh, cu_seqlens=cu)
+    start = sum(lengths[: env.rank])
+    mine = slice(start, start + lengths[env.rank])
+    local = [y if y is None or y is h else y[:, mine] for y in tensors]
+    assert path(DeltaOperands(*local[:5])) == "triton"
+    for schedule in ("ring", "pipeline") if bits else ("all_gather",):
+        sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+        layout = lasp.ShardLayout(lengths, offsets)
+        found = results(
+            lasp.delta_rule, local, do[:, mine], dh * (env.rank == 0), layout=layout, sequence=sequence, **options
+        )
+        assert sequence.traffic.kernels == "triton"
+        dist.all_reduce(found["h"])
+        for name, x in found.items():
+            y = expected[name] if name in ("final", "h") else expected[name][:, mine]
+            error = ((x.double() - y).norm() / y.norm().clamp(min=1e-2)).item() if x.numel() else 0.0
+            assert x.shape == y.shape and error < (1e-30 if bits else 3e-6), (form, lengths, schedule, name, error)
+dist.destroy_process_group()
+print("compared")
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [COMPARE, SAME_BITS, DELTA], ids=["the recurrence", "the bits of one rank", "the delta rule"]
+)
 def test_triton_on_three_ranks_gives(script):
     common = {
         "WORLD_SIZE": "3",

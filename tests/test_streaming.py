@@ -42,7 +42,7 @@ from lasp_kernels import softmax_pieces
 
 TOKENS = 61
 OFFSETS = (0, 7, 8, 8, 30, 31, 61)  # of packed documents; one is empty, one crosses several borders
-SEGMENTS = (100, 16, 13, 5)  # 16: a border is at no document's; 5: fewer tokens than a convolution's and ranks
+SEGMENTS = (100, 13, 5)  # 13: a border is at no document's; 5: fewer tokens than a convolution's and ranks
 BOUND = 1e-10
 
 
@@ -89,11 +89,11 @@ def pair(*layers, exchange="auto", **options):
     return reference, model, mesh
 
 
-def streamed_as_one_pass(layers, packed, exchange="auto"):
+def streamed_as_one_pass(layers, packed, exchange="auto", segments=SEGMENTS):
     reference, model, mesh = pair(*layers, exchange=exchange)
     batch = batch_of(packed)
     loss, tokens, expected = one_pass(reference, batch)
-    for segment in SEGMENTS:
+    for segment in segments:
         with mock.patch.object(streaming, "_PART", 7 if segment == 13 else 4096):  # tokens of the loss at a time
             found = lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
         assert abs(found[0] - loss) < BOUND
@@ -102,7 +102,7 @@ def streamed_as_one_pass(layers, packed, exchange="auto"):
         assert_same(gradients_of(model), expected)
 
 
-@pytest.mark.parametrize(("world", "packed"), [(1, True), (2, False), (2, True), (3, True), (4, False)])
+@pytest.mark.parametrize(("world", "packed"), [(1, True), (2, True), (3, True), (4, False)])
 def test_linear_attention_of_every_decay(world, packed):
     run_ranks(world, streamed_as_one_pass, LINEAR, packed)
 
@@ -130,7 +130,7 @@ def transformer(sizes):
     return LinearTransformerConfig(mlp_width=24, **sizes)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 3])
 def test_the_librarys_models(world):
     run_ranks(world, published_models)
 
@@ -141,7 +141,7 @@ def test_every_operator(world, layers, packed):
     run_ranks(world, streamed_as_one_pass, layers, packed)
 
 
-@pytest.mark.parametrize(("world", "packed"), [(1, False), (2, True), (3, False), (4, True)])
+@pytest.mark.parametrize(("world", "packed"), [(1, False), (2, True), (4, False)])
 def test_softmax_layers_of_hybrids(world, packed):
     run_ranks(world, streamed_as_one_pass, HYBRID, packed)
 
@@ -186,7 +186,7 @@ def test_softmax_layers_by_flash_kernels(world, packed):
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "pipeline"])
 def test_every_schedule(exchange):
-    run_ranks(3, streamed_as_one_pass, (*LINEAR, *STATES), True, exchange)
+    run_ranks(3, streamed_as_one_pass, (*LINEAR, *STATES), True, exchange, (13,))
 
 
 # Inside a segment
@@ -355,7 +355,7 @@ def under_fsdp2(replicas):
     torch.set_num_threads(1)
     mesh = mesh_of(dp_replicate=replicas, dp_shard=2 // replicas, sp=2)
     replica = dist.get_rank() // 2
-    reference = Model(*LINEAR, *SHORT, *STATES).double()
+    reference = Model(*LINEAR[:2], *SHORT, *STATES[:2]).double()
     model = copy.deepcopy(reference)
     lasp.parallelize(model, mesh, strict=False)
     wrap_fsdp2(model, mesh, blocks=[*model.layers, *model.mlps])
@@ -901,7 +901,7 @@ def compiled_as_one_pass(whole):
     _, _, expected = one_pass(reference, batch_of(True))
     called = torch.compile(model, backend="aot_eager") if whole else model
     if not whole:
-        for layer in (*model.layers, *model.mlps):
+        for layer in (*model.layers, model.mlps[0]):
             layer.compile(backend="aot_eager")
     for _ in range(2):
         lasp.stream_backward(called, batch_of(True), mesh=mesh, segment=24)

@@ -74,7 +74,7 @@ def agree(name):
     torch.set_num_threads(1)
     mesh = mesh_of(sp=torch.distributed.get_world_size())
     reference, model = foreign.build(name), foreign.build(name)
-    lasp.parallelize(model, mesh["sp"])
+    lasp.parallelize(model, mesh["sp"], strict=False)  # whether it mixes tokens `verified` asks
     told_before(model, mesh)
     assert list(model.state_dict()) == list(reference.state_dict())
     expected = {}

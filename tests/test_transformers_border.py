@@ -22,11 +22,11 @@ IDS = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(5))
 
 
 def split(name, **more):
-    """On each rank: the model, and the slice of a batch."""
+    """On each rank: the model, and the slice of a batch. Whether they mix tokens test_transformers.py asks of all."""
     torch.set_num_threads(1)
     mesh = mesh_of(sp=torch.distributed.get_world_size())
     model = foreign.build(name, torch.float32, **more)
-    lasp.parallelize(model, mesh["sp"])
+    lasp.parallelize(model, mesh["sp"], strict=False)
     return model, lasp.shard_batch({"input_ids": IDS}, mesh, pad=False), mesh
 
 

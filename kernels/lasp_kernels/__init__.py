@@ -4,6 +4,7 @@ from lasp_kernels.chunked import chunked_linear_attention
 from lasp_kernels.dispatch import (
     Maps,
     Steps,
+    delta_steps_of,
     elementwise_path,
     elementwise_steps_of,
     fold,
@@ -25,6 +26,7 @@ __all__ = [
     "activation_of",
     "check_inputs",
     "chunked_linear_attention",
+    "delta_steps_of",
     "elementwise_path",
     "elementwise_steps_of",
     "fold",

@@ -10,8 +10,11 @@ A query sees what stands before it in its row, so no real token sees a zero, and
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lasp_kernels.operands import check_tensors
@@ -40,34 +43,37 @@ def block_attention(
     if not tokens:
         return softmax_attention(q, k[:, :0], v[:, :0], scale=scale)
     offsets = (0, tokens) if cu_seqlens is None else cu_seqlens
-    bounds = [(start, end) for start, end in zip(offsets, offsets[1:]) if start < end]
-    runs = [(start, end, before % block if start == 0 else 0) for start, end in bounds]
-    rows_of_q = [_rows(_padded(q[:, start:end], seen, 0), block) for start, end, seen in runs]
-    rows_of_k, rows_of_v = (
-        [_rows(x[:, reach + start - seen : reach + end], block) for start, end, seen in runs] for x in (k, v)
+    lengths = [end - start for start, end in zip(offsets, offsets[1:]) if start < end]
+    seen = before % block  # tokens of the first block that are before
+    with_seen = [seen + lengths[0], *lengths[1:]]
+    size = min(block, max(with_seen))  # of a row: it may be that no document fills one
+    missing = [-length % size for length in with_seen]  # behind each document
+    operands = (
+        _rows(q, lengths, missing, size, seen),
+        *(_rows(x[:, reach - seen :], with_seen, missing, size) for x in (k, v)),
     )
-    operands = map(_joined, (rows_of_q, rows_of_k, rows_of_v))
     o = _joined([softmax_attention(*x, scale=scale) for x in zip(*(x.split(ROWS) for x in operands))])
-    parts = []
-    for of_run, (start, end, seen) in zip(o.split([len(x) for x in rows_of_q]), runs):
-        tokens_of_run = of_run.unflatten(0, (len(q), len(of_run) // len(q))).flatten(1, 2)
-        parts.append(tokens_of_run[:, seen : seen + end - start])
-    return _joined(parts, 1)
+    o = o.unflatten(0, (len(q), sum(with_seen + missing) // size)).flatten(1, 2)
+    return _joined(list(o.split([seen, *_by_turns(lengths, missing)], 1)[1::2]), 1)
+
+
+def _rows(x: Tensor, lengths: list[int], missing: list[int], size: int, before: int = 0) -> Tensor:
+    """x [B, T, H, n] as [B * rows, size, H, n]: documents of these lengths, with zeros: `before` the first, and as
+    many as are `missing` behind each."""
+    zeros = x.new_zeros(len(x), max(before, *missing), *x.shape[2:])
+    of_length = {n: zeros[:, :n] for n in {before, *missing}}
+    parts = [of_length[before], *_by_turns(x.split(lengths, 1), (of_length[n] for n in missing))]
+    return _joined([part for part in parts if part.shape[1]], 1).unflatten(1, (-1, size)).flatten(0, 1)
+
+
+def _by_turns(these: Iterable[Any], others: Iterable[Any]) -> Iterator[Any]:
+    """The first of both, the second of both, and so on."""
+    return chain.from_iterable(zip(these, others))
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     """Along a dimension, without a copy of one part."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _rows(x: Tensor, block: int) -> Tensor:
-    """x [B, T, H, n] as [B * blocks, block, H, n], with zeros behind it."""
-    return _padded(x, 0, -x.shape[1] % block).unflatten(1, (-1, block)).flatten(0, 1)
-
-
-def _padded(x: Tensor, before: int, behind: int) -> Tensor:
-    """With so many tokens of zeros."""
-    return F.pad(x, (0, 0, 0, 0, before, behind)) if before or behind else x
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -637,12 +637,12 @@ def finish_tokens(
 @triton.jit
 def finish_flagged_tile(
     q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale, first, end, later,
-    q_t, k_t, g_t, out_t, d, D: tl.constexpr, STAGES: tl.constexpr,
+    q_t, k_t, g_t, out_t, d, D: tl.constexpr,
 ):  # fmt: skip
     """The same of a flagged tile. In dq and dk is what `channel_flagged_gradient_kernel` left there."""
     mask = d < D
     to_k, from_state = tl.zeros_like(later), tl.zeros_like(later)
-    for i in tl.range(0, end - first, num_stages=STAGES):
+    for i in range(0, end - first):
         t = end - 1 - i
         at = t * out_t + d
         if dg_base is not None:
@@ -663,7 +663,7 @@ def finish_flagged_tile(
         to_k += log2_decays(g_base + t * g_t + d, mask)
     if dq_base is not None:
         to_q = tl.zeros_like(later)
-        for t in tl.range(first, end, num_stages=STAGES):  # sums from the tile's start: no differences
+        for t in range(first, end):  # sums from the tile's start: no differences
             at = t * out_t + d
             to_q += log2_decays(g_base + t * g_t + d, mask)
             dq, within = tl.load(dqt_base + at, mask=mask, other=0.0), tl.load(dq_base + at, mask=mask, other=0.0)
@@ -718,7 +718,7 @@ def channel_finish_kernel(
             if tl.load(FLAG + tile_at + tiles - 1 - i) != 0:
                 later = finish_flagged_tile(
                     q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale,
-                    low, high, later, q_t, k_t, g_t, H * D, d, D, STAGES
+                    low, high, later, q_t, k_t, g_t, H * D, d, D
                 )  # fmt: skip
             else:
                 later = finish_tokens(

@@ -37,7 +37,7 @@ def flagged_launch(shared: Shared, scale: float, q: Layout | None, k: Layout, lo
         channel.channel_flagged_kernel, shared.device, (programs, 1),
         (*_of_tiles(shared, scale), *_strides(q, k, log_decay)),
         D=sizes.key_dim, BD=power_of_two(sizes.key_dim), C=plan.walk_tile, TILES=TILES, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, num_warps=1,
+        LOW=shared.low, PRECISION=shared.precision, num_warps=4,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def flagged_gradient_launch(shared: Shared, scale: float, layouts: tuple[Layout,
         channel.channel_flagged_gradient_kernel, shared.device, (programs, 1),
         (*_of_tiles(shared, scale), *_strides(*layouts)), D=sizes.key_dim, E=sizes.value_dim, BD=channels,
         BE=min(64, power_of_two(sizes.value_dim)), C=plan.walk_tile, TILES=TILES, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, num_warps=1,
+        LOW=shared.low, PRECISION=shared.precision, num_warps=4,
     )  # fmt: skip
 
 

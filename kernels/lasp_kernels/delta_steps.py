@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs, expand_heads, host_bounds
 from lasp_kernels.operands import TILE
-from lasp_kernels.reference import state_dtype, transform
+from lasp_kernels.reference import state_dtype
 from lasp_kernels.tile_decay import bounded, causal_product, no_decays, not_finite, sum_before, sum_from, token_decay
 
 
@@ -253,6 +253,11 @@ class DeltaSteps:
         """Of the states that `scan` returns."""
         return (self.segments, self.batch, self.heads, self.key_dim, self.value_dim)
 
+    @property
+    def transitions_shape(self) -> tuple[int, ...]:
+        """Of the matrices of all segments."""
+        return (*self.states_shape[:-1], self.key_dim)
+
     def zero_state(self) -> Tensor:
         """A state of zeros for every run: [N, H, K, V]."""
         rows = len(self.runs) if self.packed else self.batch
@@ -299,17 +304,20 @@ class DeltaSteps:
     def scan(self, maps: DeltaMaps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
 
-        Left fold by `transform` in segment order; with `reverse` from the last segment to the first, for gradients.
-        Runs advance together.
+        Left fold in segment order, by `dispatch.fold` as between ranks; with `reverse` from the last segment to the
+        first, for gradients. Runs advance together.
         """
+        from lasp_kernels.dispatch import fold  # which imports these steps
+
         entering = self.zero_state() if entering is None else entering.to(self.dtype)
         state = entering.unflatten(0, (len(self.runs), self.batch))  # [runs, B, H, K, V]
         states, places = [maps.state[:0]], [torch.empty(0, dtype=torch.int64, device=self.device)]
         for runs, segments in self._orders[reverse]:
             states.append(state[runs])
             places.append(segments)
-            passed = transform(maps.transition[segments], states[-1]) + maps.state[segments]
-            state = state.index_copy(0, runs, passed)
+            of_rows = (x[segments].flatten(0, 1).unsqueeze(0) for x in (maps.state, maps.transition))
+            passed = fold(states[-1].flatten(0, 1), *of_rows)
+            state = state.index_copy(0, runs, passed.view_as(states[-1]))
         return torch.cat(states)[torch.cat(places).argsort()], state.flatten(0, 1)
 
     def outputs(self, x: DeltaOperands, states: Tensor) -> Tensor:

@@ -8,13 +8,18 @@
 | CUDA | fp64, or log_decay [B, T, H, K] with anything else, a normaliser too | `chunked.ChunkedSteps` |
 | CPU | any | `chunked.ChunkedSteps` |
 
-Recurrences of channels that decay each by itself (`elementwise_path`): on CUDA `scan_steps` for bf16, fp16 and fp32,
-and states of up to 256 numbers a channel; else PyTorch's steps in elementwise.py and selective_scan.py.
+Recurrences of channels that decay each by itself (`elementwise_path`), and the delta rule (`delta_steps_of`):
+
+| CUDA | a recurrence in bf16, fp16, fp32 | `scan_steps.TileRecurrenceSteps` |
+| CUDA, CPU | anything else, the delta rule, a selective scan | PyTorch's, in elementwise.py, selective_scan.py, delta_steps.py |
+
+There are Triton kernels of the delta rule (bf16, fp32; K, V up to 256) and of the selective scan, too. As they are now
+their results were compared under the interpreter and not yet on a card, so they serve where LASP_KERNELS asks for them.
 
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
 LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it: "triton", or "reference" for
-PyTorch's products in chunked.py (not the loop in reference.py, which is the specification).
+PyTorch's products in chunked.py and delta_steps.py (not the loop in reference.py, which is the specification).
 
 Products of fp32 inputs are true fp32, or TF32 on a GPU after `torch.set_float32_matmul_precision("high")`.
 """
@@ -32,10 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp_kernels.chunked import ChunkedSteps
+from lasp_kernels.delta import DeltaOperands
+from lasp_kernels.delta_steps import DeltaSteps
 from lasp_kernels.elementwise import ElementwiseSteps, RecurrenceOperands, RecurrenceSteps
 from lasp_kernels.operands import Operands
 from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate, reference_rotate
-from lasp_kernels.selective_scan import MOST_STATES, SelectiveOperands, SelectiveSteps
+from lasp_kernels.selective_scan import SelectiveOperands, SelectiveSteps
 
 if TYPE_CHECKING:
     from lasp_kernels.scan_steps import TileSteps
@@ -150,12 +157,14 @@ class Steps(Protocol):
         ...
 
 
-def path(x: Operands) -> Path:
+def path(x: Operands | DeltaOperands) -> Path:
     """What computes these inputs (see the table above)."""
+    if isinstance(x, DeltaOperands):
+        return _path(x.k, served=False)
     return _path(x.k, served=not _per_channel(x) or _serves_channels(x))
 
 
-def _per_channel(x: Operands) -> bool:
+def _per_channel(x: Operands | DeltaOperands) -> bool:
     return x.log_decay is not None and x.log_decay.ndim == 4
 
 
@@ -213,7 +222,7 @@ def steps_of(
 
 def elementwise_path(x: RecurrenceOperands | SelectiveOperands) -> Path:
     """What computes a recurrence of these inputs (see above)."""
-    return _path(x[0], served=isinstance(x, RecurrenceOperands) or x.A.shape[-1] <= MOST_STATES)
+    return _path(x[0], served=isinstance(x, RecurrenceOperands))
 
 
 def elementwise_steps_of(
@@ -232,11 +241,26 @@ def elementwise_steps_of(
     return steps(x, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
 
 
-def _tell(chosen: Path, x: Operands) -> None:
+def delta_steps_of(
+    x: DeltaOperands, *, cu_seqlens: Sequence[int] | Tensor | None = None, segment_length: int | None = None
+) -> Any:
+    """The steps of the delta rule for these inputs, checked by `check_delta_inputs`; see `delta_steps.DeltaSteps`."""
+    chosen = path(x)
+    if "LASP_DEBUG" in os.environ:
+        _tell(chosen, x)
+    if chosen == "reference":
+        return DeltaSteps(x, cu_seqlens=cu_seqlens, segment_length=segment_length)
+    from lasp_kernels.delta_kernel_steps import DeltaKernelSteps
+
+    return DeltaKernelSteps.of(x, cu_seqlens=cu_seqlens, segment_length=segment_length)
+
+
+def _tell(chosen: Path, x: Operands | DeltaOperands) -> None:
     if os.environ["LASP_DEBUG"] not in ("", "0"):
         form = "none" if x.log_decay is None else f"{x.log_decay.ndim}-d"
+        rule = "the delta rule, " if isinstance(x, DeltaOperands) else ""
         _tell_once(
-            f"lasp_kernels: {chosen} for {x.k.dtype} on {x.k.device.type}, K {x.k.shape[-1]}, V {x.v.shape[-1]}, "
+            f"lasp_kernels: {chosen} for {rule}{x.k.dtype} on {x.k.device.type}, K {x.k.shape[-1]}, V {x.v.shape[-1]}, "
             f"decay {form}"
         )
 
@@ -258,7 +282,13 @@ def fold(entering: Tensor | None, state: Tensor, transition: Tensor | None) -> T
         if len(state) == 1:
             return state[0]
         entering, state, transition = state[0], state[1:], None if transition is None else transition[1:]
-    # Per channel and matrices: as the scans of these forms do, on all paths.
+    if transition is not None and transition.ndim == 5:
+        if state.dtype == torch.float32 and _path(state, served=False) == "triton":
+            from lasp_kernels import delta_kernel_steps
+
+            return delta_kernel_steps.fold(entering, state, transition)
+        return fold_maps(entering, state, transition)
+    # Per channel: as the scan of this form does, on all paths.
     by_number = transition is None or (transition.ndim == 4 and transition.shape[-1] == 1)
     if by_number and _path(state, served=True) == "triton":
         from lasp_kernels import steps

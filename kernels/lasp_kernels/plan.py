@@ -25,6 +25,8 @@ END_PIECE = 2048  # where others wait for it (`TritonSteps.of_end`), however man
 
 NO_DECAY, HEAD_DECAY, TOKEN_DECAY = 0, 1, 2  # the forms of state.py, as numbers
 CHANNEL_DECAY = 3  # which has kernels of its own, in channel.py
+DELTA = 4  # the delta rule, whatever decays: delta_kernels.py
+STRETCH = 1024  # tokens between two of its borders where a gradient of decays is known without a sum
 
 
 class Config(NamedTuple):
@@ -54,11 +56,16 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "short walk": (NARROW, SHORT, FP32, FP32_WIDE),  # without TMA, or with a decay per token
     "row-sum walk": (SHORT, SHORT, FP32, FP32_WIDE),
     "head_decay": (Config(64, 0, 64, 8, 2), Config(64, 0, 32, 8, 1), Config(16, 0, 32, 8, 1), Config(16, 0, 16, 8, 1)),
-    "channel state": (Config(64, 64, 128, 4, 3),) * 2 + (Config(16, 64, 64, 4, 2),) * 2,
+    "channel state": (Config(64, 128, 64, 4, 2),) * 2 + (Config(16, 64, 64, 4, 2),) * 2,
     "channel walk": (Config(64, 0, 64, 4, 3), SHORT, FP32, FP32_WIDE),
     "channel reverse": (SHORT, SHORT, FP32, FP32_WIDE),
     "channel tile": (Config(64, 0, 32, 1, 1),) * 2 + (Config(16, 0, 32, 4, 1),) * 2,  # number by number
-    "channel finish": (Config(1, 0, 128, 1, 8),) * 4,  # token by token
+    "channel finish": (Config(1, 0, 128, 1, 6),) * 4,  # token by token
+    "delta prepare": (Config(64, 0, 0, 4, 1),) * 2 + (Config(16, 0, 0, 4, 1),) * 2,
+    "delta walk": (SHORT, Config(64, 0, 64, 8, 1), FP32, FP32_WIDE),
+    "delta gradient": (SHORT, Config(64, 0, 64, 8, 1), FP32, FP32_WIDE),
+    "delta inner": (Config(64, 0, 64, 4, 1),) * 2 + (Config(16, 0, 64, 4, 1),) * 2,
+    "delta channel gradient": (Config(64, 0, 64, 8, 2), Config(64, 0, 64, 8, 1), FP32, FP32_WIDE),
 }  # all walks on one dtype have the same tile: the decays and row sums of its tokens go from one kernel to another
 
 
@@ -72,7 +79,7 @@ class Sizes(NamedTuple):
     key_dim: int
     value_dim: int
     itemsize: int  # bytes of a number of q, k and v
-    decay: int  # NO_DECAY, HEAD_DECAY, TOKEN_DECAY or CHANNEL_DECAY
+    decay: int  # NO_DECAY, HEAD_DECAY, TOKEN_DECAY, CHANNEL_DECAY or DELTA
     token_stride: int  # the longest, in numbers
     processors: int  # multiprocessors of the card
     has_tma: bool  # the copy engine for tiles
@@ -240,7 +247,8 @@ def _segment_length(sizes: Sizes) -> int:
     Where their number is a little more than a multiple of the processors, the last ones would run almost alone:
     then rather more and shorter segments. Two short ones are slower than one, which needs neither states nor scan.
     """
-    length = max(MIN_SEGMENT, -(-sizes.tokens // _wanted_segments(_walk_programs(sizes), sizes.processors)))
+    processors = sizes.processors * (2 if sizes.decay == DELTA else 1)  # whose chains of products wait for each other
+    length = max(MIN_SEGMENT, -(-sizes.tokens // _wanted_segments(_walk_programs(sizes), processors)))
     if sizes.keeps_rows or (sizes.decay_gradient and sizes.decay == CHANNEL_DECAY):
         token_bytes = (2 * sizes.key_dim + sizes.value_dim) * sizes.itemsize
         state_bytes = 4 * sizes.key_dim * sizes.value_dim
@@ -254,7 +262,7 @@ def _segment_length(sizes: Sizes) -> int:
 def _walk_programs(sizes: Sizes) -> int:
     """Of a walk over one segment."""
     name = "short walk" if sizes.decay == TOKEN_DECAY or not sizes.has_tma else "walk"
-    name = "channel walk" if sizes.decay == CHANNEL_DECAY else name
+    name = {CHANNEL_DECAY: "channel walk", DELTA: "delta walk"}.get(sizes.decay, name)
     columns = config_of(name, max(sizes.key_dim, sizes.value_dim), sizes.itemsize).columns
     programs = max(1, sizes.batch * sizes.heads * sizes.groups * -(-sizes.value_dim // columns))
     return programs * (2 if sizes.for_keys else 1)
@@ -275,7 +283,7 @@ def _piece_length(sizes: Sizes, segment_length: int) -> int:
     given = sizes.piece_length or sizes.segment_length
     if given:
         return given
-    if sizes.decay == CHANNEL_DECAY:  # whose segments are short
+    if sizes.decay in (CHANNEL_DECAY, DELTA):
         return segment_length
     # Segments' worth of tokens: of packed sequences there may be many that are almost empty.
     segments = sizes.batch * sizes.heads * -(-sizes.tokens // segment_length)

@@ -348,16 +348,21 @@ class RGLRU(Mixer):
             for weight, bias in ((self.input_gate, self.input_bias), (self.recurrence_gate, self.recurrence_bias))
         ]
         log_a = self.POWER * opened[1] * F.logsigmoid(_wide(self.rate))
-        new = torch.sqrt(-torch.expm1(2 * log_a)) * opened[0] * u
+        new = torch.sqrt(_above_zero(-torch.expm1(2 * log_a))) * opened[0] * u
         h = self.recurrence(new.to(u.dtype), log_a, layout=layout)
         return self.out(h * F.gelu(self.gate(x)))
+
+
+def _above_zero(x: Tensor) -> Tensor:
+    """Not below the smallest normal number: of 0 a logarithm is infinite, and so is the gradient of a root."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _bounded_gate(logits: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
     """The logarithm of a forget gate that is no less than the bound, and 1 - gate."""
     if lower_bound is None:  # of small gates the logarithm of the sigmoid keeps its digits
         return F.logsigmoid(logits), torch.sigmoid(-logits)
-    gate = lower_bound + (1 - lower_bound) * torch.sigmoid(logits)
+    gate = _above_zero(lower_bound + (1 - lower_bound) * torch.sigmoid(logits))
     return gate.log(), (1 - lower_bound) * torch.sigmoid(-logits)
 
 

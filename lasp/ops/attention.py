@@ -204,17 +204,18 @@ def _run(
     edges: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Of tokens none of which is padding; `edges` as in `call_of`."""
-    if torch.compiler.is_compiling():
-        q = _made(q, k, sequence) if callable(q) else q
-        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
+    in_graph = torch.compiler.is_compiling()
+    q = _made(q, k, sequence) if in_graph and callable(q) else q
+    if (equal := _with_equal_heads(q, k, v, log_decay, initial_state, normalize)) is not None:
+        groups, (q, k, v, log_decay), initial_state = equal
+        options = (log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length)
+        o, final_state = _run(q, k, v, *options, edges=edges, causal=causal)
+        return o, None if final_state is None else final_state[:, ::groups]
+    if in_graph:
+        x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)  # type: ignore[arg-type]
         if not arguments.flag("causal", causal):
             return _compiled_unmasked(x, initial_state, output_final_state, layout, sequence, segment_length)
         return _compiled(x, initial_state, output_final_state, layout, sequence, segment_length)
-    if (equal := _with_equal_heads(q, k, v, log_decay, initial_state, normalize)) is not None:
-        groups, given, initial_state = equal
-        options = (scale, normalize, initial_state, output_final_state, layout, sequence, segment_length)
-        o, final_state = _run(*given, *options, edges=edges, causal=causal)
-        return o, None if final_state is None else final_state[:, ::groups]
     alone = not isinstance(sequence, SequenceParallel) or sequence.size == 1
     with begin(NAME, sequence, k) as ranks_agree:
         scale, segment_length = check_options(scale, output_final_state, segment_length)
@@ -273,12 +274,18 @@ def _with_equal_heads(
     forms = ((groups * keys, keys), (keys, groups * keys))  # grouped queries, grouped values
     if groups < 2 or log_decay.shape[2] != values or (queries, values) not in forms:
         return None
+    fits = q.shape[:2] == k.shape[:2] == v.shape[:2] == log_decay.shape[:2]
+    fits = fits and q.shape[3] == k.shape[3] == log_decay.shape[3]
+    if initial_state is not None:
+        shape = getattr(initial_state, "shape", ())[1:]
+        fits = fits and isinstance(initial_state, Tensor) and shape == (values, k.shape[3], v.shape[3])
+    if not fits:
+        return None  # to the error that names what was given
     if kernels.path(Operands(k, k, v[:, :, :keys], log_decay[:, :, :keys])) == "reference":
         return None
     if values > keys:
         return 1, (*(x.repeat_interleave(groups, 2) for x in (q, k)), v, log_decay), initial_state
-    if isinstance(initial_state, Tensor) and initial_state.ndim == 4:
-        initial_state = initial_state.repeat_interleave(groups, 1)
+    initial_state = None if initial_state is None else initial_state.repeat_interleave(groups, 1)
     return groups, (q, *(x.repeat_interleave(groups, 2) for x in (k, v, log_decay))), initial_state
 
 

@@ -322,7 +322,7 @@ def delta_rule_backward_op(
     facts = (lengths, cu_seqlens, sequence)
     call = _delta_call(x, None, d_final_state is not None or initial_grad, facts, segment_length)
     steps = delta.steps_of(x, call)
-    saved = (states.view(steps.states_shape), transition.view(*steps.states_shape[:-1], x.k.shape[3]))
+    saved = (states.view(steps.states_shape), transition.view(steps.transitions_shape))
     found = delta.backward(x, saved, do, d_final_state, call, steps, initial_grad)
     return tuple(states.new_empty(0) if y is None else y.contiguous() for y in found)  # type: ignore[return-value]
 

@@ -4,7 +4,7 @@ The four steps are those of `linear_attention` (attention.py): local maps, excha
 same in reverse order; its maps are the transposes of forward's. On a chain (ring, pipeline, two ranks) the matrices
 stay where they are; an all-gather sends K + V columns instead of V.
 
-The arithmetic is PyTorch's on every device for now (`lasp_kernels.delta_steps`): exact, and slower than fused kernels.
+The arithmetic is in `lasp_kernels.delta_steps`, which says what the steps are, or on a GPU in Triton's kernels.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from lasp.ops.call import (
     padding_of,
 )
 from lasp.ranks import SequenceParallel
-from lasp_kernels import state_dtype
+from lasp_kernels import Maps, delta_steps_of, path, state_dtype
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs
-from lasp_kernels.delta_steps import DeltaMaps, DeltaSteps
+from lasp_kernels.delta_steps import DeltaSteps
 
 NAME = "delta_rule"
 
@@ -156,7 +156,7 @@ class Started(NamedTuple):
     """A forward whose state travels."""
 
     steps: DeltaSteps
-    maps: DeltaMaps  # of this rank's segments
+    maps: Maps  # of this rank's segments
     wait: Callable[[], Tensor | None]  # for the state that enters each run
     final_state: bool
 
@@ -199,7 +199,7 @@ def checked_call(
 
 def steps_of(x: DeltaOperands, call: Call) -> DeltaSteps:
     """The steps on this device."""
-    return DeltaSteps(x, cu_seqlens=call.shard.runs.cu_seqlens, segment_length=call.segment_length)
+    return delta_steps_of(x, cu_seqlens=call.shard.runs.cu_seqlens, segment_length=call.segment_length)
 
 
 def start_forward(
@@ -215,8 +215,8 @@ def start_forward(
         scale = tensors.pop("scale")
         if ranks_agree is not None:
             ranks_agree.settle(lambda: call.fingerprint(tensors, scale=scale, output_final_state=output_final_state))
-        if call.sequence is not None:
-            call.traffic.kernels = "reference"
+        if call.sequence is not None and not call.traffic.kernels:
+            call.traffic.kernels = path(x)
             call.traffic.decay = form_of(x.log_decay)
         return Started(steps, maps, call.enter(steps, maps, initial_state, at_once=True), output_final_state)
 

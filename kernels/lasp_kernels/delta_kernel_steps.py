@@ -1,0 +1,427 @@
+"""The steps of the delta rule, as delta_steps.py has them in PyTorch, on the Triton kernels of delta_kernels.py.
+
+Inputs are fp32 or bf16, K and V up to 256. Results are the same bits every time.
+M and P are made in forward and again in backward, U in backward only: what is kept between the two are the states at
+the borders of segments, and their matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lasp_kernels import delta_launches as launches
+from lasp_kernels.delta import DeltaOperands
+from lasp_kernels.launch import has_tma, layout, processors
+from lasp_kernels.plan import DELTA, MAX_DIM, Sizes
+from lasp_kernels.shared import Key, Shared, shared_by
+from lasp_kernels.steps import KernelSteps
+
+
+@dataclass(frozen=True)
+class DeltaKernelMaps:
+    """What each segment does to a state that passes through it: S -> transition @ S + local."""
+
+    local: Tensor  # [B, H, segments, K, V] fp32
+    transition: Tensor  # [B, H, segments, K, K] fp32
+    transposed: bool = False  # the map's matrix is the transposed one
+
+
+@dataclass
+class Gates:
+    """With a decay per channel what the walks read in place of q and k; see delta_channel.py."""
+
+    hats: tuple[Tensor, Tensor, Tensor]  # Q^, K^ and K_
+    sides: tuple[Tensor, Tensor, Tensor]  # q>, k> and k<
+    factors: tuple[Tensor, Tensor] | tuple[None, None]  # of q> and k>, and of k<
+    steps: Tensor
+    total: Tensor
+    flag: Tensor
+
+
+@dataclass
+class Prepared:
+    """What the walks of a pass read beside `x`; see delta_kernels.py."""
+
+    x: DeltaOperands
+    m: Tensor
+    p: Tensor
+    factors: Tensor
+    gates: Gates | None = None
+
+    @property
+    def walked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The queries and keys of the walks, and with which keys they write, if with others."""
+        return (self.x.q, self.x.k, None) if self.gates is None else self.gates.hats
+
+    @property
+    def total(self) -> Tensor | None:
+        """The decays of the tiles, per channel."""
+        return None if self.gates is None else self.gates.total
+
+
+class DeltaKernelSteps(KernelSteps):
+    """The steps of forward and backward on one device, for inputs of one shape; see `delta_steps.DeltaSteps`.
+
+    `states` and `d_states` are buffers as in state.py. Of `query_gradient` the numbers are there after `gradients`,
+    which must follow in the same backward: both come from one kernel. Outputs and gradients have the dtype of the
+    inputs, those of beta and log_decay fp32.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        x: DeltaOperands,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        segment_length: int | None = None,
+    ) -> DeltaKernelSteps:
+        """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not."""
+        if (reason := unsupported(x)) is not None:
+            raise ValueError(f"the Triton kernels of the delta rule take {reason}")
+        bounds = None
+        if cu_seqlens is not None:
+            bounds = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+        batch, tokens, heads, value_dim = map(int, x.v.shape)  # plain numbers, also under torch.compile
+        device, dtype = x.k.device, x.k.dtype
+        sizes = Sizes(
+            batch,
+            tokens,
+            heads,
+            1,
+            int(x.k.shape[3]),
+            value_dim,
+            x.k.element_size(),
+            DELTA,
+            _token_stride(x),
+            processors(device),
+            has_tma(device),
+            bounds,
+            segment_length,
+            decay_gradient=x.log_decay is not None,
+        )
+        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        decay_dtype = None if x.log_decay is None else x.log_decay.dtype
+        return cls(shared_by(Key(sizes, dtype, decay_dtype, device, tf32)), heads // int(x.k.shape[2]))
+
+    def __init__(self, shared: Shared, groups: int):
+        super().__init__(shared)
+        self._groups = groups  # heads of v that share one of k
+        self._made: Prepared | None = None  # of one pass
+        self._written: tuple[Tensor, Tensor, Tensor] | None = None  # dq, U and the borders' states, for `gradients`
+
+    @property
+    def transitions_shape(self) -> tuple[int, ...]:
+        """Of the matrices of all segments."""
+        sizes = self.plan.sizes
+        return (sizes.batch, sizes.heads, self.plan.segments, sizes.key_dim, sizes.key_dim)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self._shared.device)
+
+    def _prepared(self, x: DeltaOperands, *, reverse: bool = False) -> Prepared:
+        """What an earlier step of the pass has made, or made now; `reverse`: for the gradients, too."""
+        made = self._made
+        if made is not None and all(a is b for a, b in zip(made.x[:5], x[:5])):
+            return made
+        shared, sizes, tile = self._shared, self.plan.sizes, self.plan.walk_tile
+        of_tiles = (sizes.batch, sizes.heads, launches.all_tiles(shared), tile)
+        m, p = (self._empty((*of_tiles, tile), shared.dtype) for _ in range(2))
+        if _per_channel(x):
+            self._made = made = Prepared(x, m, p, self._empty((1, *of_tiles)), self._gates(x, of_tiles[:3], reverse))
+            self._inner(x, made)
+            return made
+        self._made = made = Prepared(x, m, p, self._empty((1 if x.log_decay is None else 6, *of_tiles)))
+        (q, q_at), (k, k_at) = map(self._placed, (x.q, x.k))
+        g_at = None if x.log_decay is None else layout(x.log_decay)
+        key = ("prepare", self._groups, x.scale, q_at, k_at, g_at, layout(x.beta), x.beta.dtype)
+        launch = shared.launches.get(key) or shared.keep(key, launches.prepare_launch(shared, *key[1:-1]))
+        launch(q, k, x.log_decay, x.beta, m, p, made.factors, shared.table)
+        return made
+
+    def _gates(self, x: DeltaOperands, of_tiles: tuple[int, ...], reverse: bool) -> Gates:
+        assert x.log_decay is not None
+        shared, key_dim = self._shared, self.plan.sizes.key_dim
+        tokens = [self._empty(shared.key_shape, shared.dtype) for _ in range(8 if reverse else 6)]
+        gates = Gates(
+            (tokens[0], tokens[1], tokens[2]),
+            (tokens[3], tokens[4], tokens[5]),
+            (tokens[6], tokens[7]) if reverse else (None, None),
+            self._empty((*of_tiles, 5, self.plan.walk_tile // 16, key_dim)),
+            self._empty((*of_tiles, key_dim)),
+            self._empty(of_tiles, torch.int32),
+        )
+        (q, q_at), (k, k_at), (g, g_at) = map(self._placed, (x.q, x.k, x.log_decay))
+        key = ("gate", self._groups, x.scale, q_at, k_at, g_at, reverse)
+        launch = shared.launches.get(key) or shared.keep(key, launches.gate_launch(shared, *key[1:-1]))
+        tensors = (*gates.hats, *gates.sides, *gates.factors, gates.steps, gates.total, gates.flag)
+        launch(q, k, g, *tensors, shared.table)
+        return gates
+
+    def _inner(self, x: DeltaOperands, made: Prepared) -> None:
+        """M and P, with a decay per channel."""
+        shared, gates = self._shared, made.gates
+        assert gates is not None
+        assert x.log_decay is not None
+        side = self._empty((2, *gates.flag.shape, self.plan.walk_tile, 16))
+        (q, q_at), (k, k_at), (g, g_at) = map(self._placed, (x.q, x.k, x.log_decay))
+        key = ("flagged", self._groups, x.scale, q_at, k_at, g_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.flagged_launch(shared, *key[1:]))
+        launch(q, k, g, gates.flag, side, shared.table)
+        key = ("inner", layout(x.beta), x.beta.dtype)
+        launch = shared.launches.get(key) or shared.keep(key, launches.inner_launch(shared, key[1]))
+        launch(*gates.sides, gates.steps, gates.flag, side, x.beta, made.m, made.p, made.factors, shared.table)
+
+    def local_maps(self, x: DeltaOperands) -> DeltaKernelMaps:
+        """What each segment does to a state. Its matrix is walked as more columns: from I, with v = 0."""
+        self._made = None
+        local, transition = self._empty(self._local_shape), self._empty(self.transitions_shape)
+        self._walk("maps", x, None, None, None, None, local, transition)
+        return DeltaKernelMaps(local, transition)
+
+    def gradient_maps(self, x: DeltaOperands, do: Tensor, transition: Tensor) -> DeltaKernelMaps:
+        """What each segment does to the gradient of a state; `transition` is that of `local_maps`."""
+        self._made = None
+        self._prepared(x, reverse=True)
+        local = self._empty(self._local_shape)
+        self._reverse_walk(x, do, None, None, None, None, None, local)
+        return DeltaKernelMaps(local, transition, transposed=True)
+
+    def outputs(self, x: DeltaOperands, states: Tensor) -> Tensor:
+        """o [B, T, H, V] from the states at the borders of the segments."""
+        o = self._empty(self._shared.value_shape, self._shared.dtype)
+        self._walk("outputs", x, states, o, None, None, None, None)
+        self._made = None
+        return o
+
+    def query_gradient(self, x: DeltaOperands, do: Tensor, states: Tensor) -> Tensor:
+        """dq, from the states that `scan` gave in forward; filled by `gradients`."""
+        u, borders = self._empty(self._shared.value_shape, self._shared.dtype), self._empty(self._borders_shape)
+        self._walk("writes", x, states, None, u, borders, None, None)
+        dq = self._empty(x.q.shape, self._shared.dtype)
+        self._written = dq, u, borders
+        return dq
+
+    def gradients(
+        self, x: DeltaOperands, do: Tensor, states: Tensor, d_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dk, dv, dbeta and d log_decay, in the shapes of those (None without decay); and the numbers of dq.
+
+        `d_states` are the gradients of the states at the borders of the segments.
+        """
+        if self._written is None:
+            raise ValueError("the gradients of the delta rule need `query_gradient` before them")
+        shared, sizes = self._shared, self.plan.sizes
+        (dq, u, borders), self._written = self._written, None
+        dv, d_borders = self._empty(shared.value_shape, shared.dtype), self._empty(self._borders_shape)
+        rows = (sizes.batch, sizes.heads, sizes.tokens)
+        d_beta = self._empty((launches.value_blocks(shared), *rows))
+        self._reverse_walk(x, do, d_states, u, dv, d_beta, d_borders, None)
+        dk = self._empty(x.k.shape, shared.dtype)
+        # Where heads of v share one of k, each has its own gradient of it, and these are summed.
+        own = (dq, dk) if self._groups == 1 else (self._empty(shared.key_shape), self._empty(shared.key_shape))
+        if _per_channel(x):
+            d_decay = self._channel_gradients(x, do, u, dv, borders, d_borders, own)
+        else:
+            d_decay = self._token_gradients(x, do, u, dv, borders, d_borders, own)
+        self._made = None
+        if self._groups > 1:
+            for whole, of_each in zip((dq, dk), own):
+                whole.copy_(of_each.unflatten(2, (-1, self._groups)).sum(3))
+        return dk, dv, d_beta.sum(0).transpose(1, 2), d_decay
+
+    def _token_gradients(
+        self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, borders: Tensor, d_borders: Tensor, out: tuple
+    ) -> Tensor | None:
+        """dq and dk into `out`, and the gradient of a decay per token if there is one."""
+        shared, sizes = self._shared, self.plan.sizes
+        blocks, rows = launches.key_blocks(shared), (sizes.batch, sizes.heads, sizes.tokens)
+        query_rows = key_rows = None
+        if x.log_decay is not None:
+            query_rows, key_rows = self._empty((2, 2 * blocks, *rows)), self._empty((blocks, *rows))
+        self._gradient_walk(x, do, u, dv, borders, (*out, query_rows), of_keys=False)
+        self._gradient_walk(x, do, u, dv, d_borders, (out[1], key_rows), of_keys=True)
+        if x.log_decay is None:
+            return None
+        d_decay = self._empty(x.log_decay.shape)
+        key = ("decay", layout(x.log_decay))
+        launch = shared.launches.get(key) or shared.keep(key, launches.decay_launch(shared, key[1]))
+        launch(x.log_decay, borders, d_borders, query_rows, key_rows, d_decay, shared.table)
+        return d_decay
+
+    def _channel_gradients(
+        self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, borders: Tensor, d_borders: Tensor, out: tuple
+    ) -> Tensor:
+        """dq and dk into `out`, and the gradient of a decay per channel."""
+        shared, gates, (dq, dk) = self._shared, self._prepared(x).gates, out
+        assert gates is not None
+        assert x.log_decay is not None
+        (q, q_at), (k, k_at), (g, g_at), (do, do_at) = map(self._placed, (x.q, x.k, x.log_decay, do))
+        write, sums = self._empty(dk.shape, dk.dtype), self._empty((2, *shared.key_shape))
+        from_state, d_decay = self._empty((2, *gates.total.shape)), self._empty(shared.key_shape)
+        key = ("flagged gradient", self._groups, x.scale, q_at, k_at, g_at, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.flagged_gradient_launch(shared, *key[1:]))
+        launch(q, k, g, u, do, dv, gates.flag, dq, dk, write, sums, shared.table)
+        (later, earlier), (queries, keys, written) = gates.factors, gates.hats
+        tiles = (gates.steps, gates.total, gates.flag, u, do, dv, borders)
+        # The dtype of what is written depends on the groups, as in all of these launches.
+        key = ("channel gradient", self._groups > 1, False, x.scale, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[2:]))
+        launch(*gates.sides, written, later, *tiles, dq, dk, sums, from_state, shared.table)
+        key = ("channel gradient", self._groups > 1, True, x.scale, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.channel_gradient_launch(shared, *key[2:]))
+        out = (d_borders, dk, write, sums, from_state, d_decay)
+        launch(*gates.sides, queries, keys, earlier, *tiles, *out, shared.table)
+        return d_decay
+
+    def _walk(
+        self,
+        kind: str,
+        x: DeltaOperands,
+        states: Tensor | None,
+        o: Tensor | None,
+        u: Tensor | None,
+        borders: Tensor | None,
+        local: Tensor | None,
+        transition: Tensor | None,
+    ) -> None:
+        shared, made = self._shared, self._prepared(x)
+        q, k, write = made.walked
+        (q, q_at), (k, k_at), (v, v_at) = map(self._placed, (q, k, x.v))
+        states_at, channel = None if states is None else layout(states)[1], write is not None
+        decay = x.log_decay is not None and not channel
+        key = ("walk", self._groups, kind, x.scale, q_at, k_at, v_at, decay, channel, states_at)
+        launch = shared.launches.get(key)
+        if launch is None:
+            launch = launches.walk_launch(shared, *key[1:7], decay=decay, channel=channel)
+            shared.keep(key, launch)
+        inner = (made.m, made.p, made.factors, made.total)
+        launch(q, k, write, v, *inner, states, o, u, borders, local, transition, shared.table)
+
+    def _reverse_walk(
+        self,
+        x: DeltaOperands,
+        do: Tensor,
+        d_states: Tensor | None,
+        u: Tensor | None,
+        dv: Tensor | None,
+        d_beta: Tensor | None,
+        borders: Tensor | None,
+        local: Tensor | None,
+    ) -> None:
+        shared, made = self._shared, self._prepared(x)
+        q, k, write = made.walked
+        (q, q_at), (k, k_at), (do, do_at) = map(self._placed, (q, k, do))
+        states_at, channel = None if d_states is None else layout(d_states)[1], write is not None
+        decay = x.log_decay is not None and not channel
+        key = ("reverse walk", self._groups, x.scale, q_at, k_at, do_at, decay, channel, states_at)
+        launch = shared.launches.get(key)
+        if launch is None:
+            launch = launches.reverse_walk_launch(shared, *key[1:6], decay=decay, channel=channel)
+            shared.keep(key, launch)
+        tensors = (made.m, made.p, made.factors, made.total, d_states, dv, d_beta, borders, local)
+        launch(q, k, write, do, u, *tensors, shared.table)
+
+    def _gradient_walk(
+        self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, borders: Tensor, out: tuple, *, of_keys: bool
+    ) -> None:
+        shared, made = self._shared, self._prepared(x)
+        (q, q_at), (k, k_at), (do, do_at) = map(self._placed, (x.q, x.k, do))
+        key = ("gradient", self._groups, of_keys, x.scale, q_at, k_at, do_at, x.log_decay is not None)
+        launch = shared.launches.get(key)
+        if launch is None:
+            launch = launches.gradient_launch(shared, *key[1:7], decay=key[7])
+            shared.keep(key, launch)
+        launch(q, k, u, do, dv, made.factors, borders, *out, shared.table)
+
+    @property
+    def _local_shape(self) -> tuple[int, ...]:
+        return (*self.transitions_shape[:4], self.plan.sizes.value_dim)
+
+    @property
+    def _borders_shape(self) -> tuple[int, ...]:
+        return (*self._local_shape[:3], launches.stretches(self._shared) + 1, *self._local_shape[3:])
+
+    def run_map(self, maps: DeltaKernelMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """All segments of each run as one map: its state [N, H, K, V] and transition [N, H, K, K]."""
+        shape = self._shared.ends_shape
+        transition = self._empty((*shape[:3], shape[2]))
+        return self._scan(maps, None, None, transition, reverse=reverse), transition
+
+    def border_maps(self, maps: DeltaKernelMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """The segments of the run at the border to the tokens behind (reversed: before), each as one map.
+
+        In the order in which a state passes through them: states [U, N, H, K, V] and transitions [U, N, H, K, K].
+        """
+        transition = self._of_border(maps.transition, reverse=reverse)
+        return self._of_border(maps.local, reverse=reverse), transition.mT if maps.transposed else transition
+
+    def scan(self, maps: DeltaKernelMaps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """From the state that enters each run [N, H, K, V]: those at all borders, and the one behind all."""
+        states = self._empty(self._shared.states_shape)
+        return states, self._scan(maps, entering, states, None, reverse=reverse)
+
+    def _scan(
+        self,
+        maps: DeltaKernelMaps,
+        entering: Tensor | None,
+        states: Tensor | None,
+        end_transition: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        shared, plan = self._shared, self.plan
+        end = self._empty(shared.ends_shape)
+        entering = None if entering is None else entering.to(self.dtype).contiguous()
+        tensors = (entering, maps.local, maps.transition, states, end, end_transition)
+        launch = launches.scan_launch(
+            plan.runs, plan.segments, plan.slots, plan.sizes.heads, *shared.state, shared.device, reverse,
+            maps.transposed, shared.packed, end_transition is not None, _given(tensors),
+        )  # fmt: skip
+        launch(*tensors, shared.run_starts)
+        return end
+
+
+def fold(entering: Tensor, state: Tensor, transition: Tensor) -> Tensor:
+    """`entering` [N, H, K, V] through the maps `state` [U, N, H, K, V] and matrices [U, N, H, K, K], in order; fp32.
+
+    By the kernel of the scan, so that devices that fold one after another come to the bits of one.
+    """
+    units, runs, heads, rows, columns = state.shape
+    out = torch.empty(entering.shape, dtype=entering.dtype, device=entering.device)
+    of_runs = (x.permute(1, 2, 0, 3, 4).contiguous() for x in (state, transition))
+    tensors = (entering.contiguous(), *of_runs, None, out, None)
+    launch = launches.scan_launch(
+        runs, units, 0, heads, rows, columns, out.device, False, False, False, False, _given(tensors)
+    )
+    launch(*tensors, None)
+    return out
+
+
+def _given(tensors: Sequence[Tensor | None]) -> tuple[bool | None, ...]:
+    """Which tensors there are, and how they lie."""
+    return tuple(x if x is None else layout(x)[1] for x in tensors)
+
+
+def _per_channel(x: DeltaOperands) -> bool:
+    return x.log_decay is not None and x.log_decay.ndim == 4
+
+
+def _token_stride(x: DeltaOperands) -> int:
+    """The longest; of a tensor whose last dim has gaps that of its copy."""
+    tensors = (x.q, x.k, x.v, *(y for y in (x.beta, x.log_decay) if y is not None))
+    strides = (y.stride(1) if y.ndim == 3 or y.stride(3) == 1 else y.shape[2] * MAX_DIM for y in tensors)
+    return int(max(strides))
+
+
+def unsupported(x: DeltaOperands) -> str | None:
+    """What the kernels take in place of what these inputs have; None where they serve."""
+    if x.k.dtype not in (torch.float32, torch.bfloat16):  # 1 / LEAST_BETA is no number of fp16
+        return f"fp32 or bf16, got {x.k.dtype}"
+    for name, dim in (("K", x.k.shape[-1]), ("V", x.v.shape[-1])):
+        if not 1 <= dim <= MAX_DIM:
+            return f"head dims from 1 to {MAX_DIM}, got {name} = {dim}"
+    return None
