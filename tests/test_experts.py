@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -301,6 +302,23 @@ def _wrong_mesh():
     with pytest.raises(ValueError, match=r"mesh must hold all ranks of the sequence, \(0, 1\).*got None of the ranks"):
         lasp.balance_loss(model, mesh=None)
     assert lasp.balance_loss(model, mesh=mesh) >= 1 - 1e-9
+
+
+def _without_layout():
+    mesh, model = mesh_of(sp=2), with_experts()
+    lasp.parallelize(model, mesh["sp"])
+    local = lasp.shard_batch(batch_of(2), mesh)  # of 23 tokens, padded to 24
+    with pytest.warns(UserWarning, match=r"a router needs layout=local\['layout'\].* padded.* 12 tokens"):
+        model(local["input_ids"], local["position_ids"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(local["input_ids"], local["position_ids"], local["layout"])
+        local = lasp.shard_batch({"input_ids": batch_of(2)["input_ids"][:, 1:]}, mesh)
+        model(local["input_ids"], local["position_ids"])
+
+
+def test_padding_without_a_layout_is_said():
+    run_ranks(2, _without_layout)
 
 
 def test_a_mesh_without_ranks_of_the_sequence_is_refused():
