@@ -11,10 +11,11 @@
 Recurrences of channels that decay each by itself (`elementwise_path`), and the delta rule (`delta_steps_of`):
 
 | CUDA | a recurrence in bf16, fp16, fp32 | `scan_steps.TileRecurrenceSteps` |
-| CUDA, CPU | anything else, the delta rule, a selective scan | PyTorch's, in elementwise.py, selective_scan.py, delta_steps.py |
+| CUDA, CPU | anything else; the delta rule; a selective scan | elementwise.py, delta_steps.py, selective_scan.py |
 
-There are Triton kernels of the delta rule (bf16, fp32; K, V up to 256) and of the selective scan, too. As they are now
-their results were compared under the interpreter and not yet on a card, so they serve where LASP_KERNELS asks for them.
+There are Triton kernels of the delta rule (bf16, fp32; K, V up to 256), of the selective scan, of a normaliser and of
+heads of v that share q and k, too. As they are now their results were compared under the interpreter and not yet on a
+card, so they serve where LASP_KERNELS asks for them. (Else `lasp.linear_attention` repeats q and k for such heads.)
 
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
@@ -161,7 +162,8 @@ def path(x: Operands | DeltaOperands) -> Path:
     """What computes these inputs (see the table above)."""
     if isinstance(x, DeltaOperands):
         return _path(x.k, served=False)
-    return _path(x.k, served=not _per_channel(x) or _serves_channels(x))
+    compared = not x.normalize and x.v.shape[2] == x.k.shape[2]  # on a card, see above
+    return _path(x.k, served=compared and (not _per_channel(x) or _serves_channels(x)))
 
 
 def _per_channel(x: Operands | DeltaOperands) -> bool:
