@@ -177,7 +177,7 @@ def main(
     verify: Annotated[bool, typer.Option("--verify", help="Compare with training in one process.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes to start; default: GPUs, or 2.")] = None,
 ) -> None:
-    """Train a byte-level TransNormerLLM with its sequences split over ranks."""
+    """Train a language model (TransNormerLLM, or --family) with its sequences split over ranks."""
     default_lr = LEARNING_RATES[model.split("-")[-1]]
     arguments = {**locals(), "lr": default_lr if lr is None else lr}
     options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})

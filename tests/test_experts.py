@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -303,6 +304,23 @@ def _wrong_mesh():
     assert lasp.balance_loss(model, mesh=mesh) >= 1 - 1e-9
 
 
+def _without_layout():
+    mesh, model = mesh_of(sp=2), with_experts()
+    lasp.parallelize(model, mesh["sp"])
+    local = lasp.shard_batch(batch_of(2), mesh)  # of 23 tokens, padded to 24
+    with pytest.warns(UserWarning, match=r"a router needs layout=local\['layout'\].* padded.* 12 tokens"):
+        model(local["input_ids"], local["position_ids"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(local["input_ids"], local["position_ids"], local["layout"])
+        local = lasp.shard_batch({"input_ids": batch_of(2)["input_ids"][:, 1:]}, mesh)
+        model(local["input_ids"], local["position_ids"])
+
+
+def test_padding_without_a_layout_is_said():
+    run_ranks(2, _without_layout)
+
+
 def test_a_mesh_without_ranks_of_the_sequence_is_refused():
     run_ranks(2, _wrong_mesh)
 
@@ -320,7 +338,7 @@ def test_what_does_not_fit_is_refused():
         experts_from_dense(nn.Linear(1, 1), experts=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="experts or attention_experts must be more than 0"):
         experts_from_dense(dense())
-    with pytest.raises(ValueError, match=r"experts must divide glu_width 30 .* got 4 and 0"):
+    with pytest.raises(ValueError, match=r"experts \+ shared_experts must divide glu_width 30, got 4 \+ 0"):
         experts_from_dense(dense(), experts=4)
     with pytest.raises(ValueError, match="attention_experts must divide the 3 heads, got 2"):
         experts_from_dense(dense(), attention_experts=2)

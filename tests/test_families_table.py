@@ -232,7 +232,7 @@ def mamba(x):
 
 
 def rg_lru(x):
-    decay = -8 * F.softplus(x.rate) * torch.sigmoid(x.r)
+    decay = 8 * F.logsigmoid(x.rate) * torch.sigmoid(x.r)
     return decay, (-torch.expm1(2 * decay)).sqrt() * torch.sigmoid(x.i) * x.x
 
 

@@ -68,7 +68,7 @@ def test_two_ranks_train_experts_as_one(text, tmp_path, more):  # noqa: F811
         (["--experts=8"], "--experts: is for families other than tnl"),
         (["--family=gla", "--balance=0.5"], "--balance: is for models with --experts or --attention-experts"),
         (["--experts-per-token=3"], "--experts-per-token: is for models with --experts or --attention-experts"),
-        (["--family=gla", "--experts=7"], "experts must divide glu_width 384"),
+        (["--family=gla", "--experts=7"], "--experts: experts + shared_experts must divide glu_width 384"),
         (["--family=gla", "--attention-experts=3"], "attention_experts must divide the 4 heads, got 3"),
         (["--pattern=LS"], "'LS' is not of letters L and S, and of L alone for tnl"),
     ],

@@ -61,7 +61,7 @@ def check(x, lengths, cu_seqlens, *, with_final, sequence, call=lasp.linear_atte
     mine = x.shard(lengths, rank)
     mine.d_final_state.div_(world)
     mine.require_grad(NAMES)
-    layout = lasp.ShardLayout(lengths, cu_seqlens) if cu_seqlens or dense_layout else None
+    layout = lasp.ShardLayout(lengths, cu_seqlens) if cu_seqlens or dense_layout or world > 1 else None
     options = {"scale": SCALE, "causal": False, "layout": layout, "sequence": sequence}
     options |= {"initial_state": mine.initial_state, "output_final_state": with_final}
     found_o, found_final = call(mine.q, mine.k, mine.v, **options)
@@ -148,12 +148,16 @@ def _other_ways():
     o, final, _ = expected_of(x, None, True)
     sequence, lengths = sequence_of_all(), (11, 10)
     mine = x.shard(lengths, rank)
-    made, _ = lasp.linear_attention(lambda: mine.q, mine.k, mine.v, scale=SCALE, causal=False, sequence=sequence)
+    layout = lasp.ShardLayout(lengths)
+    made, _ = lasp.linear_attention(
+        lambda: mine.q, mine.k, mine.v, scale=SCALE, causal=False, layout=layout, sequence=sequence
+    )
     assert_close(made, cut(o, lengths, rank), "o")
     half, state = lasp.linear_attention(
         *(y.bfloat16() for y in (mine.q, mine.k, mine.v)),
         scale=SCALE,
         causal=False,
+        layout=layout,
         sequence=sequence,
         output_final_state=True,
     )
@@ -238,12 +242,14 @@ def _refused():
             torch.compile(lasp.linear_attention, backend="aot_eager")(x, x, x, causal=False, **options)
     with pytest.raises(ValueError, match="v must have the heads of k with causal=False, got 2 and 1"):
         lasp.linear_attention(x[:, :, :1], x[:, :, :1], x, causal=False, sequence=sequence)
-    causal = dist.get_rank() == 0
+    with pytest.raises(ValueError, match=r"layout must tell which tokens are padding .* got None"):
+        lasp.linear_attention(x, x, x, causal=False, sequence=sequence)
+    causal, options = dist.get_rank() == 0, {"layout": lasp.ShardLayout((4, 4)), "sequence": sequence}
     with pytest.raises(lasp.RankMismatchError, match="causal"):
-        lasp.linear_attention(x, x, x, causal=causal, sequence=sequence)
-    assert not lasp.linear_attention(x, x, x, causal=False, sequence=sequence)[0].any()
+        lasp.linear_attention(x, x, x, causal=causal, **options)
+    assert not lasp.linear_attention(x, x, x, causal=False, **options)[0].any()
     with pytest.raises(lasp.RankMismatchError, match="the sum of the states"):
-        lasp.linear_attention(x, x, x, causal=causal, sequence=sequence)
+        lasp.linear_attention(x, x, x, causal=causal, **options)
     y = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(lasp.linear_attention(y, y, y, causal=False)[0].sum(), y, create_graph=True)

@@ -81,7 +81,7 @@ class DecoderConfig:
             raise ValueError(f"shared_experts must be 0 where experts are none, got {self.shared_experts}")
         if self.experts and self.glu_width % slices:
             raise ValueError(
-                f"experts must divide glu_width {self.glu_width} together with shared_experts, got {self.experts} and "
+                f"experts + shared_experts must divide glu_width {self.glu_width}, got {self.experts} + "
                 f"{self.shared_experts}"
             )
         if self.attention_experts and self.heads % self.attention_experts:

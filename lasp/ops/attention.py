@@ -108,7 +108,7 @@ def linear_attention(
             is added to it: where it is 0, o is NaN or Inf, and where it is near 0, gradients are large.
         causal: False for a sum over all tokens (of each packed sequence) in place of the states before a token. It goes
             with no log_decay, normalize, segment_length or grouped values, and not with `lasp.stream_backward`. An
-            initial state is added.
+            initial state is added. Over several ranks it needs `layout`: padding would be in the sum.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences; H the heads of v. With `normalize` [N, H, K, V + 1], whose last column is s. The rank on which a
             sequence begins gets its gradient, the others zero.
@@ -228,7 +228,7 @@ def _run(
         x = _prepare(q, k, v, log_decay, initial_state, scale, normalize)
         kernels.check_inputs(x.q, x.k, x.v, log_decay, segment_length)
         if not causal:
-            unmasked.check(x, segment_length)
+            unmasked.check(x, segment_length, layout, sequence)
         ends, rates = initial_state is not None or output_final_state, decay.host_values(log_decay)
         call = call_of(
             NAME,
@@ -594,7 +594,7 @@ def _compiled_unmasked(
     sequence: SequenceParallel | None,
     segment_length: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    unmasked.check(x, segment_length)
+    unmasked.check(x, segment_length, layout, sequence)
     lengths, cu_seqlens, ranks = facts_of(layout, sequence)
     with_gradient = initial_state is not None and initial_state.requires_grad
     o, final_state, _ = torch.ops.lasp.unmasked_attention(

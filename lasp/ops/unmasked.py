@@ -21,15 +21,19 @@ from torch import Tensor
 
 from lasp import exchange
 from lasp.checks import finite
+from lasp.layout import ShardLayout
 from lasp.ops import recompute
 from lasp.ops.call import Call, no_autocast
+from lasp.ranks import SequenceParallel
 from lasp_kernels import Operands, state_dtype
 from lasp_kernels.once import no_second_derivative
 
 PIECE = 16384  # tokens that are converted to the dtype of states at once
 
 
-def check(x: Operands, segment_length: int | None) -> None:
+def check(
+    x: Operands, segment_length: int | None, layout: ShardLayout | None, sequence: SequenceParallel | None
+) -> None:
     """Raise `ValueError` for what belongs to a state that passes from token to token, and for forms without sums."""
     if x.log_decay is not None:
         raise ValueError(
@@ -46,6 +50,12 @@ def check(x: Operands, segment_length: int | None) -> None:
         )
     if x.v.shape[2] != x.k.shape[2]:
         raise ValueError(f"v must have the heads of k with causal=False, got {x.v.shape[2]} and {x.k.shape[2]}")
+    # Without a mask padding behind the last token is seen by all tokens, and nothing but a layout tells it from these.
+    if layout is None and isinstance(sequence, SequenceParallel) and sequence.size > 1:
+        raise ValueError(
+            "layout must tell which tokens are padding (lasp.shard_batch makes it), since with causal=False each token "
+            "would see these too; got None"
+        )
 
 
 def not_streamed() -> None:
