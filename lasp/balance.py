@@ -45,8 +45,8 @@ def balance_loss(model: nn.Module, *, mesh) -> Tensor:
         TypeError, ValueError: before any communication: an argument that does not fit, a model without routers, or one
             that has not run since, or ran without gradients (also in a checkpoint with use_reentrant=True); a mesh that
             lacks ranks over which the model was split.
-        RankMismatchError: another rank's model has not run, or has other routers; on every rank (on a CPU: elsewhere the
-            host would have to wait).
+        RankMismatchError: another rank's model has not run, or has other routers; on every rank (on a CPU: elsewhere
+            the host would have to wait).
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
     routers = routers_of(model)
