@@ -46,6 +46,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	grep -v -E '^(torch|triton$(if $(filter $(OLDEST),$*),|numpy))==' constraints.txt > $(@D)/constraints.txt
 	$(if $(filter $(OLDEST),$*),echo 'numpy<2.4' >> $(@D)/constraints.txt)
 	$(@D)/bin/python $(INSTALL) -c $(@D)/constraints.txt -e '.[train,transformers,dev]' torch==$*
+	$(@D)/bin/python $(INSTALL) -c $(@D)/constraints.txt --ignore-installed --no-deps mpi4py mpich  # found beside Python
 	touch $@
 
 install: $(VENV)/.installed  ## what most targets need
