@@ -23,6 +23,7 @@ import fla_families
 import torch
 import torch.nn.functional as F
 from common import command_line, report, table
+from timing import copies, median
 from torch import Tensor
 
 import lasp
@@ -123,7 +124,7 @@ def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 def _both(call: Callable[[], Tensor], x: list[Tensor], do: Tensor) -> tuple[float, float, float]:
     """Forward and backward in ms, and the MiB of memory that both need."""
     with torch.no_grad():
-        forward = _median(call)
+        forward = median(call)
 
     def both():
         torch.autograd.grad(call(), x, do)
@@ -135,7 +136,7 @@ def _both(call: Callable[[], Tensor], x: list[Tensor], do: Tensor) -> tuple[floa
     both()
     torch.cuda.synchronize()
     memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return forward, _median(both) - forward, memory
+    return forward, median(both) - forward, memory
 
 
 def compile_part(part: str) -> None:
@@ -145,20 +146,6 @@ def compile_part(part: str) -> None:
         x, do = inputs(1024, 16, dim, dim, "gla", torch.bfloat16, "cuda")
         torch.autograd.grad(fla_gla(*x), x, do)
     torch.cuda.synchronize()
-
-
-def _median(call: Callable[[], object]) -> float:
-    """In ms."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=10, rep=80, return_mode="median"))  # type: ignore[arg-type]
-
-
-def copies() -> float:
-    """GB/s of a copy on the device, read and written."""
-    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / _median(lambda: b.copy_(a)) / 1e6
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from common import command_line, report, table
+from timing import copies, median
 from torch import Tensor
 
 import lasp
@@ -117,7 +118,7 @@ def times(T: int, dim: int, form: str, kernels: str, bandwidth: float) -> dict:
             os.environ["LASP_KERNELS"] = kernels
             call = lambda y: ours(y)[0]  # noqa: E731
         with torch.no_grad():
-            row["fwd ms"] = forward = _median(lambda: call(x))
+            row["fwd ms"] = forward = median(lambda: call(x))
         row["fwd % floor"] = 100 * FLOOR[form][0] * floor / forward
 
         def both() -> None:
@@ -130,27 +131,13 @@ def times(T: int, dim: int, form: str, kernels: str, bandwidth: float) -> dict:
         both()
         torch.cuda.synchronize()
         row["MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        row["bwd ms"] = backward = _median(both) - forward
+        row["bwd ms"] = backward = median(both) - forward
         row["bwd % floor"] = 100 * FLOOR[form][1] * floor / backward
     except (RuntimeError, ImportError) as error:  # out of memory, too; fla refuses some versions of Triton
         row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
     finally:
         os.environ.pop("LASP_KERNELS", None)
     return row
-
-
-def _median(call: Callable[[], object]) -> float:
-    """In ms."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=10, rep=80, return_mode="median"))  # type: ignore[arg-type]
-
-
-def copies() -> float:
-    """GB/s of a copy on the device, read and written."""
-    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / _median(lambda: b.copy_(a)) / 1e6
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 
 import torch
 from common import command_line, report
+from timing import copies, median
 from torch import Tensor
 
 from lasp.ops.elementwise import elementwise_recurrence, selective_scan
@@ -76,7 +76,7 @@ def times(operator: str, T: int, kernels: str, bandwidth: float) -> dict:
         kind = RecurrenceOperands if len(x) == 2 else SelectiveOperands
         row["path"] = elementwise_path(kind(*x))
         with torch.no_grad():
-            forward = _median(lambda: f(*x))
+            forward = median(lambda: f(*x))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         y = f(*x)
@@ -84,7 +84,7 @@ def times(operator: str, T: int, kernels: str, bandwidth: float) -> dict:
         torch.autograd.grad(y, x, dy, retain_graph=True)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-        backward = _median(lambda: torch.autograd.grad(y, x, dy, retain_graph=True))
+        backward = median(lambda: torch.autograd.grad(y, x, dy, retain_graph=True))
     except torch.OutOfMemoryError:
         return {**row, "note": "out of memory"}
     finally:
@@ -93,20 +93,6 @@ def times(operator: str, T: int, kernels: str, bandwidth: float) -> dict:
     row |= {"fwd ms": forward, "fwd % floor": 100 * floor[0] / forward}
     row |= {"bwd ms": backward, "bwd % floor": 100 * floor[1] / backward}
     return {**row, "kept MiB": kept / 2**20, "peak MiB": peak / 2**20}
-
-
-def _median(call: Callable[[], object]) -> float:
-    """In ms."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=10, rep=60, return_mode="median"))  # type: ignore[arg-type]
-
-
-def copies() -> float:
-    """GB/s of a copy on the device, read and written."""
-    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / _median(lambda: b.copy_(a)) / 1e6
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -78,3 +78,17 @@ def _on_gpu(call: Callable[[], object], device: torch.device, group: ProcessGrou
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end)
+
+
+def median(call: Callable[[], object], rep: int = 80) -> float:
+    """Of calls on one GPU with an empty L2 cache, in ms, from so many milliseconds of them."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=rep, return_mode="median"))  # type: ignore[arg-type]
+
+
+def copies() -> float:
+    """GB/s of a copy on one GPU, read and written."""
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / median(lambda: b.copy_(a)) / 1e6

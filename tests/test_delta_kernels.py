@@ -372,9 +372,10 @@ def test_full_size_with_grouped_heads_behind_others(form):
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_full_size_without_a_wait_of_the_host():
     x, do, d_final = delta_inputs("channel", 3000, heads=2, K=64, V=64, dtype=torch.bfloat16)
-    by_kernels(x, do, d_final)
+    expected = by_kernels(x, do, d_final)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        by_kernels(x, do, d_final)
+        found = by_kernels(x, do, d_final)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())

@@ -406,7 +406,8 @@ def test_a_copy_and_a_file_have_no_counts():
 # In other dtypes, and on a GPU
 
 
-def _in_bf16(device):
+def _worst_in_16_bits(device):
+    """The largest relative error of output and gradients, under autocast and in bf16."""
     torch.manual_seed(0)
     layer = GatedExperts(64, 5 * 64, 4, 2, 1).to(device)
     x = torch.randn(2, 37, 64, device=device, requires_grad=True)
@@ -420,19 +421,17 @@ def _in_bf16(device):
             out = made(y.abs())
             out.float().square().mean().backward()
         found.append([out, *(p.grad for name, p in made.named_parameters() if "score" not in name)])
-    for other in found[1:]:
-        for a, b in zip(other, found[0]):
-            assert ((a.double() - b).norm() / b.norm()) < 2e-2
+    return max(((a.double() - b).norm() / b.norm()).item() for other in found[1:] for a, b in zip(other, found[0]))
 
 
 def test_in_16_bits():
-    _in_bf16("cpu")
+    assert _worst_in_16_bits("cpu") < 2e-2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     """One launch for all groups, of which one is empty and none is of a round length; the host does not wait."""
-    _in_bf16("cuda")
+    assert _worst_in_16_bits("cuda") < 2e-2
     layer = GatedExperts(64, 4 * 64, 4, 2).to("cuda", torch.bfloat16)
     x = torch.randn(2, 37, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()
