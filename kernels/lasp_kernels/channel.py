@@ -146,38 +146,39 @@ def channel_prepare_kernel(
 
 @triton.jit
 def flagged_scores(
-    q_base, k_base, g_base, side, tile, q_t, k_t, g_t, n, scale,
+    q_base, k_base, g_base, side, tile, r, q_t, k_t, g_t, n, scale,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P of a tile into `side` [C, C], a block of 16 x 16 after the other."""
+    """16 rows of P of a tile, its block r, into `side` [C, C]; and the decay from the tile's start to theirs."""
     d, i = tl.arange(0, BD), tl.arange(0, 16)
     d_mask = d < D
-    side_at = side + i[:, None] * C + i[None, :]
-    for r in tl.static_range(C // 16):
-        at = tile * C + r * 16
-        q = load_16(q_base, at, q_t, d, d_mask, n) * scale
-        x = (q * tl.exp2(tl.cumsum(decays_16(g_base, at, g_t, d, d_mask, n), 0))).to(LOW)
-        between = tl.zeros([BD], tl.float32)  # the decay of the blocks that lie between the two
-        for m in tl.static_range(r):
-            other = tile * C + (r - 1 - m) * 16
-            y = load_16(k_base, other, k_t, d, d_mask, n)
-            y = (y * tl.exp2(decays_behind(g_base, other, g_t, d, d_mask, n, 16) + between[None, :])).to(LOW)
-            p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-            tl.store(side_at + r * 16 * C + (r - 1 - m) * 16, p.to(side.dtype.element_ty))
-            between += tl.sum(decays_16(g_base, other, g_t, d, d_mask, n), 0)
-        p = tl.zeros([16, 16], tl.float32)
-        apart = tl.zeros([16, BD], tl.float32)  # the decays behind token j up to i
-        for m in range(16):
-            j = 15 - m
-            j_mask = d < tl.where(at + j < n, D, 0)
-            k_j = tl.load(k_base + (at + j) * k_t + d, mask=j_mask, other=0.0).to(tl.float32)
-            column = tl.sum(q * k_j[None, :] * tl.exp2(apart), 1)
-            p = tl.where((i[None, :] == j) & (i[:, None] >= j), column[:, None], p)
-            g_j = log2_decays(g_base + (at + j) * g_t + d, j_mask)
-            apart = tl.where((i >= j)[:, None], apart + g_j[None, :], apart)
-        tl.store(side_at + r * 16 * C + r * 16, p.to(side.dtype.element_ty))
-        for m in tl.static_range(C // 16 - 1 - r):
-            tl.store(side_at + r * 16 * C + (r + 1 + m) * 16, tl.zeros([16, 16], side.dtype.element_ty))
+    at = tile * C + r * 16
+    side_at = side + (r * 16 + i[:, None]) * C + i[None, :]
+    q = load_16(q_base, at, q_t, d, d_mask, n) * scale
+    x = (q * tl.exp2(tl.cumsum(decays_16(g_base, at, g_t, d, d_mask, n), 0))).to(LOW)
+    between = tl.zeros([BD], tl.float32)  # the decay of the blocks that lie between the two
+    for m in tl.range(r, num_stages=1):
+        block = r - 1 - m
+        other = tile * C + block * 16
+        y = load_16(k_base, other, k_t, d, d_mask, n)
+        y = (y * tl.exp2(decays_behind(g_base, other, g_t, d, d_mask, n, 16) + between[None, :])).to(LOW)
+        p = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        tl.store(side_at + block * 16, p.to(side.dtype.element_ty))
+        between += tl.sum(decays_16(g_base, other, g_t, d, d_mask, n), 0)
+    p = tl.zeros([16, 16], tl.float32)
+    apart = tl.zeros([16, BD], tl.float32)  # the decays behind token j up to i
+    for m in range(16):
+        j = 15 - m
+        j_mask = d < tl.where(at + j < n, D, 0)
+        k_j = tl.load(k_base + (at + j) * k_t + d, mask=j_mask, other=0.0).to(tl.float32)
+        column = tl.sum(q * k_j[None, :] * tl.exp2(apart), 1)
+        p = tl.where((i[None, :] == j) & (i[:, None] >= j), column[:, None], p)
+        g_j = log2_decays(g_base + (at + j) * g_t + d, j_mask)
+        apart = tl.where((i >= j)[:, None], apart + g_j[None, :], apart)
+    tl.store(side_at + r * 16, p.to(side.dtype.element_ty))
+    for block in range(r + 1, C // 16):
+        tl.store(side_at + block * 16, tl.zeros([16, 16], side.dtype.element_ty))
+    return between
 
 
 @triton.jit(do_not_specialize=VARYING_HERE)
@@ -187,9 +188,12 @@ def channel_flagged_kernel(
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr,
     LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles: where they are flagged, what `channel_prepare_kernel` left is replaced. With Q: QT, and SIDE;
-    with KT: that, and VEC."""
+    """16 tokens of each of TILES tiles: where they are flagged, what `channel_prepare_kernel` left is replaced.
+
+    With Q: QT, and SIDE; with KT: that, and VEC.
+    """
     _, b, h, rest = place_of_program(B, H, 1)
+    r = tl.program_id(1)
     groups = tl.cdiv(tiles, TILES)
     segment = rest // groups
     first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
@@ -200,28 +204,33 @@ def channel_flagged_kernel(
     out_base = ((b * T + start) * H + h) * D
     for t in range(TILES):
         tile = (rest % groups) * TILES + t
-        at = first_tile(b, h, H, first, segment, all_tiles, C) + tile
-        if tl.load(FLAG + at, mask=tile * C < n, other=0) != 0:
-            row = tile * C + tl.arange(0, C)
+        of_tile = first_tile(b, h, H, first, segment, all_tiles, C) + tile
+        if tl.load(FLAG + of_tile, mask=tile * C < n, other=0) != 0:
+            at = tile * C + r * 16
+            row = at + tl.arange(0, 16)
             mask = (row < n)[:, None] & d_mask[None, :]
             out_at = out_base + row[:, None] * (H * D) + d[None, :]
-            g = log2_decays(g_base + row[:, None] * g_t + d[None, :], mask)
+            g = decays_16(g_base, at, g_t, d, d_mask, n)
             if Q is not None:
                 q_base = Q + b * q_b + start * q_t + h * q_h
-                flagged_scores(
-                    q_base, k_base, g_base, SIDE + at * (C * C), tile, q_t, k_t, g_t, n, scale, D, BD, C, LOW, PRECISION
+                side = SIDE + of_tile * (C * C)
+                before = flagged_scores(
+                    q_base, k_base, g_base, side, tile, r, q_t, k_t, g_t, n, scale, D, BD, C, LOW, PRECISION
                 )
-                q = load_tile(q_base, row, q_t, d, n, D, tl.float32)
-                tl.store(QT + out_at, (q * (tl.exp2(tl.cumsum(g, 0)) * scale)).to(QT.dtype.element_ty), mask=mask)
+                q = load_16(q_base, at, q_t, d, d_mask, n) * scale * tl.exp2(tl.cumsum(g, 0) + before[None, :])
+                tl.store(QT + out_at, q.to(QT.dtype.element_ty), mask=mask)
             if KT is not None:
-                k = load_tile(k_base, row, k_t, d, n, D, tl.float32)
-                to_k = decays_behind(g_base, tile * C, g_t, d, d_mask, n, C)
-                tl.store(KT + out_at, (k * tl.exp2(to_k)).to(KT.dtype.element_ty), mask=mask)
-                plane = B.to(tl.int64) * H * all_tiles * D
-                total = tl.sum(g, 0)
-                tl.store(VEC + at * D + d, tl.zeros_like(total), mask=d_mask)
-                tl.store(VEC + at * D + d + plane, total, mask=d_mask)
-                tl.store(VEC + at * D + d + 2 * plane, tl.zeros_like(total), mask=d_mask)
+                behind = tl.zeros([BD], tl.float32)
+                for block in tl.range(r + 1, C // 16, num_stages=1):
+                    behind += tl.sum(decays_16(g_base, tile * C + block * 16, g_t, d, d_mask, n), 0)
+                k = load_16(k_base, at, k_t, d, d_mask, n)
+                k = k * tl.exp2(decays_behind(g_base, at, g_t, d, d_mask, n, 16) + behind[None, :])
+                tl.store(KT + out_at, k.to(KT.dtype.element_ty), mask=mask)
+                if r == 0:
+                    plane = B.to(tl.int64) * H * all_tiles * D
+                    tl.store(VEC + of_tile * D + d, tl.zeros_like(behind), mask=d_mask)
+                    tl.store(VEC + of_tile * D + d + plane, tl.sum(g, 0) + behind, mask=d_mask)
+                    tl.store(VEC + of_tile * D + d + 2 * plane, tl.zeros_like(behind), mask=d_mask)
 
 
 @triton.jit(do_not_specialize=VARYING_HERE)
@@ -540,10 +549,11 @@ def channel_flagged_gradient_kernel(
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
     PACKED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles and a block of channels: where they are flagged, the part of DQ and DK from within the tile; either
-    may be None."""
+    """16 tokens of each of TILES tiles, and a block of channels: where they are flagged, the part of DQ and DK from
+    within the tile; either may be None."""
     blocks: tl.constexpr = (D + BD - 1) // BD
     block, b, h, rest = place_of_program(B, H, blocks)
+    r = tl.program_id(1)
     groups = tl.cdiv(tiles, TILES)
     segment = rest // groups
     first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
@@ -557,48 +567,47 @@ def channel_flagged_gradient_kernel(
     for t in range(TILES):
         tile = (rest % groups) * TILES + t
         if tl.load(FLAG + tile_at + tile, mask=tile * C < n, other=0) != 0:
-            for r in tl.static_range(C // 16):
-                at = tile * C + r * 16
-                q = load_16(q_base, at, q_t, d, d_mask, n)
-                # These tokens as queries, of keys in earlier blocks; then as keys, for queries in later ones.
-                dq, between = tl.zeros([16, BD], tl.float32), tl.zeros([BD], tl.float32)
-                for m in tl.static_range(r):
-                    other = tile * C + (r - 1 - m) * 16
-                    dp = score_gradient_16(do_base, v_base, at, other, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
-                    y = load_16(k_base, other, k_t, d, d_mask, n)
-                    y = y * tl.exp2(decays_behind(g_base, other, g_t, d, d_mask, n, 16) + between[None, :])
-                    dq = tl.dot(dp.to(LOW), y.to(LOW), dq, input_precision=PRECISION)
-                    between += tl.sum(decays_16(g_base, other, g_t, d, d_mask, n), 0)
-                dq = dq * tl.exp2(tl.cumsum(decays_16(g_base, at, g_t, d, d_mask, n), 0))
-                dk, between = tl.zeros([16, BD], tl.float32), tl.zeros([BD], tl.float32)
-                for m in tl.static_range(C // 16 - 1 - r):
-                    other = tile * C + (r + 1 + m) * 16
-                    dp = score_gradient_16(do_base, v_base, other, at, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
-                    g = decays_16(g_base, other, g_t, d, d_mask, n)
-                    x = load_16(q_base, other, q_t, d, d_mask, n) * tl.exp2(tl.cumsum(g, 0))
-                    part = tl.dot(tl.trans(dp.to(LOW)), x.to(LOW), input_precision=PRECISION)
-                    dk += part * tl.exp2(between)[None, :]
-                    between += tl.sum(g, 0)
-                dk = dk * tl.exp2(decays_behind(g_base, at, g_t, d, d_mask, n, 16))
-                dp = score_gradient_16(do_base, v_base, at, at, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
-                dp = tl.where(i[:, None] >= i[None, :], dp, 0.0)
-                apart = tl.zeros([16, BD], tl.float32)
-                for m in range(16):
-                    j = 15 - m
-                    j_mask = d < tl.where(at + j < n, D, 0)
-                    k_j = tl.load(k_base + (at + j) * k_t + d, mask=j_mask, other=0.0).to(tl.float32)
-                    g_j = log2_decays(g_base + (at + j) * g_t + d, j_mask)
-                    column = tl.sum(tl.where(i[None, :] == j, dp, 0.0), 1)[:, None] * tl.exp2(apart)
-                    dq += column * k_j[None, :]
-                    dk += tl.where((i == j)[:, None], tl.sum(column * q, 0)[None, :], 0.0)
-                    apart = tl.where((i >= j)[:, None], apart + g_j[None, :], apart)
-                row = at + i
-                mask = (row < n)[:, None] & d_mask[None, :]
-                out_at = out_base + row[:, None] * (H * D) + d[None, :]
-                if DQ is not None:
-                    tl.store(DQ + out_at, dq.to(DQ.dtype.element_ty), mask=mask)
-                if DK is not None:
-                    tl.store(DK + out_at, dk.to(DK.dtype.element_ty), mask=mask)
+            at = tile * C + r * 16
+            # These tokens as queries, of keys in earlier blocks; then as keys, for queries in later ones.
+            dq, between = tl.zeros([16, BD], tl.float32), tl.zeros([BD], tl.float32)
+            for m in tl.range(r, num_stages=1):
+                other = at - (m + 1) * 16
+                dp = score_gradient_16(do_base, v_base, at, other, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
+                y = load_16(k_base, other, k_t, d, d_mask, n)
+                y = y * tl.exp2(decays_behind(g_base, other, g_t, d, d_mask, n, 16) + between[None, :])
+                dq = tl.dot(dp.to(LOW), y.to(LOW), dq, input_precision=PRECISION)
+                between += tl.sum(decays_16(g_base, other, g_t, d, d_mask, n), 0)
+            dq = dq * tl.exp2(tl.cumsum(decays_16(g_base, at, g_t, d, d_mask, n), 0))
+            dk, between = tl.zeros([16, BD], tl.float32), tl.zeros([BD], tl.float32)
+            for m in tl.range(C // 16 - 1 - r, num_stages=1):
+                other = at + (m + 1) * 16
+                dp = score_gradient_16(do_base, v_base, other, at, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
+                g = decays_16(g_base, other, g_t, d, d_mask, n)
+                x = load_16(q_base, other, q_t, d, d_mask, n) * tl.exp2(tl.cumsum(g, 0))
+                part = tl.dot(tl.trans(dp.to(LOW)), x.to(LOW), input_precision=PRECISION)
+                dk += part * tl.exp2(between)[None, :]
+                between += tl.sum(g, 0)
+            dk = dk * tl.exp2(decays_behind(g_base, at, g_t, d, d_mask, n, 16))
+            q = load_16(q_base, at, q_t, d, d_mask, n)
+            dp = score_gradient_16(do_base, v_base, at, at, do_t, v_t, n, scale, E, BE, LOW, PRECISION)
+            dp = tl.where(i[:, None] >= i[None, :], dp, 0.0)
+            apart = tl.zeros([16, BD], tl.float32)
+            for m in range(16):
+                j = 15 - m
+                j_mask = d < tl.where(at + j < n, D, 0)
+                k_j = tl.load(k_base + (at + j) * k_t + d, mask=j_mask, other=0.0).to(tl.float32)
+                g_j = log2_decays(g_base + (at + j) * g_t + d, j_mask)
+                column = tl.sum(tl.where(i[None, :] == j, dp, 0.0), 1)[:, None] * tl.exp2(apart)
+                dq += column * k_j[None, :]
+                dk += tl.where((i == j)[:, None], tl.sum(column * q, 0)[None, :], 0.0)
+                apart = tl.where((i >= j)[:, None], apart + g_j[None, :], apart)
+            row = at + i
+            mask = (row < n)[:, None] & d_mask[None, :]
+            out_at = out_base + row[:, None] * (H * D) + d[None, :]
+            if DQ is not None:
+                tl.store(DQ + out_at, dq.to(DQ.dtype.element_ty), mask=mask)
+            if DK is not None:
+                tl.store(DK + out_at, dk.to(DK.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -637,12 +646,12 @@ def finish_tokens(
 @triton.jit
 def finish_flagged_tile(
     q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale, first, end, later,
-    q_t, k_t, g_t, out_t, d, D: tl.constexpr,
+    q_t, k_t, g_t, out_t, d, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same of a flagged tile. In dq and dk is what `channel_flagged_gradient_kernel` left there."""
     mask = d < D
     to_k, from_state = tl.zeros_like(later), tl.zeros_like(later)
-    for i in range(0, end - first):
+    for i in tl.range(0, end - first, num_stages=STAGES):
         t = end - 1 - i
         at = t * out_t + d
         if dg_base is not None:
@@ -663,7 +672,7 @@ def finish_flagged_tile(
         to_k += log2_decays(g_base + t * g_t + d, mask)
     if dq_base is not None:
         to_q = tl.zeros_like(later)
-        for t in range(first, end):  # sums from the tile's start: no differences
+        for t in tl.range(first, end, num_stages=STAGES):  # sums from the tile's start: no differences
             at = t * out_t + d
             to_q += log2_decays(g_base + t * g_t + d, mask)
             dq, within = tl.load(dqt_base + at, mask=mask, other=0.0), tl.load(dq_base + at, mask=mask, other=0.0)
@@ -718,7 +727,7 @@ def channel_finish_kernel(
             if tl.load(FLAG + tile_at + tiles - 1 - i) != 0:
                 later = finish_flagged_tile(
                     q_base, k_base, g_base, qt_base, kt_base, dqt_base, dkt_base, dq_base, dk_base, dg_base, scale,
-                    low, high, later, q_t, k_t, g_t, H * D, d, D
+                    low, high, later, q_t, k_t, g_t, H * D, d, D, STAGES
                 )  # fmt: skip
             else:
                 later = finish_tokens(

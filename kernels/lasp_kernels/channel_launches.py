@@ -34,10 +34,10 @@ def flagged_launch(shared: Shared, scale: float, q: Layout | None, k: Layout, lo
     plan, sizes = shared.plan, shared.plan.sizes
     programs = sizes.batch * sizes.heads * plan.segments * -(-plan.tiles // TILES)
     return Launch(
-        channel.channel_flagged_kernel, shared.device, (programs, 1),
+        channel.channel_flagged_kernel, shared.device, (programs, plan.walk_tile // 16),
         (*_of_tiles(shared, scale), *_strides(q, k, log_decay)),
         D=sizes.key_dim, BD=power_of_two(sizes.key_dim), C=plan.walk_tile, TILES=TILES, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, num_warps=4,
+        LOW=shared.low, PRECISION=shared.precision, num_warps=2 if sizes.key_dim > 64 else 1,
     )  # fmt: skip
 
 
@@ -98,10 +98,10 @@ def flagged_gradient_launch(shared: Shared, scale: float, layouts: tuple[Layout,
     blocks = -(-sizes.key_dim // channels)
     programs = blocks * sizes.batch * sizes.heads * plan.segments * -(-plan.tiles // TILES)
     return Launch(
-        channel.channel_flagged_gradient_kernel, shared.device, (programs, 1),
+        channel.channel_flagged_gradient_kernel, shared.device, (programs, plan.walk_tile // 16),
         (*_of_tiles(shared, scale), *_strides(*layouts)), D=sizes.key_dim, E=sizes.value_dim, BD=channels,
         BE=min(64, power_of_two(sizes.value_dim)), C=plan.walk_tile, TILES=TILES, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, num_warps=4,
+        LOW=shared.low, PRECISION=shared.precision, num_warps=1,
     )  # fmt: skip
 
 
