@@ -59,7 +59,9 @@ def workers():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     wanted = TRANSFORMERS if "transformers" in sys.modules else []  # by a test file
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", *COMPILERS, "lasp", *wanted])
+    if not torch.cuda.is_available():  # else importing them may start CUDA, which no forked process could use then
+        wanted = [*COMPILERS, *wanted]
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "lasp", *wanted])
     return context
 
 
