@@ -26,12 +26,11 @@ import torch
 import torch.nn.functional as F
 from common import command_line, report, table
 from delta_peers import FORMS as PEERS
-from delta_peers import Call, peer, versions
+from delta_peers import Call, peer, refusal, versions
 from timing import copies, median
 from torch import Tensor
 
 import lasp
-from kernels import brief
 from lasp_kernels import path
 from lasp_kernels.delta import DeltaOperands
 from lasp_kernels.delta_steps import chunked_delta_rule
@@ -113,7 +112,8 @@ def compared(name: str, form: str, dim: int, T: int = 4133, H: int = HEADS, devi
         for backward in (False, True):
             row |= errors(T, H, dim, dim, form, torch.bfloat16, 1.0, device, call, backward) | {"path": name}
     except Exception as problem:  # each package has its own
-        row["note"] = brief(problem)
+        print(f"{name} {form} {dim}: {str(problem)[:2000]}", file=sys.stderr, flush=True)
+        row["note"] = refusal(problem)
     off = [f"{what} is {row[what]:.1e} off" for what in NAMES if row[what] is not None and not row[what] < LIMIT]
     row["note"] = ", ".join(off) or row["note"]
     return row
@@ -174,7 +174,7 @@ def times(T: int, dim: int, form: str, kernels: str, bandwidth: float, checked: 
     except Exception as problem:
         if checked is None and not isinstance(problem, RuntimeError):  # as running out of memory is
             raise
-        row["note"] = brief(problem)
+        row["note"] = refusal(problem)
     finally:
         os.environ.pop("LASP_KERNELS", None)
     return row

@@ -25,6 +25,12 @@ def peer(name: str, form: str) -> Call:
     return {"fla": _fla, "flashqla": _flashqla, "cudnn": _cudnn}[name](form)
 
 
+def refusal(problem: Exception) -> str:
+    """Why, in 200 characters: of a longer text the end, where cuDNN tells the reasons of its engines."""
+    text = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {text if len(text) <= 200 else '... ' + text[-200:]}"
+
+
 def versions(names: list[str]) -> list[str]:
     """Of the packages that are installed."""
     found = []

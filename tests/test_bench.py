@@ -563,7 +563,7 @@ def test_a_peer_of_the_delta_rule_that_is_wrong_or_refuses_is_told_and_not_timed
     assert delta.times(70, 16, "token", "cudnn", 1.0, wrong)["note"] == wrong["note"]
 
     def refuse(gradient):
-        raise NotImplementedError("no backward here")
+        raise NotImplementedError("engine " * 100 + "no backward here")
 
     def forward_only(x):
         o = delta.ours(x)[0]
@@ -571,7 +571,8 @@ def test_a_peer_of_the_delta_rule_that_is_wrong_or_refuses_is_told_and_not_timed
         return o
 
     half = of(forward_only)
-    assert half["note"] == "NotImplementedError: no backward here"
+    assert half["note"].startswith("NotImplementedError: ... ")
+    assert half["note"].endswith("no backward here")
     assert delta.right(half, ("o",))
     assert not delta.right(half, delta.GRADIENTS["token"])
     assert not delta.right(half | {"o": float("nan")}, ("o",))
