@@ -585,6 +585,29 @@ def test_a_peer_of_the_delta_rule_that_is_wrong_or_refuses_is_told_and_not_timed
     assert (row["fwd ms"], row["bwd ms"], row["note"]) == (None, None, missing["note"])
 
 
+def test_a_process_beside_makes_its_part_of_the_settings_and_tells_what_fails(monkeypatch, capsys):
+    import fla_families
+
+    tuner = SimpleNamespace(prune_configs=lambda *_: list("abcde"), do_bench=None)
+    monkeypatch.setattr(fla_families, "_tuners", lambda: [tuner])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    seen = []
+
+    def refused():
+        raise RuntimeError("not on this card")
+
+    fla_families.compile_part("1/2", [refused, lambda: seen.append(tuner.prune_configs())])
+    assert seen == [["b", "d", "a"]]
+    assert "RuntimeError: not on this card" in capsys.readouterr().err
+
+    parts = {}
+    monkeypatch.setattr(fla_families, "compile_part", lambda part, calls: parts.update({part: len(calls)}))
+    importlib.import_module("delta").main(["--dims", "64", "32", "--compile-part", "0/4"])
+    importlib.import_module("channel").main(["--compile-part", "3/4"])
+    importlib.import_module("families").main(["--families", "gla", "kda", "hgrn2", "--compile-part", "2/4"])
+    assert parts == {"0/4": 6, "3/4": 2, "2/4": 3}
+
+
 def test_errors_of_a_decay_per_channel(monkeypatch):
     """Of this device's path; the times need a GPU."""
     monkeypatch.delenv("LASP_KERNELS", raising=False)
