@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import fla_families
 import torch
@@ -141,11 +142,12 @@ def _both(call: Callable[[], Tensor], x: list[Tensor], do: Tensor) -> tuple[floa
 
 def compile_part(part: str) -> None:
     """In a process of its own: this part of the settings of fla's kernels (see fla_families.py)."""
-    fla_families.take_part(*map(int, part.split("/")))
-    for dim in DIMS:
+
+    def once(dim: int) -> None:
         x, do = inputs(1024, 16, dim, dim, "gla", torch.bfloat16, "cuda")
         torch.autograd.grad(fla_gla(*x), x, do)
-    torch.cuda.synchronize()
+
+    fla_families.compile_part(part, [partial(once, dim) for dim in DIMS])
 
 
 def main(argv: list[str] | None = None) -> None:

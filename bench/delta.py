@@ -1,24 +1,32 @@
-"""The delta rule on one GPU: errors against fp64, and times beside fla-core's kernels, in two tables.
+"""The delta rule on one GPU: errors against fp64, and times beside other packages' kernels, in tables.
 
-    python bench/delta.py [--lengths 8192 32768 131072] [--dims 128 64] [--without-fla] [--save] [--commit SHA]
+    python bench/delta.py [--lengths 8192 32768 131072] [--dims 128 64] [--peers fla flashqla cudnn] [--save]
 
 DeltaNet (`none`), Gated DeltaNet (`token`) and KDA (`channel`); decays are logsigmoid(x) of a normal x, `strong` ten
 times that, keys of unit length, beta uniform in [0, 1]. Errors are relative to chunked fp64, of a tensor as a whole: o,
 final state and all gradients. Times are medians of `triton.testing.do_bench`, forward and forward with backward, H 16,
-of q, k, v in bf16 and log_decay in fp32; beside them the memory that forward and backward need beyond the inputs, and
-fla's times where it is installed (some of its backwards refuse some versions of Triton: then a note). "% floor" is the
-time of reading every input and writing every output once over the measured time.
+of q, k, v in bf16 and log_decay in fp32, with the memory that forward and backward need beyond the inputs. "% floor" is
+the time of reading every input and writing every output once over the measured time.
+
+Peers are fla-core (its settings are compiled beforehand in processes beside this one), FlashQLA and cuDNN's frontend,
+in the forms that they have. Each is compared with fp64 first, at the H of the times; a note says what is off or
+refused, and that is not timed. FlashQLA and cuDNN cut a sequence where its decays have let the state fade, which these
+decays do within some dozens of tokens: they are slower where decays are weak.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import sys
+from functools import partial
 
+import fla_families
 import torch
 import torch.nn.functional as F
 from common import command_line, report, table
+from delta_peers import FORMS as PEERS
+from delta_peers import Call, peer, refusal, versions
 from timing import copies, median
 from torch import Tensor
 
@@ -28,8 +36,11 @@ from lasp_kernels.delta import DeltaOperands
 from lasp_kernels.delta_steps import chunked_delta_rule
 
 FORMS = ("none", "token", "channel")
+HEADS = 16  # of what is timed
 NAMES = ("o", "final", "dq", "dk", "dv", "dbeta", "ds", "dg")
 FLOOR = {"none": (4, 7), "token": (4, 7), "channel": (6, 11)}  # tensors of bf16; a decay per channel counts for two
+GRADIENTS = {form: ("dq", "dk", "dv", "dbeta", "dg")[: 4 + (form != "none")] for form in FORMS}
+LIMIT = 0.05  # of a peer's errors, in bf16
 
 
 def inputs(
@@ -50,46 +61,67 @@ def ours(x: list[Tensor], **options) -> tuple[Tensor, Tensor | None]:
     return lasp.delta_rule(*x[:4], log_decay=x[4] if len(x) > 4 else None, scale=x[0].shape[-1] ** -0.5, **options)
 
 
-def theirs(form: str) -> Callable[[list[Tensor]], Tensor]:
-    """fla's kernels."""
-    if form == "none":
-        from fla.ops.delta_rule import chunk_delta_rule
-
-        return lambda x: chunk_delta_rule(*x, scale=x[0].shape[-1] ** -0.5)[0]
-    if form == "token":
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        return lambda x: chunk_gated_delta_rule(*x[:3], x[4], x[3], scale=x[0].shape[-1] ** -0.5)[0]
-    from fla.ops.kda import chunk_kda
-
-    return lambda x: chunk_kda(*x[:3], x[4], x[3], scale=x[0].shape[-1] ** -0.5)[0]
-
-
 def errors(
-    T: int, H: int, K: int, V: int, form: str, dtype: torch.dtype, strength: float = 1.0, device: str = "cuda"
+    T: int,
+    H: int,
+    K: int,
+    V: int,
+    form: str,
+    dtype: torch.dtype,
+    strength: float = 1.0,
+    device: str = "cuda",
+    call: Call | None = None,
+    backward: bool = True,
 ) -> dict:
-    """A row."""
+    """A row; with a peer's `call`, of what that computes, from and to no state, and without `backward` of o alone."""
     x, do = inputs(T, H, K, V, form, dtype, device, strength)
-    state, d_final = (torch.randn(1, H, K, V, device=device) for _ in range(2))
+    given, seeds = dict(zip(("q", "k", "v", "beta", "g"), x)), {"o": do}
+    if call is None:
+        given["s"], seeds["final"] = (torch.randn(1, H, K, V, device=device) for _ in range(2))
     found = []
     for wide in (False, True):
-        *leaves, entering = [(y.detach().double() if wide else y.detach()).requires_grad_() for y in (*x, state)]
+        leaves = {name: (y.detach().double() if wide else y.detach()).requires_grad_() for name, y in given.items()}
+        tokens, state = list(leaves.values())[: len(x)], leaves.get("s")
         if wide:
-            log_decay = leaves[4] if len(leaves) > 4 else None
-            options = {"log_decay": log_decay, "initial_state": entering, "scale": K**-0.5}
-            results = chunked_delta_rule(*leaves[:4], **options)
+            options = {"log_decay": leaves.get("g"), "initial_state": state, "scale": K**-0.5}
+            results = chunked_delta_rule(*tokens[:4], **options)[: len(seeds)]
+        elif call is not None:
+            results = (call(tokens),)
         else:
-            results = ours(leaves, initial_state=entering, output_final_state=True)
-        seeds = [y.to(z.dtype) for y, z in zip((do, d_final), results)]
-        order = [*leaves[:4], entering, *leaves[4:]]
-        found.append([*results, *torch.autograd.grad(results, order, seeds)])
+            results = ours(tokens, initial_state=state, output_final_state=True)
+        found.append(dict(zip(seeds, results)))
+        if backward:
+            d = [y.to(z.dtype) for y, z in zip(seeds.values(), results)]
+            gradients = torch.autograd.grad(results, list(leaves.values()), d)
+            found[-1] |= dict(zip([f"d{name}" for name in leaves], gradients))
     row = {"T": T, "K": K, "V": V, "decay": form, "strength": strength, "dtype": str(dtype)[6:]}
-    row["path"] = path(DeltaOperands(*x))
-    return row | {name: None for name in NAMES} | {name: _relative(a, b) for name, a, b in zip(NAMES, *found)}
+    row["path"] = path(DeltaOperands(*x)) if call is None else None
+    return row | {name: None for name in NAMES} | {name: _relative(y, found[1][name]) for name, y in found[0].items()}
 
 
 def _relative(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def compared(name: str, form: str, dim: int, T: int = 4133, H: int = HEADS, device: str = "cuda") -> dict:
+    """A peer's row of errors; in `note` what is off, or what it refuses."""
+    row: dict = {"T": T, "K": dim, "V": dim, "decay": form, "strength": 1.0, "dtype": "bfloat16", "path": name}
+    row |= dict.fromkeys((*NAMES, "note"))
+    try:
+        call = peer(name, form)
+        for backward in (False, True):
+            row |= errors(T, H, dim, dim, form, torch.bfloat16, 1.0, device, call, backward) | {"path": name}
+    except Exception as problem:  # each package has its own
+        print(f"{name} {form} {dim}: {str(problem)[:2000]}", file=sys.stderr, flush=True)
+        row["note"] = refusal(problem)
+    off = [f"{what} is {row[what]:.1e} off" for what in NAMES if row[what] is not None and not row[what] < LIMIT]
+    row["note"] = ", ".join(off) or row["note"]
+    return row
+
+
+def right(row: dict, names: tuple[str, ...]) -> bool:
+    """Whether a peer computes these."""
+    return all(row[name] is not None and row[name] < LIMIT for name in names)
 
 
 def same_bits(T: int, form: str, device: str = "cuda") -> bool:
@@ -105,21 +137,27 @@ def same_bits(T: int, form: str, device: str = "cuda") -> bool:
         return torch.equal(o, torch.cat([first, second], 1)) and torch.equal(final, end)
 
 
-def times(T: int, dim: int, form: str, kernels: str, bandwidth: float) -> dict:
-    """A row; `kernels` is a path, or "fla"."""
-    x, do = inputs(T, 16, dim, dim, form, torch.bfloat16, "cuda")
+def times(T: int, dim: int, form: str, kernels: str, bandwidth: float, checked: dict | None = None) -> dict:
+    """A row; `kernels` is a path, or a peer whose row of errors is `checked`: what is not right is not timed."""
     row = {"T": T, "dim": dim, "decay": form, "kernels": kernels}
     row |= dict.fromkeys(("fwd ms", "fwd % floor", "bwd ms", "bwd % floor", "MiB", "note"))
-    floor = T * 16 * dim * 2 / bandwidth / 1e6
+    if checked is not None:
+        row["note"] = checked["note"]
+        if not right(checked, ("o",)):
+            return row
+    floor = T * HEADS * dim * 2 / bandwidth / 1e6
+    x, do = inputs(T, HEADS, dim, dim, form, torch.bfloat16, "cuda")
     try:
-        if kernels == "fla":
-            call = theirs(form)
+        if checked is not None:
+            call = peer(kernels, form)
         else:
             os.environ["LASP_KERNELS"] = kernels
             call = lambda y: ours(y)[0]  # noqa: E731
         with torch.no_grad():
             row["fwd ms"] = forward = median(lambda: call(x))
         row["fwd % floor"] = 100 * FLOOR[form][0] * floor / forward
+        if checked is not None and not right(checked, GRADIENTS[form]):
+            return row
 
         def both() -> None:
             torch.autograd.grad(call(x), x, do)
@@ -133,21 +171,47 @@ def times(T: int, dim: int, form: str, kernels: str, bandwidth: float) -> dict:
         row["MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         row["bwd ms"] = backward = median(both) - forward
         row["bwd % floor"] = 100 * FLOOR[form][1] * floor / backward
-    except (RuntimeError, ImportError) as error:  # out of memory, too; fla refuses some versions of Triton
-        row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
+    except Exception as problem:
+        if checked is None and not isinstance(problem, RuntimeError):  # as running out of memory is
+            raise
+        row["note"] = refusal(problem)
     finally:
         os.environ.pop("LASP_KERNELS", None)
     return row
+
+
+def compile_part(part: str, dims: list[int]) -> None:
+    """In a process of its own: this part of the settings of fla's kernels (see fla_families.py)."""
+
+    def once(dim: int, form: str) -> None:
+        x, do = inputs(1024, HEADS, dim, dim, form, torch.bfloat16, "cuda")
+        torch.autograd.grad(peer("fla", form)(x), x, do)
+
+    fla_families.compile_part(part, [partial(once, dim, form) for dim in dims for form in FORMS])
+
+
+def compared_peers(args: argparse.Namespace) -> dict[tuple[str, str, int], dict]:
+    """The row of errors of each peer, form and head dim; fla's settings are compiled first."""
+    if "fla" in args.peers and fla_families.version() is not None:
+        dims = [str(dim) for dim in args.dims]
+        fla_families.compile_beside([sys.executable, __file__, "--dims", *dims], args.compile_limit)
+        fla_families.measure_quickly()
+    cases = [(name, form, dim) for dim in args.dims for name in args.peers for form in PEERS[name]]
+    return {case: compared(*case) for case in cases}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--without-fla", action="store_true", help="it takes minutes to compile")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["fla"], help="beside ours (default fla)")
+    parser.add_argument("--compile-limit", type=float, default=150, help="seconds for fla's settings (default 150)")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help="write bench/results/")
     parser.add_argument("--commit", help="of these files, on a machine that has not their history")
     args = parser.parse_args(argv)
+    if args.compile_part:
+        return compile_part(args.compile_part, args.dims)
     wrong = [
         errors(4133, 4, K, V, form, dtype)
         for dtype in (torch.bfloat16, torch.float32)
@@ -156,21 +220,28 @@ def main(argv: list[str] | None = None) -> None:
     ]
     wrong += [errors(4133, 4, 128, 128, form, torch.bfloat16, 10.0) for form in ("token", "channel")]
     print(table(wrong), flush=True)  # whatever comes after
+    peers = compared_peers(args)
+    if peers:
+        print(table(list(peers.values())), flush=True)
     bandwidth, rows = copies(), []
     for dim in args.dims:
         for T in args.lengths:
             for form in FORMS:
-                rows += [times(T, dim, form, who, bandwidth) for who in ("triton", "fla")[: 2 - args.without_fla]]
-                print(table(rows[-2:]), flush=True)
+                beside = [name for name in args.peers if form in PEERS[name]]
+                rows.append(times(T, dim, form, "triton", bandwidth))
+                rows += [times(T, dim, form, name, bandwidth, peers[name, form, dim]) for name in beside]
+                print(table(rows[-1 - len(beside) :]), flush=True)
     rows.append(times(8192, args.dims[0], "token", "reference", bandwidth))
+    tables = {"errors": wrong, "errors of peers": list(peers.values())}
     facts = {
         "copy GB/s": bandwidth,
+        "peers": versions(args.peers),
         "a sequence that is cut at the border of a segment gives the bits of the whole": [
             f"{form}: {same_bits(4133, form)}" for form in FORMS
         ],
     }
     report(
-        "delta", command_line("delta.py", argv), rows, tables={"errors": wrong}, facts=facts, save=args.save,
+        "delta", command_line("delta.py", argv), rows, tables=tables, facts=facts, save=args.save,
         markdown=True, commit=args.commit,
     )  # fmt: skip
 

@@ -520,18 +520,15 @@ def _gla(batch: int, T: int, width: int, session: Session) -> Operation:
 
 def compile_part(options: argparse.Namespace) -> None:
     """In a process of its own: this part of the settings of fla's kernels, for all families."""
-    device = torch.device("cuda")
-    fla_families.take_part(*map(int, options.compile_part.split("/")))
-    for family in options.families:
-        try:
-            made = operation(family, DecoderConfig.named(family, options.size), 1024, device)
-            beside = peer_of(made.module, made.given)
-            if beside is not None and beside.name.startswith("chunk"):
-                o = beside.call(made.given)
-                torch.autograd.grad(o, made.leaves, torch.randn_like(o), allow_unused=True)
-            torch.cuda.synchronize()
-        except Exception as error:  # that it will be told when it is timed
-            print(f"compiling for {family}: {brief(error)}", file=sys.stderr)
+
+    def once(family: str) -> None:
+        made = operation(family, DecoderConfig.named(family, options.size), 1024, torch.device("cuda"))
+        beside = peer_of(made.module, made.given)
+        if beside is not None and beside.name.startswith("chunk"):
+            o = beside.call(made.given)
+            torch.autograd.grad(o, made.leaves, torch.randn_like(o), allow_unused=True)
+
+    fla_families.compile_part(options.compile_part, [partial(once, family) for family in options.families])
 
 
 def ready_peers(session: Session) -> dict[str, Any]:

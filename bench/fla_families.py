@@ -13,9 +13,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,21 +49,25 @@ def peer_of(module: nn.Module, given: Mapping[str, Any]) -> Peer | None:
 
         return Peer("chunk_simple_gla", simple)
     if kind == "DeltaRule":
-        rank = None if decay is None else decay.ndim
-        file, name = {
-            None: ("delta_rule", "chunk_delta_rule"),
-            3: ("gated_delta_rule", "chunk_gated_delta_rule"),
-            4: ("kda", "chunk_kda"),
-        }[rank]
-
-        def delta(x: Mapping[str, Any]) -> Tensor:
-            more = {} if rank is None else {"g": x["log_decay"]}
-            return _fla(file, name)(*_qkv(x), beta=x["beta"], scale=scale, **more)[0]
-
-        return Peer(name, delta)
+        return delta_peer(None if decay is None else decay.ndim, scale)
     if set(given) == {"x", "log_decay"}:  # a recurrence of each channel by itself
         return Peer("chunk_hgrn", lambda x: _fla("hgrn", "chunk_hgrn")(x["x"], x["log_decay"])[0])
     return None
+
+
+def delta_peer(rank: int | None, scale: float) -> Peer:
+    """Of the delta rule with a log_decay of so many dimensions: None, 3 or 4."""
+    file, name = {
+        None: ("delta_rule", "chunk_delta_rule"),
+        3: ("gated_delta_rule", "chunk_gated_delta_rule"),
+        4: ("kda", "chunk_kda"),
+    }[rank]
+
+    def delta(x: Mapping[str, Any]) -> Tensor:
+        more = {} if rank is None else {"g": x["log_decay"]}
+        return _fla(file, name)(*_qkv(x), beta=x["beta"], scale=scale, **more)[0]
+
+    return Peer(name, delta)
 
 
 def flash(x: Mapping[str, Any]) -> Tensor:
@@ -86,6 +91,7 @@ def _qkv(x: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _fla(file: str, name: str) -> Callable:
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # fla hands the gated delta rule to FlashQLA where that is installed
     return getattr(importlib.import_module(f"fla.ops.{file}"), name)
 
 
@@ -137,8 +143,19 @@ def compile_beside(command: list[str], seconds: float) -> float:
     return time.perf_counter() - begin
 
 
-def take_part(part: int, parts: int) -> None:
-    """In such a process: a tuner compiles and runs each setting of its part once, and measures none."""
+def compile_part(named: str, calls: Iterable[Callable[[], object]]) -> None:
+    """In such a process: part N/M of the settings of what the calls need; what fails is told when it is timed."""
+    _take_part(*map(int, named.split("/")))
+    for call in calls:
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as problem:
+            print(f"compiling: {type(problem).__name__}: {problem}", file=sys.stderr)
+
+
+def _take_part(part: int, parts: int) -> None:
+    """A tuner compiles and runs each setting of its part once, and measures none."""
 
     def share_of(prune: Callable) -> Callable:
         def pruned(*args: Any, **kwargs: Any) -> list[Any]:

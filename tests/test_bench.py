@@ -519,6 +519,95 @@ def test_errors_of_the_delta_rule(monkeypatch):
         assert delta.same_bits(600, form, "cpu")
 
 
+def test_peers_of_the_delta_rule_get_what_ours_gets(monkeypatch):
+    """Other packages' functions by our reference, with their names and shapes for arguments."""
+    import delta_peers
+    import fla_families
+
+    delta = importlib.import_module("delta")
+
+    def alike(q, k, v, g, beta, scale):  # also FlashQLA's
+        return lasp.delta_rule(q, k, v, beta, log_decay=g, scale=scale)
+
+    def packed(q, k, v, g, beta, ends, scale):
+        assert (q.ndim, ends.dtype, ends.tolist(), beta.dtype) == (3, torch.int32, [0, len(q)], torch.float32)
+        o, final = alike(*(x[None].to(g.dtype) for x in (q, k, v, g, beta)), scale)
+        return o[0].to(q.dtype), final
+
+    def fla(q, k, v, beta, scale, g=None):
+        return alike(q, k, v, g, beta, scale)
+
+    monkeypatch.setitem(sys.modules, "flash_qla", SimpleNamespace(chunk_gated_delta_rule=alike))
+    cudnn = SimpleNamespace(gated_delta_net=packed, kimi_delta_attention=packed)
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(linear_attention=cudnn))
+    monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
+    names = {"chunk_delta_rule": fla, "chunk_gated_delta_rule": fla, "chunk_kda": fla}
+    monkeypatch.setattr(fla_families, "_fla", lambda file, name: names[name])
+    for name, forms in delta_peers.FORMS.items():
+        for form in forms:
+            row = delta.compared(name, form, 16, 70, 2, "cpu")
+            assert (row["path"], row["note"]) == (name, None)
+            assert delta.right(row, ("o", *delta.GRADIENTS[form]))
+            assert row["final"] is row["ds"] is None
+
+
+def test_a_peer_of_the_delta_rule_that_is_wrong_or_refuses_is_told_and_not_timed(monkeypatch):
+    delta = importlib.import_module("delta")
+
+    def of(call):
+        monkeypatch.setattr(delta, "peer", lambda name, form: call)
+        return delta.compared("cudnn", "token", 16, 70, 2, "cpu")
+
+    wrong = of(lambda x: delta.ours(x)[0] * 1.1)
+    assert wrong["note"].startswith("o is 1.0e-01 off, dq is 1.0e-01 off")
+    assert delta.times(70, 16, "token", "cudnn", 1.0, wrong)["note"] == wrong["note"]
+
+    def refuse(gradient):
+        raise NotImplementedError("engine " * 100 + "no backward here")
+
+    def forward_only(x):
+        o = delta.ours(x)[0]
+        o.register_hook(refuse)
+        return o
+
+    half = of(forward_only)
+    assert half["note"].startswith("NotImplementedError: ... ")
+    assert half["note"].endswith("no backward here")
+    assert delta.right(half, ("o",))
+    assert not delta.right(half, delta.GRADIENTS["token"])
+    assert not delta.right(half | {"o": float("nan")}, ("o",))
+
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "flash_qla", None)  # as where it is not installed
+    missing = delta.compared("flashqla", "token", 16, 70, 2, "cpu")
+    assert missing["note"].startswith("ModuleNotFoundError")
+    row = delta.times(70, 16, "token", "flashqla", 1.0, missing)
+    assert (row["fwd ms"], row["bwd ms"], row["note"]) == (None, None, missing["note"])
+
+
+def test_a_process_beside_makes_its_part_of_the_settings_and_tells_what_fails(monkeypatch, capsys):
+    import fla_families
+
+    tuner = SimpleNamespace(prune_configs=lambda *_: list("abcde"), do_bench=None)
+    monkeypatch.setattr(fla_families, "_tuners", lambda: [tuner])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    seen = []
+
+    def refused():
+        raise RuntimeError("not on this card")
+
+    fla_families.compile_part("1/2", [refused, lambda: seen.append(tuner.prune_configs())])
+    assert seen == [["b", "d", "a"]]
+    assert "RuntimeError: not on this card" in capsys.readouterr().err
+
+    parts = {}
+    monkeypatch.setattr(fla_families, "compile_part", lambda part, calls: parts.update({part: len(calls)}))
+    importlib.import_module("delta").main(["--dims", "64", "32", "--compile-part", "0/4"])
+    importlib.import_module("channel").main(["--compile-part", "3/4"])
+    importlib.import_module("families").main(["--families", "gla", "kda", "hgrn2", "--compile-part", "2/4"])
+    assert parts == {"0/4": 6, "3/4": 2, "2/4": 3}
+
+
 def test_errors_of_a_decay_per_channel(monkeypatch):
     """Of this device's path; the times need a GPU."""
     monkeypatch.delenv("LASP_KERNELS", raising=False)
