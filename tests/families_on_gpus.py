@@ -1,8 +1,8 @@
 """The families of `lasp.models.mixers` on a GPU against fp64 on a CPU: run by hand, with PYTHONPATH=.:kernels.
 
 Prints the relative difference of logits and of the worst gradient of all parameters, in fp32 and under bf16 autocast.
-A rate of decay has one number a head, whose gradient is a sum over all tokens of what nearly cancels: three times as far
-off as others may be.
+A rate of decay has one number a head, whose gradient is a sum over all tokens of what nearly cancels: three times as
+far off as others may be.
 """
 
 from __future__ import annotations
