@@ -106,6 +106,13 @@ def any_flagged(flags, tiles):
     return tl.max(found, 0) != 0
 
 
+@triton.jit
+def end_of_flagged(flags, first, n, C: tl.constexpr, TILES: tl.constexpr):
+    """Behind the last of TILES tiles from `first` of a segment of n tokens; `first` where none of them is flagged."""
+    count = tl.minimum(tl.cdiv(n, C).to(tl.int32) - first, TILES)
+    return first + tl.where(any_flagged(flags + first, count), count, 0)
+
+
 @triton.jit(do_not_specialize=VARYING_HERE)
 def channel_prepare_kernel(
     Q, K, G, QT, KT, VEC, FLAG, TABLE,
@@ -202,10 +209,11 @@ def channel_flagged_kernel(
     d_mask = d < D
     k_base, g_base = K + b * k_b + start * k_t + h * k_h, G + b * g_b + start * g_t + h * g_h
     out_base = ((b * T + start) * H + h) * D
-    for t in range(TILES):
-        tile = (rest % groups) * TILES + t
-        of_tile = first_tile(b, h, H, first, segment, all_tiles, C) + tile
-        if tl.load(FLAG + of_tile, mask=tile * C < n, other=0) != 0:
+    tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
+    mine = (rest % groups) * TILES
+    for tile in range(mine, end_of_flagged(FLAG + tile_at, mine, n, C, TILES)):
+        of_tile = tile_at + tile
+        if tl.load(FLAG + of_tile) != 0:
             at = tile * C + r * 16
             row = at + tl.arange(0, 16)
             mask = (row < n)[:, None] & d_mask[None, :]
@@ -564,9 +572,9 @@ def channel_flagged_gradient_kernel(
     v_base, do_base = V + b * v_b + start * v_t + h * v_h, DO + b * do_b + start * do_t + h * do_h
     g_base, out_base = G + b * g_b + start * g_t + h * g_h, ((b * T + start) * H + h) * D
     tile_at = first_tile(b, h, H, first, segment, all_tiles, C)
-    for t in range(TILES):
-        tile = (rest % groups) * TILES + t
-        if tl.load(FLAG + tile_at + tile, mask=tile * C < n, other=0) != 0:
+    mine = (rest % groups) * TILES
+    for tile in range(mine, end_of_flagged(FLAG + tile_at, mine, n, C, TILES)):
+        if tl.load(FLAG + tile_at + tile) != 0:
             at = tile * C + r * 16
             # These tokens as queries, of keys in earlier blocks; then as keys, for queries in later ones.
             dq, between = tl.zeros([16, BD], tl.float32), tl.zeros([BD], tl.float32)

@@ -9,7 +9,7 @@ from lasp_kernels.launch import Launch, Layout
 from lasp_kernels.plan import config_of, power_of_two
 from lasp_kernels.shared import BLOCK, Shared
 
-TILES = 4  # that a program looks at for one that is flagged
+TILES = 16  # that a program looks at for one that is flagged
 
 
 def all_tiles(shared: Shared) -> int:
