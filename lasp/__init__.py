@@ -4,13 +4,13 @@
 whose size does not depend on the length.
 """
 
-from lasp import adapters, decay, integrations, modules
+from lasp import adapters, data_parallel, decay, integrations, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
 from lasp.balance import balance_loss
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
-from lasp.data_parallel import sync_grads
+from lasp.data_parallel import no_sync, sync_grads
 from lasp.layout import ShardLayout
 from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
@@ -34,6 +34,7 @@ __all__ = [
     "block_attention",
     "causal_conv",
     "compiled",
+    "data_parallel",
     "decay",
     "delta_rule",
     "explain",
@@ -45,6 +46,7 @@ __all__ = [
     "linear_attention",
     "linear_token_loss",
     "modules",
+    "no_sync",
     "parallelize",
     "register",
     "shard_batch",
