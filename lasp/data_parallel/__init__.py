@@ -12,9 +12,9 @@ from lasp.data_parallel.fsdp2 import wrap_fsdp2
 from lasp.data_parallel.legacy import average_after_backward
 from lasp.data_parallel.manual import sync_grads
 from lasp.data_parallel.once import no_sync
-from lasp.data_parallel.schemes import SCHEMES, data_parallel
+from lasp.data_parallel.schemes import data_parallel
 
-__all__ = ["SCHEMES", "average_after_backward", "data_parallel", "no_sync", "sync_grads", "wrap_ddp", "wrap_fsdp2"]
+__all__ = ["average_after_backward", "data_parallel", "no_sync", "sync_grads", "wrap_ddp", "wrap_fsdp2"]
 
 
 class _Package(types.ModuleType):

@@ -53,22 +53,28 @@ class AveragedOnce:
             yield
 
 
-@contextlib.contextmanager
-def no_sync(model: nn.Module, *, enabled: bool = True) -> Iterator[None]:
+def no_sync(model: nn.Module, *, enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     """Around forward and backward of a micro-batch that another of the same step follows: gradients only add up.
 
-    Without it each backward would average over ranks. The last micro-batch stands outside, or has `enabled=False`:
-    its backward averages what all have added. Holds for DDP, FSDP2 and all that `lasp.data_parallel` gives, with and
-    without `lasp.stream_backward`; of a model that is averaged by `lasp.sync_grads`, call that after the last only.
-    FSDP2 does not shard the gradients of a parameter until they are averaged, so that they take the memory of DDP's.
+        for number, part in enumerate(parts):
+            with lasp.no_sync(model, enabled=number + 1 < len(parts)):
+                (loss_of(part) / len(parts)).backward()
+
+    Without it each backward would average over ranks. The last micro-batch stands outside, or has `enabled=False`: its
+    backward averages what all have added. Holds for DDP, FSDP2 and all that `lasp.data_parallel` gives, also around
+    `lasp.stream_backward`; of a model that is averaged by `lasp.sync_grads`, call that after the last only. FSDP2 does
+    not shard the gradients of a parameter until they are averaged, so that meanwhile they take the memory of DDP's.
     """
     arguments.module("model", model)
-    arguments.flag("enabled", enabled)
+    return _adding_up(model) if arguments.flag("enabled", enabled) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _adding_up(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        if enabled:
-            for wrapper in _wrappers(model):
-                stack.enter_context(wrapper.no_sync())
-            stack.enter_context(fsdp2.adding_up([m for m in model.modules() if isinstance(m, FSDPModule)]))
+        for wrapper in _wrappers(model):
+            stack.enter_context(wrapper.no_sync())
+        stack.enter_context(fsdp2.adding_up([m for m in model.modules() if isinstance(m, FSDPModule)]))
         yield
 
 
