@@ -4,6 +4,8 @@
 whose size does not depend on the length.
 """
 
+from typing import TYPE_CHECKING
+
 from lasp import adapters, data_parallel, decay, integrations, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
@@ -21,6 +23,9 @@ from lasp.ops.softmax import softmax_attention
 from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
 from lasp.streaming import stream_backward
 from lasp.verification import verify
+
+if TYPE_CHECKING:  # the package is this function, too, which a checker of types cannot see
+    from lasp.data_parallel import data_parallel
 
 __all__ = [
     "Env",
