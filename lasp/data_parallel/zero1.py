@@ -51,6 +51,9 @@ class Zero1(ZeroRedundancyOptimizer):
         self._sync_param_groups(self.param_groups, self.optim.param_groups)  # type: ignore[attr-defined]
         self._share_state()
 
+    def _verify_same_dense_param_type(self) -> None:
+        """PyTorch's buckets need that; here each parameter travels by itself."""
+
     def _share_state(self) -> None:
         """What is the inner optimizer's is ours."""
         self.state = self.optim.state
