@@ -119,8 +119,9 @@ def _starts(
     micro, batch = part[0], batch // part[1]
     starts = starts[micro * batch : (micro + 1) * batch]
     dp_rank, dp = 0, 1
-    for axis in ("dp_replicate", "dp_shard") if mesh is not None else ():
-        dp_rank, dp = dp_rank * mesh[axis].size() + mesh[axis].get_local_rank(), dp * mesh[axis].size()
+    if mesh is not None:
+        for axis in ("dp_replicate", "dp_shard"):
+            dp_rank, dp = dp_rank * mesh[axis].size() + mesh[axis].get_local_rank(), dp * mesh[axis].size()
     return starts[dp_rank * batch // dp : (dp_rank + 1) * batch // dp].tolist()
 
 

@@ -27,7 +27,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import _checkpoint
 import torch
@@ -455,12 +455,11 @@ def with_optimizer(
     adamw = functools.partial(AdamW, lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     if mesh is None:
         return model, adamw(model.parameters())
-    more = {}
+    more: dict[str, Any] = {"blocks": model.blocks}
     if options.parallel in FSDP2_SCHEMES:
         bf16 = torch.bfloat16 if options.dtype == "bfloat16" else None
-        more = {"mp_policy": MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)}
-    blocks = model.blocks  # type: ignore[assignment]
-    return lasp.data_parallel(model, mesh, scheme=options.parallel, optimizer=adamw, blocks=blocks, **more)
+        more["mp_policy"] = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+    return lasp.data_parallel(model, mesh, scheme=options.parallel, optimizer=adamw, **more)
 
 
 def recomputed(options: Options, model: TNL | Decoder, mesh: DeviceMesh | None, device: torch.device) -> int:
@@ -510,7 +509,8 @@ def train_step(
             loss, count = micro_batch(options, step, micro, text, model, mesh, device)
         losses.append(loss)
         counts.append(count)
-    loss, tokens = sum(losses), sum(counts)  # each is a part of the mean: all micro-batches have as many tokens
+    # Each loss is a part of the mean, since all micro-batches have as many tokens.
+    loss, tokens = torch.stack(losses).sum(), torch.stack(counts).sum()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(options.schedule, options.lr, step, options.steps, options.warmup)
@@ -528,7 +528,7 @@ def micro_batch(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one; its part of the step's loss, and its tokens."""
-    drawn = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
+    drawn: dict[str, Any] = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
     drawn["part"] = (micro, options.accumulate)
     share = 1 / options.accumulate
     sharded = mesh is not None and options.parallel in FSDP2_SCHEMES  # then FSDP2 casts to bf16

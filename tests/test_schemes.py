@@ -151,6 +151,29 @@ def test_gradients_travel_once_a_step(scheme):
         assert tuple(found) == SENT[scheme]
 
 
+def _looks():
+    """A forward between backward and step, as for a loss on other text, changes nothing of the training."""
+    mesh = mesh_of(sp=2)
+    for scheme in ("zero2", "zero3", "ddp-legacy"):
+        alone = SmallModel().double()
+        pairs = ((alone, MAKE(alone.parameters()), None), (*wrapped(scheme, mesh), mesh))
+        for step in range(3):
+            losses = []
+            for model, optimizer, over in pairs:
+                optimizer.zero_grad()
+                loss = loss_of(model, whole_batch(step), over)
+                loss.backward()
+                with torch.no_grad():
+                    loss_of(model, whole_batch(step), over)
+                optimizer.step()
+                losses.append(loss.detach())
+            assert_close(losses[1], losses[0], f"{scheme}: loss", **CLOSE)
+
+
+def test_a_look_at_the_loss_between_backward_and_step():
+    run_ranks(2, _looks)
+
+
 class _UsedByOne(nn.Module):
     """A parameter that rank 0 alone uses, in a backward that may fail."""
 

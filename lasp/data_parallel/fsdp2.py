@@ -12,13 +12,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.optim import Optimizer
 
 from lasp import arguments
 from lasp.checks.messages import check_messages
+from lasp.checks.optimizers import before_step
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
 from lasp.ops.stream import Content
 from lasp.ranks import SequenceParallel, collectives, copies_of, grad_mesh, shard_mesh, waiting
+from lasp.ranks.group import process
 
 
 def wrap_fsdp2(
@@ -57,7 +60,20 @@ def wrap_fsdp2(
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(_GatherOfWeights(validate))  # type: ignore[arg-type]
                 module.set_custom_reduce_scatter(_SumOfGradients(validate))  # type: ignore[arg-type]
+    process.sharded.add(model)
+    before_step(_free_gathered)
     return model
+
+
+def _free_gathered(optimizer: Optimizer) -> None:
+    """A forward without a backward, such as for a loss that is only told, may leave weights gathered; after the step
+    the next forward would take them for those that the optimizer has just changed."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in list(process.sharded):
+        modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        if any(id(p) in stepped for p in parameters_of(modules)):
+            for module in modules:
+                module.reshard()
 
 
 # Several backwards of a step: what is private of FSDP2 here is what its public setters set, and gives no way to read
