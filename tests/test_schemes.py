@@ -20,6 +20,7 @@ from torch.optim import AdamW
 import lasp
 from lasp.data_parallel import wrap_ddp
 from lasp.data_parallel.schemes import SCHEMES
+from lasp.models import TNL, TNLConfig
 
 FACTORS = [(a, b, c) for a, b, c in itertools.product((1, 2, 4), repeat=3) if a * b * c == 4]
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -172,6 +173,19 @@ def _looks():
 
 def test_a_look_at_the_loss_between_backward_and_step():
     run_ranks(2, _looks)
+
+
+def _verified(scheme):
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(TNL(TNLConfig(vocab_size=17, layers=2, width=8, heads=2, glu_width=12)), mesh)
+    model, _ = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=MAKE, blocks=model.blocks)
+    found = lasp.verify(model, mesh)
+    assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("scheme", ["ddp-legacy", "zero1", "zero2"])
+def test_verify_of_a_model_that_is_data_parallel(scheme):
+    run_ranks(2, _verified, scheme)
 
 
 class _UsedByOne(nn.Module):
