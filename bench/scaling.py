@@ -4,10 +4,11 @@
     torchrun --nproc-per-node 8 bench/scaling.py --model 1B --mesh 1x8 2x4 4x2   # dp x sp
     torchrun --nproc-per-node 8 bench/scaling.py --model 1B --strong 1048576     # one sequence, more and more ranks
     torchrun --nproc-per-node 2 bench/scaling.py --model 1B --longest            # the longest sequence that fits
+    torchrun --nproc-per-node 2 bench/scaling.py --model 1B --schemes --mesh 1x2 2x1 --tokens 16384   # data parallelism
 
-FSDP2, bf16 parameters in the arithmetic, blocks recomputed in backward (--recompute: some of them), AdamW. A layout of
-fewer ranks than there are runs on all of them at once, in copies that share nothing; so one rank is measured in the
-same run, on the same GPUs.
+FSDP2 (--parallel: another scheme), bf16 parameters in the arithmetic, blocks recomputed in backward (--recompute: some
+of them), AdamW. A layout of fewer ranks than there are runs on all of them at once, in copies that share nothing; so
+one rank is measured in the same run, on the same GPUs.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import plots
 import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
 from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lasp
-from lasp.data_parallel import wrap_ddp, wrap_fsdp2
+from lasp.data_parallel.schemes import FSDP2_SCHEMES, SCHEMES
 from lasp.exchange import cost
 from lasp.models import TNL, TNLConfig
 from lasp.models.memory import save_memory
@@ -71,9 +76,10 @@ class Layout:
 
 
 @functools.lru_cache
-def mesh_of(layout: Layout, device_type: str) -> DeviceMesh:
-    """The ranks of this rank's copy of a layout, with the axes of `lasp.init_mesh`."""
-    copies = torch.arange(dist.get_world_size()).view(-1, 1, layout.dp, layout.sp, 1)
+def mesh_of(layout: Layout, device_type: str, *, hybrid: bool = False) -> DeviceMesh:
+    """The ranks of this rank's copy of a layout, with the axes of `lasp.init_mesh`; `hybrid`: dp is dp_replicate."""
+    dp = (layout.dp, 1) if hybrid else (1, layout.dp)
+    copies = torch.arange(dist.get_world_size()).view(-1, *dp, layout.sp, 1)
     return DeviceMesh(device_type, copies, mesh_dim_names=("copy", *MESH_AXES))[MESH_AXES]
 
 
@@ -82,7 +88,7 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, layout: Layout, device: torch.device, exchange: str | None):
         self.layout, self.device, self.exchange = layout, device, exchange
-        self.mesh = mesh_of(layout, device.type)
+        self.mesh = mesh_of(layout, device.type, hybrid=options.parallel == "hsdp")
         torch.manual_seed(0)
         changes = {} if options.vocab is None else {"vocab_size": options.vocab}
         self.config = TNLConfig.named(options.model, decay=options.decay, **changes)
@@ -95,21 +101,21 @@ class Training:
             for block in model.blocks:
                 block.compile()
         save_memory(model.blocks, recompute=recomputed, chunk=options.chunk, offload=options.offload)
-        self.head, self.autocast = model.head, options.parallel == "ddp"
-        if options.parallel == "ddp":
-            with on_the_side(device):  # where a graph will be captured
-                self.model = wrap_ddp(model, self.mesh)
-        else:
-            bf16 = torch.bfloat16 if device.type == "cuda" else None
-            policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-            self.model = wrap_fsdp2(model, self.mesh, blocks=model.blocks, mp_policy=policy)
-        gpu = device.type == "cuda"
-        self.optimizer = AdamW(self.model.parameters(), lr=1e-4, fused=gpu, capturable=gpu and options.graph)
+        gpu, more = device.type == "cuda", {}
+        self.head, self.autocast = model.head, options.parallel not in FSDP2_SCHEMES
+        if not self.autocast:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if gpu else None, reduce_dtype=torch.float32)
+            more = {"blocks": model.blocks, "mp_policy": policy}
+        adamw = functools.partial(AdamW, lr=1e-4, fused=gpu, capturable=gpu and options.graph)
+        with on_the_side(device):  # where a graph will be captured
+            scheme = options.parallel
+            self.model, self.optimizer = lasp.data_parallel(model, self.mesh, scheme=scheme, optimizer=adamw, **more)
         self.graph = Graph(self._step) if options.graph else None
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
         """This rank's part of one random sequence of sp x tokens for each dp rank."""
-        draw = torch.Generator().manual_seed(1 + self.mesh["dp_shard"].get_local_rank())
+        place = self.mesh["dp_replicate"].get_local_rank() * self.mesh["dp_shard"].size()
+        draw = torch.Generator().manual_seed(1 + place + self.mesh["dp_shard"].get_local_rank())
         ids = torch.randint(self.config.vocab_size, (1, tokens * self.layout.sp), generator=draw)
         return lasp.shard_batch({"input_ids": ids.to(self.device)}, self.mesh)
 
@@ -124,7 +130,7 @@ class Training:
             hidden = self.model(batch["input_ids"], batch["position_ids"], layout, return_hidden=True)
             loss, _ = lasp.linear_token_loss(hidden, self.head.weight, batch["labels"], mesh=self.mesh)
         self.optimizer.zero_grad()
-        loss.backward()  # FSDP2 averages over the ranks
+        loss.backward()  # the scheme averages over the ranks
         self.optimizer.step()
         return loss.detach()
 
@@ -358,6 +364,67 @@ def longest(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
     return rows
 
 
+def schemes(options: argparse.Namespace, layouts: Sequence[Layout], device: torch.device) -> list[dict]:
+    """A row for each scheme of data parallelism; ends the run where the losses of two steps are not the first's."""
+    rows, expected = [], {}
+    wanted = [(layout, tokens) for layout in layouts for tokens in options.tokens]
+    for layout, tokens in wanted:
+        for scheme in options.schemes or SCHEMES:
+            if scheme == "fsdp2" or (scheme == "hsdp" and layout.dp == 1):  # is zero3; needs copies
+                continue
+            own = argparse.Namespace(**{**vars(options), "parallel": scheme})
+            training = Training(own, layout, device, options.exchange)
+            batch = training.batch(tokens)
+            losses = [training.step(batch).item() for _ in range(2)]
+            known = expected.setdefault((layout, tokens), losses)
+            error = max(abs(found - first) / first for found, first in zip(losses, known))
+            if not error <= GATE_LIMIT:
+                raise SystemExit(f"losses of {scheme}, {layout}: {losses}, of {rows[0]['scheme']}: {known}")
+            seconds, peak = steps(training, batch, own)
+            with Sent() as sent:
+                training.step(batch)
+            exposed = exposed_milliseconds(training, batch) if device.type == "cuda" else None
+            del training
+            free()
+            found = {"scheme": scheme, "layout": str(layout), "tokens a rank": tokens, "step ms": seconds * 1e3}
+            found |= {"tokens/s/GPU": tokens / seconds, "peak GiB": peak, "sent MiB": sent.total / 2**20}
+            found["sent, by collective"] = ", ".join(f"{name} {n / 2**20:.4g}" for name, n in sent.bytes.items())
+            found["exposed NCCL ms"] = None if exposed is None else sum(exposed.values())
+            found["relative error of losses"] = error
+            rows.append(found)
+            if dist.get_rank() == 0:
+                print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
+    return rows
+
+
+class Sent(TorchDispatchMode):
+    """Counts what a rank sends in the collectives of a step, as rings send it: of N bytes over n ranks (n - 1) / n * N
+    for an all-gather, a reduce-scatter and, in the mean of the ranks, a broadcast; twice that for an all-reduce. States
+    of the sequence that go from rank to rank are no collective."""
+
+    _TIMES: ClassVar = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Of all."""
+        return sum(self.bytes.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("c10d::")
+        if name != func._schema.name and name in self._TIMES:
+            tensors = [x for x in pytree.tree_leaves(args[:2]) if isinstance(x, Tensor)]
+            numbers = max(x.numel() * x.element_size() for x in tensors)  # the whole, and not a part
+            group = next(x for x in args if isinstance(x, torch.ScriptObject))
+            ranks = ProcessGroup.unbox(group).size()
+            sent = self._TIMES[name] * numbers * (ranks - 1) / ranks
+            self.bytes[name.strip("_")] = self.bytes.get(name.strip("_"), 0.0) + sent
+        return func(*args, **(kwargs or {}))
+
+
 def fitting_tokens(rows: Sequence[dict], gib: float) -> float:
     """Tokens of a rank at which a straight line through the last two rows' peak memory reaches `gib`."""
     first, second = sorted(rows, key=lambda row: row["tokens a rank"])[-2:]
@@ -396,7 +463,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", default="alibi")
     parser.add_argument("--recompute", type=int, metavar="BLOCKS", help="so many of them in backward; default: all")
     parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
-    parser.add_argument("--parallel", choices=("fsdp2", "ddp"), default="fsdp2", help="ddp: bf16 by autocast")
+    parser.add_argument("--parallel", choices=SCHEMES, default="fsdp2", help="ddp and zero1: bf16 by autocast")
     parser.add_argument("--graph", action="store_true", help="a step as one CUDA graph; with ddp only")
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a gated linear unit at once; default: all")
     parser.add_argument("--offload", action="store_true", help="what recomputed blocks keep lies on the host")
@@ -411,6 +478,9 @@ def main(argv: list[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--strong", type=int, metavar="TOKENS", help="one length of sequence over more and more ranks")
     kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
+    kind.add_argument(
+        "--schemes", nargs="*", choices=SCHEMES, metavar="SCHEME", help="a row for each of these, or for all"
+    )
     parser.add_argument("--fill", type=float, default=0.8, help="--longest: the share of the memory to be used")
     parser.add_argument("--exchange", choices=("auto", *SCHEDULES), default="auto")
     add_model_arguments(parser)
@@ -420,18 +490,24 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("--graph needs --parallel ddp: FSDP2 frees its weights within a step")
     options.warmup = max(options.warmup, WARM + 2) if options.graph else options.warmup
     env = lasp.init()
-    layouts = choose_layouts(options.mesh, env.world_size, alone=not (options.strong or options.longest))
+    name = "strong" if options.strong else "longest" if options.longest else "weak"
+    name = name if options.schemes is None else "schemes"
+    layouts = choose_layouts(options.mesh, env.world_size, alone=name == "weak")
     if env.world_size > 1:
         cost.measure(lasp.SequenceParallel(dist.group.WORLD))
     gates = gate(options, layouts, env.device)
-    name = "strong" if options.strong else "longest" if options.longest else "weak"
-    rows = {"strong": strong, "longest": longest, "weak": weak}[name](options, layouts, env.device)
+    kinds = {"strong": strong, "longest": longest, "weak": weak, "schemes": schemes}
+    rows = kinds[name](options, layouts, env.device)
     if env.rank:
         return
     facts = {"ranks": env.world_size, "backend": env.backend, "model": options.model, "decay": options.decay}
     facts |= {"blocks recomputed": "all" if options.recompute is None else options.recompute}
     facts |= {"chunk of the gated units": options.chunk or "all", "kept on the host": options.offload}
-    facts |= {"data parallel": options.parallel, "one CUDA graph": options.graph, "steps timed": options.steps}
+    facts |= {
+        "data parallel": "by row" if name == "schemes" else options.parallel,
+        "one CUDA graph": options.graph,
+        "steps timed": options.steps,
+    }
     facts |= {"load of the host (1 minute)": os.getloadavg()[0]}
     kept = report(
         f"scaling_{name}_{options.model}_{env.world_size}x{env.device.type}",
@@ -444,7 +520,7 @@ def main(argv: list[str] | None = None) -> None:
         facts=facts,
         markdown=True,
     )
-    if kept:
+    if kept and name != "schemes":  # which is a table
         plots.draw(kept)
 
 

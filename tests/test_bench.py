@@ -390,6 +390,18 @@ def test_strong_scaling_and_layouts():
     assert all(row["relative error"] < 1e-4 for row in strong["tables"].popitem()[1])
 
 
+def test_schemes_of_data_parallelism():
+    common = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 0, "--tokens", 64, "--mesh", "2x1")
+    rows = {row["scheme"]: row for row in _on_ranks(2, "scaling", *common, "--schemes")["rows"]}
+    assert list(rows) == ["ddp", "ddp-legacy", "zero1", "zero2", "zero3", "hsdp"]
+    assert all(row["relative error of losses"] < 1e-4 for row in rows.values())
+    weights = rows["ddp-legacy"]["sent MiB"]  # 4 bytes of each of N weights: an all-reduce over two ranks
+    for scheme, times in (("ddp", 1), ("zero1", 1.5), ("zero2", 1)):
+        assert rows[scheme]["sent MiB"] == pytest.approx(times * weights, rel=0.05), scheme
+    assert 1.3 * weights < rows["zero3"]["sent MiB"] < 1.5 * weights  # the rest of the model is gathered once
+    assert rows["hsdp"]["sent MiB"] == pytest.approx(weights, rel=0.05)  # of two copies of one rank each
+
+
 def test_time_that_computation_covers_is_not_exposed():
     from scaling import exposed, fitting_tokens, union
 

@@ -125,3 +125,30 @@ def test_a_name_of_a_class_imports_nothing():
     code = "import sys, lasp; print({'transformers', 'fla', 'accelerate', 'torch._dynamo'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+
+
+def under_each_scheme(text):
+    """The function of the page; it gives the same losses under each."""
+    import torch
+
+    import lasp
+    from lasp.data_parallel.schemes import SCHEMES
+    from lasp.models import TNL, TNLConfig
+
+    names = {}
+    exec(compile(text, "training.py", "exec"), names)
+    mesh = lasp.init_mesh(dp_replicate=2, sp=2)
+    draw = torch.Generator().manual_seed(mesh["dp_replicate"].get_local_rank())
+    batches = torch.randint(17, (2, 4, 13), generator=draw)
+    found = {}
+    for scheme in SCHEMES:
+        torch.manual_seed(0)
+        model = TNL(TNLConfig(vocab_size=17, layers=2, width=8, heads=2, glu_width=12))
+        found[scheme], _ = names["train"](model, mesh, scheme, batches, 2)
+    for scheme, losses in found.items():
+        assert losses == pytest.approx(found["ddp"], rel=1e-5), scheme
+    assert len(set(found["ddp"])) == 4
+
+
+def test_the_page_about_data_parallelism():
+    run_ranks(4, under_each_scheme, files_of("data_parallel.md")["training.py"])

@@ -16,11 +16,14 @@ TABLE = [
     ((4, 2, "fsdp2"), (4, 2, "fsdp2")),
     ((4, 2, "fsdp2"), (3, 1, "ddp")),
     ((4, 2, "fsdp2"), (2, 2, "fsdp2")),
+    ((3, 1, "zero1"), (4, 2, "hsdp")),
+    ((4, 2, "hsdp"), (2, 1, "zero2")),
 ]  # ranks, --dp, --parallel: before, and after
 
 
 def _arguments(folder, dp, parallel, *more):
     sizes = ("--seq-len=33", "--batch=4", "--steps=4", "--save-every=2", f"--dp={dp}", f"--parallel={parallel}")
+    sizes += ("--dp-replicate=2", "--accumulate=2") if parallel == "hsdp" else ()
     return [*sizes, f"--data={__file__}", f"--out={folder}", *more]
 
 
