@@ -15,7 +15,8 @@ BLOCK = 4096  # of a row's logits at a time
 def fused_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, *, gradient: bool) -> Tensor:
     """The loss of each row of logits [n, V], contiguous, not fp64; see `linear_loss`.
 
-    With `gradient` that of their sum stands in place of the logits. labels [n] int64.
+    With `gradient` that of their sum stands in place of the logits. labels [n] int64; -1, where that is not
+    `ignore_index`, is none of these words: the loss is then the logarithm of the sum of exponentials.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
@@ -54,7 +55,7 @@ def cross_entropy_kernel(
         highest = tl.max(top, 0)
         # Differences first: next to logits of thousands the logarithm would lose its digits.
         norm = tl.log(tl.sum(total * tl.exp(top - highest), 0))
-        of_label = tl.load(x_row + label).to(tl.float32)
+        of_label = tl.load(x_row + label, mask=label >= 0, other=0.0).to(tl.float32)
         tl.store(LOSSES + row, norm + (highest - of_label))
         if GRADIENT:
             for first in range(0, V, BLOCK):

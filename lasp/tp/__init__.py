@@ -22,7 +22,8 @@ from lasp.models.lrpe import LRPE
 from lasp.models.mixers import Mamba2
 from lasp.modules import LightningAttention
 from lasp.ranks import SequenceParallel
-from lasp.tp.parts import Ranks, hold, is_split, split_parameter
+from lasp.ranks.parts import Ranks, is_split
+from lasp.tp.held import hold, split_parameter
 from lasp.tp.plans import PLANS, Plan, check_model
 
 __all__ = ["tensor_parallel"]
@@ -113,7 +114,7 @@ def _split(model: nn.Module, ranks: SequenceParallel) -> None:
     if isinstance(model, Decoder) and model.bound_shares is not None:
         _apply(model, Ranks(ranks, "the model"), bound_shares=1)
     _apply(model.embedding, Ranks(ranks, "embedding"), weight=1, forward=_embedding)
-    _apply(model.head, Ranks(ranks, "head"), weight=0, forward=_head)
+    _apply(model.head, Ranks(ranks, "head"), weight=0, forward=_head, seen=False)
     for path, module in model.named_modules():  # what no layer's plan has: norms between the layers
         names = [name for name, p in module._parameters.items() if p is not None and not is_split(p)]
         if names:
@@ -163,9 +164,20 @@ def _keep_heads(module: nn.Module | None, own: Ranks, heads: int) -> None:
         _apply(module, own, delta=0)
 
 
-def _apply(module: nn.Module, own: Ranks, *, forward: Callable | None = None, view=None, **dims: int | None) -> None:
-    """Split parameters of a module, each along a dimension, or keep it whole on every rank (None)."""
-    parallelize_module(module, own.ranks.mesh, _Held(own, forward, view, dims))  # type: ignore[arg-type]
+def _apply(
+    module: nn.Module,
+    own: Ranks,
+    *,
+    forward: Callable | None = None,
+    view: Callable | None = None,
+    seen: bool = True,
+    **dims: int | None,
+) -> None:
+    """Split parameters of a module, each along a dimension, or keep it whole on every rank (None).
+
+    What is `seen` of them are the parts, through a `view`; else the DTensors.
+    """
+    parallelize_module(module, own.ranks.mesh, _Held(own, forward, view, seen, dims))  # type: ignore[arg-type]
 
 
 class _Held(ParallelStyle):
@@ -175,15 +187,17 @@ class _Held(ParallelStyle):
     lasp.models take weights as plain tensors, and read the stream once for several layers.)
     """
 
-    def __init__(self, own: Ranks, forward: Callable | None, view: Callable | None, dims: dict[str, int | None]):
+    def __init__(
+        self, own: Ranks, forward: Callable | None, view: Callable | None, seen: bool, dims: dict[str, int | None]
+    ):
         super().__init__()
-        self.own, self.forward, self.view, self.dims = own, forward, view, dims
+        self.own, self.forward, self.view, self.seen, self.dims = own, forward, view, seen, dims
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         names = [name for name in self.dims if module._parameters.get(name) is not None]
         for name in names:
             split_parameter(module, name, self.own, self.dims[name])
-        hold(module, dict.fromkeys(names, self.view), self.forward)
+        hold(module, dict.fromkeys(names if self.seen else (), self.view), self.forward)
         if self.forward is not None:
             module.parts = self.own  # type: ignore[assignment]
         return module
@@ -232,8 +246,9 @@ def _embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
 
 
 def _head(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Its weight stays a DTensor, which `lasp.linear_token_loss` takes."""
     parts: Ranks = layer.parts  # type: ignore[assignment]
-    return parts.gather(F.linear(parts.enter(x), layer.weight))
+    return parts.gather(F.linear(parts.enter(x), layer.weight.to_local()))  # type: ignore[operator]
 
 
 class _SameTokens:

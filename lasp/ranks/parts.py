@@ -1,24 +1,19 @@
-"""What the ranks of tensor parallelism do together in a layer, and how a layer holds a part of a weight.
-
-A parameter is a DTensor on the axis "tp", so that optimizers, norms of gradients, FSDP2 and checkpoints see what it is
-a part of. The layer sees the part, a plain tensor, through a property of its class (`hold`): what it computes is what
-it would compute with fewer heads, in the same kernels, and no operation of a forward goes through DTensor's dispatch.
-"""
+"""What the ranks of tensor parallelism do together: in a layer of which each has some heads or inner channels."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import weakref
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from lasp.ranks import SequenceParallel, waiting
-
-View = Callable[[Tensor], Tensor]
+from lasp.ranks import collectives
+from lasp.ranks.group import waiting
+from lasp.ranks.sequence import SequenceParallel
 
 
 class Ranks:
@@ -59,17 +54,34 @@ class Ranks:
 
     def gathered(self, x: Tensor) -> Tensor:
         """See `gather`; it has no gradient of its own."""
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.number)]
+        return torch.cat(self.of_each(x).unbind(), -1)
+
+    def of_each(self, x: Tensor) -> Tensor:
+        """x [...] of each rank, [ranks, ...], in the order of the mesh; it has no gradient of its own."""
+        found = x.new_empty(self.number, *x.shape)
         if x.numel():
             with nullcontext() if torch.compiler.is_compiling() else waiting(self._what("the gathering")):
-                dist.all_gather(parts, x.contiguous(), group=self.ranks.group)
-        return torch.cat([parts[place] for place in self.ranks.in_group], -1)
+                collectives.gather_flat(found.flatten(0, 1), x.contiguous(), group=self.ranks.group)
+        if self.ranks.in_group == tuple(range(self.number)):
+            return found
+        return torch.stack([found[place] for place in self.ranks.in_group])
 
     def _what(self, what: str) -> str:
         return f"tensor parallel, {self.layer}: {what} over the ranks of tp"
 
     def __deepcopy__(self, memo) -> Ranks:
         return self  # a copied model is split over the same ranks
+
+    @classmethod
+    def of(cls, x: DTensor) -> Ranks:
+        """Those over which a tensor is split (`is_split`)."""
+        found = _of_meshes.get(x.device_mesh)
+        if found is None:
+            found = _of_meshes[x.device_mesh] = cls(SequenceParallel(x.device_mesh), "the loss")
+        return found
+
+
+_of_meshes: weakref.WeakKeyDictionary[DeviceMesh, Ranks] = weakref.WeakKeyDictionary()
 
 
 class _Enter(torch.autograd.Function):
@@ -113,47 +125,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient.narrow(-1, ctx.place * ctx.width, ctx.width), None
-
-
-def split_parameter(module: nn.Module, name: str, ranks: Ranks, dim: int | None) -> None:
-    """In place of a whole parameter a DTensor: this rank's part along `dim`, or (None) the whole on each rank."""
-    mesh, old = ranks.ranks.mesh, module._parameters[name]
-    assert old is not None
-    whole = old.detach()
-    part = whole if dim is None else whole.chunk(ranks.number, dim)[ranks.ranks.rank].clone()
-    made = DTensor.from_local(part, mesh, [Replicate() if dim is None else Shard(dim)], run_check=False)  # type: ignore[arg-type]
-    module._parameters[name] = nn.Parameter(made, requires_grad=old.requires_grad)
-
-
-def hold(module: nn.Module, views: Mapping[str, View | None], forward: Callable | None = None) -> None:
-    """Make a module see the parts of its parameters of these names, as plain tensors.
-
-    Args:
-        module: its class is replaced by one that derives from it, and has its name.
-        views: of each parameter what the layer sees of this rank's part; None is the part itself.
-        forward: in place of the class's.
-    """
-    module.__class__ = _class_that_holds(type(module), tuple(views), forward)
-    module.__dict__["_lasp_views"] = {name: view for name, view in views.items() if view is not None}
-
-
-@functools.lru_cache(maxsize=None)
-def _class_that_holds(cls: type[nn.Module], names: tuple[str, ...], forward: Callable | None) -> type[nn.Module]:
-    members: dict[str, object] = {name: _seen(name) for name in names}
-    if forward is not None:
-        members["forward"] = forward
-    return type(cls.__name__, (cls,), members | {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-def _seen(name: str) -> property:
-    def part(module: nn.Module) -> Tensor | None:
-        parameter = module._parameters[name]
-        if not is_split(parameter):  # as while FSDP2 has shards of it
-            return parameter
-        view = module.__dict__["_lasp_views"].get(name)
-        return parameter.to_local() if view is None else view(parameter.to_local())
-
-    return property(part)
 
 
 def is_split(x: object) -> bool:
