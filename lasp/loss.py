@@ -108,7 +108,7 @@ def sum_of_linear(
     if isinstance(weight, DTensor):  # each rank of tensor parallelism has some words
         ranks = Ranks.of(weight)
         hidden, weight = ranks.enter(hidden), weight.to_local()
-        words = Words(ranks.ranks.rank * len(weight), ranks.of_each)
+        words = Words(ranks.rank * len(weight), ranks.of_each)
     flat = hidden.flatten(0, -2)
     local = linear_cross_entropy(flat, weight, known, bias=bias, ignore_index=ignore_index, words=words)
     return local, counted, outside

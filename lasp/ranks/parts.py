@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,9 @@ class Ranks:
     """
 
     def __init__(self, ranks: SequenceParallel, layer: str):
-        self.ranks, self.layer, self.number = ranks, layer, ranks.size
+        # Not the object: while ranks compute `alone` it is one of one rank, and these go on together.
+        self.mesh, self.group, self.in_group = ranks.mesh, ranks.group, ranks.in_group
+        self.layer, self.rank, self.number = layer, ranks.rank, ranks.size
 
     def enter(self, x: Tensor) -> Tensor:
         """x; its gradient is the sum over the ranks."""
@@ -49,7 +52,7 @@ class Ranks:
         if found.numel():
             # In a graph of torch.compile there is no clock.
             with nullcontext() if torch.compiler.is_compiling() else waiting(self._what(f"the sum, {direction},")):
-                dist.all_reduce(found, group=self.ranks.group)
+                dist.all_reduce(found, group=self.group)
         return found
 
     def gathered(self, x: Tensor) -> Tensor:
@@ -61,10 +64,10 @@ class Ranks:
         found = x.new_empty(self.number, *x.shape)
         if x.numel():
             with nullcontext() if torch.compiler.is_compiling() else waiting(self._what("the gathering")):
-                collectives.gather_flat(found.flatten(0, 1), x.contiguous(), group=self.ranks.group)
-        if self.ranks.in_group == tuple(range(self.number)):
+                collectives.gather_flat(found.flatten(0, 1), x.contiguous(), group=self.group)
+        if self.in_group == tuple(range(self.number)):
             return found
-        return torch.stack([found[place] for place in self.ranks.in_group])
+        return torch.stack([found[place] for place in self.in_group])
 
     def _what(self, what: str) -> str:
         return f"tensor parallel, {self.layer}: {what} over the ranks of tp"
@@ -119,7 +122,7 @@ class _Total(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ranks):
-        ctx.place, ctx.width = ranks.ranks.rank, x.shape[-1]
+        ctx.place, ctx.width = ranks.rank, x.shape[-1]
         return ranks.gathered(x)
 
     @staticmethod
@@ -127,6 +130,11 @@ class _Gather(torch.autograd.Function):
         return gradient.narrow(-1, ctx.place * ctx.width, ctx.width), None
 
 
-def is_split(x: object) -> bool:
+def is_split(x: object) -> TypeGuard[DTensor]:
     """Whether it is a tensor that tensor parallelism alone has split, or holds whole on each of its ranks."""
     return isinstance(x, DTensor) and x.device_mesh.mesh_dim_names == ("tp",)
+
+
+def part_of(x: Tensor) -> Tensor:
+    """This rank's part of a tensor that tensor parallelism alone has split; any other as it is."""
+    return x.to_local() if is_split(x) else x

@@ -156,7 +156,7 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _keep_heads(module: nn.Module | None, own: Ranks, heads: int) -> None:
-    first = own.ranks.rank * heads
+    first = own.rank * heads
     if isinstance(module, LightningAttention):
         module.keep_heads(first, heads)
     elif isinstance(module, LRPE):
@@ -177,7 +177,7 @@ def _apply(
 
     What is `seen` of them are the parts, through a `view`; else the DTensors.
     """
-    parallelize_module(module, own.ranks.mesh, _Held(own, forward, view, seen, dims))  # type: ignore[arg-type]
+    parallelize_module(module, own.mesh, _Held(own, forward, view, seen, dims))  # type: ignore[arg-type]
 
 
 class _Held(ParallelStyle):
@@ -221,7 +221,7 @@ class _Convolved:
 
     def __call__(self, whole: Tensor) -> Tensor:
         whole = self.own.enter(whole)
-        return torch.cat([whole.narrow(0, self.own.ranks.rank * self.part, self.part), whole[self.width :]])
+        return torch.cat([whole.narrow(0, self.own.rank * self.part, self.part), whole[self.width :]])
 
 
 # Forwards of layers that hold a part
@@ -267,7 +267,7 @@ class _SameTokens:
         before = "a forward of the ranks of tensor parallelism"
 
         def settle() -> None:
-            agreement.compare(ranks, {}, {"tokens": checksums({"input_ids": ids})}, before=before)
+            agreement.compare(ranks, {}, {agreement.TOKENS: checksums({"input_ids": ids})}, before=before)
 
         if agreement.is_due(self.calls) and not agreement.capturing():
             settle()

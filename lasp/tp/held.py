@@ -20,10 +20,10 @@ View = Callable[[Tensor], Tensor]
 
 def split_parameter(module: nn.Module, name: str, ranks: Ranks, dim: int | None) -> None:
     """In place of a whole parameter a DTensor: this rank's part along `dim`, or (None) the whole on each rank."""
-    mesh, old = ranks.ranks.mesh, module._parameters[name]
+    mesh, old = ranks.mesh, module._parameters[name]
     assert old is not None
     whole = old.detach()
-    part = whole if dim is None else whole.chunk(ranks.number, dim)[ranks.ranks.rank].clone()
+    part = whole if dim is None else whole.chunk(ranks.number, dim)[ranks.rank].clone()
     made = DTensor.from_local(part, mesh, [Replicate() if dim is None else Shard(dim)], run_check=False)  # type: ignore[arg-type]
     module._parameters[name] = nn.Parameter(made, requires_grad=old.requires_grad)
 
