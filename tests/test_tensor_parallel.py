@@ -205,6 +205,35 @@ def make_on_meta():
     return TNL(TNLConfig(WORDS, layers=2, width=16, heads=4, glu_width=12)).double()
 
 
+def _drawn():
+    """Weights that each rank draws: of the size they have in one process, no two parts alike, the rest alike."""
+    mesh = mesh_of(dp_shard=1, sp=1, tp=2)
+    for family in ("tnl", "mamba2", "kda"):
+        torch.manual_seed(5)
+        model = lasp.tensor_parallel(make(family), mesh["tp"])
+        model.init_weights()
+        alone = make(family)
+        alone.init_weights()
+        for name, p in model.named_parameters():
+            expected = alone.get_parameter(name)
+            if p.to_local().numel() == p.numel():
+                both = p.to_local().clone()
+                dist.broadcast(both, 0)
+                assert torch.equal(both, p.to_local()), name
+            elif expected.std() > 0 and p.numel() >= 64:
+                first, second = p.full_tensor().chunk(2, 0 if p.placements[0].is_shard(0) else 1)
+                assert not torch.equal(first, second), name
+                assert 0.5 < p.full_tensor().std() / expected.std() < 2, name
+        mine = torch.randint(2**40, ())  # what is drawn next is the same on all ranks again
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert mine == first
+
+
+def test_weights_that_ranks_draw():
+    run_ranks(2, _drawn)
+
+
 def test_a_model_on_the_meta_device():
     run_ranks(2, _on_meta)
 
@@ -341,7 +370,9 @@ def _other_tokens():
     """Drawn by the global rank: each rank would sum what belongs to other tokens."""
     mesh = mesh_of(dp_shard=1, sp=1, tp=2)
     model = lasp.tensor_parallel(make("tnl"), mesh["tp"])
-    with pytest.raises(lasp.RankMismatchError, match="the ranks of tp get one batch: .*rank 1 has the tokens .* input_ids"):
+    with pytest.raises(
+        lasp.RankMismatchError, match=r"the ranks of tp get one batch: .*rank 1 has the tokens .* input_ids"
+    ):
         model(batch_of(seed=dist.get_rank())["input_ids"])
     for _ in range(3):
         model(batch_of()["input_ids"])
@@ -357,7 +388,7 @@ def test_ranks_of_tp_with_other_tokens():
 def _ddp():
     mesh = mesh_of(dp_shard=1, sp=1, tp=2)
     model = lasp.tensor_parallel(make("tnl"), mesh["tp"])
-    with pytest.raises(ValueError, match="embedding.weight is a DTensor, as after lasp.tensor_parallel"):
+    with pytest.raises(ValueError, match=r"embedding\.weight is a DTensor, as after lasp\.tensor_parallel"):
         wrap_ddp(model, mesh)
 
 
@@ -400,7 +431,7 @@ def _not_finite():
     lasp.sync_grads(model, mesh)
     if dist.get_rank() == 3:
         dict(model.named_parameters())["blocks.0.glu.out.weight"].grad.to_local().fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="rank 3: the gradient of blocks.0.glu.out.weight"):
+    with pytest.raises(FloatingPointError, match=r"rank 3: the gradient of blocks\.0\.glu\.out\.weight"):
         optimizer.step()
 
 

@@ -138,25 +138,35 @@ def _losses_of_words(logits: Tensor, labels: Tensor, ignore_index: int, words: W
     here = counted & (places[:, 0] >= 0) & (places[:, 0] < logits.shape[1])
     places = places.clamp(0, logits.shape[1] - 1)
     of_label = torch.where(here, logits.gather(1, places)[:, 0].to(wide), 0)
-    own = _sums_of_exponentials(logits, counted, gradient=gradient)
-    all_own, of_labels = words.of_each(torch.stack([own, of_label])).unbind(1)
-    total = all_own.logsumexp(0)
+    own, highest = _sums_of_exponentials(logits, counted, gradient=gradient)
+    sums, tops, of_labels = words.of_each(torch.stack([own, highest, of_label])).unbind(1)
+    top = tops.amax(0)  # differences first, as in the kernel: next to logits of thousands a logarithm has no digits
+    total = (sums + (tops - top)).logsumexp(0)
     if gradient:
-        logits.mul_((own - total).exp().unsqueeze(1))
+        logits.mul_((own + (highest - top) - total).exp().unsqueeze(1))
         # The label's from the logit: a probability near 1 that was rounded to 16 bits would be no digit of it less 1.
-        exact = ((of_label - total).exp() - 1).to(logits.dtype).unsqueeze(1)
+        exact = ((of_label - top - total).exp() - 1).to(logits.dtype).unsqueeze(1)
         logits.scatter_(1, places, torch.where(here.unsqueeze(1), exact, logits.gather(1, places)))
-    return torch.where(counted, total - of_labels.sum(0), 0)
+    return torch.where(counted, total + (top - of_labels.sum(0)), 0)
 
 
-def _sums_of_exponentials(logits: Tensor, counted: Tensor, *, gradient: bool) -> Tensor:
-    """The logarithm of that of each row; with `gradient` the softmax in place of the logits, 0 where none is counted."""
+def _sums_of_exponentials(logits: Tensor, counted: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Of each row the logarithm of that, less the highest logit, and this; with `gradient` the softmax in place of the
+    logits, 0 of rows that do not count."""
     if logits.is_cuda and logits.dtype != torch.float64:
-        from lasp_kernels.cross_entropy import fused_cross_entropy
-
-        return fused_cross_entropy(logits, torch.where(counted, -1, -2), -2, gradient=gradient)
+        return _sums_in_triton(logits, counted, gradient=gradient)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    highest = wide.amax(1)
+    wide = wide - highest.unsqueeze(1)
     found = wide.logsumexp(1)
     if gradient:
         logits.copy_((wide - found.unsqueeze(1)).exp_().masked_fill_(~counted.unsqueeze(1), 0))
-    return found
+    return found, highest
+
+
+def _sums_in_triton(logits: Tensor, counted: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    from lasp_kernels.cross_entropy import fused_cross_entropy
+
+    highest = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+    labels = counted.to(torch.int64) - 2  # -1 is none of these words, -2 does not count
+    return fused_cross_entropy(logits, labels, -2, gradient=gradient, highest=highest), highest

@@ -91,9 +91,7 @@ def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
     has sharded, or that have no memory yet."""
     parts = ((name, part_of(p.detach()) if is_split(p) else p) for name, p in model.named_parameters())
     return {
-        name: p
-        for name, p in parts
-        if not is_lazy(p) and type(p.data) is Tensor and not p.is_meta and not _of_fsdp1(p)
+        name: p for name, p in parts if not is_lazy(p) and type(p.data) is Tensor and not p.is_meta and not _of_fsdp1(p)
     }
 
 

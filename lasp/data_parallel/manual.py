@@ -71,10 +71,10 @@ def _dense(p: Tensor) -> Tensor:
     return p.grad if p.grad.layout is torch.strided else p.grad.to_dense()
 
 
-def _set_part(p: nn.Parameter, gradient: Tensor) -> None:
+def _set_part(p: DTensor, gradient: Tensor) -> None:
     """Of a parameter that tensor parallelism has split; as a new tensor, since a part may be a view of another's."""
     part = gradient.view_as(part_of(p)).clone()
-    p.grad = DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)  # type: ignore[attr-defined]
+    p.grad = DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)
 
 
 def _sparse_dims(model: nn.Module, parameters: list[nn.Parameter]) -> dict[Tensor, int]:

@@ -69,6 +69,11 @@ class Ranks:
             return found
         return torch.stack([found[place] for place in self.in_group])
 
+    def of_first(self, x: Tensor) -> None:
+        """Into x what the first rank has."""
+        with waiting(self._what("the sending of the first rank's")):
+            dist.broadcast(x, group=self.group, group_src=self.in_group[0])
+
     def _what(self, what: str) -> str:
         return f"tensor parallel, {self.layer}: {what} over the ranks of tp"
 

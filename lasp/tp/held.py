@@ -28,24 +28,24 @@ def split_parameter(module: nn.Module, name: str, ranks: Ranks, dim: int | None)
     module._parameters[name] = nn.Parameter(made, requires_grad=old.requires_grad)
 
 
-def hold(module: nn.Module, views: Mapping[str, View | None], forward: Callable | None = None) -> None:
+def hold(module: nn.Module, views: Mapping[str, View | None], **methods: Callable) -> None:
     """Make a module see the parts of its parameters of these names, as plain tensors.
 
     Args:
         module: its class is replaced by one that derives from it, and has its name.
         views: of each parameter what the layer sees of this rank's part; None is the part itself.
-        forward: in place of the class's.
+        methods: in place of the class's.
     """
-    module.__class__ = _class_that_holds(type(module), tuple(views), forward)
+    module.__class__ = _class_that_holds(type(module), tuple(views), tuple(methods.items()))
     module.__dict__["_lasp_views"] = {name: view for name, view in views.items() if view is not None}
 
 
-@functools.lru_cache(maxsize=None)
-def _class_that_holds(cls: type[nn.Module], names: tuple[str, ...], forward: Callable | None) -> type[nn.Module]:
-    members: dict[str, object] = {name: _seen(name) for name in names}
-    if forward is not None:
-        members["forward"] = forward
-    return type(cls.__name__, (cls,), members | {"__module__": cls.__module__, "__doc__": cls.__doc__})
+@functools.cache
+def _class_that_holds(
+    cls: type[nn.Module], names: tuple[str, ...], methods: tuple[tuple[str, Callable], ...]
+) -> type[nn.Module]:
+    members = {"__module__": cls.__module__, "__doc__": cls.__doc__, **{name: _seen(name) for name in names}}
+    return type(cls.__name__, (cls,), members | dict(methods))
 
 
 def _seen(name: str) -> property:

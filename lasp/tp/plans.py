@@ -8,6 +8,7 @@ each head, an inner layer of low rank) is the same on all ranks, and its gradien
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,9 @@ from lasp.models import linear_transformer, mixers, tnl
 from lasp.models.decoder import Decoder, DecoderBlock
 from lasp.models.linear_transformer import LinearTransformer
 from lasp.models.tnl import TNL
+from lasp.models.trunk import LanguageModel
+
+MODELS = (TNL, Decoder, LinearTransformer)
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,23 @@ PLANS: dict[type[nn.Module], Plan] = {
 }  # fmt: skip
 
 
-def check_model(model: nn.Module, ranks: int) -> None:
+def check_model(model: LanguageModel, ranks: int) -> None:
     """Raise for what cannot be split over so many ranks, naming it."""
     name = type(model).__name__
-    if type(model) not in (TNL, Decoder, LinearTransformer):
+    if type(model) not in MODELS:
         raise ValueError(
             f"model must be one of lasp.models (TNL, Decoder, LinearTransformer), as it was made, got {name}: there is "
             "no plan for the weights of others"
         )
-    config = model.config
-    if isinstance(model, Decoder):
-        for option in ("experts", "attention_experts", "tpe"):
-            if getattr(config, option):
-                raise ValueError(f"model must have {option} = {0 if option != 'tpe' else False} for tensor parallelism, "
-                                 f"got {getattr(config, option)}: there is no plan for these weights")  # fmt: skip
-    sizes = {"heads": config.heads, "vocab_size": config.vocab_size, "width": config.width}
+    config: Any = model.config
+    for option, none in (("experts", 0), ("attention_experts", 0), ("tpe", False)):
+        if found := getattr(config, option, none):
+            raise ValueError(
+                f"model must have {option} = {none} for tensor parallelism, got {found}: there is no plan for these "
+                "weights"
+            )
     inner = "mlp_width" if isinstance(model, LinearTransformer) else "glu_width"
-    for field, size in (sizes | {inner: getattr(config, inner)}).items():
+    for field in ("heads", "width", inner, "vocab_size"):
+        size = getattr(config, field)
         if size % ranks:
             raise ValueError(f"the {ranks} ranks of tp must divide {field} of the {name}, got {size}")
