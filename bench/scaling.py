@@ -412,7 +412,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2**n for n in range(14, 18)], help="of a rank")
-    parser.add_argument("--mesh", nargs="+", type=Layout.parse, help="dp x sp (x tp); default: 1x1, 1x2, 1x4, ... 1xRANKS")
+    parser.add_argument(
+        "--mesh", nargs="+", type=Layout.parse, help="dp x sp (x tp); default: 1x1, 1x2, 1x4, ... 1xRANKS"
+    )
     parser.add_argument("--only", action="store_true", help="--mesh alone, without a gate and without one rank")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--strong", type=int, metavar="TOKENS", help="one length of sequence over more and more ranks")
@@ -428,7 +430,9 @@ def main(argv: list[str] | None = None) -> None:
     env = lasp.init()
     if options.parallel == "ddp" and any(layout.tp > 1 for layout in options.mesh or ()):
         raise SystemExit("--mesh with tp needs --parallel fsdp2: DDP averages plain tensors")
-    layouts = choose_layouts(options.mesh, env.world_size, alone=not (options.strong or options.longest or options.only))
+    layouts = choose_layouts(
+        options.mesh, env.world_size, alone=not (options.strong or options.longest or options.only)
+    )
     if env.world_size > 1:
         cost.measure(lasp.SequenceParallel(dist.group.WORLD))
     gates = [] if options.only else gate(options, layouts, env.device)
