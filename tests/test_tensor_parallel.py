@@ -293,6 +293,55 @@ def test_in_the_other_order():
     run_ranks(4, _other_order)
 
 
+def _verify():
+    """The split of the sequence, with the ranks of tp together in both runs."""
+    mesh = mesh_of(dp_shard=1, sp=2, tp=2)
+    for model in (split_model("tnl", mesh), lasp.tensor_parallel(make("gated_delta_net"), mesh["tp"])):
+        report = lasp.verify(model, mesh)
+        assert "2 ranks compute what one does" in str(report)
+
+
+def test_verify_of_a_model_that_is_split_twice():
+    run_ranks(4, _verify)
+
+
+def _compiled():
+    mesh = mesh_of(dp_shard=1, sp=2, tp=2)
+    alone, model = make("tnl"), split_model("tnl", mesh)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    serial, loss = loss_of(alone, batch_of(), None), loss_of(model, batch_of(), mesh)
+    serial.backward()
+    loss.backward()
+    lasp.sync_grads(model, mesh)
+    assert_close(loss, serial, **CLOSE)
+    assert_same(model, alone, lambda p: p.grad)
+
+
+def test_compiled_blocks():
+    run_ranks(4, _compiled)
+
+
+def _autocast():
+    """bf16 in the arithmetic: as near to fp64 as one process is."""
+    mesh, batch = mesh_of(dp_shard=1, sp=1, tp=2), batch_of()
+    for family in ("tnl", "mamba2"):
+        model, alone = lasp.tensor_parallel(make(family).float(), mesh["tp"]), make(family).float()
+        exact = loss_of(make(family), batch, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, usual = loss_of(model, batch, mesh), loss_of(alone, batch, None)
+        found.backward()
+        usual.backward()
+        assert abs(found - exact) < 2 * abs(usual - exact) + 0.02
+        for (name, p), q in zip(model.named_parameters(), alone.parameters()):
+            assert p.grad.dtype == torch.float32
+            assert (p.grad.full_tensor() - q.grad).norm() < 0.1 * q.grad.norm() + 1e-5, name
+
+
+def test_autocast():
+    run_ranks(2, _autocast)
+
+
 def _refused(make_model, tp, error, text):
     mesh = mesh_of(dp_shard=1, sp=1, tp=tp)
     with pytest.raises(error, match=text):

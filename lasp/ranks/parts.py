@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
 from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -48,10 +48,11 @@ class Ranks:
 
     def sum(self, x: Tensor, direction: str) -> Tensor:
         """The sum of x over the ranks, in its dtype, as a new tensor; it has no gradient of its own."""
+        if torch.compiler.is_compiling():  # a graph has no clock, and may move what writes to a tensor
+            return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", self.group))  # type: ignore[arg-type]
         found = x.clone(memory_format=torch.contiguous_format)
         if found.numel():
-            # In a graph of torch.compile there is no clock.
-            with nullcontext() if torch.compiler.is_compiling() else waiting(self._what(f"the sum, {direction},")):
+            with waiting(self._what(f"the sum, {direction},")):
                 dist.all_reduce(found, group=self.group)
         return found
 
@@ -61,10 +62,14 @@ class Ranks:
 
     def of_each(self, x: Tensor) -> Tensor:
         """x [...] of each rank, [ranks, ...], in the order of the mesh; it has no gradient of its own."""
-        found = x.new_empty(self.number, *x.shape)
-        if x.numel():
-            with nullcontext() if torch.compiler.is_compiling() else waiting(self._what("the gathering")):
-                collectives.gather_flat(found.flatten(0, 1), x.contiguous(), group=self.group)
+        if torch.compiler.is_compiling():
+            flat = functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, self.group))  # type: ignore[arg-type]
+            found = flat.view(self.number, *x.shape)
+        else:
+            found = x.new_empty(self.number, *x.shape)
+            if x.numel():
+                with waiting(self._what("the gathering")):
+                    collectives.gather_flat(found.flatten(0, 1), x.contiguous(), group=self.group)
         if self.in_group == tuple(range(self.number)):
             return found
         return torch.stack([found[place] for place in self.in_group])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from lasp import arguments
 from lasp.checks import agreement
@@ -93,12 +94,12 @@ def _ranks_of(mesh: Any, validate: str) -> SequenceParallel:
 
 def _check(model: LanguageModel, ranks: int) -> None:
     arguments.module("model", model)
-    check_model(model, ranks)
     for name, parameter in model.named_parameters():
         if is_split(parameter):
             raise ValueError(f"model must be whole, but {name} is split already: lasp.tensor_parallel is called once")
-        if hasattr(parameter, "device_mesh"):
-            raise ValueError(f"model must not be sharded before lasp.tensor_parallel, got {name} as a DTensor")
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"model must be whole, but {name} is sharded: call lasp.tensor_parallel before wrap_fsdp2")
+    check_model(model, ranks)
 
 
 class _SameTokens:
@@ -109,8 +110,8 @@ class _SameTokens:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ranks = self.ranks
-        if ranks.validate == "off" or torch.compiler.is_compiling():
-            return
+        if ranks.validate == "off" or ranks.size == 1 or torch.compiler.is_compiling():
+            return  # of one rank it is while ranks compute alone, as for `lasp.verify`
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor):
             return  # the model's own error says so
