@@ -185,4 +185,4 @@ def _init_weights(model: nn.Module) -> None:
         next(cls for cls in MODELS if isinstance(model, cls)).init_weights(model)  # type: ignore[arg-type]
     for p in parameters:
         if p.placements[-1].is_replicate():  # over tp, which comes last
-            parts.of_first(p.detach().to_local())
+            parts.of_first(p.to_local().detach())
