@@ -8,11 +8,11 @@
 
 Every rank writes its part into a folder of another name, which gets its own name when all are done. (`Saver`, in a file
 beside this one, lets the training go on meanwhile, from a copy on the host.) What all ranks hold alike one of them
-writes. The parts are stored by parameter, not by rank: a run may go on with another number of ranks, or from DDP to
-FSDP2. Neither format can hold code, so loading a stranger's checkpoint runs none; and since a stranger can write sums
-as well, names, shapes and dtypes must be those of this run, and all numbers finite. What they do to the model is
-another matter. (While ranks save and load, PyTorch pickles plans for the other ranks of the same run; nothing of a file
-is unpickled.)
+writes. The parts are stored by parameter, not by rank: a run may go on with another number of ranks, or under another
+scheme of data parallelism. Neither format can hold code, so loading a stranger's checkpoint runs none; and since a
+stranger can write sums as well, names, shapes and dtypes must be those of this run, and all numbers finite. What they
+do to the model is another matter. (While ranks save and load, PyTorch pickles plans for the other ranks of the same
+run; nothing of a file is unpickled.)
 
 What fails on one rank is an error on all of them, before anything is called a checkpoint.
 """
@@ -104,15 +104,20 @@ class Snapshot:
 def take_snapshot(
     step: int, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None
 ) -> Snapshot:
-    """This rank's part of the state, not copied: what all ranks hold alike is dealt out to them, by size."""
+    """This rank's part of the state, not copied: what several ranks hold alike is dealt out to them, by size. (All hold
+    what is not sharded, but for ZeRO-1: there one rank of each copy has the optimizer's state of a parameter.)"""
     tensors, values = _state(model, optimizer)
-    size = {name: x.numel() * x.element_size() for name, x in tensors.items()}
-    alike, load = [name for name, x in tensors.items() if not isinstance(x, DTensor)], [0] * dist.get_world_size()
-    for name in sorted(alike, key=lambda name: (-size[name], name)):  # the same order on every rank
-        least = load.index(min(load))
-        load[least] += size[name]
-        if least != dist.get_rank():
-            del tensors[name]
+    sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
+    of_ranks = on_all_ranks(f"preparing the checkpoint of step {step}", lambda: sizes)
+    size = {name: n for of_rank in of_ranks for name, n in of_rank.items()}
+    holders = {name: [rank for rank, of_rank in enumerate(of_ranks) if name in of_rank] for name in size}
+    load = [0] * dist.get_world_size()
+    for name in sorted(size, key=lambda name: (-size[name], name)):  # the same order on every rank
+        if not isinstance(tensors.get(name), DTensor):
+            least = min(holders[name], key=lambda rank: load[rank])
+            load[least] += size[name]
+            if least != dist.get_rank():
+                tensors.pop(name, None)
     record = {"step": step, "run": dict(run or {}), **values}
     return Snapshot(step, tensors, json.dumps(record, indent=1) + "\n", sum(size.values()))
 
@@ -149,7 +154,8 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     _check_sums(path, what)
     tensors, options = _state(model, optimizer)
     values = on_all_ranks(what, lambda: _read_values(path, options, run or {}))[0]
-    on_all_ranks(what, lambda: _check_parts(path, tensors))
+    names = {name for part in on_all_ranks(what, lambda: sorted(tensors)) for name in part}
+    on_all_ranks(what, lambda: _check_parts(path, tensors, names))
     _read(path, tensors, what)
     step = values.pop("step")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -171,7 +177,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     what = f"loading the weights of {path}"
     _check_sums(path, what)
     tensors = {f"model.{name}": x for name, x in model.state_dict().items()}
-    on_all_ranks(what, lambda: _check_parts(path, tensors, of="model."))
+    on_all_ranks(what, lambda: _check_parts(path, tensors, set(tensors), of="model."))
     _read(path, tensors, what)
 
 
@@ -363,11 +369,11 @@ def _read(path: Path, tensors: dict[str, Tensor], what: str) -> None:
         raise FileError(str(error)) from error
 
 
-def _check_parts(path: Path, tensors: dict[str, Tensor], of: str = "") -> None:
+def _check_parts(path: Path, tensors: dict[str, Tensor], names: set[str], of: str = "") -> None:
     """Raise `FileError` unless the parts make up each of these tensors, whole and in its dtype.
 
-    PyTorch would convert to another, and leave rows as they are that no part has. Tensors whose names do not begin with
-    `of` are passed over.
+    PyTorch would convert to another, and leave rows as they are that no part has. `names` are those of all ranks'
+    tensors. Tensors whose names do not begin with `of` are passed over.
     """
     parts: dict[str, list[tuple[int, tuple[int, ...], str, Path]]] = {}
     for file in _files(path):
@@ -375,8 +381,8 @@ def _check_parts(path: Path, tensors: dict[str, Tensor], of: str = "") -> None:
             for name, part in _parts_of(file):
                 if name.startswith(of):
                     parts.setdefault(name, []).append((*part, file))
-    if parts.keys() != tensors.keys():
-        raise FileError(f"{path} and this run differ in the tensors {sorted(parts.keys() ^ tensors.keys())[:4]}")
+    if parts.keys() != names:
+        raise FileError(f"{path} and this run differ in the tensors {sorted(parts.keys() ^ names)[:4]}")
     for name, x in tensors.items():
         shape, rows = tuple(x.shape) or (1,), 0
         for first_row, part, dtype, file in sorted(parts[name]):

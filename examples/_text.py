@@ -106,7 +106,9 @@ def _text_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if is_text(path))
 
 
-def _starts(text: Text, mesh: DeviceMesh | None, seed: int, step: int, batch: int, seq_len: int) -> list[int]:
+def _starts(
+    text: Text, mesh: DeviceMesh | None, seed: int, step: int, batch: int, seq_len: int, part: tuple[int, int]
+) -> list[int]:
     """Where the sequences of this rank begin.
 
     Every rank draws the places of the whole batch from (seed, step) and takes its rows. So any dp x sp sees the same
@@ -114,18 +116,42 @@ def _starts(text: Text, mesh: DeviceMesh | None, seed: int, step: int, batch: in
     the number of steps done. A text shorter than a sequence is repeated.
     """
     starts = np.random.default_rng([seed, step]).integers(0, max(1, len(text) - seq_len + 1), size=batch)
-    dp_rank, dp = (0, 1) if mesh is None else (mesh["dp_shard"].get_local_rank(), mesh["dp_shard"].size())
+    micro, batch = part[0], batch // part[1]
+    starts = starts[micro * batch : (micro + 1) * batch]
+    dp_rank, dp = 0, 1
+    for axis in ("dp_replicate", "dp_shard") if mesh is not None else ():
+        dp_rank, dp = dp_rank * mesh[axis].size() + mesh[axis].get_local_rank(), dp * mesh[axis].size()
     return starts[dp_rank * batch // dp : (dp_rank + 1) * batch // dp].tolist()
 
 
-def batch_of_step(text: Text, mesh: DeviceMesh | None, *, seed: int, step: int, batch: int, seq_len: int) -> Tensor:
-    """Whole sequences [batch / dp, seq_len], int64, of this rank's place in data parallelism."""
-    starts = _starts(text, mesh, seed, step, batch, seq_len)
+def batch_of_step(
+    text: Text,
+    mesh: DeviceMesh | None,
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    seq_len: int,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """Whole sequences [batch / dp, seq_len], int64, of this rank's place in data parallelism.
+
+    `part` is the number of a micro-batch, and how many there are, each [batch / dp / parts, seq_len].
+    """
+    starts = _starts(text, mesh, seed, step, batch, seq_len, part)
     return torch.from_numpy(np.stack([text.piece(start, seq_len) for start in starts]).astype(np.int64))
 
 
 def slice_of_step(
-    text: Text, mesh: DeviceMesh, device: torch.device, *, seed: int, step: int, batch: int, seq_len: int
+    text: Text,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    seq_len: int,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """What `lasp.shard_batch` makes of `batch_of_step`, where this rank reads its own slice alone.
 
@@ -136,7 +162,7 @@ def slice_of_step(
     first, last = layout.bounds(mesh["sp"].get_local_rank())
     held = max(0, min(last, seq_len) - first)  # what is behind is padding
     known = max(0, min(last + 1, seq_len) - first)
-    starts = _starts(text, mesh, seed, step, batch, seq_len)
+    starts = _starts(text, mesh, seed, step, batch, seq_len, part)
     tokens = torch.from_numpy(np.stack([text.piece(start + first, known) for start in starts]).astype(np.int64))
     positions = torch.arange(first, first + held).expand(len(starts), held)
     cut = {"input_ids": (tokens[:, :held], 0), "labels": (tokens[:, 1:], -100), "position_ids": (positions, 0)}

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import lasp
+from lasp.data_parallel.schemes import FSDP2_SCHEMES
 
 SHARE = 20  # one part in so many, the last one, is held out
 BATCHES = 4  # of it, each of as many sequences as one of the training
@@ -65,8 +66,9 @@ class Validation:
             ids = batch_of_step(self.text, mesh, **drawn)
             _add(sums, ids, model, mesh, options, device)
         model.train()
-        if isinstance(model, FSDPModule):
-            model.reshard()  # what no backward follows stays gathered
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what no backward follows stays gathered
         rows = by_position(on_all_ranks("the loss on the held-out text", sums.read), options.seq_len)
         loss = sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
         self.found = [*(x for x in self.found if x["step"] != step), {"step": step, "loss": loss, "by position": rows}]
@@ -126,7 +128,7 @@ def by_position(of_ranks: list[list[list[float]]], seq_len: int) -> list[dict]:
 
 def _add(sums: Sums, ids: Tensor, model: nn.Module, mesh: DeviceMesh, options: Any, device: torch.device) -> None:
     """The losses of some sequences, [B, T], of which this rank computes its slice."""
-    sharded = options.parallel == "fsdp2"  # then FSDP2 casts to bf16
+    sharded = options.parallel in FSDP2_SCHEMES  # then FSDP2 casts to bf16
     bf16 = options.dtype == "bfloat16" and not sharded
     labels = sums.labels(ids)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

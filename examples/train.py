@@ -20,6 +20,7 @@ the weights of a checkpoint.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -49,7 +50,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm import trange
 
 import lasp
-from lasp.data_parallel import wrap_ddp, wrap_fsdp2
+from lasp.data_parallel.schemes import FSDP2_SCHEMES
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
 from lasp.models.memory import blocks_to_recompute, save_memory
 from lasp.ranks import SCHEDULES
@@ -58,6 +59,7 @@ from lasp.ranks import SCHEDULES
 # last bits, and training lets such differences grow: in the demo weights that are 1e-7 off change a loss by up to 5e-6
 # (with twice the learning rate 7e-5), in one process as well.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+Scheme = Literal["ddp", "ddp-legacy", "zero1", "zero2", "zero3", "fsdp2", "hsdp"]
 # Options that a resumed run must have as before: what it computes hangs on them.
 SAME = (
     "family",
@@ -83,9 +85,11 @@ class Options:
     """The command line; `main` explains each."""
 
     dp: int
+    dp_replicate: int
     sp: int | None
     seq_len: int
     batch: int
+    accumulate: int
     segment: int
     family: str
     model: str
@@ -124,9 +128,15 @@ class Options:
 
 def main(
     dp: Annotated[int, typer.Option(min=1, help="Ranks over which the sequences of a batch are dealt out.")] = 1,
+    dp_replicate: Annotated[
+        int, typer.Option(min=1, help="Of these, the copies of what --parallel deals out; hsdp needs some.")
+    ] = 1,
     sp: Annotated[int | None, typer.Option(min=1, help="Ranks that share a sequence; default: all.")] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a whole sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, of all ranks together.")] = 2,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Micro-batches of a step; gradients travel after the last.")
+    ] = 1,
     segment: Annotated[int, typer.Option(min=0, help="Stream it in segments of so many tokens; 0: in one.")] = 0,
     family: Annotated[str, typer.Option(help=f"What the layers are: {', '.join(FAMILIES)}.")] = "tnl",
     model: Annotated[Size, typer.Option(help="Size.")] = "tiny",
@@ -145,7 +155,7 @@ def main(
         Literal["cosine", "linear", "wsd", "constant"], typer.Option(help="How the learning rate falls.")
     ] = "cosine",
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which it rises; default: a tenth of all.")] = None,
-    parallel: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How parameters lie on the ranks.")] = "ddp",
+    parallel: Annotated[Scheme, typer.Option(help="What the ranks deal out (docs/data_parallel.md).")] = "ddp",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the weights and the batches.")] = 0,
     recompute: Annotated[
@@ -206,8 +216,13 @@ def check(options: Options, ranks: int, text: Text) -> None:
     if options.dp * sp != ranks:
         wanted = "" if options.sp is None else f" x --sp {options.sp}"
         refuse("--dp", f"{options.dp}{wanted} does not make {ranks} ranks")
-    if options.batch % options.dp:
-        refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks")
+    if options.batch % (options.dp * options.accumulate):
+        micro = f" in --accumulate {options.accumulate} micro-batches" if options.accumulate > 1 else ""
+        refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks{micro}")
+    if options.dp % options.dp_replicate:
+        refuse("--dp-replicate", f"{options.dp_replicate} copies cannot be made of --dp {options.dp} ranks")
+    if options.parallel == "hsdp" and options.dp_replicate == 1:
+        refuse("--parallel", "hsdp needs --dp-replicate above 1; zero3 shards over all ranks")
     if not 0 < options.lr <= 1e30:  # the optimizer scales it, and what fp32 cannot hold is an error there
         refuse("--lr", f"{options.lr} is not a positive number up to 1e30")
     if options.family not in FAMILIES:
@@ -342,11 +357,11 @@ def run(options: Options) -> None:
     env = lasp.init()
     options = going_on(options)
     text, digest = agree(options, env)
-    mesh = lasp.init_mesh(dp_shard=options.dp, sp=options.sp or -1)
+    replicas = options.dp_replicate
+    mesh = lasp.init_mesh(dp_replicate=replicas, dp_shard=options.dp // replicas, sp=options.sp or -1)
     folder = options.out or Path(on_rank_0("naming the folder for results", lambda: new_folder("tnl")))
 
-    model = build_model(options, mesh, env.device)
-    optimizer = optimizer_of(model, options, env.device)
+    model, optimizer = with_optimizer(options, build_model(options, mesh, env.device), mesh, env.device)
     same = {"text": digest}
     first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
     if options.resume and env.rank == 0:
@@ -430,13 +445,22 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
     save_memory(
         model.blocks, recompute=recomputed(options, model, mesh, device), chunk=options.chunk, offload=options.offload
     )
+    return model
+
+
+def with_optimizer(
+    options: Options, model: nn.Module, mesh: DeviceMesh | None, device: torch.device
+) -> tuple[nn.Module, Optimizer]:
+    """The model as it is called, and AdamW, on a GPU in one kernel: under --parallel, without a mesh plain."""
+    adamw = functools.partial(AdamW, lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     if mesh is None:
-        return model
-    if options.parallel == "ddp":
-        return wrap_ddp(model, mesh)
-    bf16 = options.dtype == "bfloat16"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    return wrap_fsdp2(model, mesh, blocks=model.blocks, mp_policy=policy)
+        return model, adamw(model.parameters())
+    more = {}
+    if options.parallel in FSDP2_SCHEMES:
+        bf16 = torch.bfloat16 if options.dtype == "bfloat16" else None
+        more = {"mp_policy": MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)}
+    blocks = model.blocks  # type: ignore[assignment]
+    return lasp.data_parallel(model, mesh, scheme=options.parallel, optimizer=adamw, blocks=blocks, **more)
 
 
 def recomputed(options: Options, model: TNL | Decoder, mesh: DeviceMesh | None, device: torch.device) -> int:
@@ -449,22 +473,24 @@ def recomputed(options: Options, model: TNL | Decoder, mesh: DeviceMesh | None, 
         return 0
     if not isinstance(model, TNL):  # what the others keep is not known
         return model.config.layers
-    sharded, ranks, sp = options.parallel == "fsdp2", mesh.size() if mesh else 1, mesh["sp"].size() if mesh else 1
+    ranks, sp = mesh.size() // options.dp_replicate if mesh else 1, mesh["sp"].size() if mesh else 1
     tokens = -(-min(options.segment or options.seq_len, options.seq_len) // sp) * (
-        options.batch // (options.dp if mesh else 1)
+        options.batch // options.accumulate // (options.dp if mesh else 1)
     )
     count = sum(p.numel() for p in model.parameters())
-    # Gradients and two moments in fp32, and the weights in 16 bits if not both: what DDP does not shard.
-    bytes_of = count * (12 // ranks + 6 if sharded else 18)
+    bytes_of = count * bytes_of_parameter(options, ranks)
     number = 2 if options.dtype == "bfloat16" else 4
     free = torch.cuda.mem_get_info(device)[0]
     found = blocks_to_recompute(model.config, tokens, free=free, parameters=bytes_of, number=number)
     return max(on_all_ranks("choosing the blocks that are computed again", lambda: found)) if mesh else found
 
 
-def optimizer_of(model: nn.Module, options: Options, device: torch.device) -> Optimizer:
-    """AdamW, on a GPU in one kernel."""
-    return AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+def bytes_of_parameter(options: Options, ranks: int) -> int:
+    """Beside its 4 of the weight as it is stored: gradient and two moments in fp32, and the weight in 16 bits, of which
+    so many ranks share what --parallel deals out."""
+    if options.parallel in FSDP2_SCHEMES:
+        return 12 // ranks + 6 + (4 if options.accumulate > 1 else 0)  # what micro-batches add up is whole
+    return 10 + 8 // ranks if options.parallel == "zero1" else 18
 
 
 def train_step(
@@ -477,33 +503,55 @@ def train_step(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """One step; the loss of the global batch before it, and the tokens that it is the mean of."""
-    drawn = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
     optimizer.zero_grad()
-    sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
-    balance = options.balance if options.experts or options.attention_experts else 0.0
-    if options.segment and mesh is not None:
-        with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
-            ids = batch_of_step(text, mesh, **drawn)
-            loss, tokens = lasp.stream_backward(
-                model, {"input_ids": ids}, mesh=mesh, segment=options.segment, balance=balance, progress=step == 0
-            )
-    else:
-        if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
-            local = slice_of_step(text, mesh, device, **drawn)
-        else:  # this rank's slice, labels, positions, layout
-            local = lasp.shard_batch({"input_ids": batch_of_step(text, mesh, **drawn).to(device)}, mesh)
-        head = (model.module if isinstance(model, DistributedDataParallel) else model).head
-        with autocast:
-            hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
-            loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=mesh)  # type: ignore[union-attr,arg-type]
-            if balance:
-                loss = loss + balance * lasp.balance_loss(model, mesh=mesh)
-        loss.backward()  # DDP and FSDP2 average the gradients over dp x sp
+    losses, counts = [], []
+    for micro in range(options.accumulate):
+        with lasp.no_sync(model, enabled=micro + 1 < options.accumulate):
+            loss, count = micro_batch(options, step, micro, text, model, mesh, device)
+        losses.append(loss)
+        counts.append(count)
+    loss, tokens = sum(losses), sum(counts)  # each is a part of the mean: all micro-batches have as many tokens
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(options.schedule, options.lr, step, options.steps, options.warmup)
     optimizer.step()
+    return loss, tokens
+
+
+def micro_batch(
+    options: Options,
+    step: int,
+    micro: int,
+    text: Text,
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one; its part of the step's loss, and its tokens."""
+    drawn = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
+    drawn["part"] = (micro, options.accumulate)
+    share = 1 / options.accumulate
+    sharded = mesh is not None and options.parallel in FSDP2_SCHEMES  # then FSDP2 casts to bf16
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
+    balance = options.balance if options.experts or options.attention_experts else 0.0
+    if options.segment and mesh is not None:
+        with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
+            more = {"segment": options.segment, "balance": balance, "loss_scale": share}
+            ids, first = batch_of_step(text, mesh, **drawn), step == 0 and micro == 0
+            loss, tokens = lasp.stream_backward(model, {"input_ids": ids}, mesh=mesh, progress=first, **more)
+            return share * loss.detach(), tokens
+    if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
+        local = slice_of_step(text, mesh, device, **drawn)
+    else:  # this rank's slice, labels, positions, layout
+        local = lasp.shard_batch({"input_ids": batch_of_step(text, mesh, **drawn).to(device)}, mesh)
+    head = (model.module if isinstance(model, DistributedDataParallel) else model).head
+    with autocast:
+        hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
+        loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=mesh)  # type: ignore[union-attr,arg-type]
+        if balance:
+            loss = loss + balance * lasp.balance_loss(model, mesh=mesh)
+    loss = share * loss
+    loss.backward()  # the scheme of --parallel averages the gradients over dp x sp, after the last micro-batch
     return loss.detach(), tokens
 
 
@@ -513,8 +561,7 @@ def verify(options: Options, text: Text, split: dict[int, float], device: torch.
         print("--verify has nothing to compare: metrics.jsonl has no losses", file=sys.stderr)
         raise typer.Exit(1)
     print("The same training in one process, for comparison:")
-    model = build_model(options, None, device)
-    optimizer = optimizer_of(model, options, device)
+    model, optimizer = with_optimizer(options, build_model(options, None, device), None, device)
     single = []
     for step in trange(options.steps, unit="step", dynamic_ncols=True):
         loss, _ = train_step(options, step, text, model, optimizer, None, device)

@@ -4,13 +4,15 @@
 whose size does not depend on the length.
 """
 
-from lasp import adapters, decay, integrations, modules
+from typing import TYPE_CHECKING
+
+from lasp import adapters, data_parallel, decay, integrations, modules
 from lasp.adapters import register
 from lasp.api import explain, parallelize
 from lasp.balance import balance_loss
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
-from lasp.data_parallel import sync_grads
+from lasp.data_parallel import no_sync, sync_grads
 from lasp.layout import ShardLayout
 from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
@@ -22,6 +24,9 @@ from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad
 from lasp.streaming import stream_backward
 from lasp.tp import tensor_parallel
 from lasp.verification import verify
+
+if TYPE_CHECKING:  # the package is this function, too, which a checker of types cannot see
+    from lasp.data_parallel import data_parallel
 
 __all__ = [
     "Env",
@@ -35,6 +40,7 @@ __all__ = [
     "block_attention",
     "causal_conv",
     "compiled",
+    "data_parallel",
     "decay",
     "delta_rule",
     "explain",
@@ -46,6 +52,7 @@ __all__ = [
     "linear_attention",
     "linear_token_loss",
     "modules",
+    "no_sync",
     "parallelize",
     "register",
     "shard_batch",

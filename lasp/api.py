@@ -271,12 +271,13 @@ class Explanation(list[LayerReport]):
     """The rows of `explain`; prints as a table."""
 
     not_asked: str = ""  # what in the model could not be asked whether it mixes tokens, and why
+    data_parallel: str = ""  # what `lasp.data_parallel` has done
     streamed: str = (
         ""  # of the last sequence that went through it in segments: how many, and what crossed their borders
     )
 
     def __str__(self) -> str:
-        notes = [x for x in (self.streamed, self.not_asked) if x]
+        notes = [x for x in (self.data_parallel, self.streamed, self.not_asked) if x]
         if not self:
             return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
@@ -299,6 +300,7 @@ def explain(model: nn.Module) -> Explanation:
     report = Explanation()
     arguments.module("model", model)
     report.not_asked = split_models.get(model, "")
+    report.data_parallel = process.schemes.get(model, "")
     report.streamed = next((x.streamed for x in handles.held_by(model) if x.streamed), "")
     layers = any(isinstance(vars(m).get(_SPLIT), _Split) for m in model.modules())
     for path, module in model.named_modules():

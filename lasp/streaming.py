@@ -174,6 +174,9 @@ def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Parallelized]:
     return splits
 
 
+_AVERAGE = ("torch.nn.parallel.", "lasp.data_parallel.")  # whose hooks average, once (AveragedOnce)
+
+
 def _refuse_steps_in_backward(model: nn.Module, once: Iterable[Tensor]) -> None:
     """Raise if what is done where a parameter's gradient has come would take that of a segment for that of the step."""
     known = {id(p) for p in once}
@@ -181,7 +184,7 @@ def _refuse_steps_in_backward(model: nn.Module, once: Iterable[Tensor]) -> None:
         if id(p) in known:
             continue
         hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
-        others = [x for x in hooks if not str(getattr(x, "__module__", "")).startswith("torch.nn.parallel.")]
+        others = [x for x in hooks if not str(getattr(x, "__module__", "")).startswith(_AVERAGE)]
         if others or getattr(p, "_in_backward_optimizers", None):
             what = "register_post_accumulate_grad_hook" if others else "optimizer in backward"
             raise ValueError(

@@ -460,6 +460,27 @@ TABLE = {
         lambda ranks: {"model": nn.Linear(1, 1), "mesh": init_mesh_of(sp=ranks.size)},
         {**REPLICAS, "blocks": [5, None, Wrong("xy", "'x'"), Wrong([5], "5"), nn.Linear(1, 1)]},
     ),
+    "average_after_backward": (
+        data_parallel.average_after_backward,
+        lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)},
+        REPLICAS,
+    ),
+    "data_parallel": (
+        data_parallel.data_parallel,
+        lambda ranks: {
+            "model": nn.Linear(1, 1),
+            "mesh": init_mesh_of(sp=ranks.size),
+            "scheme": "zero1",
+            "optimizer": torch.optim.AdamW,
+        },
+        {
+            **REPLICAS,
+            "scheme": [*NO_TEXT, "zero4", "DDP"],
+            "optimizer": [None, 5, "adamw", Wrong(torch.optim.SGD(nn.Linear(1, 1).parameters()), "SGD")],
+            "blocks": [5, None, Wrong("xy", "'x'"), Wrong([5], "5"), nn.Linear(1, 1)],
+        },
+    ),
+    "no_sync": (lasp.no_sync, lambda ranks: {"model": nn.Linear(1, 1)}, {"model": NO_MODULE, "enabled": NO_FLAG}),
     "init_mesh": (
         lasp.init_mesh,
         lambda ranks: {},

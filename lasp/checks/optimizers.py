@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _checks: list[Callable[[Optimizer], None]] = []
 _last_checks: list[Callable[[Optimizer], None]] = []
+_inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def before_step(check: Callable[[Optimizer], None], *, last: bool = False) -> None:
@@ -25,10 +27,19 @@ def before_step(check: Callable[[Optimizer], None], *, last: bool = False) -> No
         (_last_checks if last else _checks).append(check)
 
 
+def steps_within(optimizer: Optimizer) -> None:
+    """It steps only in the step of another, which is checked: each rank has its own, maybe of no parameters at all."""
+    _inner.add(optimizer)
+
+
 # What asks other ranks cannot be part of a graph. (The decorator that torch.optim uses: the public one would import the
 # compiler, and Triton, with this module.)
 @torch._disable_dynamo  # type: ignore[attr-defined,reportPrivateImportUsage]
 def _call_checks(optimizer: Optimizer, *_: object) -> None:
+    if optimizer in _inner:
+        return
+    if isinstance(mine := getattr(optimizer, "optim", None), Optimizer):  # of ZeroRedundancyOptimizer
+        steps_within(mine)
     for check in (*_checks, *_last_checks):
         check(optimizer)
 

@@ -18,8 +18,7 @@ from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
 from lasp.ops.stream import Content
-from lasp.ranks import SequenceParallel, collectives, grad_mesh, waiting
-from lasp.ranks.group import making_groups
+from lasp.ranks import SequenceParallel, collectives, copies_of, grad_mesh, shard_mesh, waiting
 
 
 def wrap_fsdp2(
@@ -46,13 +45,9 @@ def wrap_fsdp2(
     compare_parameters(model, axis.get_group(), "wrap_fsdp2", validate=validate)
     if validate != "off":
         note_averaged(model, axis.get_group())
-    if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
-        with making_groups("wrap_fsdp2: making the process group of dp_shard x sp"):
-            shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")
+    shard = shard_mesh(mesh)
+    if isinstance(shard, DeviceMesh) and copies_of(mesh) > 1:
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])
-        if mesh.device_type == "cuda":  # `init_mesh` has connected only the ranks of `grad_mesh`
-            for part in (mesh["dp_replicate"], shard):
-                collectives.connect(part.get_group(), mesh.device_type)
     with waiting("wrap_fsdp2: sharding the parameters over all ranks"):
         for block in blocks:
             fully_shard(block, mesh=axis, **options)
@@ -138,24 +133,39 @@ def _begin_anew(module: FSDPModule) -> None:
 @contextlib.contextmanager
 def averaging(modules: Sequence[FSDPModule], *, last: bool) -> Iterator[None]:
     """Inside, a backward averages and shards only if it is the `last`, and if it would have without this."""
-    names = ("reduce_grads", "all_reduce_grads", "reshard_after_backward")
+    with contextlib.nullcontext() if last else _switched_off(modules, (*_AVERAGE, "reshard_after_backward")):
+        if not last:
+            for module in modules:
+                module.set_is_last_backward(False)
+        try:
+            yield
+        finally:
+            if not last:
+                for module in modules:
+                    module.set_is_last_backward(True)
+
+
+def adding_up(modules: Sequence[FSDPModule]) -> contextlib.AbstractContextManager[None]:
+    """Inside, a backward averages nothing. Weights are freed as always."""
+    return _switched_off(modules, _AVERAGE)
+
+
+_AVERAGE = ("reduce_grads", "all_reduce_grads")
+
+
+@contextlib.contextmanager
+def _switched_off(modules: Sequence[FSDPModule], names: Sequence[str]) -> Iterator[None]:
     groups = [group for module in modules for group in _groups(module)]
     before = [[getattr(group, name) for name in names] for group in groups]
     try:
-        if not last:
-            for group in groups:
-                for name in names:
-                    setattr(group, name, False)
-            for module in modules:
-                module.set_is_last_backward(False)
+        for group in groups:
+            for name in names:
+                setattr(group, name, False)
         yield
     finally:
         for group, values in zip(groups, before):
             for name, value in zip(names, values):
                 setattr(group, name, value)
-        if not last:
-            for module in modules:
-                module.set_is_last_backward(True)
 
 
 class _Compared:

@@ -3,7 +3,16 @@
 from lasp.ranks.aside import alone, uncounted
 from lasp.ranks.group import PeerError, Peers, RankMismatchError, all_peers, peers_of, waiting
 from lasp.ranks.launchers import Env, init
-from lasp.ranks.mesh import MESH_AXES, axis_groups, grad_group, grad_mesh, init_mesh, sequence_axis
+from lasp.ranks.mesh import (
+    MESH_AXES,
+    axis_groups,
+    copies_of,
+    grad_group,
+    grad_mesh,
+    init_mesh,
+    sequence_axis,
+    shard_mesh,
+)
 from lasp.ranks.sequence import SCHEDULES, SequenceParallel, Traffic, sequence_of_handle
 
 __all__ = [
@@ -18,6 +27,7 @@ __all__ = [
     "all_peers",
     "alone",
     "axis_groups",
+    "copies_of",
     "grad_group",
     "grad_mesh",
     "init",
@@ -25,6 +35,7 @@ __all__ = [
     "peers_of",
     "sequence_axis",
     "sequence_of_handle",
+    "shard_mesh",
     "uncounted",
     "waiting",
 ]

@@ -132,7 +132,8 @@ class _Process:
         self.buffers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self.loss_gradient: Any = None  # that a loss got last, since the last step (lasp.loss)
         self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
-        self.reducers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of DDP, by the model in it
+        self.reducers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # what averages models
+        self.schemes: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what `data_parallel` has done
         self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
         self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
         self.split = False  # whether `parallelize` has split a model (lasp.checks.use)

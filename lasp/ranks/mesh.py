@@ -96,6 +96,33 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
         return mesh[names]._flatten("grad")
 
 
+def shard_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGroup | None:
+    """The ranks over which parameters or states of optimizers are dealt out: those of `grad_mesh` without dp_replicate.
+
+    Along dp_replicate all ranks hold the same. The first call for a mesh that has such an axis makes a process group;
+    all ranks call it.
+    """
+    whole = grad_mesh(mesh)
+    if not isinstance(mesh, DeviceMesh) or whole is mesh or copies_of(mesh) == 1:
+        return whole
+    names = tuple(name for name in mesh.mesh_dim_names or () if name not in ("dp_replicate", "tp"))
+    if len(names) == 1:
+        return mesh[names[0]]
+    with making_groups(f"making the process group of {' x '.join(names)}"):
+        shard = mesh[names]._flatten("_".join(names))
+    if mesh.device_type == "cuda":  # `init_mesh` has connected only the ranks of `grad_mesh`
+        for part in (mesh["dp_replicate"], shard):
+            collectives.connect(part.get_group(), mesh.device_type)
+    return shard
+
+
+def copies_of(mesh: DeviceMesh | ProcessGroup | None) -> int:
+    """How many ranks hold the same part of a model that is dealt out: the size of dp_replicate."""
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim == 1 or "dp_replicate" not in (mesh.mesh_dim_names or ()):
+        return 1
+    return mesh["dp_replicate"].size()
+
+
 def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, int]:
     """The process group of `grad_mesh`, and its size."""
     axis = grad_mesh(mesh)

@@ -1,0 +1,67 @@
+"""Data parallelism as it was before gradients travelled in buckets: all at once, when the backward has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from lasp import arguments
+from lasp.checks.replicas import compare_parameters
+from lasp.data_parallel.manual import sync_grads
+from lasp.ranks import grad_group
+from lasp.ranks.group import process
+
+
+def average_after_backward(model: nn.Module, mesh, *, validate: str = "first") -> nn.Module:
+    """From now on every backward of the model ends with `sync_grads(model, mesh)`; the model itself, no wrapper.
+
+    All gradients of a dtype travel in one message that overlaps with nothing. In exchange a parameter that a rank has
+    not used counts as zero there, and gradients may be sparse. All ranks come to a backward equally often; one that
+    reaches no parameter of the model averages nothing.
+
+    Raises:
+        RankMismatchError: ranks hold other parameters; on every rank, here or in a backward.
+    """
+    arguments.module("model", model)
+    arguments.choice("validate", validate, ("first", "off"))
+    group, ranks = grad_group(mesh)
+    compare_parameters(model, group, "average_after_backward", validate=validate)
+    if ranks > 1:
+        process.reducers[model] = AfterBackward(model, mesh, validate)
+    return model
+
+
+class AfterBackward:
+    """What averages the gradients of a model, unless it is told to wait."""
+
+    def __init__(self, model: nn.Module, mesh, validate: str):
+        self._model, self._mesh, self._validate = weakref.ref(model), mesh, validate
+        self._wait, self._queued = False, -1  # in which backward, if it came to its end or not
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._queue)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, a backward averages nothing."""
+        before, self._wait = self._wait, True
+        try:
+            yield
+        finally:
+            self._wait = before
+
+    def _queue(self, _: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if not self._wait and backward != self._queued:
+            self._queued = backward
+            Variable._execution_engine.queue_callback(self._average)  # once the gradients of all parameters are there
+
+    def _average(self) -> None:
+        model = self._model()
+        if model is not None:
+            sync_grads(model, self._mesh, validate=self._validate)
