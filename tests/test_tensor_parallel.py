@@ -1,12 +1,14 @@
 """Tensor parallelism: loss and every gradient are those of one process, on dp x sp x tp ranks."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import mesh_of, run_ranks
+from scripts import run_script
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -291,6 +293,44 @@ def _other_order():
 
 def test_in_the_other_order():
     run_ranks(4, _other_order)
+
+
+def _schemes(scheme, explained):
+    mesh = mesh_of(dp_shard=1, sp=2, tp=2)
+    alone, model = make("tnl"), split_model("tnl", mesh)
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
+    model, _ = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=adamw, blocks=model.blocks)
+    loss_of(alone, batch_of(), None).backward()
+    loss_of(model, batch_of(), mesh).backward()
+    assert_same(model, alone, lambda p: p.grad)
+    report = str(lasp.explain(model))
+    assert "tensor parallel: heads, inner channels and words over 2 ranks" in report
+    assert explained in report
+
+
+@pytest.mark.parametrize("scheme", ["zero2", "zero3", "ddp-legacy"])
+def test_schemes_of_data_parallelism(scheme):
+    run_ranks(4, _schemes, scheme, f"data parallel: {scheme}")
+
+
+def test_a_rank_of_tp_that_ends():
+    body = """
+import os, sys, torch, lasp
+from lasp.models import TNL, TNLConfig
+env = lasp.init("gloo", timeout=60.0)
+torch.manual_seed(0)
+model = TNL(TNLConfig(24, layers=2, width=16, heads=4, glu_width=12))
+lasp.tensor_parallel(model, lasp.init_mesh(dp_shard=1, tp=2), validate="VALIDATE")
+ids = torch.arange(13)[None]
+model(ids)
+if env.rank == 1:
+    model.blocks[1].register_forward_pre_hook(lambda *_: sys.exit("enough"))
+loss = model(ids).sum()
+"""
+    for validate in ("first", "off"):
+        found = run_script(body.replace("VALIDATE", validate), 2)
+        assert found[1][0] == 1
+        assert "PeerError: tensor parallel, blocks.1.attention: the sum, forward, over the ranks of tp" in found[0][2]
 
 
 def _verify():

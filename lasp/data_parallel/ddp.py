@@ -32,7 +32,8 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     if split is not None:
         raise ValueError(
             f"model must have plain parameters for DDP, but {split} is a DTensor, as after lasp.tensor_parallel: take "
-            "wrap_fsdp2 (reshard_after_forward=False keeps whole weights, as DDP does), or lasp.sync_grads"
+            "FSDP2 (wrap_fsdp2; its reshard_after_forward=False keeps whole weights, as DDP does), or lasp.sync_grads "
+            "(the scheme 'ddp-legacy')"
         )
     group, _ = grad_group(mesh)
     if group is None:

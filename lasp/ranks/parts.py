@@ -8,27 +8,29 @@ from typing import TypeGuard
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lasp.ranks import collectives
 from lasp.ranks.group import waiting
-from lasp.ranks.sequence import SequenceParallel
+from lasp.ranks.sequence import place_in
 
 
 class Ranks:
     """Those of one layer: the `Parts` of lasp.models.
 
     Args:
-        ranks: of the axis "tp".
+        mesh: the axis "tp".
         layer: its path, for messages.
     """
 
-    def __init__(self, ranks: SequenceParallel, layer: str):
-        # Not the object: while ranks compute `alone` it is one of one rank, and these go on together.
-        self.mesh, self.group, self.in_group = ranks.mesh, ranks.group, ranks.in_group
-        self.layer, self.rank, self.number = layer, ranks.rank, ranks.size
+    def __init__(self, mesh: DeviceMesh, layer: str):
+        # No `SequenceParallel`: while ranks compute `alone` it is one of one rank, and these go on together.
+        place = place_in(mesh)
+        self.mesh, self.layer = mesh, layer
+        self.group, self.in_group = place["group"], place["in_group"]
+        self.rank, self.number = place["rank"], place["size"]
 
     def enter(self, x: Tensor) -> Tensor:
         """x; its gradient is the sum over the ranks."""
@@ -49,7 +51,7 @@ class Ranks:
     def sum(self, x: Tensor, direction: str) -> Tensor:
         """The sum of x over the ranks, in its dtype, as a new tensor; it has no gradient of its own."""
         if torch.compiler.is_compiling():  # a graph has no clock, and may move what writes to a tensor
-            return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", self.group))  # type: ignore[arg-type]
+            return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", self.group))
         found = x.clone(memory_format=torch.contiguous_format)
         if found.numel():
             with waiting(self._what(f"the sum, {direction},")):
@@ -63,7 +65,7 @@ class Ranks:
     def of_each(self, x: Tensor) -> Tensor:
         """x [...] of each rank, [ranks, ...], in the order of the mesh; it has no gradient of its own."""
         if torch.compiler.is_compiling():
-            flat = functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, self.group))  # type: ignore[arg-type]
+            flat = functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, self.group))
             found = flat.view(self.number, *x.shape)
         else:
             found = x.new_empty(self.number, *x.shape)
@@ -90,7 +92,7 @@ class Ranks:
         """Those over which a tensor is split (`is_split`)."""
         found = _of_meshes.get(x.device_mesh)
         if found is None:
-            found = _of_meshes[x.device_mesh] = cls(SequenceParallel(x.device_mesh), "the loss")
+            found = _of_meshes[x.device_mesh] = cls(x.device_mesh, "the loss")
         return found
 
 
@@ -148,3 +150,9 @@ def is_split(x: object) -> TypeGuard[DTensor]:
 def part_of(x: Tensor) -> Tensor:
     """This rank's part of a tensor that tensor parallelism alone has split; any other as it is."""
     return x.to_local() if is_split(x) else x
+
+
+def parts_of_model(model: nn.Module) -> int:
+    """Over how many ranks tensor parallelism has split it, also if FSDP2 has since sharded it."""
+    meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    return next((x.size((x.mesh_dim_names or ()).index("tp")) for x in meshes if "tp" in (x.mesh_dim_names or ())), 1)

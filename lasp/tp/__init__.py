@@ -15,7 +15,7 @@ from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums, forms_of, whole_parameters
 from lasp.checks.messages import check_messages
 from lasp.models.trunk import LanguageModel
-from lasp.ranks import SequenceParallel
+from lasp.ranks import SequenceParallel, collectives
 from lasp.ranks.parts import is_split
 from lasp.tp.plans import check_model
 from lasp.tp.split import split
@@ -76,7 +76,10 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
             },
         )
     if ranks.size > 1:
-        split(model, ranks)
+        assert isinstance(ranks.mesh, DeviceMesh)
+        split(model, ranks.mesh)
+        if ranks.mesh.device_type == "cuda":  # so that no forward connects them
+            collectives.connect(ranks.group, "cuda")
         model.register_forward_pre_hook(_SameTokens(ranks), with_kwargs=True)
     return model
 

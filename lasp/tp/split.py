@@ -18,31 +18,30 @@ from lasp.models.lrpe import LRPE
 from lasp.models.mixers import Mamba2
 from lasp.models.trunk import LanguageModel
 from lasp.modules import LightningAttention
-from lasp.ranks import SequenceParallel
 from lasp.ranks.parts import Ranks, is_split, part_of
 from lasp.tp.held import hold, split_parameter
 from lasp.tp.plans import MODELS, PLANS, Plan
 
 
-def split(model: LanguageModel, ranks: SequenceParallel) -> None:
-    """In place, over these ranks."""
+def split(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """In place, over the ranks of the axis "tp"."""
     for path, module in list(model.named_modules()):
         if (plan := PLANS.get(type(module))) is not None:
-            _split_layer(path, module, plan, ranks)
+            _split_layer(path, module, plan, mesh)
     if isinstance(model, Decoder) and model.bound_shares is not None:
-        _apply(model, Ranks(ranks, "the model"), {"bound_shares": 1})
-    _apply(model.embedding, Ranks(ranks, "embedding"), {"weight": 1}, forward=_embedding)
-    _apply(model.head, Ranks(ranks, "head"), {"weight": 0}, forward=_head, seen=False)
+        _apply(model, Ranks(mesh, "the model"), {"bound_shares": 1})
+    _apply(model.embedding, Ranks(mesh, "embedding"), {"weight": 1}, forward=_embedding)
+    _apply(model.head, Ranks(mesh, "head"), {"weight": 0}, forward=_head, seen=False)
     hold(model, {}, init_weights=_init_weights)
-    model.parts = Ranks(ranks, "init_weights")  # type: ignore[assignment]
+    model.parts = Ranks(mesh, "init_weights")  # type: ignore[assignment]
     for path, module in model.named_modules():  # what no layer's plan has: norms between the layers
         names = [name for name, p in module._parameters.items() if p is not None and not is_split(p)]
         if names:
-            _apply(module, Ranks(ranks, path), dict.fromkeys(names))
+            _apply(module, Ranks(mesh, path), dict.fromkeys(names))
 
 
-def _split_layer(path: str, layer: nn.Module, plan: Plan, ranks: SequenceParallel) -> None:
-    own = Ranks(ranks, path)
+def _split_layer(path: str, layer: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
+    own = Ranks(mesh, path)
     cut = {name: 0 for name in plan.cut if name in layer._parameters}
     for name in plan.cut:
         if name not in cut:
