@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import operators
 import peers
 import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
+from operators import DECAYS
 from timing import Time, interleaved
 from torch import Tensor
 
@@ -28,9 +30,9 @@ from lasp import exchange
 from lasp.exchange import StateMap, cost
 from lasp.ranks import SCHEDULES, Traffic
 from lasp.ranks.collectives import start_all_gather
-from lasp_kernels import chunked_linear_attention, fold
+from lasp_kernels import fold
 
-DECAYS = ("fixed", "none")
+USUAL = ("fixed", "none")  # of `operators.DECAYS`
 TARGETS = {32768: 92.0, 65536: 97.0, 131072: 97.0}  # % of one rank, for forward and for backward
 Key = TypeVar("Key")
 STATE = 128 * 128 * 4  # bytes of one head's state
@@ -186,19 +188,15 @@ def operator(bench: Bench) -> tuple[list[dict], list[dict]]:
 def operator_calls(
     bench: Bench, shape: peers.Shape, decay: str, sequence: lasp.SequenceParallel | None
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    x = peers.Inputs.random(shape, seed=bench.env.rank).leaves()
-    log_decay = peers.fixed_decay(shape.heads, shape.device) if decay == "fixed" else None
-
+    x = operators.inputs(shape, decay, seed=bench.env.rank).leaves()
     # With the layout the operator knows which heads distant ranks cannot matter to.
-    options = {"log_decay": log_decay, "sequence": sequence}
-    if sequence is not None:
-        options["layout"] = lasp.ShardLayout((shape.tokens,) * sequence.size)
+    layout = None if sequence is None else lasp.ShardLayout((shape.tokens,) * sequence.size)
 
     def forward() -> Tensor:
-        return lasp.linear_attention(x.q, x.k, x.v, **options)[0]
+        return operators.call(x, decay, sequence=sequence, layout=layout)
 
     o = forward()
-    return forward, lambda: torch.autograd.grad(o, [x.q, x.k, x.v], x.do, retain_graph=True)
+    return forward, lambda: torch.autograd.grad(o, x.differentiable, x.do, retain_graph=True)
 
 
 def operator_row(bench: Bench, tokens: int, decay: str, direction: str, name: str, times: dict[str, Time]) -> dict:
@@ -217,16 +215,13 @@ def operator_error(bench: Bench, name: str, decay: str) -> float:
     """Output and gradients at lengths that are no multiple of anything, against fp64 in one process."""
     lengths = [137 + rank % 3 for rank in range(bench.env.world_size)]
     shape = peers.Shape(1, sum(lengths), bench.options.heads, bench.options.dim, bench.dtype, bench.env.device)
-    whole = peers.Inputs.random(shape, seed=3)
-    log_decay = peers.fixed_decay(shape.heads, shape.device) if decay == "fixed" else None
+    whole = operators.inputs(shape, decay, seed=3)
     mine = whole.map(lambda x: x.split(lengths, 1)[bench.env.rank]).leaves()
-    options = {"sequence": bench.sequences[name], "layout": lasp.ShardLayout(tuple(lengths))}
-    o, _ = lasp.linear_attention(mine.q, mine.k, mine.v, log_decay=log_decay, **options)
-    actual = [o, *torch.autograd.grad(o, [mine.q, mine.k, mine.v], mine.do)]
+    o = operators.call(mine, decay, sequence=bench.sequences[name], layout=lasp.ShardLayout(tuple(lengths)))
+    actual = [o, *torch.autograd.grad(o, mine.differentiable, mine.do)]
     double = whole.map(lambda x: x.double()).leaves()
-    log_decay = None if log_decay is None else log_decay.double()
-    o, _ = chunked_linear_attention(double.q, double.k, double.v, log_decay=log_decay)
-    expected = [o, *torch.autograd.grad(o, [double.q, double.k, double.v], double.do)]
+    o = operators.exact(double, decay)
+    expected = [o, *torch.autograd.grad(o, double.differentiable, double.do)]
     return bench.worst([relative(x, y.split(lengths, 1)[bench.env.rank]) for x, y in zip(actual, expected)])
 
 
@@ -293,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--bytes", nargs="+", type=int, default=[2**n for n in range(16, 27, 2)], help="of a state")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2**n for n in range(13, 18)], help="of a rank")
-    parser.add_argument("--decay", nargs="+", choices=DECAYS, default=list(DECAYS))
+    parser.add_argument("--decay", nargs="+", choices=DECAYS, default=list(USUAL))
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=30)

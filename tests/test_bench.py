@@ -344,8 +344,8 @@ def test_the_target_of_weak_scaling():
 
 
 def _with_a_wrong_operator():
-    import exchange
     import operator_scaling
+    import operators
 
     def wrong(*arguments, **options):
         o, state = lasp.linear_attention(*arguments, **options)
@@ -353,7 +353,7 @@ def _with_a_wrong_operator():
 
     wrong_here = mock.Mock(wraps=lasp, linear_attention=wrong)
     with (
-        mock.patch.object(exchange, "lasp", wrong_here if dist.get_rank() == 1 else lasp),
+        mock.patch.object(operators, "lasp", wrong_here if dist.get_rank() == 1 else lasp),
         pytest.raises(SystemExit, match=r"2 of 3 ranks, fixed: .* nothing was timed"),
     ):
         operator_scaling.main(["--heads", "2", "--dim", "16"])

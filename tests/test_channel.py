@@ -17,7 +17,6 @@ from steps import backward_steps, forward_steps, operands  # noqa: E402
 from test_kernels import DEVICE, assert_near, on_device  # noqa: E402
 
 import lasp  # noqa: E402
-import lasp_kernels  # noqa: E402
 from lasp_kernels import Operands, chunked_linear_attention, fold, path, plan, shared, steps_of  # noqa: E402
 from lasp_kernels.channel_steps import ChannelSteps  # noqa: E402
 
@@ -278,32 +277,6 @@ def test_errors_of_heads_that_share_name_what_was_given(monkeypatch):
     ):
         with pytest.raises(error, match=said):
             lasp.linear_attention(**{**call, **wrong})
-
-
-@pytest.mark.parametrize("decay", ["none", "head", "token"])
-def test_heads_of_v_that_share_where_kernels_take_one_number(monkeypatch, decay):
-    """q and k are repeated there, and nothing else changes."""
-    x = random_inputs(decay, 40, B=1, H=4, K=8, V=5)
-    x = replace(x, q=x.q[:, :, :2], k=x.k[:, :, :2])
-    found, heads, steps_as_they_are = [], [], lasp_kernels.steps_of
-
-    def path_of(y):
-        return "triton" if len({t.shape[2] for t in y[:3]}) == 1 else "reference"
-
-    def counting_steps_of(y, **options):
-        heads.append(y.k.shape[2])
-        return steps_as_they_are(y, **options)
-
-    monkeypatch.setattr(lasp_kernels, "steps_of", counting_steps_of)
-    for one_number in (False, True):
-        if one_number:
-            monkeypatch.setattr(lasp_kernels, "path", path_of)
-        x.require_grad()
-        results = run(lasp.linear_attention, x, output_final_state=True)
-        found.append([*results, *gradients(x, *results).values()])
-    assert heads == [2, 4]
-    for given, repeated in zip(*found):
-        assert_near(repeated, given.detach(), "heads", 1e-12)
 
 
 @pytest.mark.parametrize("later", ["given", "a function", "the same as k"])

@@ -228,7 +228,8 @@ def test_what_the_kernels_do_not_take(monkeypatch):
     monkeypatch.delenv("LASP_KERNELS")
     served = RecurrenceOperands(x.float(), x.float())
     assert [elementwise_path(y) for y in (RecurrenceOperands(x, x), wide)] == ["reference"] * 2
-    assert elementwise_path(served) == ("triton" if CUDA else "reference")
+    few = SelectiveOperands(*(y[..., :256] for y in wide))
+    assert {elementwise_path(y) for y in (served, few)} == {"triton" if CUDA else "reference"}
     assert not OPERATORS["selective_scan"](*wide).any()
 
 

@@ -409,6 +409,22 @@ def _with_tpe():
     return Decoder(DecoderConfig("gla", WORDS, layers=1, width=16, heads=4, glu_width=12, tpe=True))
 
 
+def _other_layer():
+    """As LoRA does."""
+    model = make("tnl")
+    model.blocks[1].glu.gate = torch.nn.Sequential(model.blocks[1].glu.gate)
+    return model
+
+
+def _other_mixer():
+    class Mine(MIXERS["gla"]):
+        pass
+
+    model = make("gla")
+    model.blocks[1].mixer.__class__ = Mine
+    return model
+
+
 def _no_plan():
     return torch.nn.Linear(4, 4)
 
@@ -425,6 +441,8 @@ def _already():
         (_odd_unit, "the 2 ranks of tp must divide glu_width of the Decoder, got 13"),
         (_with_experts, "model must have experts = 0 for tensor parallelism, got 4"),
         (_with_tpe, "model must have tpe = False for tensor parallelism, got True"),
+        (_other_layer, r"model must have its own layers, got blocks\.1\.glu\.gate, a Sequential"),
+        (_other_mixer, r"model must have layers with a plan, got blocks\.1\.mixer, a Mine"),
         (_no_plan, "model must be one of lasp.models .* got Linear: there is no plan"),
         (_already, "model must be whole, but embedding.weight is split already"),
     ],

@@ -8,14 +8,11 @@
 | CUDA | fp64, or log_decay [B, T, H, K] with anything else, a normaliser too | `chunked.ChunkedSteps` |
 | CPU | any | `chunked.ChunkedSteps` |
 
-Recurrences of channels that decay each by itself (`elementwise_path`), and the delta rule (`delta_steps_of`):
+The delta rule (`delta_steps_of`), and channels that decay each by itself (`elementwise_path`):
 
-| CUDA | a recurrence in bf16, fp16, fp32 | `scan_steps.TileRecurrenceSteps` |
-| CUDA, CPU | anything else; the delta rule; a selective scan | elementwise.py, delta_steps.py, selective_scan.py |
-
-There are Triton kernels of the delta rule (bf16, fp32; K, V up to 256), of the selective scan, of a normaliser and of
-heads of v that share q and k, too. As they are now their results were compared under the interpreter and not yet on a
-card, so they serve where LASP_KERNELS asks for them. (Else `lasp.linear_attention` repeats q and k for such heads.)
+| CUDA | the delta rule in bf16, fp32; K, V up to 256 | `delta_kernel_steps.DeltaKernelSteps` |
+| CUDA | recurrences in bf16, fp16, fp32; a selective scan with up to 256 numbers a channel | scan_steps.py |
+| CUDA, CPU | anything else | delta_steps.py, elementwise.py, selective_scan.py |
 
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
@@ -42,6 +39,7 @@ from lasp_kernels.delta import DeltaOperands
 from lasp_kernels.delta_steps import DeltaSteps
 from lasp_kernels.elementwise import ElementwiseSteps, RecurrenceOperands, RecurrenceSteps
 from lasp_kernels.operands import Operands
+from lasp_kernels.plan import MAX_DIM
 from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate, reference_rotate, state_dtype
 from lasp_kernels.selective_scan import SelectiveOperands, SelectiveSteps
 
@@ -161,9 +159,8 @@ class Steps(Protocol):
 def path(x: Operands | DeltaOperands) -> Path:
     """What computes these inputs (see the table above)."""
     if isinstance(x, DeltaOperands):
-        return _path(x.k, served=False)
-    compared = not x.normalize and x.v.shape[2] == x.k.shape[2]  # on a card, see above
-    return _path(x.k, served=compared and (not _per_channel(x) or _serves_channels(x)))
+        return _path(x.k, served=_serves_delta(x))
+    return _path(x.k, served=not _per_channel(x) or _serves_channels(x))
 
 
 def _per_channel(x: Operands | DeltaOperands) -> bool:
@@ -175,6 +172,15 @@ def _serves_channels(x: Operands) -> bool:
     if not x.k.is_cuda:
         return False
     from lasp_kernels.channel_steps import unsupported
+
+    return unsupported(x) is None
+
+
+def _serves_delta(x: DeltaOperands) -> bool:
+    """The same of the delta rule's kernels."""
+    if not x.k.is_cuda:
+        return False
+    from lasp_kernels.delta_kernel_steps import unsupported
 
     return unsupported(x) is None
 
@@ -224,7 +230,11 @@ def steps_of(
 
 def elementwise_path(x: RecurrenceOperands | SelectiveOperands) -> Path:
     """What computes a recurrence of these inputs (see above)."""
-    return _path(x[0], served=isinstance(x, RecurrenceOperands))
+    if not x[0].is_cuda:
+        return _path(x[0], served=False)
+    from lasp_kernels.scan_steps import unsupported
+
+    return _path(x[0], served=unsupported(x) is None)
 
 
 def elementwise_steps_of(
@@ -285,7 +295,7 @@ def fold(entering: Tensor | None, state: Tensor, transition: Tensor | None) -> T
             return state[0]
         entering, state, transition = state[0], state[1:], None if transition is None else transition[1:]
     if transition is not None and transition.ndim == 5:
-        if state.dtype == torch.float32 and _path(state, served=False) == "triton":
+        if state.dtype == torch.float32 and _path(state, served=max(state.shape[-2:]) <= MAX_DIM) == "triton":
             from lasp_kernels import delta_kernel_steps
 
             return delta_kernel_steps.fold(entering, state, transition)

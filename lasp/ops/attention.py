@@ -267,33 +267,26 @@ def _with_equal_heads(
 
     Before them: each how many heads of states is one that was given; behind them: the initial state.
     """
-    if normalize or not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v)):
-        return None
-    by_channel = isinstance(log_decay, Tensor) and log_decay.ndim == 4
+    if normalize or not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v, log_decay)):
+        return None  # kernels of the other decays take all numbers of heads
     queries, keys, values = (x.shape[2] for x in (q, k, v))
     groups = max(queries, values) // max(1, keys)
-    forms = ((keys, groups * keys),) + ((groups * keys, keys),) * by_channel  # grouped values, grouped queries
+    forms = (keys, groups * keys), (groups * keys, keys)  # grouped values, grouped queries
     if groups < 2 or (queries, values) not in forms:
         return None
     fits = q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3]
-    if log_decay is not None:
-        shapes = ((values,), (*k.shape[:2], values), (*k.shape[:2], values, k.shape[3]))
-        fits = fits and isinstance(log_decay, Tensor) and tuple(log_decay.shape) in shapes
+    fits = fits and log_decay.shape == (*k.shape[:2], values, k.shape[3])
     if initial_state is not None:
         shape = getattr(initial_state, "shape", ())[1:]
         fits = fits and isinstance(initial_state, Tensor) and shape == (values, k.shape[3], v.shape[3])
     if not fits:
         return None  # to the error that names what was given
-    per_state = None if log_decay is None or log_decay.ndim < 4 else log_decay[:, :, :keys]
-    one_each = Operands(k, k, v[:, :, :keys], per_state)
+    one_each = Operands(k, k, v[:, :, :keys], log_decay[:, :, :keys])
     if kernels.path(one_each) == "reference":
-        return None
-    if not by_channel and kernels.path(Operands(q, k, v, log_decay)) == "triton":
         return None
     if values > keys:
         return 1, (*(x.repeat_interleave(groups, 2) for x in (q, k)), v, log_decay), initial_state
     initial_state = None if initial_state is None else initial_state.repeat_interleave(groups, 1)
-    assert log_decay is not None  # grouped queries are here with a decay per channel only
     return groups, (q, *(x.repeat_interleave(groups, 2) for x in (k, v, log_decay))), initial_state
 
 

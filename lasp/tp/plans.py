@@ -17,6 +17,7 @@ from lasp.models.decoder import Decoder, DecoderBlock
 from lasp.models.linear_transformer import LinearTransformer
 from lasp.models.tnl import TNL
 from lasp.models.trunk import LanguageModel
+from lasp.modules import CausalConv
 
 MODELS = (TNL, Decoder, LinearTransformer)
 
@@ -100,8 +101,21 @@ def check_model(model: LanguageModel, ranks: int) -> None:
                 f"model must have {option} = {none} for tensor parallelism, got {found}: there is no plan for these "
                 "weights"
             )
+    _check_layers(model)
     inner = "mlp_width" if isinstance(model, LinearTransformer) else "glu_width"
     for field in ("heads", "width", inner, "vocab_size"):
         size = getattr(config, field)
         if size % ranks:
             raise ValueError(f"the {ranks} ranks of tp must divide {field} of the {name}, got {size}")
+
+
+def _check_layers(model: LanguageModel) -> None:
+    """Raise unless the layers are those that the plans are for."""
+    for path, module in model.named_modules():
+        if isinstance(module, mixers.Mixer) and type(module) not in PLANS:
+            raise ValueError(f"model must have layers with a plan, got {path}, a {type(module).__name__}")
+        plan = PLANS.get(type(module))
+        for name in () if plan is None else (*plan.cut, plan.out, *plan.between, *plan.shared):
+            part = module._parameters.get(name) if name in module._parameters else module.get_submodule(name)
+            if type(part) not in (nn.Parameter, nn.Linear, nn.RMSNorm, CausalConv):
+                raise ValueError(f"model must have its own layers, got {path}.{name}, a {type(part).__name__}")
