@@ -260,21 +260,25 @@ def test_recomputed_blocks():
     run_ranks(4, _recompute)
 
 
-def _stream():
+def _stream(sharded):
     mesh = mesh_of(dp_shard=1, sp=2, tp=2)
     alone, model = make("tnl"), split_model("tnl", mesh)
+    if sharded:
+        wrap_fsdp2(model, mesh, blocks=model.blocks)
     batch = batch_of(rows=1, T=26)
     serial = loss_of(alone, batch, None)
     serial.backward()
-    result = lasp.stream_backward(model, batch, mesh=mesh, segment=6)
-    loss = result[0] if isinstance(result, tuple) else result
-    lasp.sync_grads(model, mesh)
+    loss, _ = lasp.stream_backward(model, batch, mesh=mesh, segment=6)
+    if not sharded:
+        lasp.sync_grads(model, mesh)
     assert_close(loss, serial.detach(), **CLOSE)
     assert_same(model, alone, lambda p: p.grad)
+    assert "the loss is taken in 'head', without logits" in str(lasp.explain(model))
 
 
-def test_a_sequence_in_segments():
-    run_ranks(4, _stream)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_sequence_in_segments(sharded):
+    run_ranks(4, _stream, sharded)
 
 
 def _other_order():

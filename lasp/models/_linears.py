@@ -52,10 +52,10 @@ def norm_linear(x: Tensor, norm: nn.Module, *layers: nn.Linear) -> tuple[Tensor,
 
     What has replaced the RMS norm of the model, or one of the layers, is called as it is.
     """
-    if not (all(map(_is_its_weight, layers)) and _is_rms_norm(norm)):
+    weights = [weight for layer in layers if (weight := _weight_of(layer)) is not None]
+    if len(weights) < len(layers) or not _is_rms_norm(norm):
         h = norm(x)
         return (x, *(layer(h) for layer in layers))
-    weights = [layer.weight for layer in layers]
     return kernels.norm_linear(x, weights, getattr(norm, "weight", None), eps=norm.eps)  # type: ignore[arg-type]
 
 
@@ -64,16 +64,16 @@ def norm_gate_linear(x: Tensor, gate: Tensor, layer: nn.Linear) -> Tensor:
     parts = parts_of(layer)
     if parts is not None:
         return parts.leave(kernels.norm_gate_linear_of_parts(x, gate, layer.weight, parts.total, parts.number))
-    if not _is_its_weight(layer):
-        return layer(kernels.norm_gate(x, gate))
-    return kernels.norm_gate_linear(x, gate, layer.weight)
+    weight = _weight_of(layer)
+    return layer(kernels.norm_gate(x, gate)) if weight is None else kernels.norm_gate_linear(x, gate, weight)
 
 
 def gated_linear(value: Tensor, gate: Tensor, layer: nn.Linear, activation: str = "none") -> Tensor:
     """layer(value * activation(gate)), both [..., W]; "none", "sigmoid" or "silu"."""
-    if not _is_its_weight(layer):
+    weight = _weight_of(layer)
+    if weight is None:
         return layer(value * kernels.activation_of(activation)(gate))
-    y = kernels.gated_linear(value, gate, layer.weight, activation=activation)
+    y = kernels.gated_linear(value, gate, weight, activation=activation)
     parts = parts_of(layer)
     return y if parts is None else parts.leave(y)
 
@@ -83,12 +83,14 @@ def parts_of(layer: nn.Module) -> Parts | None:
     return layer.__dict__.get("parts")
 
 
-def _is_its_weight(layer: Any) -> bool:
-    """Whether calling the layer is to multiply by its weight, and nothing else. (Libraries for 8 bits put a weight of a
+def _weight_of(layer: Any) -> Tensor | None:
+    """If calling the layer is to multiply by its weight, and nothing else. (Libraries for 8 bits put a weight of a
     class of their own into a plain layer.)"""
     multiplies = type(layer).forward is nn.Linear.forward or parts_of(layer) is not None
-    plain = isinstance(layer, nn.Linear) and multiplies and layer.bias is None
-    return plain and type(layer.weight) in (nn.Parameter, Tensor) and not _has_hooks(layer)
+    if not (isinstance(layer, nn.Linear) and multiplies and layer.bias is None) or _has_hooks(layer):
+        return None
+    weight = layer.weight
+    return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 
 def _is_rms_norm(norm: Any) -> bool:
