@@ -125,9 +125,10 @@ def scaling(result: dict) -> Figure:
     figure = Figure(figsize=(15 if compared else 10, 5), layout="constrained")
     speed, memory, *last = figure.subplots(1, 3 if compared else 2)
     for (layout,), of in groups(rows, "layout").items():
-        dp, sp = layout.split("x")
+        dp, sp, *tp = layout.split("x")
         label = f"{of[0]['ranks']} GPU" + ("s" if of[0]["ranks"] > 1 else "")
         label += f" ({dp} sequences, each over {sp})" if dp != "1" else ""
+        label += f", weights over {tp[0]}" if tp else ""
         length = [row["sequence"] for row in of]
         speed.plot(length, [row["tokens/s/GPU"] for row in of], marker="o", label=label)
         if all(row["peak GiB"] is not None for row in of):

@@ -2,13 +2,15 @@
 
     torchrun --nproc-per-node 2 bench/scaling.py --model 1B --tokens 16384 32768 65536 131072 [--save]
     torchrun --nproc-per-node 8 bench/scaling.py --model 1B --mesh 1x8 2x4 4x2   # dp x sp
+    torchrun --nproc-per-node 2 bench/scaling.py --model 1B --mesh 1x1x2 --tokens 16384    # dp x sp x tp
+    torchrun --nproc-per-node 2 bench/scaling.py --model 7B --mesh 1x1x2 1x2 2x1 --only --tokens 8192 16384
     torchrun --nproc-per-node 8 bench/scaling.py --model 1B --strong 1048576     # one sequence, more and more ranks
     torchrun --nproc-per-node 2 bench/scaling.py --model 1B --longest            # the longest sequence that fits
     torchrun --nproc-per-node 2 bench/scaling.py --model 1B --schemes --mesh 1x2 2x1 --tokens 16384   # data parallelism
 
 FSDP2 (--parallel: another scheme), bf16 parameters in the arithmetic, blocks recomputed in backward (--recompute: some
 of them), AdamW. A layout of fewer ranks than there are runs on all of them at once, in copies that share nothing; so
-one rank is measured in the same run, on the same GPUs.
+one rank is measured in the same run, on the same GPUs. A model that one GPU cannot hold: --only.
 """
 
 from __future__ import annotations
@@ -53,33 +55,34 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Layout:
-    """dp sequences, each over sp ranks, in as many copies as there is room for."""
+    """dp sequences, each over sp ranks, their weights each over tp, in as many copies as there is room for."""
 
     dp: int
     sp: int
+    tp: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.dp * self.sp
+        return self.dp * self.sp * self.tp
 
     def __str__(self) -> str:
-        return f"{self.dp}x{self.sp}"
+        return f"{self.dp}x{self.sp}" + (f"x{self.tp}" if self.tp > 1 else "")
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """From "dp x sp", such as 2x4."""
+        """From "dp x sp" or "dp x sp x tp", such as 2x4 or 1x1x2."""
         try:
-            dp, sp = (int(part) for part in text.split("x"))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected dp x sp such as 2x4, got {text!r}") from None
-        return cls(dp, sp)
+            dp, sp, *tp = (int(part) for part in text.split("x"))
+            return cls(dp, sp, *tp)
+        except (ValueError, TypeError):
+            raise argparse.ArgumentTypeError(f"expected dp x sp or dp x sp x tp such as 2x4, got {text!r}") from None
 
 
 @functools.lru_cache
 def mesh_of(layout: Layout, device_type: str, *, hybrid: bool = False) -> DeviceMesh:
     """The ranks of this rank's copy of a layout, with the axes of `lasp.init_mesh`; `hybrid`: dp is dp_replicate."""
     dp = (layout.dp, 1) if hybrid else (1, layout.dp)
-    copies = torch.arange(dist.get_world_size()).view(-1, *dp, layout.sp, 1)
+    copies = torch.arange(dist.get_world_size()).view(-1, *dp, layout.sp, layout.tp)
     return DeviceMesh(device_type, copies, mesh_dim_names=("copy", *MESH_AXES))[MESH_AXES]
 
 
@@ -96,6 +99,8 @@ class Training:
             model = TNL(self.config)
         if exchange is not None:
             lasp.parallelize(model, self.mesh["sp"], exchange=exchange)
+        lasp.tensor_parallel(model, self.mesh["tp"])
+        free()
         recomputed = len(model.blocks) if options.recompute is None else options.recompute
         if options.compile:
             for block in model.blocks:
@@ -184,7 +189,7 @@ def measure(
     del training
     free()
     found = {"layout": str(layout), "ranks": layout.ranks, "tokens a rank": tokens}
-    found |= {"sequence": tokens * layout.sp, "step ms": seconds * 1e3, "tokens/s/GPU": tokens / seconds}
+    found |= {"sequence": tokens * layout.sp, "step ms": seconds * 1e3, "tokens/s/GPU": tokens / seconds / layout.tp}
     found |= {"peak GiB": peak}
     without = None
     if compare and layout.sp > 1:
@@ -306,7 +311,7 @@ def gate(options: argparse.Namespace, layouts: Sequence[Layout], device: torch.d
     """The losses of every layout are those of one rank that has the whole sequence; ends the run if not."""
     rows = []
     for layout in layouts:
-        if layout.sp == 1:
+        if layout.sp == layout.tp == 1:
             continue
         losses = []  # of two steps: the second tells whether the gradients were right
         for one, tokens in ((layout, GATE_TOKENS), (Layout(layout.dp, 1), GATE_TOKENS * layout.sp)):
@@ -452,7 +457,7 @@ def run_if_it_fits(
         head = {"layout": str(layout), "ranks": layout.ranks, "tokens a rank": tokens, "sequence": tokens * layout.sp}
         return empty | head | {"by kernel": "not run: would not fit the memory"}
     if dist.get_rank() == 0:
-        print(f"{layout} (dp x sp), {tokens} tokens a rank", file=sys.stderr, flush=True)
+        print(f"{layout} (dp x sp x tp), {tokens} tokens a rank of sp", file=sys.stderr, flush=True)
     return measure(options, layout, tokens, device)
 
 
@@ -474,7 +479,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2**n for n in range(14, 18)], help="of a rank")
-    parser.add_argument("--mesh", nargs="+", type=Layout.parse, help="dp x sp; default: 1x1, 1x2, 1x4, ... 1xRANKS")
+    parser.add_argument(
+        "--mesh", nargs="+", type=Layout.parse, help="dp x sp (x tp); default: 1x1, 1x2, 1x4, ... 1xRANKS"
+    )
+    parser.add_argument("--only", action="store_true", help="--mesh alone, without a gate and without one rank")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--strong", type=int, metavar="TOKENS", help="one length of sequence over more and more ranks")
     kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
@@ -490,12 +498,14 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("--graph needs --parallel ddp: FSDP2 frees its weights within a step")
     options.warmup = max(options.warmup, WARM + 2) if options.graph else options.warmup
     env = lasp.init()
+    if options.parallel in ("ddp", "zero1") and any(layout.tp > 1 for layout in options.mesh or ()):
+        raise SystemExit(f"--mesh with tp needs another --parallel than {options.parallel}: DDP averages plain tensors")
     name = "strong" if options.strong else "longest" if options.longest else "weak"
     name = name if options.schemes is None else "schemes"
-    layouts = choose_layouts(options.mesh, env.world_size, alone=name == "weak")
+    layouts = choose_layouts(options.mesh, env.world_size, alone=name == "weak" and not options.only)
     if env.world_size > 1:
         cost.measure(lasp.SequenceParallel(dist.group.WORLD))
-    gates = gate(options, layouts, env.device)
+    gates = [] if options.only else gate(options, layouts, env.device)
     kinds = {"strong": strong, "longest": longest, "weak": weak, "schemes": schemes}
     rows = kinds[name](options, layouts, env.device)
     if env.rank:

@@ -22,6 +22,7 @@ from lasp.ops.halo import block_attention, causal_conv, halo
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
 from lasp.streaming import stream_backward
+from lasp.tp import tensor_parallel
 from lasp.verification import verify
 
 if TYPE_CHECKING:  # the package is this function, too, which a checker of types cannot see
@@ -59,6 +60,7 @@ __all__ = [
     "softmax_attention",
     "stream_backward",
     "sync_grads",
+    "tensor_parallel",
     "token_loss",
     "unshard_sequence",
     "verify",

@@ -21,6 +21,7 @@ from lasp.checks.use import is_split, keep_whole, split_models, watch, watch_out
 from lasp.exchange import cost
 from lasp.ranks import SequenceParallel, Traffic, sequence_axis, waiting
 from lasp.ranks.group import process
+from lasp.ranks.parts import parts_of_model
 from lasp.strict import Asked, Layers, NeedsPositions, refuse_mixers
 
 
@@ -272,12 +273,13 @@ class Explanation(list[LayerReport]):
 
     not_asked: str = ""  # what in the model could not be asked whether it mixes tokens, and why
     data_parallel: str = ""  # what `lasp.data_parallel` has done
+    tensor_parallel: str = ""  # what `lasp.tensor_parallel` has done
     streamed: str = (
         ""  # of the last sequence that went through it in segments: how many, and what crossed their borders
     )
 
     def __str__(self) -> str:
-        notes = [x for x in (self.data_parallel, self.streamed, self.not_asked) if x]
+        notes = [x for x in (self.data_parallel, self.tensor_parallel, self.streamed, self.not_asked) if x]
         if not self:
             return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
@@ -300,6 +302,8 @@ def explain(model: nn.Module) -> Explanation:
     report = Explanation()
     arguments.module("model", model)
     report.not_asked = split_models.get(model, "")
+    if (parts := parts_of_model(model)) > 1:
+        report.tensor_parallel = f"tensor parallel: heads, inner channels and words over {parts} ranks"
     report.data_parallel = process.schemes.get(model, "")
     report.streamed = next((x.streamed for x in handles.held_by(model) if x.streamed), "")
     layers = any(isinstance(vars(m).get(_SPLIT), _Split) for m in model.modules())

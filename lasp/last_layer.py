@@ -24,6 +24,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 
 from lasp.calls import logits_of
 from lasp.loss import sum_of_linear
+from lasp.ranks.parts import is_split
 
 
 class SumOfLoss(NamedTuple):
@@ -152,8 +153,8 @@ class LastLayer:
 
     def _noting(self, name: str, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
-            output = nn.Linear.forward(layer, input)
-            if not torch.compiler.is_compiling() and not isinstance(layer.weight, DTensor):
+            output = type(layer).forward(layer, input)
+            if not torch.compiler.is_compiling() and (is_split(layer.weight) or not isinstance(layer.weight, DTensor)):
                 self._seen.append(_Seen(name, layer, input.shape[:-1], output, output._version))
             return output
 
@@ -248,6 +249,8 @@ def _linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Linear
 
 
 def _as_it_came(layer: nn.Linear) -> bool:
-    """Whether a call of it is the forward of `nn.Linear` and nothing else."""
+    """Whether a call of it is the forward of `nn.Linear` and nothing else, or that over the words of all ranks of
+    tensor parallelism."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
+    plain = type(layer) is nn.Linear or ("parts" in vars(layer) and isinstance(layer.weight, DTensor))
+    return plain and not any(hooks) and "forward" not in vars(layer)

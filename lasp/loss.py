@@ -11,13 +11,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lasp import arguments
 from lasp.checks import agreement
 from lasp.checks.use import refuse_nothing_split, split_over
 from lasp.ranks import RankMismatchError, grad_group, waiting
-from lasp_kernels.linear_loss import linear_cross_entropy
+from lasp.ranks.parts import Ranks, is_split
+from lasp_kernels.linear_loss import Words, linear_cross_entropy
 
 
 def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,8 @@ def linear_token_loss(
         hidden: [..., D], what the last layer reads, of this rank's tokens, any float dtype: `TNL` and
             `LinearTransformer` give it with `return_hidden=True`, a model of transformers from `model.model(...)`.
         weight: [V, D], of the last layer (`model.head.weight`), of the same dtype; under autocast both are cast. Under
-            FSDP2 it must be that of the outermost wrapped module, whose weights stay gathered after forward.
+            FSDP2 it must be that of the outermost wrapped module, whose weights stay gathered after forward. After
+            `lasp.tensor_parallel` it is a DTensor: each rank makes the logits of its own words.
         labels, mesh, ignore_index: as in `token_loss`.
         bias: [V], of the last layer.
         reduction: "sum" gives the sum over this rank's tokens and how many these are, and asks no other rank: what a
@@ -102,8 +104,13 @@ def sum_of_linear(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     labels = labels.flatten().long()
     counted, outside = which_labels(labels, len(weight), ignore_index)
-    known = labels.masked_fill(outside, ignore_index)
-    local = linear_cross_entropy(hidden.flatten(0, -2), weight, known, bias=bias, ignore_index=ignore_index)
+    known, words = labels.masked_fill(outside, ignore_index), None
+    if isinstance(weight, DTensor):  # each rank of tensor parallelism has some words
+        ranks = Ranks.of(weight)
+        hidden, weight = ranks.enter(hidden), weight.to_local()
+        words = Words(ranks.rank * len(weight), ranks.of_each)
+    flat = hidden.flatten(0, -2)
+    local = linear_cross_entropy(flat, weight, known, bias=bias, ignore_index=ignore_index, words=words)
     return local, counted, outside
 
 
@@ -200,7 +207,10 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless weight and bias fit what is known of `hidden`."""
     arguments.float_tensor("hidden", hidden)
     arguments.float_tensor("weight", weight)
-    if isinstance(weight, DTensor):
+    if is_split(weight) and weight.placements == (Shard(0),):
+        if bias is not None:
+            raise ValueError(f"bias must be None where lasp.tensor_parallel has split weight, got {bias.shape}")
+    elif isinstance(weight, DTensor):
         raise TypeError(
             f"weight must be whole, got a DTensor {tuple(weight.shape)} on {weight.placements}: FSDP2 has put it away "
             "again. Let it belong to the outermost wrapped module, or call linear_token_loss within a forward"

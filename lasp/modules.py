@@ -57,6 +57,14 @@ class LightningAttention(nn.Module):
             self._on_device = fixed(self._fixed, device)
         return self._on_device
 
+    def keep_heads(self, first: int, number: int) -> None:
+        """Go on with these heads only: their fixed decays, if there are any. Inputs then have so many heads."""
+        if self._fixed is not None:
+            device = None if self._on_device is None else self._on_device.device
+            self._fixed, self._on_device = self._fixed[first : first + number].clone(), None
+            if device is not None:
+                self.log_decay(device)
+
     def _apply(self, fn, recurse: bool = True):
         """When the module moves: also the decay, which else would first be copied inside a compiled graph."""
         super()._apply(fn, recurse)

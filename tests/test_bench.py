@@ -402,6 +402,37 @@ def test_schemes_of_data_parallelism():
     assert rows["hsdp"]["sent MiB"] == pytest.approx(weights, rel=0.05)  # of two copies of one rank each
 
 
+def test_layouts_with_tensor_parallelism(tmp_path):
+    common = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 0, "--tokens", 128)
+    found = _on_ranks(2, "scaling", *common, "--mesh", "1x1x2", "--save", "--out", tmp_path)
+    alone, split = found["rows"]
+    assert (alone["layout"], split["layout"], split["ranks"], split["sequence"]) == ("1x1", "1x1x2", 2, 128)
+    assert split["tokens/s/GPU"] == pytest.approx(1e3 * 128 / split["step ms"] / 2, rel=1e-2)
+    [gate] = found["tables"].values()
+    assert [(row["what"], row["relative error"] < 1e-4) for row in gate] == [("loss, 1x1x2", True)]
+    only = _on_ranks(2, "scaling", *common, "--mesh", "1x1x2", "--only")
+    assert [row["layout"] for row in only["rows"]] == ["1x1x2"]
+    assert not any(only["tables"].values())
+
+
+def test_predicted_memory():
+    """The number of parameters is that of the model, and what was measured is near."""
+    import memory
+
+    from lasp.models import TNL
+
+    with torch.device("meta"):
+        model = TNL(config := memory.config_of("1B"))
+    angles = config.heads * (config.width // config.heads)
+    assert memory.parameters(config) == sum(p.numel() for p in model.parameters()) - angles
+    errors = [row.split("|")[5] for row in memory.against_measured().splitlines()[2:]]
+    assert max(abs(int(x.strip().rstrip("%"))) for x in errors) <= 13
+    whole, cut = (memory.peak_bytes(config, 65536, tp=tp) for tp in (1, 8))
+    assert whole / 8 < cut < whole / 3  # the stream is on each rank
+    assert memory.longest(config, whole, tp=1, shards=1) == 65536
+    assert memory.longest(config, 1e9, tp=1, shards=1) == 0
+
+
 def test_time_that_computation_covers_is_not_exposed():
     from scaling import exposed, fitting_tokens, union
 

@@ -1,6 +1,7 @@
 """The Triton kernels against the fp64 recurrence: on a GPU if there is one, else under Triton's interpreter."""
 
 import functools
+import itertools
 import os
 from dataclasses import replace
 from unittest import mock
@@ -18,7 +19,16 @@ from inputs import VARIANTS, assert_digits, every_strength, gradients, oracle, r
 from steps import backward_steps, forward_steps, operands  # noqa: E402
 
 import lasp  # noqa: E402
-from lasp_kernels import chunked_linear_attention, cross_entropy, launch, linears, plan, rotary, shared  # noqa: E402
+from lasp_kernels import (  # noqa: E402
+    chunked_linear_attention,
+    cross_entropy,
+    launch,
+    linear_loss,
+    linears,
+    plan,
+    rotary,
+    shared,
+)
 from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
 from lasp_kernels.reference import activation_of, reference_norm_gate, reference_rotate  # noqa: E402
 from lasp_kernels.steps import TritonSteps  # noqa: E402
@@ -705,6 +715,76 @@ def test_norm_gate_linear(weighted, dtype):
     assert_linear(functools.partial(linears.fused_norm_gate_linear, activation="silu"), composed, leaves, dtype)
 
 
+def in_parts(parts, run):
+    """What run(part, tell) gives for each part, where tell(x) gives [parts, ...], what each part has told at that
+    point: once more for each time that the parts tell, so that in the end all have told what is right."""
+    told, tells = {}, 1
+    while tells:
+        before, results = dict(told), []
+        for part in range(parts):
+            order = itertools.count()
+
+            def tell(x, part=part, order=order):
+                place = next(order)
+                told[part, place] = x.clone()
+                return torch.stack([told.get((p, place), torch.zeros_like(x)) for p in range(parts)])
+
+            results.append(run(part, tell))
+        tells = len(told) != len(before) or any(not told[key].equal(before[key]) for key in told)
+    return results
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_gate_linear_of_parts(parts, dtype):
+    numbers = linear_inputs(dtype)
+    x, gate, weight, dy = numbers(2, 7, 6, 20), numbers(2, 7, 120), numbers(24, 120, scale=0.1), numbers(2, 7, 24)
+    x[:, :, :2] *= 3  # the parts' own norms differ
+    wide = [t.double().requires_grad_() for t in (x, gate, weight)]
+    expected = reference_norm_gate(wide[0], wide[1]) @ wide[2].T
+    gradients = torch.autograd.grad(expected, wide, dy.double())
+
+    def run(part, tell):
+        cut = [t.chunk(parts, dim)[part].clone().requires_grad_() for t, dim in ((x, 2), (gate, 2), (weight, 1))]
+        y = linears.fused_norm_gate_linear_of_parts(*cut, lambda t: tell(t).sum(0), parts)
+        return y.detach(), *torch.autograd.grad(y, cut, dy)
+
+    found = list(zip(*in_parts(parts, run)))
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_near(sum(y.double() for y in found[0]), expected.detach().cpu(), "y", limit)
+    for name, pieces, dim, exact in zip(("x", "gate", "weight"), found[1:], (2, 2, 1), gradients):
+        assert all(piece.dtype == dtype for piece in pieces)
+        assert_near(torch.cat(pieces, dim), exact.cpu(), name, limit)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_some_words(parts, dtype):
+    """As it is on a GPU: the kernel is told that no label is among these words."""
+    logits = (3 * torch.randn(7, 60, generator=torch.Generator().manual_seed(0))).to(DEVICE, dtype)
+    logits[2] -= 1e4
+    logits[3, 59] = 40.0  # a probability of 1
+    labels = torch.tensor([0, 59, 2, 59, -1, 31, 20], device=DEVICE)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels, reduction="none", ignore_index=-1)
+    expected.sum().backward()
+
+    def run(part, tell):
+        mine = logits.chunk(parts, 1)[part].contiguous()
+        words = linear_loss.Words(part * mine.shape[1], tell)
+        return linear_loss._losses_of_words(mine, labels, -1, words, gradient=True), mine
+
+    in_torch = in_parts(parts, run)
+    with mock.patch.object(linear_loss, "_sums_of_exponentials", linear_loss._sums_in_triton):
+        in_triton = in_parts(parts, run)
+    close = 1e-6 if dtype == torch.float32 else 4e-3
+    for results in (in_torch, in_triton):
+        for losses, _ in results:
+            torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+        found = torch.cat([gradient for _, gradient in results], 1)
+        torch.testing.assert_close(found.double(), exact.grad, rtol=2 * close, atol=close)
+
+
 def test_a_recompute_leaves_out_the_last_product():
     """Of a checkpointed gated unit: everything that follows what backward needs."""
     numbers = linear_inputs(torch.float32)
@@ -750,6 +830,10 @@ def fused_calls():
         "norm_gate": (norm_gate, [heads, gate, norm_weight]),
         "norm_linear": (lambda x, w, n: linears.fused_norm_linear(x, (w,), n)[1], [x, weight, norm_weight]),
         "norm_gate_linear": (linears.fused_norm_gate_linear, [heads, gate, weight, back]),
+        "norm_gate_linear_of_parts": (
+            lambda x, gate, w: linears.fused_norm_gate_linear_of_parts(x, gate, w, torch.clone, 1),
+            [heads, gate, weight],
+        ),
         "gated_linear": (linears.fused_gated_linear, [x, gate, weight]),
         "rotate": (lambda q, k, t: sum(rotary.fused_rotate(q, k, positions, t)), [heads, heads.flip(0), theta]),
     }

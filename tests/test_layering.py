@@ -18,7 +18,7 @@ LAYERS = [
     {"lasp.ops"},
     {"lasp.modules"},
     {"lasp.adapters", "lasp.balance", "lasp.data_parallel", "lasp.models"},
-    {"lasp.strict"},
+    {"lasp.strict", "lasp.tp"},
     {"lasp.api", "lasp.calls"},
     {"lasp.last_layer"},
     {"lasp.verification", "lasp.streaming"},

@@ -416,6 +416,15 @@ TABLE = {
             "check_finite": NO_FLAG,
         },
     ),
+    "tensor_parallel": (
+        lasp.tensor_parallel,
+        lambda ranks: {"model": models.TNL(models.TNLConfig(**TNL)), "mesh": init_mesh_of(tp=ranks.size)},
+        {
+            "model": [*NO_MODULE, Wrong(nn.Identity(), "Identity"), Wrong(model(), "Sequential")],
+            "mesh": NO_MESH,
+            "validate": [*NO_TEXT, "always"],
+        },
+    ),
     "explain": (lasp.explain, lambda ranks: {}, {"model": NO_MODULE}),
     "register": (
         lasp.register,

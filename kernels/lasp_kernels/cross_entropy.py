@@ -12,22 +12,34 @@ from torch import Tensor
 BLOCK = 4096  # of a row's logits at a time
 
 
-def fused_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, *, gradient: bool) -> Tensor:
+def fused_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, *, gradient: bool, highest: Tensor | None = None
+) -> Tensor:
     """The loss of each row of logits [n, V], contiguous, not fp64; see `linear_loss`.
 
     With `gradient` that of their sum stands in place of the logits. labels [n] int64.
+    Where `highest` [n] fp32 is given, labels are none of these words, but for `ignore_index`: it gets the highest logit
+    of each row, and what is returned is the logarithm of the sum of exponentials, less that.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
         cross_entropy_kernel[(len(logits),)](
-            logits, labels, losses, ignore_index, V=logits.shape[1], BLOCK=BLOCK, GRADIENT=gradient, num_warps=16
+            logits,
+            labels,
+            losses,
+            highest,
+            ignore_index,
+            V=logits.shape[1],
+            BLOCK=BLOCK,
+            GRADIENT=gradient,
+            num_warps=16,
         )
     return losses
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_kernel(
-    LOGITS, LABELS, LOSSES, ignore_index, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
+    LOGITS, LABELS, LOSSES, HIGHEST, ignore_index, V: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
 ):
     """One row a program: the logarithm of the sum of exponentials in one pass, the gradient in a second."""
     row = tl.program_id(0).to(tl.int64)
@@ -54,8 +66,12 @@ def cross_entropy_kernel(
         highest = tl.max(top, 0)
         # Differences first: next to logits of thousands the logarithm would lose its digits.
         norm = tl.log(tl.sum(total * tl.exp(top - highest), 0))
-        of_label = tl.load(x_row + label).to(tl.float32)
-        tl.store(LOSSES + row, norm + (highest - of_label))
+        if HIGHEST is None:
+            of_label = tl.load(x_row + label).to(tl.float32)
+            tl.store(LOSSES + row, norm + (highest - of_label))
+        else:
+            tl.store(LOSSES + row, norm)
+            tl.store(HIGHEST + row, highest)
         if GRADIENT:
             for first in range(0, V, BLOCK):
                 c = first + columns

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -40,7 +40,7 @@ from lasp_kernels.delta_steps import DeltaSteps
 from lasp_kernels.elementwise import ElementwiseSteps, RecurrenceOperands, RecurrenceSteps
 from lasp_kernels.operands import Operands
 from lasp_kernels.plan import MAX_DIM
-from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate, reference_rotate
+from lasp_kernels.reference import activation_of, fold_maps, reference_norm_gate, reference_rotate, state_dtype
 from lasp_kernels.selective_scan import SelectiveOperands, SelectiveSteps
 
 if TYPE_CHECKING:
@@ -356,6 +356,29 @@ def norm_gate_linear(
 
         return fused_norm_gate_linear(x, gate, _cast(weight)[0], norm_weight, eps=eps, activation=activation)
     return F.linear(norm_gate(x, gate, norm_weight, eps=eps, activation=activation), weight)
+
+
+def norm_gate_linear_of_parts(
+    x: Tensor, gate: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor], parts: int, *, eps: float = 1e-6
+) -> Tensor:
+    """This part's summand of `norm_gate_linear`, where x [..., H, V], the gate and the columns of the weight [N, H * V]
+    are those of some heads, one of so many equal parts. The norm is over the heads of all parts: `total` gives the sum
+    of a tensor over them, with its gradient."""
+    if _fuses(x, weight):
+        from lasp_kernels.linears import fused_norm_gate_linear_of_parts
+
+        return fused_norm_gate_linear_of_parts(x, gate, _cast(weight)[0], total, parts, eps=eps)
+    return F.linear(norm_of_parts(x.flatten(-2), total, parts, eps=eps) * gate, weight)
+
+
+def norm_of_parts(
+    x: Tensor, total: Callable[[Tensor], Tensor], parts: int, weight: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
+    """RMS norm of x [..., W] times weight [W], where both are one of so many equal parts of a row; `total` as above."""
+    wide = x.to(state_dtype(x.dtype))
+    squares = total(wide.square().sum(-1, keepdim=True))
+    y = wide * torch.rsqrt(squares / (parts * x.shape[-1]) + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
 
 
 def gated_linear(value: Tensor, gate: Tensor, weight: Tensor, *, activation: str = "none") -> Tensor:

@@ -5,6 +5,7 @@
     norm_linear         y_i = norm(x) W_i^T            for several W_i, and x for the residual beside it
     norm_gate_linear    y = (norm(x) * activation(gate)) W^T
     gated_linear        y = (value * activation(gate)) W^T
+    norm_gate_linear_of_parts   the second where a row of x, and W, are in several parts
 
 A linear layer keeps its input for the gradient of its weight. Here only x, gate and value are kept, which others keep
 too; what the layer read is made again in backward, in the pass over memory that computes the gradients of these. So a
@@ -17,6 +18,8 @@ gives a stand-in, whose place the product takes in the second.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +61,14 @@ def fused_norm_gate_linear(
     """The linear layer with this weight [N, H * V] of `fused_norm_gate`."""
     check_norm_gate(x, gate, norm_weight, activation)
     return _NormGateLinear.apply(x, gate, norm_weight, weight, eps, activation)  # type: ignore[return-value]
+
+
+def fused_norm_gate_linear_of_parts(
+    x: Tensor, gate: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor], parts: int, *, eps: float = 1e-6
+) -> Tensor:
+    """See `dispatch.norm_gate_linear_of_parts`. `total` gets fp32 [rows] and may write to it."""
+    check_norm_gate(x, gate, None, "none")
+    return _NormGateLinearOfParts.apply(x, gate, weight, total, parts, eps)  # type: ignore[return-value]
 
 
 def fused_gated_linear(value: Tensor, gate: Tensor, weight: Tensor, *, activation: str = "none") -> Tensor:
@@ -122,6 +133,37 @@ class _NormGateLinear(torch.autograd.Function):
         dx, d_gate, d_norm, h = norm_gradient(x, gate, norm_weight, scale, dh, ctx.activation, again=again)
         d_weight = None if h is None else dy.T @ h
         return dx.view(ctx.shapes[0]), d_gate.view(ctx.shapes[1]), d_norm, d_weight, None, None
+
+
+class _NormGateLinearOfParts(torch.autograd.Function):
+    """The kernels see a part of a row. Its scale is put right by a factor of the row, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, gate, weight, total, parts, eps):
+        width = gate.shape[-1]
+        flat_x, flat_gate = x.reshape(-1, width).contiguous(), rows_of(gate, width)
+        h, of_part = norm(flat_x, flat_gate, None, eps, "none", weight.dtype)
+        squares = total((of_part.pow(-2) - eps) * width)
+        scale = torch.rsqrt(squares / (parts * width) + eps)
+        h.mul_((scale / of_part).unsqueeze(1))
+        ctx.save_for_backward(flat_x, flat_gate, scale, weight)
+        ctx.shapes, ctx.total, ctx.parts = (x.shape, gate.shape), total, parts
+        return F.linear(h, weight).view(*gate.shape[:-1], len(weight))
+
+    @staticmethod
+    @no_second_derivative("norm_gate_linear_of_parts")
+    def backward(ctx, dy):
+        x, gate, scale, weight = ctx.saved_tensors
+        dy = rows_of(dy, len(weight))
+        dh = dy @ weight
+        again = dh.dtype if ctx.needs_input_grad[2] else None
+        dx, d_gate, _, h = norm_gradient(x, gate, None, scale, dh, "none", again=again)
+        # With n = x scale: dx = scale (dn - n sum(dn n) / W), where the kernel has the sum and W of this part alone.
+        of_part = (d_gate * gate).sum(-1, dtype=torch.float32)
+        excess = (of_part - ctx.total(of_part.clone()) / ctx.parts) / gate.shape[-1]
+        dx.addcmul_(x, (scale.square() * excess).to(x.dtype).unsqueeze(1))
+        d_weight = None if h is None else dy.T @ h
+        return dx.view(ctx.shapes[0]), d_gate.view(ctx.shapes[1]), d_weight, None, None, None
 
 
 class _GatedLinear(torch.autograd.Function):

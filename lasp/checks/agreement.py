@@ -61,12 +61,14 @@ Listing = Mapping[str, str]
 
 BATCH = "batch"
 WEIGHTS = "values of"  # parameters; a listing of their checksums
+TOKENS = "the tokens that lasp.tensor_parallel's model gets as"
 _BUFFERS = "buffer"  # before the first forward
 _CALLS = "a call's"  # settings
 _SETTINGS = "the optimizer's"
 _HINTS = {  # what to do, which stands before what differs
     BATCH: "the ranks of a sequence cut one batch: draw it by the place in data parallelism, not by the global rank, "
     "and cut all of them in one thread",
+    TOKENS: "the ranks of tp get one batch: draw it by the place in data parallelism, not by the global rank",
     _BUFFERS: "ranks of a sequence start with the same buffers; afterwards each may count on its own",
     WEIGHTS: "average gradients before each step (lasp.sync_grads(model, mesh), or DDP or FSDP2 over "
     "lasp.grad_mesh(mesh)), and start with the same weights on all ranks of a sequence; "

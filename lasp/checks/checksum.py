@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lasp.ranks.parts import is_split, part_of
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AT_ONCE = 2**22  # numbers; in between they need 16 bytes each
 _WEIGHT = -7046029254386353131  # odd, of bits that look random: 2^64 over the golden ratio, as a signed number
@@ -85,11 +87,11 @@ def forms_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Those that a rank holds whole: none that FSDP has sharded, or that have no memory yet."""
+    """Those that a rank holds whole, or the parts that it has as one of the ranks of tensor parallelism: none that FSDP
+    has sharded, or that have no memory yet."""
+    parts = ((name, part_of(p.detach()) if is_split(p) else p) for name, p in model.named_parameters())
     return {
-        name: p
-        for name, p in model.named_parameters()
-        if not is_lazy(p) and type(p.data) is Tensor and not p.is_meta and not _of_fsdp1(p)
+        name: p for name, p in parts if not is_lazy(p) and type(p.data) is Tensor and not p.is_meta and not _of_fsdp1(p)
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp import arguments
@@ -22,10 +23,18 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     wrapper until backward.
 
     Raises:
+        ValueError: `lasp.tensor_parallel` has split the model. (PyTorch's DDP averages plain tensors.)
         RankMismatchError: ranks hold other parameters; on every rank.
     """
     arguments.module("model", model)
     arguments.choice("validate", validate, ("first", "off"))
+    split = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if split is not None:
+        raise ValueError(
+            f"model must have plain parameters for DDP, but {split} is a DTensor, as after lasp.tensor_parallel: take "
+            "FSDP2 (wrap_fsdp2; its reshard_after_forward=False keeps whole weights, as DDP does), or lasp.sync_grads "
+            "(the scheme 'ddp-legacy')"
+        )
     group, _ = grad_group(mesh)
     if group is None:
         return model

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from lasp import arguments
 from lasp.checks.replicas import check_gradients
 from lasp.ranks import grad_group, waiting
+from lasp.ranks.parts import is_split, part_of
 
 
 @torch.no_grad()
@@ -28,7 +29,8 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
             values; "off" does not.
 
     Raises:
-        ValueError: the model is sharded by FSDP2, which averages by itself; or it was never given to `parallelize`,
+        ValueError: the model is sharded by FSDP2, which averages by itself (what `lasp.tensor_parallel` has split is
+            not: each rank averages its parts with those that have the same); or it was never given to `parallelize`,
             though `shard_batch` has cut batches over some of these ranks (unless `validate` is "off").
         RankMismatchError: ranks hold other parameters; on every rank, before anything is sent.
         PeerError: a rank did not come within the timeout of the group.
@@ -39,7 +41,7 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     if ranks == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
-    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor) and not is_split(p)), None)
     if sharded is not None:
         raise ValueError(f"{sharded} is sharded (DTensor): FSDP2 averages gradients itself, leave out sync_grads")
     check_gradients(model, group, "sync_grads", validate=validate)
@@ -49,8 +51,10 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
         flat = torch.cat([_dense(p).flatten() for p in mine])
         with waiting(f"sync_grads: the sum of the {dtype} gradients over all ranks"):
             dist.all_reduce(flat, group=group)
-        for p, gradient in zip(mine, flat.div_(ranks).split([p.numel() for p in mine])):
-            if p in sparse:
+        for p, gradient in zip(mine, flat.div_(ranks).split([part_of(p).numel() for p in mine])):
+            if is_split(p):
+                _set_part(p, gradient)
+            elif p in sparse:
                 p.grad = gradient.view_as(p).to_sparse(sparse[p])
             elif p.grad is None or 0 in p.grad.stride():  # an expanded one cannot be written to
                 p.grad = gradient.view_as(p).clone()
@@ -61,8 +65,16 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
 def _dense(p: Tensor) -> Tensor:
     """The gradient of a parameter; zeros where there is none."""
     if p.grad is None:
-        return torch.zeros_like(p)
+        return torch.zeros_like(part_of(p))
+    if is_split(p):
+        return part_of(p.grad)
     return p.grad if p.grad.layout is torch.strided else p.grad.to_dense()
+
+
+def _set_part(p: DTensor, gradient: Tensor) -> None:
+    """Of a parameter that tensor parallelism has split; as a new tensor, since a part may be a view of another's."""
+    part = gradient.view_as(part_of(p)).clone()
+    p.grad = DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)
 
 
 def _sparse_dims(model: nn.Module, parameters: list[nn.Parameter]) -> dict[Tensor, int]:

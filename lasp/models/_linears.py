@@ -6,13 +6,35 @@ adapter of LoRA, in 8 bits or wrapped one by one, are called as any others.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _global
 
 import lasp_kernels as kernels
+
+
+class Parts(Protocol):
+    """What is done together by those that each hold a part of a layer's heads or inner channels, where they do.
+
+    A layer between the two, such as attention, reads the whole stream of tokens, and gives its part of a sum over all
+    heads. So the parts meet twice a layer, once in each direction. `lasp.tensor_parallel` makes it.
+    """
+
+    number: int  # of parts
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x, which each part reads; its gradient is the sum over the parts."""
+        ...
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The sum over the parts; its gradient is each part's."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the parts, which each of them goes on with; its gradient is the sum of theirs."""
+        ...
 
 
 class SimpleRMSNorm(nn.Module):
@@ -30,36 +52,50 @@ def norm_linear(x: Tensor, norm: nn.Module, *layers: nn.Linear) -> tuple[Tensor,
 
     What has replaced the RMS norm of the model, or one of the layers, is called as it is.
     """
-    if not (all(map(_is_its_weight, layers)) and _is_rms_norm(norm)):
+    weights = [weight for layer in layers if (weight := _weight_of(layer)) is not None]
+    if len(weights) < len(layers) or not _is_rms_norm(norm):
         h = norm(x)
         return (x, *(layer(h) for layer in layers))
-    weights = [layer.weight for layer in layers]
     return kernels.norm_linear(x, weights, getattr(norm, "weight", None), eps=norm.eps)  # type: ignore[arg-type]
 
 
 def norm_gate_linear(x: Tensor, gate: Tensor, layer: nn.Linear) -> Tensor:
     """layer(norm(x) * gate), the RMS norm over all heads of x [B, T, H, V] together, and gate [B, T, H * V]."""
-    if not _is_its_weight(layer):
-        return layer(kernels.norm_gate(x, gate))
-    return kernels.norm_gate_linear(x, gate, layer.weight)
+    parts = parts_of(layer)
+    if parts is not None:
+        return parts.leave(kernels.norm_gate_linear_of_parts(x, gate, layer.weight, parts.total, parts.number))
+    weight = _weight_of(layer)
+    return layer(kernels.norm_gate(x, gate)) if weight is None else kernels.norm_gate_linear(x, gate, weight)
 
 
 def gated_linear(value: Tensor, gate: Tensor, layer: nn.Linear, activation: str = "none") -> Tensor:
     """layer(value * activation(gate)), both [..., W]; "none", "sigmoid" or "silu"."""
-    if not _is_its_weight(layer):
+    weight = _weight_of(layer)
+    if weight is None:
         return layer(value * kernels.activation_of(activation)(gate))
-    return kernels.gated_linear(value, gate, layer.weight, activation=activation)
+    y = kernels.gated_linear(value, gate, weight, activation=activation)
+    parts = parts_of(layer)
+    return y if parts is None else parts.leave(y)
 
 
-def _is_its_weight(layer: Any) -> bool:
-    """Whether calling the layer is to multiply by its weight, and nothing else. (Libraries for 8 bits put a weight of a
+def parts_of(layer: nn.Module) -> Parts | None:
+    """Of a layer that holds a part of the channels that it reads; None of one that reads all."""
+    return layer.__dict__.get("parts")
+
+
+def _weight_of(layer: Any) -> Tensor | None:
+    """If calling the layer is to multiply by its weight, and nothing else. (Libraries for 8 bits put a weight of a
     class of their own into a plain layer.)"""
-    plain = type(layer) is nn.Linear and layer.bias is None and type(layer.weight) in (nn.Parameter, Tensor)
-    return plain and not _has_hooks(layer)
+    multiplies = type(layer).forward is nn.Linear.forward or parts_of(layer) is not None
+    if not (isinstance(layer, nn.Linear) and multiplies and layer.bias is None) or _has_hooks(layer):
+        return None
+    weight = layer.weight
+    return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 
 def _is_rms_norm(norm: Any) -> bool:
-    return type(norm) in (SimpleRMSNorm, nn.RMSNorm) and norm.eps is not None and not _has_hooks(norm)
+    plain = type(norm).forward in (SimpleRMSNorm.forward, nn.RMSNorm.forward)
+    return plain and norm.eps is not None and not _has_hooks(norm)
 
 
 def _has_hooks(layer: Any) -> bool:

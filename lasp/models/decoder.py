@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lasp import arguments
 from lasp.layout import ShardLayout
-from lasp.models._linears import gated_linear, norm_linear
+from lasp.models._linears import Parts, gated_linear, norm_linear
 from lasp.models.experts import GatedExperts, HeadExperts, cut_unit
 from lasp.models.lrpe import LRPE
 from lasp.models.mixers import HGRN, HGRN2, MIXERS, TPE, Mixer
@@ -157,6 +157,8 @@ class Decoder(LanguageModel):
 class DecoderBlock(nn.Module):
     """x + mixer(norm(x)), then x + (swish(h W_g) * h W_v) W_o, h = norm(x); or experts in place of either."""
 
+    parts: Parts | None = None  # where the inner channels of the gated unit are in parts
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         width, inner = config.width, config.glu_width
@@ -193,8 +195,8 @@ class DecoderBlock(nn.Module):
         x = x + (mixed if self.head_experts is None else self.head_experts(h, mixed, layout=layout))
         if self.experts is not None:
             return x + self.experts(self.norm(x), layout=layout)
-        x, value, gate = norm_linear(x, self.norm, self.value, self.gate)
-        return x + gated_linear(value, gate, self.out, activation="silu")
+        rest, value, gate = norm_linear(self.parts.enter(x) if self.parts else x, self.norm, self.value, self.gate)
+        return (x if self.parts else rest) + gated_linear(value, gate, self.out, activation="silu")
 
 
 def experts_from_dense(

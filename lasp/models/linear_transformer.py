@@ -139,6 +139,7 @@ class MultiHeadLinearAttention(nn.Module):
     def __init__(self, config: LinearTransformerConfig):
         super().__init__()
         D, self.heads = config.width, config.heads
+        self.channels = D // self.heads  # K
         self.query = nn.Linear(D, D, bias=False)
         self.key = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(D, D, bias=False)
@@ -148,7 +149,7 @@ class MultiHeadLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the layout as in `LinearTransformer.forward`."""
-        split = (*x.shape[:2], self.heads, self.query.out_features // self.heads)  # [B, T, H, K]
+        split = (*x.shape[:2], self.heads, self.channels)  # [B, T, H, K]
         k = F.elu(self.key(x)).add(1).view(split)
         v = self.value(x).view(split)
         # As a function q is made while the state of k and v travels, where the sequence is split.

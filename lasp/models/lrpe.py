@@ -20,6 +20,7 @@ class LRPE(nn.Module):
     def __init__(self, heads: int, channels: int):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(heads, channels))
+        self.heads, self.first_head = heads, 0  # of all heads, and the first of those that are here
 
     def reset_parameters(self) -> None:
         """The frequencies of the paper."""
@@ -29,9 +30,10 @@ class LRPE(nn.Module):
         """q, k [B, T, H, K] and integer positions [B, T] or [T] to q, k [B, T, H, 2K] of the same dtype."""
         if position_ids.is_floating_point():
             raise TypeError(f"position_ids must be integers, got {position_ids.dtype}")
-        H, K = self.delta.shape
+        H, K = (delta := self.delta).shape
         # Frequencies and angles are made in fp64 whatever the model's dtype: in bf16 tokens beyond position 256 would
         # share their positions, and in fp32 the angle of token 4,000,000 would be off by a quarter.
-        exponent = torch.arange(H * K, device=q.device, dtype=torch.float64).view(H, K) * (-2 / (H * K))
-        theta = torch.pow(10000.0, exponent) * self.delta.double().exp()
+        first = self.first_head * K
+        places = torch.arange(first, first + H * K, device=q.device, dtype=torch.float64).view(H, K)
+        theta = torch.pow(10000.0, places * (-2 / (self.heads * K))) * delta.double().exp()
         return rotate(q, k, position_ids, theta)

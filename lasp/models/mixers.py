@@ -145,7 +145,7 @@ class HGRN2(Mixer):
         q, v = self._split(F.silu(self.query(x))), self._split(self.value(x))
         log_gate, key = _bounded_gate(_wide(self.forget(x)), lower_bound)
         o = self.attention(q, self._split(key.to(v.dtype)), v, self._split(log_gate), layout=layout)
-        return norm_gate_linear(o, torch.ones_like(x), self.out)
+        return norm_gate_linear(o, _open_gate(o, x), self.out)
 
 
 class DeltaNet(Mixer):
@@ -229,6 +229,11 @@ class Mamba2(Mixer):
         )
         o = (o + value * self.skip.to(value.dtype).unsqueeze(-1)).flatten(2)
         return self.out(self.norm(o * F.silu(self.gate(x))))
+
+
+def _open_gate(o: Tensor, x: Tensor) -> Tensor:
+    """Ones [B, T, H * V], in x's dtype, for o [B, T, H, V]."""
+    return x.new_ones(*o.shape[:2], o.shape[2] * o.shape[3])
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -442,7 +447,7 @@ class TPE(Mixer):
         v = self._split(x)
         q, k = (y.to(x.dtype).expand(*v.shape[:2], -1, -1) for y in (self.query, self.key))
         o = self.attention(q, k, v, F.logsigmoid(_wide(self.decay)), layout=layout)
-        return norm_gate_linear(o, torch.ones_like(x), self.out)
+        return norm_gate_linear(o, _open_gate(o, x), self.out)
 
 
 class BlockSoftmax(SoftmaxMixer):
@@ -471,7 +476,7 @@ class NormAttention(Mixer):
         k, v = self._split(F.elu(self.key(x)) + 1), self._split(self.value(x))
         # As a function q is made while the state of k and v travels, where the sequence is split.
         o = self.attention(lambda: self._split(F.elu(self.query(x)) + 1), k, v, layout=layout)
-        return norm_gate_linear(o, torch.ones_like(x), self.out)
+        return norm_gate_linear(o, _open_gate(o, x), self.out)
 
 
 MIXERS: dict[str, type[Mixer]] = {

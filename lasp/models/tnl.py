@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lasp import arguments, decay
 from lasp.layout import ShardLayout
-from lasp.models._linears import SimpleRMSNorm, gated_linear, norm_gate_linear, norm_linear
+from lasp.models._linears import Parts, SimpleRMSNorm, gated_linear, norm_gate_linear, norm_linear
 from lasp.models.lrpe import LRPE
 from lasp.models.sizes import SIZES
 from lasp.models.trunk import LanguageModel
@@ -130,6 +130,8 @@ class GatedLinearAttention(nn.Module):
     The second norm spans all heads of a token. Queries are not scaled by 1 / sqrt(K): the norm would undo it.
     """
 
+    parts: Parts | None = None  # where its heads are in parts
+
     def __init__(self, config: TNLConfig, layer: int):
         super().__init__()
         D, self.heads = config.width, config.heads
@@ -146,6 +148,7 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
         split = (*x.shape[:2], self.heads, self.channels)  # [B, T, H, K]
+        beside, x = x, self.parts.enter(x) if self.parts else x
         if self.lrpe is None and self.attention.overlaps:
             x, k, v = norm_linear(x, self.norm, self.key, self.value)
             gate = x
@@ -163,11 +166,13 @@ class GatedLinearAttention(nn.Module):
             if self.lrpe is not None:
                 q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
             o = self.attention(q, k, v.view(split), layout=layout)
-        return x + norm_gate_linear(o, gate, self.out)
+        return (beside if self.parts else x) + norm_gate_linear(o, gate, self.out)
 
 
 class SimpleGLU(nn.Module):
     """x + (h W_v * h W_u) W_o, h = norm(x): a gated linear unit without activation (arXiv 2307.14995, section 3.1)."""
+
+    parts: Parts | None = None  # where its inner channels are in parts
 
     def __init__(self, config: TNLConfig):
         super().__init__()
@@ -178,5 +183,5 @@ class SimpleGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] to the same shape and dtype."""
-        x, value, gate = norm_linear(x, self.norm, self.value, self.gate)
-        return x + gated_linear(value, gate, self.out)
+        rest, value, gate = norm_linear(self.parts.enter(x) if self.parts else x, self.norm, self.value, self.gate)
+        return (x if self.parts else rest) + gated_linear(value, gate, self.out)

@@ -20,10 +20,10 @@ MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
 def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int = 1) -> DeviceMesh:
     """A `DeviceMesh` over all ranks with the axes dp_replicate, dp_shard, sp, tp; one of them may be -1 (the rest).
 
-    Neighbours on the sequence axis are neighbours in rank, so with 8 GPUs a node they share a node. All ranks must call
-    it, and over NCCL those of `grad_mesh` meet here, so that no step of training connects them (`collectives.connect`).
-    Asked again for the same sizes it gives the same mesh: PyTorch keeps threads and sockets of a process group to the
-    end of the process, whoever needs it.
+    Neighbours on tp, which send most (`lasp.tensor_parallel`), are neighbours in rank, and then those on the sequence
+    axis, so with 8 GPUs a node they share a node. All ranks must call it, and over NCCL those of `grad_mesh` meet here,
+    so that no step of training connects them (`collectives.connect`). Asked again for the same sizes it gives the same
+    mesh: PyTorch keeps threads and sockets of a process group to the end of the process, whoever needs it.
     """
     if not dist.is_initialized():
         raise RuntimeError("call lasp.init() before lasp.init_mesh()")
