@@ -418,7 +418,10 @@ TABLE = {
     ),
     "tensor_parallel": (
         lasp.tensor_parallel,
-        lambda ranks: {"model": models.TNL(models.TNLConfig(**TNL)), "mesh": init_mesh_of(tp=ranks.size)},
+        lambda ranks: {
+            "model": models.TNL(models.TNLConfig(**{**TNL, "vocab_size": 8})),
+            "mesh": init_mesh_of(tp=ranks.size),
+        },
         {
             "model": [*NO_MODULE, Wrong(nn.Identity(), "Identity"), Wrong(model(), "Sequential")],
             "mesh": NO_MESH,
