@@ -210,7 +210,8 @@ def _asked_again():
             assert one.item() == dist.get_world_size(group)
         found.append((_held(), mesh))
         del mesh
-    assert all(held == found[0][0] for held, _ in found), [held for held, _ in found]
+    counts = [held for held, _ in found]  # a mesh that was made anew would have a thread and sockets more each time
+    assert all(last - first <= 2 for first, last in zip(counts[0], map(max, zip(*counts)))), counts
     assert all(mesh is found[0][1] for _, mesh in found)
     assert lasp.init_mesh(dp_shard=2, sp=2) is not found[0][1]
 
