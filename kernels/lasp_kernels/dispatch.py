@@ -295,7 +295,8 @@ def fold(entering: Tensor | None, state: Tensor, transition: Tensor | None) -> T
             return state[0]
         entering, state, transition = state[0], state[1:], None if transition is None else transition[1:]
     if transition is not None and transition.ndim == 5:
-        if state.dtype == torch.float32 and _path(state, served=max(state.shape[-2:]) <= MAX_DIM) == "triton":
+        # By K alone, since a slice of the columns of V must have the bits of all of them.
+        if state.dtype == torch.float32 and _path(state, served=transition.shape[-1] <= MAX_DIM) == "triton":
             from lasp_kernels import delta_kernel_steps
 
             return delta_kernel_steps.fold(entering, state, transition)
