@@ -96,8 +96,8 @@ class Cell:
 
 def _lrpe_everywhere(model: TNL) -> None:
     for block in model.blocks:
-        heads, channels = block.attention.heads, block.attention.channels
-        block.attention.lrpe = LRPE(heads, channels)  # type: ignore[arg-type]
+        heads, channels = model.config.heads, model.config.width // model.config.heads
+        block.attention.lrpe = LRPE(heads, channels)  # type: ignore[union-attr]
 
 
 def _no_temperature(model: TNL) -> None:
@@ -149,7 +149,7 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[TNL], None]]] = {  # fields of 
 class Mamba2OfTransformers(nn.Module):
     """The library's model, called as those of `lasp.models`. On one rank `parallelize` leaves it as it is."""
 
-    def __init__(self, vocab: int, shape: Sequence[int], split: bool):
+    def __init__(self, vocab: int, shape: Sequence[int]):
         from transformers import Mamba2Config, Mamba2ForCausalLM
 
         super().__init__()
@@ -167,7 +167,7 @@ class Mamba2OfTransformers(nn.Module):
             use_cache=False,
             tie_word_embeddings=False,
         )
-        self.split, self.library = split, Mamba2ForCausalLM(config).train()
+        self.library = Mamba2ForCausalLM(config).train()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -180,8 +180,7 @@ class Mamba2OfTransformers(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, layout: lasp.ShardLayout | None, *, return_hidden: bool
     ) -> Tensor:
-        more = {"layout": layout} if self.split else {}
-        hidden = self.library.backbone(input_ids, use_cache=False, **more).last_hidden_state
+        hidden = self.library.backbone(input_ids, use_cache=False, layout=layout).last_hidden_state
         return hidden if return_hidden else self.head(hidden)
 
 
@@ -200,7 +199,7 @@ def build(cell: Cell, vocab: int) -> Any:
     if cell.model == "linear":
         return LinearTransformer(LinearTransformerConfig(vocab, *cell.shape))
     if cell.model == FOREIGN:
-        return Mamba2OfTransformers(vocab, cell.shape, split=cell.sp > 1)
+        return Mamba2OfTransformers(vocab, cell.shape)
     family, pattern = ("gla", "LLLS") if cell.model == "hybrid" else (cell.model, "L")
     return Decoder(DecoderConfig(family, vocab, *cell.shape, pattern=pattern, tpe=family == "cosformer2"))
 
@@ -219,24 +218,25 @@ def flops_of_token(cell: Cell, model: nn.Module) -> float:
 # ---- batches
 
 
-def _rows(batch: int, mesh: DeviceMesh) -> slice:
-    """Those of a whole batch that are of this rank's place in data parallelism."""
-    dp, rank = mesh["dp_shard"].size(), mesh["dp_shard"].get_local_rank()
-    return slice(rank * batch // dp, (rank + 1) * batch // dp)
-
-
 def batch_of(cell: Cell, text: Text, mesh: DeviceMesh, step: int, device: torch.device) -> dict[str, Any]:
     """This rank's slice of the batch of a step: the same batch for every split."""
     if cell.task == TEXT:
         ids = batch_of_step(text, mesh, seed=cell.seed, step=step, batch=cell.batch, seq_len=cell.seq_len)
         return lasp.shard_batch({"input_ids": ids.to(device)}, mesh)
-    task, rng = task_of(cell), np.random.default_rng([cell.seed, step])
-    drawn = sequences(task, rng, cell.batch, cell.seq_len, cell.seq_len // 4)
-    values, asked = torch.full_like(drawn.ids, -100), drawn.questions != NOBODY_ASKS
-    values[asked] = task.keys + drawn.answers[drawn.questions[asked]]
-    mine = _rows(cell.batch, mesh)
-    whole = {"input_ids": drawn.ids[mine].to(device), "labels": values[mine].to(device)}
-    return lasp.shard_batch(whole, mesh, shift_labels=False)
+    dp, dp_rank = mesh["dp_shard"].size(), mesh["dp_shard"].get_local_rank()
+    rows = range(dp_rank * cell.batch // dp, (dp_rank + 1) * cell.batch // dp)
+    drawn = [_recall(cell, np.random.default_rng([cell.seed, step, row])) for row in rows]
+    ids, labels = (torch.cat(part).to(device) for part in zip(*drawn))
+    return lasp.shard_batch({"input_ids": ids, "labels": labels}, mesh, shift_labels=False)
+
+
+def _recall(cell: Cell, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A sequence, and the answers where something is asked, both [1, T]."""
+    task = task_of(cell)
+    drawn = sequences(task, rng, 1, cell.seq_len, cell.seq_len // 4)
+    labels, asked = torch.full_like(drawn.ids, -100), drawn.questions != NOBODY_ASKS
+    labels[asked] = task.keys + drawn.answers[drawn.questions[asked]]
+    return drawn.ids, labels
 
 
 def task_of(cell: Cell) -> Task:
@@ -263,11 +263,12 @@ def train(cell: Cell, last: int) -> dict[str, Any]:
     with env.device:
         plain = build(cell, vocab)
     facts = {"parameters": sum(p.numel() for p in plain.parameters()), "FLOP of a token": flops_of_token(cell, plain)}
-    lasp.parallelize(plain, mesh["sp"])
+    lasp.parallelize(getattr(plain, "library", plain), mesh["sp"])
     if cell.recompute:
         save_memory(plain.blocks, recompute=len(plain.blocks))
     adamw = functools.partial(AdamW, lr=cell.lr, betas=(0.9, 0.95), fused=env.device.type == "cuda")
-    sharded, more = cell.scheme in FSDP2_SCHEMES, {}
+    sharded = cell.scheme in FSDP2_SCHEMES
+    more: dict[str, Any] = {}
     if sharded:
         bf16 = torch.bfloat16 if cell.dtype == "bfloat16" else None
         more = {"mp_policy": MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)}
