@@ -84,7 +84,7 @@ def rows_of_parts(of: list[Cell], results: dict, last: int) -> list[dict]:
         if (result := results.get(cell.name)) is None:
             continue
         loss, known = mean_of_last(result["losses"], last), theirs.get((cell.model, cell.part))
-        gap = None if base is None else round(loss - mean_of_last(base["losses"], last), 5)
+        gap = None if base is None else loss - mean_of_last(base["losses"], last)
         rows.append(
             {
                 "what": cell.name,
