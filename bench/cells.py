@@ -364,12 +364,11 @@ def train_all(
             print(f"--budget: {cell.name} and what follows are left for the next run", file=sys.stderr, flush=True)
             break
         print(f"[{number + 1}/{len(cells)}] {cell.name}", file=sys.stderr, flush=True)
-        start = time.monotonic()
+        start, about = time.monotonic(), environment()
         result = launch(cell, options)
         if result is None:
             print(f"[{number + 1}/{len(cells)}] {cell.name} FAILED: see above", file=sys.stderr, flush=True)
             continue
-        about = environment()
         result |= {"commit": options.commit or about["commit"], "device": about["device"], "torch": about["torch"]}
         known["cells"][cell.name] = {**result, "seconds with start": time.monotonic() - start}
         kept.parent.mkdir(parents=True, exist_ok=True)
