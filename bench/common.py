@@ -56,24 +56,24 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def table(rows: list[dict]) -> str:
-    """Rows as aligned text; the first row's keys are the columns."""
+def table(rows: list[dict], digits: int = 3) -> str:
+    """Rows as aligned text; the first row's keys are the columns. Numbers have so many digits that count."""
     columns = list(rows[0])
-    cells = [columns] + [[_cell(row.get(c)) for c in columns] for row in rows]
+    cells = [columns] + [[_cell(row.get(c), digits) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in cells)
 
 
-def _cell(value) -> str:
+def _cell(value, digits: int = 3) -> str:
     if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
     return "-" if value is None else str(value)
 
 
-def markdown_table(rows: list[dict]) -> str:
+def markdown_table(rows: list[dict], digits: int = 3) -> str:
     """Rows as a Markdown table; the first row's keys are the columns."""
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)] + [[_cell(row.get(c)) for c in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns)] + [[_cell(row.get(c), digits) for c in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -88,11 +88,13 @@ def report(
     facts: dict | None = None,
     markdown: bool = False,
     commit: str | None = None,
+    digits: int = 3,
 ) -> Path | None:
     """Print the tables, and everything as one JSON line last; keep it under bench/results with `save`.
 
     `rows` is the main table, `tables` are others by title, `facts` what belongs in no table. With `markdown` a
-    readable .md is kept beside the .json. `commit` is for a machine that has the files but not their history.
+    readable .md is kept beside the .json. `commit` is for a machine that has the files but not their history. The
+    tables show so many `digits` that count; the JSON has all.
     Returns the path of the .json if it was kept.
     """
     everything = {title: t for title, t in {"": rows, **(tables or {})}.items() if t}
@@ -101,7 +103,7 @@ def report(
         result["environment"]["commit"] = commit
     result |= {"tables": tables or {}, "facts": facts or {}} if tables or facts else {}
     for title, t in everything.items():
-        print(f"\n{title}\n{table(t)}" if title else table(t))
+        print(f"\n{title}\n{table(t, digits)}" if title else table(t, digits))
     for what, value in (facts or {}).items():
         print(f"{what}: {_fact(value)}")
     path = None
@@ -113,7 +115,7 @@ def report(
             parts = [f"# {name}", f"`{command}`", "; ".join(f"{k} {v}" for k, v in result["environment"].items())]
             parts += ["\n".join(f"- {what}: {_fact(value)}" for what, value in (facts or {}).items())]
             for title, t in everything.items():
-                parts += [f"## {title}", markdown_table(t)] if title else [markdown_table(t)]
+                parts += [f"## {title}", markdown_table(t, digits)] if title else [markdown_table(t, digits)]
             path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
         print(f"kept as {path.name}")
     print(json.dumps(result))

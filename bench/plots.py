@@ -257,6 +257,103 @@ def published(result: dict) -> Figure:
     return figure
 
 
+def loss_lines(
+    axes: Axes, rows: list[dict], name: Callable[[str], str] = str, style: Callable = lambda cell: {}
+) -> None:
+    """Mean losses of cells (bench/cells.py) over the steps up to which they are taken."""
+    for number, row in enumerate(rows):
+        steps = [key for key in row if key != "cell"]
+        how = {"marker": ".", "linestyle": "-" if number < 10 else "--"} | style(row["cell"])
+        axes.plot([int(step) for step in steps], [row[step] for step in steps], label=row["cell"], **how)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats")
+    axes.grid(alpha=0.3)
+
+
+def convergence(result: dict) -> Figure:
+    """Left: loss curves without and with sequence parallelism. Right: the gap of each pair, and the published one."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    [curves] = result["tables"].values()
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+
+    def style(cell: str) -> dict:
+        color = f"C{models.index(cell.split(', ')[0])}" if cell.split(", ")[0] in models else "gray"
+        return {"color": color, "linestyle": "-" if cell.endswith("without") else ":", "linewidth": 1}
+
+    loss_lines(left, curves, style=style)
+    for number, model in enumerate(models):
+        left.plot([], [], color=f"C{number}", label=model)
+    left.legend(handles=left.lines[-len(models) :], fontsize=7)
+    left.set_title("Losses without (lines) and with (dots) sequence parallelism, all schemes")
+    rows = result["rows"]
+    places = range(len(rows))
+    right.barh(places, [row["gap"] for row in rows], color="tab:blue", label="with - without, here")
+    theirs = [(place, row["published gap"]) for place, row in enumerate(rows) if row["published gap"] is not None]
+    style_of = {
+        "marker": "x",
+        "linestyle": "none",
+        "color": "tab:gray",
+        "label": "published by LASP, other text and size",
+    }
+    right.plot([gap for _, gap in theirs], [place for place, _ in theirs], **style_of)
+    for sign in (-1, 1):
+        right.axvline(sign * result["facts"]["allowed"], color="black", linestyle=":")
+    right.set_yticks(places, [f"{row['model']}, {row['scheme']}" for row in rows], fontsize=7)
+    right.invert_yaxis()
+    right.set_title("Gap of the final losses; dotted: allowed", fontsize=10)
+    right.legend(fontsize=7)
+    return figure
+
+
+def ablations(result: dict) -> Figure:
+    """Left: loss curves. Right: how far each ends from the model as it is, beside the published gap."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    [curves] = result["tables"].values()
+    loss_lines(left, curves)
+    left.legend(fontsize=7)
+    left.set_title("Loss of the same tokens", fontsize=10)
+    rows = result["rows"]
+    right.barh(range(len(rows)), [row["gap"] for row in rows], label="here")
+    theirs = [(place, row["published gap"]) for place, row in enumerate(rows) if row["published gap"] is not None]
+    style = {"marker": "x", "linestyle": "none", "color": "black", "label": "published, 385M and 100,000 steps"}
+    right.plot([gap for _, gap in theirs], [place for place, _ in theirs], **style)
+    right.set_yticks(range(len(rows)), [row["what"] for row in rows], fontsize=7)
+    right.invert_yaxis()
+    right.set_title("Final loss less that of TNL", fontsize=10)
+    right.legend(fontsize=7)
+    return figure
+
+
+def sizes(result: dict) -> Figure:
+    """Left: loss against compute. Right: recall accuracy against compute of a token."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    tables = list(result["tables"].values())
+    flops = {row["cell"]: row for row in result["rows"]}
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    of_sizes = list(dict.fromkeys(row["size"] for row in result["rows"]))
+    for curve in tables[0]:
+        row = flops[curve["cell"]]
+        steps = [key for key in curve if key != "cell"]
+        compute = [row["FLOP"] * int(step) / result["facts"]["steps"] for step in steps]
+        style = {"color": f"C{models.index(row['model'])}", "marker": "os^v"[of_sizes.index(row["size"]) % 4]}
+        style["linestyle"] = ("-", "--", ":", "-.")[of_sizes.index(row["size"]) % 4]
+        left.plot(compute, [curve[step] for step in steps], label=f"{row['model']}, {row['size']}", **style)
+    left.set(xscale="log", xlabel="FLOP of forward and backward", ylabel="loss, nats", title="Loss against compute")
+    left.legend(fontsize=7)
+    for number, ((model,), rows) in enumerate(groups(result["rows"], "model").items()):
+        rows = [row for row in rows if row["recall accuracy"] is not None]
+        places = [of_sizes.index(row["size"]) + 0.8 * number / len(models) for row in rows]
+        right.bar(places, [100 * row["recall accuracy"] for row in rows], 0.8 / len(models), label=model)
+    right.axhline(100 * result["facts"]["chance"], color="black", linestyle=":", label="chance")
+    right.set_xticks([n + 0.4 - 0.4 / len(models) for n in range(len(of_sizes))], of_sizes)
+    right.set(ylim=(0, 105), ylabel="%", title="Questions of associative recall answered right")
+    right.legend(fontsize=7)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[dict], Figure]] = {
     "simulation": simulation,
     "scaling": scaling,
@@ -264,6 +361,9 @@ DRAWINGS: dict[str, Callable[[dict], Figure]] = {
     "lengths": lengths,
     "families_published": published,
     "families": families,
+    "convergence": convergence,
+    "ablations_parts": ablations,
+    "ablations_sizes": sizes,
 }
 
 

@@ -5,7 +5,7 @@ import importlib
 import io
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -431,6 +431,184 @@ def test_predicted_memory():
     assert whole / 8 < cut < whole / 3  # the stream is on each rank
     assert memory.longest(config, whole, tp=1, shards=1) == 65536
     assert memory.longest(config, 1e9, tp=1, shards=1) == 0
+
+
+# ---- trainings to the end
+
+TINY = ("--ranks", 2, "--seq-len", 65, "--last", 3, "--data", BENCH.parent / "README.md")
+
+
+def _train_cell(spec, last):
+    if str(BENCH) not in sys.path:  # in a worker
+        sys.path.append(str(BENCH))
+    cells = importlib.import_module("cells")
+    return cells.train(cells.Cell(**spec), last)
+
+
+def _train_on_workers(cell, options):
+    first, *others = run_ranks(cell.dp * cell.sp, _train_cell, asdict(cell), options.last)
+    assert all(other["losses"] == first["losses"] for other in others)
+    return first
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Cells train on this file's workers, not in processes that are started for each; the names of those that did."""
+    cells, names = importlib.import_module("cells"), []
+
+    def launch(cell, options):
+        names.append(cell.name)
+        return _train_on_workers(cell, options)
+
+    monkeypatch.setattr(cells, "launch", launch)
+    return names
+
+
+def test_convergence_with_and_without_sequence_parallelism(trained, tmp_path):
+    given = (*TINY, "--steps", 20, "--kept", tmp_path / "kept.json", "--shape", 4, 32, 2, 48, "--largest-gap", 1e-3)
+    result, _ = _script("convergence", *given, "--models", "tnl", "--schemes", "ddp", "zero3")
+    assert [(row["model"], row["scheme"]) for row in result["rows"]] == [("tnl", "ddp"), ("tnl", "zero3")]
+    assert [row["published gap"] for row in result["rows"]] == [-0.004, -0.007]
+    for row in result["rows"]:
+        assert row["largest of a step"] < 1e-3
+        assert row["with"] < 5.45  # of 5.55
+    del trained[:]
+    every = ("linear", "hybrid", "mamba2 of transformers")
+    given += ("--models", "tnl", *every, "--schemes", "ddp", "--save", "--out", tmp_path)
+    result, _ = _script("convergence", *given)
+    assert trained == [f"{model}, ddp, {way}" for model in every for way in ("without", "with")]  # and no other again
+    assert [row["model"] for row in result["rows"]] == ["tnl", *every]
+    assert all(row["largest of a step"] < 1e-3 for row in result["rows"])
+    assert result["facts"]["missing"] == []
+    [curves] = result["tables"].values()
+    assert len(curves) == 2 * 4
+    assert list(curves[0]) == ["cell", *map(str, range(2, 21, 2))]
+    assert len(list(tmp_path.glob("*_convergence_2xcpu.png"))) == 1
+
+
+def test_results_of_other_options_are_refused(trained, tmp_path, capsys):
+    kept = (*TINY, "--kept", tmp_path / "kept.json", "--shape", 1, 16, 1, 16, "--models", "tnl", "--schemes", "ddp")
+    _script("convergence", *kept, "--steps", 2)
+    with pytest.raises(SystemExit, match="2"):
+        _script("convergence", *kept, "--steps", 3)
+    assert "kept.json has results of other options (steps: 2 there, 3 now)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        _script("convergence", *kept[2:], "--ranks", 2, "--batch", 3, "--steps", 2)
+    assert "--batch must be a multiple of --ranks 2, got 3" in capsys.readouterr().err
+
+
+def test_a_gap_or_a_cell_that_failed_ends_with_1_and_the_cell_is_tried_again(tmp_path, monkeypatch, capsys):
+    cells = importlib.import_module("cells")
+    asked, broken = [], "linear, ddp, with"
+
+    def launch(cell, options):
+        asked.append(cell.name)
+        if cell.name == broken:
+            return None
+        loss = 2.0 + 0.004 * (cell.sp > 1)
+        return {"losses": [9.0] * 7 + [loss] * 3, "tokens/s": 1.0, "peak GiB": None}
+
+    monkeypatch.setattr(cells, "launch", launch)
+    given = (*TINY, "--steps", 10, "--kept", tmp_path / "kept.json", "--models", "tnl", "linear", "--schemes", "ddp")
+    given += ("--save", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        _script("convergence", *given)
+    [found] = tmp_path.glob("*_convergence_2xcpu.json")
+    result = json.loads(found.read_text())
+    assert result["facts"]["missing"] == [broken]
+    assert [(row["model"], row["gap"]) for row in result["rows"]] == [("tnl", pytest.approx(0.004))]
+    assert f"{broken} FAILED" in capsys.readouterr().err
+    broken = None
+    _script("convergence", *given)
+    assert asked.count("linear, ddp, with") == 2
+    assert len(asked) == 5
+    with pytest.raises(SystemExit, match="1"):
+        _script("convergence", *given, "--largest-gap", 0.003)
+    assert len(asked) == 5
+    with pytest.raises(SystemExit, match="no pair of cells is complete"):
+        _script("convergence", *given, "--kept", tmp_path / "other.json", "--budget", 1e-9)
+
+
+def test_ablations_of_parts(trained, tmp_path):
+    given = (*TINY, "--steps", 4, "--shape", 2, 32, 2, 48, "--kept", tmp_path / "kept.json")
+    result, _ = _script("ablations", "parts", *given, "--save", "--out", tmp_path)
+    rows = {row["what"]: row for row in result["rows"]}
+    base, *others = rows.values()
+    assert base["what"] == "TNL"
+    assert len(others) == 10
+    assert all(row["gap"] != 0 for row in others)  # each part does something
+    assert rows["TNL, no gate"]["published gap"] == 0.015
+    assert rows["LLaMA (softmax)"]["published gap"] == 0.114
+    assert rows["RetNet"]["published gap"] is None
+    parameters = base["parameters, millions"] - rows["TNL, no gate"]["parameters, millions"]
+    assert parameters == pytest.approx(2 * 32 * 32 / 1e6)
+    assert len(list(tmp_path.glob("*_ablations_parts_2xcpu.png"))) == 1
+
+
+def test_what_is_off_in_an_ablation():
+    cells = importlib.import_module("cells")
+    common = {"name": "", "model": "tnl", "seq_len": 8, "batch": 1, "steps": 1, "lr": 1.0, "dtype": "float32"}
+    built = {part: cells.build(cells.Cell(shape=(3, 16, 2, 16), part=part, **common), 64) for part in cells.PARTS}
+
+    def decays(part):
+        found = [block.attention.attention.log_decay(torch.device("cpu")) for block in built[part].blocks]
+        return None if found[0] is None else torch.stack(found).tolist()
+
+    def lrpe(part):
+        return [block.attention.lrpe is not None for block in built[part].blocks]
+
+    assert lrpe("") == [True, False, False]
+    assert lrpe("decay only") == [False] * 3
+    assert lrpe("LRPE only") == lrpe("LRPE and decay in all layers") == [True] * 3
+    assert decays("LRPE only") is None
+    assert decays("decay only") == decays("LRPE and decay in all layers") == decays("")
+    assert decays("no temperature") == [decays("")[0]] * 3 != decays("")
+    for part, norm in (("", "SimpleRMSNorm"), ("LayerNorm", "LayerNorm"), ("RMSNorm with weights", "RMSNorm")):
+        model = built[part]
+        of = [model.norm, *(layer.norm for block in model.blocks for layer in (block.attention, block.glu))]
+        assert [type(module).__name__ for module in of] == [norm] * 7, part
+    with pytest.raises(ValueError, match="part must be '' for model 'gla', got 'no gate'"):
+        cells.build(cells.Cell(shape=(3, 16, 2, 16), part="no gate", **{**common, "model": "gla"}), 64)
+
+
+def test_models_at_sizes_with_loss_and_recall(trained, tmp_path):
+    given = ("--ranks", 2, "--seq-len", 128, "--recall-len", 64, "--keys", 4, "--last", 3, *TINY[-2:])
+    given += ("--steps", 5, "--sizes", "tiny", "--batch", 1, "--kept", tmp_path / "kept.json")
+    result, _ = _script("ablations", "sizes", *given, "--save", "--out", tmp_path)
+    rows = result["rows"]
+    assert [row["model"] for row in rows] == ["TNL", "HGRN2", "cosFormer2", "LLaMA (softmax)"]
+    assert len(trained) == 8
+    for row in rows:
+        assert 0 <= row["recall accuracy"] <= 1
+        assert row["loss"] < 5.5
+        assert row["recall loss"] < 5
+    # Four of D x D and three of D x 384 a layer, the head, and softmax's two products over half of the tokens.
+    weights = 4 * (4 * 128 * 128 + 3 * 128 * 384) + 256 * 128
+    assert rows[-1]["FLOP"] == 6 * (weights + 4 * 128 * 128) * 128 * 5
+    assert rows[1]["FLOP"] == 6 * (weights + 4 * 128) * 128 * 5  # and the bounds of HGRN2's gates
+    assert len(list(tmp_path.glob("*_ablations_sizes_2xcpu.png"))) == 1
+
+
+def test_a_cell_of_recall_is_the_same_however_it_is_split():
+    cell = {"name": "", "model": "tnl", "shape": (2, 32, 2, 48), "seq_len": 64, "batch": 4, "steps": 8, "lr": 1e-2}
+    cell |= {"dtype": "float32", "task": "recall", "keys": 4}
+    dealt, split = (run_ranks(2, _train_cell, {**cell, "dp": dp, "sp": 2 // dp}, 8)[0] for dp in (2, 1))
+    assert dealt["losses"] == pytest.approx(split["losses"], abs=1e-4)
+    assert dealt["accuracy"] == pytest.approx(split["accuracy"], abs=0.02)
+    assert 0 < split["accuracy"] < 1
+    assert split["losses"][0] > split["losses"][-1]
+
+
+def test_a_cell_in_processes_of_its_own(tmp_path, monkeypatch, capfd):
+    cells = importlib.import_module("cells")
+    monkeypatch.chdir(tmp_path)
+    options = SimpleNamespace(launch="", last=2)
+    cell = cells.Cell("tiny", "tnl", (2, 32, 2, 48), 65, 2, 3, 1e-3, "float32", sp=2, data=str(BENCH / "README.md"))
+    assert cells.launch(cell, options)["losses"] == _train_on_workers(cell, options)["losses"]
+    assert list(Path("runs").iterdir()) == []
+    options.launch = "env WORLD_SIZE=1 RANK=0"
+    assert cells.launch(cell, options) is None
+    assert "cell 'tiny' is of 1 x 2 ranks, and there are 1" in capfd.readouterr().err
 
 
 def test_time_that_computation_covers_is_not_exposed():
