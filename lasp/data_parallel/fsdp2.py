@@ -46,7 +46,7 @@ def wrap_fsdp2(
     compare_parameters(model, axis.get_group(), "wrap_fsdp2", validate=validate)
     if validate != "off":
         note_averaged(model, axis.get_group())
-    if mesh.ndim > 1 and mesh["dp_replicate"].size() > 1:
+    if mesh.ndim > 1 and "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh["dp_replicate"].size() > 1:
         with making_groups("wrap_fsdp2: making the process group of dp_shard x sp"):
             shard = mesh["dp_shard", "sp"]._flatten("dp_shard_sp")
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])

@@ -3,7 +3,7 @@
 from lasp.ranks.aside import alone, uncounted
 from lasp.ranks.group import PeerError, Peers, RankMismatchError, all_peers, peers_of, waiting
 from lasp.ranks.launchers import Env, init
-from lasp.ranks.mesh import MESH_AXES, axis_groups, grad_group, grad_mesh, init_mesh, sequence_axis
+from lasp.ranks.mesh import MESH_AXES, axis_groups, grad_group, grad_mesh, init_mesh, replica_mesh, sequence_axis
 from lasp.ranks.sequence import SCHEDULES, SequenceParallel, Traffic, sequence_of_handle
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "init",
     "init_mesh",
     "peers_of",
+    "replica_mesh",
     "sequence_axis",
     "sequence_of_handle",
     "uncounted",

@@ -68,6 +68,7 @@ class Peers:
             Counter()
         )  # that were cut for these ranks, by the kind of comparison and who cut them
         self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
+        self.apart: weakref.WeakSet[Any] = weakref.WeakSet()  # lasp.CO2, while one lets these ranks train apart
         self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
         self.cut = False  # whether there was one since the last step of an optimizer
         self.agreed: set[Any] = set()  # kinds of messages

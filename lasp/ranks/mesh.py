@@ -92,8 +92,28 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
         return mesh["sp"]
     # In a graph, which can read no clock, the group is there: `init_mesh` has made it.
     in_graph = torch.compiler.is_compiling()
+    name = "dp_shard_sp" if names == ("dp_shard", "sp") else "grad"  # that of a replica is another one
     with nullcontext() if in_graph else making_groups("lasp.grad_mesh: making the process group of dp x sp"):
-        return mesh[names]._flatten("grad")
+        return mesh[names]._flatten(name)
+
+
+def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks of this rank's replica, the mesh without its axis dp_replicate: for replicas that train apart.
+
+    Where a slow network joins the replicas and `lasp.CO2` averages them now and then, all that belongs to a step takes
+    this in place of the whole mesh: `parallelize` (its "sp"), `shard_batch`, `token_loss`, and `wrap_ddp`, `wrap_fsdp2`
+    or `sync_grads`. The first call makes a process group: all ranks call it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, got {arguments.shown(mesh)}")
+    names = tuple(mesh.mesh_dim_names or ())
+    if not {"dp_replicate", "sp"} <= set(names):
+        raise ValueError(f'mesh must have the axes "dp_replicate" and "sp", got {mesh.mesh_dim_names}')
+    replica = mesh[tuple(name for name in names if name != "dp_replicate")]
+    group, _ = grad_group(replica)
+    if group is not None and mesh.device_type == "cuda":  # `init_mesh` has connected only the ranks of `grad_mesh`
+        collectives.connect(group, mesh.device_type)
+    return replica
 
 
 def grad_group(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None, int]:
