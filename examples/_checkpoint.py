@@ -53,10 +53,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lasp import CO2
 from lasp.ranks import waiting
 
 LATEST, SUMS, VALUES = "LATEST", "SHA256SUMS", "values.json"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # a key of its own for every number
+OF_REPLICA = r"replica[0-9]+\."  # a name of what only one of several replicas has
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -72,7 +74,13 @@ DTYPES = {
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: Mapping[str, str] | None = None,
+    outer: CO2 | None = None,
 ) -> None:
     """Write the state after `step` steps; every rank calls it.
 
@@ -82,13 +90,15 @@ def save(
         model: parameters and buffers are saved.
         optimizer: its state and its options are saved.
         run: what else a run must have in common with this one to go on with it, such as a digest of its text.
+        outer: what averages replicas that train apart. Then the model that is saved is its outer point, and weights and
+            moments are saved of each replica.
 
     Raises:
         FloatingPointError: a number is NaN or Inf. This and the others on every rank; LATEST stays what it was.
         NotWritten: such as on a full disk; what was written of this checkpoint is removed.
         PeerError: a rank has ended, or was silent for the timeout of `lasp.init`.
     """
-    write_snapshot(folder, take_snapshot(step, model, optimizer, run=run))
+    write_snapshot(folder, take_snapshot(step, model, optimizer, run=run, outer=outer))
 
 
 @dataclass(frozen=True)
@@ -102,19 +112,30 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: Mapping[str, str] | None = None,
+    outer: CO2 | None = None,
 ) -> Snapshot:
     """This rank's part of the state, not copied: what all ranks hold alike is dealt out to them, by size."""
-    tensors, values = _state(model, optimizer)
+    tensors, values = _state(model, optimizer, outer)
     size = {name: x.numel() * x.element_size() for name, x in tensors.items()}
-    alike, load = [name for name, x in tensors.items() if not isinstance(x, DTensor)], [0] * dist.get_world_size()
-    for name in sorted(alike, key=lambda name: (-size[name], name)):  # the same order on every rank
-        least = load.index(min(load))
-        load[least] += size[name]
-        if least != dist.get_rank():
-            del tensors[name]
+    own = {name for name in tensors if re.match(OF_REPLICA, name)}
+    everybody, replica = tuple(range(dist.get_world_size())), () if outer is None else outer.ranks
+    for names, ranks in ((tensors.keys() - own, everybody), (own, replica)):
+        alike, load = [name for name in names if not isinstance(tensors[name], DTensor)], [0] * len(ranks)
+        for name in sorted(alike, key=lambda name: (-size[name], name)):  # the same order on each of these ranks
+            least = load.index(min(load))
+            load[least] += size[name]
+            if ranks[least] != dist.get_rank():
+                del tensors[name]
+    if outer is not None and outer.replica > 0:  # the shards of what replicas hold alike
+        tensors = {name: x for name, x in tensors.items() if name in own or not isinstance(x, DTensor)}
+    nbytes = sum(size.values()) + sum(size[name] for name in own) * (0 if outer is None else outer.replicas - 1)
     record = {"step": step, "run": dict(run or {}), **values}
-    return Snapshot(step, tensors, json.dumps(record, indent=1) + "\n", sum(size.values()))
+    return Snapshot(step, tensors, json.dumps(record, indent=1) + "\n", nbytes)
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
@@ -136,8 +157,15 @@ def write_snapshot(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | 
         ) from error
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None) -> int:
-    """Read the newest checkpoint into the model and the optimizer; the number of steps they have had.
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: Mapping[str, str] | None = None,
+    outer: CO2 | None = None,
+) -> int:
+    """Read the newest checkpoint into the model, the optimizer and `outer`; the number of steps they have had.
 
     Raises:
         FileError: on every rank, if LATEST names nothing in this folder, if a file of the checkpoint is not what was
@@ -147,16 +175,23 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     name = _the_same(folder / LATEST, on_all_ranks(what, lambda: newest(folder).name))
     path = folder / name
     _check_sums(path, what)
-    tensors, options = _state(model, optimizer)
+    tensors, options = _state(model, optimizer, outer)
     values = on_all_ranks(what, lambda: _read_values(path, options, run or {}))[0]
     on_all_ranks(what, lambda: _check_parts(path, tensors))
     _read(path, tensors, what)
     step = values.pop("step")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    weights, moments = (
-        {name.removeprefix(kind): value for name, value in {**tensors, **values}.items() if name.startswith(kind)}
-        for kind in ("model.", "optimizer.")
-    )
+    own = "" if outer is None else _own(outer)
+
+    def of(kind: str) -> dict[str, Any]:
+        return {name.removeprefix(kind): x for name, x in {**tensors, **values}.items() if name.startswith(kind)}
+
+    weights, moments = of(f"{own}model."), of(f"{own}optimizer.") | of("optimizer.")
+    if outer is not None:
+        trained = of("outer.momentum.")
+        state = {"outer": {name: x for name, x in of("model.").items() if name in trained}, "momentum": trained}
+        counts = {name: x for name, x in of("outer.").items() if not isinstance(x, Tensor)}
+        outer.load_state_dict({**state, "average": of("outer.average."), **counts})
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
     on_rank_0(what, lambda: _make_room(folder))
     return step
@@ -208,14 +243,27 @@ def _the_same(file: Path, of_ranks: list[str]) -> str:
     return of_ranks[0]
 
 
-def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict]:
+def _own(outer: CO2) -> str:
+    """What the names of a replica's own tensors begin with."""
+    return f"replica{outer.replica}."
+
+
+def _state(model: nn.Module, optimizer: Optimizer, outer: CO2 | None = None) -> tuple[dict[str, Tensor], dict]:
     """What a checkpoint holds: tensors by name, and values that are none."""
     weights, moments = get_state_dict(model, optimizer, options=FLAT)
     state = {f"model.{name}": x for name, x in weights.items()} | {
         f"optimizer.{name}": x for name, x in moments.items()
     }
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-    return tensors, {name: x for name, x in state.items() if name not in tensors}
+    values = {name: x for name, x in state.items() if name not in tensors}
+    if outer is not None:
+        own, found = {f"{_own(outer)}{name}": x for name, x in tensors.items()}, outer.state_dict()
+        point = {name: x for name, x in tensors.items() if name.startswith("model.")}  # buffers too
+        point |= {f"model.{name}": x for name, x in found["outer"].items()}
+        more = {f"outer.{kind}.{name}": x for kind in ("momentum", "average") for name, x in found[kind].items()}
+        tensors = {**point, **more, **own}
+        values |= {f"outer.{name}": x for name, x in found.items() if not isinstance(x, dict)}
+    return tensors, values
 
 
 def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:
@@ -373,7 +421,8 @@ def _check_parts(path: Path, tensors: dict[str, Tensor], of: str = "") -> None:
     for file in _files(path):
         if file.name != VALUES:
             for name, part in _parts_of(file):
-                if name.startswith(of):
+                of_another = re.match(OF_REPLICA, name) and name not in tensors  # replica: its ranks look at that
+                if name.startswith(of) and not of_another:
                     parts.setdefault(name, []).append((*part, file))
     if parts.keys() != tensors.keys():
         raise FileError(f"{path} and this run differ in the tensors {sorted(parts.keys() ^ tensors.keys())[:4]}")

@@ -114,7 +114,9 @@ def _starts(text: Text, mesh: DeviceMesh | None, seed: int, step: int, batch: in
     the number of steps done. A text shorter than a sequence is repeated.
     """
     starts = np.random.default_rng([seed, step]).integers(0, max(1, len(text) - seq_len + 1), size=batch)
-    dp_rank, dp = (0, 1) if mesh is None else (mesh["dp_shard"].get_local_rank(), mesh["dp_shard"].size())
+    dp_rank, dp = 0, 1
+    for axis in ("dp_replicate", "dp_shard") if mesh is not None else ():
+        dp_rank, dp = dp_rank * mesh[axis].size() + mesh[axis].get_local_rank(), dp * mesh[axis].size()  # type: ignore[index]
     return starts[dp_rank * batch // dp : (dp_rank + 1) * batch // dp].tolist()
 
 

@@ -24,6 +24,7 @@ import os
 import platform
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,6 +76,7 @@ SAME = (
     "dtype",
     "seed",
     "validate",
+    "outer_every",
 )
 
 
@@ -101,6 +103,7 @@ class Options:
     schedule: str
     warmup: int | None
     parallel: str
+    outer_every: int
     dtype: str
     seed: int
     recompute: str
@@ -146,6 +149,10 @@ def main(
     ] = "cosine",
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which it rises; default: a tenth of all.")] = None,
     parallel: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How parameters lie on the ranks.")] = "ddp",
+    outer_every: Annotated[
+        int,
+        typer.Option(min=0, help="Steps that the --dp replicas train apart between averages (CO2); 0: none."),
+    ] = 0,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the weights and the batches.")] = 0,
     recompute: Annotated[
@@ -208,6 +215,10 @@ def check(options: Options, ranks: int, text: Text) -> None:
         refuse("--dp", f"{options.dp}{wanted} does not make {ranks} ranks")
     if options.batch % options.dp:
         refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks")
+    if options.outer_every and options.dp == 1:
+        refuse("--outer-every", "is the steps between averages of --dp replicas, of which there is one")
+    if options.outer_every and options.verify:
+        refuse("--verify", "compares with training that averages every gradient, and --outer-every does not")
     if not 0 < options.lr <= 1e30:  # the optimizer scales it, and what fp32 cannot hold is an error there
         refuse("--lr", f"{options.lr} is not a positive number up to 1e30")
     if options.family not in FAMILIES:
@@ -302,7 +313,7 @@ def check_same_run(options: Options, text: Text) -> None:
         _checkpoint.newest(options.out)
         run_before = read_object(file)
         before, digest = run_before.get("options"), run_before.get("text")
-        before = {**NO_EXPERTS, **before} if isinstance(before, dict) else before
+        before = {**NO_EXPERTS, "outer_every": 0, **before} if isinstance(before, dict) else before
         if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*SAME, "data"}:
             raise FileError(f"{file} is not what a run writes: options and a digest of its text are not in it")
     except FileError as error:
@@ -342,13 +353,17 @@ def run(options: Options) -> None:
     env = lasp.init()
     options = going_on(options)
     text, digest = agree(options, env)
-    mesh = lasp.init_mesh(dp_shard=options.dp, sp=options.sp or -1)
+    apart = options.outer_every > 0  # then of a mesh only a replica's ranks take part in a step
+    dp = {"dp_replicate": options.dp, "dp_shard": 1} if apart else {"dp_shard": options.dp}
+    mesh = lasp.init_mesh(**dp, sp=options.sp or -1)
+    of_steps = lasp.replica_mesh(mesh) if apart else mesh
     folder = options.out or Path(on_rank_0("naming the folder for results", lambda: new_folder("tnl")))
 
-    model = build_model(options, mesh, env.device)
+    model = build_model(options, of_steps, env.device)
     optimizer = optimizer_of(model, options, env.device)
-    same = {"text": digest}
-    first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
+    same = {"text": digest, **({"replicas": str(options.dp)} if apart else {})}
+    outer = lasp.CO2(model, optimizer, mesh, sync_every=options.outer_every) if apart else None
+    first_step = _checkpoint.load(folder, model, optimizer, run=same, outer=outer) if options.resume else 0
     if options.resume and env.rank == 0:
         print(f"going on with step {first_step} of {options.steps}, from {folder / f'step-{first_step:06d}'}")
     validation = None
@@ -358,12 +373,17 @@ def run(options: Options) -> None:
     about = {"text": digest, "entropy": text.entropy, "unit": text.unit}
     report = Report(folder, env, as_json(options), first_step=first_step, **about)
     beside = options.async_save and 0 < options.save_every < options.steps
-    with Saver(folder, env.device, beside=beside, run=same) as saver:
+    with Saver(folder, env.device, beside=beside, run=same, outer=outer) as saver:
         for step in range(first_step, options.steps):
             loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
-            if not loss.isfinite():  # the same on every rank
+            if not loss.isfinite():  # the same on every rank, of a replica
                 raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
-            report.step(step, loss.item(), int(tokens), lr=optimizer.param_groups[0]["lr"])
+            counted = int(tokens) * (options.dp if apart else 1)
+            report.step(step, loss.item(), counted, lr=optimizer.param_groups[0]["lr"])
+            if outer is not None:
+                outer.step()
+                if step + 1 == options.steps:
+                    outer.finish()
             saver.check()
             due, last = options.save_every and (step + 1) % options.save_every == 0, step + 1 == options.steps
             if due or (options.save and last):
@@ -371,7 +391,8 @@ def run(options: Options) -> None:
                 saver.save(step + 1, model, optimizer, beside=not last)
                 report.restart_clock()
             if validation is not None and options.validate_every and (step + 1) % options.validate_every == 0:
-                report.held_out(step + 1, validation.run(step + 1, model, mesh, options, env.device))
+                with nullcontext() if outer is None else outer.outer_weights():
+                    report.held_out(step + 1, validation.run(step + 1, model, mesh, options, env.device))
     if validation is not None and options.steps not in validation.losses:
         report.held_out(options.steps, validation.run(options.steps, model, mesh, options, env.device))
     report.finish({} if validation is None else validation.losses)
@@ -477,6 +498,7 @@ def train_step(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """One step; the loss of the global batch before it, and the tokens that it is the mean of."""
+    of_steps = lasp.replica_mesh(mesh) if mesh is not None and options.outer_every else mesh  # the ranks of the loss
     drawn = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
     optimizer.zero_grad()
     sharded = mesh is not None and options.parallel == "fsdp2"  # then FSDP2 casts to bf16
@@ -486,7 +508,7 @@ def train_step(
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
             ids = batch_of_step(text, mesh, **drawn)
             loss, tokens = lasp.stream_backward(
-                model, {"input_ids": ids}, mesh=mesh, segment=options.segment, balance=balance, progress=step == 0
+                model, {"input_ids": ids}, mesh=of_steps, segment=options.segment, balance=balance, progress=step == 0
             )
     else:
         if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
@@ -496,9 +518,9 @@ def train_step(
         head = (model.module if isinstance(model, DistributedDataParallel) else model).head
         with autocast:
             hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
-            loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=mesh)  # type: ignore[union-attr,arg-type]
+            loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=of_steps)  # type: ignore[union-attr,arg-type]
             if balance:
-                loss = loss + balance * lasp.balance_loss(model, mesh=mesh)
+                loss = loss + balance * lasp.balance_loss(model, mesh=of_steps)
         loss.backward()  # DDP and FSDP2 average the gradients over dp x sp
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:

@@ -1,5 +1,7 @@
 """CO2: outer steps of replicas that train apart, against the rule written out in one process, in fp64."""
 
+import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from inputs import assert_close
 from ranks import mesh_of, run_ranks, shutdown
 from small_model import VOCABULARY, SmallModel
+from test_train import _alone, _assert_on_all, _assert_same_state, _losses, _state
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -253,7 +256,7 @@ def _resume(layout, after):
     train(model, optimizer, co2, mesh, how, range(after))
     state = co2.state_dict()
     assert (state["rounds"], state["local_steps"]) == divmod(after, EVERY)
-    assert bool(state["average"]) == (after >= EVERY)
+    assert state["on_the_way"] == (after >= EVERY)
     weights = {name: p.detach().clone() for name, p in named(model).items()}
     moments = optimizer.state_dict()
     copied = {"state": {i: {k: v.clone() for k, v in s.items()} for i, s in moments["state"].items()}}
@@ -283,6 +286,46 @@ def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_bits(layout, after
     run_ranks(4, _resume, layout, after)
 
 
+# Of examples/train.py: replicas are saved with what is their own, and a run goes on where it was
+
+ON_THE_WAY = [(2, 2, "ddp", 2), (4, 2, "ddp", 4), (4, 2, "fsdp2", 6)]  # ranks, --dp, --parallel, steps done
+
+
+@pytest.mark.parametrize(("world", "dp", "parallel", "done"), ON_THE_WAY)
+def test_the_example_goes_on_in_the_middle_of_a_round_with_the_same_bits(tmp_path, world, dp, parallel, done):
+    sizes = ["--seq-len=33", "--batch=4", "--steps=8", "--save-every=2", f"--dp={dp}", f"--parallel={parallel}"]
+    sizes += [f"--data={__file__}", "--outer-every=4", "--validate", "--validate-every=3"]
+    _assert_on_all(world, 0, [], [*sizes, f"--out={tmp_path / 'whole'}"])
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+    (folder / "LATEST").write_text(f"step-00000{done}")
+    for step in range(done + 2, 10, 2):
+        shutil.rmtree(folder / f"step-00000{step}")
+    _assert_on_all(world, 0, [], [*sizes, f"--out={folder}", "--resume"])
+    assert _losses(folder) == _losses(tmp_path / "whole")
+    assert (folder / "validation.json").read_text() == (tmp_path / "whole" / "validation.json").read_text()
+    _assert_same_state(folder, tmp_path / "whole", range(2, 10, 2))
+    tensors, text = _state(folder, done)
+    values = json.loads(text)
+    assert (values["outer.rounds"], values["outer.local_steps"]) == divmod(done, 4)
+    assert values["outer.on_the_way"] == (done >= 4)
+    weight, apart = "head.weight", done % 4 > 0
+    assert torch.equal(tensors[f"replica0.model.{weight}"], tensors[f"replica1.model.{weight}"]) != apart
+    tensors, _ = _state(folder, 8)  # the end: what was on its way is part of all
+    for replica in range(dp):
+        assert torch.equal(tensors[f"replica{replica}.model.{weight}"], tensors[f"model.{weight}"])
+
+
+def test_the_example_refuses_replicas_that_cannot_be(tmp_path):
+    sizes = ["--seq-len=33", "--batch=4", "--steps=2", f"--data={__file__}", f"--out={tmp_path / 'out'}"]
+    code, text = _alone(*sizes, "--outer-every=2")
+    assert code == 2
+    assert "--outer-every" in text
+    assert "of --dp replicas, of which there is one" in text
+    code, text = _alone(*sizes, "--outer-every=2", "--dp=2", "--verify")
+    assert code == 2
+    assert "--outer-every does not" in text
+
+
 def _wrong_states():
     mesh = mesh_of(dp_replicate=2)
     model, optimizer = build(mesh, "alone")
@@ -296,7 +339,8 @@ def _wrong_states():
         ({"local_steps": EVERY}, "local_steps"),
         ({"local_steps": 1.5}, "local_steps"),
         ({"sent_lr": None}, "sent_lr"),
-        ({"average": {}}, "sent_lr"),
+        ({"on_the_way": 1}, "on_the_way"),
+        ({"average": {}}, "head.weight|blocks"),
         ({"outer": None}, "outer"),
         ({"outer": {**state["outer"], "more": torch.zeros(1)}}, "more"),
         ({"outer": {k: v for k, v in state["outer"].items() if k != name}}, name),

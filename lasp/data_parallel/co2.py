@@ -17,7 +17,6 @@ is called the paper's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from lasp.ranks import RankMismatchError, SequenceParallel, collectives, grad_gr
 from lasp.ranks.group import making_groups
 
 _NAMES = ("outer", "momentum", "average")  # of the tensors in a state_dict
-_COUNTS = ("rounds", "local_steps", "sent_lr")  # and of its numbers
+_COUNTS = ("rounds", "local_steps", "on_the_way", "sent_lr")  # and of its numbers
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,12 @@ class CO2:
         self.rounds = 0  # that have ended
         self.local_steps = 0  # since then
         self._on_the_way: _Sent | None = None
-        self._names = {p: name for name, p in parameters.items()}
+        self._names = {p: name.removeprefix("module.") for name, p in parameters.items()}  # DDP's is no part of it
         self._replicas = SequenceParallel(group, name="CO2", validate=validate)
         self._inside = SequenceParallel(inside, name="CO2", validate=validate)
+        self.replica, self.replicas = self._replicas.rank, self._replicas.size  # this one's number, and how many
+        rank = 0 if group is None else dist.get_rank()
+        self.ranks = (rank,) if inside is None else self._inside.ranks  # of this replica, global
         if group is not None:
             self._replicas.peers.apart.add(self)
             compare_parameters(model, group, "CO2", validate=validate)
@@ -213,21 +215,21 @@ class CO2:
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on in the middle of a round with the same bits; all ranks of a replica call it.
 
-        "outer", "momentum" and, if one is on its way, "average" hold a tensor for each trained parameter by its name,
-        the same on all replicas (DTensors of the replica's mesh where the parameters are), "rounds", "local_steps" and
-        "sent_lr" numbers. What is on its way is waited for. The weights of the model and the state of the inner
-        optimizer are the replica's own: save those of every replica beside it.
+        "outer", "momentum" and "average" hold a tensor for each trained parameter by its name, the same on all replicas
+        (DTensors of the replica's mesh where the parameters are), "rounds", "local_steps" and "sent_lr" numbers, and
+        "on_the_way" says whether the average is one to be consumed. If it still travels, this waits for it. The weights
+        of the model and the state of the inner optimizer are the replica's own: save those of every replica beside it.
         """
         self._arrive()
         self._meet_inside()
-        names = _NAMES if self._on_the_way is not None else _NAMES[:2]
         found: dict[str, Any] = {name: {} for name in _NAMES}
         for bucket in self._buckets:
-            for name in names:
+            for name in _NAMES:
                 for p, x in zip(bucket.parameters, bucket.whole(getattr(bucket, name))):
                     found[name][self._names[p]] = _like(p, x.clone())
-        sent_lr = None if self._on_the_way is None else self._on_the_way.lr
-        return found | {"rounds": self.rounds, "local_steps": self.local_steps, "sent_lr": sent_lr}
+        sent = self._on_the_way
+        values = (self.rounds, self.local_steps, sent is not None, 0.0 if sent is None else sent.lr)
+        return found | dict(zip(_COUNTS, values))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,24 +243,20 @@ class CO2:
         arguments.mapping("state", state)
         if set(state) != {*_NAMES, *_COUNTS}:
             raise ValueError(f"state must have {sorted({*_NAMES, *_COUNTS})}, got {arguments.shown(sorted(state))}")
-        rounds = arguments.integer('state["rounds"]', state["rounds"], at_least=1 if state["average"] else 0)
+        on_the_way = arguments.flag('state["on_the_way"]', state["on_the_way"])
+        rounds = arguments.integer('state["rounds"]', state["rounds"], at_least=int(on_the_way))
         steps = arguments.integer('state["local_steps"]', state["local_steps"], at_least=0)
         if steps >= self.sync_every:
             raise ValueError(f'state["local_steps"] must be less than sync_every {self.sync_every}, got {steps}')
-        lr = state["sent_lr"]
-        if (lr is None) != (not state["average"]):
-            got = arguments.shown(lr)
-            raise ValueError(f'state["sent_lr"] must be a number where there is an "average", else None, got {got}')
-        on_the_way = None if lr is None else _Sent(rounds - 1, arguments.number('state["sent_lr"]', lr))
-        names = _NAMES if on_the_way is not None else _NAMES[:2]
-        for name in names:
+        sent = _Sent(rounds - 1, arguments.number('state["sent_lr"]', state["sent_lr"]))
+        for name in _NAMES:
             self._check_tensors(name, state[name])
         self._arrive()  # what this object has sent itself
         for bucket in self._buckets:
-            for name in names:
+            for name in _NAMES:
                 found = [_local(state[name][self._names[p]]).to(p.device) for p in bucket.parameters]
                 getattr(bucket, name).copy_(bucket.part(found))
-        self.rounds, self.local_steps, self._on_the_way = rounds, steps, on_the_way
+        self.rounds, self.local_steps, self._on_the_way = rounds, steps, sent if on_the_way else None
 
     # The end of a round
 
@@ -306,7 +304,7 @@ class CO2:
     def _lr(self) -> float:
         """Of a learning rate on a device the host would have to wait, and only a function may need it."""
         lr = self._optimizers[0].param_groups[0]["lr"]
-        return float(lr) if callable(self.gap_penalty) or not isinstance(lr, Tensor) else math.nan
+        return float(lr) if callable(self.gap_penalty) or not isinstance(lr, Tensor) else 0.0
 
     def _arrive(self) -> None:
         """Until the average that is on its way is there, on the host or for the stream; once for each."""

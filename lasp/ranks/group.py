@@ -48,6 +48,7 @@ class Peers:
     def reset(self) -> None:
         """As if nothing had been exchanged yet."""
         self.connected = False  # whether neighbours have exchanged a first message (lasp.exchange)
+        self.all_connected = False  # whether all have met in every collective of a step (lasp.ranks.mesh)
         self.busy = False  # whether a state travels while a function of the caller's runs (lasp.ops)
         self.network: Any = None  # lasp.exchange.cost.Network: what was measured between the ranks
         self.board: Any = None  # lasp.exchange.board.Board: memory that the ranks read from each other

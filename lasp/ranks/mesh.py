@@ -111,8 +111,9 @@ def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
         raise ValueError(f'mesh must have the axes "dp_replicate" and "sp", got {mesh.mesh_dim_names}')
     replica = mesh[tuple(name for name in names if name != "dp_replicate")]
     group, _ = grad_group(replica)
-    if group is not None and mesh.device_type == "cuda":  # `init_mesh` has connected only the ranks of `grad_mesh`
-        collectives.connect(group, mesh.device_type)
+    if group is not None and mesh.device_type == "cuda" and not peers_of(group).all_connected:
+        collectives.connect(group, mesh.device_type)  # `init_mesh` has done so with the ranks of `grad_mesh` only
+        peers_of(group).all_connected = True
     return replica
 
 
