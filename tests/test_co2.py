@@ -1,6 +1,7 @@
 """CO2: outer steps of replicas that train apart, against the rule written out in one process, in fp64."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from inputs import assert_close
+from processes import finish, free_port, start
 from ranks import mesh_of, run_ranks, shutdown
 from small_model import VOCABULARY, SmallModel
 from test_train import _alone, _assert_on_all, _assert_same_state, _losses, _state
@@ -598,6 +600,39 @@ def test_a_replica_that_does_not_come_is_a_peer_error_within_the_timeout():
         run_ranks(2, _no_peer)
     finally:
         shutdown()  # gloo has closed the connections of the one that gave up
+
+
+KILLED = """
+import os, signal, time, torch, lasp
+env = lasp.init("gloo", timeout=60)
+mesh = lasp.init_mesh(dp_replicate=2)
+model = torch.nn.Linear(3, 3)
+torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+co2 = lasp.CO2(model, optimizer, mesh, sync_every=2)
+for step in range(8):
+    if step == 5 and env.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    try:
+        co2.step()
+    except lasp.PeerError as error:
+        print(step, time.monotonic() - began, error)
+        break
+"""
+
+
+def test_a_replica_that_is_killed_is_a_peer_error_at_once():
+    """In the middle of a round: what it had sent is consumed, and what comes next fails."""
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    outputs = finish([start(KILLED, {**where, "RANK": str(rank)}) for rank in range(2)])
+    step, seconds, error = outputs[0][0].split(maxsplit=2)
+    assert int(step) in (5, 7)
+    assert float(seconds) < 30
+    assert re.match(r"CO2: (sending|the average of) .*round [12] ", error), error
+    assert "global rank 1 has ended" in error
 
 
 def _averaged_anyway(how):
