@@ -8,8 +8,10 @@ the same inner optimizer. "network MB/s" is measured by a plain all-reduce on th
 runs gets it, and the time of a step without any network: nothing else. Beside it the simulation says what 16 nodes
 would do at 80 and 800 Gbit/s, with step times that are assumed.
 
-Times are medians over rounds. CO2's overlap is traced by the clock: when the all-reduce begins, when it has come to its
-end, which local steps end in between, and how long the end of a round waits.
+Each forward also sleeps for --pause seconds, as where a device computes and the host does not: of two busy cores a step
+alone would be mostly noise. Times are medians over rounds, of which each scheme has some, then the next has, and so on.
+CO2's overlap is traced by the clock: when the all-reduce begins, when it has come to its end, which local steps end in
+between, and how long the end of a round waits.
 
 torchft's DiLoCo is run with its own code and one fragment; its Manager, which needs a lighthouse, is replaced by one
 that averages over the process group and always commits.
@@ -46,8 +48,9 @@ from _text import Text, batch_of_step, open_text
 
 NETWORKS = {"1 Gbit/s": "1gbit", "80 Mbit/s": "80mbit"}
 ADDRESSES = ("10.78.0.1", "10.78.0.2")
-RANKS, SEQ_LEN, BATCH, LR = 2, 128, 8, 3e-3
+RANKS, SEQ_LEN, BATCH, LR = 2, 64, 8, 3e-3
 CONFIG = TNLConfig(vocab_size=256, layers=4, width=128, heads=4, glu_width=384)
+ROUNDS = 4  # of a turn
 HELD_OUT = 200_000  # bytes at the end of the text
 SCHEMES = (
     "alone",
@@ -106,11 +109,12 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=LR)
 
 
-def step_of(model, optimizer, text: Text, mesh, over, step: int) -> None:
+def step_of(model, optimizer, text: Text, mesh, over, step: int, pause: float) -> None:
     """One step on this rank's rows; the loss is the mean over the ranks of `over`."""
     ids = batch_of_step(text, mesh, seed=0, step=step, batch=BATCH, seq_len=SEQ_LEN)
     local = lasp.shard_batch({"input_ids": ids}, None)
     optimizer.zero_grad()
+    time.sleep(pause)
     loss, _ = lasp.token_loss(model(local["input_ids"], local["position_ids"]), local["labels"], mesh=over)
     loss.backward()
     optimizer.step()
@@ -202,29 +206,49 @@ class Replica:
         return self.co2 is not None and self.co2.step()
 
 
-def run_scheme(scheme: str, mesh, text: Text, unseen: Text, options) -> dict:
-    """Seconds a step in the median of the rounds after the first, and the loss in the end."""
-    trace, rounds, every = Trace(), [], options.sync_every
-    with ExitStack() as stack, trace:
-        replica = Replica(scheme, mesh, every, stack)
-        for step in range(options.steps):
-            if step % every == 0:
-                rounds.append(time.monotonic())
-            start = time.monotonic()
-            step_of(replica.wrapped, replica.optimizer, text, mesh, replica.over, step)
-            trace.steps.append((start, time.monotonic()))
-            if replica.after(step):
-                trace.waited.append(time.monotonic() - trace.steps[-1][1])
-        rounds.append(time.monotonic())
+class Runs:
+    """The schemes in turn, some rounds of each at a time, so that what else the machine does meets all alike."""
+
+    def __init__(self, options, mesh, text: Text, stack: ExitStack):
+        self.every, self.mesh, self.text, self.pause = options.sync_every, mesh, text, options.pause
+        self.replicas = {name: Replica(name, mesh, options.sync_every, stack) for name in options.schemes}
+        self.traces = {name: Trace() for name in options.schemes}
+        self.seconds: dict[str, list[float]] = {name: [] for name in options.schemes}  # of rounds
+
+    def run(self, scheme: str, rounds: range) -> None:
+        """The first of the rounds is not timed: what came before may still be on its way."""
+        replica, trace = self.replicas[scheme], self.traces[scheme]
+        with trace:
+            for number in rounds:
+                if number == rounds[0] + 1:
+                    dist.barrier()
+                began = time.monotonic()
+                for step in range(number * self.every, (number + 1) * self.every):
+                    start = time.monotonic()
+                    step_of(replica.wrapped, replica.optimizer, self.text, self.mesh, replica.over, step, self.pause)
+                    trace.steps.append((start, time.monotonic()))
+                    if replica.after(step):
+                        trace.waited.append(time.monotonic() - trace.steps[-1][1])
+                if number > rounds[0]:
+                    self.seconds[scheme].append(time.monotonic() - began)
+
+    def found(self, scheme: str, unseen: Text) -> dict:
+        """Seconds a step in the median of the rounds, and the loss in the end."""
+        replica = self.replicas[scheme]
         if replica.co2 is not None:
             replica.co2.finish()
-    seconds = statistics.median(b - a for a, b in zip(rounds[1:], rounds[2:])) / every
-    return {"seconds": seconds, "loss": held_out_loss(replica.model, unseen), **traced(trace, every)}
+        seconds = statistics.median(self.seconds[scheme]) / self.every
+        return {
+            "seconds": seconds,
+            "loss": held_out_loss(replica.model, unseen),
+            **traced(self.traces[scheme], self.every),
+        }
 
 
 def traced(trace: Trace, every: int) -> dict:
     """Of CO2's all-reduces: how long they travel, how many local steps end meanwhile, what the end of a round waits."""
-    flights = [times for times in trace.sent if len(times) == 2][1:-1]
+    flights = [times for times in trace.sent if len(times) == 2]
+    flights = [times for number, times in enumerate(flights) if number % ROUNDS in range(1, ROUNDS - 1)]  # of one turn
     if not trace.waited or not flights:
         return {}
     inside = [sum(begin < end < arrived for _, end in trace.steps) for begin, arrived in flights]
@@ -232,7 +256,7 @@ def traced(trace: Trace, every: int) -> dict:
     return {
         "in flight": statistics.median(b - a for a, b in flights),
         "steps meanwhile": statistics.median(inside),
-        "waited": statistics.median(trace.waited[1:]),
+        "waited": statistics.median(x for number, x in enumerate(trace.waited) if number % ROUNDS > 1),
         "local step": statistics.median(steps),
         "one round": [
             *({"event": "all-reduce begins", "s": flights[-1][0]}, {"event": "all-reduce ends", "s": flights[-1][1]}),
@@ -266,10 +290,16 @@ def worker(options) -> None:
     text, unseen = Text(whole.ids[:-HELD_OUT]), Text(whole.ids[-HELD_OUT:])
     nbytes = 4 * sum(p.numel() for p in build()[0].parameters())
     found = {"bytes": nbytes, "bandwidth": bandwidth(nbytes), "schemes": {}}
+    with ExitStack() as stack:
+        runs = Runs(options, mesh, text, stack)
+        for turn in range(options.turns):
+            for scheme in options.schemes:
+                runs.run(scheme, range(turn * ROUNDS, (turn + 1) * ROUNDS))
+                if env.rank == 0:
+                    seconds = statistics.median(runs.seconds[scheme]) / options.sync_every
+                    print(f"turn {turn}, {scheme}: {seconds:.3f} s a step", file=sys.stderr, flush=True)
     for scheme in options.schemes:
-        found["schemes"][scheme] = run_scheme(scheme, mesh, text, unseen, options)
-        if env.rank == 0:
-            print(f"{scheme}: {found['schemes'][scheme]['seconds']:.3f} s a step", file=sys.stderr, flush=True)
+        found["schemes"][scheme] = runs.found(scheme, unseen)
     if env.rank == 0:
         Path(options.worker).write_text(json.dumps(found))
     dist.barrier()
@@ -311,8 +341,9 @@ def measure(rate: str, schemes: list[str], options) -> dict:
     """What rank 0 found on a cable of this rate."""
     with two_hosts(rate) as names, tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
-        command = [sys.executable, __file__, "--worker", str(out), "--steps", str(options.steps)]
-        command += ["--sync-every", str(options.sync_every), "--schemes", *schemes]
+        command = [sys.executable, __file__, "--worker", str(out), "--turns", str(options.turns)]
+        command += ["--sync-every", str(options.sync_every), "--pause", str(options.pause)]
+        command += ["--schemes", *schemes]
         ranks = []
         for rank, name in enumerate(names):
             variables = {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": ADDRESSES[0]}
@@ -372,14 +403,13 @@ def at_scale(every: int) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=192, help="of each scheme on each network")
-    parser.add_argument("--sync-every", type=int, default=24, help="local steps of a round")
+    parser.add_argument("--turns", type=int, default=2, help=f"of {ROUNDS} rounds for each scheme, one after the other")
+    parser.add_argument("--sync-every", type=int, default=16, help="local steps of a round")
+    parser.add_argument("--pause", type=float, default=0.15, help="seconds that each forward also sleeps")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # where a rank writes what it found
     add_report_arguments(parser)
     options = parser.parse_args(argv)
-    if options.steps < 4 * options.sync_every:
-        parser.error("--steps must be at least four rounds of --sync-every")
     if options.worker:
         worker(options)
         return
@@ -409,6 +439,8 @@ def main(argv: list[str] | None = None) -> None:
                 traces[f"one round of CO2, {network}"] = [
                     {"ms": round(1e3 * (event["s"] - begin), 1), "event": event["event"]} for event in events
                 ]
+    facts["of a step"] = f"{options.pause} s asleep, in the forward, beside the computation"
+    facts["steps of each"] = options.turns * ROUNDS * options.sync_every
     facts["left out"] = [x for x in options.schemes if x not in schemes]
     facts["assumed at scale"] = (
         f"{NODES} nodes of 8 A100 at 40% of 312 TFLOP/s, {TOKENS} tokens a node and step, parameters and gradients "
