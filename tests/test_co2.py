@@ -317,6 +317,20 @@ def test_the_example_goes_on_in_the_middle_of_a_round_with_the_same_bits(tmp_pat
         assert torch.equal(tensors[f"replica{replica}.model.{weight}"], tensors[f"model.{weight}"])
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_the_replicas_of_the_example_may_grow_but_not_their_number(tmp_path, parallel):
+    sizes = ["--seq-len=33", "--batch=4", "--steps=8", "--save-every=2", f"--data={__file__}", "--outer-every=4"]
+    _assert_on_all(2, 0, [], [*sizes, "--dp=2", f"--out={tmp_path / 'whole'}"])
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+    (folder / "LATEST").write_text("step-000006")
+    shutil.rmtree(folder / "step-000008")
+    if parallel == "ddp":
+        words = ["its replicas is 2, that of this run 4"]
+        _assert_on_all(4, 1, words, [*sizes, "--dp=4", f"--out={folder}", "--resume"])
+    _assert_on_all(4, 0, [], [*sizes, "--dp=2", f"--parallel={parallel}", f"--out={folder}", "--resume"])
+    assert _losses(folder) == pytest.approx(_losses(tmp_path / "whole"), rel=1e-5)
+
+
 def test_the_example_refuses_replicas_that_cannot_be(tmp_path):
     sizes = ["--seq-len=33", "--batch=4", "--steps=2", f"--data={__file__}", f"--out={tmp_path / 'out'}"]
     code, text = _alone(*sizes, "--outer-every=2")

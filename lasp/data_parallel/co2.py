@@ -73,7 +73,7 @@ class CO2:
 
     Memory beside the model and the inner optimizer: three numbers in fp32 (fp64 for parameters in fp64) for each
     parameter of this rank's part, which is 1 / (dp_shard x sp) of the model: the outer point, its momentum, and the
-    copy that travels. For the moment of the outer step two buckets more.
+    copy that travels. For the moment of the outer step three buckets more.
 
     Between two ends of a round the replicas hold different weights, so no average over all ranks is taken meanwhile:
     with `check_finite` a replica looks at its own gradients only. Buffers are not averaged. `validate` of `parallelize`
@@ -86,17 +86,17 @@ class CO2:
             None for one replica.
         sync_every: local steps of a round.
         outer_lr: of the outer step.
-        outer_momentum: from 0 to 1. With `gap_penalty` p the average of a round ago acts as outer SGD with momentum
-            `outer_momentum - outer_lr / p` would on the last round's own change, a round late (docs/co2.md): with 0 of
-            each two rounds only every other one's result is carried on.
+        outer_momentum: from 0 to 1. With a number as `gap_penalty` the rule is outer SGD a round late, on what a round
+            has changed, with momentum `outer_momentum - outer_lr / gap_penalty` (docs/co2.md): -0.5 by default. With 0
+            even and odd rounds are two trainings that know nothing of each other.
         gap_penalty: what the difference to the stale average is divided by: a positive number, or a function that gets
             a `lasp.data_parallel.co2.Staleness` and returns a number, or a tensor [n] for the bucket's numbers. It
             must return the same on all replicas. The norm of a tensor in it would be that of a bucket's part.
         clip: the momentum is kept within [-clip, clip], number by number; None: it is not clipped.
         bucket_mb: MiB of parameters that travel in one all-reduce, at least one parameter.
-        validate: "first" compares settings and weights of all replicas here, then at the end of each round of which
-            round its averages are (on a GPU, where the host would wait, of the first two and every 1000th), and in
-            those two the outer point; "off" does not.
+        validate: "first" compares settings and weights of all replicas here. Then each round's average tells of which
+            round its parts are (on a GPU, where the host would wait, it is read in the first two and every 1000th), and
+            in the first two and every 1000th the outer points are compared; "off" does not.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before any communication.
@@ -146,6 +146,9 @@ class CO2:
         if group is not None:
             self._replicas.peers.apart.add(self)
             compare_parameters(model, group, "CO2", validate=validate)
+            if next(iter(parameters.values())).is_cuda and not self._replicas.peers.all_connected:
+                collectives.connect(group, "cuda")  # now, as no timeout ends the wait for it
+                self._replicas.peers.all_connected = True
         self._compare_settings(parameters)
         with torch.no_grad():
             self._buckets = [
