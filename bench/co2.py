@@ -23,6 +23,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -414,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         worker(options)
         return
     schemes = [x for x in options.schemes if "torchft" not in x or importlib.util.find_spec("torchft")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces and ranks go as after an error
     rows, facts, traces = [], {}, {}
     for network, rate in NETWORKS.items():
         again = [x for x in schemes if not (rows and "momentum" in x)]  # whose losses are known, and times those of CO2
