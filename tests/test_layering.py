@@ -130,6 +130,14 @@ def test_operators_do_not_know_each_other():
             assert not any(imported.startswith(other) for other in others), f"{name}.py imports {imported}"
 
 
+def test_schemes_of_data_parallelism_do_not_know_each_other():
+    """A file a scheme: once.py alone, which is none, knows the wrappers."""
+    schemes = {"co2", "ddp", "fsdp2", "manual"}
+    for name in schemes:
+        for imported in imports(LASP / "data_parallel" / f"{name}.py"):
+            assert not imported.startswith("lasp.data_parallel"), f"{name}.py imports {imported}"
+
+
 @pytest.mark.parametrize("names", [{"ring", "pipeline", "all_gather", "direct"}])
 def test_schedules_are_told_apart_by_their_class_and_not_by_their_name(names):
     """Each is written once, where it is registered; what depends on it asks the class."""
