@@ -1,5 +1,6 @@
 """CO2: outer steps of replicas that train apart, against the rule written out in one process, in fp64."""
 
+import functools
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import _checkpoint
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from torch.distributed.tensor import DTensor
 
 import lasp
 from lasp.data_parallel import wrap_ddp, wrap_fsdp2
+from lasp.data_parallel.schemes import SCHEMES
+from lasp.ranks import grad_group, shard_mesh
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # all is in fp64
 T, EVERY = 13, 3
@@ -39,6 +43,9 @@ LAYOUTS = [
     (2, 2, 1, "fsdp2"),
     (1, 1, 2, "ddp"),
     (4, 1, 1, "alone"),
+    (2, 1, 2, "ddp-legacy"),
+    (2, 1, 2, "zero1"),
+    (2, 2, 1, "zero2"),
 ]
 
 
@@ -132,6 +139,9 @@ def build(mesh, how):
         model = wrap_ddp(model, replica)
     elif how == "fsdp2":
         model = wrap_fsdp2(model, replica, blocks=model.blocks)
+    elif how in SCHEMES:
+        make = functools.partial(torch.optim.AdamW, lr=1e-2, eps=1e-6)
+        return lasp.data_parallel(model, replica, scheme=how, optimizer=make, blocks=model.blocks)
     return model, optimizer_of(model)
 
 
@@ -290,13 +300,20 @@ def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_bits(layout, after
 
 # Of examples/train.py: replicas are saved with what is their own, and a run goes on where it was
 
-ON_THE_WAY = [(2, 2, "ddp", 2), (4, 2, "ddp", 4), (4, 2, "fsdp2", 6)]  # ranks, --dp, --parallel, steps done
+ON_THE_WAY = [  # ranks, --dp, --parallel, steps done
+    (2, 2, "ddp", 2),
+    (4, 2, "ddp", 4),
+    (4, 2, "fsdp2", 6),
+    (4, 2, "zero1", 6),
+    (4, 2, "zero2", 2),  # in micro-batches
+]
 
 
 @pytest.mark.parametrize(("world", "dp", "parallel", "done"), ON_THE_WAY)
 def test_the_example_goes_on_in_the_middle_of_a_round_with_the_same_bits(tmp_path, world, dp, parallel, done):
     sizes = ["--seq-len=33", "--batch=4", "--steps=8", "--save-every=2", f"--dp={dp}", f"--parallel={parallel}"]
     sizes += [f"--data={__file__}", "--outer-every=4", "--validate", "--validate-every=3"]
+    sizes += ["--accumulate=2"] if parallel == "zero2" else []
     _assert_on_all(world, 0, [], [*sizes, f"--out={tmp_path / 'whole'}"])
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
     (folder / "LATEST").write_text(f"step-00000{done}")
@@ -340,6 +357,59 @@ def test_the_example_refuses_replicas_that_cannot_be(tmp_path):
     code, text = _alone(*sizes, "--outer-every=2", "--dp=2", "--verify")
     assert code == 2
     assert "--outer-every does not" in text
+    code, text = _alone(*sizes, "--outer-every=2", "--dp=2", "--dp-replicate=2")
+    assert code == 2
+    assert "Invalid value for --dp-replicate" in text
+    assert "with --outer-every each of the --dp ranks is a replica that trains apart" in text
+    code, text = _alone(*sizes, "--outer-every=2", "--dp=2", "--parallel=hsdp")
+    assert code == 2
+    assert "hsdp averages over copies at every step, and --outer-every does not" in text
+
+
+def _parts_of_replicas():
+    """What this rank writes, and of what each replica has alike: names of tensors that are sharded, and of others."""
+    mesh = mesh_of(dp_replicate=2, dp_shard=2)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).double()  # FSDP2 shards no buffers
+    model = wrap_fsdp2(model, lasp.replica_mesh(mesh))
+    optimizer = optimizer_of(model)
+    co2 = lasp.CO2(model, optimizer, mesh, sync_every=EVERY)
+    snapshot = _checkpoint.take_snapshot(0, model, optimizer, outer=co2)
+    sharded = sorted(name for name, x in snapshot.tensors.items() if isinstance(x, DTensor))
+    return sharded, sorted(set(snapshot.tensors) - set(sharded)), snapshot.bytes, sorted(model.state_dict())
+
+
+def test_each_tensor_of_replicas_is_written_once():
+    """Weights are sharded over a replica, buffers and the counts of AdamW are not; a rank knows the others' by name."""
+    of_ranks = run_ranks(4, _parts_of_replicas)
+    names, sharded = of_ranks[0][3], [found for found, *_ in of_ranks]
+    for replica in (0, 1):
+        own = [name for name in sharded[2 * replica] if name.startswith(f"replica{replica}.")]
+        assert len(own) == 3 * 4  # weights, and two moments of each
+        alike = [name for name in sharded[2 * replica] if name not in own]
+        assert len(alike) == (0 if replica else 3 * 4)  # outer point, momentum, average
+        assert sharded[2 * replica] == sharded[2 * replica + 1]
+    whole = [name for _, found, *_ in of_ranks for name in found]
+    assert len(whole) == len(set(whole))
+    buffers = [name for name in names if "running" in name or "batches" in name]
+    own = {f"replica{replica}.model.{name}" for replica in (0, 1) for name in buffers}
+    counts = {f"replica{replica}.optimizer.state.{p}.step" for replica in (0, 1) for p in set(names) - set(buffers)}
+    assert set(whole) == {*own, *counts, *(f"model.{name}" for name in buffers)}
+    assert len({nbytes for _, _, nbytes, _ in of_ranks}) == 1
+
+
+def _one_group():
+    """For ranks of a replica, and for those over which weights are dealt out in copies."""
+    for factors in ({"dp_replicate": 2, "sp": 2}, {"dp_replicate": 2, "dp_shard": 2}, {"dp_replicate": 2, "tp": 2}):
+        mesh = mesh_of(**factors)
+        shard = shard_mesh(mesh)
+        assert shard.get_group() is grad_group(lasp.replica_mesh(mesh))[0] is shard_mesh(mesh).get_group()
+        first = dist.get_rank() if "tp" in factors else dist.get_rank() // 2 * 2
+        last = dist.get_rank() if "tp" in factors else first + 1
+        assert dist.get_process_group_ranks(shard.get_group()) == [*range(first, last + 1)]
+
+
+def test_copies_and_replicas_share_a_process_group():
+    run_ranks(4, _one_group)
 
 
 def _wrong_states():
@@ -652,15 +722,15 @@ def test_a_replica_that_is_killed_is_a_peer_error_at_once():
 def _averaged_anyway(how):
     mesh = mesh_of(dp_replicate=2)
     model = SmallModel().double()
-    model = wrap_ddp(model, mesh) if how == "ddp" else wrap_fsdp2(model, mesh)
+    model, _ = lasp.data_parallel(model, mesh, scheme=how, optimizer=torch.optim.AdamW)
     _raises_on_every_rank(
         ValueError,
-        "must be averaged within a replica only: give wrap_ddp or wrap_fsdp2 lasp.replica_mesh",
+        "must be averaged within a replica only: give the scheme, such as wrap_ddp, lasp.replica_mesh",
         lambda: lasp.CO2(model, optimizer_of(model), mesh, sync_every=2),
     )
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", SCHEMES)
 def test_gradients_that_are_averaged_over_replicas_anyway(how):
     run_ranks(2, _averaged_anyway, how)
 

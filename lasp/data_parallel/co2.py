@@ -38,7 +38,7 @@ from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
 from lasp.ranks import RankMismatchError, SequenceParallel, collectives, grad_group, replica_mesh, waiting
-from lasp.ranks.group import making_groups
+from lasp.ranks.group import making_groups, process
 from lasp.ranks.mesh import connect_once
 
 _NAMES = ("outer", "momentum", "average")  # of the tensors in a state_dict
@@ -62,7 +62,7 @@ class CO2:
         mesh = lasp.init_mesh(dp_replicate=2, sp=4)
         replica = lasp.replica_mesh(mesh)       # for all that belongs to a step: no gradient leaves the replica
         lasp.parallelize(model, replica["sp"])
-        model = wrap_ddp(model, replica)        # or wrap_fsdp2(model, replica), or sync_grads(model, replica)
+        model = wrap_ddp(model, replica)        # or lasp.data_parallel(model, replica, ..), or a sync_grads each step
         co2 = lasp.CO2(model, optimizer, mesh, sync_every=48)
         ...
             optimizer.step()
@@ -81,7 +81,8 @@ class CO2:
     goes on to compare the ranks of a sequence.
 
     Args:
-        model: as the replica trains it, after `wrap_ddp` or `wrap_fsdp2`; its trained parameters are averaged.
+        model: as the replica trains it, after `wrap_ddp`, `wrap_fsdp2` or `lasp.data_parallel`; its trained parameters
+            are averaged.
         optimizer: the inner one, or several; of parameters of the model.
         mesh: the whole mesh, with the axis dp_replicate; or the axis, or a ProcessGroup, of replicas of one rank each;
             None for one replica.
@@ -142,8 +143,6 @@ class CO2:
         self._replicas = SequenceParallel(group, name="CO2", validate=validate)
         self._inside = SequenceParallel(inside, name="CO2", validate=validate)
         self.replica, self.replicas = self._replicas.rank, self._replicas.size  # this one's number, and how many
-        rank = 0 if group is None else dist.get_rank()
-        self.ranks = (rank,) if inside is None else self._inside.ranks  # of this replica, global
         if group is not None:
             self._replicas.peers.apart.add(self)
             compare_parameters(model, group, "CO2", validate=validate)
@@ -525,11 +524,12 @@ def _groups(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGroup | None
 def _check_apart(model: nn.Module, parameters: Mapping[str, Tensor], group: ProcessGroup | None) -> None:
     """Raise if gradients are averaged over replicas anyway, at every step."""
     others = set() if group is None else {*dist.get_process_group_ranks(group)} - {dist.get_rank()}
-    how = "must be averaged within a replica only: give wrap_ddp or wrap_fsdp2 lasp.replica_mesh(mesh)"
+    how = "must be averaged within a replica only: give the scheme, such as wrap_ddp, lasp.replica_mesh(mesh)"
     for name, p in parameters.items():
         if isinstance(p, DTensor) and others & set(p.device_mesh.mesh.flatten().tolist()):
             raise ValueError(f"model {how}; {name} lies on ranks of other replicas")
     for module in model.modules():
-        wrapped = isinstance(module, DistributedDataParallel)
-        if wrapped and others & set(dist.get_process_group_ranks(module.process_group)):
-            raise ValueError(f"model {how}; its DistributedDataParallel is over other replicas, too")
+        averages = module if isinstance(module, DistributedDataParallel) else process.reducers.get(module)
+        averaged_over = getattr(averages, "process_group", None)  # DDP's reducer, of the module inside, tells none
+        if averaged_over is not None and others & set(dist.get_process_group_ranks(averaged_over)):
+            raise ValueError(f"model {how}; its {type(averages).__name__} is over other replicas, too")

@@ -100,8 +100,8 @@ def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The ranks of this rank's replica, the mesh without its axis dp_replicate: for replicas that train apart.
 
     Where a slow network joins the replicas and `lasp.CO2` averages them now and then, all that belongs to a step takes
-    this in place of the whole mesh: `parallelize` (its "sp"), `shard_batch`, `token_loss`, and `wrap_ddp`, `wrap_fsdp2`
-    or `sync_grads`. The first call makes a process group: all ranks call it.
+    this in place of the whole mesh: `parallelize` (its "sp"), `shard_batch`, `token_loss`, and `lasp.data_parallel`,
+    `wrap_ddp`, `wrap_fsdp2` or `sync_grads`. The first call makes a process group: all ranks call it.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh, got {arguments.shown(mesh)}")
