@@ -382,8 +382,8 @@ def as_json(options: Options) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
-def meshes(options: Options) -> tuple[DeviceMesh, DeviceMesh]:
-    """All ranks, and those of a step: with --outer-every a replica's, else all."""
+def meshes_of(options: Options) -> tuple[DeviceMesh, DeviceMesh]:
+    """All ranks, and those of a step's loss and gradients: with --outer-every a replica's, else all."""
     apart = options.outer_every > 0
     copies = options.dp if apart else options.dp_replicate
     mesh = lasp.init_mesh(dp_replicate=copies, dp_shard=options.dp // copies, sp=options.sp or -1)
@@ -396,7 +396,7 @@ def run(options: Options) -> None:
     options = going_on(options)
     text, digest = agree(options, env)
     apart = options.outer_every > 0
-    mesh, of_steps = meshes(options)
+    mesh, of_steps = meshes_of(options)
     folder = options.out or Path(on_rank_0("naming the folder for results", lambda: new_folder("tnl")))
 
     model, optimizer = with_optimizer(options, build_model(options, of_steps, env.device), of_steps, env.device)
@@ -414,7 +414,7 @@ def run(options: Options) -> None:
     beside = options.async_save and 0 < options.save_every < options.steps
     with Saver(folder, env.device, beside=beside, run=same, outer=outer) as saver:
         for step in range(first_step, options.steps):
-            loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
+            loss, tokens = train_step(options, step, text, model, optimizer, (mesh, of_steps), env.device)
             if not loss.isfinite():  # the same on every rank, of a replica
                 raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
             counted = int(tokens) * (options.dp if apart else 1)
@@ -543,15 +543,16 @@ def train_step(
     text: Text,
     model: nn.Module,
     optimizer: Optimizer,
-    mesh: DeviceMesh | None,
+    meshes: tuple[DeviceMesh | None, DeviceMesh | None],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """One step; the loss of the global batch before it, and the tokens that it is the mean of."""
+    """One step; the loss of the global batch (with --outer-every a replica's part of it) before it, and the tokens that
+    it is the mean of. `meshes` are those of `meshes_of`."""
     optimizer.zero_grad()
     losses, counts = [], []
     for micro in range(options.accumulate):
         with lasp.no_sync(model, enabled=micro + 1 < options.accumulate):
-            loss, count = micro_batch(options, step, micro, text, model, mesh, device)
+            loss, count = micro_batch(options, step, micro, text, model, meshes, device)
         losses.append(loss)
         counts.append(count)
     # Each loss is a part of the mean, since all micro-batches have as many tokens.
@@ -569,22 +570,22 @@ def micro_batch(
     micro: int,
     text: Text,
     model: nn.Module,
-    mesh: DeviceMesh | None,
+    meshes: tuple[DeviceMesh | None, DeviceMesh | None],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one; its part of the step's loss, and its tokens."""
+    mesh, of_steps = meshes
     drawn: dict[str, Any] = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
     drawn["part"] = (micro, options.accumulate)
     share = 1 / options.accumulate
     sharded = mesh is not None and options.parallel in FSDP2_SCHEMES  # then FSDP2 casts to bf16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
     balance = options.balance if options.experts or options.attention_experts else 0.0
-    of_loss = lasp.replica_mesh(mesh) if mesh is not None and options.outer_every else mesh
     if options.segment and mesh is not None:
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
             more = {"segment": options.segment, "balance": balance, "loss_scale": share}
             ids, first = batch_of_step(text, mesh, **drawn), step == 0 and micro == 0
-            loss, tokens = lasp.stream_backward(model, {"input_ids": ids}, mesh=of_loss, progress=first, **more)
+            loss, tokens = lasp.stream_backward(model, {"input_ids": ids}, mesh=of_steps, progress=first, **more)
             return share * loss.detach(), tokens
     if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
         local = slice_of_step(text, mesh, device, **drawn)
@@ -593,11 +594,11 @@ def micro_batch(
     head = (model.module if isinstance(model, DistributedDataParallel) else model).head
     with autocast:
         hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
-        loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=of_loss)  # type: ignore[union-attr,arg-type]
+        loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=of_steps)  # type: ignore[union-attr,arg-type]
         if balance:
-            loss = loss + balance * lasp.balance_loss(model, mesh=of_loss)
+            loss = loss + balance * lasp.balance_loss(model, mesh=of_steps)
     loss = share * loss
-    loss.backward()  # the scheme of --parallel averages the gradients over these ranks, after the last micro-batch
+    loss.backward()  # the scheme of --parallel averages the gradients over `of_steps`, after the last micro-batch
     return loss.detach(), tokens
 
 
@@ -610,7 +611,7 @@ def verify(options: Options, text: Text, split: dict[int, float], device: torch.
     model, optimizer = with_optimizer(options, build_model(options, None, device), None, device)
     single = []
     for step in trange(options.steps, unit="step", dynamic_ncols=True):
-        loss, _ = train_step(options, step, text, model, optimizer, None, device)
+        loss, _ = train_step(options, step, text, model, optimizer, (None, None), device)
         single.append(loss.item())
     print(f"{'step':>6}  {'split':>10}  {'one process':>11}  {'difference':>10}")
     steps = sorted(split)
