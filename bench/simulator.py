@@ -2,8 +2,8 @@
 
 Events are calls at a time (`Clock`). A message takes its sender's port for a while, then flies (`Network`). A schedule
 only says who sends to whom when something arrives (`Chain`, `AllGather`, `Direct`, `Neighbour`, `Serial`). In
-`operator_seconds` every rank computes, exchanges and computes again, forward and then in reverse. Times are in seconds,
-sizes in bytes.
+`operator_seconds` every rank computes, exchanges and computes again, forward and then in reverse; in `training_seconds`
+an `AllReduce` goes on beside its steps. Times are in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -276,3 +276,75 @@ class _PassOfAll:
         if self.waits_first:
             self.exchange.ready(place)
         self.then(self.order[place])
+
+
+class AllReduce:
+    """A ring, as NCCL's and gloo's: parts of 1 / ranks go round twice, summed the first time, handed on the second."""
+
+    def __init__(self, network: Network, ranks: int, nbytes: float, arrived: Callable[[int], None]):
+        self.network, self.ranks, self.arrived = network, ranks, arrived
+        self.part, self.messages = nbytes / ranks, 2 * (ranks - 1)
+        self.is_ready, self.received, self.sent = [False] * ranks, [0] * ranks, [0] * ranks
+
+    def ready(self, rank: int) -> None:
+        """This rank joins, with its numbers."""
+        self.is_ready[rank] = True
+        self._go_on(rank)
+
+    def _go_on(self, rank: int) -> None:
+        while self.is_ready[rank] and self.sent[rank] < self.messages and self.sent[rank] <= self.received[rank]:
+            self.sent[rank] += 1
+            self.network.send(rank, (rank + 1) % self.ranks, self.part, self._receive, (rank + 1) % self.ranks)
+        if self.is_ready[rank] and self.received[rank] == self.messages:
+            self.arrived(rank)
+
+    def _receive(self, rank: int) -> None:
+        self.received[rank] += 1
+        self._go_on(rank)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in a training without a pause, and what follows it."""
+
+    seconds: float
+    starts: int | None = None  # the all-reduce, by its number, that begins then and goes on beside what follows
+    waits: int | None = None  # the one that must have come to its end before anything follows
+
+
+def training_seconds(work: Sequence[Work], ranks: int, nbytes: float, machine: Machine) -> float:
+    """When the last rank is done with all its work; each all-reduce is of so many bytes."""
+    clock = Clock()
+    network = Network(clock, machine, ranks)
+    arrived: dict[int, set[int]] = {}
+    blocked: list[int | None] = [None] * ranks  # for which a rank waits
+    place = [0] * ranks
+
+    def come(number: int, rank: int) -> None:
+        arrived[number].add(rank)
+        if blocked[rank] == number:
+            blocked[rank] = None
+            begin(rank)
+
+    def begin(rank: int) -> None:
+        if place[rank] < len(work):
+            clock.at(clock.now + work[place[rank]].seconds, end, rank)
+
+    def end(rank: int) -> None:
+        done = work[place[rank]]
+        place[rank] += 1
+        if done.starts is not None:
+            if done.starts not in reductions:
+                arrived[done.starts] = set()
+                number = done.starts
+                reductions[number] = AllReduce(network, ranks, nbytes, lambda rank: come(number, rank))
+            clock.at(clock.now + machine.setup, reductions[done.starts].ready, rank)
+        if done.waits is not None and rank not in arrived[done.waits]:
+            blocked[rank] = done.waits
+        else:
+            begin(rank)
+
+    reductions: dict[int, AllReduce] = {}
+    for rank in range(ranks):
+        clock.at(0.0, begin, rank)
+    return clock.run()

@@ -53,10 +53,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lasp import CO2
 from lasp.ranks import waiting
 
 LATEST, SUMS, VALUES = "LATEST", "SHA256SUMS", "values.json"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # a key of its own for every number
+OF_REPLICA = r"replica[0-9]+\."  # a name of what only one of several replicas has
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -72,7 +74,13 @@ DTYPES = {
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: Mapping[str, str] | None = None,
+    outer: CO2 | None = None,
 ) -> None:
     """Write the state after `step` steps; every rank calls it.
 
@@ -82,13 +90,15 @@ def save(
         model: parameters and buffers are saved.
         optimizer: its state and its options are saved.
         run: what else a run must have in common with this one to go on with it, such as a digest of its text.
+        outer: what averages replicas that train apart. Then the model that is saved is its outer point, and weights and
+            moments are saved of each replica.
 
     Raises:
         FloatingPointError: a number is NaN or Inf. This and the others on every rank; LATEST stays what it was.
         NotWritten: such as on a full disk; what was written of this checkpoint is removed.
         PeerError: a rank has ended, or was silent for the timeout of `lasp.init`.
     """
-    write_snapshot(folder, take_snapshot(step, model, optimizer, run=run))
+    write_snapshot(folder, take_snapshot(step, model, optimizer, run=run, outer=outer))
 
 
 @dataclass(frozen=True)
@@ -102,22 +112,33 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: Mapping[str, str] | None = None,
+    outer: CO2 | None = None,
 ) -> Snapshot:
     """This rank's part of the state, not copied: what several ranks hold alike is dealt out to them, by size. (All hold
-    what is not sharded, but for ZeRO-1: there one rank of each copy has the optimizer's state of a parameter.)"""
-    tensors, values = _state(model, optimizer)
-    sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
-    of_ranks = on_all_ranks(f"preparing the checkpoint of step {step}", lambda: sizes)
-    size = {name: n for of_rank in of_ranks for name, n in of_rank.items()}
+    what is not sharded, but for ZeRO-1: there one rank of each copy has the optimizer's state of a parameter; and for
+    what replicas that train apart have of their own.)"""
+    tensors, values = _state(model, optimizer, outer)
+    mine = {name: [x.numel() * x.element_size(), isinstance(x, DTensor)] for name, x in tensors.items()}
+    of_ranks = on_all_ranks(f"preparing the checkpoint of step {step}", lambda: mine)
+    size, sharded = {}, set()  # of the names of all ranks, of which this one may lack some
+    for of_rank in of_ranks:
+        size |= {name: nbytes for name, (nbytes, _) in of_rank.items()}
+        sharded |= {name for name, (_, is_sharded) in of_rank.items() if is_sharded}
     holders = {name: [rank for rank, of_rank in enumerate(of_ranks) if name in of_rank] for name in size}
     load = [0] * dist.get_world_size()
-    for name in sorted(size, key=lambda name: (-size[name], name)):  # the same order on every rank
-        if not isinstance(tensors.get(name), DTensor):
-            least = min(holders[name], key=lambda rank: load[rank])
-            load[least] += size[name]
-            if least != dist.get_rank():
-                tensors.pop(name, None)
+    for name in sorted(size.keys() - sharded, key=lambda name: (-size[name], name)):  # the same order on every rank
+        least = min(holders[name], key=lambda rank: load[rank])
+        load[least] += size[name]
+        if least != dist.get_rank():
+            tensors.pop(name, None)
+    if outer is not None and outer.replica > 0:  # the first writes the shards of what replicas hold alike
+        alike = sharded - {name for name in sharded if re.match(OF_REPLICA, name)}
+        tensors = {name: x for name, x in tensors.items() if name not in alike}
     record = {"step": step, "run": dict(run or {}), **values}
     return Snapshot(step, tensors, json.dumps(record, indent=1) + "\n", sum(size.values()))
 
@@ -141,8 +162,15 @@ def write_snapshot(folder: Path, snapshot: Snapshot, group: dist.ProcessGroup | 
         ) from error
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[str, str] | None = None) -> int:
-    """Read the newest checkpoint into the model and the optimizer; the number of steps they have had.
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    run: Mapping[str, str] | None = None,
+    outer: CO2 | None = None,
+) -> int:
+    """Read the newest checkpoint into the model, the optimizer and `outer`; the number of steps they have had.
 
     Raises:
         FileError: on every rank, if LATEST names nothing in this folder, if a file of the checkpoint is not what was
@@ -152,17 +180,24 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, *, run: Mapping[s
     name = _the_same(folder / LATEST, on_all_ranks(what, lambda: newest(folder).name))
     path = folder / name
     _check_sums(path, what)
-    tensors, options = _state(model, optimizer)
+    tensors, options = _state(model, optimizer, outer)
     values = on_all_ranks(what, lambda: _read_values(path, options, run or {}))[0]
     names = {name for part in on_all_ranks(what, lambda: sorted(tensors)) for name in part}
     on_all_ranks(what, lambda: _check_parts(path, tensors, names))
     _read(path, tensors, what)
     step = values.pop("step")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    weights, moments = (
-        {name.removeprefix(kind): value for name, value in {**tensors, **values}.items() if name.startswith(kind)}
-        for kind in ("model.", "optimizer.")
-    )
+    own = "" if outer is None else _own(outer)
+
+    def of(kind: str) -> dict[str, Any]:
+        return {name.removeprefix(kind): x for name, x in {**tensors, **values}.items() if name.startswith(kind)}
+
+    weights, moments = of(f"{own}model."), of(f"{own}optimizer.") | of("optimizer.")
+    if outer is not None:
+        trained = of("outer.momentum.")
+        state = {"outer": {name: x for name, x in of("model.").items() if name in trained}, "momentum": trained}
+        counts = {name: x for name, x in of("outer.").items() if not isinstance(x, Tensor)}
+        outer.load_state_dict({**state, "average": of("outer.average."), **counts})
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
     on_rank_0(what, lambda: _make_room(folder))
     return step
@@ -214,14 +249,27 @@ def _the_same(file: Path, of_ranks: list[str]) -> str:
     return of_ranks[0]
 
 
-def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict]:
+def _own(outer: CO2) -> str:
+    """What the names of a replica's own tensors begin with."""
+    return f"replica{outer.replica}."
+
+
+def _state(model: nn.Module, optimizer: Optimizer, outer: CO2 | None = None) -> tuple[dict[str, Tensor], dict]:
     """What a checkpoint holds: tensors by name, and values that are none."""
     weights, moments = get_state_dict(model, optimizer, options=FLAT)
     state = {f"model.{name}": x for name, x in weights.items()} | {
         f"optimizer.{name}": x for name, x in moments.items()
     }
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-    return tensors, {name: x for name, x in state.items() if name not in tensors}
+    values = {name: x for name, x in state.items() if name not in tensors}
+    if outer is not None:
+        own, found = {f"{_own(outer)}{name}": x for name, x in tensors.items()}, outer.state_dict()
+        point = {name: x for name, x in tensors.items() if name.startswith("model.")}  # buffers too
+        point |= {f"model.{name}": x for name, x in found["outer"].items()}
+        more = {f"outer.{kind}.{name}": x for kind in ("momentum", "average") for name, x in found[kind].items()}
+        tensors = {**point, **more, **own}
+        values |= {f"outer.{name}": x for name, x in found.items() if not isinstance(x, dict)}
+    return tensors, values
 
 
 def _check_finite(tensors: dict[str, Tensor], consequence: str) -> None:

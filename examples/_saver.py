@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
+from lasp import CO2
 from lasp.ranks.group import making_groups
 
 
@@ -31,11 +32,13 @@ class Saver:
         folder: of the run.
         device: of the model.
         beside: whether there will be saves beside the training.
-        run: as in `_checkpoint.save`.
+        run, outer: as in `_checkpoint.save`.
     """
 
-    def __init__(self, folder: Path, device: torch.device, *, beside: bool, run: Mapping[str, str]):
-        self.folder, self.run = folder, run
+    def __init__(
+        self, folder: Path, device: torch.device, *, beside: bool, run: Mapping[str, str], outer: CO2 | None = None
+    ):
+        self.folder, self.run, self.outer = folder, run, outer
         self._under_way: Future[None] | None = None
         self._step = 0  # that is under way
         self._group: dist.ProcessGroup | None = None
@@ -69,7 +72,7 @@ class Saver:
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, *, beside: bool) -> None:
         """Save the state after `step` steps, now or `beside` what follows; see `_checkpoint.save`."""
         self.wait()
-        snapshot = take_snapshot(step, model, optimizer, run=self.run)
+        snapshot = take_snapshot(step, model, optimizer, run=self.run, outer=self.outer)
         if not beside or self._thread is None or self._stager is None:
             write_snapshot(self.folder, snapshot)
             return

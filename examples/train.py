@@ -25,6 +25,7 @@ import os
 import platform
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,6 +78,7 @@ SAME = (
     "dtype",
     "seed",
     "validate",
+    "outer_every",
 )
 
 
@@ -105,6 +107,7 @@ class Options:
     schedule: str
     warmup: int | None
     parallel: str
+    outer_every: int
     dtype: str
     seed: int
     recompute: str
@@ -156,6 +159,10 @@ def main(
     ] = "cosine",
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which it rises; default: a tenth of all.")] = None,
     parallel: Annotated[Scheme, typer.Option(help="What the ranks deal out (docs/data_parallel.md).")] = "ddp",
+    outer_every: Annotated[
+        int,
+        typer.Option(min=0, help="Steps that the --dp replicas train apart between averages (CO2); 0: none."),
+    ] = 0,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the weights and the batches.")] = 0,
     recompute: Annotated[
@@ -212,17 +219,7 @@ def going_on(options: Options) -> Options:
 
 def check(options: Options, ranks: int, text: Text) -> None:
     """Refuse options that do not fit together, before anything starts."""
-    sp = options.sp or ranks // options.dp
-    if options.dp * sp != ranks:
-        wanted = "" if options.sp is None else f" x --sp {options.sp}"
-        refuse("--dp", f"{options.dp}{wanted} does not make {ranks} ranks")
-    if options.batch % (options.dp * options.accumulate):
-        micro = f" in --accumulate {options.accumulate} micro-batches" if options.accumulate > 1 else ""
-        refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks{micro}")
-    if options.dp % options.dp_replicate:
-        refuse("--dp-replicate", f"{options.dp_replicate} copies cannot be made of --dp {options.dp} ranks")
-    if options.parallel == "hsdp" and options.dp_replicate == 1:
-        refuse("--parallel", "hsdp needs --dp-replicate above 1; zero3 shards over all ranks")
+    check_ranks(options, ranks)
     if not 0 < options.lr <= 1e30:  # the optimizer scales it, and what fp32 cannot hold is an error there
         refuse("--lr", f"{options.lr} is not a positive number up to 1e30")
     if options.family not in FAMILIES:
@@ -265,6 +262,39 @@ def check(options: Options, ranks: int, text: Text) -> None:
     check_folder(options.out or RUNS, options.data)
     if options.resume:
         check_same_run(options, text)
+
+
+def check_ranks(options: Options, ranks: int) -> None:
+    """Refuse to deal out a batch, or weights, over ranks where it cannot be."""
+    sp = options.sp or ranks // options.dp
+    if options.dp * sp != ranks:
+        wanted = "" if options.sp is None else f" x --sp {options.sp}"
+        refuse("--dp", f"{options.dp}{wanted} does not make {ranks} ranks")
+    if options.batch % (options.dp * options.accumulate):
+        micro = f" in --accumulate {options.accumulate} micro-batches" if options.accumulate > 1 else ""
+        refuse("--batch", f"{options.batch} sequences cannot be dealt out to --dp {options.dp} ranks{micro}")
+    if options.outer_every:
+        check_outer(options)
+    if options.dp % options.dp_replicate:
+        refuse("--dp-replicate", f"{options.dp_replicate} copies cannot be made of --dp {options.dp} ranks")
+    if options.parallel == "hsdp" and options.dp_replicate == 1:
+        refuse("--parallel", "hsdp needs --dp-replicate above 1; zero3 shards over all ranks")
+
+
+def check_outer(options: Options) -> None:
+    """Refuse what does not go together with replicas that train apart."""
+    if options.dp == 1:
+        refuse("--outer-every", "is the steps between averages of --dp replicas, of which there is one")
+    if options.dp_replicate > 1:
+        refuse(
+            "--dp-replicate",
+            "makes copies whose gradients are averaged at every step, and with --outer-every each of the --dp ranks is "
+            "a replica that trains apart; leave one of the two out",
+        )
+    if options.parallel == "hsdp":
+        refuse("--parallel", "hsdp averages over copies at every step, and --outer-every does not; take zero3")
+    if options.verify:
+        refuse("--verify", "compares with training that averages every gradient, and --outer-every does not")
 
 
 def check_experts(options: Options) -> None:
@@ -317,7 +347,7 @@ def check_same_run(options: Options, text: Text) -> None:
         _checkpoint.newest(options.out)
         run_before = read_object(file)
         before, digest = run_before.get("options"), run_before.get("text")
-        before = {**NO_EXPERTS, **before} if isinstance(before, dict) else before
+        before = {**NO_EXPERTS, "outer_every": 0, **before} if isinstance(before, dict) else before
         if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*SAME, "data"}:
             raise FileError(f"{file} is not what a run writes: options and a digest of its text are not in it")
     except FileError as error:
@@ -352,18 +382,27 @@ def as_json(options: Options) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
+def meshes_of(options: Options) -> tuple[DeviceMesh, DeviceMesh]:
+    """All ranks, and those of a step's loss and gradients: with --outer-every a replica's, else all."""
+    apart = options.outer_every > 0
+    copies = options.dp if apart else options.dp_replicate
+    mesh = lasp.init_mesh(dp_replicate=copies, dp_shard=options.dp // copies, sp=options.sp or -1)
+    return mesh, lasp.replica_mesh(mesh) if apart else mesh
+
+
 def run(options: Options) -> None:
     """The whole run of one rank."""
     env = lasp.init()
     options = going_on(options)
     text, digest = agree(options, env)
-    replicas = options.dp_replicate
-    mesh = lasp.init_mesh(dp_replicate=replicas, dp_shard=options.dp // replicas, sp=options.sp or -1)
+    apart = options.outer_every > 0
+    mesh, of_steps = meshes_of(options)
     folder = options.out or Path(on_rank_0("naming the folder for results", lambda: new_folder("tnl")))
 
-    model, optimizer = with_optimizer(options, build_model(options, mesh, env.device), mesh, env.device)
-    same = {"text": digest}
-    first_step = _checkpoint.load(folder, model, optimizer, run=same) if options.resume else 0
+    model, optimizer = with_optimizer(options, build_model(options, of_steps, env.device), of_steps, env.device)
+    same = {"text": digest, **({"replicas": str(options.dp)} if apart else {})}
+    outer = lasp.CO2(model, optimizer, mesh, sync_every=options.outer_every) if apart else None
+    first_step = _checkpoint.load(folder, model, optimizer, run=same, outer=outer) if options.resume else 0
     if options.resume and env.rank == 0:
         print(f"going on with step {first_step} of {options.steps}, from {folder / f'step-{first_step:06d}'}")
     validation = None
@@ -373,12 +412,17 @@ def run(options: Options) -> None:
     about = {"text": digest, "entropy": text.entropy, "unit": text.unit}
     report = Report(folder, env, as_json(options), first_step=first_step, **about)
     beside = options.async_save and 0 < options.save_every < options.steps
-    with Saver(folder, env.device, beside=beside, run=same) as saver:
+    with Saver(folder, env.device, beside=beside, run=same, outer=outer) as saver:
         for step in range(first_step, options.steps):
-            loss, tokens = train_step(options, step, text, model, optimizer, mesh, env.device)
-            if not loss.isfinite():  # the same on every rank
+            loss, tokens = train_step(options, step, text, model, optimizer, (mesh, of_steps), env.device)
+            if not loss.isfinite():  # the same on every rank, of a replica
                 raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
-            report.step(step, loss.item(), int(tokens), lr=optimizer.param_groups[0]["lr"])
+            counted = int(tokens) * (options.dp if apart else 1)
+            report.step(step, loss.item(), counted, lr=optimizer.param_groups[0]["lr"])
+            if outer is not None:
+                outer.step()
+                if step + 1 == options.steps:
+                    outer.finish()
             saver.check()
             due, last = options.save_every and (step + 1) % options.save_every == 0, step + 1 == options.steps
             if due or (options.save and last):
@@ -386,7 +430,8 @@ def run(options: Options) -> None:
                 saver.save(step + 1, model, optimizer, beside=not last)
                 report.restart_clock()
             if validation is not None and options.validate_every and (step + 1) % options.validate_every == 0:
-                report.held_out(step + 1, validation.run(step + 1, model, mesh, options, env.device))
+                with nullcontext() if outer is None else outer.outer_weights():
+                    report.held_out(step + 1, validation.run(step + 1, model, mesh, options, env.device))
     if validation is not None and options.steps not in validation.losses:
         report.held_out(options.steps, validation.run(options.steps, model, mesh, options, env.device))
     report.finish({} if validation is None else validation.losses)
@@ -498,15 +543,16 @@ def train_step(
     text: Text,
     model: nn.Module,
     optimizer: Optimizer,
-    mesh: DeviceMesh | None,
+    meshes: tuple[DeviceMesh | None, DeviceMesh | None],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """One step; the loss of the global batch before it, and the tokens that it is the mean of."""
+    """One step; the loss of the global batch (with --outer-every a replica's part of it) before it, and the tokens that
+    it is the mean of. `meshes` are those of `meshes_of`."""
     optimizer.zero_grad()
     losses, counts = [], []
     for micro in range(options.accumulate):
         with lasp.no_sync(model, enabled=micro + 1 < options.accumulate):
-            loss, count = micro_batch(options, step, micro, text, model, mesh, device)
+            loss, count = micro_batch(options, step, micro, text, model, meshes, device)
         losses.append(loss)
         counts.append(count)
     # Each loss is a part of the mean, since all micro-batches have as many tokens.
@@ -524,10 +570,11 @@ def micro_batch(
     micro: int,
     text: Text,
     model: nn.Module,
-    mesh: DeviceMesh | None,
+    meshes: tuple[DeviceMesh | None, DeviceMesh | None],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of one; its part of the step's loss, and its tokens."""
+    mesh, of_steps = meshes
     drawn: dict[str, Any] = {"seed": options.seed, "step": step, "batch": options.batch, "seq_len": options.seq_len}
     drawn["part"] = (micro, options.accumulate)
     share = 1 / options.accumulate
@@ -538,7 +585,7 @@ def micro_batch(
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
             more = {"segment": options.segment, "balance": balance, "loss_scale": share}
             ids, first = batch_of_step(text, mesh, **drawn), step == 0 and micro == 0
-            loss, tokens = lasp.stream_backward(model, {"input_ids": ids}, mesh=mesh, progress=first, **more)
+            loss, tokens = lasp.stream_backward(model, {"input_ids": ids}, mesh=of_steps, progress=first, **more)
             return share * loss.detach(), tokens
     if text.in_slices and mesh is not None:  # the same, where this rank reads its own slice of a file alone
         local = slice_of_step(text, mesh, device, **drawn)
@@ -547,11 +594,11 @@ def micro_batch(
     head = (model.module if isinstance(model, DistributedDataParallel) else model).head
     with autocast:
         hidden = model(local["input_ids"], local["position_ids"], local["layout"], return_hidden=True)
-        loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=mesh)  # type: ignore[union-attr,arg-type]
+        loss, tokens = lasp.linear_token_loss(hidden, head.weight, local["labels"], mesh=of_steps)  # type: ignore[union-attr,arg-type]
         if balance:
-            loss = loss + balance * lasp.balance_loss(model, mesh=mesh)
+            loss = loss + balance * lasp.balance_loss(model, mesh=of_steps)
     loss = share * loss
-    loss.backward()  # the scheme of --parallel averages the gradients over dp x sp, after the last micro-batch
+    loss.backward()  # the scheme of --parallel averages the gradients over `of_steps`, after the last micro-batch
     return loss.detach(), tokens
 
 
@@ -564,7 +611,7 @@ def verify(options: Options, text: Text, split: dict[int, float], device: torch.
     model, optimizer = with_optimizer(options, build_model(options, None, device), None, device)
     single = []
     for step in trange(options.steps, unit="step", dynamic_ncols=True):
-        loss, _ = train_step(options, step, text, model, optimizer, None, device)
+        loss, _ = train_step(options, step, text, model, optimizer, (None, None), device)
         single.append(loss.item())
     print(f"{'step':>6}  {'split':>10}  {'one process':>11}  {'difference':>10}")
     steps = sorted(split)

@@ -12,7 +12,7 @@ from lasp.api import explain, parallelize
 from lasp.balance import balance_loss
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
-from lasp.data_parallel import no_sync, sync_grads
+from lasp.data_parallel import CO2, no_sync, sync_grads
 from lasp.layout import ShardLayout
 from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
@@ -20,7 +20,7 @@ from lasp.ops.attention import linear_attention
 from lasp.ops.delta import delta_rule
 from lasp.ops.halo import block_attention, causal_conv, halo
 from lasp.ops.softmax import softmax_attention
-from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh
+from lasp.ranks import Env, PeerError, RankMismatchError, SequenceParallel, grad_mesh, init, init_mesh, replica_mesh
 from lasp.streaming import stream_backward
 from lasp.tp import tensor_parallel
 from lasp.verification import verify
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the package is this function, too, which a checker of types
     from lasp.data_parallel import data_parallel
 
 __all__ = [
+    "CO2",
     "Env",
     "PeerError",
     "RankMismatchError",
@@ -55,6 +56,7 @@ __all__ = [
     "no_sync",
     "parallelize",
     "register",
+    "replica_mesh",
     "shard_batch",
     "shard_sequence",
     "softmax_attention",

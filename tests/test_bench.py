@@ -22,7 +22,16 @@ sys.path.append(str(BENCH))  # where the scripts find each other when they are s
 
 import horizon_savings  # noqa: E402
 from horizon_savings import Count, count  # noqa: E402
-from simulator import Clock, Link, Machine, Pass, exchange_seconds, operator_seconds  # noqa: E402
+from simulator import (  # noqa: E402
+    Clock,
+    Link,
+    Machine,
+    Pass,
+    Work,
+    exchange_seconds,
+    operator_seconds,
+    training_seconds,
+)
 
 
 def _script(name, *arguments):
@@ -117,6 +126,35 @@ def test_the_second_pass_runs_down_the_ranks():
     forward, backward = Pass(1e-4, 0.0, 1e-4), Pass(1e-4, 0.0, 1e-4)
     expected = 2 * (2e-4 + 7 * HOP)
     assert operator_seconds("ring", 8, 1000, MACHINE, [forward, backward]) == pytest.approx(expected)
+
+
+WIRE = Machine(Link(0.0, 1e6), Link(0.0, 1e6))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_an_all_reduce_sends_all_but_one_part_twice(ranks):
+    """8 MB at 1 MB/s; it goes on beside other work, and what waits for it waits for the rest."""
+    alone = 2 * (ranks - 1) / ranks * 8.0
+    assert training_seconds([Work(3.0, starts=0, waits=0)], ranks, 8e6, WIRE) == pytest.approx(3 + alone)
+    beside = [Work(3.0, starts=0), Work(1.0), Work(1.0, waits=0)]
+    assert training_seconds(beside, ranks, 8e6, WIRE) == pytest.approx(3 + max(2.0, alone))
+
+
+@pytest.mark.parametrize("travels", [2.0, 9.0, 60.0])
+def test_what_the_schemes_of_co2_py_wait_for(travels):
+    """Rounds of four steps of 6 s; DDP sends beside its backward, two thirds of a step, and CO2 beside a round."""
+    import co2
+
+    expected = {
+        "alone": 6.0,
+        "DDP": 2 + max(4.0, travels),
+        "LocalSGD": 6 + travels / 4,
+        "CO2": max(6.0, travels / 4),
+        "DiLoCo (torchft), delay 1": 6 + max(0.0, travels - 6) / 4,
+        "DiLoCo (torchft), delay all but 1": 6 + max(0.0, travels - 18) / 4,
+    }
+    for scheme, seconds in expected.items():
+        assert co2.simulated(scheme, 2, 1e6 * travels, 1e6, 6.0, 4) == pytest.approx(seconds), scheme
 
 
 def test_the_script_reproduces_what_it_is_fitted_to_and_says_what_it_predicts(tmp_path):

@@ -130,6 +130,15 @@ def test_operators_do_not_know_each_other():
             assert not any(imported.startswith(other) for other in others), f"{name}.py imports {imported}"
 
 
+def test_schemes_of_data_parallelism_do_not_know_each_other():
+    """A file a scheme: once.py and schemes.py, which are none, know the wrappers; legacy.py calls `sync_grads`."""
+    schemes = {"co2", "ddp", "fsdp2", "legacy", "manual", "zero1"}
+    for name in schemes:
+        known = {"lasp.data_parallel.manual.sync_grads"} if name == "legacy" else set()
+        for imported in imports(LASP / "data_parallel" / f"{name}.py"):
+            assert not imported.startswith("lasp.data_parallel") or imported in known, f"{name}.py imports {imported}"
+
+
 @pytest.mark.parametrize("names", [{"ring", "pipeline", "all_gather", "direct"}])
 def test_schedules_are_told_apart_by_their_class_and_not_by_their_name(names):
     """Each is written once, where it is registered; what depends on it asks the class."""

@@ -139,6 +139,14 @@ def mesh_of(ranks):
     return ranks.mesh
 
 
+def replicated(ranks):
+    """A model, the same on each rank, and its optimizer."""
+    linear = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    return {"model": linear, "optimizer": optimizer, "mesh": mesh_of(ranks), "sync_every": 2}
+
+
 STATEFUL = {
     "scale": NO_NUMBER,
     "initial_state": [*no_tensor((B, H, K, V), optional=True), zeros(B, H, V, K), zeros(B + 1, H, K, V)],
@@ -457,6 +465,27 @@ TABLE = {
     ),
     "sync_grads": (lasp.sync_grads, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, REPLICAS),
     "grad_mesh": (lasp.grad_mesh, lambda ranks: {}, {"mesh": GROUPED["mesh"]}),
+    "replica_mesh": (
+        lasp.replica_mesh,
+        lambda ranks: {"mesh": init_mesh_of(sp=ranks.size)},
+        {"mesh": [*GROUPED["mesh"], None]},
+    ),
+    "CO2": (
+        lasp.CO2,
+        replicated,
+        {
+            "model": [*NO_MODULE, Wrong(nn.Linear(1, 1).requires_grad_(False), "Linear"), Wrong(nn.ReLU(), "ReLU")],
+            "optimizer": [None, 5, "sgd", Wrong(torch.optim.SGD([nn.Parameter(zeros(3))]), "(3,)"), Wrong([], "none")],
+            "mesh": GROUPED["mesh"],
+            "sync_every": SIZE,
+            "outer_lr": [*NO_NUMBER, 0.0, -1.0],
+            "outer_momentum": [*NO_NUMBER, -0.1, 1.1],
+            "gap_penalty": [*NO_NUMBER, 0.0, -1.0],
+            "clip": [*(x for x in NO_NUMBER if x is not None), 0.0, -1.0],
+            "bucket_mb": SIZE,
+            "validate": [*NO_TEXT, "always"],
+        },
+    ),
     "wrap_ddp": (data_parallel.wrap_ddp, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, REPLICAS),
     "wrap_fsdp2": (
         data_parallel.wrap_fsdp2,

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lasp import arguments
 from lasp.checks.optimizers import before_step
-from lasp.ranks import SequenceParallel, axis_groups, collectives, waiting
+from lasp.ranks import SequenceParallel, axis_groups, collectives, peers_of, waiting
 from lasp.ranks.group import process
 
 _DIRECTIONS = ("forward", "backward")
@@ -71,7 +71,8 @@ def assert_finite(gradients_of: Optimizer | nn.Module | None = None) -> None:
 
     Optimizers call it before they step (all of `torch.optim`, and what derives from it); call it yourself where
     something else uses the gradients. All ranks of the mesh that was given to `parallelize` or `SequenceParallel` must
-    do so, also those of its other axes: gradients are averaged over these. The host waits for the device here, once.
+    do so, also those of its other axes: gradients are averaged over these (not with `lasp.CO2`, which lets replicas
+    train apart: then those of a replica). The host waits for the device here, once.
 
     Gradients are looked at if one of them is a parameter's of a model that `parallelize` got with `check_finite`, or
     if an operator has run since the last call with such a `SequenceParallel` of your own. A copy that is made of the
@@ -98,6 +99,7 @@ def assert_finite(gradients_of: Optimizer | nn.Module | None = None) -> None:
         return
     one_of_each_mesh = {id(sequence.mesh): sequence for sequence in sequences}.values()  # of many layers mostly one
     axes = list(dict.fromkeys(group for sequence in one_of_each_mesh for group in axis_groups(sequence.mesh)))
+    axes = [group for group in axes if not peers_of(group).apart]  # replicas that do not meet at every step
     flag = _any([*_flags(layers), *_flag_of([x for _, x in _gradients(parameters)])])
     for group in axes:  # the greatest along one axis after the other is that of all ranks
         flag = flag.to(collectives.device_of(group))

@@ -7,6 +7,7 @@ import inspect
 import sys
 import types
 
+from lasp.data_parallel.co2 import CO2
 from lasp.data_parallel.ddp import wrap_ddp
 from lasp.data_parallel.fsdp2 import wrap_fsdp2
 from lasp.data_parallel.legacy import average_after_backward
@@ -14,7 +15,7 @@ from lasp.data_parallel.manual import sync_grads
 from lasp.data_parallel.once import no_sync
 from lasp.data_parallel.schemes import data_parallel
 
-__all__ = ["average_after_backward", "data_parallel", "no_sync", "sync_grads", "wrap_ddp", "wrap_fsdp2"]
+__all__ = ["CO2", "average_after_backward", "data_parallel", "no_sync", "sync_grads", "wrap_ddp", "wrap_fsdp2"]
 
 
 class _Package(types.ModuleType):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed import ProcessGroup
 
 from lasp import arguments
 from lasp.checks.replicas import compare_parameters
@@ -31,16 +32,17 @@ def average_after_backward(model: nn.Module, mesh, *, validate: str = "first") -
     arguments.choice("validate", validate, ("first", "off"))
     group, ranks = grad_group(mesh)
     compare_parameters(model, group, "average_after_backward", validate=validate)
-    if ranks > 1:
-        process.reducers[model] = AfterBackward(model, mesh, validate)
+    if group is not None and ranks > 1:
+        process.reducers[model] = AfterBackward(model, mesh, group, validate)
     return model
 
 
 class AfterBackward:
     """What averages the gradients of a model, unless it is told to wait."""
 
-    def __init__(self, model: nn.Module, mesh, validate: str):
+    def __init__(self, model: nn.Module, mesh, group: ProcessGroup, validate: str):
         self._model, self._mesh, self._validate = weakref.ref(model), mesh, validate
+        self.process_group = group  # that of `mesh`, called as DDP calls its own
         self._wait, self._queued = False, -1  # in which backward, if it came to its end or not
         for p in model.parameters():
             if p.requires_grad:

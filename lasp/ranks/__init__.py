@@ -10,6 +10,7 @@ from lasp.ranks.mesh import (
     grad_group,
     grad_mesh,
     init_mesh,
+    replica_mesh,
     sequence_axis,
     shard_mesh,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "init",
     "init_mesh",
     "peers_of",
+    "replica_mesh",
     "sequence_axis",
     "sequence_of_handle",
     "shard_mesh",

@@ -48,6 +48,7 @@ class Peers:
     def reset(self) -> None:
         """As if nothing had been exchanged yet."""
         self.connected = False  # whether neighbours have exchanged a first message (lasp.exchange)
+        self.all_connected = False  # whether all have met in every collective of a step (lasp.ranks.mesh)
         self.busy = False  # whether a state travels while a function of the caller's runs (lasp.ops)
         self.network: Any = None  # lasp.exchange.cost.Network: what was measured between the ranks
         self.board: Any = None  # lasp.exchange.board.Board: memory that the ranks read from each other
@@ -68,6 +69,7 @@ class Peers:
             Counter()
         )  # that were cut for these ranks, by the kind of comparison and who cut them
         self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
+        self.apart: weakref.WeakSet[Any] = weakref.WeakSet()  # lasp.CO2, while one lets these ranks train apart
         self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
         self.cut = False  # whether there was one since the last step of an optimizer
         self.agreed: set[Any] = set()  # kinds of messages

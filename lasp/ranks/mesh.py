@@ -51,8 +51,7 @@ def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int
     with making_groups("lasp.init_mesh: making the process groups of all ranks"):
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
     group, _ = grad_group(mesh)  # made here, where all ranks come, and not by the first loss
-    if device_type == "cuda":
-        collectives.connect(group, device_type)
+    connect_once(group, device_type)
     groups = [*mesh.get_all_groups(), *([] if group is None else [group])]
     for group in groups:
         peers_of(group)  # so that the timeout of another `lasp.init` is theirs
@@ -92,8 +91,34 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
         return mesh["sp"]
     # In a graph, which can read no clock, the group is there: `init_mesh` has made it.
     in_graph = torch.compiler.is_compiling()
+    name = "dp_shard_sp" if names == ("dp_shard", "sp") else "grad"  # that of a replica is another one
     with nullcontext() if in_graph else making_groups("lasp.grad_mesh: making the process group of dp x sp"):
-        return mesh[names]._flatten("grad")
+        return mesh[names]._flatten(name)
+
+
+def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks of this rank's replica, the mesh without its axis dp_replicate: for replicas that train apart.
+
+    Where a slow network joins the replicas and `lasp.CO2` averages them now and then, all that belongs to a step takes
+    this in place of the whole mesh: `parallelize` (its "sp"), `shard_batch`, `token_loss`, and `lasp.data_parallel`,
+    `wrap_ddp`, `wrap_fsdp2` or `sync_grads`. The first call makes a process group: all ranks call it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, got {arguments.shown(mesh)}")
+    names = tuple(mesh.mesh_dim_names or ())
+    if not {"dp_replicate", "sp"} <= set(names):
+        raise ValueError(f'mesh must have the axes "dp_replicate" and "sp", got {mesh.mesh_dim_names}')
+    replica = mesh[tuple(name for name in names if name != "dp_replicate")]
+    group, _ = grad_group(replica)
+    connect_once(group, mesh.device_type)  # `init_mesh` has done so with the ranks of `grad_mesh` only
+    return replica
+
+
+def connect_once(group: ProcessGroup | None, device_type: str) -> None:
+    """Before training, as no timeout ends the wait for it (`collectives.connect`); all ranks of the group call it."""
+    if group is not None and device_type == "cuda" and not peers_of(group).all_connected:
+        collectives.connect(group, device_type)
+        peers_of(group).all_connected = True
 
 
 def shard_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGroup | None:
@@ -102,17 +127,10 @@ def shard_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGr
     Along dp_replicate all ranks hold the same. The first call for a mesh that has such an axis makes a process group;
     all ranks call it.
     """
-    whole = grad_mesh(mesh)
-    if not isinstance(mesh, DeviceMesh) or whole is mesh or copies_of(mesh) == 1:
-        return whole
-    names = tuple(name for name in mesh.mesh_dim_names or () if name not in ("dp_replicate", "tp"))
-    if len(names) == 1:
-        return mesh[names[0]]
-    with making_groups(f"making the process group of {' x '.join(names)}"):
-        shard = mesh[names]._flatten("_".join(names))
-    if mesh.device_type == "cuda":  # `init_mesh` has connected only the ranks of `grad_mesh`
-        for part in (mesh["dp_replicate"], shard):
-            collectives.connect(part.get_group(), mesh.device_type)
+    if not isinstance(mesh, DeviceMesh) or copies_of(mesh) == 1:
+        return grad_mesh(mesh)
+    shard = grad_mesh(replica_mesh(mesh))
+    connect_once(mesh["dp_replicate"].get_group(), mesh.device_type)
     return shard
 
 
