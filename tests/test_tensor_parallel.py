@@ -106,6 +106,47 @@ def test_every_gradient_is_that_of_one_process(family, fused):
     run_ranks(2, _gradients, family, {"dp_shard": 1, "sp": 1, "tp": 2}, "none", fused)
 
 
+def _last_layer_of(model):
+    layer = model.blocks[1]
+    return layer.mixer if isinstance(model, Decoder) else layer.attention
+
+
+def _with_bias(family):
+    """In the last linear layer of a layer."""
+    model = make(family)
+    draw = torch.Generator().manual_seed(1)
+    layer = _last_layer_of(model)
+    weight = layer.out.weight
+    layer.out = torch.nn.Linear(weight.shape[1], 16, bias=True, dtype=torch.float64)
+    with torch.no_grad():
+        layer.out.weight.copy_(weight)
+        layer.out.bias.copy_(torch.randn(16, generator=draw, dtype=torch.float64))
+    return model
+
+
+def _more_than_a_weight(family, what):
+    mesh, batch = mesh_of(dp_shard=1, sp=1, tp=2), batch_of()
+    alone, model = (_with_bias(family) if what == "bias" else make(family) for _ in range(2))
+    lasp.tensor_parallel(model, mesh["tp"])
+    called = []
+    if what == "hook":
+        for m in (alone, model):
+            for layer in (_last_layer_of(m).out, m.head):
+                layer.register_forward_hook(lambda _, args, y: called.append(0) or 3 * y)
+    serial, loss = loss_of(alone, batch, None, fused=False), loss_of(model, batch, mesh, fused=False)
+    assert len(called) == (4 if what == "hook" else 0)
+    serial.backward()
+    loss.backward()
+    assert_close(loss, serial, **CLOSE)
+    assert_same(model, alone, lambda p: p.grad)
+
+
+@pytest.mark.parametrize("what", ["bias", "hook"])
+@pytest.mark.parametrize("family", ["tnl", "transnormer", "hgrn2", "cosformer2", "gla", "linear_transformer"])
+def test_a_last_layer_that_is_more_than_its_weight(family, what):
+    run_ranks(2, _more_than_a_weight, family, what)
+
+
 MESHES = [{"dp_shard": 1, "sp": 2, "tp": 2}, {"dp_shard": 2, "sp": 1, "tp": 2}]
 
 
