@@ -470,6 +470,91 @@ def _other_mixer():
     return model
 
 
+def _head_with_bias():
+    model = make("tnl")
+    model.head = torch.nn.Linear(16, WORDS)
+    return model
+
+
+def _head_of_own():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make("tnl")
+    model.head = Scaled(16, WORDS, bias=False)
+    return model
+
+
+def _larger_head():
+    model = make("tnl")
+    model.head = torch.nn.Linear(16, WORDS + 1, bias=False)
+    return model
+
+
+def _embedding_of_own():
+    model = make("gla")
+    model.embedding = torch.nn.Sequential(model.embedding)
+    return model
+
+
+def _padded():
+    model = make("gla")
+    model.embedding.padding_idx = 3
+    return model
+
+
+def _bounded():
+    model = make("linear_transformer")
+    model.embedding.max_norm = 1.0
+    return model
+
+
+def _by_frequency():
+    model = make("tnl")
+    model.embedding.scale_grad_by_freq = True
+    return model
+
+
+def _sparse():
+    model = make("tnl")
+    model.embedding.sparse = True
+    return model
+
+
+def _tied():
+    model = make("tnl")
+    model.head.weight = model.embedding.weight
+    return model
+
+
+def _one_layer_twice():
+    model = make("gla")
+    model.blocks[1].mixer.key = model.blocks[1].mixer.query
+    return model
+
+
+def _keys_with_bias():
+    model = make("mamba")
+    keys = model.blocks[0].mixer.keys
+    model.blocks[0].mixer.keys = torch.nn.Linear(keys.in_features, keys.out_features)
+    return model
+
+
+def _other_norm():
+    model = make("hgrn")
+    model.blocks[0].mixer.norm = torch.nn.LayerNorm(16)
+    return model
+
+
+def _wrapped_forward():
+    """As accelerate does."""
+    model = make("tnl")
+    layer = model.blocks[0].glu.out
+    layer.forward = functools.partial(torch.nn.Linear.forward, layer)
+    return model
+
+
 def _no_plan():
     return torch.nn.Linear(4, 4)
 
@@ -488,6 +573,19 @@ def _already():
         (_with_tpe, "model must have tpe = False for tensor parallelism, got True"),
         (_other_layer, r"model must have its own layers, got blocks\.1\.glu\.gate, a Sequential"),
         (_other_mixer, r"model must have layers with a plan, got blocks\.1\.mixer, a Mine"),
+        (_head_with_bias, "model must have head without bias for tensor parallelism, got one"),
+        (_head_of_own, "model must have its own layers, got head, a Scaled"),
+        (_larger_head, r"model must have head\.weight of shape \(24, 16\), as its config says, got \(25, 16\)"),
+        (_embedding_of_own, "model must have its own layers, got embedding, a Sequential"),
+        (_padded, "model must have embedding without padding_idx for tensor parallelism, got 3"),
+        (_bounded, "model must have embedding without max_norm for tensor parallelism, got 1.0"),
+        (_by_frequency, "model must have embedding without scale_grad_by_freq for tensor parallelism, got True"),
+        (_sparse, "model must have embedding without sparse for tensor parallelism, got True"),
+        (_tied, r"no parameter at two places .* got embedding\.weight and head\.weight"),
+        (_one_layer_twice, r"two places .* got blocks\.1\.mixer\.query\.weight and blocks\.1\.mixer\.key\.weight"),
+        (_keys_with_bias, r"model must have blocks\.0\.mixer\.keys without bias"),
+        (_other_norm, r"model must have its own layers, got blocks\.0\.mixer\.norm, a LayerNorm"),
+        (_wrapped_forward, r"got blocks\.0\.glu\.out, whose `forward` something has replaced"),
         (_no_plan, "model must be one of lasp.models .* got Linear: there is no plan"),
         (_already, "model must be whole, but embedding.weight is split already"),
     ],
@@ -516,6 +614,26 @@ def _alone_refused():
 
 def test_one_rank_that_refuses():
     run_ranks(2, _refused, _alone_refused, 2, lasp.RankMismatchError, "rank 1 .*must divide heads of the TNL, got 3")
+
+
+def _norm_without_eps():
+    """nn.RMSNorm takes that of the dtype then. What it norms is small, so that it matters."""
+    mesh, batch = mesh_of(dp_shard=1, sp=1, tp=2), batch_of()
+    alone, model = make("hgrn"), make("hgrn")
+    for m in (alone, model):
+        m.blocks[0].mixer.norm.eps = None
+        with torch.no_grad():
+            m.blocks[0].mixer.value.weight.mul_(1e-3)
+    lasp.tensor_parallel(model, mesh["tp"])
+    serial, loss = loss_of(alone, batch, None), loss_of(model, batch, mesh)
+    serial.backward()
+    loss.backward()
+    assert_close(loss, serial, **CLOSE)
+    assert_same(model, alone, lambda p: p.grad)
+
+
+def test_a_norm_without_an_eps_of_its_own():
+    run_ranks(2, _norm_without_eps)
 
 
 def _other_tokens():

@@ -158,7 +158,8 @@ def _between(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _norm(layer: nn.RMSNorm, x: Tensor) -> Tensor:
     parts: Ranks = layer.parts  # type: ignore[assignment]
-    return kernels.norm_of_parts(x, parts.total, parts.number, layer.weight, eps=layer.eps or 1e-6)
+    eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps  # as nn.RMSNorm
+    return kernels.norm_of_parts(x, parts.total, parts.number, layer.weight, eps=eps)
 
 
 def _embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
