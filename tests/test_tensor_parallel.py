@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import free_port
 from ranks import mesh_of, run_ranks
 from scripts import run_script
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -338,6 +339,40 @@ def _other_order():
 
 def test_in_the_other_order():
     run_ranks(4, _other_order)
+
+
+def test_the_loss_after_another_life_of_the_process_groups():
+    """It goes over the new group, and nothing keeps the one of before."""
+    body = """
+import gc, os, weakref, torch, torch.distributed as dist, lasp
+from lasp.models import TNL, TNLConfig
+from lasp.ranks.parts import Ranks
+kept = []
+for life in range(2):
+    os.environ["MASTER_PORT"] = PORTS[life]
+    lasp.init("gloo", timeout=60.0)
+    mesh = lasp.init_mesh(dp_shard=1, tp=2)
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(24, layers=1, width=16, heads=4, glu_width=12))
+    ids = torch.arange(13)[None]
+    serial = lasp.linear_token_loss(model(ids, return_hidden=True), model.head.weight, ids, mesh=None)[0]
+    lasp.tensor_parallel(model, mesh)
+    loss = lasp.linear_token_loss(model(ids, return_hidden=True), model.head.weight, ids, mesh=mesh)[0]
+    loss.backward()
+    torch.testing.assert_close(loss, serial)
+    ranks = Ranks.of(model.head.weight)
+    assert ranks.group is mesh["tp"].get_group()
+    kept.append(weakref.ref(ranks))
+    del ranks, model, mesh, loss, serial
+    if life == 0:
+        dist.destroy_process_group()
+gc.collect()
+assert [ref() is None for ref in kept] == [True, False]
+"""
+    for code, _, errors in run_script(
+        body.replace("PORTS", repr([str(free_port()), str(free_port())])), 2, agent=False
+    ):
+        assert code == 0, errors
 
 
 def _schemes(scheme, explained):
