@@ -341,6 +341,25 @@ def test_in_the_other_order():
     run_ranks(4, _other_order)
 
 
+def _optimizer_of_before():
+    mesh, model, other = mesh_of(dp_shard=1, sp=1, tp=2), make("tnl"), make("gla")
+    before = torch.optim.SGD(model.parameters(), lr=0.1)
+    lasp.tensor_parallel(model, mesh["tp"])
+    loss_of(model, batch_of(), mesh).backward()
+    text = r"SGD would step on embedding\.weight as it was before lasp\.tensor_parallel, which the model no longer has"
+    with pytest.raises(RuntimeError, match=text):
+        before.step()
+    kept = model.head.weight.full_tensor().detach().clone()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.head.weight.full_tensor(), kept)
+    copied = copy.deepcopy(model)
+    torch.optim.SGD([*copied.parameters(), *other.parameters()], lr=0.1).step()
+
+
+def test_an_optimizer_that_was_made_before_the_split():
+    run_ranks(2, _optimizer_of_before)
+
+
 def test_the_loss_after_another_life_of_the_process_groups():
     """It goes over the new group, and nothing keeps the one of before."""
     body = """

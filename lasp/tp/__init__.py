@@ -48,6 +48,8 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
     what `named_parameters` gives. Of a `state_dict` of whole tensors load with
     `torch.distributed.checkpoint.state_dict.set_model_state_dict` and `StateDictOptions(full_state_dict=True)`.
 
+    They are other parameters than before: make the optimizer afterwards. One of before raises RuntimeError at its step.
+
     Args:
         model: a `TNL`, `Decoder` or `LinearTransformer`, whole, the same on every rank; not yet compiled or wrapped.
             On the meta device it stays there: `to_empty`, and then load its weights or call its `init_weights` on
