@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 from lasp.models import TNL, Decoder, DecoderConfig, LinearTransformer, LinearTransformerConfig, TNLConfig
 from lasp.models.memory import save_memory
 from lasp.models.mixers import MIXERS
+from lasp.ranks.parts import Ranks
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 WORDS = 24
@@ -718,6 +720,23 @@ def _ddp():
 
 def test_ddp_is_refused():
     run_ranks(2, _ddp)
+
+
+def _totals():
+    """What a fused layer asks for in its own backward tells messages so, and has no gradient."""
+    ranks = Ranks.of(lasp.tensor_parallel(make("tnl"), mesh_of(dp_shard=1, sp=1, tp=2)["tp"]).head.weight)
+    x = torch.ones(3, requires_grad=True)
+    told = []
+    with mock.patch.object(Ranks, "_what", lambda self, what: told.append(what) or what):
+        y = ranks.total(x)
+        assert not ranks.total(x.detach(), backward=True).requires_grad
+        y.sum().backward()
+    assert told == ["the sum, forward,", "the sum, backward,", "the sum, backward,"]
+    assert_close(x.grad, torch.full((3,), 2.0))
+
+
+def test_a_total_says_in_which_direction_it_is():
+    run_ranks(2, _totals)
 
 
 def _one_rank():

@@ -32,8 +32,9 @@ class Parts(Protocol):
         """The sum over the parts; its gradient is each part's."""
         ...
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over the parts, which each of them goes on with; its gradient is the sum of theirs."""
+    def total(self, x: Tensor, *, backward: bool = False) -> Tensor:
+        """The sum over the parts, which each of them goes on with; its gradient is the sum of theirs. With `backward`
+        it is a sum of gradients, and has none."""
         ...
 
 

@@ -40,8 +40,11 @@ class Ranks:
         """The sum over the ranks; its gradient is that of each."""
         return _Leave.apply(x, self)  # type: ignore[return-value]
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, and of its gradient too."""
+    def total(self, x: Tensor, *, backward: bool = False) -> Tensor:
+        """The sum over the ranks, and of its gradient too. What computes a gradient by itself says that it is in
+        `backward`, which messages then tell; there is no gradient of that."""
+        if backward:
+            return self.sum(x, "backward")
         return _Total.apply(x, self)  # type: ignore[return-value]
 
     def gather(self, x: Tensor) -> Tensor:
@@ -120,15 +123,13 @@ class _Leave(torch.autograd.Function):
         return gradient, None
 
 
-class _Total(torch.autograd.Function):
+class _Total(_Enter):
+    """Its gradient is summed as that of `_Enter`."""
+
     @staticmethod
     def forward(ctx, x, ranks):
         ctx.ranks = ranks
         return ranks.sum(x, "forward")
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.ranks.sum(gradient, "backward"), None
 
 
 class _Gather(torch.autograd.Function):
