@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TypeGuard
 
 import torch
@@ -13,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lasp.ranks import collectives
-from lasp.ranks.group import waiting
+from lasp.ranks.group import peers_of, process, waiting
 from lasp.ranks.sequence import place_in
 
 
@@ -93,13 +92,13 @@ class Ranks:
     @classmethod
     def of(cls, x: DTensor) -> Ranks:
         """Those over which a tensor is split (`is_split`)."""
-        found = _of_meshes.get(x.device_mesh)
+        known, group = process.parts_of_world(), x.device_mesh.get_group()
+        found = known.get(group)  # and not by the mesh: one that is made anew equals the one whose group was destroyed
         if found is None:
-            found = _of_meshes[x.device_mesh] = cls(x.device_mesh, "the loss")
+            for other in [other for other in known if not peers_of(other).exists]:
+                del known[other]
+            found = known[group] = cls(x.device_mesh, "the loss")
         return found
-
-
-_of_meshes: weakref.WeakKeyDictionary[DeviceMesh, Ranks] = weakref.WeakKeyDictionary()
 
 
 class _Enter(torch.autograd.Function):
