@@ -746,8 +746,16 @@ def test_norm_gate_linear_of_parts(parts, dtype):
 
     def run(part, tell):
         cut = [t.chunk(parts, dim)[part].clone().requires_grad_() for t, dim in ((x, 2), (gate, 2), (weight, 1))]
-        y = linears.fused_norm_gate_linear_of_parts(*cut, lambda t: tell(t).sum(0), parts)
-        return y.detach(), *torch.autograd.grad(y, cut, dy)
+        directions = []
+
+        def total(t, *, backward=False):
+            directions.append(backward)
+            return tell(t).sum(0)
+
+        y = linears.fused_norm_gate_linear_of_parts(*cut, total, parts)
+        found = y.detach(), *torch.autograd.grad(y, cut, dy)
+        assert directions == [False, True]
+        return found
 
     found = list(zip(*in_parts(parts, run)))
     limit = 1e-5 if dtype == torch.float32 else 2e-2
@@ -831,7 +839,7 @@ def fused_calls():
         "norm_linear": (lambda x, w, n: linears.fused_norm_linear(x, (w,), n)[1], [x, weight, norm_weight]),
         "norm_gate_linear": (linears.fused_norm_gate_linear, [heads, gate, weight, back]),
         "norm_gate_linear_of_parts": (
-            lambda x, gate, w: linears.fused_norm_gate_linear_of_parts(x, gate, w, torch.clone, 1),
+            lambda x, gate, w: linears.fused_norm_gate_linear_of_parts(x, gate, w, lambda t, **_: t.clone(), 1),
             [heads, gate, weight],
         ),
         "gated_linear": (linears.fused_gated_linear, [x, gate, weight]),

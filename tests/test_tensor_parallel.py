@@ -2,11 +2,13 @@
 
 import copy
 import functools
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import free_port
 from ranks import mesh_of, run_ranks
 from scripts import run_script
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -18,6 +20,7 @@ from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 from lasp.models import TNL, Decoder, DecoderConfig, LinearTransformer, LinearTransformerConfig, TNLConfig
 from lasp.models.memory import save_memory
 from lasp.models.mixers import MIXERS
+from lasp.ranks.parts import Ranks
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 WORDS = 24
@@ -104,6 +107,47 @@ def _gradients(family, sizes, scheme, fused):
 @pytest.mark.parametrize("family", ["tnl", "linear_transformer", *MIXERS])
 def test_every_gradient_is_that_of_one_process(family, fused):
     run_ranks(2, _gradients, family, {"dp_shard": 1, "sp": 1, "tp": 2}, "none", fused)
+
+
+def _last_layer_of(model):
+    layer = model.blocks[1]
+    return layer.mixer if isinstance(model, Decoder) else layer.attention
+
+
+def _with_bias(family):
+    """In the last linear layer of a layer."""
+    model = make(family)
+    draw = torch.Generator().manual_seed(1)
+    layer = _last_layer_of(model)
+    weight = layer.out.weight
+    layer.out = torch.nn.Linear(weight.shape[1], 16, bias=True, dtype=torch.float64)
+    with torch.no_grad():
+        layer.out.weight.copy_(weight)
+        layer.out.bias.copy_(torch.randn(16, generator=draw, dtype=torch.float64))
+    return model
+
+
+def _more_than_a_weight(family, what):
+    mesh, batch = mesh_of(dp_shard=1, sp=1, tp=2), batch_of()
+    alone, model = (_with_bias(family) if what == "bias" else make(family) for _ in range(2))
+    lasp.tensor_parallel(model, mesh["tp"])
+    called = []
+    if what == "hook":
+        for m in (alone, model):
+            for layer in (_last_layer_of(m).out, m.head):
+                layer.register_forward_hook(lambda _, args, y: called.append(0) or 3 * y)
+    serial, loss = loss_of(alone, batch, None, fused=False), loss_of(model, batch, mesh, fused=False)
+    assert len(called) == (4 if what == "hook" else 0)
+    serial.backward()
+    loss.backward()
+    assert_close(loss, serial, **CLOSE)
+    assert_same(model, alone, lambda p: p.grad)
+
+
+@pytest.mark.parametrize("what", ["bias", "hook"])
+@pytest.mark.parametrize("family", ["tnl", "transnormer", "hgrn2", "cosformer2", "gla", "linear_transformer"])
+def test_a_last_layer_that_is_more_than_its_weight(family, what):
+    run_ranks(2, _more_than_a_weight, family, what)
 
 
 MESHES = [{"dp_shard": 1, "sp": 2, "tp": 2}, {"dp_shard": 2, "sp": 1, "tp": 2}]
@@ -299,6 +343,59 @@ def test_in_the_other_order():
     run_ranks(4, _other_order)
 
 
+def _optimizer_of_before():
+    mesh, model, other = mesh_of(dp_shard=1, sp=1, tp=2), make("tnl"), make("gla")
+    before = torch.optim.SGD(model.parameters(), lr=0.1)
+    lasp.tensor_parallel(model, mesh["tp"])
+    loss_of(model, batch_of(), mesh).backward()
+    text = r"SGD would step on embedding\.weight as it was before lasp\.tensor_parallel, which the model no longer has"
+    with pytest.raises(RuntimeError, match=text):
+        before.step()
+    kept = model.head.weight.full_tensor().detach().clone()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.head.weight.full_tensor(), kept)
+    copied = copy.deepcopy(model)
+    torch.optim.SGD([*copied.parameters(), *other.parameters()], lr=0.1).step()
+
+
+def test_an_optimizer_that_was_made_before_the_split():
+    run_ranks(2, _optimizer_of_before)
+
+
+def test_the_loss_after_another_life_of_the_process_groups():
+    """It goes over the new group, and nothing keeps the one of before."""
+    body = """
+import gc, os, weakref, torch, torch.distributed as dist, lasp
+from lasp.models import TNL, TNLConfig
+from lasp.ranks.parts import Ranks
+kept = []
+for life in range(2):
+    os.environ["MASTER_PORT"] = PORTS[life]
+    lasp.init("gloo", timeout=60.0)
+    mesh = lasp.init_mesh(dp_shard=1, tp=2)
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(24, layers=1, width=16, heads=4, glu_width=12))
+    ids = torch.arange(13)[None]
+    serial = lasp.linear_token_loss(model(ids, return_hidden=True), model.head.weight, ids, mesh=None)[0]
+    lasp.tensor_parallel(model, mesh)
+    loss = lasp.linear_token_loss(model(ids, return_hidden=True), model.head.weight, ids, mesh=mesh)[0]
+    loss.backward()
+    torch.testing.assert_close(loss, serial)
+    ranks = Ranks.of(model.head.weight)
+    assert ranks.group is mesh["tp"].get_group()
+    kept.append(weakref.ref(ranks))
+    del ranks, model, mesh, loss, serial
+    if life == 0:
+        dist.destroy_process_group()
+gc.collect()
+assert [ref() is None for ref in kept] == [True, False]
+"""
+    for code, _, errors in run_script(
+        body.replace("PORTS", repr([str(free_port()), str(free_port())])), 2, agent=False
+    ):
+        assert code == 0, errors
+
+
 def _schemes(scheme, explained):
     mesh = mesh_of(dp_shard=1, sp=2, tp=2)
     alone, model = make("tnl"), split_model("tnl", mesh)
@@ -429,6 +526,91 @@ def _other_mixer():
     return model
 
 
+def _head_with_bias():
+    model = make("tnl")
+    model.head = torch.nn.Linear(16, WORDS)
+    return model
+
+
+def _head_of_own():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make("tnl")
+    model.head = Scaled(16, WORDS, bias=False)
+    return model
+
+
+def _larger_head():
+    model = make("tnl")
+    model.head = torch.nn.Linear(16, WORDS + 1, bias=False)
+    return model
+
+
+def _embedding_of_own():
+    model = make("gla")
+    model.embedding = torch.nn.Sequential(model.embedding)
+    return model
+
+
+def _padded():
+    model = make("gla")
+    model.embedding.padding_idx = 3
+    return model
+
+
+def _bounded():
+    model = make("linear_transformer")
+    model.embedding.max_norm = 1.0
+    return model
+
+
+def _by_frequency():
+    model = make("tnl")
+    model.embedding.scale_grad_by_freq = True
+    return model
+
+
+def _sparse():
+    model = make("tnl")
+    model.embedding.sparse = True
+    return model
+
+
+def _tied():
+    model = make("tnl")
+    model.head.weight = model.embedding.weight
+    return model
+
+
+def _one_layer_twice():
+    model = make("gla")
+    model.blocks[1].mixer.key = model.blocks[1].mixer.query
+    return model
+
+
+def _keys_with_bias():
+    model = make("mamba")
+    keys = model.blocks[0].mixer.keys
+    model.blocks[0].mixer.keys = torch.nn.Linear(keys.in_features, keys.out_features)
+    return model
+
+
+def _other_norm():
+    model = make("hgrn")
+    model.blocks[0].mixer.norm = torch.nn.LayerNorm(16)
+    return model
+
+
+def _wrapped_forward():
+    """As accelerate does."""
+    model = make("tnl")
+    layer = model.blocks[0].glu.out
+    layer.forward = functools.partial(torch.nn.Linear.forward, layer)
+    return model
+
+
 def _no_plan():
     return torch.nn.Linear(4, 4)
 
@@ -447,6 +629,19 @@ def _already():
         (_with_tpe, "model must have tpe = False for tensor parallelism, got True"),
         (_other_layer, r"model must have its own layers, got blocks\.1\.glu\.gate, a Sequential"),
         (_other_mixer, r"model must have layers with a plan, got blocks\.1\.mixer, a Mine"),
+        (_head_with_bias, "model must have head without bias for tensor parallelism, got one"),
+        (_head_of_own, "model must have its own layers, got head, a Scaled"),
+        (_larger_head, r"model must have head\.weight of shape \(24, 16\), as its config says, got \(25, 16\)"),
+        (_embedding_of_own, "model must have its own layers, got embedding, a Sequential"),
+        (_padded, "model must have embedding without padding_idx for tensor parallelism, got 3"),
+        (_bounded, "model must have embedding without max_norm for tensor parallelism, got 1.0"),
+        (_by_frequency, "model must have embedding without scale_grad_by_freq for tensor parallelism, got True"),
+        (_sparse, "model must have embedding without sparse for tensor parallelism, got True"),
+        (_tied, r"no parameter at two places .* got embedding\.weight and head\.weight"),
+        (_one_layer_twice, r"two places .* got blocks\.1\.mixer\.query\.weight and blocks\.1\.mixer\.key\.weight"),
+        (_keys_with_bias, r"model must have blocks\.0\.mixer\.keys without bias"),
+        (_other_norm, r"model must have its own layers, got blocks\.0\.mixer\.norm, a LayerNorm"),
+        (_wrapped_forward, r"got blocks\.0\.glu\.out, whose `forward` something has replaced"),
         (_no_plan, "model must be one of lasp.models .* got Linear: there is no plan"),
         (_already, "model must be whole, but embedding.weight is split already"),
     ],
@@ -477,6 +672,26 @@ def test_one_rank_that_refuses():
     run_ranks(2, _refused, _alone_refused, 2, lasp.RankMismatchError, "rank 1 .*must divide heads of the TNL, got 3")
 
 
+def _norm_without_eps():
+    """nn.RMSNorm takes that of the dtype then. What it norms is small, so that it matters."""
+    mesh, batch = mesh_of(dp_shard=1, sp=1, tp=2), batch_of()
+    alone, model = make("hgrn"), make("hgrn")
+    for m in (alone, model):
+        m.blocks[0].mixer.norm.eps = None
+        with torch.no_grad():
+            m.blocks[0].mixer.value.weight.mul_(1e-3)
+    lasp.tensor_parallel(model, mesh["tp"])
+    serial, loss = loss_of(alone, batch, None), loss_of(model, batch, mesh)
+    serial.backward()
+    loss.backward()
+    assert_close(loss, serial, **CLOSE)
+    assert_same(model, alone, lambda p: p.grad)
+
+
+def test_a_norm_without_an_eps_of_its_own():
+    run_ranks(2, _norm_without_eps)
+
+
 def _other_tokens():
     """Drawn by the global rank: each rank would sum what belongs to other tokens."""
     mesh = mesh_of(dp_shard=1, sp=1, tp=2)
@@ -505,6 +720,23 @@ def _ddp():
 
 def test_ddp_is_refused():
     run_ranks(2, _ddp)
+
+
+def _totals():
+    """What a fused layer asks for in its own backward tells messages so, and has no gradient."""
+    ranks = Ranks.of(lasp.tensor_parallel(make("tnl"), mesh_of(dp_shard=1, sp=1, tp=2)["tp"]).head.weight)
+    x = torch.ones(3, requires_grad=True)
+    told = []
+    with mock.patch.object(Ranks, "_what", lambda self, what: told.append(what) or what):
+        y = ranks.total(x)
+        assert not ranks.total(x.detach(), backward=True).requires_grad
+        y.sum().backward()
+    assert told == ["the sum, forward,", "the sum, backward,", "the sum, backward,"]
+    assert_close(x.grad, torch.full((3,), 2.0))
+
+
+def test_a_total_says_in_which_direction_it_is():
+    run_ranks(2, _totals)
 
 
 def _one_rank():

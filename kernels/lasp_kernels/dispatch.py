@@ -360,11 +360,11 @@ def norm_gate_linear(
 
 
 def norm_gate_linear_of_parts(
-    x: Tensor, gate: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor], parts: int, *, eps: float = 1e-6
+    x: Tensor, gate: Tensor, weight: Tensor, total: Callable[..., Tensor], parts: int, *, eps: float = 1e-6
 ) -> Tensor:
     """This part's summand of `norm_gate_linear`, where x [..., H, V], the gate and the columns of the weight [N, H * V]
     are those of some heads, one of so many equal parts. The norm is over the heads of all parts: `total` gives the sum
-    of a tensor over them, with its gradient."""
+    of a tensor over them, with its gradient; with `backward=True` that of a gradient, which has none."""
     if _fuses(x, weight):
         from lasp_kernels.linears import fused_norm_gate_linear_of_parts
 

@@ -41,7 +41,7 @@ def linear_cross_entropy(
     Logits are rounded to that dtype, as a linear layer's output is; all sums over tokens and words are in fp32.
 
     With `words` the weight [V, D] is that of some words. The sum is that over all; the gradient of hidden is this
-    part's summand. Two numbers a token are told to the others.
+    part's summand. Three numbers a token are told to the others.
     """
     train = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index, train, words)  # type: ignore[return-value]

@@ -64,9 +64,10 @@ def fused_norm_gate_linear(
 
 
 def fused_norm_gate_linear_of_parts(
-    x: Tensor, gate: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor], parts: int, *, eps: float = 1e-6
+    x: Tensor, gate: Tensor, weight: Tensor, total: Callable[..., Tensor], parts: int, *, eps: float = 1e-6
 ) -> Tensor:
-    """See `dispatch.norm_gate_linear_of_parts`. `total` gets fp32 [rows] and may write to it."""
+    """See `dispatch.norm_gate_linear_of_parts`. `total` gets fp32 [rows] and may write to it; in
+    backward with `backward=True`."""
     check_norm_gate(x, gate, None, "none")
     return _NormGateLinearOfParts.apply(x, gate, weight, total, parts, eps)  # type: ignore[return-value]
 
@@ -160,7 +161,7 @@ class _NormGateLinearOfParts(torch.autograd.Function):
         dx, d_gate, _, h = norm_gradient(x, gate, None, scale, dh, "none", again=again)
         # With n = x scale: dx = scale (dn - n sum(dn n) / W), where the kernel has the sum and W of this part alone.
         of_part = (d_gate * gate).sum(-1, dtype=torch.float32)
-        excess = (of_part - ctx.total(of_part.clone()) / ctx.parts) / gate.shape[-1]
+        excess = (of_part - ctx.total(of_part.clone(), backward=True) / ctx.parts) / gate.shape[-1]
         dx.addcmul_(x, (scale.square() * excess).to(x.dtype).unsqueeze(1))
         d_weight = None if h is None else dy.T @ h
         return dx.view(ctx.shapes[0]), d_gate.view(ctx.shapes[1]), d_weight, None, None, None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -30,6 +30,24 @@ def before_step(check: Callable[[Optimizer], None], *, last: bool = False) -> No
 def steps_within(optimizer: Optimizer) -> None:
     """It steps only in the step of another, which is checked: each rank has its own, maybe of no parameters at all."""
     _inner.add(optimizer)
+
+
+def replaces_parameters(model: nn.Module, by: str) -> None:
+    """The parameters that the model now has are about to be replaced, by this function: an optimizer that was made
+    before would go on stepping on those that no model has."""
+    for name, parameter in model.named_parameters():
+        parameter._lasp_replaced = f"{name} as it was before {by}"  # type: ignore[attr-defined]
+    before_step(_refuse_replaced)
+
+
+def _refuse_replaced(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (found := getattr(parameter, "_lasp_replaced", None)) is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} would step on {found}, which the model no longer has: make the "
+                    "optimizer afterwards, of the parameters that the model then has"
+                )
 
 
 # What asks other ranks cannot be part of a graph. (The decorator that torch.optim uses: the public one would import the

@@ -32,8 +32,9 @@ class Parts(Protocol):
         """The sum over the parts; its gradient is each part's."""
         ...
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over the parts, which each of them goes on with; its gradient is the sum of theirs."""
+    def total(self, x: Tensor, *, backward: bool = False) -> Tensor:
+        """The sum over the parts, which each of them goes on with; its gradient is the sum of theirs. With `backward`
+        it is a sum of gradients, and has none."""
         ...
 
 
@@ -61,11 +62,12 @@ def norm_linear(x: Tensor, norm: nn.Module, *layers: nn.Linear) -> tuple[Tensor,
 
 def norm_gate_linear(x: Tensor, gate: Tensor, layer: nn.Linear) -> Tensor:
     """layer(norm(x) * gate), the RMS norm over all heads of x [B, T, H, V] together, and gate [B, T, H * V]."""
-    parts = parts_of(layer)
-    if parts is not None:
-        return parts.leave(kernels.norm_gate_linear_of_parts(x, gate, layer.weight, parts.total, parts.number))
-    weight = _weight_of(layer)
-    return layer(kernels.norm_gate(x, gate)) if weight is None else kernels.norm_gate_linear(x, gate, weight)
+    weight, parts = _weight_of(layer), parts_of(layer)
+    if parts is None:
+        return layer(kernels.norm_gate(x, gate)) if weight is None else kernels.norm_gate_linear(x, gate, weight)
+    if weight is None:
+        return layer(kernels.norm_of_parts(x.flatten(-2), parts.total, parts.number) * gate)
+    return parts.leave(kernels.norm_gate_linear_of_parts(x, gate, weight, parts.total, parts.number))
 
 
 def gated_linear(value: Tensor, gate: Tensor, layer: nn.Linear, activation: str = "none") -> Tensor:

@@ -143,19 +143,26 @@ class _Process:
         self.by_hand = False  # whether an operator was called with ranks of the user's own making
         self.averaged: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by DDP or FSDP2
         self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
-        self._meshes: tuple[Any, dict[tuple[int, ...], Any]] = (None, {})  # a weak reference to the world, and its own
+        self._of_world: tuple[Any, dict[str, dict[Any, Any]]] = (None, {})  # a weak reference to the world, and its own
 
     def meshes_of_world(self) -> dict[tuple[int, ...], tuple[Any, list[ProcessGroup]]]:
         """What `lasp.init_mesh` has made in this life of the process groups: by shape a mesh, and all its groups."""
-        world, meshes = self._meshes
+        return self._made("meshes")
+
+    def parts_of_world(self) -> dict[ProcessGroup, Any]:
+        """Of tensor parallelism (`lasp.ranks.parts.Ranks.of`), in this life of the process groups."""
+        return self._made("parts")
+
+    def _made(self, kind: str) -> dict[Any, Any]:
+        world, made = self._of_world
         if world is None or world() is not dist.group.WORLD:
-            meshes = {}
-            self._meshes = weakref.ref(dist.group.WORLD), meshes
-        return meshes
+            made = {}
+            self._of_world = weakref.ref(dist.group.WORLD), made
+        return made.setdefault(kind, {})
 
     def forget_meshes(self) -> None:
-        """They keep their groups alive."""
-        self._meshes = (None, {})
+        """And the parts. They keep their groups alive."""
+        self._of_world = (None, {})
 
 
 _set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # since torch 2.14 the second one warns

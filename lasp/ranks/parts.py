@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TypeGuard
 
 import torch
@@ -13,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lasp.ranks import collectives
-from lasp.ranks.group import waiting
+from lasp.ranks.group import peers_of, process, waiting
 from lasp.ranks.sequence import place_in
 
 
@@ -40,8 +39,11 @@ class Ranks:
         """The sum over the ranks; its gradient is that of each."""
         return _Leave.apply(x, self)  # type: ignore[return-value]
 
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, and of its gradient too."""
+    def total(self, x: Tensor, *, backward: bool = False) -> Tensor:
+        """The sum over the ranks, and of its gradient too. What computes a gradient by itself says that it is in
+        `backward`, which messages then tell; there is no gradient of that."""
+        if backward:
+            return self.sum(x, "backward")
         return _Total.apply(x, self)  # type: ignore[return-value]
 
     def gather(self, x: Tensor) -> Tensor:
@@ -90,13 +92,13 @@ class Ranks:
     @classmethod
     def of(cls, x: DTensor) -> Ranks:
         """Those over which a tensor is split (`is_split`)."""
-        found = _of_meshes.get(x.device_mesh)
+        known, group = process.parts_of_world(), x.device_mesh.get_group()
+        found = known.get(group)  # and not by the mesh: one that is made anew equals the one whose group was destroyed
         if found is None:
-            found = _of_meshes[x.device_mesh] = cls(x.device_mesh, "the loss")
+            for other in [other for other in known if not peers_of(other).exists]:
+                del known[other]
+            found = known[group] = cls(x.device_mesh, "the loss")
         return found
-
-
-_of_meshes: weakref.WeakKeyDictionary[DeviceMesh, Ranks] = weakref.WeakKeyDictionary()
 
 
 class _Enter(torch.autograd.Function):
@@ -120,15 +122,13 @@ class _Leave(torch.autograd.Function):
         return gradient, None
 
 
-class _Total(torch.autograd.Function):
+class _Total(_Enter):
+    """Its gradient is summed as that of `_Enter`."""
+
     @staticmethod
     def forward(ctx, x, ranks):
         ctx.ranks = ranks
         return ranks.sum(x, "forward")
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.ranks.sum(gradient, "backward"), None
 
 
 class _Gather(torch.autograd.Function):

@@ -38,7 +38,10 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
         mesh = lasp.init_mesh(sp=2, tp=2)                # ranks of tp are neighbours: they send most
         lasp.parallelize(model, mesh["sp"])
         lasp.tensor_parallel(model, mesh["tp"])
-        wrap_fsdp2(model, mesh, blocks=model.blocks)     # or lasp.sync_grads(model, mesh) after each backward
+        adamw = functools.partial(torch.optim.AdamW, lr=3e-4)
+        model, optimizer = lasp.data_parallel(
+            model, mesh, scheme="zero3", optimizer=adamw, blocks=model.blocks
+        )
 
     Ranks of tp get the same batch: draw it by the place in data parallelism, as for sp.
 
@@ -48,19 +51,23 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
     what `named_parameters` gives. Of a `state_dict` of whole tensors load with
     `torch.distributed.checkpoint.state_dict.set_model_state_dict` and `StateDictOptions(full_state_dict=True)`.
 
+    They are other parameters than before: make the optimizer afterwards. One of before raises RuntimeError at its step.
+
     Args:
         model: a `TNL`, `Decoder` or `LinearTransformer`, whole, the same on every rank; not yet compiled or wrapped.
             On the meta device it stays there: `to_empty`, and then load its weights or call its `init_weights` on
             all ranks, before it is sharded where it fits.
         mesh: `mesh["tp"]`, the whole mesh (its "tp" axis is used), or None. Of one rank the model is left untouched.
         validate: "first" compares the models of the ranks, weights included, before they are split, and the tokens
-            that they get at the first two calls and every 1000th; "off" does not.
+            that they get at the first two calls and every 1000th (over gloo their shape at every call, over NCCL at
+            the first call of each shape); "off" does not.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError, TypeError: a model without a plan, or sizes that the ranks do not divide; before any communication.
+        ValueError, TypeError: a model without a plan, layers or options of them that parts would compute otherwise,
+            tied weights, or sizes that the ranks do not divide; before any communication.
         RankMismatchError: ranks have other models or weights, or one of them failed with one of the above; later, in a
             forward, other tokens. On every rank.
         PeerError: a rank did not come within the timeout of the group.

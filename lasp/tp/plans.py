@@ -101,7 +101,9 @@ def check_model(model: LanguageModel, ranks: int) -> None:
                 f"model must have {option} = {none} for tensor parallelism, got {found}: there is no plan for these "
                 "weights"
             )
+    _check_ends(model)
     _check_layers(model)
+    _check_places(model)
     inner = "mlp_width" if isinstance(model, LinearTransformer) else "glu_width"
     for field in ("heads", "width", inner, "vocab_size"):
         size = getattr(config, field)
@@ -115,7 +117,54 @@ def _check_layers(model: LanguageModel) -> None:
         if isinstance(module, mixers.Mixer) and type(module) not in PLANS:
             raise ValueError(f"model must have layers with a plan, got {path}, a {type(module).__name__}")
         plan = PLANS.get(type(module))
-        for name in () if plan is None else (*plan.cut, plan.out, *plan.between, *plan.shared):
-            part = module._parameters.get(name) if name in module._parameters else module.get_submodule(name)
-            if type(part) not in (nn.Parameter, nn.Linear, nn.RMSNorm, CausalConv):
-                raise ValueError(f"model must have its own layers, got {path}.{name}, a {type(part).__name__}")
+        if plan is None:
+            continue
+        for name in (*plan.cut, plan.out, *plan.between, *plan.shared):
+            _check_part(f"{path}.{name}", _part(module, name), nn.Parameter, nn.Linear, nn.RMSNorm, CausalConv)
+        for name in plan.between:
+            _check_option(f"{path}.{name}", "bias", _part(module, name).bias)
+        if plan.norm is not None:
+            _check_part(f"{path}.{plan.norm}", _part(module, plan.norm), nn.RMSNorm)
+
+
+def _check_ends(model: LanguageModel) -> None:
+    """Raise unless the embedding only looks up weights, and the head only multiplies by them."""
+    _check_part("embedding", model.embedding, nn.Embedding)
+    _check_part("head", model.head, nn.Linear)
+    for option in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"):
+        _check_option("embedding", option, getattr(model.embedding, option))
+    _check_option("head", "bias", model.head.bias)
+    shape = (model.config.vocab_size, model.config.width)  # type: ignore[union-attr,operator]
+    for path in ("embedding", "head"):
+        if (found := tuple(model.get_submodule(path).weight.shape)) != shape:  # type: ignore[operator]
+            raise ValueError(f"model must have {path}.weight of shape {shape}, as its config says, got {found}")
+
+
+def _check_places(model: LanguageModel) -> None:
+    """Raise for a parameter at two places: each would get a part of its own."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (other := first.setdefault(id(parameter), name)) != name:
+            raise ValueError(
+                f"model must have no parameter at two places for tensor parallelism, got {other} and {name}, which are "
+                "the same: each place would get one of its own"
+            )
+
+
+def _part(module: nn.Module, name: str) -> Any:
+    return module._parameters.get(name) if name in module._parameters else module.get_submodule(name)
+
+
+def _check_part(path: str, part: Any, *types: type) -> None:
+    if type(part) not in types:
+        raise ValueError(f"model must have its own layers, got {path}, a {type(part).__name__}")
+    if isinstance(part, nn.Module) and "forward" in part.__dict__:
+        raise ValueError(f"model must have its own layers, got {path}, whose `forward` something has replaced")
+
+
+def _check_option(path: str, option: str, found: Any) -> None:
+    if found is not None and found is not False:
+        told = "one" if option == "bias" else found
+        raise ValueError(
+            f"model must have {path} without {option} for tensor parallelism, got {told}: parts would leave it out"
+        )

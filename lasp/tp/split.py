@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 import lasp_kernels as kernels
+from lasp.checks.optimizers import replaces_parameters
 from lasp.models.decoder import Decoder
 from lasp.models.lrpe import LRPE
 from lasp.models.mixers import Mamba2
@@ -25,6 +26,7 @@ from lasp.tp.plans import MODELS, PLANS, Plan
 
 def split(model: LanguageModel, mesh: DeviceMesh) -> None:
     """In place, over the ranks of the axis "tp"."""
+    replaces_parameters(model, "lasp.tensor_parallel")
     for path, module in list(model.named_modules()):
         if (plan := PLANS.get(type(module))) is not None:
             _split_layer(path, module, plan, mesh)
@@ -158,7 +160,8 @@ def _between(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _norm(layer: nn.RMSNorm, x: Tensor) -> Tensor:
     parts: Ranks = layer.parts  # type: ignore[assignment]
-    return kernels.norm_of_parts(x, parts.total, parts.number, layer.weight, eps=layer.eps or 1e-6)
+    eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps  # as nn.RMSNorm
+    return kernels.norm_of_parts(x, parts.total, parts.number, layer.weight, eps=eps)
 
 
 def _embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
