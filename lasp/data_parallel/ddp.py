@@ -28,13 +28,7 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     """
     arguments.module("model", model)
     arguments.choice("validate", validate, ("first", "off"))
-    split = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
-    if split is not None:
-        raise ValueError(
-            f"model must have plain parameters for DDP, but {split} is a DTensor, as after lasp.tensor_parallel: take "
-            "FSDP2 (wrap_fsdp2; its reshard_after_forward=False keeps whole weights, as DDP does), or lasp.sync_grads "
-            "(the scheme 'ddp-legacy')"
-        )
+    check_plain(model)
     group, _ = grad_group(mesh)
     if group is None:
         return model
@@ -48,3 +42,14 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     # averages nothing, and the others wait for it in backward.
     process.reducers[model] = wrapped.reducer
     return wrapped
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise if `lasp.tensor_parallel` has split the model."""
+    split = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if split is not None:
+        raise ValueError(
+            f"model must have plain parameters for DDP, but {split} is a DTensor, as after lasp.tensor_parallel: take "
+            "FSDP2 (wrap_fsdp2; its reshard_after_forward=False keeps whole weights, as DDP does), or lasp.sync_grads "
+            "(the scheme 'ddp-legacy')"
+        )

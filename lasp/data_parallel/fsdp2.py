@@ -35,13 +35,12 @@ def wrap_fsdp2(
     dtypes of the parameters first, and which are trained.
 
     Raises:
+        ValueError: one of `blocks` is no part of the model.
         RankMismatchError: ranks hold other parameters; on every rank.
     """
     arguments.module("model", model)
     arguments.choice("validate", validate, ("first", "off"))
-    if not isinstance(blocks, Iterable):
-        raise TypeError(f"blocks must be modules, got {arguments.shown(blocks)}")
-    blocks = [arguments.module("blocks", block) for block in blocks]
+    blocks = check_blocks(model, blocks)
     axis = grad_mesh(mesh)
     if not isinstance(axis, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh for FSDP2, got {arguments.shown(mesh)}")
@@ -63,6 +62,18 @@ def wrap_fsdp2(
     process.sharded.add(model)
     before_step(_free_gathered)
     return model
+
+
+def check_blocks(model: nn.Module, blocks: Any) -> list[nn.Module]:
+    """`blocks` as a list, if each is a part of the model: FSDP2 would shard any module, and leave the model whole."""
+    if not isinstance(blocks, Iterable):
+        raise TypeError(f"blocks must be modules, got {arguments.shown(blocks)}")
+    blocks, parts = list(blocks), {id(module) for module in model.modules() if module is not model}
+    for number, block in enumerate(blocks):
+        if id(arguments.module("blocks", block)) not in parts:
+            what = "the model itself" if block is model else f"{arguments.shown(block)}, which is no part of it"
+            raise ValueError(f"blocks must be modules inside model ({type(model).__name__}), got {what}, as {number}")
+    return blocks
 
 
 def _free_gathered(optimizer: Optimizer) -> None:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from lasp import arguments
 from lasp.checks.agreement import compare
-from lasp.data_parallel.ddp import wrap_ddp
-from lasp.data_parallel.fsdp2 import wrap_fsdp2
+from lasp.data_parallel.ddp import check_plain, wrap_ddp
+from lasp.data_parallel.fsdp2 import check_blocks, wrap_fsdp2
 from lasp.data_parallel.legacy import AfterBackward, average_after_backward
 from lasp.ranks import SequenceParallel, copies_of, grad_group, shard_mesh
 from lasp.ranks.group import process
@@ -74,18 +74,19 @@ def data_parallel(
         The model to call: a `DistributedDataParallel` for "ddp" and "zero1", else the same module. And its optimizer.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; on every rank, before anything is sent.
+        ValueError, TypeError: an argument that does not fit; on every rank, before anything is sent, but for what is
+            seen only once the model is wrapped: what `optimizer` returns, and values of `options` that PyTorch refuses.
         RankMismatchError: ranks have other schemes or parameters; on every rank.
     """
     arguments.module("model", model)
     arguments.choice("scheme", scheme, SCHEMES)
     arguments.choice("validate", validate, ("first", "off"))
     _check_optimizer(optimizer)
-    if not isinstance(blocks, Iterable):
-        raise TypeError(f"blocks must be modules, got {arguments.shown(blocks)}")
-    blocks = [arguments.module("blocks", block) for block in blocks]
+    blocks = check_blocks(model, blocks)
     _check_options(scheme, options)
     _check_whole(model)
+    if scheme in ("ddp", "zero1"):
+        check_plain(model)
     group, ranks = grad_group(mesh)
     _check_mesh(scheme, mesh)
     if ranks > 1 and validate == "first":
@@ -99,13 +100,14 @@ def data_parallel(
     else:
         wrapped = wrap_ddp(model, mesh, validate=validate, **options)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
+    made = optimizer(trained)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {arguments.shown(made)} from it")
     over = shard_mesh(mesh) if _DEALT_OUT[scheme] else None
     if scheme == "zero1" and over is not None:
         from lasp.data_parallel.zero1 import Zero1  # what it imports takes time, and warns of torch.jit
 
-        made = Zero1(trained, optimizer, over.get_group() if isinstance(over, DeviceMesh) else over)
-    else:
-        made = optimizer(trained)
+        made = Zero1(made, over.get_group() if isinstance(over, DeviceMesh) else over)
     for module in {model, wrapped}:
         process.schemes[module] = _told(scheme, ranks, copies_of(mesh))
     return wrapped, made
