@@ -51,7 +51,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm import trange
 
 import lasp
-from lasp.data_parallel.schemes import FSDP2_SCHEMES
+from lasp.data_parallel.schemes import FSDP2_SCHEMES, SCHEMES
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
 from lasp.models.memory import blocks_to_recompute, save_memory
 from lasp.ranks import SCHEDULES
@@ -60,7 +60,7 @@ from lasp.ranks import SCHEDULES
 # last bits, and training lets such differences grow: in the demo weights that are 1e-7 off change a loss by up to 5e-6
 # (with twice the learning rate 7e-5), in one process as well.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-Scheme = Literal["ddp", "ddp-legacy", "zero1", "zero2", "zero3", "fsdp2", "hsdp"]
+Scheme = Literal[SCHEMES]
 # Options that a resumed run must have as before: what it computes hangs on them.
 SAME = (
     "family",
@@ -158,7 +158,7 @@ def main(
         Literal["cosine", "linear", "wsd", "constant"], typer.Option(help="How the learning rate falls.")
     ] = "cosine",
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which it rises; default: a tenth of all.")] = None,
-    parallel: Annotated[Scheme, typer.Option(help="What the ranks deal out (docs/data_parallel.md).")] = "ddp",
+    parallel: Annotated[Scheme, typer.Option(help="What the ranks deal out (docs/data_parallel.md).")] = "ddp",  # type: ignore[valid-type]
     outer_every: Annotated[
         int,
         typer.Option(min=0, help="Steps that the --dp replicas train apart between averages (CO2); 0: none."),
@@ -347,12 +347,12 @@ def check_same_run(options: Options, text: Text) -> None:
         _checkpoint.newest(options.out)
         run_before = read_object(file)
         before, digest = run_before.get("options"), run_before.get("text")
-        before = {**NO_EXPERTS, "outer_every": 0, **before} if isinstance(before, dict) else before
+        before = {**NO_EXPERTS, "outer_every": 0, "accumulate": 1, **before} if isinstance(before, dict) else before
         if not isinstance(before, dict) or not isinstance(digest, str) or not before.keys() >= {*SAME, "data"}:
             raise FileError(f"{file} is not what a run writes: options and a digest of its text are not in it")
     except FileError as error:
         refuse("--resume", str(error))
-    for name in SAME:
+    for name in (*SAME, "accumulate") if balance_of(options) else SAME:  # not linear: of each micro-batch for itself
         if before[name] != now[name]:
             refuse("--" + name.replace("_", "-"), f"{now[name]}, but the run to be resumed has {before[name]}")
     if digest != text.digest:
@@ -362,6 +362,11 @@ def check_same_run(options: Options, text: Text) -> None:
             f"{describe(options)} is not the text of the run to be resumed: its SHA-256 is {text.digest}, that "
             f"of the run's {digest}{hint}",
         )
+
+
+def balance_of(options: Options) -> float:
+    """How many times the loss holds the balance of the experts; 0 without experts."""
+    return options.balance if options.experts or options.attention_experts else 0.0
 
 
 def describe(options: Options) -> str:
@@ -580,7 +585,7 @@ def micro_batch(
     share = 1 / options.accumulate
     sharded = mesh is not None and options.parallel in FSDP2_SCHEMES  # then FSDP2 casts to bf16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16" and not sharded)
-    balance = options.balance if options.experts or options.attention_experts else 0.0
+    balance = balance_of(options)
     if options.segment and mesh is not None:
         with autocast:  # the ids stay on the host, and so does what crosses the borders of segments
             more = {"segment": options.segment, "balance": balance, "loss_scale": share}

@@ -12,13 +12,13 @@ from ranks import mesh_of, run_ranks
 from small_model import SmallModel
 from test_data_parallel import CLOSE, loss_of, rows_of_this_rank, whole, whole_batch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import AdamW
 
 import lasp
-from lasp.data_parallel import wrap_ddp
+from lasp.data_parallel import wrap_ddp, wrap_fsdp2
 from lasp.data_parallel.schemes import SCHEMES
 from lasp.models import TNL, TNLConfig
 
@@ -303,6 +303,129 @@ def test_ranks_without_a_parameter_in_zero1(bare):
     if not bare:
         assert sorted(map(len, of_ranks)) == [0, 0, 3, 3]  # step and two moments each
         assert all(x["state.head.weight.step"] == 3 for x in of_ranks if "state.head.weight.step" in x)
+
+
+class _TwoModes(torch.optim.Optimizer):
+    """What it is given beside lr is no setting of a group, so `defaults` does not have it."""
+
+    def __init__(self, params, lr, mode="a"):
+        super().__init__(params, {"lr": lr})
+        self.mode, self.steps = mode, 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign() if self.mode == "b" else p.grad, alpha=group["lr"])
+
+
+class _OfTwo(torch.optim.Optimizer):
+    """Whose groups are a new list whenever they are read: those of two others."""
+
+    def __init__(self, params):
+        half, rest = (list(params)[n::2] for n in range(2))
+        self.parts = [AdamW(half), torch.optim.SGD(rest)]
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+
+def _set(made, **settings):
+    for name, value in settings.items():
+        setattr(made, name, value)
+    return made
+
+
+def _kept_by_zero1():
+    """What makes the optimizer is all that says what it does, groups, states from the first and all."""
+    mesh = mesh_of(sp=4)
+    makers = [
+        functools.partial(_TwoModes, lr=1e-2, mode="b"),
+        lambda ps: _set(_TwoModes(ps, lr=1e-2), mode="b"),
+        functools.partial(torch.optim.Adagrad, lr=1e-2, initial_accumulator_value=0.3),
+        lambda ps: AdamW([{"params": list(ps)[::2]}], lr=1e-2, eps=1e-6),  # only some of them
+    ]
+    for number, make in enumerate(makers):
+        alone = SmallModel().double()
+        for m in (alone, model := lasp.parallelize(SmallModel().double(), mesh)):
+            if number == 2:  # fewer than ranks
+                m.requires_grad_(False)
+                m.head.weight.requires_grad_(True)
+        expected = make([p for p in alone.parameters() if p.requires_grad])
+        model, optimizer = lasp.data_parallel(model, mesh, scheme="zero1", optimizer=make)
+        for m, o in ((alone, expected), (model, optimizer)):
+            get_state_dict(m, o)  # where there is none yet it steps, by nothing, and on no rank alone
+        for step in range(3):
+            for m, over, o in ((alone, None, expected), (model, mesh, optimizer)):
+                o.zero_grad()
+                loss_of(m, whole_batch(step), over).backward()
+                o.step()
+        assert optimizer.defaults == expected.defaults
+        assert [len(group["params"]) for group in optimizer.param_groups] == [
+            len(group["params"]) for group in expected.param_groups
+        ]
+        for name, p in names(model).items():
+            assert_close(p.detach(), alone.get_parameter(name).detach(), f"{number}: {name}", **CLOSE)
+    with pytest.raises(TypeError, match=r"optimizer must make one whose param_groups is a list .* got _OfTwo, which"):
+        lasp.data_parallel(SmallModel(), mesh, scheme="zero1", optimizer=_OfTwo)
+
+
+def test_zero1_steps_with_the_optimizer_that_was_made():
+    run_ranks(4, _kept_by_zero1)
+
+
+def _loads_where_a_rank_has_none(flat):
+    """States are looked at, loaded and looked at again: of one parameter, on two ranks."""
+    mesh, options = mesh_of(sp=2), StateDictOptions(flatten_optimizer_state_dict=flat, strict=False)
+    model = lasp.parallelize(SmallModel().double().requires_grad_(False), mesh)
+    model.head.weight.requires_grad_(True)
+    model, optimizer = lasp.data_parallel(model, mesh, scheme="zero1", optimizer=MAKE)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, whole_batch(step), mesh).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = names(model)["head.weight"].detach().clone()
+        found = copy.deepcopy(get_state_dict(model, optimizer, options=options)[1])
+        set_optimizer_state_dict(model, optimizer, found, options=options)
+        assert str(get_state_dict(model, optimizer, options=options)[1]) == str(found)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert str(get_state_dict(model, optimizer, options=options)[1]) == str(found)
+        assert torch.equal(names(model)["head.weight"], before)
+    steps = [x["step"].item() for x in optimizer.state.values() if x]
+    assert steps == ([] if dist.get_rank() else [2])
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_states_are_loaded_into_zero1_where_a_rank_has_none(flat):
+    run_ranks(2, _loads_where_a_rank_has_none, flat)
+
+
+def _refused_by_one():
+    """Rank 0 alone: if it sent anything first, it would wait."""
+    mesh, split, model, other = mesh_of(sp=2), mesh_of(sp=1, tp=2), SmallModel(), SmallModel()
+    of_two = lasp.tensor_parallel(TNL(TNLConfig(vocab_size=18, layers=1, width=8, heads=2, glu_width=12)), split["tp"])
+    if dist.get_rank() == 0:
+        for scheme in ("ddp", "zero1"):
+            with pytest.raises(ValueError, match=r"embedding\.weight is a DTensor, as after lasp\.tensor_parallel"):
+                lasp.data_parallel(of_two, split, scheme=scheme, optimizer=MAKE)
+        blocks = [model.blocks[0], other.blocks[1]]
+        for scheme in SCHEMES[:-1]:
+            with pytest.raises(ValueError, match=r"inside model \(SmallModel\), got Block\(.*no part of it, as 1"):
+                lasp.data_parallel(model, mesh, scheme=scheme, optimizer=MAKE, blocks=blocks)
+        with pytest.raises(ValueError, match=r"inside model \(SmallModel\), got the model itself, as 0"):
+            wrap_fsdp2(other, mesh, blocks=[other])
+    dist.barrier()
+    for scheme in SCHEMES[:-1]:  # seen once the model is wrapped
+        with pytest.raises(TypeError, match=r"optimizer must make a torch\.optim\.Optimizer, got None from it"):
+            lasp.data_parallel(SmallModel(), mesh, scheme=scheme, optimizer=lambda parameters: None)
+    dist.barrier()
+
+
+def test_what_does_not_fit_is_refused_before_ranks_meet():
+    run_ranks(2, _refused_by_one)
 
 
 def _refused():

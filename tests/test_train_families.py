@@ -52,6 +52,9 @@ def test_two_ranks_train_experts_as_one(text, tmp_path, more):  # noqa: F811
     code, said = _alone(*_small(text, tmp_path / "2", "--resume", "--family=gla"))
     assert code == 2
     assert "--experts: 0, but the run to be resumed has 8" in said
+    code, said = _alone(*_small(text, tmp_path / "2", "--resume", *options, "--accumulate=2"))
+    assert code == 2  # the balance of each micro-batch is another loss
+    assert "--accumulate: 2, but the run to be resumed has 1" in said
     [(code, said)] = run_ranks(1, _export, tmp_path / "2", tmp_path / "weights.safetensors")
     assert code == 0, said
     experts = {"experts": 8, "attention_experts": 4}
