@@ -149,8 +149,8 @@ class _Process:
         """What `lasp.init_mesh` has made in this life of the process groups: by shape a mesh, and all its groups."""
         return self._made("meshes")
 
-    def parts_of_world(self) -> dict[ProcessGroup, Any]:
-        """Of tensor parallelism (`lasp.ranks.parts.Ranks.of`), in this life of the process groups."""
+    def parts_of_world(self) -> dict[Any, Any]:
+        """By mesh, of tensor parallelism (`lasp.ranks.parts.Ranks.of`), in this life of the process groups."""
         return self._made("parts")
 
     def _made(self, kind: str) -> dict[Any, Any]:

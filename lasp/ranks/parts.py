@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lasp.ranks import collectives
-from lasp.ranks.group import peers_of, process, waiting
+from lasp.ranks.group import process, waiting
 from lasp.ranks.sequence import place_in
 
 
@@ -92,12 +92,14 @@ class Ranks:
     @classmethod
     def of(cls, x: DTensor) -> Ranks:
         """Those over which a tensor is split (`is_split`)."""
-        known, group = process.parts_of_world(), x.device_mesh.get_group()
-        found = known.get(group)  # and not by the mesh: one that is made anew equals the one whose group was destroyed
-        if found is None:
-            for other in [other for other in known if not peers_of(other).exists]:
-                del known[other]
-            found = known[group] = cls(x.device_mesh, "the loss")
+        found = process.parts_of_world().get(x.device_mesh)
+        return cls.note(x.device_mesh) if found is None else found
+
+    @classmethod
+    def note(cls, mesh: DeviceMesh) -> Ranks:
+        """These are what `of` finds for a tensor of this mesh, or of one that equals it: what DTensor keeps of
+        operations may put an equal mesh of before into a new tensor, whose group was destroyed."""
+        found = process.parts_of_world()[mesh] = cls(mesh, "the loss")
         return found
 
 

@@ -27,6 +27,7 @@ from lasp.tp.plans import MODELS, PLANS, Plan
 def split(model: LanguageModel, mesh: DeviceMesh) -> None:
     """In place, over the ranks of the axis "tp"."""
     replaces_parameters(model, "lasp.tensor_parallel")
+    Ranks.note(mesh)
     for path, module in list(model.named_modules()):
         if (plan := PLANS.get(type(module))) is not None:
             _split_layer(path, module, plan, mesh)
