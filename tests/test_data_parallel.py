@@ -336,3 +336,17 @@ def _timeout():
 
 def test_a_timeout_is_set_without_a_warning():
     run_ranks(2, _timeout)
+
+
+def _optimizer_made_before_sharding():
+    model = SmallModel()
+    before = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrap_fsdp2(model, mesh_of(dp_shard=2, sp=1), blocks=model.blocks)
+    with pytest.raises(RuntimeError, match=r"SGD would step on .* as it was before wrap_fsdp2, which the model no"):
+        before.step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_an_optimizer_that_was_made_before_fsdp2():
+    """It would step on weights that no model has, and PyTorch says nothing."""
+    run_ranks(2, _optimizer_made_before_sharding)

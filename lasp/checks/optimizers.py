@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ def steps_within(optimizer: Optimizer) -> None:
     _inner.add(optimizer)
 
 
-def replaces_parameters(model: nn.Module, by: str) -> None:
-    """The parameters that the model now has are about to be replaced, by this function: an optimizer that was made
-    before would go on stepping on those that no model has."""
-    for name, parameter in model.named_parameters():
-        parameter._lasp_replaced = f"{name} as it was before {by}"  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def replaces_parameters(model: nn.Module, by: str) -> Iterator[None]:
+    """Inside, this function replaces parameters of the model: an optimizer that was made before would go on stepping on
+    those that no model has, and is refused then."""
+    before = dict(model.named_parameters())
+    yield
+    kept = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in before.items():
+        if id(parameter) not in kept:
+            parameter._lasp_replaced = f"{name} as it was before {by}"  # type: ignore[attr-defined]
     before_step(_refuse_replaced)
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lasp import arguments
 from lasp.checks.messages import check_messages
-from lasp.checks.optimizers import before_step
+from lasp.checks.optimizers import before_step, replaces_parameters
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
 from lasp.ops.stream import Content
@@ -50,7 +50,10 @@ def wrap_fsdp2(
     shard = shard_mesh(mesh)
     if isinstance(shard, DeviceMesh) and copies_of(mesh) > 1:
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])
-    with waiting("wrap_fsdp2: sharding the parameters over all ranks"):
+    with (
+        waiting("wrap_fsdp2: sharding the parameters over all ranks"),
+        replaces_parameters(model, "wrap_fsdp2"),
+    ):
         for block in blocks:
             fully_shard(block, mesh=axis, **options)
         fully_shard(model, mesh=axis, **options)

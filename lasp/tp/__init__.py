@@ -14,6 +14,7 @@ from lasp.checks import agreement
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums, forms_of, whole_parameters
 from lasp.checks.messages import check_messages
+from lasp.checks.optimizers import replaces_parameters
 from lasp.models.trunk import LanguageModel
 from lasp.ranks import SequenceParallel, collectives
 from lasp.ranks.parts import is_split
@@ -84,7 +85,8 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
         )
     if ranks.size > 1:
         assert isinstance(ranks.mesh, DeviceMesh)
-        split(model, ranks.mesh)
+        with replaces_parameters(model, "lasp.tensor_parallel"):
+            split(model, ranks.mesh)
         if ranks.mesh.device_type == "cuda":  # so that no forward connects them
             collectives.connect(ranks.group, "cuda")
         model.register_forward_pre_hook(_SameTokens(ranks), with_kwargs=True)

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 import lasp_kernels as kernels
-from lasp.checks.optimizers import replaces_parameters
 from lasp.models.decoder import Decoder
 from lasp.models.lrpe import LRPE
 from lasp.models.mixers import Mamba2
@@ -26,7 +25,6 @@ from lasp.tp.plans import MODELS, PLANS, Plan
 
 def split(model: LanguageModel, mesh: DeviceMesh) -> None:
     """In place, over the ranks of the axis "tp"."""
-    replaces_parameters(model, "lasp.tensor_parallel")
     Ranks.note(mesh)
     for path, module in list(model.named_modules()):
         if (plan := PLANS.get(type(module))) is not None:
