@@ -53,8 +53,8 @@ def norm_linear(x: Tensor, norm: nn.Module, *layers: nn.Linear) -> tuple[Tensor,
 
     What has replaced the RMS norm of the model, or one of the layers, is called as it is.
     """
-    weights = [weight for layer in layers if (weight := _weight_of(layer)) is not None]
-    if len(weights) < len(layers) or not _is_rms_norm(norm):
+    weights = [_weight_of(layer) for layer in layers]
+    if not _is_rms_norm(norm) or not all([weight is not None for weight in weights]):
         h = norm(x)
         return (x, *(layer(h) for layer in layers))
     return kernels.norm_linear(x, weights, getattr(norm, "weight", None), eps=norm.eps)  # type: ignore[arg-type]
