@@ -325,18 +325,23 @@ def test_a_sequence_in_segments(sharded):
     run_ranks(4, _stream, sharded)
 
 
+def assert_a_step_as_alone(model, alone, mesh):
+    """Loss and gradients of the split model, and of the same whole in one process."""
+    serial, loss = loss_of(alone, batch_of(), None), loss_of(model, batch_of(), mesh)
+    serial.backward()
+    loss.backward()
+    lasp.sync_grads(model, mesh)
+    assert_close(loss, serial, **CLOSE)
+    assert_same(model, alone, lambda p: p.grad)
+
+
 def _other_order():
     """`tensor_parallel` first: the trial of `parallelize` cannot run, and goes by classes."""
     mesh = mesh_of(dp_shard=1, sp=2, tp=2)
     for family in ("tnl", "gated_delta_net"):
         alone, model = make(family), lasp.tensor_parallel(make(family), mesh["tp"])
         lasp.parallelize(model, mesh["sp"])
-        serial, loss = loss_of(alone, batch_of(), None), loss_of(model, batch_of(), mesh)
-        serial.backward()
-        loss.backward()
-        lasp.sync_grads(model, mesh)
-        assert_close(loss, serial, **CLOSE)
-        assert_same(model, alone, lambda p: p.grad)
+        assert_a_step_as_alone(model, alone, mesh)
 
 
 def test_in_the_other_order():
@@ -451,12 +456,7 @@ def _compiled():
     alone, model = make("tnl"), split_model("tnl", mesh)
     for block in model.blocks:
         block.compile(backend="aot_eager")
-    serial, loss = loss_of(alone, batch_of(), None), loss_of(model, batch_of(), mesh)
-    serial.backward()
-    loss.backward()
-    lasp.sync_grads(model, mesh)
-    assert_close(loss, serial, **CLOSE)
-    assert_same(model, alone, lambda p: p.grad)
+    assert_a_step_as_alone(model, alone, mesh)
 
 
 def test_compiled_blocks():
