@@ -87,14 +87,22 @@ def rows(header: str, body: list[list[object]]) -> str:
 
 
 def against_measured() -> str:
-    """TNL-1B on one and two H100s: bench/results/2026-11-22_scaling_weak_1B_2xcuda.md, peak GiB."""
-    measured = {1: (22.7, 23.9, 26.1, 34.7), 2: (14.4, 15.6, 18.0, 28.4)}
-    config, body = TNLConfig.named("1B"), []
-    for shards, peaks in measured.items():
-        for tokens, peak in zip((16384, 32768, 65536, 131072), peaks):
-            found = peak_bytes(config, tokens, shards=shards) / 2**30
-            body.append([f"1x{shards}", f"{tokens:,}", f"{found:.1f}", peak, f"{100 * (found / peak - 1):+.0f}%"])
-    return rows("dp x sp | tokens a rank | predicted GiB | measured GiB | error", body)
+    """On H100s: bench/results/2026-11-22_scaling_weak_1B_2xcuda.md; on H200s: 2026-11-27_scaling_tp_1B_2xH200.md and
+    2026-11-27_scaling_tp_7B_2xH200.md; peak GiB."""
+    measured = (
+        ("1B", 1, 1, "H100", {16384: 22.7, 32768: 23.9, 65536: 26.1, 131072: 34.7}),
+        ("1B", 2, 1, "H100", {16384: 14.4, 32768: 15.6, 65536: 18.0, 131072: 28.4}),
+        ("1B", 1, 2, "H200", {16384: 11.3, 32768: 13.5}),
+        ("7B", 2, 1, "H200", {8192: 58.0, 16384: 61.0}),
+        ("7B", 1, 2, "H200", {8192: 56.5, 16384: 59.0}),
+    )
+    body = []
+    for name, shards, tp, card, peaks in measured:
+        for tokens, peak in peaks.items():
+            found = peak_bytes(config_of(name), tokens, tp=tp, shards=shards) / 2**30
+            error = f"{100 * (found / peak - 1):+.0f}%"
+            body.append([name, f"1x{shards}x{tp}", card, f"{tokens:,}", f"{found:.1f}", peak, error])
+    return rows("model | dp x sp x tp | GPUs | tokens a rank | predicted GiB | measured GiB | error", body)
 
 
 def model_parallel(tokens: int = 8192) -> str:
@@ -139,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gib", type=float, default=74.5, help="memory of a GPU; default: 80 GB")
     options = parser.parse_args(argv)
     for title, table in (
-        ("TNL-1B, predicted and measured", against_measured()),
+        ("Predicted and measured", against_measured()),
         ("TNL-7B on 8 GPUs, 8,192 tokens for each tp ranks", model_parallel()),
         ("64 GPUs, memory without tokens", states()),
         (f"64 GPUs of {options.gib:g} GiB, the longest sequence of tp ranks", contexts(options.gib)),
