@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 bench/scaling.py --model 7B --mesh 1x1x2 1x2 2x1 --only --tokens 8192 16384
     torchrun --nproc-per-node 8 bench/scaling.py --model 1B --strong 1048576     # one sequence, more and more ranks
     torchrun --nproc-per-node 2 bench/scaling.py --model 1B --longest            # the longest sequence that fits
-    torchrun --nproc-per-node 2 bench/scaling.py --model 1B --schemes --mesh 1x2 2x1 --tokens 16384   # data parallelism
+    torchrun --nproc-per-node 2 bench/scaling.py --model 1B --schemes --mesh 1x2 2x1 --tokens 16384   # and CO2
 
 FSDP2 (--parallel: another scheme), bf16 parameters in the arithmetic, blocks recomputed in backward (--recompute: some
 of them), AdamW. A layout of fewer ranks than there are runs on all of them at once, in copies that share nothing; so
@@ -49,6 +49,7 @@ from lasp.models.tnl import SIZES
 from lasp.ranks import MESH_AXES, SCHEDULES
 
 WARM = 12  # steps before a graph is captured; DDP asks for 11
+CO2 = "co2"  # `lasp.CO2` with zero3 in each replica
 GATE_TOKENS, GATE_LIMIT = 128, 1e-2  # relative difference of the losses from those of one rank
 Interval = tuple[float, float]
 
@@ -91,7 +92,10 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, layout: Layout, device: torch.device, exchange: str | None):
         self.layout, self.device, self.exchange = layout, device, exchange
-        self.mesh = mesh_of(layout, device.type, hybrid=options.parallel == "hsdp")
+        apart = options.parallel == CO2  # replicas average their weights once a round
+        whole = mesh_of(layout, device.type, hybrid=apart or options.parallel == "hsdp")
+        self.mesh = lasp.replica_mesh(whole) if apart else whole
+        self.place = whole["dp_replicate"].get_local_rank() + whole["dp_shard"].get_local_rank()  # one of them is 0
         torch.manual_seed(0)
         changes = {} if options.vocab is None else {"vocab_size": options.vocab}
         self.config = TNLConfig.named(options.model, decay=options.decay, **changes)
@@ -107,20 +111,20 @@ class Training:
                 block.compile()
         save_memory(model.blocks, recompute=recomputed, chunk=options.chunk, offload=options.offload)
         gpu, more = device.type == "cuda", {}
-        self.head, self.autocast = model.head, options.parallel not in FSDP2_SCHEMES
+        scheme = "zero3" if apart else options.parallel
+        self.head, self.autocast = model.head, scheme not in FSDP2_SCHEMES
         if not self.autocast:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if gpu else None, reduce_dtype=torch.float32)
             more = {"blocks": model.blocks, "mp_policy": policy}
         adamw = functools.partial(AdamW, lr=1e-4, fused=gpu, capturable=gpu and options.graph)
         with on_the_side(device):  # where a graph will be captured
-            scheme = options.parallel
             self.model, self.optimizer = lasp.data_parallel(model, self.mesh, scheme=scheme, optimizer=adamw, **more)
+        self.co2 = lasp.CO2(self.model, self.optimizer, whole, sync_every=options.steps) if apart else None
         self.graph = Graph(self._step) if options.graph else None
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
         """This rank's part of one random sequence of sp x tokens for each dp rank."""
-        place = self.mesh["dp_replicate"].get_local_rank() * self.mesh["dp_shard"].size()
-        draw = torch.Generator().manual_seed(1 + place + self.mesh["dp_shard"].get_local_rank())
+        draw = torch.Generator().manual_seed(1 + self.place)
         ids = torch.randint(self.config.vocab_size, (1, tokens * self.layout.sp), generator=draw)
         return lasp.shard_batch({"input_ids": ids.to(self.device)}, self.mesh)
 
@@ -137,6 +141,8 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()  # the scheme averages over the ranks
         self.optimizer.step()
+        if self.co2 is not None:
+            self.co2.step()
         return loss.detach()
 
 
@@ -208,8 +214,20 @@ def measure(
     return found
 
 
-def steps(training: Training, batch: dict[str, Tensor], options: argparse.Namespace) -> tuple[float, float | None]:
-    """Median seconds of a step on the slowest rank, and peak memory in GiB on the fullest.
+def mean_over_ranks(loss: Tensor) -> float:
+    """Of what the ranks hold: with replicas that train apart each has its own."""
+    loss = loss.double()
+    dist.all_reduce(loss)
+    return loss.item() / dist.get_world_size()
+
+
+def steps(
+    training: Training,
+    batch: dict[str, Tensor],
+    options: argparse.Namespace,
+    middle: Callable[[list[float]], float] = statistics.median,
+) -> tuple[float, float | None]:
+    """Median (or `middle`) seconds of a step on the slowest rank, and peak memory in GiB on the fullest.
 
     Steps follow one another as in training: nothing waits between them, neither for the device nor for other ranks. A
     wait would add to each step the time in which the host queues its first kernels; in training that time passes while
@@ -232,7 +250,7 @@ def steps(training: Training, batch: dict[str, Tensor], options: argparse.Namesp
     mine = torch.tensor([*times, peak], dtype=torch.float64, device=device)
     dist.all_reduce(mine, dist.ReduceOp.MAX)
     *times, peak = mine.tolist()
-    return statistics.median(times), peak if device.type == "cuda" else None
+    return middle(times), peak if device.type == "cuda" else None
 
 
 def mark(device: torch.device) -> torch.cuda.Event | float:
@@ -374,26 +392,33 @@ def schemes(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
     rows, expected = [], {}
     wanted = [(layout, tokens) for layout in layouts for tokens in options.tokens]
     for layout, tokens in wanted:
-        for scheme in options.schemes or SCHEMES:
-            if scheme == "fsdp2" or (scheme == "hsdp" and layout.dp == 1):  # is zero3; needs copies
+        for scheme in options.schemes or (*SCHEMES, CO2):
+            if scheme == "fsdp2" or (scheme in ("hsdp", CO2) and layout.dp == 1):  # is zero3; need copies
                 continue
             own = argparse.Namespace(**{**vars(options), "parallel": scheme})
             training = Training(own, layout, device, options.exchange)
             batch = training.batch(tokens)
-            losses = [training.step(batch).item() for _ in range(2)]
+            losses = [mean_over_ranks(training.step(batch)) for _ in range(1 if scheme == CO2 else 2)]
             known = expected.setdefault((layout, tokens), losses)
             error = max(abs(found - first) / first for found, first in zip(losses, known))
             if not error <= GATE_LIMIT:
                 raise SystemExit(f"losses of {scheme}, {layout}: {losses}, of {rows[0]['scheme']}: {known}")
-            seconds, peak = steps(training, batch, own)
+            # Of CO2 the mean over a round, in which weights travel once.
+            seconds, peak = steps(training, batch, own, statistics.fmean if scheme == CO2 else statistics.median)
+            counted = options.steps if scheme == CO2 else 1
             with Sent() as sent:
-                training.step(batch)
+                for _ in range(counted):
+                    training.step(batch)
             exposed = exposed_milliseconds(training, batch) if device.type == "cuda" else None
+            if training.co2 is not None:
+                training.co2.finish()
             del training
             free()
             found = {"scheme": scheme, "layout": str(layout), "tokens a rank": tokens, "step ms": seconds * 1e3}
-            found |= {"tokens/s/GPU": tokens / seconds, "peak GiB": peak, "sent MiB": sent.total / 2**20}
-            found["sent, by collective"] = ", ".join(f"{name} {n / 2**20:.4g}" for name, n in sent.bytes.items())
+            found |= {"tokens/s/GPU": tokens / seconds, "peak GiB": peak, "sent MiB": sent.total / counted / 2**20}
+            found["sent, by collective"] = ", ".join(
+                f"{name} {n / counted / 2**20:.4g}" for name, n in sent.bytes.items()
+            )
             found["exposed NCCL ms"] = None if exposed is None else sum(exposed.values())
             found["relative error of losses"] = error
             rows.append(found)
@@ -487,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     kind.add_argument("--strong", type=int, metavar="TOKENS", help="one length of sequence over more and more ranks")
     kind.add_argument("--longest", action="store_true", help="the longest sequence that fits")
     kind.add_argument(
-        "--schemes", nargs="*", choices=SCHEMES, metavar="SCHEME", help="a row for each of these, or for all"
+        "--schemes", nargs="*", choices=(*SCHEMES, CO2), metavar="SCHEME", help="a row for each of these, or for all"
     )
     parser.add_argument("--fill", type=float, default=0.8, help="--longest: the share of the memory to be used")
     parser.add_argument("--exchange", choices=("auto", *SCHEDULES), default="auto")

@@ -431,13 +431,14 @@ def test_strong_scaling_and_layouts():
 def test_schemes_of_data_parallelism():
     common = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 0, "--tokens", 64, "--mesh", "2x1")
     rows = {row["scheme"]: row for row in _on_ranks(2, "scaling", *common, "--schemes")["rows"]}
-    assert list(rows) == ["ddp", "ddp-legacy", "zero1", "zero2", "zero3", "hsdp"]
+    assert list(rows) == ["ddp", "ddp-legacy", "zero1", "zero2", "zero3", "hsdp", "co2"]
     assert all(row["relative error of losses"] < 1e-4 for row in rows.values())
     weights = rows["ddp-legacy"]["sent MiB"]  # 4 bytes of each of N weights: an all-reduce over two ranks
     for scheme, times in (("ddp", 1), ("zero1", 1.5), ("zero2", 1)):
         assert rows[scheme]["sent MiB"] == pytest.approx(times * weights, rel=0.05), scheme
     assert 1.3 * weights < rows["zero3"]["sent MiB"] < 1.5 * weights  # the rest of the model is gathered once
     assert rows["hsdp"]["sent MiB"] == pytest.approx(weights, rel=0.05)  # of two copies of one rank each
+    assert rows["co2"]["sent MiB"] == pytest.approx(weights, rel=0.05)  # once a round, which is one step here
 
 
 def test_layouts_with_tensor_parallelism(tmp_path):
@@ -503,7 +504,8 @@ def trained(monkeypatch):
 
 
 def test_convergence_with_and_without_sequence_parallelism(trained, tmp_path):
-    given = (*TINY, "--steps", 20, "--kept", tmp_path / "kept.json", "--shape", 4, 32, 2, 48, "--largest-gap", 1e-3)
+    given = (*TINY, "--steps", 20, "--lr", 1e-3, "--kept", tmp_path / "kept.json", "--shape", 4, 32, 2, 48)
+    given += ("--largest-gap", 1e-3)
     result, _ = _script("convergence", *given, "--models", "tnl", "--schemes", "ddp", "zero3")
     assert [(row["model"], row["scheme"]) for row in result["rows"]] == [("tnl", "ddp"), ("tnl", "zero3")]
     assert [row["published gap"] for row in result["rows"]] == [-0.004, -0.007]
