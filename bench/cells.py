@@ -10,6 +10,8 @@ same text. CELL.json holds the fields of `Cell`; RESULT.json what `train` return
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -342,7 +344,8 @@ def train_all(
 ) -> dict[str, dict[str, Any]]:
     """Train each cell that `kept` does not have yet, and write its result there; all results by name of the cell.
 
-    A cell that fails is told and left out, and the others are trained; run again, and it is tried again.
+    A cell that fails is told and left out, and the others are trained; run again, and it is tried again. Several runs
+    of one machine may share the file, each on GPUs of its own (CUDA_VISIBLE_DEVICES): a cell is trained by one of them.
 
     Args:
         cells: to be trained.
@@ -350,32 +353,53 @@ def train_all(
         same: what results hang on; a file of others is refused.
         options: with those of `add_arguments`.
     """
-    cells = list(cells)
+    cells, same = list(cells), json.loads(json.dumps(same))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    begun, known = time.monotonic(), _read(kept, same)
+    for number, cell in enumerate(cells):
+        with _only_here(kept, f"cell-{number}", wait=False) as claimed:
+            known = _read(kept, same)
+            if cell.name in known["cells"] or not claimed:
+                continue
+            if options.budget and time.monotonic() - begun > options.budget:
+                print(f"--budget: {cell.name} and what follows are left for the next run", file=sys.stderr, flush=True)
+                break
+            print(f"[{number + 1}/{len(cells)}] {cell.name}", file=sys.stderr, flush=True)
+            start, about = time.monotonic(), environment()
+            result = launch(cell, options)
+            if result is None:
+                print(f"[{number + 1}/{len(cells)}] {cell.name} FAILED: see above", file=sys.stderr, flush=True)
+                continue
+            result |= {"commit": options.commit or about["commit"], "device": about["device"], "torch": about["torch"]}
+            result["seconds with start"] = time.monotonic() - start
+            with _only_here(kept, "file", wait=True):
+                known = _read(kept, same)
+                known["cells"][cell.name] = result
+                write(kept, json.dumps(known) + "\n")
+            final = mean_of_last(result["losses"], options.last)
+            print(f"    loss {final:.4f}, {result['tokens/s']:,.0f} tokens/s", file=sys.stderr, flush=True)
+    return {cell.name: known["cells"][cell.name] for cell in cells if cell.name in known["cells"]}
+
+
+def _read(kept: Path, same: dict[str, Any]) -> dict[str, Any]:
+    """What is kept so far; `Refused` if it is of other options."""
     known = json.loads(kept.read_text()) if kept.exists() else {"options": same, "cells": {}}
-    same = json.loads(json.dumps(same))
     if differ := sorted(k for k in {*same, *known["options"]} if same.get(k) != known["options"].get(k)):
         found = "; ".join(f"{k}: {known['options'].get(k)} there, {same.get(k)} now" for k in differ)
         raise Refused(f"{kept} has results of other options ({found}); give another --kept, or delete it")
-    begun = time.monotonic()
-    for number, cell in enumerate(cells):
-        if cell.name in known["cells"]:
-            continue
-        if options.budget and time.monotonic() - begun > options.budget:
-            print(f"--budget: {cell.name} and what follows are left for the next run", file=sys.stderr, flush=True)
-            break
-        print(f"[{number + 1}/{len(cells)}] {cell.name}", file=sys.stderr, flush=True)
-        start, about = time.monotonic(), environment()
-        result = launch(cell, options)
-        if result is None:
-            print(f"[{number + 1}/{len(cells)}] {cell.name} FAILED: see above", file=sys.stderr, flush=True)
-            continue
-        result |= {"commit": options.commit or about["commit"], "device": about["device"], "torch": about["torch"]}
-        known["cells"][cell.name] = {**result, "seconds with start": time.monotonic() - start}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write(kept, json.dumps(known) + "\n")
-        final = mean_of_last(result["losses"], options.last)
-        print(f"    loss {final:.4f}, {result['tokens/s']:,.0f} tokens/s", file=sys.stderr, flush=True)
-    return {cell.name: known["cells"][cell.name] for cell in cells if cell.name in known["cells"]}
+    return known
+
+
+@contextlib.contextmanager
+def _only_here(kept: Path, what: str, *, wait: bool) -> Iterator[bool]:
+    """Whether no other run of this machine is at it; a run that dies lets go."""
+    with kept.with_name(f".{kept.name}.{what}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def launch(cell: Cell, options: argparse.Namespace) -> dict[str, Any] | None:

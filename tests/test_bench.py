@@ -569,6 +569,21 @@ def test_a_gap_or_a_cell_that_failed_ends_with_1_and_the_cell_is_tried_again(tmp
         _script("convergence", *given, "--kept", tmp_path / "other.json", "--budget", 1e-9)
 
 
+def test_runs_side_by_side_share_a_file(trained, tmp_path, capsys):
+    """A cell that another run is at is left to it; what that has written meanwhile is kept."""
+    import fcntl
+
+    kept = (*TINY, "--kept", tmp_path / "kept.json", "--shape", 1, 16, 1, 16, "--models", "tnl", "--schemes", "ddp")
+    with (tmp_path / ".kept.json.cell-0.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="no pair of cells is complete; missing: tnl, ddp, without"):
+            _script("convergence", *kept, "--steps", 2)
+    assert trained == ["tnl, ddp, with"]
+    _script("convergence", *kept, "--steps", 2)
+    assert trained == ["tnl, ddp, with", "tnl, ddp, without"]
+    assert set(json.loads((tmp_path / "kept.json").read_text())["cells"]) == set(trained)
+
+
 def test_ablations_of_parts(trained, tmp_path):
     given = (*TINY, "--steps", 4, "--shape", 2, 32, 2, 48, "--kept", tmp_path / "kept.json")
     result, _ = _script("ablations", "parts", *given, "--save", "--out", tmp_path)
