@@ -357,7 +357,7 @@ def train_all(
     kept.parent.mkdir(parents=True, exist_ok=True)
     begun, known = time.monotonic(), _read(kept, same)
     for number, cell in enumerate(cells):
-        with _only_here(kept, f"cell-{number}", wait=False) as claimed:
+        with _only_here(kept, cell.name.replace(os.sep, "-"), wait=False) as claimed:
             known = _read(kept, same)
             if cell.name in known["cells"] or not claimed:
                 continue

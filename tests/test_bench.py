@@ -574,7 +574,7 @@ def test_runs_side_by_side_share_a_file(trained, tmp_path, capsys):
     import fcntl
 
     kept = (*TINY, "--kept", tmp_path / "kept.json", "--shape", 1, 16, 1, 16, "--models", "tnl", "--schemes", "ddp")
-    with (tmp_path / ".kept.json.cell-0.lock").open("w") as other:
+    with (tmp_path / ".kept.json.tnl, ddp, without.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match="no pair of cells is complete; missing: tnl, ddp, without"):
             _script("convergence", *kept, "--steps", 2)
