@@ -681,6 +681,104 @@ def test_a_step_is_timed_from_the_end_of_the_one_before_and_nothing_waits_betwee
     assert peak is None
 
 
+# ---- LASP's own ablation
+
+TINY_STEPS = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 1)
+
+
+def test_fusion_and_state_cache_on_and_off(tmp_path):
+    common = ("--suite", "ablation", "--tokens", 128, *TINY_STEPS)
+    found = _on_ranks(2, "lasp_ablation", *common, "--save", "--out", tmp_path)
+    [rows] = found["tables"].values()
+    assert [(row["fusion"], row["state cache"]) for row in rows] == [
+        (fusion, cache) for fusion in ("on", "attention off", "off") for cache in ("on", "off")
+    ]
+    # Without a cache the state travels once more, in backward.
+    assert [row["exchanges of a layer"] for row in rows] == [2, 3] * 3
+    assert all(row["tokens/s"] == pytest.approx(256e3 / row["step ms"], rel=1e-3) for row in rows)
+    assert rows[-1]["x neither"] == 1
+    assert [row["right"] for row in found["rows"]] == [True] * 6
+    assert len(list(tmp_path.glob("*_lasp_ablation_tiny_2xcpu.md"))) == 1
+
+
+def _longest_with_memory(sizes, *arguments):
+    """The script, where a device has so many GiB and a step takes the next of the sizes."""
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))
+    import lasp_ablation
+
+    peaks = iter(sizes)
+    with (
+        mock.patch.object(lasp_ablation, "peak_gib", side_effect=lambda device: next(peaks)),
+        mock.patch.object(lasp_ablation, "capacity_of", return_value=10.0),
+    ):
+        return _script("lasp_ablation", "--suite", "longest", "--lengths", 128, 256, "--short", 64, 128, *arguments)
+
+
+def _longest(world, sizes, *arguments):
+    """Its rows by method, and the whole."""
+    (found, _), *_ = run_ranks(world, _longest_with_memory, sizes, *map(str, arguments))
+    return {row["method"]: row for row in found["tables"]["the longest sequence"]}, found
+
+
+def test_the_longest_sequence_of_each_method_is_run():
+    common = (*TINY_STEPS, "--fill", 0.9)
+    # Each a line of 1 GiB and 2 GiB for 128 tokens, of softmax for 64: 512 and 256 tokens fill 9 GiB.
+    rows, found = _longest(2, [3.0, 5.0, 8.75] * 3 + [3.0, 5.0, 8.75] * 2, *common)
+    assert list(rows) == ["lasp", "ulysses", "megatron", "ulysses_softmax", "ring_softmax"]
+    assert {row["by"] for row in rows.values()} == {"run"}
+    assert [row["tokens a rank"] for row in rows.values()] == [512] * 3 + [256] * 2
+    assert all(row["sequence"] == 2 * row["tokens a rank"] for row in rows.values())
+    assert {row["peak GiB"] for row in rows.values()} == {8.75}
+    assert rows["lasp"]["GiB at"] == "128: 3, 256: 5"
+    assert [row["right"] for row in found["rows"]] == [True] * 5
+    assert all(row["of gradients"] < 1e-5 for row in found["rows"])
+    assert found["tables"]["published: what 64 A100 80GB held"][0]["longest"] == "2048K"
+
+
+def test_a_longest_sequence_that_takes_too_long_is_predicted_and_what_does_not_fit_says_so():
+    common = (*TINY_STEPS, "--fill", 0.9, "--proof", 0, "--methods", "lasp", "ulysses", "megatron")
+    rows, _ = _longest(2, [3.0, 5.0, 5.0, 12.0, 5.0, 5.0], *common)
+    assert (rows["lasp"]["by"], rows["lasp"]["tokens a rank"], rows["lasp"]["peak GiB"]) == ("predicted", 512, 9.0)
+    assert (rows["ulysses"]["by"], rows["ulysses"]["tokens a rank"], rows["ulysses"]["peak GiB"]) == ("run", 256, 12.0)
+    assert rows["ulysses"]["note"] == "the lengths tried are as long as fits: give shorter ones"
+    assert rows["megatron"]["note"].startswith("not found: memory does not grow")
+    rows, _ = _longest(2, [], *TINY_STEPS, "--budget", 0, "--methods", "lasp")
+    assert rows["lasp"]["note"] == "not run: no time left"
+
+
+def _with_sequences_cut_apart():
+    import lasp_ablation
+    from sequence_methods import Method
+
+    printed = io.StringIO()
+    with (
+        mock.patch.object(lasp_ablation, "METHODS", (Method("lasp", "without an exchange"),)),
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit, match="what is wrong was not measured"),
+    ):
+        lasp_ablation.main([str(x) for x in ("--suite", "longest", "--methods", "lasp", *TINY_STEPS)])
+    return printed.getvalue()
+
+
+def test_a_method_that_is_wrong_is_not_measured():
+    told, _ = run_ranks(2, _in_a_worker, _with_sequences_cut_apart)
+    found = json.loads(told.splitlines()[-1])
+    [gate], [row] = found["rows"], found["tables"]["the longest sequence"]
+    assert not gate["right"]
+    assert gate["of gradients"] > 0.1
+    assert (row["note"], row["sequence"]) == ("not run: wrong", None)
+
+
+def test_seconds_of_a_step_that_grows_with_the_square():
+    from lasp_ablation import seconds_at
+
+    tried = [{"tokens a rank": n, "step s": 0.1 * n + 0.01 * n * n} for n in (4, 8)]
+    assert seconds_at(20, tried) == pytest.approx(2 + 4)
+    flat = [{"tokens a rank": n, "step s": 1.0} for n in (4, 8)]  # as where the host is the slowest
+    assert seconds_at(16, flat) == pytest.approx(2.0)
+
+
 # ---- kernels.py, without a card
 
 
