@@ -311,6 +311,87 @@ def test_peers_are_right_on_two_ranks_and_who_cannot_run_says_why():
     assert all(row["both ms"] > 0 for name, row in of.items() if name != "fla_cp")
 
 
+def _beside_fla(backward, factor, *arguments):
+    """Suite `delta`, with our operator in place of fla's, whose o is off by a factor, and whose backward may refuse."""
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))
+    import exchange
+    import operators
+    from peers import fla_context_parallel as fla
+
+    def refuse(gradient):
+        raise RuntimeError("Triton >= 3.4.0 and < 3.7.1 on Hopper")
+
+    def call(x, decay, cp_context=None, cu_seqlens=None):
+        assert (cp_context is None) != (cu_seqlens is None)
+        o = factor * operators.call(x, decay, sequence=cp_context)
+        if not backward:
+            o.register_hook(refuse)
+        return o
+
+    with (
+        mock.patch.object(fla.FlaContextParallel, "unavailable", return_value=None),
+        mock.patch.object(fla, "cp_context", side_effect=lambda T, device, group, W: lasp.SequenceParallel(group)),
+        mock.patch.object(fla, "call", side_effect=call),
+        mock.patch.object(exchange, "compile_fla") as compiled,
+    ):
+        found = _script("exchange", "--suite", "delta", *SMALL, *arguments)
+        assert compiled.call_count == 1
+    return found
+
+
+def _by_operator(found):
+    [rows] = found["tables"].values()
+    return {(row["operator"], row["decay"], row["direction"]): row for row in rows}
+
+
+def test_the_delta_rule_beside_context_parallelism_of_fla():
+    (found, _), _ = run_ranks(2, _beside_fla, True, 1.0)
+    rows = _by_operator(found)
+    decays, directions = ("delta", "gated_delta", "kda"), ("forward", "backward", "both")
+    assert list(rows) == [(who, d, x) for d in decays for who in ("lasp", "fla_cp") for x in directions]
+    for (who, _, _), row in rows.items():
+        assert row["ms"] > 0
+        assert row["% of one rank"] == pytest.approx(100 * row["one rank ms"] / row["ms"], rel=2e-3)
+        assert (row["x lasp"] == 1) or who == "fla_cp"
+        assert (row["note"], row["met"]) == (None, None)  # targets are for GPUs
+    assert {gate["what"] for gate in found["rows"]} >= {"operator, auto, kda", "fla_cp, kda, backward"}
+    assert all(gate["relative error"] <= gate["limit"] for gate in found["rows"])
+
+
+def test_a_part_of_fla_that_refuses_or_is_wrong_is_told_and_not_timed():
+    (found, _), _ = run_ranks(2, _beside_fla, False, 1.0, "--decay", "gated_delta")
+    rows = _by_operator(found)
+    assert rows["fla_cp", "gated_delta", "forward"]["ms"] > 0
+    for direction in ("backward", "both"):
+        row = rows["fla_cp", "gated_delta", direction]
+        assert (row["ms"], row["note"]) == (None, "not run: RuntimeError: Triton >= 3.4.0 and < 3.7.1 on Hopper")
+        assert rows["lasp", "gated_delta", direction]["ms"] > 0
+    (found, _), _ = run_ranks(2, _beside_fla, True, 1.1, "--decay", "kda")
+    wrong = _by_operator(found)["fla_cp", "kda", "forward"]
+    assert (wrong["ms"], wrong["note"]) == (None, "not run: relative error 1.0e-01 is over 1e-05")
+    alone = _by_operator(_on_ranks(2, "exchange", "--suite", "delta", *SMALL, "--decay", "kda"))
+    assert alone["fla_cp", "kda", "both"]["note"].startswith("not run: fla-core's context parallelism needs NVIDIA")
+    assert alone["lasp", "kda", "both"]["ms"] > 0
+
+
+def test_the_targets_of_the_delta_rule():
+    from exchange import delta_row
+    from timing import Time
+
+    bench = SimpleNamespace(env=SimpleNamespace(device=torch.device("cuda")))
+    time = {("lasp", "ranks"): Time(2, 2, 2), ("lasp", "one"): Time(1.9, 2, 2)}
+    time |= {("fla_cp", "ranks"): Time(2.5, 2.5, 2.6), ("fla_cp", "one"): Time(2, 2, 2)}
+
+    def row(who, tokens):
+        found = delta_row(bench, {"operator": who, "direction": "forward", "tokens a rank": tokens}, [time], None)
+        return found["% of one rank"], found["x lasp"], found["target"], found["met"]
+
+    assert row("lasp", 32768) == (pytest.approx(95), 1, 90, True)
+    assert row("fla_cp", 32768) == (pytest.approx(80), 1.25, 1.3, False)
+    assert row("fla_cp", 8192)[2:] == (None, None)
+
+
 def test_a_peer_is_left_out_where_the_heads_do_not_suffice():
     result = _on_ranks(3, "exchange", "--suite", "peers", *SMALL)  # 4 heads
     [rows] = result["tables"].values()
@@ -363,6 +444,14 @@ def test_scaling_of_the_operator_and_of_its_peers(tmp_path):
     assert result["facts"]["inputs"] == "B1 H4 D16 float32"
     [plot] = tmp_path.glob("*_operator_scaling_2xcpu.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_of_the_delta_rule_beside_fla():
+    small = ("--heads", 2, "--dim", 16, "--repetitions", 1, "--weak", 64, "--strong", 0, "--peer-tokens", 64)
+    result = _on_ranks(2, "operator_scaling", *small, "--peers", "--decay", "gated_delta")
+    rows = result["tables"]["the delta rule beside fla-core's context parallelism"]
+    assert [(row["ranks"], row["operator"]) for row in rows] == [(2, "lasp")] * 3 + [(2, "fla_cp")] * 3
+    assert all(row["note"].startswith("not run: fla-core") for row in rows[3:])
 
 
 def test_ranks_that_are_left_out_wait():
