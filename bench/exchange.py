@@ -340,11 +340,10 @@ def _compile_fla(heads: int, dim: int, decays: tuple[str, ...], limit: float) ->
     print(f"fla's settings were compiled for {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def compile_part(options: argparse.Namespace) -> None:
+def compile_part(options: argparse.Namespace, device: torch.device) -> None:
     """In such a process, which is each of two ranks in turn, with a group that sends nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    device = torch.device("cuda")
     shape = peers.Shape(1, 1024, options.heads, options.dim, torch.bfloat16, device)
 
     def once(decay: str, rank: int) -> None:
@@ -482,7 +481,7 @@ def main(argv: list[str] | None = None) -> None:
     add_report_arguments(parser)
     options = parser.parse_args(argv)
     if options.compile_part:
-        return compile_part(options)
+        return compile_part(options, torch.device("cuda"))
     bench = Bench.start(options)
     if bench.env.world_size < 2:
         raise SystemExit("needs two ranks or more: torchrun --nproc-per-node 2 bench/exchange.py")

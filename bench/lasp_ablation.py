@@ -156,11 +156,12 @@ class Gate:
             losses, gradients = self._trained(options, method, ranks)
         key = (method.softmax, *changes.items())
         if key not in self._expected:
-            self._expected[key] = self._trained(options, method, 1)
+            one, of_one = self._trained(options, method, 1)
+            self._expected[key] = one, {name: g.cpu() for name, g in of_one.items()}  # whose memory is not measured
         expected_losses, expected = self._expected[key]
         if gradients.keys() != expected.keys():
             raise RuntimeError(f"{method.name} has other parameters: {sorted(gradients.keys() ^ expected.keys())}")
-        squares = [((gradients[name] - g).square().sum(), g.square().sum()) for name, g in expected.items()]
+        squares = [self._squares(gradients[name], g.to(self.device)) for name, g in expected.items()]
         off, of = (torch.stack(x).sum() for x in zip(*squares))
         of_losses = max(abs(split - one) / one for split, one in zip(losses, expected_losses))
         worst = torch.stack([torch.tensor(of_losses, device=self.device).double(), (off / of).sqrt()])
@@ -168,11 +169,16 @@ class Gate:
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         return tuple(worst.tolist())  # type: ignore[return-value]
 
+    @staticmethod
+    def _squares(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the difference, and of what was expected."""
+        return (found.double() - expected.double()).square().sum(), expected.double().square().sum()
+
     def _trained(self, options: argparse.Namespace, method: Method, ranks: int) -> tuple[list, dict]:
         training = Split(options, method, ranks, self.device)
         batch = training.batch(GATE_TOKENS * dist.get_world_size() // ranks)
         losses = [training.step(batch).item()]
-        gradients = {name: whole(p.grad).double() for name, p in training.model.named_parameters()}
+        gradients = {name: whole(p.grad) for name, p in training.model.named_parameters()}
         losses.append(training.step(batch).item())  # tells whether the optimizer got them
         del training
         free()

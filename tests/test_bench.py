@@ -375,6 +375,29 @@ def test_a_part_of_fla_that_refuses_or_is_wrong_is_told_and_not_timed():
     assert alone["lasp", "kda", "both"]["ms"] > 0
 
 
+def test_settings_of_context_parallelism_are_compiled_as_each_of_two_ranks(monkeypatch):
+    import exchange
+    import fla_families
+    import operators
+
+    seen = []
+
+    def call(x, decay, cp_context):
+        gathered = torch.empty(2, *x.k.shape)
+        dist.all_gather_into_tensor(gathered, x.k.detach().float(), group=cp_context)  # of nobody
+        seen.append((decay, dist.get_rank(), dist.get_world_size()))
+        return operators.call(x, decay)
+
+    monkeypatch.setattr(exchange, "fla_call", call)
+    monkeypatch.setattr(exchange, "cp_context", lambda T, device, group, ranks: group)
+    monkeypatch.setattr(fla_families, "compile_part", lambda part, calls: [call() for call in calls])
+    before = exchange.compile_part
+    monkeypatch.setattr(exchange, "compile_part", lambda options, device: before(options, torch.device("cpu")))
+    exchange.main(["--heads", "1", "--dim", "16", "--decay", "delta", "kda", "--compile-part", "0/2"])
+    assert seen == [("gated_delta", 0, 2), ("gated_delta", 1, 2), ("kda", 0, 2), ("kda", 1, 2)]
+    assert not dist.is_initialized()
+
+
 def test_the_targets_of_the_delta_rule():
     from exchange import delta_row
     from timing import Time
