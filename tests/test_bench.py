@@ -882,6 +882,31 @@ def test_a_method_that_is_wrong_is_not_measured():
     assert (row["note"], row["sequence"]) == ("not run: wrong", None)
 
 
+def _out_of_memory():
+    import lasp_ablation
+
+    def one_step(training, tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    printed = io.StringIO()
+    with (
+        mock.patch.object(lasp_ablation, "one_step", one_step),
+        mock.patch.object(lasp_ablation, "GRACE", 0),
+        mock.patch.object(lasp_ablation.os, "_exit", side_effect=SystemExit) as ends,
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit),
+    ):
+        lasp_ablation.main([str(x) for x in ("--suite", "longest", "--methods", "lasp", *TINY_STEPS)])
+    assert ends.call_args == mock.call(1)
+    return printed.getvalue()
+
+
+def test_what_was_measured_is_told_when_memory_runs_out():
+    told, _ = run_ranks(2, _in_a_worker, _out_of_memory)
+    [row] = json.loads(told.splitlines()[-1])["tables"]["the longest sequence"]
+    assert row["note"] == "ran out of memory, which ended the run"
+
+
 def test_seconds_of_a_step_that_grows_with_the_square():
     from lasp_ablation import seconds_at
 
