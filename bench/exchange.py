@@ -1,6 +1,7 @@
 """The exchange of states between ranks: alone, inside the operator, and against other ways to split a sequence.
 
     torchrun --nproc-per-node 2 bench/exchange.py --suite alone op peers [--save]
+    torchrun --nproc-per-node 2 bench/exchange.py --suite delta --tokens 32768 --name delta [--save]
 
 On GPUs over NCCL, else on the CPU over gloo. Nothing is timed before it is right: the states of `alone` against a local
 fold, the operator against an fp64 computation, every peer against itself in one process. See bench/README.md.
@@ -12,16 +13,20 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import lru_cache, partial
+from typing import NamedTuple, TypeVar
 
+import fla_families
 import operators
 import peers
 import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
-from operators import DECAYS
+from operators import DECAYS, DELTA
+from peers.fla_context_parallel import FlaContextParallel, cp_context
+from peers.fla_context_parallel import call as fla_call
 from timing import Time, interleaved
 from torch import Tensor
 
@@ -35,6 +40,7 @@ from lasp_kernels import fold
 USUAL = ("fixed", "none")  # of `operators.DECAYS`
 TARGETS = {32768: 92.0, 65536: 97.0, 131072: 97.0}  # % of one rank, for forward and for backward
 Key = TypeVar("Key")
+Result = TypeVar("Result")
 STATE = 128 * 128 * 4  # bytes of one head's state
 
 
@@ -255,14 +261,8 @@ def refusal(bench: Bench, peer: peers.Peer, shape: peers.Shape, gates: list[dict
     sequence, limit = bench.sequences["auto"], 2e-2 if bench.dtype == torch.bfloat16 else 1e-5
     if (reason := peer.unavailable(shape, sequence)) is not None:
         return reason
-    error = 0.0
-    try:
-        error = peers.gate(peer, shape, sequence)
-    except Exception as problem:  # of a library that is not ours: the row says it
-        reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:150]}"
-    reasons: list[str | None] = [None] * bench.env.world_size
-    dist.all_gather_object(reasons, reason, group=bench.group)
-    if failed := next((reason for reason in reasons if reason), None):
+    error, failed = attempted(bench, lambda: peers.gate(peer, shape, sequence))
+    if failed is not None or error is None:
         return failed
     gates.append({"what": f"peer, {peer.name}", "relative error": float(f"{error:.3g}"), "limit": limit})
     return None if error <= limit else f"relative error {error:.1e} against one process is over {limit:g}"
@@ -280,12 +280,195 @@ def peer_row(peer: peers.Peer, reason: str | None, forward: dict, backward: dict
     return {"peer": peer.name, **dict(zip(columns, numbers)), "note": peer.what}
 
 
-SUITES = {"alone": alone, "op": operator, "peers": against_peers}
+# ---- the delta rule beside fla-core's
+
+
+DIRECTIONS = {"forward": (0,), "backward": (1,), "both": (0, 1)}
+DELTA_TARGETS = {  # at 32,768 tokens a rank: % of one rank, and fla's time over ours
+    ("lasp", "forward"): 90.0,
+    ("lasp", "both"): 93.0,
+    ("fla_cp", "forward"): 1.3,
+    ("fla_cp", "backward"): 1.3,
+    ("fla_cp", "both"): 1.3,
+}
+
+
+class Reasons(NamedTuple):
+    """Why fla's forward and backward are not timed; None where they are."""
+
+    forward: str | None
+    backward: str | None
+
+
+def delta(bench: Bench) -> tuple[list[dict], list[dict]]:
+    """By decay and length, ours and fla-core's context parallelism; in `note` why a part of its was not timed."""
+    rows, gates = [], []
+    decays = [decay for decay in bench.options.decay if decay in DELTA] or list(DELTA)
+    reason = FlaContextParallel().unavailable(shape_of(bench, 64), bench.sequences["auto"])
+    if reason is None:
+        compile_fla(bench, decays)
+    for decay in decays:
+        limit = 2e-2 if bench.dtype == torch.bfloat16 else 1e-5
+        gates.append(bench.require(f"operator, auto, {decay}", operator_error(bench, "auto", decay), limit))
+        reasons, more = (Reasons(reason, reason), []) if reason else fla_right(bench, decay)
+        gates += more
+        for tokens in bench.options.tokens:
+            rows += delta_rows(bench, decay, tokens, reasons)
+            if bench.env.rank == 0:
+                print("\n".join(map(str, rows[-6:])), file=sys.stderr, flush=True)
+    return rows, gates
+
+
+def shape_of(bench: Bench, tokens: int) -> peers.Shape:
+    return peers.Shape(1, tokens, bench.options.heads, bench.options.dim, bench.dtype, bench.env.device)
+
+
+def compile_fla(bench: Bench, decays: list[str]) -> None:
+    """Its kernels' settings, by rank 0, in bounded time: the others find them on disk."""
+    options = bench.options
+    if bench.env.rank == 0 and options.compile_limit > 0:
+        _compile_fla(options.heads, options.dim, tuple(decays), options.compile_limit)
+    dist.barrier(group=bench.group)
+    fla_families.measure_quickly()
+
+
+@lru_cache
+def _compile_fla(heads: int, dim: int, decays: tuple[str, ...], limit: float) -> None:
+    """Once a run."""
+    command = [sys.executable, __file__, "--heads", str(heads), "--dim", str(dim), "--decay", *decays]
+    seconds = fla_families.compile_beside(command, limit)
+    print(f"fla's settings were compiled for {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def compile_part(options: argparse.Namespace, device: torch.device) -> None:
+    """In such a process, which is each of two ranks in turn, with a group that sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    shape = peers.Shape(1, 1024, options.heads, options.dim, torch.bfloat16, device)
+
+    def once(decay: str, rank: int) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        try:
+            x = operators.inputs(shape, decay, seed=0).leaves()
+            context = cp_context(shape.tokens, device, dist.group.WORLD, 2)
+            torch.autograd.grad(fla_call(x, decay, cp_context=context), x.differentiable, x.do)
+        finally:
+            dist.destroy_process_group()
+
+    forms = dict.fromkeys("kda" if decay == "kda" else "gated_delta" for decay in options.decay)
+    fla_families.compile_part(options.compile_part, [partial(once, form, rank) for form in forms for rank in range(2)])
+
+
+def attempted(bench: Bench, call: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """What a call of a library that is not ours gives, or why it failed on some rank; the latter alike on all."""
+    found = reason = None
+    try:
+        found = call()
+        if bench.env.device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as problem:  # the row says it
+        reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:150]}"
+    reasons: list[str | None] = [None] * bench.env.world_size
+    dist.all_gather_object(reasons, reason, group=bench.group)
+    return found, next((reason for reason in reasons if reason), None)
+
+
+def fla_right(bench: Bench, decay: str) -> tuple[Reasons, list[dict]]:
+    """Why its forward and backward are not timed, None where they are right against fp64; and their gates."""
+    sequence, peer, tokens = bench.sequences["auto"], FlaContextParallel(decay), 512
+    whole = operators.inputs(shape_of(bench, tokens * sequence.size), decay, seed=3)
+    double = whole.map(lambda x: x.double()).leaves()
+    exact = operators.exact(double, decay)
+    gradients = torch.autograd.grad(exact, double.differentiable, double.do)
+    mine = whole.map(lambda x: peer.shard(x, sequence)).leaves()
+    o, forward = attempted(bench, lambda: peer.attention(shape_of(bench, tokens), sequence)(mine))
+    gates: list[dict] = []
+    if forward is None:
+        forward = too_far(bench, f"fla_cp, {decay}, forward", [o], [exact.detach()], gates)
+    if forward is not None:
+        return Reasons(forward, forward), gates
+    found, backward = attempted(bench, lambda: torch.autograd.grad(o, mine.differentiable, mine.do))  # type: ignore[arg-type]
+    if backward is None:
+        backward = too_far(bench, f"fla_cp, {decay}, backward", found, gradients, gates)
+    return Reasons(None, backward), gates
+
+
+def too_far(bench: Bench, what: str, found: Sequence | None, whole: Sequence[Tensor], gates: list[dict]) -> str | None:
+    """Why a peer's results on ranks are wrong; None if they are not. Adds the gate."""
+    assert found is not None
+    sequence, limit = bench.sequences["auto"], 5e-2 if bench.dtype == torch.bfloat16 else 1e-5
+    error = bench.worst([relative(x, FlaContextParallel().shard(y, sequence)) for x, y in zip(found, whole)])
+    gates.append({"what": what, "relative error": float(f"{error:.3g}"), "limit": limit})
+    return None if error <= limit else f"relative error {error:.1e} is over {limit:g}"
+
+
+def delta_rows(bench: Bench, decay: str, tokens: int, reasons: Reasons) -> list[dict]:
+    """Forward, backward and both, of ours and of fla's."""
+    shape, splits = shape_of(bench, tokens), {"ranks": bench.sequences["auto"], "one": None}
+    calls: dict[tuple[str, str], tuple] = {
+        ("lasp", on): operator_calls(bench, shape, decay, split) for on, split in splits.items()
+    }
+    if reasons.forward is None:
+        made, failed = attempted(
+            bench,
+            lambda: {
+                ("fla_cp", on): fla_calls(bench, shape, decay, split, backward=reasons.backward is None)
+                for on, split in splits.items()
+            },
+        )
+        if failed is None:
+            calls |= made or {}
+        else:
+            reasons = Reasons(failed, failed)
+    times = [bench.time({n: call[i] for n, call in calls.items() if call[i] is not None}) for i in (0, 1)]
+    rows = []
+    for who, notes in (("lasp", Reasons(None, None)), ("fla_cp", reasons)):
+        for direction, parts in DIRECTIONS.items():
+            note = notes.forward or (notes.backward if 1 in parts else None)
+            row = {"decay": decay, "tokens a rank": tokens, "direction": direction, "operator": who}
+            rows.append(row | delta_row(bench, row, [times[i] for i in parts], note))
+    return rows
+
+
+def delta_row(bench: Bench, row: dict, times: list[dict], note: str | None) -> dict:
+    """The numbers of a row; empty where the note says why."""
+    columns = ("ms", "spread %", "one rank ms", "% of one rank", "x lasp", "target", "met")
+    if note is not None:
+        return {**dict.fromkeys(columns), "note": f"not run: {note}"}
+    who = row["operator"]
+    ms, ours, one = (sum(t[name].median for t in times) for name in ((who, "ranks"), ("lasp", "ranks"), (who, "one")))
+    numbers = {"ms": ms, "spread %": max(t[who, "ranks"].spread for t in times), "one rank ms": one}
+    numbers |= {"% of one rank": 100 * one / ms, "x lasp": ms / ours, "target": None, "met": None, "note": None}
+    reached = numbers["% of one rank" if who == "lasp" else "x lasp"]
+    target = DELTA_TARGETS.get((who, row["direction"])) if row["tokens a rank"] == 32768 else None
+    if target is not None and bench.env.device.type == "cuda":
+        numbers |= {"target": target, "met": reached >= target}
+    return numbers
+
+
+def fla_calls(
+    bench: Bench, shape: peers.Shape, decay: str, sequence: lasp.SequenceParallel | None, *, backward: bool
+) -> tuple[Callable[[], object], Callable[[], object] | None]:
+    """As `operator_calls`, each called once; no backward where it is not to be timed."""
+    peer = FlaContextParallel(decay)
+    x = operators.inputs(shape, decay, seed=bench.env.rank).leaves()
+    attention = peer.one_process if sequence is None else peer.attention(shape, sequence)
+    o = attention(x)
+
+    def gradients() -> object:
+        return torch.autograd.grad(o, x.differentiable, x.do, retain_graph=True)
+
+    if backward:
+        gradients()
+    return lambda: attention(x), gradients if backward else None
+
+
+SUITES = {"alone": alone, "op": operator, "peers": against_peers, "delta": delta}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=["alone", "op", "peers"])
     parser.add_argument("--bytes", nargs="+", type=int, default=[2**n for n in range(16, 27, 2)], help="of a state")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2**n for n in range(13, 18)], help="of a rank")
     parser.add_argument("--decay", nargs="+", choices=DECAYS, default=list(USUAL))
@@ -293,8 +476,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--name", default="", help="for the results: exchange_NAME")
+    parser.add_argument("--compile-limit", type=float, default=150, help="seconds for fla's settings (default 150)")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     add_report_arguments(parser)
     options = parser.parse_args(argv)
+    if options.compile_part:
+        return compile_part(options, torch.device("cuda"))
     bench = Bench.start(options)
     if bench.env.world_size < 2:
         raise SystemExit("needs two ranks or more: torchrun --nproc-per-node 2 bench/exchange.py")
@@ -302,6 +489,7 @@ def main(argv: list[str] | None = None) -> None:
     if bench.env.rank:
         return
     titles = {"alone": "the exchange alone", "op": "the operator", "peers": "peers, forward and backward"}
+    titles["delta"] = "the delta rule beside fla-core's context parallelism"
     tables = {titles[suite]: rounded(rows) for suite, (rows, _) in found.items()}
     gates = [row for _, rows in found.values() for row in rows]
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -329,4 +517,5 @@ def rounded(rows: list[dict]) -> list[dict]:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

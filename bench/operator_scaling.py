@@ -13,21 +13,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
-import peers
 import plots
 import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
-from exchange import USUAL, Bench, against_peers, operator_calls, operator_error, rounded
-from operators import DECAYS
+from exchange import (
+    USUAL,
+    Bench,
+    against_peers,
+    delta,
+    operator_calls,
+    operator_error,
+    rounded,
+    shape_of,
+)
+from operators import DECAYS, DELTA
 
 import lasp
 from lasp.exchange import cost
 
 TARGETS = {32768: 95.0}  # % of ideal by tokens of a rank, weak
 WEAK, STRONG, PEERS = "weak scaling", "strong scaling", "weak scaling of peers, forward and backward"
+BESIDE_FLA = "the delta rule beside fla-core's context parallelism"
 DIRECTIONS = {"forward": (0,), "backward": (1,), "both": (0, 1)}
 Groups = dict[int, "Bench | None"]
 
@@ -123,10 +133,6 @@ def rows_of(bench: Bench, decay: str, whole: int, share: int) -> list[dict]:
     return rows
 
 
-def shape_of(bench: Bench, tokens: int) -> peers.Shape:
-    return peers.Shape(1, tokens, bench.options.heads, bench.options.dim, bench.dtype, bench.env.device)
-
-
 def tell(what: str, bench: Bench) -> None:
     """Progress, by rank 0."""
     if bench.env.rank == 0:
@@ -136,13 +142,13 @@ def tell(what: str, bench: Bench) -> None:
 # ---- peers
 
 
-def weak_of_peers(groups: Groups) -> tuple[list[dict], list[dict]]:
-    """Every peer that can run and is right, against itself on one rank and against the operator; and their gates."""
+def weak_of_peers(groups: Groups, suite: Callable[[Bench], tuple[list[dict], list[dict]]]) -> tuple[list, list]:
+    """A suite of exchange.py by the number of ranks: rows, and their gates."""
     rows, gates = [], []
     for ranks, bench in groups.items():
         if ranks > 1 and bench:
-            tell(f"{ranks} ranks, peers", bench)
-            found, right = against_peers(bench)
+            tell(f"{ranks} ranks, {suite.__name__}", bench)
+            found, right = suite(bench)
             rows += [{"ranks": ranks, **row} for row in found]
             gates += [{**row, "what": f"{row['what']}, {ranks} ranks"} for row in right]
         dist.barrier()
@@ -160,8 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     gates = gate(world, groups)
     tables = {WEAK: weak(world, groups), STRONG: strong(world, groups)}
     if options.peers:
-        tables[PEERS], more = weak_of_peers(groups)
+        tables[PEERS], more = weak_of_peers(groups, against_peers)
         gates += more
+        if any(decay in DELTA for decay in options.decay):
+            tables[BESIDE_FLA], more = weak_of_peers(groups, delta)
+            gates += more
     if world.env.rank:
         return
     size = world.env.world_size
@@ -193,6 +202,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--name", default="", help="for the results: operator_scaling_NAME")
+    parser.add_argument("--compile-limit", type=float, default=150, help="seconds for fla's settings (default 150)")
     add_report_arguments(parser)
     return parser
 

@@ -97,8 +97,9 @@ class Training:
         self.mesh = lasp.replica_mesh(whole) if apart else whole
         self.place = whole["dp_replicate"].get_local_rank() + whole["dp_shard"].get_local_rank()  # one of them is 0
         torch.manual_seed(0)
-        changes = {} if options.vocab is None else {"vocab_size": options.vocab}
-        self.config = TNLConfig.named(options.model, decay=options.decay, **changes)
+        changes = {"vocab_size": options.vocab, "layers": options.layers}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        self.config = TNLConfig.named(options.model, decay=options.decay, lrpe=options.lrpe, **changes)
         with device:
             model = TNL(self.config)
         if exchange is not None:
@@ -124,9 +125,12 @@ class Training:
 
     def batch(self, tokens: int) -> dict[str, Tensor]:
         """This rank's part of one random sequence of sp x tokens for each dp rank."""
+        return lasp.shard_batch({"input_ids": self.ids(tokens * self.layout.sp)}, self.mesh)
+
+    def ids(self, tokens: int) -> Tensor:
+        """The whole sequence of this rank's place in data parallelism."""
         draw = torch.Generator().manual_seed(1 + self.place)
-        ids = torch.randint(self.config.vocab_size, (1, tokens * self.layout.sp), generator=draw)
-        return lasp.shard_batch({"input_ids": ids.to(self.device)}, self.mesh)
+        return torch.randint(self.config.vocab_size, (1, tokens), generator=draw).to(self.device)
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss over all tokens; without a wait for the device."""
@@ -490,7 +494,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What `Training` and `steps` read."""
     parser.add_argument("--model", choices=list(SIZES), default="385M")
     parser.add_argument("--vocab", type=int, help="default: the released models' 64000")
+    parser.add_argument("--layers", type=int, help="default: the model's")
     parser.add_argument("--decay", default="alibi")
+    parser.add_argument("--no-lrpe", dest="lrpe", action="store_false", help="no rotation in the first layer")
     parser.add_argument("--recompute", type=int, metavar="BLOCKS", help="so many of them in backward; default: all")
     parser.add_argument("--compile", action="store_true", help="each block by torch.compile")
     parser.add_argument("--parallel", choices=SCHEMES, default="fsdp2", help="ddp and zero1: bf16 by autocast")

@@ -311,6 +311,111 @@ def test_peers_are_right_on_two_ranks_and_who_cannot_run_says_why():
     assert all(row["both ms"] > 0 for name, row in of.items() if name != "fla_cp")
 
 
+def _beside_fla(backward, factor, *arguments):
+    """Suite `delta`, with our operator in place of fla's, whose o is off by a factor, and whose backward may refuse."""
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))
+    import exchange
+    import operators
+    from peers import fla_context_parallel as fla
+
+    def refuse(gradient):
+        raise RuntimeError("Triton >= 3.4.0 and < 3.7.1 on Hopper")
+
+    def call(x, decay, cp_context=None, cu_seqlens=None):
+        assert (cp_context is None) != (cu_seqlens is None)
+        o = factor * operators.call(x, decay, sequence=cp_context)
+        if not backward:
+            o.register_hook(refuse)
+        return o
+
+    with (
+        mock.patch.object(fla.FlaContextParallel, "unavailable", return_value=None),
+        mock.patch.object(fla, "cp_context", side_effect=lambda T, device, group, W: lasp.SequenceParallel(group)),
+        mock.patch.object(fla, "call", side_effect=call),
+        mock.patch.object(exchange, "compile_fla") as compiled,
+    ):
+        found = _script("exchange", "--suite", "delta", *SMALL, *arguments)
+        assert compiled.call_count == 1
+    return found
+
+
+def _by_operator(found):
+    [rows] = found["tables"].values()
+    return {(row["operator"], row["decay"], row["direction"]): row for row in rows}
+
+
+def test_the_delta_rule_beside_context_parallelism_of_fla():
+    (found, _), _ = run_ranks(2, _beside_fla, True, 1.0)
+    rows = _by_operator(found)
+    decays, directions = ("delta", "gated_delta", "kda"), ("forward", "backward", "both")
+    assert list(rows) == [(who, d, x) for d in decays for who in ("lasp", "fla_cp") for x in directions]
+    for (who, _, _), row in rows.items():
+        assert row["ms"] > 0
+        assert row["% of one rank"] == pytest.approx(100 * row["one rank ms"] / row["ms"], rel=2e-3)
+        assert (row["x lasp"] == 1) or who == "fla_cp"
+        assert (row["note"], row["met"]) == (None, None)  # targets are for GPUs
+    assert {gate["what"] for gate in found["rows"]} >= {"operator, auto, kda", "fla_cp, kda, backward"}
+    assert all(gate["relative error"] <= gate["limit"] for gate in found["rows"])
+
+
+def test_a_part_of_fla_that_refuses_or_is_wrong_is_told_and_not_timed():
+    (found, _), _ = run_ranks(2, _beside_fla, False, 1.0, "--decay", "gated_delta")
+    rows = _by_operator(found)
+    assert rows["fla_cp", "gated_delta", "forward"]["ms"] > 0
+    for direction in ("backward", "both"):
+        row = rows["fla_cp", "gated_delta", direction]
+        assert (row["ms"], row["note"]) == (None, "not run: RuntimeError: Triton >= 3.4.0 and < 3.7.1 on Hopper")
+        assert rows["lasp", "gated_delta", direction]["ms"] > 0
+    (found, _), _ = run_ranks(2, _beside_fla, True, 1.1, "--decay", "kda")
+    wrong = _by_operator(found)["fla_cp", "kda", "forward"]
+    assert (wrong["ms"], wrong["note"]) == (None, "not run: relative error 1.0e-01 is over 1e-05")
+    alone = _by_operator(_on_ranks(2, "exchange", "--suite", "delta", *SMALL, "--decay", "kda"))
+    assert alone["fla_cp", "kda", "both"]["note"].startswith("not run: fla-core's context parallelism needs NVIDIA")
+    assert alone["lasp", "kda", "both"]["ms"] > 0
+
+
+def test_settings_of_context_parallelism_are_compiled_as_each_of_two_ranks(monkeypatch):
+    import exchange
+    import fla_families
+    import operators
+
+    from lasp.ranks.collectives import gather_flat
+
+    seen = []
+
+    def call(x, decay, cp_context):
+        gather_flat(torch.empty(2, 4), torch.ones(1, 4), group=cp_context)  # of nobody
+        seen.append((decay, dist.get_rank(), dist.get_world_size()))
+        return operators.call(x, decay)
+
+    monkeypatch.setattr(exchange, "fla_call", call)
+    monkeypatch.setattr(exchange, "cp_context", lambda T, device, group, ranks: group)
+    monkeypatch.setattr(fla_families, "compile_part", lambda part, calls: [call() for call in calls])
+    before = exchange.compile_part
+    monkeypatch.setattr(exchange, "compile_part", lambda options, device: before(options, torch.device("cpu")))
+    exchange.main(["--heads", "1", "--dim", "16", "--decay", "delta", "kda", "--compile-part", "0/2"])
+    assert seen == [("gated_delta", 0, 2), ("gated_delta", 1, 2), ("kda", 0, 2), ("kda", 1, 2)]
+    assert not dist.is_initialized()
+
+
+def test_the_targets_of_the_delta_rule():
+    from exchange import delta_row
+    from timing import Time
+
+    bench = SimpleNamespace(env=SimpleNamespace(device=torch.device("cuda")))
+    time = {("lasp", "ranks"): Time(2, 2, 2), ("lasp", "one"): Time(1.9, 2, 2)}
+    time |= {("fla_cp", "ranks"): Time(2.5, 2.5, 2.6), ("fla_cp", "one"): Time(2, 2, 2)}
+
+    def row(who, tokens):
+        found = delta_row(bench, {"operator": who, "direction": "forward", "tokens a rank": tokens}, [time], None)
+        return found["% of one rank"], found["x lasp"], found["target"], found["met"]
+
+    assert row("lasp", 32768) == (pytest.approx(95), 1, 90, True)
+    assert row("fla_cp", 32768) == (pytest.approx(80), 1.25, 1.3, False)
+    assert row("fla_cp", 8192)[2:] == (None, None)
+
+
 def test_a_peer_is_left_out_where_the_heads_do_not_suffice():
     result = _on_ranks(3, "exchange", "--suite", "peers", *SMALL)  # 4 heads
     [rows] = result["tables"].values()
@@ -363,6 +468,14 @@ def test_scaling_of_the_operator_and_of_its_peers(tmp_path):
     assert result["facts"]["inputs"] == "B1 H4 D16 float32"
     [plot] = tmp_path.glob("*_operator_scaling_2xcpu.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_of_the_delta_rule_beside_fla():
+    small = ("--heads", 2, "--dim", 16, "--repetitions", 1, "--weak", 64, "--strong", 0, "--peer-tokens", 64)
+    result = _on_ranks(2, "operator_scaling", *small, "--peers", "--decay", "gated_delta")
+    rows = result["tables"]["the delta rule beside fla-core's context parallelism"]
+    assert [(row["ranks"], row["operator"]) for row in rows] == [(2, "lasp")] * 3 + [(2, "fla_cp")] * 3
+    assert all(row["note"].startswith("not run: fla-core") for row in rows[3:])
 
 
 def test_ranks_that_are_left_out_wait():
@@ -696,6 +809,129 @@ def test_a_step_is_timed_from_the_end_of_the_one_before_and_nothing_waits_betwee
     assert ranks.barrier.call_count == 2
     assert seconds == 2.0
     assert peak is None
+
+
+# ---- LASP's own ablation
+
+TINY_STEPS = ("--model", "tiny", "--vocab", 64, "--steps", 1, "--warmup", 1)
+
+
+def test_fusion_and_state_cache_on_and_off(tmp_path):
+    common = ("--suite", "ablation", "--tokens", 128, *TINY_STEPS)
+    found = _on_ranks(2, "lasp_ablation", *common, "--save", "--out", tmp_path)
+    [rows] = found["tables"].values()
+    assert [(row["fusion"], row["state cache"]) for row in rows] == [
+        (fusion, cache) for fusion in ("on", "attention off", "off") for cache in ("on", "off")
+    ]
+    # Without a cache the state travels once more, in backward.
+    assert [row["exchanges of a layer"] for row in rows] == [2, 3] * 3
+    assert all(row["tokens/s"] == pytest.approx(256e3 / row["step ms"], rel=1e-3) for row in rows)
+    assert rows[-1]["x neither"] == 1
+    assert [row["right"] for row in found["rows"]] == [True] * 6
+    assert len(list(tmp_path.glob("*_lasp_ablation_tiny_2xcpu.md"))) == 1
+
+
+def _longest_with_memory(sizes, *arguments):
+    """The script, where a device has so many GiB and a step takes the next of the sizes."""
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))
+    import lasp_ablation
+
+    peaks = iter(sizes)
+    with (
+        mock.patch.object(lasp_ablation, "peak_gib", side_effect=lambda device: next(peaks)),
+        mock.patch.object(lasp_ablation, "capacity_of", return_value=10.0),
+    ):
+        return _script("lasp_ablation", "--suite", "longest", "--lengths", 128, 256, "--short", 64, 128, *arguments)
+
+
+def _longest(world, sizes, *arguments):
+    """Its rows by method, and the whole."""
+    (found, _), *_ = run_ranks(world, _longest_with_memory, sizes, *map(str, arguments))
+    return {row["method"]: row for row in found["tables"]["the longest sequence"]}, found
+
+
+def test_the_longest_sequence_of_each_method_is_run():
+    common = (*TINY_STEPS, "--fill", 0.9)
+    # Each a line of 1 GiB and 2 GiB for 128 tokens, of softmax for 64: 512 and 256 tokens fill 9 GiB.
+    rows, found = _longest(2, [3.0, 5.0, 8.75] * 3 + [3.0, 5.0, 8.75] * 2, *common)
+    assert list(rows) == ["lasp", "ulysses", "megatron", "ulysses_softmax", "ring_softmax"]
+    assert {row["by"] for row in rows.values()} == {"run"}
+    assert [row["tokens a rank"] for row in rows.values()] == [512] * 3 + [256] * 2
+    assert all(row["sequence"] == 2 * row["tokens a rank"] for row in rows.values())
+    assert {row["peak GiB"] for row in rows.values()} == {8.75}
+    assert rows["lasp"]["GiB at"] == "128: 3, 256: 5"
+    assert [row["right"] for row in found["rows"]] == [True] * 5
+    assert all(row["of gradients"] < 1e-5 for row in found["rows"])
+    assert found["tables"]["published: what 64 A100 80GB held"][0]["longest"] == "2048K"
+
+
+def test_a_longest_sequence_that_takes_too_long_is_predicted_and_what_does_not_fit_says_so():
+    common = (*TINY_STEPS, "--fill", 0.9, "--proof", 0, "--methods", "lasp", "ulysses", "megatron")
+    rows, _ = _longest(2, [3.0, 5.0, 5.0, 12.0, 5.0, 5.0], *common)
+    assert (rows["lasp"]["by"], rows["lasp"]["tokens a rank"], rows["lasp"]["peak GiB"]) == ("predicted", 512, 9.0)
+    assert (rows["ulysses"]["by"], rows["ulysses"]["tokens a rank"], rows["ulysses"]["peak GiB"]) == ("run", 256, 12.0)
+    assert rows["ulysses"]["note"] == "the lengths tried are as long as fits: give shorter ones"
+    assert rows["megatron"]["note"].startswith("not found: memory does not grow")
+    rows, _ = _longest(2, [], *TINY_STEPS, "--budget", 0, "--methods", "lasp")
+    assert rows["lasp"]["note"] == "not run: no time left"
+
+
+def _with_sequences_cut_apart():
+    import lasp_ablation
+    from sequence_methods import Method
+
+    printed = io.StringIO()
+    with (
+        mock.patch.object(lasp_ablation, "METHODS", (Method("lasp", "without an exchange"),)),
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit, match="what is wrong was not measured"),
+    ):
+        lasp_ablation.main([str(x) for x in ("--suite", "longest", "--methods", "lasp", *TINY_STEPS)])
+    return printed.getvalue()
+
+
+def test_a_method_that_is_wrong_is_not_measured():
+    told, _ = run_ranks(2, _in_a_worker, _with_sequences_cut_apart)
+    found = json.loads(told.splitlines()[-1])
+    [gate], [row] = found["rows"], found["tables"]["the longest sequence"]
+    assert not gate["right"]
+    assert gate["of gradients"] > 0.1
+    assert (row["note"], row["sequence"]) == ("not run: wrong", None)
+
+
+def _out_of_memory():
+    import lasp_ablation
+
+    def one_step(training, tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    printed = io.StringIO()
+    with (
+        mock.patch.object(lasp_ablation, "one_step", one_step),
+        mock.patch.object(lasp_ablation, "GRACE", 0),
+        mock.patch.object(lasp_ablation.os, "_exit", side_effect=SystemExit) as ends,
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit),
+    ):
+        lasp_ablation.main([str(x) for x in ("--suite", "longest", "--methods", "lasp", *TINY_STEPS)])
+    assert ends.call_args == mock.call(1)
+    return printed.getvalue()
+
+
+def test_what_was_measured_is_told_when_memory_runs_out():
+    told, _ = run_ranks(2, _in_a_worker, _out_of_memory)
+    [row] = json.loads(told.splitlines()[-1])["tables"]["the longest sequence"]
+    assert row["note"] == "ran out of memory, which ended the run"
+
+
+def test_seconds_of_a_step_that_grows_with_the_square():
+    from lasp_ablation import seconds_at
+
+    tried = [{"tokens a rank": n, "step s": 0.1 * n + 0.01 * n * n} for n in (4, 8)]
+    assert seconds_at(20, tried) == pytest.approx(2 + 4)
+    flat = [{"tokens a rank": n, "step s": 1.0} for n in (4, 8)]  # as where the host is the slowest
+    assert seconds_at(16, flat) == pytest.approx(2.0)
 
 
 # ---- kernels.py, without a card

@@ -33,15 +33,20 @@ class RingSoftmax(Contiguous):
         return torch.cat([parts[sequence.rank], parts[-1 - sequence.rank]], 1)
 
     def attention(self, shape: Shape, sequence: lasp.SequenceParallel) -> Attention:
-        def attention(x: Inputs) -> Tensor:
-            q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
-            return _Ring.apply(q, k, v, sequence).transpose(1, 2)  # type: ignore[union-attr]
-
-        return attention
+        return lambda x: ring(x.q, x.k, x.v, sequence)
 
     def one_process(self, inputs: Inputs) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return flash(inputs.q, inputs.k, inputs.v)
+
+
+def ring(q: Tensor, k: Tensor, v: Tensor, sequence: lasp.SequenceParallel) -> Tensor:
+    """o of q, k, v [B, T, H, D] of this rank's two parts of the sequence."""
+    return _Ring.apply(*(x.transpose(1, 2) for x in (q, k, v)), sequence).transpose(1, 2)  # type: ignore[union-attr]
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same of a whole sequence in one process."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
 class _Ring(torch.autograd.Function):

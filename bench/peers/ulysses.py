@@ -6,6 +6,8 @@ other way round. The message grows with the tokens, and there can be no more ran
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,15 +30,21 @@ class Ulysses(Contiguous):
         slopes = fixed_decay(shape.heads, torch.device("cpu")).chunk(sequence.size)[sequence.rank]
         log_decay = lasp.decay.fixed(slopes, shape.device)
 
-        def attention(x: Inputs) -> Tensor:
-            q, k, v = _ToHeads.apply(torch.stack([x.q, x.k, x.v]), sequence).unbind()  # type: ignore[union-attr]
-            o, _ = lasp.linear_attention(q, k, v, log_decay=log_decay)
-            return _ToTokens.apply(o.unsqueeze(0), sequence).squeeze(0)  # type: ignore[union-attr]
+        def of_own_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return lasp.linear_attention(q, k, v, log_decay=log_decay)[0]
 
-        return attention
+        return lambda x: by_heads(x.q, x.k, x.v, of_own_heads, sequence)
 
     def one_process(self, inputs: Inputs) -> Tensor:
         return Lasp().one_process(inputs)
+
+
+def by_heads(
+    q: Tensor, k: Tensor, v: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], sequence: lasp.SequenceParallel
+) -> Tensor:
+    """o [B, T, H, D] of this rank's tokens, where `attend` is given the whole sequence of this rank's H / W heads."""
+    q, k, v = _ToHeads.apply(torch.stack([q, k, v]), sequence).unbind()  # type: ignore[union-attr]
+    return _ToTokens.apply(attend(q, k, v).unsqueeze(0), sequence).squeeze(0)  # type: ignore[union-attr]
 
 
 class _ToHeads(torch.autograd.Function):

@@ -147,8 +147,8 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, layout: ShardLayout | None = None) -> Tensor:
         """x [B, T, D] to the same shape and dtype; the rest as in `TNL.forward`."""
-        split = (*x.shape[:2], self.heads, self.channels)  # [B, T, H, K]
         beside, x = x, self.parts.enter(x) if self.parts else x
+        split = (*x.shape[:2], self.heads, self.channels)  # [B, T, H, K]
         if self.lrpe is None and self.attention.overlaps:
             x, k, v = norm_linear(x, self.norm, self.key, self.value)
             gate = x
