@@ -14,6 +14,11 @@ The delta rule (`delta_steps_of`), and channels that decay each by itself (`elem
 | CUDA | recurrences in bf16, fp16, fp32; a selective scan with up to 256 numbers a channel | scan_steps.py |
 | CUDA, CPU | anything else | delta_steps.py, elementwise.py, selective_scan.py |
 
+One token more (`step_path`), of all operators:
+
+| CUDA | bf16, fp16, fp32; K up to 1024, up to 256 numbers a channel of a selective scan | decode_kernels.py |
+| CUDA, CPU | anything else | decode.py |
+
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
 LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it: "triton", or "reference" for
@@ -251,6 +256,15 @@ def elementwise_steps_of(
             raise ValueError(f"the Triton kernels of a recurrence take {reason}")
         steps = scan_steps.TileRecurrenceSteps if recurrence else scan_steps.TileSelectiveSteps
     return steps(x, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
+
+
+def step_path(x: Tensor, *, rows: int = 1, states: int = 1) -> Path:
+    """What computes a step of decode.py, from x of its inputs: with so many rows of a state, or states of a channel."""
+    if not x.is_cuda:
+        return _path(x, served=False)
+    from lasp_kernels.decode_kernels import unsupported
+
+    return _path(x, served=unsupported(x, rows=rows, states=states) is None)
 
 
 def delta_steps_of(
