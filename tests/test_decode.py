@@ -203,10 +203,10 @@ def test_kernel_in_16_bits(form, dtype):
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("form", ["head", "token", "channel"])
+@pytest.mark.parametrize("form", ["head", "channel"])
 def test_kernel_after_many_tokens_and_any_decay(form):
     """300 tokens, whose decays lie between -1e-4 and -1000."""
-    x = random_inputs(form, 300, B=1, H=4, K=8, V=8)
+    x = random_inputs(form, 300, B=1, H=8 if CUDA else 2, K=8, V=8)
     strengths = -torch.logspace(-4, 3, x.log_decay.numel(), dtype=torch.float64)
     order = torch.randperm(len(strengths), generator=torch.Generator().manual_seed(0))
     check(on_device(replace(x, log_decay=strengths[order].view(x.log_decay.shape)), torch.float32), digits=2e-6)

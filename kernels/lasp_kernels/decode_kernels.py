@@ -30,7 +30,6 @@ MAX_ROW = 8192  # numbers of a token in all heads that one program normalises
 COLUMNS = (64, 32, 16)  # of a state, in a program
 NUMBERS = 16384  # of a state, in a program, at most
 CHANNELS = 256  # of a program of the small kernels
-FORMS = {None: 0, 1: 1, 2: 2, 3: 3}  # of a log_decay, by its dimensions
 
 
 @triton.jit
@@ -58,9 +57,10 @@ def step_kernel(
     """LOOPS times BV columns of a head's state [K, V], which stays in its place; GROUP outputs of it.
 
     Grid: columns in blocks, heads H of states, sequences. Q [B, H*GROUP, K] or, as KEY, [B, H/SHARE, K]; VALUE
-    [B, H, V]; BETA [B, H] of a delta rule, else None; DECAY by FORM; OUT [B, H*GROUP, V]. With NORMALIZE, STATE has a
-    column more, and a program must have all of them. With GATE [B, H*GROUP*V] the norm of a token's row of OUT, times
-    the gate, goes to NORMED, by the program that finishes last; COUNT [B] are zeros, and will be again.
+    [B, H, V]; BETA [B, H] of a delta rule, else None; DECAY of FORM dimensions, none with 0; OUT [B, H*GROUP, V]. With
+    NORMALIZE, STATE has a column more, and a program must have all of them. With GATE [B, H*GROUP*V] the norm of a
+    token's row of OUT, times the gate, goes to NORMED, by the program that finishes last; COUNT [B] are zeros, and will
+    be again.
     """
     blocks = tl.cdiv(V, BV * LOOPS)
     block = tl.program_id(0) % blocks
@@ -69,11 +69,11 @@ def step_kernel(
     rows = tl.arange(0, BK)
     inside = rows < K
     key = tl.load(KEY + b * k_b + h // SHARE * k_h + rows, mask=inside, other=0.0).to(tl.float32)
-    if FORM == 1:
+    if FORM == 1:  # [H]
         decay = tl.load(DECAY + h + rows * 0).to(tl.float32)
-    elif FORM == 2:
+    elif FORM == 2:  # [B, H]
         decay = tl.load(DECAY + b * H + h + rows * 0).to(tl.float32)
-    elif FORM == 3:
+    elif FORM == 3:  # [B, H, K]
         decay = tl.load(DECAY + (b * H + h) * K + rows, mask=inside, other=0.0).to(tl.float32)
     columns: tl.constexpr = V + NORMALIZE
     STATE += (b * H + h) * K * columns
@@ -248,13 +248,13 @@ def _attend(
 @lru_cache(maxsize=1024)
 def _step_launch(key: tuple[Any, ...], scale: float, eps: float, normalize: bool, device: torch.device) -> Launch:
     """For tensors that are alike in all that Triton looks at."""
-    shapes, strides = (tuple(None if x is None else x[n] for x in key) for n in (1, 2))
+    shapes, strides = (tuple(() if x is None else x[n] for x in key) for n in (1, 2))
     (_, q_heads, K), k_heads, (B, H, V) = shapes[0], shapes[1][1], shapes[2]
-    group, share = max(1, q_heads // H), H // k_heads
+    queries, share = max(1, q_heads // H), H // k_heads
     rows = max(16, triton.next_power_of_2(K))
     columns = _columns(B * H, rows, V, processors(device))
     loops = triton.cdiv(V, columns) if normalize else 1
-    fused, width = shapes[7] is not None, H * group * V
+    fused, width = bool(shapes[7]), H * queries * V
     row = triton.next_power_of_2(width) if fused else 1
     numbers = (
         scale, eps, H, *strides[0][:2], *strides[1][:2], *strides[2][:2],
@@ -262,8 +262,8 @@ def _step_launch(key: tuple[Any, ...], scale: float, eps: float, normalize: bool
     )  # fmt: skip
     return Launch(
         step_kernel, device, (triton.cdiv(V, columns * loops) * B * H, 1), numbers,
-        K=K, V=V, BK=rows, BV=columns, GROUP=group, SHARE=share,
-        FORM=FORMS[None if shapes[4] is None else len(shapes[4])], NORMALIZE=int(normalize), LOOPS=loops, ROW=row,
+        K=K, V=V, BK=rows, BV=columns, GROUP=queries, SHARE=share,
+        FORM=len(shapes[4]), NORMALIZE=int(normalize), LOOPS=loops, ROW=row,
         num_warps=min(8, max(1, rows * columns // 1024)),
     )  # fmt: skip
 
