@@ -801,7 +801,7 @@ def test_peers_of_the_delta_rule_get_what_ours_gets(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(linear_attention=cudnn))
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
     names = {"chunk_delta_rule": fla, "chunk_gated_delta_rule": fla, "chunk_kda": fla}
-    monkeypatch.setattr(fla_families, "_fla", lambda file, name: names[name])
+    monkeypatch.setattr(fla_families, "fla", lambda file, name: names[name])
     for name, forms in delta_peers.FORMS.items():
         for form in forms:
             row = delta.compared(name, form, 16, 70, 2, "cpu")
@@ -959,7 +959,7 @@ def test_peers_get_what_our_operators_get(families, monkeypatch):
         "chunk_gated_delta_rule": delta,
         "chunk_kda": delta,
     }
-    monkeypatch.setattr(fla_families, "_fla", lambda file, name: functions[name])
+    monkeypatch.setattr(fla_families, "fla", lambda file, name: functions[name])
     names = {
         "softmax": "sdpa flash",
         "retnet": "chunk_simple_gla",
