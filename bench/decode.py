@@ -53,6 +53,7 @@ LENGTHS = (1024, 8192, 65536, 524288, 4194304, 16777216)
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 32768, 262144)
 PUBLISHED = Path(__file__).parent / "published_decode.csv"
 NEW = 128  # tokens behind a prompt
+LONG = 2**16  # tokens of a prompt whose time is not that of compiling kernels
 
 
 class Clock:
@@ -253,10 +254,11 @@ def _token_row(stepping: Stepping, model: str, how: str, options: argparse.Names
 def lengths_phase(options: argparse.Namespace, clock: Clock, device: torch.device) -> Iterator[dict]:
     """Rows: a prompt of each length by `lasp.prefill`, and tokens behind it by `lasp.generate`."""
     model = Stepping("tnl", _config(options.models[0], options), 1, device, options.dtype).model
-    draw, before = torch.Generator().manual_seed(1), None
+    draw = torch.Generator().manual_seed(1)
+    known = 0.0  # seconds a token, of a prompt that is long enough to tell
     vocabulary = model.config.vocab_size  # type: ignore[union-attr]
     for length in sorted(options.lengths):
-        expected = 0.0 if before is None else before[1] * length / before[0]
+        expected = known * length
         if expected > options.limit or expected > clock.left:
             print(f"a prompt of {length} tokens: not run, it would take {expected:.0f} s", file=sys.stderr)
             return
@@ -265,13 +267,11 @@ def lengths_phase(options: argparse.Namespace, clock: Clock, device: torch.devic
         state = lasp.prefill(model, ids, segment=options.segment)
         _wait(device)
         seconds = time.perf_counter() - begin
-        if before is not None or length > 2**16:  # the first one compiles
-            before = (length, seconds)
+        known = seconds / length if length >= LONG else 0.0
         lasp.generate(model, None, state=state, max_new_tokens=8)
         per_token, behind = _seconds_of_new(model, state, options.new, device)
         row = {"tokens of the prompt": length, "prefill s": seconds, "prefill tokens/s": length / seconds}
         row |= {"ms a token": per_token * 1e3, "tokens/s": 1 / per_token, "MB of the request": _held(behind) / 1e6}
-        before = before or (length, seconds)
         yield row
 
 
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gate", type=float, default=1e-2)
     parser.add_argument("--gate-model", type=float, default=5e-2)
     parser.add_argument("--budget", type=float, default=240, help="seconds of all phases together")
-    parser.add_argument("--limit", type=float, default=100, help="seconds of a prompt")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of a prompt")
     parser.add_argument("--no-fla", dest="fla", action="store_false")
     parser.add_argument("--name", default="", help="behind that of the results")
     add_report_arguments(parser)

@@ -117,6 +117,29 @@ def test_convolution(width, bias):
     torch.testing.assert_close(last, x[:, T - width + 1 :])
 
 
+def test_the_form_without_growing_powers_does_not_overflow():
+    """TransNormerLLM's two forms of inference at b 2, h 8, n 1024, d 64 with decays of 2^-1 to 2^-8 (arXiv 2307.14995):
+    powers of 1 / lambda are infinite from token 178 on in the head that forgets fastest."""
+    B, H, tokens, D = 2, 8, 1024, 64
+    q, k, v = (normal(B, tokens, H, D, seed=n).float() for n in range(3))
+    log_decay = -torch.logspace(-1, -8, H, base=2.0)
+    expected, expected_state = recurrent_linear_attention(
+        q.double(), k.double(), v.double(), log_decay=log_decay.double()
+    )
+    state = torch.zeros(B, H, D, D)
+    o = [linear_attention_step(q[:, t], k[:, t], v[:, t], log_decay, state) for t in range(tokens)]
+    assert largest_error(torch.stack(o, 1).double(), expected, 2) < 1e-5
+    assert largest_error(state.double(), expected_state, 1) < 1e-5
+
+    grown = torch.zeros(B, H, D, D)
+    for t in range(tokens):
+        power = (-log_decay * (t + 1)).exp()[:, None, None]
+        grown += power * (k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2))
+    origin = (q[:, -1].unsqueeze(-2) * (log_decay * tokens).exp()[:, None, None]) @ grown
+    finite = origin.isfinite().all(-1).all(-1).all(0)
+    assert finite.tolist() == [False] * 3 + [True] * 5  # 1,024 x 2^-4 is 64, and e^88.7 the largest number
+
+
 def good_call():
     """Of a linear attention, by name."""
     x = {"q": normal(2, 4, 5), "k": normal(2, 2, 5), "v": normal(2, 2, 3), "log_decay": -torch.ones(2)}
