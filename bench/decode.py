@@ -16,8 +16,8 @@ compiled 0.95; eager 1.15.
 
 `lengths`: tokens/s of `lasp.generate` behind a prompt of each length that `lasp.prefill` has run; B is 1.
 
-`softmax`: the same of a softmax model with the shape of TNL (SDPA, keys and values in buffers that are full), in the
-fastest of two ways, and the memory that a request takes in both.
+`softmax`: a token of a softmax model with the shape of TNL (SDPA, keys and values in buffers that are full, of random
+numbers; its linear layers and rotations are as few launches as TNL's), TNL's first, and what a request holds in memory.
 
 Before it is timed, a step is compared with fp64 (`--gate`), a model's with its logits of the whole sequence
 (`--gate-model`). A phase that would go beyond `--budget`, or a row beyond `--limit`, is left out, and said so.
@@ -45,6 +45,8 @@ from torch import Tensor
 import lasp
 import lasp_kernels as kernels
 from lasp.models import TNLConfig
+from lasp_kernels import few_rows
+from lasp_kernels.decode import linear_attention_norm_gate_step
 from lasp_kernels.delta import recurrent_delta_rule
 
 FORMS = ("fixed", "none", "token", "channel", "delta")
@@ -137,8 +139,6 @@ class StepCase:
         return kernels.norm_gate(self.ours(state), self.gate.flatten(1))
 
     def in_one_launch(self, state: Tensor) -> Tensor:
-        from lasp_kernels.decode import linear_attention_norm_gate_step
-
         gate = self.gate.flatten(1)
         return linear_attention_norm_gate_step(
             self.q, self.k, self.v, self.log_decay, state, gate, self.count, scale=self.scale
@@ -218,7 +218,9 @@ def token_phase(options: argparse.Namespace, clock: Clock, device: torch.device)
                 return
             stepping = Stepping("tnl", _config(model, options), B, device, options.dtype)
             for how in options.hows:
-                if how == "few rows" and B > 4:  # which is eager then
+                if how == "few rows" and B > few_rows.MOST_ROWS:  # which is eager then
+                    continue
+                if how == "compiled" and (model != options.models[0] or options.compile_up_to < B):
                     continue
                 if clock.left < 0:
                     return
@@ -295,36 +297,27 @@ def _held(state: lasp.InferenceState) -> int:
 def softmax_phase(options: argparse.Namespace, clock: Clock, device: torch.device) -> Iterator[dict]:
     """Rows: TNL once, and the softmax model at each context."""
     config = _config(options.models[0], options)
-    hows = [how for how in options.hows if how != "eager"] or ["eager"]
-    yield _context_row(Stepping("tnl", config, 1, device, options.dtype), "any", hows, options, clock)
+    yield _context_row(Stepping("tnl", config, 1, device, options.dtype), "any", options, clock)
     for context in sorted(options.contexts):
         _free(device)
         if clock.left < 0:
             return
         try:
             stepping = Stepping("softmax", config, 1, device, options.dtype, context=context)
-            yield _context_row(stepping, context, hows, options, clock)
+            row = _context_row(stepping, context, options, clock)
         except torch.OutOfMemoryError:
             print(f"a softmax model at {context}: out of memory", file=sys.stderr)
             return
+        del stepping
+        yield row
 
 
-def _context_row(stepping: Stepping, context: int | str, hows: list[str], options: argparse.Namespace, clock: Clock):
-    found = {}
-    for how in hows:
-        try:
-            with stepping.entered(how):
-                found[how] = clock(graphed(stepping.step, clock.device), options.rep)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:
-            if how != "compiled":
-                raise
-            print(f"{stepping.kind} at {context}, {how}: {refusal(problem)}", file=sys.stderr)
-    how = min(found, key=found.__getitem__)
+def _context_row(stepping: Stepping, context: int | str, options: argparse.Namespace, clock: Clock) -> dict:
+    with stepping.entered("few rows"):
+        ms = clock(graphed(stepping.step, clock.device), options.rep)
     floor = clock.floor(stepping.bytes_of_token)
-    row = {"model": stepping.kind, "context": context, "how": how, "ms": found[how], "tokens/s": 1e3 / found[how]}
-    return row | {"floor ms": floor, "ratio": found[how] / floor, "MB of the request": stepping.bytes_held / 1e6}
+    row = {"model": stepping.kind, "context": context, "ms": ms, "tokens/s": 1e3 / ms, "floor ms": floor}
+    return row | {"ratio": ms / floor, "MB of the request": stepping.bytes_held / 1e6}
 
 
 def _config(name: str, options: argparse.Namespace) -> TNLConfig:
@@ -356,6 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--models", nargs="+", default=["1B", "385M"], help="the first is that of the contexts")
     parser.add_argument("--hows", nargs="+", choices=HOWS, default=list(HOWS))
+    parser.add_argument("--compile-up-to", type=int, default=16, help="sequences; compiling takes half a minute")
     parser.add_argument("--decays", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))

@@ -51,18 +51,22 @@ def _look(self: SoftmaxAttention, q: Tensor, k: Tensor, v: Tensor, *, layout: ob
     return F.scaled_dot_product_attention(q, self.keys, self.values, scale=self.scale).transpose(1, 2)
 
 
-class Angles:
-    """In place of `lasp.models.mixers.rotary`, which makes all angles anew: from a table."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
-    def __init__(self, length: int, channels: int, device: torch.device, dtype: torch.dtype):
+
+class Rotary:
+    """In place of `lasp.models.mixers.rotary`, which makes all angles anew in every layer: those of one position, as
+    who decodes would make them once a token; on a GPU in one launch."""
+
+    def __init__(self, place: int, channels: int, device: torch.device, dtype: torch.dtype):
         theta = 10000.0 ** (torch.arange(channels // 2, dtype=torch.float64) / (-channels // 2))
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * theta
-        self.cos, self.sin = (f(angle).to(device, dtype) for f in (torch.cos, torch.sin))
+        self.angles = tuple(f(place * theta).to(device, dtype) for f in (torch.cos, torch.sin))
+        self._rotated = torch.compile(_rotated, dynamic=False) if device.type == "cuda" else _rotated
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> Tensor:
-        cos, sin = (y[position_ids].unsqueeze(-2) for y in (self.cos, self.sin))
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+        return self._rotated(x, *self.angles)
 
 
 class Stepping:
@@ -90,7 +94,7 @@ class Stepping:
             elif isinstance(module, SoftmaxAttention):
                 self._give_cache(module, config, dtype)
         channels = config.width // config.heads
-        self._angles = Angles(context, channels, device, dtype) if kind == "softmax" else None
+        self._rotary = Rotary(context - 1, channels, device, dtype) if kind == "softmax" else None
 
     def _give_state(self, module: LightningAttention, config: TNLConfig) -> None:
         H, V = config.heads, config.width // config.heads
@@ -146,8 +150,8 @@ class Stepping:
             stack.enter_context(torch.no_grad())
             stack.enter_context(mock.patch.object(LightningAttention, "forward", _attend))
             stack.enter_context(mock.patch.object(SoftmaxAttention, "forward", _look))
-            if self._angles is not None:
-                stack.enter_context(mock.patch.object(mixers, "rotary", self._angles))
+            if self._rotary is not None:
+                stack.enter_context(mock.patch.object(mixers, "rotary", self._rotary))
             if how == "eager":
                 stack.enter_context(mock.patch.object(dispatch, "_few_rows", return_value=False))
             if how == "compiled":

@@ -260,11 +260,15 @@ def elementwise_steps_of(
 
 def step_path(x: Tensor, *, rows: int = 1, states: int = 1) -> Path:
     """What computes a step of decode.py, from x of its inputs: with so many rows of a state, or states of a channel."""
-    if not x.is_cuda:
-        return _path(x, served=False)
-    from lasp_kernels.decode_kernels import unsupported
+    served = False
+    if x.is_cuda:
+        from lasp_kernels.decode_kernels import unsupported
 
-    return _path(x, served=unsupported(x, rows=rows, states=states) is None)
+        served = unsupported(x, rows=rows, states=states) is None
+    chosen = _path(x, served=served)
+    if os.environ.get("LASP_DEBUG", "0") not in ("", "0"):
+        _tell_once(f"lasp_kernels: {chosen} for a step of one token, {x.dtype} on {x.device.type}")
+    return chosen
 
 
 def delta_steps_of(
