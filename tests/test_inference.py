@@ -369,6 +369,37 @@ def test_a_model_may_be_split_later_and_streamed():
     assert same(lasp.generate(model, ids, max_new_tokens=3).state, expected.state)
 
 
+@pytest.mark.parametrize("name", ["tnl", "mamba2", "hybrid"])
+def test_states_of_inference_mode_go_on_outside(name):
+    model, ids = model_of(name), ids_of()
+    expected = lasp.generate(model, ids, max_new_tokens=6)
+    with torch.inference_mode():
+        state = lasp.prefill(model, ids[:, :40])
+        stream = lasp.stream_tokens(model, ids[:, 40:], state=state.fork(), max_new_tokens=6)
+        next(stream)
+    *_, _ = stream
+    assert torch.equal(stream.result().ids, expected.ids)
+    state = lasp.prefill(model, ids[:, 40:], state=state)
+    with torch.inference_mode():
+        assert torch.equal(lasp.generate(model, None, state=state, max_new_tokens=6).ids, expected.ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_16_bits(name):
+    """Of the model, or of autocast: states are fp32, and results are as near as those of one forward."""
+    model, ids = model_of(name, torch.float32), ids_of()
+    expected = logits_of(model, ids)
+    for cast in (False, True):
+        model = model if cast else copy.deepcopy(model).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            once = (logits_of(model, ids) - expected)[:, PROMPT:].float().square().mean().sqrt()
+            state = lasp.prefill(model, ids[:, :PROMPT], segment=50)
+            found, behind = decoded(model, state, ids[:, PROMPT:])
+        error = (found - expected[:, PROMPT:]).square().mean().sqrt()
+        assert error < 1.5 * once + 1e-3, (error, once)
+        assert behind.logits.dtype == torch.float32
+
+
 class Changes(nn.Module):
     """Calls its operator more often in some runs than in others."""
 
@@ -474,6 +505,26 @@ def _of_ranks_together():
 def test_ranks_go_together():
     first, second = run_ranks(2, _of_ranks_together)
     assert torch.equal(first, second)
+
+
+def _in_parts():
+    model, ids = TNL(TNLConfig(WORDS + 1, *SIZE[1:])).double(), ids_of()
+    torch.manual_seed(0)
+    model.init_weights()
+    whole = lasp.generate(model, ids, max_new_tokens=5, do_sample=True, seed=1)
+    lasp.tensor_parallel(model, mesh_of(tp=2))
+    found = lasp.generate(model, ids, max_new_tokens=5, do_sample=True, seed=1)
+    assert torch.equal(found.ids, whole.ids)
+    torch.testing.assert_close(found.state.logits, whole.state.logits, atol=1e-12, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"seed must be given .* over 2 ranks, got None"):
+        lasp.generate(model, ids, max_new_tokens=5, do_sample=True)
+    return found.state
+
+
+def test_a_model_in_parts_generates_what_the_whole_does():
+    first, second = run_ranks(2, _in_parts)
+    assert first.model != second.model
+    assert first.nbytes == second.nbytes
 
 
 # Against transformers, last: workers of tests behind it would import it too

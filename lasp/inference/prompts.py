@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def _rows(ids: Any) -> list[Tensor]:
         return list(ids.long().unbind()) if ids.ndim == 2 else [ids.long()]
     if not isinstance(ids, (list, tuple)) or not ids:
         raise TypeError(f"ids must be a tensor [B, T] of integers, or a list of rows, got {arguments.shown(ids)}")
-    if isinstance(ids[0], int):
+    if isinstance(ids[0], numbers.Integral):
         return [torch.tensor(arguments.integers("ids", ids))]
     return [_row(row) for row in ids]
 

@@ -22,6 +22,9 @@ from lasp.ops.session import Session
 from lasp.ranks import alone, sequence_axis, waiting
 from lasp_kernels.reference import state_dtype
 
+as_usual = torch.inference_mode(False)
+"""Decorator: what is made is not only for the user's `torch.inference_mode`, but may be changed in place outside."""
+
 
 class Runner:
     """A model, its ranks, and how it is called.
