@@ -1,6 +1,9 @@
 """Prompts and tokens behind them: what one forward over all of them gives, whatever way they came."""
 
 import copy
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +130,12 @@ def test_rows_of_different_lengths_are_each_what_they_are_alone(name):
         torch.testing.assert_close(found.state.logits[row], logits_of(model, whole)[0, -1], atol=1e-12, rtol=1e-12)
         assert found.state.lengths[row] == whole.shape[1]
         assert found.state.seen[row].nonzero().flatten().tolist() == sorted(set(whole[0].tolist()))
+    more = [row[-length:] for row, length in zip(ids, (3, 7, 7, 1))]  # behind different numbers of tokens
+    again = lasp.prefill(model, more, state=found.state)
+    for row, prompt in enumerate(rows):
+        whole = torch.cat([prompt, found.ids[row], more[row]])[None]
+        torch.testing.assert_close(again.logits[row], logits_of(model, whole)[0, -1], atol=1e-12, rtol=1e-12)
+        assert again.lengths[row] == whole.shape[1]
     packed = lasp.generate(model, torch.cat(rows)[None], cu_seqlens=[0, 9, 79, 82, 91], seed=[5, 6, 7, 8], **options)
     assert torch.equal(packed.ids, found.ids)
     assert same(packed.state, found.state)
@@ -369,6 +378,37 @@ def test_a_model_may_be_split_later_and_streamed():
     assert same(lasp.generate(model, ids, max_new_tokens=3).state, expected.state)
 
 
+@pytest.mark.parametrize("name", ["tnl", "mamba2", "hybrid"])
+def test_states_of_inference_mode_go_on_outside(name):
+    model, ids = model_of(name), ids_of()
+    expected = lasp.generate(model, ids, max_new_tokens=6)
+    with torch.inference_mode():
+        state = lasp.prefill(model, ids[:, :40])
+        stream = lasp.stream_tokens(model, ids[:, 40:], state=state.fork(), max_new_tokens=6)
+        next(stream)
+    *_, _ = stream
+    assert torch.equal(stream.result().ids, expected.ids)
+    state = lasp.prefill(model, ids[:, 40:], state=state)
+    with torch.inference_mode():
+        assert torch.equal(lasp.generate(model, None, state=state, max_new_tokens=6).ids, expected.ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_16_bits(name):
+    """Of the model, or of autocast: states are fp32, and results are as near as those of one forward."""
+    model, ids = model_of(name, torch.float32), ids_of()
+    expected = logits_of(model, ids)
+    for cast in (False, True):
+        model = model if cast else copy.deepcopy(model).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            once = (logits_of(model, ids) - expected)[:, PROMPT:].float().square().mean().sqrt()
+            state = lasp.prefill(model, ids[:, :PROMPT], segment=50)
+            found, behind = decoded(model, state, ids[:, PROMPT:])
+        error = (found - expected[:, PROMPT:]).square().mean().sqrt()
+        assert error < 1.5 * once + 1e-3, (error, once)
+        assert behind.logits.dtype == torch.float32
+
+
 class Changes(nn.Module):
     """Calls its operator more often in some runs than in others."""
 
@@ -476,7 +516,40 @@ def test_ranks_go_together():
     assert torch.equal(first, second)
 
 
+def _in_parts():
+    model, ids = TNL(TNLConfig(WORDS + 1, *SIZE[1:])).double(), ids_of()
+    torch.manual_seed(0)
+    model.init_weights()
+    whole = lasp.generate(model, ids, max_new_tokens=5, do_sample=True, seed=1)
+    lasp.tensor_parallel(model, mesh_of(tp=2))
+    found = lasp.generate(model, ids, max_new_tokens=5, do_sample=True, seed=1)
+    assert torch.equal(found.ids, whole.ids)
+    torch.testing.assert_close(found.state.logits, whole.state.logits, atol=1e-12, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"seed must be given .* over 2 ranks, got None"):
+        lasp.generate(model, ids, max_new_tokens=5, do_sample=True)
+    return found.state
+
+
+def test_a_model_in_parts_generates_what_the_whole_does():
+    first, second = run_ranks(2, _in_parts)
+    assert first.model != second.model
+    assert first.nbytes == second.nbytes
+
+
 # Against transformers, last: workers of tests behind it would import it too
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_model_of_another_library_is_refused(split):
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = MiniMaxForCausalLM(MiniMaxConfig(**sizes, **heads))
+    if split:
+        lasp.parallelize(model, None, strict=False)
+    with pytest.raises(ValueError, match=r"got a MiniMaxForCausalLM whose layer 'model.layers.0.*another library"):
+        lasp.generate(model, ids_of(), max_new_tokens=1)
 
 
 def test_scores_are_those_of_transformers():
@@ -507,3 +580,27 @@ def test_scores_are_those_of_transformers():
         assert torch.equal(Sampling(do_sample=True, **options).scores(logits, seen), expected), options
     with pytest.warns(UserWarning, match=r"temperature=0.5 is not heeded without do_sample=True"):
         Sampling(temperature=0.5)
+
+
+def _page(folder):
+    page = Path(__file__).parent.parent / "docs" / "inference.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    model = lasp.parallelize(model_of("tnl"), mesh, strict=False)
+    known = {"lasp": lasp, "mesh": mesh, "model": model, "ids": ids_of(), "question": ids_of(1), "more": [[3, 4]]}
+    folder = Path(folder) / str(torch.distributed.get_rank())
+    folder.mkdir()
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for block in blocks:
+            exec(block, known)
+    finally:
+        os.chdir(before)
+    assert (folder / "chat.safetensors").exists()
+    assert known["answer"].state.lengths[0] > TOKENS + 50
+    return len(blocks)
+
+
+def test_what_the_page_shows_runs(tmp_path):
+    assert run_ranks(2, _page, tmp_path) == [3, 3]

@@ -5,7 +5,8 @@ a stream of their own, so that what is made once (handles, compiled kernels) is 
 and from then on replayed. It needs a model whose step always does the same in the same memory:
 
 - no softmax layer without a window, whose keys and values grow;
-- no weights that others hold (FSDP2, tensor parallelism), which would have to be gathered by NCCL in the graph.
+- no weights that others hold (FSDP2, tensor parallelism), which would have to be gathered by NCCL in the graph;
+- no experts but in bf16: in other dtypes PyTorch's grouped product has its sizes read by the host.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from lasp.inference.run import Runner
 from lasp.inference.state import InferenceState
 from lasp.layout import ShardLayout
+from lasp.models.experts import GatedExperts, HeadExperts
 from lasp.ops.session import Key, Session
 from lasp.ranks.parts import parts_of_model
 
@@ -85,7 +87,7 @@ class Decoding:
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
+            with _casting_anew(), torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
                 self._forward()
         except RuntimeError as error:
             raise RuntimeError(
@@ -121,6 +123,18 @@ class Decoding:
         return found
 
 
+@contextlib.contextmanager
+def _casting_anew() -> Iterator[None]:
+    """Inside, autocast keeps no copies of weights, which would be gone when the graph is replayed."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 class _Row(NamedTuple):
     """That has come to its end. Of keys and values, of which there are ever more, its own part stays as it was."""
 
@@ -141,6 +155,10 @@ def why_no_graph(runner: Runner, state: InferenceState, wanted: bool) -> str:
         return f"the keys and values of layer {grown!r} grow"
     if any(isinstance(m, FSDPModule) for m in runner.model.modules()):
         return "FSDP2 gathers weights"
+    experts = (m for m in runner.model.modules() if isinstance(m, (GatedExperts, HeadExperts)))
+    odd = {p.dtype for m in experts for p in m.parameters()} - {torch.bfloat16}
+    if odd:
+        return f"the host reads how many tokens an expert has, in {odd.pop()}"
     if parts_of_model(runner.model) > 1:
         return "the ranks of tensor parallelism add up"
     return ""

@@ -14,11 +14,12 @@ from lasp import arguments
 from lasp.checks import agreement
 from lasp.inference.decode import Decoding
 from lasp.inference.prefill import agreement_of, check_state, checked_prompts, facts_of, run_prompts
-from lasp.inference.run import Runner
+from lasp.inference.run import Runner, as_usual
 from lasp.inference.sampling import Sampling, number_of, seeds_of
 from lasp.inference.state import InferenceState
 from lasp.ranks import waiting
 from lasp.ranks.collectives import device_of
+from lasp.ranks.parts import parts_of_model
 
 
 class Generated(NamedTuple):
@@ -76,7 +77,8 @@ def generate(
         streamer: an object with `put(tensor)` and `end()`, as transformers' TextStreamer: it gets the prompts if they
             are a tensor, then [B] for each step, `pad_token_id` for rows that have ended.
         cuda_graph: replay steps as a CUDA graph: on a GPU, of a model without softmax layers that see all tokens,
-            without FSDP2 and tensor parallelism. Elsewhere it changes nothing; `lasp.explain` tells why not.
+            without FSDP2 and tensor parallelism, and with experts in bf16 only. Elsewhere it changes nothing, and
+            `lasp.explain` tells why.
 
     Returns:
         The new tokens, how many each row has, and the state behind them. This is what `lasp.prefill` gives for the
@@ -154,6 +156,7 @@ class TokenStream:
             self.compare()
         return found
 
+    @as_usual
     def step(self) -> list[int | None]:
         """What the iterator gives, before all rows have ended."""
         decoding, request = self.decoding, self._request
@@ -214,6 +217,7 @@ class _Request:
             return self.sampling.choose(decoding.logits, decoding.seen, numbers)
 
 
+@as_usual
 def _stream(model: nn.Module, ids: Any, mesh: Any, streamer: Any, name: str, given: dict[str, Any]) -> TokenStream:
     """Run the prompts."""
     options = dict(given)
@@ -239,6 +243,7 @@ def _stream(model: nn.Module, ids: Any, mesh: Any, streamer: Any, name: str, giv
         told = {x: value for x, value in told.items() if not isinstance(value, Tensor)}
         ranks_agree.settle(lambda: told, lambda: {"prompts": facts_of(prompts, state)})
     if request.sampling.do_sample and given["seed"] is None:
+        _refuse_parts(runner)
         request = _with_seeds(request, runner)
     if streamer is not None and isinstance(ids, Tensor):
         streamer.put(ids.cpu())
@@ -249,6 +254,16 @@ def _stream(model: nn.Module, ids: Any, mesh: Any, streamer: Any, name: str, giv
             f"one by one, without a CUDA graph, since {decoding.no_graph}" if decoding.no_graph else "as a CUDA graph"
         )
     return TokenStream(decoding, request, streamer)
+
+
+def _refuse_parts(runner: Runner) -> None:
+    """Ranks of tp compute one token together, and know of each other in the model's layers only."""
+    parts = parts_of_model(runner.model)
+    if parts > 1:
+        raise ValueError(
+            f"seed must be given to draw from a model that lasp.tensor_parallel has split over {parts} ranks, got "
+            "None: all of them must draw alike"
+        )
 
 
 def _refuse_without_ids(of_prompts: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from lasp import arguments
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.inference.prompts import prompts_of
-from lasp.inference.run import Runner
+from lasp.inference.run import Runner, as_usual
 from lasp.inference.state import InferenceState
 from lasp.layout import ShardLayout
 from lasp.ops.session import Session
@@ -120,6 +120,7 @@ def facts_of(rows: list[Tensor], state: InferenceState | None) -> dict[str, str]
     return checksums(found)
 
 
+@as_usual
 def run_prompts(runner: Runner, rows: list[Tensor], state: InferenceState | None, step: int | None) -> InferenceState:
     """The state behind these rows, which were checked."""
     before = (0,) * len(rows) if state is None else state.lengths

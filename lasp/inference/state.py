@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lasp import arguments
 from lasp.checks.checksum import checksums, form
@@ -188,9 +189,15 @@ def form_of(model: nn.Module) -> str:
     inner = model
     while (wrapped := next((getattr(inner, x, None) for x in ("module", "_orig_mod")), None)) is not None:
         inner = wrapped
-    parts = parts_of_model(model)
     told = f"{type(inner).__name__.removeprefix('FSDP')} with {len(forms)} parameters, checksum "
-    return f"{told}{zlib.crc32(repr(forms).encode()):08x}" + (f", in {parts} parts" if parts > 1 else "")
+    return f"{told}{zlib.crc32(repr(forms).encode()):08x}{_part_of(model)}"
+
+
+def _part_of(model: nn.Module) -> str:
+    """Which of the parts of tensor parallelism it is: a state has the heads of this rank."""
+    meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    mesh = next((mesh for mesh in meshes if "tp" in (mesh.mesh_dim_names or ())), None)
+    return "" if mesh is None else f", part {mesh.get_local_rank('tp')} of {parts_of_model(model)}"
 
 
 def _plain(name: str) -> str:
