@@ -10,8 +10,9 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
+import lasp  # noqa: E402
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig  # noqa: E402
-from lasp_kernels import dispatch, few_rows  # noqa: E402
+from lasp_kernels import dispatch, few_rows, launch  # noqa: E402
 from lasp_kernels.reference import activation_of  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -105,6 +106,22 @@ def test_a_model_of_one_token(monkeypatch, family):
         )
         torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
     assert len(launches) == (8 if family == "tnl" else 6)
+
+
+@pytest.mark.parametrize("early", [False, True] if CUDA else [False])
+def test_a_generation(monkeypatch, early):
+    """As `lasp.generate` meets them, on a GPU in its CUDA graph: tokens and logits are those of the whole sequence."""
+    monkeypatch.setattr(launch, "EARLY", early)
+    if not CUDA:
+        monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
+    width, heads = (512, 4) if CUDA else (32, 2)
+    model = TNL(TNLConfig(50, layers=2, width=width, heads=heads, glu_width=40)).to(DEVICE)
+    prompt = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = lasp.generate(model, prompt, max_new_tokens=40 if CUDA else 4)
+    with torch.no_grad():
+        whole = model(torch.cat([prompt, found.ids], 1))
+    torch.testing.assert_close(found.state.logits, whole[:, -1].to(found.state.logits.dtype), atol=1e-4, rtol=1e-4)
+    assert torch.equal(whole[:, 8:-1].argmax(-1), found.ids)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
