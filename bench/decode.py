@@ -9,6 +9,10 @@ the CUDA graph. fla-core's fused_recurrent kernels beside. Then norm and gate: i
 the step. Predicted on an H100: the launch that is saved is 2 us of some 6 at B 1, of 11 at B 16 and of 30 at B 64, as
 long as the program that finishes last need not wait for a row of 4 KB; at B 256 nothing is seen of it.
 
+`linears`: the linear layers of a block of TNL and its head, for one row, with the norm, gate and residual around them:
+GB/s of the weights, by PyTorch and by few_rows.py, there also with other blocks of a program (`--blocks`, outputs x
+columns).
+
 `token`: a token of TNL in bf16, as a CUDA graph, in each of the ways of decode_models.py. The floor is the time of
 reading the weights (not the embedding's) and reading and writing the states, at the speed of a copy. Predicted for the
 1B at B 1, where this is 0.7 ms: few rows 0.85 ms, of 5 launches a layer, each of which reads nothing for some 2 us;
@@ -26,12 +30,17 @@ Before it is timed, a step is compared with fp64 (`--gate`), a model's with its 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import csv
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import fla_families
 import torch
@@ -45,12 +54,12 @@ from torch import Tensor
 import lasp
 import lasp_kernels as kernels
 from lasp.models import TNLConfig
-from lasp_kernels import few_rows
+from lasp_kernels import dispatch, few_rows
 from lasp_kernels.decode import linear_attention_norm_gate_step
 from lasp_kernels.delta import recurrent_delta_rule
 
 FORMS = ("fixed", "none", "token", "channel", "delta")
-PHASES = ("step", "token", "softmax", "lengths")  # the last one takes as long as it is given
+PHASES = ("step", "linears", "token", "softmax", "lengths")  # the last one takes as long as it is given
 LENGTHS = (1024, 8192, 65536, 524288, 4194304, 16777216)
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 32768, 262144)
 PUBLISHED = Path(__file__).parent / "published_decode.csv"
@@ -174,12 +183,25 @@ def step_phase(options: argparse.Namespace, clock: Clock, device: torch.device) 
                 calls["fla"] = case.fla
             if form == "fixed":
                 calls |= {"lasp, then norm and gate": case.norm_and_gate, "lasp with norm and gate": case.in_one_launch}
+            for columns in options.columns if device.type == "cuda" else ():
+                calls[f"lasp, {columns} columns"] = partial(_with_columns, columns, case)
             for name, call in calls.items():
                 if clock.left < 0:
                     return
                 yield _step_row(name, call, case, B, options, clock)
             del case, calls
             _free(device)
+
+
+def _with_columns(columns: int, case: StepCase, state: Tensor) -> Tensor:
+    """A step whose programs have so many. (What it costs the host is in "eager us".)"""
+    from lasp_kernels import decode_kernels
+
+    with mock.patch.object(decode_kernels, "_columns", return_value=columns):
+        decode_kernels._step_launch.cache_clear()
+        o = case.ours(state)
+    decode_kernels._step_launch.cache_clear()
+    return o
 
 
 def _step_row(
@@ -205,6 +227,76 @@ def _step_row(
             raise
         row["note"] = refusal(problem)
     return row
+
+
+# ---- linear layers
+
+
+class LinearCase:
+    """A product of a token, of the layers `weights` [N, D] of some copies, which are read one after another."""
+
+    def __init__(self, name: str, D: int, sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device):
+        draw = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw, device=device).to(options.dtype)
+
+        self.name, self.bytes = name, sum(sizes) * D * options.dtype.itemsize
+        copied = max(1, min(options.layers, 2**30 // self.bytes))
+        self.weights = [[normal(N, D) / D**0.5 for N in sizes] for _ in range(copied)]
+        self.x, self.gate, self.residual = normal(1, 1, D), normal(1, 1, D), normal(1, 1, sizes[0])
+
+    def __call__(self, weights: list[Tensor]) -> Tensor:
+        if self.name == "out":
+            x = self.x.unflatten(-1, (1, -1))
+            return kernels.norm_gate_linear(x, self.gate, weights[0], residual=self.residual)
+        if self.name == "glu out":
+            return kernels.gated_linear(self.x, self.gate, weights[0], residual=self.residual)
+        activations = ("silu", "silu", "none", "none")[: len(weights)] if len(weights) == 4 else None
+        return torch.cat(kernels.norm_linear(self.x, weights, activations=activations)[1:], -1)
+
+    def error(self) -> float:
+        """Relative to fp64."""
+        found = self(self.weights[0]).double()
+        wide = copy.copy(self)
+        wide.x, wide.gate, wide.residual = (x.double() for x in (self.x, self.gate, self.residual))
+        expected = wide([w.double() for w in self.weights[0]])
+        return ((found - expected).norm() / expected.norm()).item()
+
+
+def linears_phase(options: argparse.Namespace, clock: Clock, device: torch.device) -> Iterator[dict]:
+    """Rows."""
+    config = _config(options.models[0], options)
+    D, inner = config.width, config.glu_width
+    shapes = {"q k v gate": (D, (D,) * 4), "out": (D, (D,)), "value gate": (D, (inner,) * 2), "glu out": (inner, (D,))}
+    for name, (width, sizes) in (shapes | {"head": (D, (config.vocab_size,))}).items():
+        case = LinearCase(name, width, sizes, options, device)
+        hows: dict[str, Any] = {"PyTorch": mock.patch.object(dispatch, "_few_rows", return_value=False)}
+        if device.type == "cuda":
+            hows["few rows"] = contextlib.nullcontext()
+            for block in options.blocks:
+                outputs, columns = map(int, block.split("x"))
+                if columns <= 2 * width:
+                    hows[block] = mock.patch.object(few_rows, "_block", return_value=(outputs, columns))
+        for how, patched in hows.items():
+            if clock.left < 0:
+                return
+            with patched, torch.no_grad():
+                error = case.error()
+                row = {"layers": name, "how": how, "error": error, "us": None, "GB/s": None, "% of copy": None}
+                if error < options.gate:
+                    row["us"] = us = (
+                        clock(graphed(partial(_all_of, case), device), options.rep) * 1e3 / len(case.weights)
+                    )
+                    row |= {"GB/s": case.bytes / us / 1e3, "% of copy": 100 * clock.floor(case.bytes) * 1e3 / us}
+            yield row
+        del case
+        _free(device)
+
+
+def _all_of(case: LinearCase) -> None:
+    for weights in case.weights:
+        case(weights)
 
 
 # ---- the token
@@ -360,6 +452,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=NEW, help="tokens behind a prompt")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
+    parser.add_argument("--blocks", nargs="*", default=[], help="of programs of few_rows.py, such as 4x2048")
+    parser.add_argument("--columns", nargs="*", type=int, default=[], help="of programs of a step, such as 32")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetitions")
     parser.add_argument("--gate", type=float, default=1e-2)
     parser.add_argument("--gate-model", type=float, default=5e-2)
@@ -371,7 +465,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock(device, options.budget)
-    phases = {"step": step_phase, "token": token_phase, "lengths": lengths_phase, "softmax": softmax_phase}
+    phases = {
+        "step": step_phase,
+        "linears": linears_phase,
+        "token": token_phase,
+        "lengths": lengths_phase,
+        "softmax": softmax_phase,
+    }
     tables: dict[str, list[dict]] = {}
     for name in options.phases:
         rows = tables[name] = []

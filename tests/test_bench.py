@@ -1033,6 +1033,13 @@ def test_decode_steps_and_tokens(tmp_path):
     assert len(list(tmp_path.glob("*_decode.md"))) == 1
 
 
+def test_decode_linear_layers():
+    result, _ = _script("decode", "--phases", "linears", *SMALL_DECODE)
+    names = ["q k v gate", "out", "value gate", "glu out", "head"]
+    assert [(row["layers"], row["how"]) for row in result["rows"]] == [(name, "PyTorch") for name in names]
+    assert all(row["error"] < 1e-5 and row["GB/s"] > 0 for row in result["rows"])
+
+
 def test_decode_leaves_out_what_is_wrong_or_too_long(monkeypatch):
     decode, step = importlib.import_module("decode"), kernels.linear_attention_step
     monkeypatch.setattr(kernels, "linear_attention_step", lambda *args, **options: 100 + step(*args, **options))

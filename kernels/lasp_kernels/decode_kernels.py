@@ -276,8 +276,8 @@ def _step_launch(
 
 
 def _columns(heads: int, rows: int, V: int, processors: int) -> int:
-    """Of a state in a program: as many as leave two programs a multiprocessor, and are no more than it can hold."""
-    enough = [c for c in COLUMNS if c * rows <= NUMBERS and heads * triton.cdiv(V, c) >= 2 * processors]
+    """Of a state in a program: as many as leave six programs a multiprocessor, and are no more than it can hold."""
+    enough = [c for c in COLUMNS if c * rows <= NUMBERS and heads * triton.cdiv(V, c) >= 6 * processors]
     return min(enough[0] if enough else COLUMNS[-1], max(16, triton.next_power_of_2(V)))
 
 
