@@ -169,6 +169,62 @@ def test_wrong_inputs_are_named(name, value, message):
         linear_attention_step(**x | {name: value})
 
 
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments", "message"),
+    [
+        (
+            delta_rule_step,
+            (zeros(2, 2, 5), zeros(2, 1, 5), zeros(2, 2, 3), zeros(2, 2), None, zeros(2, 2, 5, 3)),
+            r"one shape \[B, H, K\], got q \(2, 2, 5\) and k \(2, 1, 5\)",
+        ),
+        (
+            delta_rule_step,
+            (zeros(2, 1, 5), zeros(2, 1, 5), zeros(2, 2, 3), zeros(2, 1), None, zeros(2, 2, 5, 3)),
+            r"beta must have shape \[B, H\] = \(2, 2\), got \(2, 1\)",
+        ),
+        (
+            delta_rule_step,
+            (zeros(2, 2, 5), zeros(2, 2, 5), zeros(2, 2, 3), zeros(2, 2), zeros(2), zeros(2, 2, 5, 3)),
+            r"log_decay must have shape \[B, H\] = \(2, 2\) or \[B, H, K\] = \(2, 2, 5\), got \(2,\)",
+        ),
+        (
+            linear_attention_norm_gate_step,
+            (*(zeros(2, 2, 4),) * 3, None, zeros(2, 2, 4, 4), zeros(2, 8), zeros(2)),
+            r"count must be \[B\] = \(2,\) of int32 on cpu, got \(2,\) of torch.float32",
+        ),
+        (
+            linear_attention_norm_gate_step,
+            (*(zeros(2, 2, 4),) * 3, None, zeros(2, 2, 4, 4), zeros(2, 4), zeros(2, dtype=torch.int32)),
+            r"gate must have shape \[B, H\*G\*V\] = \(2, 8\), got \(2, 4\)",
+        ),
+        (elementwise_step, (zeros(2, 5), zeros(2, 4), zeros(2, 5)), r"log_decay must have the shape of x, \(2, 5\)"),
+        (elementwise_step, (zeros(2, 5), zeros(2, 5), zeros(5)), r"state must have shape \[B, ...\] of x = \(2, 5\)"),
+        (
+            selective_scan_step,
+            (zeros(2, 5), zeros(2, 5), zeros(4, 3), zeros(2, 3), zeros(2, 3), zeros(2, 5, 3)),
+            r"A must have shape \[D, N\] with D = 5, got \(4, 3\)",
+        ),
+        (
+            convolution_step,
+            (zeros(2, 5), zeros(5, 4), None, zeros(2, 4, 5)),
+            r"last must have shape \[B, W - 1, D\] = \(2, 3, 5\), got \(2, 4, 5\)",
+        ),
+        (
+            convolution_step,
+            (zeros(2, 5), zeros(5, 4), None, zeros(2, 5, 3).mT),
+            r"last, which is changed in place, must be contiguous, got strides \(15, 1, 3\)",
+        ),
+    ],
+)
+def test_wrong_inputs_of_the_others_are_named(step, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        step(*arguments)
+
+
 def test_autocast_rounds_no_state():
     x = good_call() | {"log_decay": None}
     o = linear_attention_step(**x)
