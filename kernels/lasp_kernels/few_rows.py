@@ -40,7 +40,7 @@ def load_weights(W, columns, D, mask):
     return tl.load(W + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["eps", "N0", "N1", "N2", "N3"])
 def few_rows_kernel(
     X, GATE, NORM, W0, W1, W2, W3, RESIDUAL, Y,
     eps, D, N0, N1, N2, N3, x_r, gate_r, residual_r,
