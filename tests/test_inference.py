@@ -541,11 +541,10 @@ def test_a_model_in_parts_generates_what_the_whole_does():
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_model_of_another_library_is_refused(split):
-    from transformers import MiniMaxConfig, MiniMaxForCausalLM
-
+    library = pytest.importorskip("transformers", reason="needs the extra `transformers`")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
-    model = MiniMaxForCausalLM(MiniMaxConfig(**sizes, **heads))
+    model = library.MiniMaxForCausalLM(library.MiniMaxConfig(**sizes, **heads))
     if split:
         lasp.parallelize(model, None, strict=False)
     with pytest.raises(ValueError, match=r"got a MiniMaxForCausalLM whose layer 'model.layers.0.*another library"):
@@ -553,8 +552,7 @@ def test_a_model_of_another_library_is_refused(split):
 
 
 def test_scores_are_those_of_transformers():
-    from transformers.generation import logits_process as theirs
-
+    theirs = pytest.importorskip("transformers.generation.logits_process", reason="needs the extra `transformers`")
     random = torch.Generator().manual_seed(3)
     logits, ids = torch.randn(4, 50, generator=random) * 3, torch.randint(50, (4, 12), generator=random)
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter(1, ids, True)
