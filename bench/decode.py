@@ -12,7 +12,7 @@ long as the program that finishes last need not wait for a row of 4 KB; at B 256
 `token`: a token of TNL in bf16, as a CUDA graph, in each of the ways of decode_models.py. The floor is the time of
 reading the weights (not the embedding's) and reading and writing the states, at the speed of a copy. Predicted for the
 1B at B 1, where this is 0.7 ms: few rows 0.85 ms, of 5 launches a layer, each of which reads nothing for some 2 us;
-compiled 0.95; eager 1.15.
+early 0.75; compiled 0.95; eager 1.15.
 
 `lengths`: tokens/s of `lasp.generate` behind a prompt of each length that `lasp.prefill` has run; B is 1.
 
@@ -218,7 +218,7 @@ def token_phase(options: argparse.Namespace, clock: Clock, device: torch.device)
                 return
             stepping = Stepping("tnl", _config(model, options), B, device, options.dtype)
             for how in options.hows:
-                if how == "few rows" and B > few_rows.MOST_ROWS:  # which is eager then
+                if how.startswith("few rows") and B > few_rows.MOST_ROWS:  # which is eager then
                     continue
                 if how == "compiled" and (model != options.models[0] or options.compile_up_to < B):
                     continue

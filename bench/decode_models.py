@@ -18,11 +18,12 @@ from torch import Tensor, nn
 import lasp_kernels as kernels
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig, mixers
 from lasp.modules import LightningAttention, SoftmaxAttention
-from lasp_kernels import dispatch
+from lasp_kernels import dispatch, launch
 
 HOWS = {
     "eager": "PyTorch's products of matrices and the kernels of training around them",
     "few rows": "a launch for the layers that read the same, with what is around them (few_rows.py), up to 4 sequences",
+    "few rows, early": "the same, and each kernel begins to read its weights while the one before it ends",
     "compiled": "blocks by torch.compile with coordinate_descent_tuning",
 }
 
@@ -154,6 +155,8 @@ class Stepping:
                 stack.enter_context(mock.patch.object(mixers, "rotary", self._rotary))
             if how == "eager":
                 stack.enter_context(mock.patch.object(dispatch, "_few_rows", return_value=False))
+            if how == "few rows, early":
+                stack.enter_context(mock.patch.object(launch, "EARLY", True))
             if how == "compiled":
                 torch._dynamo.reset()
                 for block in blocks:

@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lasp_kernels.launch import Launch, layout, processors
+from lasp_kernels.launch import Launch, early, layout, processors
 
 MAX_KEY_DIM = 1024  # rows of a state, which a program holds all
 MAX_STATES = 256  # numbers of a channel's state in a selective scan
@@ -53,6 +54,7 @@ def step_kernel(
     scale, eps, H, q_b, q_h, k_b, k_h, v_b, v_h, gate_b,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
     FORM: tl.constexpr, NORMALIZE: tl.constexpr, LOOPS: tl.constexpr, ROW: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """LOOPS times BV columns of a head's state [K, V], which stays in its place; GROUP outputs of it.
 
@@ -68,6 +70,9 @@ def step_kernel(
     b = (tl.program_id(0) // blocks // H).to(tl.int64)
     rows = tl.arange(0, BK)
     inside = rows < K
+    if EARLY:  # `launch.early`
+        gdc_wait()
+        gdc_launch_dependents()
     key = tl.load(KEY + b * k_b + h // SHARE * k_h + rows, mask=inside, other=0.0).to(tl.float32)
     if FORM == 1:  # [H]
         decay = tl.load(DECAY + h + rows * 0).to(tl.float32)
@@ -241,12 +246,14 @@ def _attend(
     normed = None if gate is None else torch.empty(B, o.shape[1] * V, dtype=v.dtype, device=v.device)
     tensors = (q, k, v, beta, log_decay, state, o, gate, normed, count)
     key = tuple([x if x is None else (x.dtype, tuple(x.shape), *layout(x)) for x in tensors])
-    _step_launch(key, float(scale), float(eps), normalize, v.device)(*tensors)
+    _step_launch(key, float(scale), float(eps), normalize, v.device, early(v.device))(*tensors)
     return o, normed
 
 
 @lru_cache(maxsize=1024)
-def _step_launch(key: tuple[Any, ...], scale: float, eps: float, normalize: bool, device: torch.device) -> Launch:
+def _step_launch(
+    key: tuple[Any, ...], scale: float, eps: float, normalize: bool, device: torch.device, begins: bool
+) -> Launch:
     """For tensors that are alike in all that Triton looks at."""
     shapes, strides = (tuple(() if x is None else x[n] for x in key) for n in (1, 2))
     (_, q_heads, K), k_heads, (B, H, V) = shapes[0], shapes[1][1], shapes[2]
@@ -263,8 +270,8 @@ def _step_launch(key: tuple[Any, ...], scale: float, eps: float, normalize: bool
     return Launch(
         step_kernel, device, (triton.cdiv(V, columns * loops) * B * H, 1), numbers,
         K=K, V=V, BK=rows, BV=columns, GROUP=queries, SHARE=share,
-        FORM=len(shapes[4]), NORMALIZE=int(normalize), LOOPS=loops, ROW=row,
-        num_warps=min(8, max(1, rows * columns // 1024)),
+        FORM=len(shapes[4]), NORMALIZE=int(normalize), LOOPS=loops, ROW=row, EARLY=begins,
+        num_warps=min(8, max(1, rows * columns // 1024)), **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
 
 

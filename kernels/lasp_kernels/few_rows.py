@@ -22,8 +22,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lasp_kernels.launch import processors
+from lasp_kernels.launch import early, processors
 from lasp_kernels.norm import ACTIVATIONS, activate
 
 MOST_ROWS = 4  # from which on a product of matrices is as fast
@@ -32,17 +33,25 @@ NUMBERS = 8192  # of a weight, which a program reads at once, for one row
 COLUMNS = 2048  # of these
 
 
+@triton.jit
+def load_weights(W, columns, D, mask):
+    """Of rows W; zeros behind the end. Once only."""
+    mask = mask[:, None] & (columns < D)[None, :]
+    return tl.load(W + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
 @triton.jit(do_not_specialize=["eps"])
 def few_rows_kernel(
     X, GATE, NORM, W0, W1, W2, W3, RESIDUAL, Y,
     eps, D, N0, N1, N2, N3, x_r, gate_r, residual_r,
     ROWS: tl.constexpr, MOST: tl.constexpr, WEIGHTS: tl.constexpr, NORMED: tl.constexpr, ACTIVATION: tl.constexpr,
-    SILU: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    SILU: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of a weight [N, D]; grid: outputs in blocks, weights.
 
     X [ROWS, D]; GATE [ROWS, D], NORM [D] and RESIDUAL [ROWS, N] may be None; Y is [ROWS, N] of one weight behind that
-    of the other. Bits of SILU: of which outputs swish is taken. MOST: a power of two, of rows.
+    of the other. Bits of SILU: of which outputs swish is taken. MOST: a power of two, of rows. EARLY: see
+    `launch.early`; weights are on their way before x is there.
     """
     which = tl.program_id(1)
     W, N, first = W0, N0, N0 * 0
@@ -55,13 +64,15 @@ def few_rows_kernel(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m, d = tl.arange(0, MOST), tl.arange(0, BD)
     y, squares = tl.zeros([MOST, BN], tl.float32), tl.zeros([MOST], tl.float32)
+    W += n.to(tl.int64)[:, None] * D
+    coming = load_weights(W, d, D, n < N)
+    if EARLY:
+        gdc_wait()  # for x
+        gdc_launch_dependents()
     for start in range(0, D, BD):
         c = start + d
         mask = (m < ROWS)[:, None] & (c < D)[None, :]
-        w = tl.load(
-            W + n.to(tl.int64)[:, None] * D + c[None, :], mask=(n < N)[:, None] & (c < D)[None, :], other=0.0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
+        w, coming = coming, load_weights(W, c + BD, D, n < N)
         x = tl.load(X + m[:, None] * x_r + c[None, :], mask=mask, other=0.0).to(tl.float32)
         if NORMED:
             squares += tl.sum(x * x, 1)
@@ -151,12 +162,14 @@ def _launch(
     y = torch.empty(rows * sum(sizes), dtype=x.dtype, device=x.device)
     most = triton.next_power_of_2(rows)
     outputs, columns = _block(sum(sizes), D, most, processors(x.device))
+    begins = early(x.device)
     stride = [0 if t is None else t.stride(0) for t in (x, gate, residual)]
     w, n = ([*given, *[None] * (MOST_WEIGHTS - len(given))] for given in (weights, sizes))
     few_rows_kernel[(triton.cdiv(max(sizes), outputs), len(weights))](
         x, gate, norm_weight, *w, residual, y, float(eps), D, *[0 if size is None else size for size in n], *stride,
         ROWS=rows, MOST=most, WEIGHTS=len(weights), NORMED=int(normed), ACTIVATION=ACTIVATIONS[activation], SILU=silu,
-        BN=outputs, BD=columns, num_warps=min(8, max(1, outputs * columns * most // 1024)),
+        BN=outputs, BD=columns, EARLY=begins, num_warps=min(8, max(1, outputs * columns * most // 1024)),
+        **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
     return tuple(part.view(*leading, size) for part, size in zip(y.split([rows * size for size in sizes]), sizes))
 
