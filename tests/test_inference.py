@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -505,6 +506,9 @@ def _of_ranks_together():
         stream.decoding.logits[0] = 50.0 * (torch.arange(WORDS) == rank)  # what another card might compute
     with pytest.raises(lasp.RankMismatchError, match="tokens of row 0"):
         list(stream)
+    other = mock.patch.object(Sampling, "choose", lambda self, logits, *_: (logits.argmax(-1) + rank) % WORDS)
+    with other, pytest.raises(lasp.RankMismatchError, match="tokens of row 0"):
+        lasp.generate(model, ids, max_new_tokens=2)
     sharded = wrap_fsdp2(lasp.parallelize(model_of("hybrid"), mesh, strict=False), mesh)
     whole = lasp.generate(model_of("hybrid"), ids, max_new_tokens=4)
     assert torch.equal(lasp.generate(sharded, ids, max_new_tokens=4).ids, whole.ids)
