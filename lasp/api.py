@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -91,8 +91,10 @@ def parallelize(
     return model
 
 
-def on_one_rank(model: nn.Module) -> handles.Parallelized:
+def on_one_rank(model: nn.Module, check: Callable[[list[tuple[str, Adapter]]], None]) -> handles.Parallelized:
     """What `parallelize` would know of a model on one rank, without a call of it, which may follow later.
+
+    `check` raises for adapters, by the paths of their layers, that do not fit; before the model is tried.
 
     Raises:
         ValueError: as `parallelize`, with strict=True.
@@ -100,6 +102,7 @@ def on_one_rank(model: nn.Module) -> handles.Parallelized:
 
     def layers() -> Layers:
         found = _find_layers(model, {})
+        check([(path, adapter) for path, (_, adapter) in found.items()])
         _asked(model, found, strict=True)
         return found
 

@@ -1,6 +1,10 @@
 """Prompts and tokens behind them: what one forward over all of them gives, whatever way they came."""
 
 import copy
+import os
+import re
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -127,6 +131,12 @@ def test_rows_of_different_lengths_are_each_what_they_are_alone(name):
         torch.testing.assert_close(found.state.logits[row], logits_of(model, whole)[0, -1], atol=1e-12, rtol=1e-12)
         assert found.state.lengths[row] == whole.shape[1]
         assert found.state.seen[row].nonzero().flatten().tolist() == sorted(set(whole[0].tolist()))
+    more = [row[-length:] for row, length in zip(ids, (3, 7, 7, 1))]  # behind different numbers of tokens
+    again = lasp.prefill(model, more, state=found.state)
+    for row, prompt in enumerate(rows):
+        whole = torch.cat([prompt, found.ids[row], more[row]])[None]
+        torch.testing.assert_close(again.logits[row], logits_of(model, whole)[0, -1], atol=1e-12, rtol=1e-12)
+        assert again.lengths[row] == whole.shape[1]
     packed = lasp.generate(model, torch.cat(rows)[None], cu_seqlens=[0, 9, 79, 82, 91], seed=[5, 6, 7, 8], **options)
     assert torch.equal(packed.ids, found.ids)
     assert same(packed.state, found.state)
@@ -356,6 +366,10 @@ def test_the_model_is_left_as_it_was():
         fails.fails = False
         assert attributes(model) == before
         fails.fails = True
+    fails.fails = False
+    for call in (lambda: next(stream), stream.result):  # some layers have seen a token that others have not
+        with pytest.raises(RuntimeError, match="a step of this session failed"):
+            call()
     assert all(router.counted is not None for router in model.modules() if isinstance(router, Router))
     assert "one by one, without a CUDA graph, since the model is on cpu" in str(lasp.explain(model))
 
@@ -484,6 +498,7 @@ def _of_ranks_together():
         lambda: lasp.generate(model, ids, max_new_tokens=3 + rank),
         lambda: lasp.generate(model, ids, max_new_tokens=3, seed=rank),
         lambda: lasp.generate(model, ids if rank else None, max_new_tokens=3),
+        lambda: lasp.prefill(model if rank else model_of("tnl"), ids, mesh),
     ):
         with pytest.raises(lasp.RankMismatchError, match="rank"):
             wrong()
@@ -496,6 +511,9 @@ def _of_ranks_together():
         stream.decoding.logits[0] = 50.0 * (torch.arange(WORDS) == rank)  # what another card might compute
     with pytest.raises(lasp.RankMismatchError, match="tokens of row 0"):
         list(stream)
+    other = mock.patch.object(Sampling, "choose", lambda self, logits, *_: (logits.argmax(-1) + rank) % WORDS)
+    with other, pytest.raises(lasp.RankMismatchError, match="tokens of row 0"):
+        lasp.generate(model, ids, max_new_tokens=2)
     sharded = wrap_fsdp2(lasp.parallelize(model_of("hybrid"), mesh, strict=False), mesh)
     whole = lasp.generate(model_of("hybrid"), ids, max_new_tokens=4)
     assert torch.equal(lasp.generate(sharded, ids, max_new_tokens=4).ids, whole.ids)
@@ -530,9 +548,20 @@ def test_a_model_in_parts_generates_what_the_whole_does():
 # Against transformers, last: workers of tests behind it would import it too
 
 
-def test_scores_are_those_of_transformers():
-    from transformers.generation import logits_process as theirs
+@pytest.mark.parametrize("split", [False, True])
+def test_a_model_of_another_library_is_refused(split):
+    library = pytest.importorskip("transformers", reason="needs the extra `transformers`")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = library.MiniMaxForCausalLM(library.MiniMaxConfig(**sizes, **heads))
+    if split:
+        lasp.parallelize(model, None, strict=False)
+    with pytest.raises(ValueError, match=r"got a MiniMaxForCausalLM whose layer 'model.layers.0.*another library"):
+        lasp.generate(model, ids_of(), max_new_tokens=1)
 
+
+def test_scores_are_those_of_transformers():
+    theirs = pytest.importorskip("transformers.generation.logits_process", reason="needs the extra `transformers`")
     random = torch.Generator().manual_seed(3)
     logits, ids = torch.randn(4, 50, generator=random) * 3, torch.randint(50, (4, 12), generator=random)
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter(1, ids, True)
@@ -558,3 +587,27 @@ def test_scores_are_those_of_transformers():
         assert torch.equal(Sampling(do_sample=True, **options).scores(logits, seen), expected), options
     with pytest.warns(UserWarning, match=r"temperature=0.5 is not heeded without do_sample=True"):
         Sampling(temperature=0.5)
+
+
+def _page(folder):
+    page = Path(__file__).parent.parent / "docs" / "inference.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    model = lasp.parallelize(model_of("tnl"), mesh, strict=False)
+    known = {"lasp": lasp, "mesh": mesh, "model": model, "ids": ids_of(), "question": ids_of(1), "more": [[3, 4]]}
+    folder = Path(folder) / str(torch.distributed.get_rank())
+    folder.mkdir()
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for block in blocks:
+            exec(block, known)
+    finally:
+        os.chdir(before)
+    assert (folder / "chat.safetensors").exists()
+    assert known["answer"].state.lengths[0] > TOKENS + 50
+    return len(blocks)
+
+
+def test_what_the_page_shows_runs(tmp_path):
+    assert run_ranks(2, _page, tmp_path) == [3, 3]

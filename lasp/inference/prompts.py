@@ -75,11 +75,10 @@ def _masked(ids: Any, rows: list[Tensor], mask: Any) -> list[Tensor]:
         raise ValueError(f"attention_mask must have the shape of ids {tuple(ids.shape)} and be real numbers, got {got}")
     found = []
     for number, (row, real) in enumerate(zip(rows, mask.view(len(rows), -1) != 0)):
-        places = real.nonzero().flatten().tolist()
-        first, last = (places[0], places[-1] + 1) if places else (0, 0)
-        if last - first != len(places):
+        first, last, count = _ends(real)
+        if last - first != count:
             raise ValueError(
-                f"attention_mask must have padding at the ends of a row only, got {last - first - len(places)} holes "
+                f"attention_mask must have padding at the ends of a row only, got {last - first - count} holes "
                 f"between the tokens of row {number}"
             )
         found.append(row[first:last])
@@ -87,8 +86,15 @@ def _masked(ids: Any, rows: list[Tensor], mask: Any) -> list[Tensor]:
 
 
 def _without(row: Tensor, padding: int) -> Tensor:
-    places = (row != padding).nonzero().flatten().tolist()
-    return row[places[0] : places[-1] + 1] if places else row[:0]
+    first, last, _ = _ends(row != padding)
+    return row[first:last]
+
+
+def _ends(real: Tensor) -> tuple[int, int, int]:
+    """The first and the last + 1 of the places [T] that are True, and how many there are."""
+    places = real.nonzero().flatten()
+    count = places.numel()
+    return (int(places[0]), int(places[-1]) + 1, count) if count else (0, 0, 0)
 
 
 def _unpacked(rows: list[Tensor], cu_seqlens: Any) -> list[Tensor]:

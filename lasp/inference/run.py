@@ -19,11 +19,19 @@ from lasp.layout import ShardLayout
 from lasp.models.trunk import LanguageModel
 from lasp.modules import Router
 from lasp.ops.session import Session
-from lasp.ranks import alone, sequence_axis, waiting
+from lasp.ranks import SequenceParallel, alone, sequence_axis, waiting
 from lasp_kernels.reference import state_dtype
 
 as_usual = torch.inference_mode(False)
 """Decorator: what is made is not only for the user's `torch.inference_mode`, but may be changed in place outside."""
+
+
+def sequence_of(model: nn.Module, mesh: Any) -> SequenceParallel:
+    """The ranks of a mesh; of None those over which the model is split, or one."""
+    if mesh is not None:
+        return sequence_axis(mesh)
+    splits = held_by(arguments.module("model", model))
+    return splits[0].sequence if splits else SequenceParallel(None)
 
 
 class Runner:
@@ -39,17 +47,16 @@ class Runner:
 
     def __init__(self, model: nn.Module, mesh: Any):
         self.model = arguments.module("model", model)
-        splits = held_by(model)
-        axis = None if mesh is None else sequence_axis(mesh)
-        if not splits and axis is not None and axis.size > 1:
+        splits, self.sequence = held_by(model), sequence_of(model, mesh)
+        if not splits and self.sequence.size > 1:
             raise ValueError(
                 f"model must be one that lasp.parallelize was called with, got a {type(model).__name__} that was not, "
-                f"and a mesh of {axis.size} ranks: call lasp.parallelize(model, mesh['sp']) before"
+                f"and a mesh of {self.sequence.size} ranks: call lasp.parallelize(model, mesh['sp']) before"
             )
-        self.splits = splits or [on_one_rank(model)]
-        self.sequence = self.splits[0].sequence if axis is None else axis
+        self.splits = splits or [on_one_rank(model, self._refuse_foreign)]
         check_ranks(self.splits, self.sequence)
-        self._refuse_foreign()
+        for split in self.splits:
+            self._refuse_foreign(split.adapters)
         self._call = caller(model, ask="lasp.prefill cannot call it")
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.form = form_of(model)
@@ -58,14 +65,13 @@ class Runner:
         self._head = None if own is None else own.head
         self._last = 0, 0  # the tokens whose logits are wanted
 
-    def _refuse_foreign(self) -> None:
-        for split in self.splits:
-            foreign = [path for path, adapter in split.adapters if isinstance(adapter, adapters.Foreign)]
-            if foreign:
-                raise ValueError(
-                    f"model must call the operators of lasp itself, got a {type(self.model).__name__} whose layer "
-                    f"{foreign[0]!r} another library wrote: its own generate() is for a model on one rank"
-                )
+    def _refuse_foreign(self, of_layers: list[tuple[str, adapters.Adapter]]) -> None:
+        foreign = [path for path, adapter in of_layers if isinstance(adapter, adapters.Foreign)]
+        if foreign:
+            raise ValueError(
+                f"model must call the operators of lasp itself, got a {type(self.model).__name__} whose layer "
+                f"{foreign[0]!r} another library wrote: its own generate() is for a model on one rank"
+            )
 
     @contextlib.contextmanager
     def inside(self, session: Session, *, each_alone: bool = False) -> Iterator[None]:

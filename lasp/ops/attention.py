@@ -108,8 +108,8 @@ def linear_attention(
         normalize: divide by q_t s_t, which is for q and k whose channels are positive, as those of elu(x) + 1. Nothing
             is added to it: where it is 0, o is NaN or Inf, and where it is near 0, gradients are large.
         causal: False for a sum over all tokens (of each packed sequence) in place of the states before a token. It goes
-            with no log_decay, normalize, segment_length or grouped values, and not with `lasp.stream_backward`. An
-            initial state is added. Over several ranks it needs `layout`: padding would be in the sum.
+            with no log_decay, normalize, segment_length or grouped values, and not with `lasp.stream_backward` or in
+            inference. An initial state is added. Over several ranks it needs `layout`: padding would be in the sum.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences; H the heads of v. With `normalize` [N, H, K, V + 1], whose last column is s. The rank on which a
             sequence begins gets its gradient, the others zero.
@@ -155,7 +155,7 @@ def linear_attention(
         return padding.fill(o), final_state
     if stream.under_way(sequence):
         if causal is not True:
-            unmasked.not_streamed()
+            unmasked.not_streamed(sequence.stream.name)  # type: ignore[union-attr]
         return _streamed(
             q, k, v, log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length
         )
