@@ -325,7 +325,8 @@ def checked(ids: np.ndarray, vocab: int, where: str) -> Tensor:
 
 
 def split_over_ranks(model: TNL | Decoder, env: lasp.Env) -> tuple[TNL | Decoder, DeviceMesh | None]:
-    """The model as it reads a prompt on all ranks, and these; beside the one with the same weights that goes on alone."""
+    """The model as it reads a prompt on all ranks, and these. The one that is given, with the same weights, goes on
+    alone."""
     if env.world_size == 1:
         return model, None
     with torch.device("meta"):

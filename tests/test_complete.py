@@ -348,7 +348,7 @@ def test_each_line_goes_on_from_the_state_of_before(done, tmp_path):
     assert (code, out) == (0, ""), error
 
 
-def _interrupted(*arguments):
+def _interrupted(*arguments, piped=b"\xff\n"):
     """Ctrl-C behind the third token."""
     real = lasp.stream_tokens
 
@@ -369,7 +369,7 @@ def _interrupted(*arguments):
 
     before = signal.getsignal(signal.SIGINT)
     with mock.patch.object(lasp, "stream_tokens", stream):
-        found = _complete(*arguments)
+        found = _complete(*arguments, piped=piped)
     assert signal.getsignal(signal.SIGINT) is before
     return found
 
@@ -382,6 +382,21 @@ def test_a_text_that_is_broken_off(done, tmp_path):
     assert "; 3 new in " in error
     code, out, error = _on_one(f"--load-state={file}", "--max-new-tokens=6", *drawn)
     assert (code, out) == (0, _text(ids[3:])), error
+
+
+def _interrupted_under_a_launcher(*arguments):
+    with mock.patch.object(complete, "started_by_a_launcher", return_value=True):
+        return _interrupted(*arguments, piped=b"more\n\n\n")
+
+
+def test_a_launcher_that_had_the_interrupt_too_is_not_kept_waiting(done, tmp_path):
+    """It kills who does not end; at a terminal the next line is asked for."""
+    file = tmp_path / "state"
+    for run, tokens in ((_interrupted_under_a_launcher, 4), (_interrupted, 8)):
+        more = [done, "--prompt=a", "--interactive", "--max-new-tokens=9", f"--save-state={file}"]
+        [(code, _, error)] = run_ranks(1, run, *more)
+        assert (code, lasp.InferenceState.load(file).lengths) == (0, (tokens,)), error
+        file.unlink()
 
 
 def test_the_second_interrupt_ends_all():
