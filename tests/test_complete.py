@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _files import read_object
-from _model import model_of, of_run
+from _model import FAMILIES, model_of, of_run
 from _tokens import write_tokens
 from _words import Shown, Words, words_of
 from processes import ROOT
@@ -109,6 +109,33 @@ def test_other_models(tmp_path, options):
     ids = _generated(_trained(tmp_path / "out", dtype=torch.bfloat16), PROMPT, max_new_tokens=20, **DRAWN)
     found = _on_one(tmp_path / "out", f"--prompt={PROMPT}", "--max-new-tokens=20", *_as_options(**DRAWN))
     assert found[:2] == (0, _text(ids)), found
+
+
+def _built_without_weights(folder):
+    """What is no weight, such as a table of decays, must be there as well."""
+    options = {"model": "tiny", "vocab": 256, "decay": "alibi", "dtype": "float32"}
+    ids = torch.tensor([list(TEXT[:50])])
+    for family in FAMILIES:
+        own = {**options, "family": family, "pattern": "L" if family == "tnl" else "LS"}
+        (folder / "run.json").write_text(json.dumps({"options": own, "text": "", "tokenizer": "bytes"}))
+        torch.manual_seed(0)
+        expected = model_of(of_run(folder / "run.json")[0])
+        with mock.patch.object(
+            complete,
+            "load_weights",
+            lambda path, model, expected=expected: model.load_state_dict(expected.state_dict()),
+        ):
+            found = complete.load_model(
+                folder / "step-000001",
+                mock.Mock(load_state=None, tokenizer=None, dtype=None, eos_token_id=None),
+                torch.device("cpu"),
+            )[0]
+        with torch.no_grad():
+            assert torch.equal(found(ids), expected(ids)), family
+
+
+def test_the_model_of_every_family_is_whole(tmp_path):
+    run_ranks(1, _built_without_weights, tmp_path)
 
 
 def test_prompts_from_elsewhere(done, tmp_path):
