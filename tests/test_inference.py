@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -365,6 +366,10 @@ def test_the_model_is_left_as_it_was():
         fails.fails = False
         assert attributes(model) == before
         fails.fails = True
+    fails.fails = False
+    for call in (lambda: next(stream), stream.result):  # some layers have seen a token that others have not
+        with pytest.raises(RuntimeError, match="a step of this session failed"):
+            call()
     assert all(router.counted is not None for router in model.modules() if isinstance(router, Router))
     assert "one by one, without a CUDA graph, since the model is on cpu" in str(lasp.explain(model))
 
@@ -493,6 +498,7 @@ def _of_ranks_together():
         lambda: lasp.generate(model, ids, max_new_tokens=3 + rank),
         lambda: lasp.generate(model, ids, max_new_tokens=3, seed=rank),
         lambda: lasp.generate(model, ids if rank else None, max_new_tokens=3),
+        lambda: lasp.prefill(model if rank else model_of("tnl"), ids, mesh),
     ):
         with pytest.raises(lasp.RankMismatchError, match="rank"):
             wrong()
@@ -505,6 +511,9 @@ def _of_ranks_together():
         stream.decoding.logits[0] = 50.0 * (torch.arange(WORDS) == rank)  # what another card might compute
     with pytest.raises(lasp.RankMismatchError, match="tokens of row 0"):
         list(stream)
+    other = mock.patch.object(Sampling, "choose", lambda self, logits, *_: (logits.argmax(-1) + rank) % WORDS)
+    with other, pytest.raises(lasp.RankMismatchError, match="tokens of row 0"):
+        lasp.generate(model, ids, max_new_tokens=2)
     sharded = wrap_fsdp2(lasp.parallelize(model_of("hybrid"), mesh, strict=False), mesh)
     whole = lasp.generate(model_of("hybrid"), ids, max_new_tokens=4)
     assert torch.equal(lasp.generate(sharded, ids, max_new_tokens=4).ids, whole.ids)
@@ -541,11 +550,10 @@ def test_a_model_in_parts_generates_what_the_whole_does():
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_model_of_another_library_is_refused(split):
-    from transformers import MiniMaxConfig, MiniMaxForCausalLM
-
+    library = pytest.importorskip("transformers", reason="needs the extra `transformers`")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
-    model = MiniMaxForCausalLM(MiniMaxConfig(**sizes, **heads))
+    model = library.MiniMaxForCausalLM(library.MiniMaxConfig(**sizes, **heads))
     if split:
         lasp.parallelize(model, None, strict=False)
     with pytest.raises(ValueError, match=r"got a MiniMaxForCausalLM whose layer 'model.layers.0.*another library"):
@@ -553,8 +561,7 @@ def test_a_model_of_another_library_is_refused(split):
 
 
 def test_scores_are_those_of_transformers():
-    from transformers.generation import logits_process as theirs
-
+    theirs = pytest.importorskip("transformers.generation.logits_process", reason="needs the extra `transformers`")
     random = torch.Generator().manual_seed(3)
     logits, ids = torch.randn(4, 50, generator=random) * 3, torch.randint(50, (4, 12), generator=random)
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter(1, ids, True)

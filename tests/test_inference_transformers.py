@@ -269,3 +269,13 @@ def _dynamic():
 
 def test_what_a_model_makes_of_all_tokens():
     run_ranks(2, _dynamic)
+
+
+def test_code_that_comes_with_weights_has_a_cache_of_its_own():
+    import remote_models
+
+    model = remote_models.build(next(iter(remote_models.MODELS)), torch.float64)
+    with pytest.raises(
+        ValueError, match=r"cache lasp can fill.* is one of transformers_modules, which has a cache of its"
+    ):
+        lasp.prefill(model, torch.ones(1, 9, dtype=torch.int64))

@@ -23,6 +23,7 @@ from lasp_kernels.dispatch import (
     norm_of_parts,
     path,
     rotate,
+    step_path,
     steps_of,
 )
 from lasp_kernels.operands import Operands, check_inputs
@@ -54,5 +55,6 @@ __all__ = [
     "rotate",
     "selective_scan_step",
     "state_dtype",
+    "step_path",
     "steps_of",
 ]

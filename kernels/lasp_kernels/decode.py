@@ -11,17 +11,21 @@ without the dimension T, so N, the number of sequences, is B. States are fp32 (f
 they are, the host looks at no number on a GPU, and nothing here depends on how many tokens came before, so that a step
 can be captured in a CUDA graph, and costs the same for ever.
 
-There is no gradient.
+There is no gradient. What computes a step is told by `dispatch.step_path`: the Triton kernels of decode_kernels.py, or
+PyTorch, here.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lasp_kernels.dispatch import step_path
 from lasp_kernels.operands import check_dense
-from lasp_kernels.reference import state_dtype
+from lasp_kernels.reference import reference_norm_gate, state_dtype
 
 
 def linear_attention_step(
@@ -53,6 +57,8 @@ def linear_attention_step(
     """
     _check_heads(q, k, v, state, columns=v.shape[-1] + normalize)
     _check_log_decay(log_decay, v.shape[:2], k, fixed=True)
+    if step_path(k, rows=k.shape[2]) == "triton":
+        return _kernels(k, rows=k.shape[2]).attend(q, k, v, None, log_decay, state, scale, normalize)
     return _linear_attention(q, k, v, log_decay, state, scale, normalize)
 
 
@@ -67,12 +73,56 @@ def _linear_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize:
         v = F.pad(v, (0, 1), value=1.0)
-    _decay(state, log_decay)
+    _decay_heads(state, log_decay)
     state.addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
     o = _product(q.view(B, H, -1, q.shape[-1]), state)
     if normalize:
         o = o[..., :-1] / o[..., -1:]
     return (o * scale).reshape(B, -1, V - normalize).to(given)
+
+
+def linear_attention_norm_gate_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    gate: Tensor,
+    count: Tensor,
+    *,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`linear_attention_step` and what TNL does with o: its RMS norm over all heads, times the gate; in one launch.
+
+    Args:
+        q, k, v, log_decay, state, scale: as there.
+        gate: [B, H*G*V].
+        count: [B] int32, zeros, on the same device: where the kernel counts who has finished. Zeros afterwards; two
+            steps that may run at once need one each.
+        eps: of the norm.
+
+    Returns:
+        [B, H*G*V] in q's dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    _check_heads(q, k, v, state, columns=v.shape[-1])
+    _check_log_decay(log_decay, v.shape[:2], k, fixed=True)
+    width = max(q.shape[1], v.shape[1]) * v.shape[2]
+    _check_like("gate", gate, (q.shape[0], width), "[B, H*G*V]", q)
+    if count.dtype != torch.int32 or tuple(count.shape) != (q.shape[0],) or count.device != q.device:
+        raise ValueError(
+            f"count must be [B] = {(q.shape[0],)} of int32 on {q.device}, got {tuple(count.shape)} of {count.dtype}"
+        )
+    if step_path(k, rows=k.shape[2]) == "triton":
+        kernels = _kernels(k, rows=k.shape[2])
+        if width > kernels.MAX_ROW:
+            raise ValueError(f"one program normalises up to {kernels.MAX_ROW} numbers of a token, got {width}")
+        return kernels.attend_norm_gate(q, k, v, log_decay, state, gate, count, scale, eps)
+    o = _linear_attention(q, k, v, log_decay, state, scale, False)
+    return reference_norm_gate(o, gate, eps=eps)
 
 
 def delta_rule_step(
@@ -106,6 +156,8 @@ def delta_rule_step(
     _check_heads(q, k, v, state, columns=v.shape[-1])
     _check_like("beta", beta, tuple(v.shape[:2]), "[B, H]", q)
     _check_log_decay(log_decay, v.shape[:2], k, fixed=False)
+    if step_path(k, rows=k.shape[2]) == "triton":
+        return _kernels(k, rows=k.shape[2]).attend(q, k, v, beta, log_decay, state, scale)
     return _delta_rule(q, k, v, beta, log_decay, state, scale)
 
 
@@ -116,7 +168,7 @@ def _delta_rule(
     """In plain PyTorch."""
     dtype, H, given = state.dtype, state.shape[1], v.dtype
     q, k = (x.to(dtype).repeat_interleave(H // x.shape[1], 1).unsqueeze(-2) for x in (q, k))  # [B, H, 1, K]
-    _decay(state, log_decay)
+    _decay_heads(state, log_decay)
     error = v.to(dtype).unsqueeze(-2) - _product(k, state)  # [B, H, 1, V]
     state.addcmul_((k * beta.to(dtype)[..., None, None]).mT, error)
     return (_product(q, state) * scale).squeeze(-2).to(given)
@@ -142,13 +194,13 @@ def elementwise_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
             f"log_decay must have the shape of x, {tuple(x.shape)}, or 1 in dimensions behind B, got "
             f"{tuple(log_decay.shape)}"
         )
-    return _elementwise(x, log_decay, state)
+    return _kernels(x).recur(x, log_decay, state) if step_path(x) == "triton" else _elementwise(x, log_decay, state)
 
 
 @torch.no_grad()
 def _elementwise(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """In plain PyTorch."""
-    state.mul_(log_decay.to(state.dtype).exp()).add_(x.to(state.dtype))
+    _decay(state, log_decay).add_(x.to(state.dtype))
     return state.to(x.dtype, copy=True)
 
 
@@ -178,6 +230,8 @@ def selective_scan_step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, 
     _check_like("B", B, of_token, "[B, N]", u)
     _check_like("C", C, of_token, "[B, N]", u)
     _check_like("state", state, (*u.shape, A.shape[1]), "[B, D, N]", u, state_dtype(u.dtype))
+    if step_path(u, states=A.shape[1]) == "triton":
+        return _kernels(u, states=A.shape[1]).scan(u, dt, A, B, C, state)
     return _selective_scan(u, dt, A, B, C, state)
 
 
@@ -185,7 +239,7 @@ def selective_scan_step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, 
 def _selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
     """In plain PyTorch."""
     dt, wide, A, B, C = (x.to(state.dtype) for x in (dt, u, A, B, C))
-    state.mul_((dt.unsqueeze(-1) * A).exp_()).addcmul_((dt * wide).unsqueeze(-1), B.unsqueeze(1))
+    _decay(state, dt.unsqueeze(-1) * A).addcmul_((dt * wide).unsqueeze(-1), B.unsqueeze(1))
     return _product(state, C.unsqueeze(-1)).squeeze(-1).to(u.dtype)
 
 
@@ -210,7 +264,9 @@ def convolution_step(x: Tensor, weight: Tensor, bias: Tensor | None, last: Tenso
     _check_like("weight", weight, tuple(weight.shape), "[D, W]", x)
     if bias is not None:
         _check_like("bias", bias, (x.shape[1],), "[D]", x)
-    _check_like("last", last, (x.shape[0], weight.shape[1] - 1, x.shape[1]), "[B, W - 1, D]", x)
+    _check_like("last", last, (x.shape[0], weight.shape[1] - 1, x.shape[1]), "[B, W - 1, D]", x, last.dtype)
+    if step_path(x) == "triton":
+        return _kernels(x).convolve(x, weight, bias, last)
     return _convolution(x, weight, bias, last)
 
 
@@ -226,11 +282,31 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, last: Tensor) -
     return y.to(x.dtype)
 
 
-def _decay(state: Tensor, log_decay: Tensor | None) -> None:
+def _kernels(x: Tensor, **sizes: int) -> Any:
+    """The module of the kernels. Where Triton is not installed, nothing else needs it."""
+    from lasp_kernels import decode_kernels
+
+    if (reason := decode_kernels.unsupported(x, **sizes)) is not None:
+        raise ValueError(f"the Triton kernels of a step take {reason}")
+    return decode_kernels
+
+
+def _decay_heads(state: Tensor, log_decay: Tensor | None) -> None:
     """State [B, H, K, V] times the exp of log_decay [H], [B, H] or [B, H, K], in place."""
     if log_decay is not None:
-        factor = log_decay.to(state.dtype).exp()
-        state.mul_(factor.unsqueeze(-1) if log_decay.ndim == 3 else factor[..., None, None])
+        _decay(state, log_decay.unsqueeze(-1) if log_decay.ndim == 3 else log_decay[..., None, None])
+
+
+def _decay(state: Tensor, log_decay: Tensor) -> Tensor:
+    """State times exp(log_decay), in place.
+
+    A factor near 1 is rounded to the same side at every token where the decay is fixed: by 3e-8 in fp32, which is 3e-4
+    of what a decay of 1e-4 remembers. exp(x) - 1 has its digits behind the point.
+    """
+    log_decay = log_decay.to(state.dtype)
+    weak = log_decay > -0.5
+    rest = torch.where(weak, log_decay.expm1(), log_decay.exp())
+    return torch.addcmul(state * weak, state, rest, out=state)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -286,11 +362,15 @@ def _check_log_decay(log_decay: Tensor | None, heads: torch.Size, k: Tensor, *, 
 def _check_like(
     name: str, x: Tensor, shape: tuple[int, ...], form: str, like: Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """Raise unless it is a dense float tensor of this shape on the device of `like`, and of the dtype, if any."""
+    """Raise unless it is a float tensor of this shape on the device of `like`; of the dtype, if any, and contiguous."""
     check_dense(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {form} = {shape}, got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} must be on the device of the other inputs, {like.device}, got {x.device}")
-    if dtype is not None and x.dtype != dtype:
+    if dtype is None:
+        return
+    if not x.is_contiguous():
+        raise ValueError(f"{name}, which is changed in place, must be contiguous, got strides {x.stride()}")
+    if x.dtype != dtype:
         raise TypeError(f"{name} must be {dtype} for inputs of {like.dtype}, got {x.dtype}")

@@ -50,6 +50,7 @@ class Decoding:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
         self._inside = False
+        self._torn = False  # within a step, or behind one that failed
         self.no_graph = why_no_graph(runner, state, cuda_graph)  # empty if there is to be one
         self._side = torch.cuda.Stream(state.device) if not self.no_graph else None
 
@@ -68,6 +69,8 @@ class Decoding:
 
     def step(self, tokens: Tensor) -> None:
         """One token [B] of each row: `logits`, `seen` and the state are then those behind it."""
+        self._refuse_torn()
+        self._torn = True
         with torch.no_grad():
             self._ids.copy_(tokens[:, None])
             if self._graph is None and self._side is not None and self._steps >= _WARM:
@@ -83,12 +86,22 @@ class Decoding:
                 self._forward()
         self._steps += 1
         self.lengths = [length + 1 for length in self.lengths]
+        self._torn = False
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                "a step of this session failed, so that some layers are behind its token and others before it: go on "
+                "from a state of before (lasp.prefill, TokenStream.result)"
+            )
 
     def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        assert self._side is not None
         try:
-            with _casting_anew(), torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
-                self._forward()
+            with torch.cuda.device(self._side.device), _casting_anew():
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
+                    self._forward()
         except RuntimeError as error:
             raise RuntimeError(
                 f"a step of {type(self.runner.model).__name__} cannot be a CUDA graph: pass cuda_graph=False to "
@@ -111,6 +124,7 @@ class Decoding:
 
     def state(self, *, goes_on: bool) -> InferenceState:
         """Behind the last step, and of rows that have ended as they were then; a copy if other steps follow."""
+        self._refuse_torn()
         found = InferenceState(self._session.kept, self.lengths, self.logits, self.seen, self.runner.form)
         if goes_on:
             found = found.fork()

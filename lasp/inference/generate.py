@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from lasp import arguments
 from lasp.checks import agreement
 from lasp.inference.decode import Decoding
-from lasp.inference.prefill import agreement_of, check_state, checked_prompts, facts_of, run_prompts
-from lasp.inference.run import Runner, as_usual
+from lasp.inference.prefill import (
+    agreement_of,
+    check_state,
+    checked_prompts,
+    compares_nothing,
+    facts_of,
+    run_prompts,
+)
+from lasp.inference.run import Runner, as_usual, sequence_of
 from lasp.inference.sampling import Sampling, number_of, seeds_of
 from lasp.inference.state import InferenceState
 from lasp.ranks import waiting
@@ -186,7 +193,7 @@ class TokenStream:
     def compare(self) -> None:
         """Raise `RankMismatchError` on every rank unless all have made the same tokens."""
         runner = self.decoding.runner
-        if runner.sequence.size > 1 and runner.splits[0].sequence.validate != "off":
+        if runner.sequence.size > 1 and not compares_nothing(runner.model):
             tokens = {f"tokens of row {row}": agreement.checksum(new) for row, new in enumerate(self._new)}
             agreement.compare(runner.sequence, tokens, before="the end of lasp.generate")
 
@@ -223,8 +230,9 @@ def _stream(model: nn.Module, ids: Any, mesh: Any, streamer: Any, name: str, giv
     options = dict(given)
     state, segment, cuda_graph = (options.pop(x) for x in ("state", "segment", "cuda_graph"))
     of_prompts = {x: options.pop(x) for x in ("attention_mask", "cu_seqlens")}
-    runner = Runner(model, mesh)
-    with agreement_of(runner, name) as ranks_agree:
+    sequence = sequence_of(model, mesh)
+    with agreement_of(sequence, model, name) as ranks_agree:
+        runner = Runner(model, sequence)
         ends, padding = _ends_and_padding(options, runner.vocabulary)
         if ids is None and state is not None:
             check_state(runner, state, None)

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lasp import arguments
+from lasp.adapters.handles import held_by
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.inference.library import check_cache
 from lasp.inference.prompts import prompts_of
-from lasp.inference.run import Runner, as_usual
+from lasp.inference.run import Runner, as_usual, sequence_of
 from lasp.inference.state import InferenceState
 from lasp.layout import ShardLayout
 from lasp.ops.session import Session
 from lasp.ops.stream import Segment
-from lasp.ranks import alone
+from lasp.ranks import SequenceParallel, alone
 
 _SEGMENT = 2**15  # tokens of a rank, of all rows together
 
@@ -42,8 +43,9 @@ def prefill(
     run together. One of another length runs by itself, so that no state ever sees padding.
 
     Args:
-        model: of `lasp.models`, or one that calls lasp's operators. It is split by `lasp.parallelize`, or was never
-            given to it and is on one rank. It runs in evaluation mode and is left as it was.
+        model: of `lasp.models`, one that calls lasp's operators, or one of transformers, for whose own `generate` there
+            is `lasp.library_inputs`. It is split by `lasp.parallelize`, or was never given to it and is on one rank.
+            It runs in evaluation mode and is left as it was.
         ids: [B, T] of integers, the same on every rank; or of rows of different lengths a list of [T]; or [T].
         mesh: of `lasp.parallelize`; None is that with which the model was split, or one rank.
         attention_mask: [B, T], 0 where ids are padding, which is cut off, at the left or right end of a row.
@@ -62,8 +64,9 @@ def prefill(
         PeerError: a rank has ended, or did not come within the timeout of its group.
         RuntimeError: a model that does not call its operators in every run alike.
     """
-    runner = Runner(model, mesh, foreign=True)
-    with agreement_of(runner, "prefill") as ranks_agree:
+    sequence = sequence_of(model, mesh)
+    with agreement_of(sequence, model, "prefill") as ranks_agree:
+        runner = Runner(model, sequence, foreign=True)
         options = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "pad_token_id": pad_token_id}
         rows = checked_prompts(runner, ids, state, **options)
         step = None if segment is None else arguments.integer("segment", segment, at_least=1)
@@ -76,11 +79,15 @@ def prefill(
     return found if to is None or to == runner.sequence.rank else None
 
 
-def agreement_of(runner: Runner, name: str) -> Agreement:
+def agreement_of(sequence: SequenceParallel, model: nn.Module, name: str) -> Agreement:
     """Around the checks of a call, which is compared every time: a state of two prompts would be of none."""
-    sequence = runner.sequence
-    due = sequence.size > 1 and runner.splits[0].sequence.validate != "off"
+    due = sequence.size > 1 and not (isinstance(model, nn.Module) and compares_nothing(model))
     return Agreement(sequence, due=due, before=name)
+
+
+def compares_nothing(model: nn.Module) -> bool:
+    """Whether it was split with validate="off"."""
+    return any(split.sequence.validate == "off" for split in held_by(model))
 
 
 def checked_prompts(

@@ -19,11 +19,19 @@ from lasp.layout import ShardLayout
 from lasp.models.trunk import LanguageModel
 from lasp.modules import Router
 from lasp.ops.session import Session
-from lasp.ranks import alone, sequence_axis, waiting
+from lasp.ranks import SequenceParallel, alone, sequence_axis, waiting
 from lasp_kernels.reference import state_dtype
 
 as_usual = torch.inference_mode(False)
 """Decorator: what is made is not only for the user's `torch.inference_mode`, but may be changed in place outside."""
+
+
+def sequence_of(model: nn.Module, mesh: Any) -> SequenceParallel:
+    """The ranks of a mesh; of None those over which the model is split, or one."""
+    if mesh is not None:
+        return sequence_axis(mesh)
+    splits = held_by(arguments.module("model", model))
+    return splits[0].sequence if splits else SequenceParallel(None)
 
 
 class Runner:
@@ -40,15 +48,13 @@ class Runner:
 
     def __init__(self, model: nn.Module, mesh: Any, *, foreign: bool = False):
         self.model = arguments.module("model", model)
-        splits = held_by(model)
-        axis = None if mesh is None else sequence_axis(mesh)
-        if not splits and axis is not None and axis.size > 1:
+        splits, self.sequence = held_by(model), sequence_of(model, mesh)
+        if not splits and self.sequence.size > 1:
             raise ValueError(
                 f"model must be one that lasp.parallelize was called with, got a {type(model).__name__} that was not, "
-                f"and a mesh of {axis.size} ranks: call lasp.parallelize(model, mesh['sp']) before"
+                f"and a mesh of {self.sequence.size} ranks: call lasp.parallelize(model, mesh['sp']) before"
             )
         self.splits = splits or [on_one_rank(model, (lambda _: None) if foreign else self._refuse_foreign)]
-        self.sequence = self.splits[0].sequence if axis is None else axis
         check_ranks(self.splits, self.sequence)
         self.foreign = [path for split in self.splits for path in _foreign(split.adapters)]
         if not foreign:
