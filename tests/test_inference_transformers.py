@@ -7,10 +7,12 @@ compared with what the library makes of it by itself.
 import copy
 import functools
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import mesh_of, run_ranks
+from scripts import run_script
 
 import lasp
 
@@ -109,7 +111,7 @@ def test_the_librarys_generate_goes_on_behind_a_prompt(name, tmp_path):
 
 def _over_ranks(conversations):
     torch.set_num_threads(1)
-    mesh, (ids, _) = mesh_of(sp=torch.distributed.get_world_size()), prompts()
+    mesh, (ids, mask) = mesh_of(sp=torch.distributed.get_world_size()), prompts()
     for name, told in conversations.items():
         model = build(name)
         whole = model(input_ids=ids, use_cache=False).logits
@@ -117,6 +119,12 @@ def _over_ranks(conversations):
         state = converse(split, mesh, name, told)
         if name in ("bamba", "minimax"):  # behind a state of ranks, a model that is not split
             compare(behind(model, state, told[1][:, -1:], 4), told[2], name)
+        if name == "bamba":  # and one of the ranks by itself
+            rank = mesh["sp"].get_local_rank()
+            of_one = lasp.prefill(split, ids[:, :-1], attention_mask=mask[:, :-1], to=1)
+            assert (of_one is None) is (rank != 1)
+            if of_one is not None:
+                compare(behind(split, of_one, ids[:, -1:], SAID), told[0], name)
         local = lasp.shard_batch({"input_ids": ids}, mesh, pad=False)  # and it is split as before
         got = split(local["input_ids"], layout=local["layout"]).logits
         first, last = local["layout"].bounds(mesh["sp"].get_local_rank())
@@ -279,3 +287,25 @@ def test_code_that_comes_with_weights_has_a_cache_of_its_own():
         ValueError, match=r"cache lasp can fill.* is one of transformers_modules, which has a cache of its"
     ):
         lasp.prefill(model, torch.ones(1, 9, dtype=torch.int64))
+
+
+def test_the_page_shows_what_runs(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.save_pretrained(tmp_path)
+    model, (ids, _) = build("bamba", torch.float32, eos_token_id=None), prompts()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "PROMPT.txt").write_text(tokenizer.decode(ids[0]))
+    expected = tokenizer.decode(model.generate(ids[:1], max_new_tokens=20)[0, WIDTH:])
+    assert len(expected.split()) == 20
+    page = (Path(__file__).parent.parent / "docs" / "inference.md").read_text()
+    (code,) = re.findall(r"```python\n# long_prompt.py\n(.*?)```", page, re.DOTALL)
+    script = f"import sys\nsys.argv = ['', {str(tmp_path)!r}, {str(tmp_path / 'PROMPT.txt')!r}]\n{code}"
+    (ended, out, error), second = run_script(script, 2)
+    assert ended == second[0] == 0, error + second[2]
+    assert out.strip() == expected
+    assert not second[1]
