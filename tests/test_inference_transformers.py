@@ -15,6 +15,7 @@ from ranks import mesh_of, run_ranks
 from scripts import run_script
 
 import lasp
+from lasp.data_parallel import wrap_fsdp2
 
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 
@@ -287,6 +288,16 @@ def test_code_that_comes_with_weights_has_a_cache_of_its_own():
         ValueError, match=r"cache lasp can fill.* is one of transformers_modules, which has a cache of its"
     ):
         lasp.prefill(model, torch.ones(1, 9, dtype=torch.int64))
+
+
+def _sharded(told):
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    converse(wrap_fsdp2(lasp.parallelize(build("bamba"), mesh["sp"], strict=False), mesh), mesh, "bamba", told)
+
+
+def test_weights_may_be_sharded():
+    run_ranks(2, _sharded, conversation("bamba"))
 
 
 def test_the_page_shows_what_runs(tmp_path):
