@@ -39,19 +39,19 @@ def peer_of(module: nn.Module, given: Mapping[str, Any]) -> Peer | None:
     if kind == "LightningAttention":
         fixed = module.log_decay(given["k"].device)  # type: ignore[operator]
         if decay is not None and decay.ndim == 4:
-            return Peer("chunk_gla", lambda x: _fla("gla", "chunk_gla")(*_qkv(x), x["log_decay"], scale=scale)[0])
+            return Peer("chunk_gla", lambda x: fla("gla", "chunk_gla")(*_qkv(x), x["log_decay"], scale=scale)[0])
         how = {"g_gamma": lambda x: fixed} if fixed is not None else {}
         how = {"g": lambda x: x["log_decay"]} if decay is not None else how
 
         def simple(x: Mapping[str, Any]) -> Tensor:
             more = {name: value(x) for name, value in how.items()}
-            return _fla("simple_gla", "chunk_simple_gla")(*_qkv(x), scale=scale, **more)[0]
+            return fla("simple_gla", "chunk_simple_gla")(*_qkv(x), scale=scale, **more)[0]
 
         return Peer("chunk_simple_gla", simple)
     if kind == "DeltaRule":
         return delta_peer(None if decay is None else decay.ndim, scale)
     if set(given) == {"x", "log_decay"}:  # a recurrence of each channel by itself
-        return Peer("chunk_hgrn", lambda x: _fla("hgrn", "chunk_hgrn")(x["x"], x["log_decay"])[0])
+        return Peer("chunk_hgrn", lambda x: fla("hgrn", "chunk_hgrn")(x["x"], x["log_decay"])[0])
     return None
 
 
@@ -65,7 +65,7 @@ def delta_peer(rank: int | None, scale: float) -> Peer:
 
     def delta(x: Mapping[str, Any]) -> Tensor:
         more = {} if rank is None else {"g": x["log_decay"]}
-        return _fla(file, name)(*_qkv(x), beta=x["beta"], scale=scale, **more)[0]
+        return fla(file, name)(*_qkv(x), beta=x["beta"], scale=scale, **more)[0]
 
     return Peer(name, delta)
 
@@ -90,7 +90,8 @@ def _qkv(x: Mapping[str, Any]) -> list[Tensor]:
     return [x[name].contiguous() for name in ("q", "k", "v")]
 
 
-def _fla(file: str, name: str) -> Callable:
+def fla(file: str, name: str) -> Callable:
+    """A function of fla.ops."""
     os.environ.setdefault("FLA_FLASH_QLA", "0")  # fla hands the gated delta rule to FlashQLA where that is installed
     return getattr(importlib.import_module(f"fla.ops.{file}"), name)
 

@@ -13,6 +13,7 @@ from lasp.balance import balance_loss
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
 from lasp.data_parallel import CO2, no_sync, sync_grads
+from lasp.inference import InferenceState, generate, prefill, stream_tokens
 from lasp.layout import ShardLayout
 from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # the package is this function, too, which a checker of types
 __all__ = [
     "CO2",
     "Env",
+    "InferenceState",
     "PeerError",
     "RankMismatchError",
     "SequenceParallel",
@@ -45,6 +47,7 @@ __all__ = [
     "decay",
     "delta_rule",
     "explain",
+    "generate",
     "grad_mesh",
     "halo",
     "init",
@@ -55,12 +58,14 @@ __all__ = [
     "modules",
     "no_sync",
     "parallelize",
+    "prefill",
     "register",
     "replica_mesh",
     "shard_batch",
     "shard_sequence",
     "softmax_attention",
     "stream_backward",
+    "stream_tokens",
     "sync_grads",
     "tensor_parallel",
     "token_loss",

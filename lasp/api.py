@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -89,6 +89,24 @@ def parallelize(
     split_models[model] = asked.not_asked
     handles.remember(model, sequence, layers, own)
     return model
+
+
+def on_one_rank(model: nn.Module, check: Callable[[list[tuple[str, Adapter]]], None]) -> handles.Parallelized:
+    """What `parallelize` would know of a model on one rank, without a call of it, which may follow later.
+
+    `check` raises for adapters, by the paths of their layers, that do not fit; before the model is tried.
+
+    Raises:
+        ValueError: as `parallelize`, with strict=True.
+    """
+
+    def layers() -> Layers:
+        found = _find_layers(model, {})
+        check([(path, adapter) for path, (_, adapter) in found.items()])
+        _asked(model, found, strict=True)
+        return found
+
+    return handles.of_untouched(model, layers)
 
 
 def _asked(model: nn.Module, layers: Layers, strict: bool) -> Asked:
@@ -277,9 +295,11 @@ class Explanation(list[LayerReport]):
     streamed: str = (
         ""  # of the last sequence that went through it in segments: how many, and what crossed their borders
     )
+    decoded: str = ""  # how tokens were generated last: whether a step is a CUDA graph, and why not
 
     def __str__(self) -> str:
-        notes = [x for x in (self.data_parallel, self.tensor_parallel, self.streamed, self.not_asked) if x]
+        told = (self.data_parallel, self.tensor_parallel, self.streamed, self.decoded, self.not_asked)
+        notes = [x for x in told if x]
         if not self:
             return "\n".join(["one rank: nothing is split", *notes])
         sent = "bytes sent a step by this rank"
@@ -316,6 +336,7 @@ def explain(model: nn.Module) -> Explanation:
         report.tensor_parallel = f"tensor parallel: heads, inner channels and words over {parts} ranks"
     report.data_parallel = process.schemes.get(model, "")
     report.streamed = next((x.streamed for x in handles.held_by(model) if x.streamed), "")
+    report.decoded = next((x.decoded for x in handles.known(model) if x.decoded), "")
     layers = any(isinstance(vars(m).get(_SPLIT), _Split) for m in model.modules())
     for path, module in model.named_modules():
         split, sequence = vars(module).get(_SPLIT), getattr(module, "sequence", None)

@@ -1,4 +1,5 @@
-"""A check of a machine: what is installed, whether ranks meet, whether results are right, how long a hop takes."""
+"""A check of a machine: what is installed, whether ranks meet, whether results are right, how long a hop takes, and a
+step of decoding."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ops.halo import block_attention, causal_conv
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SCHEDULES, Env, SequenceParallel, init, waiting
-from lasp_kernels import fold, recurrent_linear_attention
+from lasp_kernels import delta_rule_step, fold, linear_attention_step, recurrent_linear_attention
 from lasp_kernels.delta import recurrent_delta_rule
 from lasp_kernels.elementwise import recurrent_elementwise
 from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_scan
@@ -33,6 +34,7 @@ from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_s
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 _OF_CONVOLUTION = 1e-3  # PyTorch lets a GPU's convolutions of fp32 round their inputs to TF32
 H, K, V, WINDOW = 4, 32, 48, 4
+_HEADS, _DIM = 16, 128  # of a decode step: those of a usual model
 
 
 class Case(NamedTuple):
@@ -63,6 +65,14 @@ def run_doctor(*, backend: str | None = None, timeout: float = 60.0) -> int:
         say(
             f"  {case.operator:<23}{case.form:<14}{name:<9} forward {forward:.1e}  gradients {backward:.1e}  "
             f"{'ok' if passed else f'FAILED: more than {tolerance:.0e}'}"
+        )
+    say(f"\ndecode step of one sequence, {_HEADS} heads of {_DIM} in bf16, in a layer of a model; rank 0")
+    for name, error, step, floor in _steps(env):
+        passed = error <= _TOLERANCE[torch.bfloat16]
+        healthy &= _worst_over_ranks((error, error), env)[0] <= _TOLERANCE[torch.bfloat16]
+        say(
+            f"  {name:<23}{step * 1e6:8.1f} us, moving its state {floor * 1e6:6.1f} us, error {error:.1e}  "
+            f"{'ok' if passed else 'FAILED: more than ' + format(_TOLERANCE[torch.bfloat16], '.0e')}"
         )
     if env.world_size > 1:
         say("\nexchange of one state, until the last rank has it, median of 20")
@@ -264,6 +274,69 @@ def _latencies(env: Env, sequence: SequenceParallel) -> Iterator[tuple[str, floa
         with waiting("the doctor: the longest time of all ranks"):
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         yield label, slowest.item(), state.nbytes
+
+
+def _steps(env: Env) -> Iterator[tuple[str, float, float, float]]:
+    """Of operators: the error of a decode step against fp64, its seconds, and those of reading and writing its state at
+    the speed of a copy. On a GPU steps are a CUDA graph, as in `lasp.generate`."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, state = (
+        torch.randn(1, _HEADS, *shape, generator=draw).to(env.device) for shape in ((_DIM,),) * 3 + ((_DIM, _DIM),)
+    )
+    q, k, v, beta = q.bfloat16(), F.normalize(k, dim=-1).bfloat16(), v.bfloat16(), torch.ones_like(v[..., 0]).bfloat16()
+    log_decay = -0.3 * torch.arange(1, _HEADS + 1, device=env.device) / _HEADS
+    qw, kw, vw = (x.double().unsqueeze(1) for x in (q, k, v))
+    layers = 16 if env.device.type == "cuda" else 2  # in a row
+    given = {"scale": _DIM**-0.5, "initial_state": state.double()}
+    copied = _seconds_of_byte(env) * 2 * state.nbytes
+    for name, call, expected in (
+        (
+            "linear_attention [H]",
+            lambda s: linear_attention_step(q, k, v, log_decay, s, scale=_DIM**-0.5),
+            recurrent_linear_attention(qw, kw, vw, log_decay=log_decay.double(), **given)[0],
+        ),
+        (
+            "delta_rule [B, H]",
+            lambda s: delta_rule_step(q, k, v, beta, log_decay[None], s, scale=_DIM**-0.5),
+            recurrent_delta_rule(qw, kw, vw, beta.double()[None], log_decay=log_decay.double()[None, None], **given)[0],
+        ),
+    ):
+        error = _relative(call(state.clone()), expected.squeeze(1).cpu())
+        states = [state.clone() for _ in range(layers)]
+        yield (
+            name,
+            error,
+            _seconds_of(lambda call=call, states=states: [call(s) for s in states], env) / layers,
+            copied,
+        )
+
+
+def _seconds_of_byte(env: Env) -> float:
+    """That is read, or written, by a copy of more than fits a cache."""
+    a, b = torch.zeros(2, 2 ** (29 if env.device.type == "cuda" else 25), dtype=torch.int8, device=env.device)
+    return _seconds_of(lambda: b.copy_(a), env) / (2 * a.nbytes)
+
+
+def _seconds_of(call: Callable[[], object], env: Env) -> float:
+    """Median of some, on a GPU of a CUDA graph of it."""
+    if env.device.type == "cuda":
+        side = torch.cuda.Stream(env.device)
+        side.wait_stream(torch.cuda.current_stream(env.device))
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream(env.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+        call = graph.replay
+    times = []
+    for _ in range(7):
+        _synchronize(env)
+        begin = time.perf_counter()
+        call()
+        _synchronize(env)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:])
 
 
 def _synchronize(env: Env) -> None:

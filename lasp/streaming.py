@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lasp import arguments
 from lasp.adapters import border
-from lasp.adapters.handles import Parallelized, held_by
+from lasp.adapters.handles import Parallelized, check_ranks, held_by, under_way
 from lasp.balance import BalanceOverSegments, routers_of
 from lasp.batch import Whole, whole_batch
 from lasp.calls import caller, logits_of
@@ -165,12 +165,7 @@ def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Parallelized]:
             f"model must be one that lasp.parallelize was called with, on one rank too, got a {type(model).__name__} "
             "that was not: call lasp.parallelize(model, mesh['sp']) before"
         )
-    for split in splits:
-        if split.sequence.ranks != sequence.ranks and (split.sequence.size > 1 or sequence.size > 1):
-            raise ValueError(
-                f"mesh must be that of lasp.parallelize, which has split the model over the ranks "
-                f"{split.sequence.ranks}, got one with {sequence.ranks}"
-            )
+    check_ranks(splits, sequence)
     return splits
 
 
@@ -280,7 +275,7 @@ class Run:
                 stack.enter_context(_gradients_kept(self.model))
                 for split in self.splits:
                     stack.enter_context(split.with_ranks())
-                stack.enter_context(_under_way(self.stream, self.splits, self.model))
+                stack.enter_context(under_way(self.stream, self.splits, self.model))
                 stack.enter_context(self.averaged.step())
                 if self.last_layer is not None:
                     stack.enter_context(self.last_layer.step())
@@ -486,22 +481,6 @@ class _Random:
         torch.set_rng_state(self._host)
         if self._own is not None:
             torch.cuda.set_rng_state(self._own, self._device)
-
-
-@contextlib.contextmanager
-def _under_way(stream: Stream, splits: list[Parallelized], model: nn.Module) -> Iterator[None]:
-    """Inside, the layers of the model find the stream at their ranks."""
-    held = {id(x): x for m in model.modules() if isinstance(x := getattr(m, "sequence", None), SequenceParallel)}
-    held |= {id(x): x for split in splits for x in (split.sequence, *split.own)}  # the border of a model asks its own
-    if any(x.stream is not None for x in held.values()):
-        raise RuntimeError("lasp.stream_backward was called within another one of the same model")
-    try:
-        for x in held.values():
-            object.__setattr__(x, "stream", stream)
-        yield
-    finally:
-        for x in held.values():
-            object.__setattr__(x, "stream", None)
 
 
 @contextlib.contextmanager

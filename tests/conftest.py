@@ -22,7 +22,7 @@ LONG = """
 transformers trainer streaming kernels verify faults kernels_on_ranks train channel scan_kernels delta_kernels
 streaming_transformers transformers_border init bench bits_alone agreement recompute messages presence elementwise
 data softmax co2 replicas schemes data_parallel tensor_parallel attention hosts padding loss remote_code families
-experts docs scripts checkpoint exchange launchers fla trl loops peft
+experts inference docs scripts checkpoint exchange launchers fla trl loops peft
 """
 
 

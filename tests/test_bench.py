@@ -16,6 +16,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 import lasp
+import lasp_kernels as kernels
+from lasp.models import TNLConfig
+from lasp.models.mixers import rotary
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.append(str(BENCH))  # where the scripts find each other when they are started
@@ -1054,7 +1057,7 @@ def test_peers_of_the_delta_rule_get_what_ours_gets(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(linear_attention=cudnn))
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
     names = {"chunk_delta_rule": fla, "chunk_gated_delta_rule": fla, "chunk_kda": fla}
-    monkeypatch.setattr(fla_families, "_fla", lambda file, name: names[name])
+    monkeypatch.setattr(fla_families, "fla", lambda file, name: names[name])
     for name, forms in delta_peers.FORMS.items():
         for form in forms:
             row = delta.compared(name, form, 16, 70, 2, "cpu")
@@ -1212,7 +1215,7 @@ def test_peers_get_what_our_operators_get(families, monkeypatch):
         "chunk_gated_delta_rule": delta,
         "chunk_kda": delta,
     }
-    monkeypatch.setattr(fla_families, "_fla", lambda file, name: functions[name])
+    monkeypatch.setattr(fla_families, "fla", lambda file, name: functions[name])
     names = {
         "softmax": "sdpa flash",
         "retnet": "chunk_simple_gla",
@@ -1257,3 +1260,92 @@ def test_errors_of_a_scan():
     for operator in scan.OPERATORS:
         row = scan.errors(operator, 70, "fp32", "cpu")
         assert all(0 < row[name] < 1e-5 for name in row if name not in ("operator", "T", "dtype"))
+
+
+# ---- decoding
+
+SMALL_DECODE = ("--models", "tiny", "--vocab-size", 50, "--heads", 2, "--dim", 16, "--layers", 2, "--no-fla")
+SMALL_DECODE += ("--dtype", "float32", "--rep", 1)
+
+
+def test_decode_steps_and_tokens(tmp_path):
+    given = ("--phases", "step", "token", "--batch", 1, 3, "--hows", "eager", "few rows", "--save", "--out", tmp_path)
+    result, _ = _script("decode", *given, *SMALL_DECODE)
+    names = ["lasp", "lasp, then norm and gate", "lasp with norm and gate"]
+    steps = [("fixed", B, name) for B in (1, 3) for name in names]
+    steps += [(form, B, "lasp") for form in ("none", "token", "channel", "delta") for B in (1, 3)]
+    assert [(row["decay"], row["B"], row["kernels"]) for row in result["rows"]] == steps
+    assert all(row["error"] < 1e-2 and row["graph us"] > 0 and row["note"] is None for row in result["rows"])
+    tokens = result["tables"]["token"]
+    assert [(row["B"], row["how"]) for row in tokens] == [(B, how) for B in (1, 3) for how in ("eager", "few rows")]
+    for row in tokens:
+        assert row["error"] < 1e-5
+        assert row["GB of weights"] == pytest.approx(4 * (4 * (5 * 128**2 + 3 * 128 * 384) + 128 + 50 * 128) / 1e9)
+        assert row["MB of states"] == pytest.approx(row["B"] * 4 * 5 * 4 * 32**2 / 1e6)  # twice in the first layer
+    assert [row["tokens/s"] for row in result["tables"]["published, tokens/s"]] == [2819.6, 538.0, 967.2, 252.1]
+    assert len(list(tmp_path.glob("*_decode.md"))) == 1
+
+
+def test_decode_linear_layers():
+    result, _ = _script("decode", "--phases", "linears", *SMALL_DECODE)
+    names = ["q k v gate", "out", "value gate", "glu out", "head"]
+    assert [(row["layers"], row["how"]) for row in result["rows"]] == [(name, "PyTorch") for name in names]
+    assert all(row["error"] < 1e-5 and row["GB/s"] > 0 for row in result["rows"])
+
+
+def test_decode_leaves_out_what_is_wrong_or_too_long(monkeypatch):
+    decode, step = importlib.import_module("decode"), kernels.linear_attention_step
+    monkeypatch.setattr(kernels, "linear_attention_step", lambda *args, **options: 100 + step(*args, **options))
+    given = ("--phases", "step", "token", "--decays", "none", "--batch", 1, "--hows", "eager")
+    result, _ = _script("decode", *given, *SMALL_DECODE)
+    for row in (*result["rows"], *result["tables"]["token"]):
+        assert row["note"] == f"{row['error']:.1e} off: not timed"
+    assert result["rows"][0]["graph us"] is None
+    monkeypatch.setattr(decode, "LONG", 16)
+    given = ("--phases", "lengths", "--lengths", 16, 2**20, "--new", 4, "--limit", 1e-3)
+    result, _ = _script("decode", *given, *SMALL_DECODE)
+    assert [row["tokens of the prompt"] for row in result["rows"]] == [16]
+
+
+def test_decode_over_contexts():
+    given = ("--phases", "lengths", "softmax", "--lengths", 16, 300, "--contexts", 8, 40, "--new", 4)
+    result, _ = _script("decode", *given, "--hows", "few rows", *SMALL_DECODE)
+    assert [row["tokens of the prompt"] for row in result["rows"]] == [16, 300]
+    held = [row["MB of the request"] for row in result["rows"]]
+    assert held[0] == held[1] == pytest.approx(4 * 5 * 4 * 32**2 / 1e6)
+    rows = result["tables"]["softmax"]
+    assert [(row["model"], row["context"]) for row in rows] == [("tnl", "any"), ("softmax", 8), ("softmax", 40)]
+    assert [row["MB of the request"] for row in rows[1:]] == [pytest.approx(4 * 4 * 2 * n * 128 / 1e6) for n in (8, 40)]
+
+
+def test_a_softmax_models_step_with_keys_and_values_is_that_of_the_whole():
+    """Of the model that stands beside TNL, with one layer: the same logits as without a cache."""
+    models = importlib.import_module("decode_models")
+    config = TNLConfig(50, layers=1, width=32, heads=2, glu_width=40)
+    tokens = 6
+    stepping = models.Stepping("softmax", config, 2, torch.device("cpu"), torch.float32, context=tokens)
+    ids = torch.randint(50, (2, tokens), generator=torch.Generator().manual_seed(0))
+    [block] = stepping.model.blocks
+    with torch.no_grad():
+        expected = stepping.model(ids)[:, -1]
+        h = block.mixer_norm(stepping.model.embedding(ids))
+        split = [layer(h).unflatten(-1, (2, 16)) for layer in (block.mixer.key, block.mixer.value)]
+        split[0] = rotary(split[0], torch.arange(tokens))
+        for held, x in zip((block.mixer.attention.keys, block.mixer.attention.values), split):
+            held.copy_(x.transpose(1, 2))
+            held[:, :, -1] = torch.nan  # which the step writes
+    stepping.ids.copy_(ids[:, -1:])
+    with stepping.entered("eager"):
+        torch.testing.assert_close(stepping.step(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_two_forms_of_inference(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("robust"), "T", 200)
+    result, _ = _script("robust")
+    found = {(row["form"], row["dtype"]): row for row in result["rows"]}
+    assert found["origin", "float32"]["first at token"] in range(165, 179)
+    assert found["origin", "float32"]["lambda^-t is infinite at"] == 178
+    assert found["origin", "float16"]["first at token"] in range(12, 24)
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", 1e-2), ("float16", 1e-3)):
+        assert found["robust", dtype]["heads with NaN"] == "0 of 8"
+        assert found["robust", dtype]["error of the others"] < bound

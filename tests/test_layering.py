@@ -21,7 +21,7 @@ LAYERS = [
     {"lasp.strict", "lasp.tp"},
     {"lasp.api", "lasp.calls"},
     {"lasp.last_layer"},
-    {"lasp.verification", "lasp.streaming"},
+    {"lasp.verification", "lasp.streaming", "lasp.inference"},
     {"lasp.integrations"},
     {"lasp"},
     {"lasp.doctor", "lasp.verify_command"},

@@ -63,12 +63,25 @@ def test_the_doctor_tries_every_operator_and_tells_each_that_is_wrong():
         assert min(forward, backward) == pytest.approx(0.02, rel=0.2), case
 
 
+@pytest.mark.parametrize("operator", ["linear_attention_step", "delta_rule_step"])
+def test_the_doctor_times_a_decode_step_and_tells_if_it_is_wrong(operator):
+    env = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    right = getattr(doctor, operator)
+    assert [name for name, *_ in doctor._steps(env)] == ["linear_attention [H]", "delta_rule [B, H]"]
+    for _, error, seconds, floor in doctor._steps(env):
+        assert error < doctor._TOLERANCE[torch.bfloat16]
+        assert min(seconds, floor) > 0
+    with mock.patch.object(doctor, operator, lambda *args, **options: 1.02 * right(*args, **options)):
+        assert max(error for _, error, *_ in doctor._steps(env)) == pytest.approx(0.02, rel=0.2)
+
+
 def test_the_command_line_of_the_doctor():
     code = "import sys, runpy; sys.argv[1:] = ['doctor']; runpy.run_module('lasp', run_name='__main__')"
     process = start(code, {})
     [(out, error)] = finish([process])
     assert process.returncode == 0, error
     assert "all is well" in out
+    assert re.search(r"linear_attention \[H\] +[\d.]+ us, moving its state +[\d.]+ us, error \S+  ok", out)
 
 
 def test_the_smallest_example_has_the_same_losses_on_two_ranks():

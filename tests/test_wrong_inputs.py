@@ -4,7 +4,10 @@ It comes on every rank, the same on each, before anything is sent: the group wor
 without a row here fails `test_every_public_argument_has_a_row`.
 """
 
+import functools
 import inspect
+import os
+import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +113,38 @@ def delta(ranks):
 def split_model(ranks):
     """That `parallelize` was called with."""
     return lasp.parallelize(models.TNL(models.TNLConfig(**TNL)), mesh_of(ranks), strict=False)
+
+
+@functools.cache
+def state_of(rows=1):
+    """Behind some tokens of a model like that one."""
+    return lasp.prefill(
+        lasp.parallelize(models.TNL(models.TNLConfig(**TNL)), None, strict=False), zeros(rows, T).long()
+    )
+
+
+@functools.cache
+def scratch():
+    """A file of this process."""
+    return os.path.join(tempfile.mkdtemp(), "state")
+
+
+def saved():
+    """A state's file."""
+    state_of().save(scratch())
+    return scratch()
+
+
+def prompt(ranks):
+    return {"model": split_model(ranks), "ids": torch.arange(T).view(1, T)}
+
+
+def generation(ranks):
+    return {**prompt(ranks), "max_new_tokens": 2}
+
+
+def drawing(ranks):
+    return {**generation(ranks), "do_sample": True}
 
 
 def routed():
@@ -227,6 +262,33 @@ SEQUENCE = {"x": [None, "x", [1.0], Wrong(zeros(2, T).to_sparse(), "sparse")], "
 SEQUENCE["dim"] = [*NO_INTEGER, 2, -3]
 GROUPED = {"model": NO_MODULE, "mesh": [*NO_MESH, lasp.SequenceParallel(None)]}
 REPLICAS = {**GROUPED, "validate": [*NO_TEXT, "always"]}
+
+PROMPTS = {
+    "model": [*NO_MODULE, Wrong(nn.Identity(), "Identity", "Identity")],
+    "mesh": [x for x in NO_MESH if x is not None],
+    "ids": [
+        *(5, "12", [], {}, zeros(1, T), zeros(1, T).bool(), zeros(0, T).long(), Wrong([[]], "none in row 0")),
+        *(Wrong([[1.0]], "[1.0]"), Wrong([1.0], "1.0"), Wrong([[1], "2"], "'2'"), Wrong([[2**70]], str(2**70))),
+        *(zeros(1, 1, T).long(), Wrong(zeros(1, 0).long(), "none in row 0"), Wrong([[1], []], "none in row 1")),
+        *(Wrong([zeros(1, 2).long()], "(1, 2)"), Wrong(torch.tensor([[0, WORDS]]), f"got {WORDS}")),
+        *(Wrong([[0], [-1]], "got -1"), Wrong(torch.tensor([[0, 2**40]]), str(2**40))),
+    ],
+    "attention_mask": [
+        *("x", [[1, 1, 1, 1]], zeros(1, T + 1), zeros(T), zeros(1, T, dtype=torch.complex64)),
+        Wrong(zeros(1, T), "none in row 0", "ids"),
+        Wrong(torch.tensor([[1, 0, 0, 1]]), "2 holes"),
+        Wrong(torch.tensor([[0, 1, 0, 1]]), "1 holes"),
+    ],
+    "cu_seqlens": [*(x for x in OFFSETS if not isinstance(x, torch.Tensor)), Wrong((0, 2, 2, 4), "row 1", "ids")],
+    "pad_token_id": [*(x for x in NO_INTEGER if x is not None)],
+    "state": [
+        *(5, "state", {}, zeros(1, T)),
+        Wrong(lasp.InferenceState({}, (1,), zeros(1, WORDS), zeros(1, WORDS), "another"), "another"),
+    ],
+    "segment": [*(x for x in NO_INTEGER if x is not None), 0, -3],
+}
+NO_TOKENS = [*(x for x in NO_INTEGER if x is not None and x != [2]), -1]
+NO_PATH = [None, 5, ["x"], b"x"]
 
 # Name: the function, its right arguments (a function of the ranks), and wrong values by argument.
 TABLE = {
@@ -463,6 +525,57 @@ TABLE = {
             "validate": [*NO_TEXT, "always"],
         },
     ),
+    "prefill": (
+        lasp.prefill,
+        prompt,
+        {**PROMPTS, "pad_token_id": [*PROMPTS["pad_token_id"]], "to": [*NO_TOKENS, [2], 99]},
+    ),
+    "generate": (
+        lasp.generate,
+        drawing,
+        {
+            **PROMPTS,
+            "ids": [*PROMPTS["ids"], None],
+            "pad_token_id": [*PROMPTS["pad_token_id"], -1],
+            "max_new_tokens": [*NO_TOKENS, None, 0, [0], [1, 2], [], "3"],
+            "do_sample": NO_FLAG,
+            "temperature": [*(x for x in NO_NUMBER if x is not None), 0.0, -1.0],
+            "top_k": [*(x for x in NO_INTEGER if x is not None), -1],
+            "top_p": [*(x for x in NO_NUMBER if x is not None), 0.0, -0.1, 1.1],
+            "repetition_penalty": [*NO_NUMBER, 0.0, -1.0],
+            "eos_token_id": [*NO_TOKENS, WORDS, Wrong([1, WORDS], f"got {WORDS}"), ["1"], [True]],
+            "stop": [5, "x", [], [[]], Wrong([1], "got 1"), Wrong([[1.0]], "[1.0]"), Wrong([["1"]], "['1']")],
+            "seed": [*(x for x in NO_INTEGER if x is not None and x != [2]), [1, 2], [], ["1"]],
+            "streamer": [5, "x", object],
+            "cuda_graph": NO_FLAG,
+        },
+    ),
+    "stream_tokens": (lasp.stream_tokens, generation, {name: PROMPTS[name] for name in ("model", "ids", "mesh")}),
+    "InferenceState.select": (
+        lambda **options: state_of(2).select(**options),
+        lambda ranks: {"rows": [1, 0]},
+        {"rows": [None, 5, "01", [], [2], [-1], [0, 1.0], [True]]},
+    ),
+    "InferenceState.to": (
+        lambda **options: state_of().to(**options),
+        lambda ranks: {"device": "cpu"},
+        {"device": [5, "warp", ["cpu"]]},
+    ),
+    "InferenceState.join": (
+        lasp.InferenceState.join,
+        lambda ranks: {"states": [state_of(), state_of(2)]},
+        {"states": [None, 5, [], [5]]},
+    ),
+    "InferenceState.save": (
+        lambda **options: state_of().save(**options),
+        lambda ranks: {"path": scratch()},
+        {"path": NO_PATH},
+    ),
+    "InferenceState.load": (
+        lasp.InferenceState.load,
+        lambda ranks: {"path": saved()},
+        {"path": [*NO_PATH, Wrong(__file__, "test_wrong_inputs")], "device": [5, "warp", ["cpu"]]},
+    ),
     "sync_grads": (lasp.sync_grads, lambda ranks: {"model": nn.Linear(1, 1), "mesh": mesh_of(ranks)}, REPLICAS),
     "grad_mesh": (lasp.grad_mesh, lambda ranks: {}, {"mesh": GROUPED["mesh"]}),
     "replica_mesh": (
@@ -683,6 +796,7 @@ def test_the_arguments_that_the_rows_change_are_right(world):
 NOT_CALLED = {
     "integrations",
     "Env",
+    "InferenceState",  # its methods below
     "PeerError",
     "RankMismatchError",
     "adapters",
@@ -694,6 +808,7 @@ NOT_CALLED = {
 METHODS = [lasp.ShardLayout.even, lasp.ShardLayout.bounds, lasp.ShardLayout.local, LightningAttention.forward]
 METHODS += [c.named for c in (models.TNLConfig, models.LinearTransformerConfig, models.DecoderConfig)]
 METHODS += [models.TNL.forward]
+METHODS += [getattr(lasp.InferenceState, name) for name in ("select", "to", "join", "save", "load")]
 
 
 def public_functions():

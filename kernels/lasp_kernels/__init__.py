@@ -1,6 +1,13 @@
 """Arithmetic of linear attention on one device: torch and triton, no ranks and no torch.distributed."""
 
 from lasp_kernels.chunked import chunked_linear_attention
+from lasp_kernels.decode import (
+    convolution_step,
+    delta_rule_step,
+    elementwise_step,
+    linear_attention_step,
+    selective_scan_step,
+)
 from lasp_kernels.dispatch import (
     Maps,
     Steps,
@@ -16,6 +23,7 @@ from lasp_kernels.dispatch import (
     norm_of_parts,
     path,
     rotate,
+    step_path,
     steps_of,
 )
 from lasp_kernels.operands import Operands, check_inputs
@@ -28,11 +36,15 @@ __all__ = [
     "activation_of",
     "check_inputs",
     "chunked_linear_attention",
+    "convolution_step",
+    "delta_rule_step",
     "delta_steps_of",
     "elementwise_path",
+    "elementwise_step",
     "elementwise_steps_of",
     "fold",
     "gated_linear",
+    "linear_attention_step",
     "norm_gate",
     "norm_gate_linear",
     "norm_gate_linear_of_parts",
@@ -41,6 +53,8 @@ __all__ = [
     "path",
     "recurrent_linear_attention",
     "rotate",
+    "selective_scan_step",
     "state_dtype",
+    "step_path",
     "steps_of",
 ]

@@ -14,6 +14,11 @@ The delta rule (`delta_steps_of`), and channels that decay each by itself (`elem
 | CUDA | recurrences in bf16, fp16, fp32; a selective scan with up to 256 numbers a channel | scan_steps.py |
 | CUDA, CPU | anything else | delta_steps.py, elementwise.py, selective_scan.py |
 
+One token more (`step_path`), of all operators:
+
+| CUDA | bf16, fp16, fp32; K up to 1024, up to 256 numbers a channel of a selective scan | decode_kernels.py |
+| CUDA, CPU | anything else | decode.py |
+
 The environment variable LASP_KERNELS overrules this for debugging: "reference", or "triton", which raises a
 `ValueError` where the kernels cannot serve and which runs on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
 LASP_DEBUG=1 prints each choice once. Nothing changes the path otherwise; `path` tells it: "triton", or "reference" for
@@ -253,6 +258,19 @@ def elementwise_steps_of(
     return steps(x, cu_seqlens=cu_seqlens)  # type: ignore[arg-type]
 
 
+def step_path(x: Tensor, *, rows: int = 1, states: int = 1) -> Path:
+    """What computes a step of decode.py, from x of its inputs: with so many rows of a state, or states of a channel."""
+    served = False
+    if x.is_cuda:
+        from lasp_kernels.decode_kernels import unsupported
+
+        served = unsupported(x, rows=rows, states=states) is None
+    chosen = _path(x, served=served)
+    if os.environ.get("LASP_DEBUG", "0") not in ("", "0"):
+        _tell_once(f"lasp_kernels: {chosen} for a step of one token, {x.dtype} on {x.device.type}")
+    return chosen
+
+
 def delta_steps_of(
     x: DeltaOperands, *, cu_seqlens: Sequence[int] | Tensor | None = None, segment_length: int | None = None
 ) -> Any:
@@ -327,19 +345,32 @@ def norm_gate(
 
 
 def norm_linear(
-    x: Tensor, weights: Sequence[Tensor], norm_weight: Tensor | None = None, *, eps: float = 1e-6
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    activations: Sequence[str] | None = None,
 ) -> tuple[Tensor, ...]:
     """Of each weight [N, D] the linear layer of rms_norm(x [..., D]) * norm_weight [D]; first x itself.
 
     Take that x for what is added behind the layers: on a GPU its gradient is then added in the pass that computes the
-    norm's, and the norm is made again in backward instead of being kept (`linears.py`). In PyTorch elsewhere.
+    norm's, and the norm is made again in backward instead of being kept (`linears.py`). In PyTorch elsewhere; and where
+    x has a few rows on a GPU and there is no gradient, in one launch that reads the weights once (`few_rows.py`).
+    `activations`, of each layer's output, are "none" or "silu"; None is none.
     """
+    if _few_rows(x, x.shape[-1], *weights):
+        from lasp_kernels import few_rows
+
+        return (x, *few_rows.norm_linear(x, weights, norm_weight, eps=eps, activations=activations))
     if _fuses(x, *weights):
         from lasp_kernels.linears import fused_norm_linear
 
-        return fused_norm_linear(x, _cast(*weights), norm_weight, eps=eps)
-    h = F.rms_norm(x, x.shape[-1:], norm_weight, eps)
-    return (x, *(F.linear(h, w) for w in weights))
+        x, *ys = fused_norm_linear(x, _cast(*weights), norm_weight, eps=eps)
+    else:
+        h = F.rms_norm(x, x.shape[-1:], norm_weight, eps)
+        ys = [F.linear(h, w) for w in weights]
+    return (x, *(activation_of(name)(y) for name, y in zip(activations or ["none"] * len(ys), ys)))
 
 
 def norm_gate_linear(
@@ -350,13 +381,22 @@ def norm_gate_linear(
     *,
     eps: float = 1e-6,
     activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The linear layer with this weight [N, H * V] of `norm_gate`, which on a GPU is made again in backward."""
+    """The linear layer with this weight [N, H * V] of `norm_gate`, which on a GPU is made again in backward; plus
+    residual [..., N], if there is one."""
+    if _few_rows(x, weight.shape[1], weight):
+        from lasp_kernels import few_rows
+
+        options = {"eps": eps, "activation": activation, "residual": residual}
+        return few_rows.norm_gate_linear(x, gate, weight, norm_weight, **options)
     if _fuses(x, weight):
         from lasp_kernels.linears import fused_norm_gate_linear
 
-        return fused_norm_gate_linear(x, gate, _cast(weight)[0], norm_weight, eps=eps, activation=activation)
-    return F.linear(norm_gate(x, gate, norm_weight, eps=eps, activation=activation), weight)
+        y = fused_norm_gate_linear(x, gate, _cast(weight)[0], norm_weight, eps=eps, activation=activation)
+    else:
+        y = F.linear(norm_gate(x, gate, norm_weight, eps=eps, activation=activation), weight)
+    return y if residual is None else residual + y
 
 
 def norm_gate_linear_of_parts(
@@ -382,16 +422,24 @@ def norm_of_parts(
     return (y if weight is None else y * weight).to(x.dtype)
 
 
-def gated_linear(value: Tensor, gate: Tensor, weight: Tensor, *, activation: str = "none") -> Tensor:
-    """The linear layer with this weight [N, W] of value [..., W] times activation(gate [..., W]).
+def gated_linear(
+    value: Tensor, gate: Tensor, weight: Tensor, *, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """The layer with this weight [N, W] of value [..., W] times activation(gate [..., W]), plus residual [..., N].
 
     The product is made again in backward on a GPU, and kept elsewhere.
     """
+    if _few_rows(value, value.shape[-1], weight):
+        from lasp_kernels import few_rows
+
+        return few_rows.gated_linear(value, gate, weight, activation=activation, residual=residual)
     if _fuses(value, weight):
         from lasp_kernels.linears import fused_gated_linear
 
-        return fused_gated_linear(value, gate, _cast(weight)[0], activation=activation)
-    return F.linear(value * activation_of(activation)(gate), weight)
+        y = fused_gated_linear(value, gate, _cast(weight)[0], activation=activation)
+    else:
+        y = F.linear(value * activation_of(activation)(gate), weight)
+    return y if residual is None else residual + y
 
 
 def rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,6 +453,15 @@ def rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[T
 
         return fused_rotate(q, k, position_ids, theta)
     return reference_rotate(q, k, position_ids, theta)
+
+
+def _few_rows(x: Tensor, width: int, *weights: Tensor) -> bool:
+    """Whether the kernels of few_rows.py serve, for x of rows of so many numbers: on a GPU, without a gradient."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return False
+    from lasp_kernels.few_rows import serves
+
+    return serves(x, width, *weights)
 
 
 def _fuses(x: Tensor, *weights: Tensor) -> bool:

@@ -39,6 +39,24 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+EARLY = False  # whether kernels of one token begin before those that they wait for have ended; not measured yet
+
+
+@lru_cache
+def _can_start_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early(device: torch.device) -> bool:
+    """Whether a kernel is launched while the one before it still runs (programmatic dependent launch; from Hopper on).
+
+    Such a kernel may read what no kernel writes; then it must wait (`gdc_wait`) until those before it have ended, in
+    all of its programs. It lets the next one begin (`gdc_launch_dependents`) after that only: so no more than two run
+    at once, and all that has come before them is in memory.
+    """
+    return EARLY and _can_start_early(device)
+
+
 class Launch:
     """A kernel with its grid and all of its arguments but the tensors.
 

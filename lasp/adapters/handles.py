@@ -95,10 +95,16 @@ class Parallelized:
         self.sequence, self._model = sequence, weakref.ref(model)
         self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
         self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
+        self.decoded = ""  # how tokens were generated with it last (lasp.inference), in words
         self.last_layer: Any = None  # what of it may give the loss (lasp.last_layer); None: not known yet
         self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._handles: Handles | None = None
+
+    @property
+    def adapters(self) -> list[tuple[str, adapters.Adapter]]:
+        """Of its layers, by their paths."""
+        return [(path, adapter) for path, _, adapter in self._layers]
 
     def with_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Inside, its layers call the operators with their ranks, on one rank too."""
@@ -114,6 +120,8 @@ class Parallelized:
 
 
 _parallelized: weakref.WeakKeyDictionary[nn.Module, Parallelized] = weakref.WeakKeyDictionary()
+_untouched: weakref.WeakKeyDictionary[nn.Module, Parallelized] = weakref.WeakKeyDictionary()
+"""Models that `parallelize` was never called with, and run on one rank with handles."""
 
 
 def remember(
@@ -126,9 +134,55 @@ def remember(
     _parallelized[model] = Parallelized(model, sequence, layers, own)
 
 
+def of_untouched(
+    model: nn.Module, make: Callable[[], Mapping[str, tuple[nn.Module, adapters.Adapter]]]
+) -> Parallelized:
+    """Of a model that `parallelize` was never called with, on one rank; `make` finds its layers, once."""
+    known = _untouched.get(model)
+    if known is None:
+        known = _untouched[model] = Parallelized(model, SequenceParallel(None), make(), [])
+    return known
+
+
 def held_by(model: nn.Module) -> list[Parallelized]:
     """Of the model and of those in it, what `parallelize` was called with in this process."""
     return [_parallelized[module] for module in model.modules() if module in _parallelized]
+
+
+def check_ranks(splits: Iterable[Parallelized], sequence: SequenceParallel) -> None:
+    """Raise `ValueError` unless these are the ranks that they are split over."""
+    for split in splits:
+        if split.sequence.ranks != sequence.ranks and (split.sequence.size > 1 or sequence.size > 1):
+            raise ValueError(
+                f"mesh must be that of lasp.parallelize, which has split the model over the ranks "
+                f"{split.sequence.ranks}, got one with {sequence.ranks}"
+            )
+
+
+@contextlib.contextmanager
+def under_way(stream: Any, splits: list[Parallelized], model: nn.Module) -> Iterator[None]:
+    """Inside, the layers of the model find the stream (a `lasp.ops.stream.Carrier`) at their ranks."""
+    held = {id(x): x for m in model.modules() if isinstance(x := getattr(m, "sequence", None), SequenceParallel)}
+    held |= {id(x): x for split in splits for x in (split.sequence, *split.own)}  # the border of a model asks its own
+    busy = next((x.stream for x in held.values() if x.stream is not None), None)
+    if busy is not None:
+        raise RuntimeError(
+            f"{stream.name} was called within another one of the same model"
+            if busy.name == stream.name
+            else f"{stream.name} was called within {busy.name} of the same model"
+        )
+    try:
+        for x in held.values():
+            object.__setattr__(x, "stream", stream)
+        yield
+    finally:
+        for x in held.values():
+            object.__setattr__(x, "stream", None)
+
+
+def known(model: nn.Module) -> list[Parallelized]:
+    """Likewise, or what inference knows of a model that `parallelize` was never called with."""
+    return held_by(model) or [x for x in (_untouched.get(model),) if x is not None]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ adapter of LoRA, in 8 bits or wrapped one by one, are called as any others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -48,36 +49,51 @@ class SimpleRMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
-def norm_linear(x: Tensor, norm: nn.Module, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """x [..., D], to be taken for the residual, and of each layer its output for norm(x).
+def norm_linear(
+    x: Tensor, norm: nn.Module, *layers: nn.Linear, activations: Sequence[str] | None = None
+) -> tuple[Tensor, ...]:
+    """x [..., D], to be taken for the residual, and of each layer its output for norm(x), through its activation.
 
-    What has replaced the RMS norm of the model, or one of the layers, is called as it is.
+    What has replaced the RMS norm of the model, or one of the layers, is called as it is. `activations` are "none" or
+    "silu", one a layer; None is none.
     """
     weights = [_weight_of(layer) for layer in layers]
     if not _is_rms_norm(norm) or not all([weight is not None for weight in weights]):
         h = norm(x)
-        return (x, *(layer(h) for layer in layers))
-    return kernels.norm_linear(x, weights, getattr(norm, "weight", None), eps=norm.eps)  # type: ignore[arg-type]
+        ys = (layer(h) for layer in layers)
+        return (x, *(kernels.activation_of(name)(y) for name, y in zip(activations or ["none"] * len(layers), ys)))
+    gain = getattr(norm, "weight", None)
+    return kernels.norm_linear(x, weights, gain, eps=norm.eps, activations=activations)  # type: ignore[arg-type]
 
 
-def norm_gate_linear(x: Tensor, gate: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(norm(x) * gate), the RMS norm over all heads of x [B, T, H, V] together, and gate [B, T, H * V]."""
+def norm_gate_linear(x: Tensor, gate: Tensor, layer: nn.Linear, residual: Tensor | None = None) -> Tensor:
+    """layer(norm(x) * gate), the RMS norm over all heads of x [B, T, H, V] together, and gate [B, T, H * V]; plus the
+    residual, if there is one."""
     weight, parts = _weight_of(layer), parts_of(layer)
+    if parts is None and weight is not None:
+        return kernels.norm_gate_linear(x, gate, weight, residual=residual)
     if parts is None:
-        return layer(kernels.norm_gate(x, gate)) if weight is None else kernels.norm_gate_linear(x, gate, weight)
-    if weight is None:
-        return layer(kernels.norm_of_parts(x.flatten(-2), parts.total, parts.number) * gate)
-    return parts.leave(kernels.norm_gate_linear_of_parts(x, gate, weight, parts.total, parts.number))
+        y = layer(kernels.norm_gate(x, gate))
+    elif weight is None:
+        y = layer(kernels.norm_of_parts(x.flatten(-2), parts.total, parts.number) * gate)
+    else:
+        y = parts.leave(kernels.norm_gate_linear_of_parts(x, gate, weight, parts.total, parts.number))
+    return y if residual is None else residual + y
 
 
-def gated_linear(value: Tensor, gate: Tensor, layer: nn.Linear, activation: str = "none") -> Tensor:
-    """layer(value * activation(gate)), both [..., W]; "none", "sigmoid" or "silu"."""
-    weight = _weight_of(layer)
+def gated_linear(
+    value: Tensor, gate: Tensor, layer: nn.Linear, activation: str = "none", residual: Tensor | None = None
+) -> Tensor:
+    """layer(value * activation(gate)), both [..., W], "none", "sigmoid" or "silu"; plus the residual, if any."""
+    weight, parts = _weight_of(layer), parts_of(layer)
+    if weight is not None and parts is None:
+        return kernels.gated_linear(value, gate, weight, activation=activation, residual=residual)
     if weight is None:
-        return layer(value * kernels.activation_of(activation)(gate))
-    y = kernels.gated_linear(value, gate, weight, activation=activation)
-    parts = parts_of(layer)
-    return y if parts is None else parts.leave(y)
+        y = layer(value * kernels.activation_of(activation)(gate))
+    else:
+        assert parts is not None
+        y = parts.leave(kernels.gated_linear(value, gate, weight, activation=activation))
+    return y if residual is None else residual + y
 
 
 def parts_of(layer: nn.Module) -> Parts | None:

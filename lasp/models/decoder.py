@@ -206,7 +206,7 @@ class DecoderBlock(nn.Module):
         if self.experts is not None:
             return x + self.experts(self.norm(x), layout=layout)
         rest, value, gate = norm_linear(self.parts.enter(x) if self.parts else x, self.norm, self.value, self.gate)
-        return (x if self.parts else rest) + gated_linear(value, gate, self.out, activation="silu")
+        return gated_linear(value, gate, self.out, "silu", x if self.parts else rest)
 
 
 def experts_from_dense(

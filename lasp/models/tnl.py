@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp import arguments, decay
@@ -159,23 +158,24 @@ class GatedLinearAttention(nn.Module):
         beside, x = x, self.parts.enter(x) if self.parts else x
         split = (*x.shape[:2], self.heads, self.channels)  # [B, T, H, K]
         if self.lrpe is None and self.attention.overlaps:
-            x, k, v = norm_linear(x, self.norm, self.key, self.value)
+            x, k, v = norm_linear(x, self.norm, self.key, self.value, activations=("silu", "none"))
             gate = x
 
             def query() -> Tensor:
                 """And the gate: while the state of k and v travels."""
                 nonlocal x, gate
-                x, q, gate = norm_linear(x, self.norm, self.query, self.gate)
-                return F.silu(q).view(split)
+                x, q, gate = norm_linear(x, self.norm, self.query, self.gate, activations=("silu", "none"))
+                return q.view(split)
 
-            o = self.attention(query, F.silu(k).view(split), v.view(split), layout=layout)
+            o = self.attention(query, k.view(split), v.view(split), layout=layout)
         else:
-            x, q, k, v, gate = norm_linear(x, self.norm, self.query, self.key, self.value, self.gate)
-            q, k = F.silu(q).view(split), F.silu(k).view(split)
+            layers, activations = (self.query, self.key, self.value, self.gate), ("silu", "silu", "none", "none")
+            x, q, k, v, gate = norm_linear(x, self.norm, *layers, activations=activations)
+            q, k = q.view(split), k.view(split)
             if self.lrpe is not None:
                 q, k = self.lrpe(q, k, position_ids)  # [B, T, H, 2K]
             o = self.attention(q, k, v.view(split), layout=layout)
-        return (beside if self.parts else x) + norm_gate_linear(o, gate, self.out)
+        return norm_gate_linear(o, gate, self.out, beside if self.parts else x)
 
 
 class SimpleGLU(nn.Module):
@@ -193,4 +193,4 @@ class SimpleGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] to the same shape and dtype."""
         rest, value, gate = norm_linear(self.parts.enter(x) if self.parts else x, self.norm, self.value, self.gate)
-        return (x if self.parts else rest) + gated_linear(value, gate, self.out)
+        return gated_linear(value, gate, self.out, residual=x if self.parts else rest)

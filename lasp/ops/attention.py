@@ -48,6 +48,7 @@ from lasp.ops.call import (
 )
 from lasp.ranks import SequenceParallel
 from lasp_kernels import Operands
+from lasp_kernels import decode as step
 
 NAME = "linear_attention"
 
@@ -107,8 +108,8 @@ def linear_attention(
         normalize: divide by q_t s_t, which is for q and k whose channels are positive, as those of elu(x) + 1. Nothing
             is added to it: where it is 0, o is NaN or Inf, and where it is near 0, gradients are large.
         causal: False for a sum over all tokens (of each packed sequence) in place of the states before a token. It goes
-            with no log_decay, normalize, segment_length or grouped values, and not with `lasp.stream_backward`. An
-            initial state is added. Over several ranks it needs `layout`: padding would be in the sum.
+            with no log_decay, normalize, segment_length or grouped values, and not with `lasp.stream_backward` or in
+            inference. An initial state is added. Over several ranks it needs `layout`: padding would be in the sum.
         initial_state: [N, H, K, V], the state before the sequence, given on every rank; N is B, or the number of packed
             sequences; H the heads of v. With `normalize` [N, H, K, V + 1], whose last column is s. The rank on which a
             sequence begins gets its gradient, the others zero.
@@ -154,7 +155,7 @@ def linear_attention(
         return padding.fill(o), final_state
     if stream.under_way(sequence):
         if causal is not True:
-            unmasked.not_streamed()
+            unmasked.not_streamed(sequence.stream.name)  # type: ignore[union-attr]
         return _streamed(
             q, k, v, log_decay, scale, normalize, initial_state, output_final_state, layout, sequence, segment_length
         )
@@ -177,7 +178,10 @@ def _streamed(
     segment_length: int | None,
 ) -> tuple[Tensor, None]:
     """On a segment of a sequence (lasp.ops.stream)."""
-    stream.no_final_state(output_final_state)
+    stream.no_final_state(output_final_state, sequence)
+    if (state := stream.held(NAME, sequence)) is not None:
+        q = q() if callable(q) else q
+        return _one_token(_prepare(q, k, v, log_decay, None, scale, normalize), state), None
     edges = initial_state is None
     crossing = stream.crossing(NAME, sequence)
     assert crossing is not None
@@ -185,6 +189,14 @@ def _streamed(
     options = (log_decay, scale, normalize, initial_state, crossing.leaves, layout, sequence, segment_length)
     o, final_state = _run(q, k, v, *options, edges=edges)
     return crossing.leave(o, final_state), None
+
+
+def _one_token(x: Operands, state: Tensor) -> Tensor:
+    """o [B, 1, H, V]; the state becomes that behind the token."""
+    log_decay = x.log_decay if x.log_decay is None or x.log_decay.ndim == 1 else x.log_decay.squeeze(1)
+    q, k, v = (y.squeeze(1) for y in x[:3])
+    o = step.linear_attention_step(q, k, v, log_decay, state, scale=x.scale, normalize=x.normalize)
+    return o.unsqueeze(1).to(x.v.dtype)
 
 
 def _run(

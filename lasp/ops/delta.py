@@ -35,6 +35,7 @@ from lasp.ops.call import (
 )
 from lasp.ranks import SequenceParallel
 from lasp_kernels import Maps, delta_steps_of, path, state_dtype
+from lasp_kernels import decode as step
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs
 from lasp_kernels.delta_steps import DeltaSteps
 
@@ -122,7 +123,13 @@ def _streamed(
     segment_length: int | None,
 ) -> tuple[Tensor, None]:
     """On a segment of a sequence (lasp.ops.stream)."""
-    stream.no_final_state(output_final_state)
+    stream.no_final_state(output_final_state, sequence)
+    if (state := stream.held(NAME, sequence)) is not None:
+        q, k, v, beta, log_decay, scale = _prepare(*x)
+        q, k, v, beta = (y.squeeze(1) for y in (q, k, v, beta))
+        log_decay = None if log_decay is None else log_decay.squeeze(1)
+        o = step.delta_rule_step(q, k, v, beta, log_decay, state, scale=scale)
+        return o.unsqueeze(1), None
     edges = initial_state is None
     crossing = stream.crossing(NAME, sequence)
     assert crossing is not None

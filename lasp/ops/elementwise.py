@@ -22,6 +22,7 @@ from lasp.layout import ShardLayout
 from lasp.ops import stream
 from lasp.ops.call import Call, begin, call_of, facts_of, no_autocast, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
+from lasp_kernels import decode as step
 from lasp_kernels.elementwise import RecurrenceOperands, check_recurrence_inputs
 from lasp_kernels.reference import state_dtype
 from lasp_kernels.selective_scan import SelectiveOperands, check_selective_inputs
@@ -261,12 +262,22 @@ def _run(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | N
 @stream.in_eager
 def _streamed(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Tensor:
     """On a segment of a sequence (lasp.ops.stream)."""
+    if (state := stream.held(name_of(x), sequence)) is not None:
+        return _one_token(x, state.view(len(state), *state_shape(x)))
     crossing = stream.crossing(name_of(x), sequence)
     assert crossing is not None
     initial_state = crossing.enter(None, *x)
     call, started = start(x, layout, sequence, initial_state, edges=True)
     y, final_state = _Elementwise.apply(call, [started], crossing.leaves, initial_state, *x)  # type: ignore[misc]
     return crossing.leave(y, final_state)
+
+
+def _one_token(x: Operands, state: Tensor) -> Tensor:
+    """[B, 1, ...]; the state [B, ...] becomes that behind the token."""
+    if isinstance(x, RecurrenceOperands):
+        return step.elementwise_step(x.x.squeeze(1), x.log_decay.squeeze(1), state).unsqueeze(1)
+    u, dt, B, C = (y.squeeze(1) for y in (x.u, x.dt, x.B, x.C))
+    return step.selective_scan_step(u, dt, x.A, B, C, state).unsqueeze(1)
 
 
 class _Elementwise(torch.autograd.Function):

@@ -40,7 +40,8 @@ from lasp.ops.call import (
     wants_gradient,
 )
 from lasp.ranks import SequenceParallel
-from lasp_kernels import blocks, convolution
+from lasp_kernels import blocks, convolution, softmax
+from lasp_kernels import decode as step
 from lasp_kernels.once import no_second_derivative
 
 NAME = "halo"
@@ -137,6 +138,8 @@ def _streamed(
     **compared: object,
 ) -> Brought:
     """The same on a segment of a sequence: the last tokens of the segment before stand before the first rank's."""
+    if width != 1 and (last := stream.held(NAME, sequence)) is not None:
+        return Brought(_one_token(x, last), None, None)
     call = _checked_call(x, width, layout, sequence, check_arguments, **compared)
     if int(width) == 1:  # the token itself
         return Brought(x, call.shard.runs.cu_seqlens, 0)
@@ -146,6 +149,13 @@ def _streamed(
     border = Border(entering is not None, crossing.segment.before, crossing.leaves)
     y, tail = _Halo.apply(x, int(width), call, border, entering)  # type: ignore[misc]
     return Brought(crossing.leave(y, tail), call.shard.runs.cu_seqlens, _before(call, border))
+
+
+def _one_token(x: Tensor, last: Tensor) -> Tensor:
+    """x [B, 1, ...] behind the last tokens, among which it then is."""
+    y = torch.cat([last, x.to(last.dtype)], 1)
+    last.copy_(y[:, 1:])
+    return y.to(x.dtype)
 
 
 @stream.in_eager
@@ -158,6 +168,8 @@ def _streamed_conv(
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
 ) -> Tensor:
+    if width != 1 and (last := stream.held(NAME, sequence)) is not None:
+        return step.convolution_step(x.squeeze(1), weight, bias, last).unsqueeze(1)
     brought = _streamed(x, width, layout, sequence, check_arguments)
     return convolution.causal_conv(brought.tokens, weight, bias, cu_seqlens=brought.runs)
 
@@ -325,8 +337,19 @@ def _streamed_blocks(
     sequence: SequenceParallel | None,
     check_arguments: Callable[[], None],
 ) -> Tensor:
+    if block != 1 and (last := stream.held(NAME, sequence)) is not None:
+        return _in_block(q, _one_token(both, last), sequence.stream.positions, scale)  # type: ignore[union-attr]
     brought = _streamed(both, block, layout, sequence, check_arguments, scale=scale)
     return attend_in_blocks(q, brought, block, scale)
+
+
+def _in_block(q: Tensor, keys_and_values: Tensor, positions: Tensor, scale: float | None) -> Tensor:
+    """Of one token in each row [B, 1, H, K], at these positions: over the tokens before it in its own block."""
+    block = keys_and_values.shape[1]
+    k, v = keys_and_values.split([q.shape[3], keys_and_values.shape[3] - q.shape[3]], 3)
+    places = torch.arange(block, device=q.device)
+    seen = places >= (block - 1 - positions % block)[:, None]
+    return softmax.softmax_attention(q, k, v, start=block - 1, key_mask=seen, scale=scale)
 
 
 def attend_in_blocks(q: Tensor, keys_and_values: Brought, block: int, scale: float | None) -> Tensor:

@@ -40,6 +40,7 @@ from lasp.ops.call import (
     padding_of,
     wants_gradient,
 )
+from lasp.ops.session import Session
 from lasp.ranks import SequenceParallel, collectives
 from lasp_kernels import softmax as local
 from lasp_kernels.once import no_second_derivative
@@ -108,6 +109,8 @@ def softmax_attention(
         return padding.fill(o)
     settings = {"window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p}
     if stream.under_way(sequence):
+        if isinstance(sequence.stream, Session):  # type: ignore[union-attr]
+            return _in_session(q, k, v, layout, sequence, key_mask, settings)  # type: ignore[arg-type]
         return _streamed(q, k, v, layout, sequence, key_mask, settings)  # type: ignore[arg-type]
     if torch.compiler.is_compiling():
         q, k, v, settings = _checked(q, k, v, key_mask, settings)
@@ -185,6 +188,41 @@ def _streamed(
     own = (earlier.segment.layout if layout is None else layout).lengths
     queries = _queries(q.shape[1], k.shape[2], own, sequence.rank, earlier.segment, q, settings)
     return _Streamed.apply(q, both, real, _Facts(earlier, call, own, queries, k.shape[3], settings["window"]))  # type: ignore[return-value]
+
+
+@stream.in_eager
+def _in_session(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel,
+    key_mask: Tensor | None,
+    settings: dict,
+) -> Tensor:
+    """In a prompt or a step of one token: over all keys and values so far, of which every rank holds those of all."""
+    session: Session = sequence.stream
+    with begin(NAME, sequence, k) as ranks_agree:
+        q, k, v, settings = _checked(q, k, v, None, settings)
+        if key_mask is not None or settings["dropout_p"]:
+            name, got = ("key_mask", key_mask) if key_mask is not None else ("dropout_p", settings["dropout_p"])
+            raise ValueError(
+                f"{name} must be left out in a model that {session.name} runs, got {arguments.shown(got)}: padding is "
+                "cut from prompts before, and a state is without chance"
+            )
+        told = settings_of(*settings.values(), q.shape[2], False)
+        call = call_of(NAME, k, layout, sequence, settings=told)
+        if ranks_agree is not None:
+            ranks_agree.settle(lambda: call.fingerprint({"q": q, "k": k, "v": v}, **settings))
+    assert session.segment is not None
+    lengths = (session.segment.layout if layout is None else layout).lengths
+    both = _of_all(torch.cat([k, v], -1), lengths, call, reverse=False)
+    key = session.key_of(sequence, NAME)
+    seen = session.with_tokens_before(key, both, settings["window"])
+    start, end = (seen.before + sum(lengths[:n]) for n in (sequence.rank, sequence.rank + 1))
+    k, v = seen.tokens[:, :end].split([k.shape[3], v.shape[3]], 3)
+    mask = None if seen.real is None else seen.real[:, :end]
+    return local.softmax_attention(q, k, v, start=start, key_mask=mask, **settings)
 
 
 def _queries(

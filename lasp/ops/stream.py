@@ -1,4 +1,5 @@
-"""What crosses the borders between the segments of a sequence that is streamed (`lasp.stream_backward`).
+"""What crosses the borders between the segments of a sequence that is streamed (`lasp.stream_backward`; of what
+`lasp.prefill` and `lasp.generate` carry on, which never ends, there is more in session.py).
 
     forward     segment 0 ──S──> segment 1 ──S──> segment 2    of each call of an operator: its state, or last tokens
     backward    segment 0 <─dS── segment 1 <─dS── segment 2
@@ -62,13 +63,38 @@ class Key(NamedTuple):
     count: int  # of the operator's calls in the layer before this one
 
 
-class Stream:
-    """A sequence under way. A layer finds it at its ranks (`SequenceParallel.stream`)."""
+class Carrier:
+    """What a model carries from one run to the next. Layers find it at their ranks (`SequenceParallel.stream`)."""
+
+    name: str  # of whose it is, for messages
+    segment: Segment | None = None  # that runs now
+
+    def key_of(self, sequence: SequenceParallel, operator: str) -> Any:
+        """Of the call that begins now."""
+        raise NotImplementedError
+
+    def entering(self, key: Any) -> Tensor | None:
+        """What comes from the segment before; None where no document comes from there."""
+        raise NotImplementedError
+
+    def leave(self, key: Any, x: Tensor) -> None:
+        """What enters the segment behind."""
+        raise NotImplementedError
+
+    def held(self, sequence: SequenceParallel, operator: str) -> Tensor | None:
+        """Where a step of one token runs, what the call that begins now enters with, to be changed in place into what
+        leaves it. None where a segment runs."""
+        return None
+
+
+class Stream(Carrier):
+    """A sequence under way, of `lasp.stream_backward`."""
+
+    name = "lasp.stream_backward"
 
     def __init__(self, segments: Sequence[Segment], longest_document: int, largest_position: Callable[[], int]) -> None:
         self.segments, self.longest_document = segments, longest_document
         self.largest_position = largest_position  # of the whole sequence
-        self.segment: Segment | None = None  # that runs now
         self.sweeping = False  # forward alone, to learn what enters the segments
         self._counts: Counter[tuple[int, str]] = Counter()
         self._usual: Counter[tuple[int, str]] | None = None  # calls of a segment
@@ -277,7 +303,7 @@ def earlier(operator: str, sequence: SequenceParallel) -> Earlier:
 class Crossing:
     """What enters and leaves one call of an operator."""
 
-    def __init__(self, stream: Stream, key: Key):
+    def __init__(self, stream: Carrier, key: Any):
         self._stream, self._key = stream, key
         assert stream.segment is not None
         self.entering, self.segment = stream.entering(key), stream.segment
@@ -315,6 +341,7 @@ class Crossing:
 
     def give(self, d_initial: Tensor, given: bool) -> Tensor | None:
         """Of the gradient what is that of `given`; the rest goes to the segment before."""
+        assert isinstance(self._stream, Stream)
         if not given or not self._has_rows(d_initial):
             self._stream.give(self._key, d_initial)
             return None
@@ -323,6 +350,7 @@ class Crossing:
 
     def wanted(self, shape: torch.Size) -> Tensor | None:
         """The gradient of what left, among those of `shape`."""
+        assert isinstance(self._stream, Stream)
         found = self._stream.wanted(self._key)
         if found is None or found.shape == shape:
             return found
@@ -345,12 +373,17 @@ def under_way(sequence: Any) -> bool:
     return isinstance(sequence, SequenceParallel) and sequence.stream is not None
 
 
-def no_final_state(wanted: bool) -> None:
+def held(operator: str, sequence: Any) -> Tensor | None:
+    """Of the call that begins, in a step of one token (`Carrier.held`)."""
+    return sequence.stream.held(sequence, operator)
+
+
+def no_final_state(wanted: bool, sequence: Any) -> None:
     """Raise if a model asks for a state that is not there yet."""
     if wanted:
         raise ValueError(
-            "output_final_state is True in a model that lasp.stream_backward runs: the state behind a segment is not "
-            "that behind the sequence"
+            f"output_final_state is True in a model that {sequence.stream.name} runs: the state behind a segment is "
+            "not that behind the sequence"
         )
 
 

@@ -58,11 +58,11 @@ def check(
         )
 
 
-def not_streamed() -> None:
-    """Raise if the call is on a segment of a stream."""
+def not_streamed(runs: str) -> None:
+    """Raise, since the call is on a segment of a stream; `runs` names what runs it."""
     raise ValueError(
-        "causal is False in a model that lasp.stream_backward runs: each token sees the sum over the whole sequence, "
-        "and a segment has its own tokens only"
+        f"causal is False in a model that {runs} runs: each token sees the sum over the whole sequence, and a segment "
+        "has its own tokens only"
     )
 
 

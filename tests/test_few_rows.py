@@ -1,0 +1,137 @@
+"""Linear layers for few rows against PyTorch's, in fp64; on a GPU, else under Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import lasp  # noqa: E402
+from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig  # noqa: E402
+from lasp_kernels import dispatch, few_rows, launch  # noqa: E402
+from lasp_kernels.reference import activation_of  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+# Of the greatest. Triton's interpreter cuts off what does not fit in bf16.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 if CUDA else 8e-3, torch.float16: 1e-3}
+DTYPES = list(TOLERANCE)
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_near(actual, expected):
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+    assert error < TOLERANCE[actual.dtype], f"{error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norm_and_several_layers(dtype, rows, weighted):
+    D, sizes, activations = 45, (33, 1, 64, 5), ("silu", "silu", "none", "none")
+    x, norm = normal(rows, 1, D, dtype=dtype) * 3, normal(D, dtype=dtype, seed=1) if weighted else None
+    weights = [normal(n, D, dtype=dtype, seed=2 + i) for i, n in enumerate(sizes)]
+    ys = few_rows.norm_linear(x, weights, norm, eps=0.1, activations=activations)
+    h = F.rms_norm(x.double(), (D,), None if norm is None else norm.double(), 0.1)
+    for y, w, activation in zip(ys, weights, activations):
+        expected = activation_of(activation)(F.linear(h, w.double()))
+        assert y.dtype == dtype
+        assert_near(y, expected)
+    assert_near(few_rows.norm_linear(x, weights[:1], norm, eps=0.1)[0], F.linear(h, weights[0].double()))
+
+
+@pytest.mark.parametrize("activation", ["none", "sigmoid", "silu"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_norm_gate_and_residual(rows, activation):
+    H, V, N = 3, 21, 17
+    x, gate, weight, norm = (
+        normal(rows, 1, H, V),
+        normal(rows, 1, H * V, seed=1),
+        normal(N, H * V, seed=2),
+        normal(H * V),
+    )
+    residual = normal(rows, 1, N, seed=3)
+    wide = F.rms_norm(x.flatten(-2).double(), (H * V,), norm.double(), 1e-6) * activation_of(activation)(gate.double())
+    expected = F.linear(wide, weight.double())
+    assert_near(few_rows.norm_gate_linear(x, gate, weight, norm, activation=activation), expected)
+    y = few_rows.norm_gate_linear(x, gate, weight, norm, activation=activation, residual=residual)
+    assert_near(y, expected + residual)
+    wide = x.flatten(-2).double() * activation_of(activation)(gate.double())
+    y = few_rows.gated_linear(x.flatten(-2), gate, weight, activation=activation, residual=residual)
+    assert_near(y, F.linear(wide, weight.double()) + residual)
+
+
+def test_rows_that_lie_apart():
+    """x, gate and residual as slices of what one layer gave."""
+    rows = normal(3, 5, 2 * 40)[:, 2]
+    x, gate, weight = rows[:, :40], rows[:, 40:], normal(40, 40, seed=1)
+    expected = F.linear(x.double() * gate, weight.double()) + gate
+    assert_near(few_rows.gated_linear(x, gate, weight, residual=gate), expected)
+
+
+def test_long_rows_in_several_steps(monkeypatch):
+    monkeypatch.setattr(few_rows, "COLUMNS", 32)
+    x, weight = normal(1, 100), normal(50, 100, seed=1)
+    expected = F.linear(F.rms_norm(x.double(), (100,), eps=1e-6), weight.double())
+    assert_near(few_rows.norm_linear(x, [weight])[0], expected)
+
+
+def test_wrong_shapes_are_named():
+    x, weight = normal(1, 8), normal(3, 8)
+    with pytest.raises(ValueError, match=r"gate must have shape \(1, 8\), got \(1, 7\)"):
+        few_rows.gated_linear(x, x[:, :7], weight)
+    with pytest.raises(ValueError, match=r"residual must have shape \(1, 3\), got \(1, 8\)"):
+        few_rows.gated_linear(x, x, weight, residual=x)
+
+
+@pytest.mark.parametrize("family", ["tnl", "hgrn2"])
+def test_a_model_of_one_token(monkeypatch, family):
+    """Its logits are the same, in as many launches as its blocks have products that read the same."""
+    sizes = {"vocab_size": 50, "layers": 2, "width": 32, "heads": 2, "glu_width": 40}
+    model = (TNL(TNLConfig(**sizes)) if family == "tnl" else Decoder(DecoderConfig(family, **sizes))).to(DEVICE)
+    ids, launches, launch = torch.tensor([[3], [7]], device=DEVICE), [], few_rows._launch
+    with torch.no_grad():
+        monkeypatch.setattr(dispatch, "_few_rows", lambda *_: False)
+        expected = model(ids)
+        monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
+        monkeypatch.setattr(
+            few_rows, "_launch", lambda *args, **options: launches.append(1) or launch(*args, **options)
+        )
+        torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
+    assert len(launches) == (8 if family == "tnl" else 6)
+
+
+@pytest.mark.parametrize("early", [False, True] if CUDA else [False])
+def test_a_generation(monkeypatch, early):
+    """As `lasp.generate` meets them, on a GPU in its CUDA graph: tokens and logits are those of the whole sequence."""
+    monkeypatch.setattr(launch, "EARLY", early)
+    if not CUDA:
+        monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
+    width, heads = (512, 4) if CUDA else (32, 2)
+    model = TNL(TNLConfig(50, layers=2, width=width, heads=heads, glu_width=40)).to(DEVICE)
+    prompt = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = lasp.generate(model, prompt, max_new_tokens=40 if CUDA else 4)
+    with torch.no_grad():
+        whole = model(torch.cat([prompt, found.ids], 1))
+    torch.testing.assert_close(found.state.logits, whole[:, -1].to(found.state.logits.dtype), atol=1e-4, rtol=1e-4)
+    assert torch.equal(whole[:, 8:-1].argmax(-1), found.ids)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_when_they_are_chosen():
+    x, weight = normal(1, 4, 64), normal(32, 64)
+    with torch.no_grad():
+        assert dispatch._few_rows(x, 64, weight)
+        assert not dispatch._few_rows(normal(1, 5, 64), 64, weight)
+        assert not dispatch._few_rows(x, 64, weight.bfloat16())
+        with torch.autocast("cuda", torch.bfloat16):
+            assert not dispatch._few_rows(x, 64, weight)
+    assert not dispatch._few_rows(x, 64, weight)
+    assert not few_rows.serves(x.double(), 64, weight.double())

@@ -1,0 +1,100 @@
+"""Decoding on a GPU: a step as a CUDA graph gives what the step gives, in memory that does not grow."""
+
+import pytest
+import torch
+from test_inference import MODELS, ids_of, logits_of, model_of
+
+import lasp
+from lasp.inference.decode import Decoding
+from lasp.inference.run import Runner
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(600),  # kernels are compiled
+]
+# Keys and values of all tokens; and experts, whose sizes the host reads but in bf16.
+NO_GRAPH = ("softmax", "hybrid", "of a user, with tokens", "experts")
+
+
+def on_gpu(name, dtype):
+    return model_of(name, dtype).cuda(), ids_of(3, 140).cuda()
+
+
+def steps(model, state, ids, *, cuda_graph):
+    decoding = Decoding(Runner(model, None), state.fork(), cuda_graph=cuda_graph)
+    found = []
+    for token in ids.unbind(1):
+        decoding.step(token)
+        found.append(decoding.logits.clone())
+    return torch.stack(found, 1), decoding
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-3)])
+def test_a_graph_gives_what_the_steps_give(name, dtype, bound):
+    model, ids = on_gpu(name, dtype)
+    state = lasp.prefill(model, ids[:, :121], segment=50)
+    eager, _ = steps(model, state, ids[:, 121:], cuda_graph=False)
+    found, decoding = steps(model, state, ids[:, 121:], cuda_graph=True)
+    assert (decoding._graph is None) == (name in NO_GRAPH)
+    assert bool(decoding.no_graph) == (name in NO_GRAPH)
+    assert torch.equal(found, eager)  # the same kernels in the same order
+    expected = logits_of(model, ids)
+    torch.testing.assert_close(state.logits, expected[:, 120].to(dtype), atol=bound, rtol=bound)
+    torch.testing.assert_close(found, expected[:, 121:], atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("name", ["tnl", "mamba2", "gated_delta_net", "transnormer", "hybrid"])
+def test_generations_are_alike_with_and_without_a_graph(name):
+    model, ids = on_gpu(name, torch.float32)
+    rows = [ids[0, :100], ids[1, :7], ids[2, :100]]
+    options = {"max_new_tokens": [20, 9, 13], "do_sample": True, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.1}
+    found = lasp.generate(model, rows, **options)
+    eager = lasp.generate(model, rows, cuda_graph=False, **options)
+    assert torch.equal(found.ids, eager.ids)
+    assert found.lengths == eager.lengths == (20, 9, 13)
+    for a, b in zip(found.state._tensors(used=True).values(), eager.state._tensors(used=True).values()):
+        assert torch.equal(a, b)
+    streams = [lasp.stream_tokens(model, rows, **options) for _ in range(2)]
+    for _ in range(20):  # two graphs, one replay of each after the other
+        first, second = (next(stream) for stream in streams)
+        assert first == second
+    assert torch.equal(streams[0].result().ids, found.ids)
+
+
+def test_memory_does_not_grow_with_tokens():
+    model, ids = on_gpu("tnl", torch.bfloat16)
+    stream = lasp.stream_tokens(model, ids, max_new_tokens=400)
+    for _ in range(20):
+        next(stream)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    bytes_of_state = stream.decoding.state(goes_on=True).nbytes
+    for _ in range(300):
+        next(stream)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+    assert torch.cuda.max_memory_allocated() <= before + 2**20 + bytes_of_state
+    assert lasp.prefill(model, ids[:, :3]).nbytes == bytes_of_state
+
+
+def test_the_host_does_not_wait_in_a_step():
+    model, ids = on_gpu("tnl", torch.bfloat16)
+    _, decoding = steps(model, lasp.prefill(model, ids), ids[:, :5], cuda_graph=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoding.step(ids[:, 0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_state_moves_between_devices(tmp_path):
+    model, ids = on_gpu("mamba2", torch.float32)
+    state = lasp.prefill(model, ids)
+    state.save(tmp_path / "state")
+    loaded = lasp.InferenceState.load(tmp_path / "state", device="cuda")
+    expected = lasp.generate(model, None, state=state, max_new_tokens=5)
+    assert torch.equal(lasp.generate(model, None, state=loaded, max_new_tokens=5).ids, expected.ids)
+    with pytest.raises(ValueError, match=r"state must lie where the model does, on cuda:0, got cpu"):
+        lasp.generate(model, None, state=state.to("cpu"), max_new_tokens=5)
