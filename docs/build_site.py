@@ -66,6 +66,11 @@ API = {
         """data_parallel.data_parallel no_sync sync_grads CO2 tensor_parallel data_parallel.wrap_ddp
         data_parallel.wrap_fsdp2 data_parallel.average_after_backward""",
     ),
+    "inference": (
+        "Inference",
+        "A prompt of any length, split over ranks, and then token by token.",
+        """prefill generate stream_tokens InferenceState""",
+    ),
     "adapters": (
         "Adapters",
         "For layers of other libraries; [Models](../models.md) shows how to write one.",
