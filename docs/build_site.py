@@ -180,6 +180,8 @@ def write_reference() -> None:
 
 def _options(name: str) -> list[str]:
     """What of a class is shown beside what makes it: of a module its forward alone."""
+    if name == SAME["data_parallel"]:
+        return ["    options:", "      heading: lasp.data_parallel", "      toc_label: data_parallel"]
     if name == "compiled":
         return ["    options:", "      members: false", "      show_source: false"]
     if name.startswith("modules.") or name in ("models.TNL", "models.LinearTransformer", "models.Decoder"):
@@ -206,6 +208,22 @@ def package() -> Any:
     return found
 
 
+def link_docstrings() -> None:
+    """On the pages of the reference: names and pages that docstrings mention become links."""
+
+    def linked(found: re.Match) -> str:
+        page = page_of(found[1])
+        return f'<a href="../{page.replace(".md", ".html")}">{found[0]}</a>' if page else found[0]
+
+    for file in API:
+        page = SITE / "api" / f"{file}.html"
+        parts = re.split(r"(<pre.*?</pre>|<nav.*?</nav>|<h\d.*?</h\d>|<a .*?</a>)", page.read_text(), flags=re.DOTALL)
+        for n in range(0, len(parts), 2):
+            parts[n] = re.sub(r"<code>(lasp(?:\.\w+)+)(?:\([^<]*\))?</code>", linked, parts[n])
+            parts[n] = re.sub(r"\bdocs/([\w-]+)\.md\b", r'<a href="../\1.html">docs/\1.md</a>', parts[n])
+        page.write_text("".join(parts))
+
+
 def ask_nobody() -> None:
     """In place of a script from another server, which search needs where the site lies on a disk, one of ours."""
     theirs = "https://unpkg.com/iframe-worker/shim"
@@ -228,6 +246,7 @@ def main() -> int:
     zensical = Path(sys.executable).with_name("zensical")
     done = subprocess.run([zensical, "build", "--clean", "--strict"], cwd=ROOT)
     if done.returncode == 0:
+        link_docstrings()
         ask_nobody()
         print(f"open {(SITE / 'index.html').relative_to(ROOT)} in a browser")
     return done.returncode

@@ -103,6 +103,8 @@ def test_the_reference_has_every_name(pages):
             lacking.append(name)
     assert lacking == []
     assert len(names) > 60
+    # A docstring's own mentions of pages and names are links.
+    assert {"../data_parallel.html", "../api/ranks.html#lasp.grad_mesh"} <= set(pages["api/parallel.html"].links)
 
 
 @pytest.mark.parametrize(
