@@ -72,6 +72,22 @@ def test_the_navigation_has_every_page(site):
     assert listed == {"index.md", "CONTRIBUTING.md", "api/index.md", *docs, *(f"api/{file}.md" for file in site.API)}
 
 
+def test_every_file_that_a_page_links_to_is_there(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(site, "PAGES", tmp_path)
+    site.Pages().write()  # ends at a link to nothing
+    home = (tmp_path / "index.md").read_text()
+    assert "](bench/results/" in home
+    assert "](docs/" not in home
+    assert "](../bench/" not in (tmp_path / "exchange.md").read_text()
+    assert (tmp_path / "examples" / "minimal.py.md").exists()
+    broken = site.Pages()
+    with pytest.raises(SystemExit, match=r"docs/exchange\.md: a link to nothing\.md"):
+        broken.of_site("docs/exchange.md", "[x](nothing.md)")
+    text = "`lasp.CO2` and\n```\n[y](nothing.md) `lasp.CO2`\n```\n"
+    expected = "[`lasp.CO2`](api/parallel.md#lasp.CO2) and\n```\n[y](nothing.md) `lasp.CO2`\n```\n"
+    assert broken.of_site("docs/exchange.md", text) == expected
+
+
 def arguments_of(found):
     """Names of what it takes; none of what only has those of nn.Module, and of errors."""
     if inspect.isclass(found) and issubclass(found, Exception):
