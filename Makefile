@@ -55,6 +55,7 @@ install: $(VENV)/.installed  ## what most targets need
 
 demo: $(VENV)/.installed  ## train a small TransNormerLLM on two ranks and compare it with one process
 	$(BIN)/python examples/train.py --verify
+	@echo 'It goes on with text of yours: $(BIN)/python examples/complete.py'
 
 test: lint test-all  ## lint, types, tests
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
+
+from _files import FileError, read_object
 
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
 from lasp.models.mixers import MIXERS
@@ -57,3 +60,20 @@ def experts_of(options: dict[str, Any]) -> dict[str, Any]:
 def model_of(config: TNLConfig | DecoderConfig) -> TNL | Decoder:
     """The model of a configuration."""
     return TNL(config) if isinstance(config, TNLConfig) else Decoder(config)
+
+
+def of_run(file: Path) -> tuple[TNLConfig | DecoderConfig, dict[str, Any]]:
+    """The model of a run as its run.json tells, and what else that says: `text`, a digest of what it was trained on,
+    `tokenizer`, who has made its tokens, or None where that was not noted yet, and `dtype` of the arithmetic.
+
+    Raises:
+        FileError: there is no such file, or something else in it.
+    """
+    found = read_object(file)
+    try:
+        options = found["options"]
+        of_model = {name: options[name] for name in ("vocab", "decay", "pattern")}
+        config = config_of(options["family"], options["model"], **of_model, **experts_of(options))
+        return config, {"text": found["text"], "tokenizer": found.get("tokenizer"), "dtype": options["dtype"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{file} is not what a run writes: {type(error).__name__}: {error}") from error

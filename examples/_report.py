@@ -35,19 +35,29 @@ class Report:
         env: what `lasp.init` returned.
         options: the run's options, as JSON can hold them.
         text: a digest of what it is trained on.
+        tokenizer: who has made its tokens, as prepare.py notes it, or "bytes".
         first_step: steps done before a resume. Their metrics stay, later ones of the interrupted run go.
         entropy: of the data's unigrams, in nats a byte or token.
         unit: "byte" or "token".
     """
 
     def __init__(
-        self, folder: Path, env: lasp.Env, options: dict, *, text: str, first_step: int, entropy: float, unit: str
+        self,
+        folder: Path,
+        env: lasp.Env,
+        options: dict,
+        *,
+        text: str,
+        tokenizer: str,
+        first_step: int,
+        entropy: float,
+        unit: str,
     ):
         self.folder, self.env, self.entropy, self.unit = folder, env, entropy, unit
         self.writes = env.rank == 0
         kept = on_all_ranks("reading metrics.jsonl", lambda: read_metrics(folder) if first_step else [])[env.rank]
         self.metrics = [m for m in kept if m["step"] < first_step]
-        self._about = {"options": options, "text": text, **environment(env)}
+        self._about = {"options": options, "text": text, "tokenizer": tokenizer, **environment(env)}
         on_rank_0("writing run.json and metrics.jsonl", lambda: self._begin(first_step))
         self.bar = tqdm(
             total=options["steps"], initial=first_step, unit="step", disable=not self.writes, dynamic_ncols=True

@@ -39,6 +39,11 @@ class Text:
         """SHA-256: runs with the same one see the same batches."""
         return hashlib.sha256(self.ids.data).hexdigest() if self._noted is None else self._noted["sha256"]
 
+    @property
+    def tokenizer(self) -> str:
+        """Who has made the tokens, as prepare.py notes it; "bytes" of a text."""
+        return "bytes" if self._noted is None else self._noted["tokenizer"]
+
     @cached_property
     def entropy(self) -> float:
         """Of the unigrams, in nats a token."""

@@ -28,14 +28,13 @@ from typing import Annotated
 import torch
 import typer
 from _checkpoint import checkpoint_of, load_weights
-from _files import FileError, NotWritten, read_object, replacing, write
-from _model import config_of, experts_of, model_of
+from _files import FileError, NotWritten, replacing, write
+from _model import model_of, of_run
 from _report import RUN
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import lasp
-from lasp.models import DecoderConfig, TNLConfig
 
 
 def main(
@@ -53,7 +52,7 @@ def main(
     lasp.init("gloo")  # of one process: checkpoints are read on all ranks
     try:
         folder = checkpoint_of(run, step)
-        config, text = config_and_text(run / RUN)
+        config, told = of_run(run / RUN)
         with torch.device("meta"):
             model = model_of(config)
         model.to_empty(device="cpu")  # all of it is read
@@ -64,24 +63,14 @@ def main(
                 save_file(model.state_dict(), partial, {"format": "pt"})
             except SafetensorError as error:
                 raise OSError(None, str(error)) from error
-        record = {"model": type(model).__name__, "config": asdict(config), "checkpoint": folder.name, "text": text}
+        of_model = {"model": type(model).__name__, "config": asdict(config)}
+        record = {**of_model, "checkpoint": folder.name, "text": told["text"]}
         write(about, json.dumps(record, indent=1) + "\n")
     except (FileError, NotWritten, FloatingPointError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     numbers = sum(x.numel() for x in model.state_dict().values())
     typer.echo(f"{out}: {numbers:,} numbers of {folder}; {about} says of what model")
-
-
-def config_and_text(file: Path) -> tuple[TNLConfig | DecoderConfig, str]:
-    """The model of a run as its run.json tells, and the digest of its text."""
-    found = read_object(file)
-    try:
-        options = found["options"]
-        of_model = {name: options[name] for name in ("vocab", "decay", "pattern")}
-        return config_of(options["family"], options["model"], **of_model, **experts_of(options)), found["text"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{file} is not what a run writes: {type(error).__name__}: {error}") from error
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

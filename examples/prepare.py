@@ -11,8 +11,7 @@ is given pieces of some megabyte, cut behind a line: nothing need fit in memory,
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +20,10 @@ import typer
 from _files import FileError, NotWritten
 from _text import files_of
 from _tokens import header_of, write_tokens
+from _words import Encode, words_of
 from tqdm import tqdm
 
 PIECE = 2**20  # bytes
-
-Encode = Callable[[bytes], np.ndarray]
 
 
 def main(
@@ -45,12 +43,13 @@ def main(
         raise typer.BadParameter(
             f"{source} has no text (hidden files, and those of zeros, are none)", param_hint="SOURCE"
         )
-    encode, vocab = encoder(tokenizer)
+    words = words_of(tokenizer)
+    vocab = words.vocab
     if separator is not None:
         vocab = max(vocab, separator + 1)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        found = write_tokens(out, tokens_of(files, encode, separator), vocab=vocab, tokenizer=tokenizer)
+        found = write_tokens(out, tokens_of(files, words.encode, separator), vocab=vocab, tokenizer=tokenizer)
     except (FileError, NotWritten) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
@@ -81,43 +80,6 @@ def pieces_of(path: Path) -> Iterator[bytes]:
                 yield b"".join(lines)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def encoder(name: str) -> tuple[Encode, int]:
-    """What makes tokens of bytes, and the number of its words."""
-    if name == "bytes":
-        return lambda piece: np.frombuffer(piece, np.uint8), 256
-    path = Path(name)
-    if path.is_file():
-        need("tokenizers", name)
-        from tokenizers import Tokenizer
-
-        try:
-            found = Tokenizer.from_file(name)
-        except Exception as error:  # the library raises no other kind
-            raise typer.BadParameter(f"{name} is no tokenizer: {error}", param_hint="--tokenizer") from error
-        words = found.get_vocab()
-        return lambda x: np.array(found.encode(x.decode(), add_special_tokens=False).ids, np.int64), most(words)
-    need("transformers", name)
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{name} is no tokenizer: {error}", param_hint="--tokenizer") from error
-    return lambda x: np.array(loaded.encode(x.decode(), add_special_tokens=False), np.int64), most(loaded.get_vocab())
-
-
-def most(words: dict[str, int]) -> int:
-    """One more than the greatest token."""
-    return max(words.values()) + 1
-
-
-def need(library: str, name: str) -> None:
-    """End with a message unless a library is installed."""
-    if importlib.util.find_spec(library) is None:
-        message = f"{name} needs {library}, which is not installed: pip install {library}; bytes need nothing"
-        raise typer.BadParameter(message, param_hint="--tokenizer")
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

@@ -14,8 +14,8 @@ with `#SBATCH --requeue` and the same options behind `srun python`.
 
 Also starts under mpirun and srun. Each step of `train_step` is what it would be on one device, but for the three calls
 of lasp; `build_model` holds the others. Text, checkpoints, reports, learning rates and the loss on held-out text have a
-file each beside this one. prepare.py makes a file of tokens (`--data tokens.bin`) of a text, and export.py one file of
-the weights of a checkpoint.
+file each beside this one. prepare.py makes a file of tokens (`--data tokens.bin`) of a text, export.py one file of
+the weights of a checkpoint, and complete.py goes on with a text.
 """
 
 from __future__ import annotations
@@ -414,7 +414,7 @@ def run(options: Options) -> None:
     if options.validate:
         text, unseen = held_out(text)
         validation = Validation(folder, unseen, first_step=first_step)
-    about = {"text": digest, "entropy": text.entropy, "unit": text.unit}
+    about = {"text": digest, "tokenizer": text.tokenizer, "entropy": text.entropy, "unit": text.unit}
     report = Report(folder, env, as_json(options), first_step=first_step, **about)
     beside = options.async_save and 0 < options.save_every < options.steps
     with Saver(folder, env.device, beside=beside, run=same, outer=outer) as saver:

@@ -13,7 +13,7 @@ from lasp.balance import balance_loss
 from lasp.batch import shard_batch, shard_sequence, unshard_sequence
 from lasp.checks.finite import assert_finite
 from lasp.data_parallel import CO2, no_sync, sync_grads
-from lasp.inference import InferenceState, generate, prefill, stream_tokens
+from lasp.inference import InferenceState, generate, library_inputs, prefill, stream_tokens, unsplit
 from lasp.layout import ShardLayout
 from lasp.loss import linear_token_loss, token_loss
 from lasp.ops import compiled
@@ -53,6 +53,7 @@ __all__ = [
     "init",
     "init_mesh",
     "integrations",
+    "library_inputs",
     "linear_attention",
     "linear_token_loss",
     "modules",
@@ -70,5 +71,6 @@ __all__ = [
     "tensor_parallel",
     "token_loss",
     "unshard_sequence",
+    "unsplit",
     "verify",
 ]

@@ -73,7 +73,7 @@ def ids_of(rows=2, tokens=TOKENS, seed=0):
 @torch.no_grad()
 def logits_of(model, ids):
     """[B, T, words] in one forward."""
-    return model(ids, position_ids=torch.arange(ids.shape[1]).expand(ids.shape))
+    return model(ids, position_ids=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape))
 
 
 def decoded(model, state, ids, mesh=None):

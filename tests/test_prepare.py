@@ -4,6 +4,7 @@ import hashlib
 import json
 from unittest import mock
 
+import _words
 import numpy as np
 import prepare
 import pytest
@@ -111,7 +112,7 @@ def test_tokenizers_that_are_none(texts, tmp_path, library, name):
 
 def test_a_tokenizer_whose_library_is_not_there(texts, tmp_path):
     for name, library in ((texts / "a.txt", "tokenizers"), (texts, "transformers")):
-        with mock.patch.object(prepare.importlib.util, "find_spec", return_value=None):
+        with mock.patch.object(_words.importlib.util, "find_spec", return_value=None):
             code, said = _prepare(texts, tmp_path / "x.bin", f"--tokenizer={name}")
         assert (code, f"needs {library}, which is not installed: pip install {library}" in said) == (2, True), said
     assert not list(tmp_path.glob("x.bin*"))

@@ -123,6 +123,12 @@ def state_of(rows=1):
     )
 
 
+def entered(**options):
+    """A context that nothing is done in."""
+    with lasp.unsplit(**options):
+        pass
+
+
 @functools.cache
 def scratch():
     """A file of this process."""
@@ -551,6 +557,7 @@ TABLE = {
         },
     ),
     "stream_tokens": (lasp.stream_tokens, generation, {name: PROMPTS[name] for name in ("model", "ids", "mesh")}),
+    "unsplit": (entered, lambda ranks: {"model": nn.Linear(1, 1)}, {"model": NO_MODULE}),
     "InferenceState.select": (
         lambda **options: state_of(2).select(**options),
         lambda ranks: {"rows": [1, 0]},
@@ -792,7 +799,8 @@ def test_the_arguments_that_the_rows_change_are_right(world):
     run_ranks(world, _right_values)
 
 
-# Not called by users with values of their own, or a part of it is checked elsewhere (init: tests/test_init.py).
+# Not called by users with values of their own, or a part of it is checked elsewhere (init: tests/test_init.py,
+# library_inputs: tests/test_inference_transformers.py).
 NOT_CALLED = {
     "integrations",
     "Env",
@@ -803,6 +811,7 @@ NOT_CALLED = {
     "compiled",
     "decay",
     "init",
+    "library_inputs",
     "modules",
 }
 METHODS = [lasp.ShardLayout.even, lasp.ShardLayout.bounds, lasp.ShardLayout.local, LightningAttention.forward]

@@ -184,7 +184,7 @@ class _Arguments:
             raise ValueError(
                 f"layout is needed where the sequence of {self.name} is split: lasp.shard_batch makes it, pass "
                 "layout=local['layout']; in a Trainer take lasp.integrations.SequenceTrainer, a plain one would give "
-                "each rank other samples. (generate() is for a model on one rank)"
+                "each rank other samples. (generate() is for a model on one rank, or within lasp.unsplit)"
             )
         if not isinstance(layout, ShardLayout):
             raise TypeError(f"layout must be a lasp.ShardLayout, got {arguments.shown(layout)}")
@@ -213,7 +213,8 @@ class _Arguments:
         if cache is not None or self.given.get("use_cache"):
             raise ValueError(
                 f"{cache or 'use_cache=True'} cannot be used where the sequence of {self.name} is split: generate() "
-                "and steps with a cache are for a model on one rank; training and evaluation need use_cache=False"
+                "and steps with a cache are for a model on one rank, or within lasp.unsplit; training and evaluation "
+                "need use_cache=False"
             )
         of_whole = self.given.get("shift_labels") is not None and (
             self.given.get("num_items_in_batch") is not None or self.given.get("fused_lm_head")

@@ -95,6 +95,7 @@ class Parallelized:
         self.sequence, self._model = sequence, weakref.ref(model)
         self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
         self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
+        self.fills_cache = False  # whether a trial has shown that a prompt's state fits its library's cache
         self.decoded = ""  # how tokens were generated with it last (lasp.inference), in words
         self.last_layer: Any = None  # what of it may give the loss (lasp.last_layer); None: not known yet
         self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried

@@ -41,6 +41,7 @@ from lasp.batch import unshard_sequence
 from lasp.checks.use import of_a_pickle
 from lasp.ops.attention import linear_attention
 from lasp.ops.halo import causal_conv
+from lasp.ops.session import Session
 from lasp.ops.softmax import softmax_attention
 from lasp.ranks import SequenceParallel
 from lasp.ranks.collectives import gather_tokens
@@ -471,6 +472,8 @@ def balance(module: nn.Module, sequence: SequenceParallel) -> None:
 def _balance(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     stream = None if module.sequence is None else module.sequence.stream
     if module.sequence is None or (module.sequence.size == 1 and stream is None):  # from a pickle, or `alone`
+        return output
+    if isinstance(stream, Session):  # which wants no loss
         return output
     if isinstance(output, tuple):
         if not kwargs.get("output_router_logits"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from lasp import arguments
 from lasp.adapters.handles import held_by
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
+from lasp.inference.library import check_cache
 from lasp.inference.prompts import prompts_of
 from lasp.inference.run import Runner, as_usual, sequence_of
 from lasp.inference.state import InferenceState
 from lasp.layout import ShardLayout
 from lasp.ops.session import Session
 from lasp.ops.stream import Segment
-from lasp.ranks import SequenceParallel
+from lasp.ranks import SequenceParallel, alone
 
 _SEGMENT = 2**15  # tokens of a rank, of all rows together
 
@@ -41,8 +43,9 @@ def prefill(
     run together. One of another length runs by itself, so that no state ever sees padding.
 
     Args:
-        model: of `lasp.models`, or one that calls lasp's operators. It is split by `lasp.parallelize`, or was never
-            given to it and is on one rank. It runs in evaluation mode and is left as it was.
+        model: of `lasp.models`, one that calls lasp's operators, or one of transformers, for whose own `generate` there
+            is `lasp.library_inputs`. It is split by `lasp.parallelize`, or was never given to it and is on one rank.
+            It runs in evaluation mode and is left as it was.
         ids: [B, T] of integers, the same on every rank; or of rows of different lengths a list of [T]; or [T].
         mesh: of `lasp.parallelize`; None is that with which the model was split, or one rank.
         attention_mask: [B, T], 0 where ids are padding, which is cut off, at the left or right end of a row.
@@ -63,12 +66,14 @@ def prefill(
     """
     sequence = sequence_of(model, mesh)
     with agreement_of(sequence, model, "prefill") as ranks_agree:
-        runner = Runner(model, sequence)
+        runner = Runner(model, sequence, foreign=True)
         options = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "pad_token_id": pad_token_id}
         rows = checked_prompts(runner, ids, state, **options)
         step = None if segment is None else arguments.integer("segment", segment, at_least=1)
         if to is not None and arguments.integer("to", to, at_least=0) >= runner.sequence.size:
             raise ValueError(f"to must be one of the {runner.sequence.size} ranks of the sequence, got {to}")
+        if runner.foreign:
+            check_cache(runner)
         ranks_agree.settle(lambda: {"segment": segment, "to": to}, lambda: {"prompts": facts_of(rows, state)})
     found = run_prompts(runner, rows, state, step)
     return found if to is None or to == runner.sequence.rank else None
@@ -155,13 +160,16 @@ def _run(runner: Runner, ids: Tensor, state: InferenceState | None, step: int | 
     with runner.inside(session):
         for number, start in enumerate(range(0, T, step)):
             end = min(start + step, T)
-            layout = ShardLayout.even(end - start, ranks)
-            first, last = (start + x for x in layout.bounds(rank))
+            # Code of another library runs on no empty slice: then all tokens are on every rank.
+            few = bool(runner.foreign) and end - start < ranks
+            layout = ShardLayout((end - start,)) if few else ShardLayout.even(end - start, ranks)
+            first, last = (start, end) if few else (start + x for x in layout.bounds(rank))
             session.begin_segment(Segment(number, before + start, before + end, layout, before + start, True))
             here = ids[:, first:last].to(runner.device)
             positions = torch.arange(before + first, before + last, device=runner.device).repeat(B, 1)
-            holds_last = first < last == end
-            logits = runner.logits(here, positions, layout, last=holds_last)
+            holds_last = first < last == end and (not few or rank == ranks - 1)
+            with alone() if few else contextlib.nullcontext():
+                logits = runner.logits(here, positions, layout, last=holds_last)
             session.end()
         assert logits is not None
         logits = runner.of_last_rank(logits)

@@ -40,12 +40,13 @@ class Runner:
     Args:
         model: `parallelize` was called with it or not; it is left as it is.
         mesh: as of `prefill`.
+        foreign: whether layers may be another library's (`foreign` are their paths), which take no step of one token.
 
     Raises:
         TypeError, ValueError: what does not fit.
     """
 
-    def __init__(self, model: nn.Module, mesh: Any):
+    def __init__(self, model: nn.Module, mesh: Any, *, foreign: bool = False):
         self.model = arguments.module("model", model)
         splits, self.sequence = held_by(model), sequence_of(model, mesh)
         if not splits and self.sequence.size > 1:
@@ -53,24 +54,25 @@ class Runner:
                 f"model must be one that lasp.parallelize was called with, got a {type(model).__name__} that was not, "
                 f"and a mesh of {self.sequence.size} ranks: call lasp.parallelize(model, mesh['sp']) before"
             )
-        self.splits = splits or [on_one_rank(model, self._refuse_foreign)]
+        self.splits = splits or [on_one_rank(model, (lambda _: None) if foreign else self._refuse_foreign)]
         check_ranks(self.splits, self.sequence)
-        for split in self.splits:
-            self._refuse_foreign(split.adapters)
+        self.foreign = [path for split in self.splits for path in _foreign(split.adapters)]
+        if not foreign:
+            for split in self.splits:
+                self._refuse_foreign(split.adapters)
         self._call = caller(model, ask="lasp.prefill cannot call it")
-        self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        self.device = device_of_model(model)
         self.form = form_of(model)
-        own = next((m for m in model.modules() if isinstance(m, LanguageModel)), None)
-        self.vocabulary = None if own is None else own.embedding.num_embeddings  # None: not known
-        self._head = None if own is None else own.head
+        embedding, self._head = embedding_and_head(model)
+        self.vocabulary = getattr(embedding, "num_embeddings", None)  # None: not known
         self._last = 0, 0  # the tokens whose logits are wanted
 
     def _refuse_foreign(self, of_layers: list[tuple[str, adapters.Adapter]]) -> None:
-        foreign = [path for path, adapter in of_layers if isinstance(adapter, adapters.Foreign)]
-        if foreign:
+        if foreign := _foreign(of_layers):
             raise ValueError(
                 f"model must call the operators of lasp itself, got a {type(self.model).__name__} whose layer "
-                f"{foreign[0]!r} another library wrote: its own generate() is for a model on one rank"
+                f"{foreign[0]!r} another library wrote: behind lasp.prefill its own generate() goes on "
+                "(lasp.library_inputs)"
             )
 
     @contextlib.contextmanager
@@ -78,7 +80,7 @@ class Runner:
         """Inside, the model may be called with the session; behind it the model is as it was."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_as_in_evaluation(self.model))
+            stack.enter_context(as_in_evaluation(self.model))
             for split in self.splits:
                 stack.enter_context(split.with_ranks())
             stack.enter_context(under_way(session, self.splits, self.model))
@@ -113,8 +115,27 @@ class Runner:
         return found
 
 
+def device_of_model(model: nn.Module) -> torch.device:
+    """Where the model lies."""
+    return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _foreign(of_layers: list[tuple[str, adapters.Adapter]]) -> list[str]:
+    return [path for path, adapter in of_layers if isinstance(adapter, adapters.Foreign)]
+
+
+def embedding_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The first layer, and the last, which gives logits; None where they are not known."""
+    for module in model.modules():
+        if isinstance(module, LanguageModel):
+            return module.embedding, module.head
+        if (head := getattr(module, "get_output_embeddings", lambda: None)()) is not None:  # of transformers
+            return module.get_input_embeddings(), head  # type: ignore[operator]
+    return None, None
+
+
 @contextlib.contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
+def as_in_evaluation(model: nn.Module) -> Iterator[None]:
     """Inside, modules are in evaluation mode; what routers have counted stays that of before."""
     training = [m for m in model.modules() if m.training]
     counted = [(m, m.counted) for m in model.modules() if isinstance(m, Router)]

@@ -94,6 +94,17 @@ class Session(Carrier):
         ]
         raise RuntimeError(f"in {self.name} {'; '.join(told)}: a model must call its operators in every run alike")
 
+    # What a model of another library asks (lasp.adapters)
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of a row, when the call that runs is over."""
+        return self.room
+
+    def largest_position(self) -> int:
+        """Of these."""
+        return self.room - 1
+
     # What a call does
 
     def key_of(self, sequence: SequenceParallel, operator: str) -> Key:
