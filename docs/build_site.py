@@ -69,7 +69,7 @@ API = {
     "inference": (
         "Inference",
         "A prompt of any length, split over ranks, and then token by token.",
-        """prefill generate stream_tokens InferenceState""",
+        """prefill generate stream_tokens InferenceState library_inputs unsplit""",
     ),
     "adapters": (
         "Adapters",
