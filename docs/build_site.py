@@ -170,7 +170,7 @@ def write_reference() -> None:
         lines = [f"# {title}", "", about, ""]
         index += [f"## {title}", "", about, ""]
         for name in names.split():
-            lines += [f"::: lasp.{name}", *_options(name), ""]
+            lines += [*_directive(name), ""]
             shown = "data_parallel" if name == SAME["data_parallel"] else name
             index += [f"- [`lasp.{shown}`]({file}.md#lasp.{name}): {summary_of(name)}"]
         index.append("")
@@ -178,23 +178,36 @@ def write_reference() -> None:
     (PAGES / "api" / "index.md").write_text("\n".join(index))
 
 
-def _options(name: str) -> list[str]:
-    """What of a class is shown beside what makes it: of a module its forward alone."""
-    if name == SAME["data_parallel"]:
-        return ["    options:", "      heading: lasp.data_parallel", "      toc_label: data_parallel"]
+def _directive(name: str) -> list[str]:
+    """What mkdocstrings takes for a name; of a module class its forward alone is shown beside what makes it."""
+    path, last, options = definition_of(name).path, name.rpartition(".")[2], []
+    if not path.endswith(f".{last}.{last}"):  # else a function whose file has its name, which would be found instead
+        path = f"lasp.{name}"
+    if path.endswith(f".{last}.{last}"):
+        shown = "lasp.data_parallel" if name == SAME["data_parallel"] else f"lasp.{name}"
+        options = [f"heading: {shown}", f"toc_label: {last}"]
     if name == "compiled":
-        return ["    options:", "      members: false", "      show_source: false"]
+        options = ["members: false", "show_source: false"]
     if name.startswith("modules.") or name in ("models.TNL", "models.LinearTransformer", "models.Decoder"):
-        return ["    options:", "      members: [forward]"]
-    return []
+        options = ["members: [forward]"]
+    anchor = [] if path == f"lasp.{name}" else [f'<a id="lasp.{name}"></a>', ""]
+    return [*anchor, f"::: {path}", *(["    options:"] if options else []), *(f"      {x}" for x in options)]
 
 
 def summary_of(name: str) -> str:
     """The first paragraph of what a name's docstring says, read from the source."""
-    found = package()[name]
-    if found.docstring is None:
+    docstring = definition_of(name).docstring
+    if docstring is None:
         raise SystemExit(f"lasp.{name} has no docstring")
-    return found.docstring.value.split("\n\n")[0].replace("\n", " ").removesuffix("::").strip()
+    return docstring.value.split("\n\n")[0].replace("\n", " ").removesuffix("::").strip()
+
+
+def definition_of(name: str) -> Any:
+    """What a public name stands for: of a file and a function in it that have one name, the function."""
+    found = package()[name]
+    found = found.final_target if found.is_alias else found
+    last = name.rpartition(".")[2]
+    return found[last] if found.is_module and last in found.members else found
 
 
 @functools.cache

@@ -8,6 +8,7 @@ hold is looked at, and the rest is skipped.
 import functools
 import http.server
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -18,6 +19,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
+import lasp
+import lasp.models
+import lasp.ops.elementwise
 
 pytest.importorskip("zensical", reason="make test-docs")
 ROOT = Path(__file__).parent.parent
@@ -131,6 +136,21 @@ def test_a_page_has_what_its_markdown_has(pages, path):
     page = pages[build_site().place_of(path).replace(".md", ".html")]
     assert {kind: page.elements.get(kind, 0) for kind in expected} == expected
     assert sum(page.elements.get(f"h{n}", 0) for n in range(1, 7)) == headings
+
+
+def test_the_reference_says_what_the_code_says(pages):
+    """Of each name the docstring of what it stands for when it is imported, not that of a file of the same name."""
+    said = {}
+    for _, _, names in build_site().API.values():
+        for name in names.split():
+            found = functools.reduce(getattr, name.split("."), lasp)
+            if callable(found):
+                expected = " ".join(inspect.getdoc(found).split("\n\n")[0].split()).removesuffix("::").strip()
+                said[name] = build_site().summary_of(name) == expected
+    assert [name for name, same in said.items() if not same] == []
+    listed = {name for file in build_site().API for name in pages[f"api/{file}.html"].anchors}
+    assert "lasp.inference.prefill.prefill" in listed
+    assert "lasp.inference.prefill.check_state" not in listed
 
 
 def test_the_index_of_the_search_has_every_page(pages):
