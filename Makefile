@@ -34,7 +34,8 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # these need a GPU.
 OTHERS := $(addprefix tests/test_,fla.py trl.py peft.py loops.py)
 
-.PHONY: demo install test test-all test-fast test-matrix test-newest test-others environments lint bench doctor clean
+.PHONY: demo install test test-all test-fast test-matrix test-newest test-others test-docs environments lint bench docs \
+	doctor clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -80,6 +81,17 @@ test-newest: .venv-torch-$(NEWEST)/.installed  ## on the newest PyTorch what lea
 test-others: .venv-others/.installed  ## layers of fla, TRL's trainers, Lightning Fabric
 	.venv-others/bin/python $(PYTEST) $(OTHERS)
 
+.venv-docs/.installed: $(VENV)/.installed
+	$(BESIDE)
+	$(@D)/bin/python $(INSTALL) -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv-docs/.installed  ## the pages as a site, site/index.html
+	.venv-docs/bin/python docs/build_site.py
+
+test-docs: docs  ## that site: links, pictures, search, the reference; in Chromium, if there is one
+	.venv-docs/bin/python -m pytest tests/test_site.py
+
 environments: $(VENV)/.installed  ## what test-newest and test-others need: one after the other, as all build lasp here
 	$(MAKE) .venv-torch-$(NEWEST)/.installed
 	$(MAKE) .venv-others/.installed
@@ -96,4 +108,4 @@ bench: $(VENV)/.installed  ## the CPU benchmarks; the others name their hardware
 	$(BIN)/python bench/reference.py
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .venv-others build *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .venv-torch-* .venv-others .venv-docs site build *.egg-info kernels/*.egg-info

@@ -78,6 +78,10 @@ def shard_batch(
             at every 1000th: all of them must call, in the same order. (It may be in a thread that prepares batches;
             the main thread counts its own. In a worker process of a DataLoader nothing is compared.) "off" does not.
 
+    Returns:
+        A new dict: this rank's slices, `labels` and `position_ids` in int64 if they were made, and the `layout`; all
+        else as it was given. The batch itself is not changed.
+
     Raises:
         ValueError, TypeError: what does not fit. Also positions that start again within a row and are not those of
             packed sequences (see above), whose documents would run into each other; positions where `attention_mask`
@@ -323,8 +327,18 @@ def shard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
     parallelism: the objective is the *mean* over ranks of what each calls backward on, so the gradient of the
     whole x is the gathered gradient of the slices over the number of ranks, the same on every rank.
 
+    Args:
+        x: the whole tensor, the same on all ranks of the sequence.
+        mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup or None.
+        dim: of the sequence.
+
+    Returns:
+        This rank's slice, contiguous in the sequence; x itself on one rank.
+
     Raises:
+        ValueError, TypeError: no tensor, or no dimension of it; a mesh without an axis "sp".
         RankMismatchError: in backward, ranks hold gradients of other shapes or dtypes; on every rank.
+        PeerError: a rank did not come within the timeout.
     """
     sequence = sequence_axis(mesh)
     dim = _check_dim(x, dim)
@@ -338,8 +352,18 @@ def unshard_sequence(x: Tensor, mesh, *, dim: int = 1) -> Tensor:
     Gradients: the sum over ranks of what each did with the slice (see `shard_sequence`). So a loss that every rank
     computes on the whole output gives exact parameter gradients under DDP, FSDP2 or `sync_grads`, which average.
 
+    Args:
+        x: this rank's slice.
+        mesh: the whole mesh, `mesh["sp"]`, a ProcessGroup or None.
+        dim: of the sequence.
+
+    Returns:
+        The slices in rank order, one behind the other; x itself on one rank.
+
     Raises:
+        ValueError, TypeError: no tensor, or no dimension of it; a mesh without an axis "sp".
         RankMismatchError: ranks hold slices of other shapes or dtypes; on every rank.
+        PeerError: a rank did not come within the timeout.
     """
     sequence = sequence_axis(mesh)
     dim = _check_dim(x, dim)

@@ -14,12 +14,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lasp import arguments
 
+__all__ = ["SCHEDULES", "alibi", "fixed", "none", "retnet", "schedule", "tnl"]
+
 
 def alibi(heads: int, layer: int, layers: int) -> Tensor:
     """TransNormerLLM's released code, and MiniMax-01: -s_h (1 - l / (L - 1) + 1e-5), s_h = ALiBi's slopes, l from 0.
 
     For a power of two of heads s_h = 2^(-8h/H), h from 1; otherwise the slopes of the next lower power of two and
     every other one of the next higher (ALiBi, arXiv 2108.12409).
+
+    Args:
+        heads: H, of the layer.
+        layer: which layer, from 0.
+        layers: how many the model has.
+
+    Returns:
+        log_decay [H], fp32, on the CPU (or torch's default device).
+
+    Raises:
+        ValueError, TypeError: numbers that are no integers, or a layer that is not among the layers.
     """
     _check(heads, layer, layers)
     factor = 1 - layer / (layers - 1) + 1e-5 if layers > 1 else 1 + 1e-5
@@ -35,21 +48,54 @@ def _alibi_slopes(heads: int) -> list[float]:
 
 
 def tnl(heads: int, layer: int, layers: int) -> Tensor:
-    """TransNormerLLM's paper (arXiv 2307.14995): -(8h / H)(1 - l / L), h and l from 1 and 0."""
+    """TransNormerLLM's paper (arXiv 2307.14995): -(8h / H)(1 - l / L), h and l from 1 and 0.
+
+    Args:
+        heads: H, of the layer.
+        layer: which layer, from 0.
+        layers: how many the model has.
+
+    Returns:
+        log_decay [H], fp32, on the CPU (or torch's default device).
+
+    Raises:
+        ValueError, TypeError: numbers that are no integers, or a layer that is not among the layers.
+    """
     _check(heads, layer, layers)
     h = torch.arange(1, heads + 1, dtype=torch.float64)
     return (-(8 * h / heads) * (1 - layer / layers)).float()
 
 
 def retnet(heads: int, layer: int = 0, layers: int = 1) -> Tensor:
-    """RetNet (arXiv 2307.08621): log(1 - 2^(-5-h)), h from 0, the same in every layer."""
+    """RetNet (arXiv 2307.08621): log(1 - 2^(-5-h)), h from 0, the same in every layer.
+
+    Args:
+        heads: H, of the layer.
+        layer: which layer, from 0; it changes nothing.
+        layers: how many the model has; it changes nothing.
+
+    Returns:
+        log_decay [H], fp32, on the CPU (or torch's default device).
+
+    Raises:
+        ValueError, TypeError: numbers that are no integers, or a layer that is not among the layers.
+    """
     _check(heads, layer, layers)
     h = torch.arange(heads, dtype=torch.float64)
     return torch.log1p(-(2.0 ** (-5 - h))).float()
 
 
 def none(heads: int, layer: int = 0, layers: int = 1) -> None:
-    """No decay: plain linear attention."""
+    """No decay: plain linear attention. It gives None, which `log_decay=` takes.
+
+    Args:
+        heads: H, of the layer.
+        layer: which layer, from 0; it changes nothing.
+        layers: how many the model has; it changes nothing.
+
+    Raises:
+        ValueError, TypeError: numbers that are no integers, or a layer that is not among the layers.
+    """
     _check(heads, layer, layers)
 
 
@@ -58,6 +104,16 @@ def fixed(values: Tensor | Sequence[float], device: torch.device | str | None = 
 
     So the operator knows, without waiting for the device, which heads a distant rank can still matter to. The values
     must not be changed afterwards.
+
+    Args:
+        values: one number a head, finite and <= 0, that requires no gradient.
+        device: where it is to lie; None is the CPU.
+
+    Returns:
+        log_decay [H], fp32.
+
+    Raises:
+        ValueError, TypeError: values that are no log-decays, one a head; a device that is none.
     """
     on_host = values_of("values", values)
     tensor = on_host.to(arguments.device("device", device))
@@ -102,10 +158,24 @@ def host_values(log_decay: Tensor | None) -> tuple[float, ...] | None:
 
 
 SCHEDULES = {"alibi": alibi, "tnl": tnl, "retnet": retnet, "none": none}
+"""By name: what `schedule` and the configs of `lasp.models` take."""
 
 
 def schedule(name: str, heads: int, layer: int, layers: int) -> Tensor | None:
-    """The log-decay [H] of layer `layer` (from 0) of `layers`, by the name of its schedule."""
+    """The log-decay [H] of a layer, by the name of its schedule.
+
+    Args:
+        name: one of `SCHEDULES`: "alibi", "tnl", "retnet" or "none".
+        heads: H, of the layer.
+        layer: which layer, from 0.
+        layers: how many the model has.
+
+    Returns:
+        log_decay [H], fp32, on the CPU; None for "none".
+
+    Raises:
+        ValueError, TypeError: another name, numbers that are no integers, or a layer that is not among the layers.
+    """
     arguments.choice("name", name, SCHEDULES)
     with torch.device("cpu"):  # also when the model is being built on the meta device
         return SCHEDULES[name](heads, layer, layers)

@@ -75,12 +75,18 @@ def linear_token_loss(
         weight: [V, D], of the last layer (`model.head.weight`), of the same dtype; under autocast both are cast. Under
             FSDP2 it must be that of the outermost wrapped module, whose weights stay gathered after forward. After
             `lasp.tensor_parallel` it is a DTensor: each rank makes the logits of its own words.
-        labels, mesh, ignore_index: as in `token_loss`.
+        labels: as in `token_loss`.
+        mesh: as in `token_loss`.
+        ignore_index: as in `token_loss`.
         bias: [V], of the last layer.
         reduction: "sum" gives the sum over this rank's tokens and how many these are, and asks no other rank: what a
             `loss_fn` of `stream_backward` returns. A label outside the vocabulary makes it NaN.
 
-    Returns, Raises: as `token_loss`. The loss is in fp32 of 16-bit inputs, and logits are rounded to their dtype.
+    Returns:
+        As `token_loss`. The loss is in fp32 of 16-bit inputs, and logits are rounded to their dtype.
+
+    Raises:
+        TypeError, ValueError, RankMismatchError, PeerError: as `token_loss`.
     """
     arguments.choice("reduction", reduction, ("mean", "sum"))
     _check_linear(hidden, weight, bias)

@@ -109,7 +109,14 @@ class LightningAttention(nn.Module):
 
 
 class DeltaRule(nn.Module):
-    """`lasp.delta_rule` as a module, without parameters; `scale` multiplies the output."""
+    """`lasp.delta_rule` as a module, without parameters.
+
+    Args:
+        scale: multiplies the output.
+
+    Raises:
+        ValueError, TypeError: a scale that is no finite number.
+    """
 
     sequence: SequenceParallel | None = None  # set by lasp.parallelize
 
@@ -142,6 +149,9 @@ class SoftmaxAttention(nn.Module):
     Args:
         scale: multiplies the scores; None is 1 / sqrt(K).
         window: tokens that a query sees, its own among them; None is all before it.
+
+    Raises:
+        ValueError, TypeError: a scale that is no finite number, a window that is no positive integer.
     """
 
     sequence: SequenceParallel | None = None  # set by lasp.parallelize
@@ -167,6 +177,9 @@ class BlockAttention(nn.Module):
     Args:
         block: tokens of a block, counted from the beginning of the sequence, or of a packed document.
         scale: multiplies the scores; None is 1 / sqrt(K).
+
+    Raises:
+        ValueError, TypeError: a block that is no positive integer, a scale that is no finite number.
     """
 
     sequence: SequenceParallel | None = None  # set by lasp.parallelize
@@ -192,6 +205,9 @@ class CausalConv(nn.Module):
         channels: of a token.
         width: tokens that an output sees, its own among them.
         bias: add one to each channel.
+
+    Raises:
+        ValueError, TypeError: channels or a width that are no positive integers, a bias that is no bool.
     """
 
     sequence: SequenceParallel | None = None  # set by lasp.parallelize
@@ -243,10 +259,16 @@ class SelectiveScan(nn.Module):
 
 
 class Counted(NamedTuple):
-    """What a `Router` has counted in a forward, of this rank's tokens."""
+    """What a `Router` has counted in a forward, of this rank's tokens.
 
-    chosen: Tensor  # [experts], int64: how often each
-    probability: Tensor  # [experts], the sum over tokens of the softmax of all logits, with its gradient
+    Attributes:
+        chosen: [experts], int64: how often each.
+        probability: [experts], fp32 (fp64 of fp64 logits): the sum over tokens of the softmax of all logits, with its
+            gradient.
+    """
+
+    chosen: Tensor
+    probability: Tensor
 
 
 class Router(nn.Module):
@@ -260,6 +282,10 @@ class Router(nn.Module):
         experts: among which it chooses.
         chosen: how many of them for a token.
         scale: of the gates; None is `chosen`, so that those of a token are 1 on average.
+
+    Raises:
+        ValueError, TypeError: sizes that are no positive integers, more chosen than there are experts, a scale that is
+            no finite number.
     """
 
     sequence: SequenceParallel | None = None  # set by lasp.parallelize

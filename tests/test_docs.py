@@ -1,5 +1,6 @@
 """What the documentation shows runs as it stands there."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -152,3 +153,40 @@ def under_each_scheme(text):
 
 def test_the_page_about_data_parallelism():
     run_ranks(4, under_each_scheme, files_of("data_parallel.md")["training.py"])
+
+
+def test_how_it_works_on_four_pretend_ranks():
+    """The listing compares itself with autograd; its tensors are those of the operator, too."""
+    import torch
+
+    import lasp
+
+    text = files_of("how-it-works.md")["four_ranks.py"]
+    assert len(text.splitlines()) < 60  # with its name
+    found = {}
+    exec(compile(text, "four_ranks.py", "exec"), found)
+    assert len(found["ranks"]) == 4
+    assert 0 in found["lengths"]
+    inputs = [found[name][None, :, None].requires_grad_() for name in ("q", "k", "v", "log_decay")]
+    o, state = lasp.linear_attention(*inputs[:3], log_decay=inputs[3], output_final_state=True)
+    torch.testing.assert_close(torch.cat(found["o"]), o[0, :, 0])
+    torch.testing.assert_close(found["E"][-1], state[0, 0])
+    expected = torch.autograd.grad(o, inputs, found["do"][None, :, None])
+    for ours, theirs in zip(zip(*found["grads"]), expected):
+        torch.testing.assert_close(torch.cat(ours), theirs[0, :, 0])
+
+
+def test_how_it_works_says_what_the_code_does():
+    """The picture is the one that the script draws from the plan; the page has its numbers, and fifteen words."""
+    spec = importlib.util.spec_from_file_location("draw_how_it_works", DOCS / "draw_how_it_works.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    assert draw.picture() == draw.FILE.read_text(), "python docs/draw_how_it_works.py"
+    page = (DOCS / "how-it-works.md").read_text()
+    said = " ".join(page.split())
+    assert f"| tile | {draw.PLAN.walk_tile} tokens |" in page
+    assert f"{draw.SHARD:,} tokens a rank" in said
+    assert draw.HEADS * draw.CHANNELS**2 * 4 == 2**20
+    assert f"{draw.HEADS} heads of {draw.CHANNELS} x {draw.CHANNELS} it is 1 MiB" in said
+    words = page.split("## Fifteen words")[1]
+    assert len(re.findall(r"^\| \*\*", words, re.MULTILINE)) == 15

@@ -30,12 +30,22 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
 def linear(module: nn.Module, sequence: SequenceParallel) -> None:
-    """For a layer that calls `lasp.linear_attention(..., sequence=self.sequence)`, or another operator so."""
+    """For a layer that calls `lasp.linear_attention(..., sequence=self.sequence)`, or another operator so.
+
+    Args:
+        module: the layer, whose attribute `sequence` is set.
+        sequence: the ranks.
+    """
     module.sequence = sequence  # type: ignore[assignment]
 
 
 def token_local(module: nn.Module, sequence: SequenceParallel) -> None:
-    """For a layer that mixes no tokens, though it looks as if it did: leaves it, and all below, as it is."""
+    """For a layer that mixes no tokens, though it looks as if it did: leaves it, and all below, as it is.
+
+    Args:
+        module: the layer.
+        sequence: the ranks, which it is not told.
+    """
 
 
 def _counting(module: nn.Module, sequence: SequenceParallel) -> None:
@@ -112,7 +122,11 @@ def register(
         covers: the modules below that the adapter takes care of as well, by their paths from the module, e.g.
             ("conv1d",), or True for all of them. The others must mix no tokens, or have an adapter of their own.
 
+    Returns:
+        `cls`, so that it is a decorator; without `cls` a decorator with these options.
+
     Raises:
+        ValueError: a string that is no dotted name.
         TypeError: not a module class, one without `sequence` for the default adapter, an adapter that cannot be
             called, or `covers` that are no names.
     """

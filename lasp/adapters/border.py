@@ -68,6 +68,12 @@ def layout_of(sequence: SequenceParallel) -> ShardLayout:
 
     For adapters: what a function that `rebind` puts into a layer hands to an operator as `layout=`.
 
+    Args:
+        sequence: the one that the adapter was given for the layer.
+
+    Returns:
+        The layout of that call.
+
     Raises:
         RuntimeError: the layer ran outside of the forward of the model that was split.
     """

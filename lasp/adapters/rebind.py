@@ -73,7 +73,14 @@ def put(module: nn.Module, method: str, function: Callable[..., Any]) -> None:
 
 
 def names_in(function: Callable[..., Any]) -> set[str]:
-    """The names that a function's code uses, those of functions inside it too."""
+    """The names that a function's code uses, those of functions inside it too.
+
+    Args:
+        function: a plain function; what decorators have wrapped is looked for.
+
+    Returns:
+        Names of globals and of attributes.
+    """
     code = inspect.unwrap(function).__code__
 
     def names(code: types.CodeType) -> set[str]:
@@ -83,7 +90,15 @@ def names_in(function: Callable[..., Any]) -> set[str]:
 
 
 def is_function(cls: type[nn.Module], name: str) -> bool:
-    """Whether a name that the forward of a class uses is a function of its file, or of one that it imports from."""
+    """Whether a name that the forward of a class uses is a function of its file, or of one that it imports from.
+
+    Args:
+        cls: the module class.
+        name: the global name.
+
+    Returns:
+        False also where the file has no such name, or it is a class.
+    """
     found = inspect.unwrap(cls.forward).__globals__.get(name)
     return callable(found) and not isinstance(found, type)
 

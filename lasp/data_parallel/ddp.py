@@ -14,13 +14,20 @@ from lasp.ranks.group import process
 
 
 def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> nn.Module:
-    """The model in `DistributedDataParallel` over all ranks of `grad_mesh(mesh)`; `options` go to it.
+    """The model in `DistributedDataParallel` over all ranks of `grad_mesh(mesh)`.
 
-    With a loss from `lasp.token_loss` every parameter's gradient is that of the whole batch. Unless `validate` is
-    "off", ranks compare the names, shapes and dtypes of the parameters first, and which are trained.
+    With a loss from `lasp.token_loss` every parameter's gradient is that of the whole batch. Of what went through the
+    wrapper, gradients are averaged as long as the model lives, also if nobody keeps the wrapper until backward.
 
-    Of what went through the wrapper, gradients are averaged as long as the model lives, also if nobody keeps the
-    wrapper until backward.
+    Args:
+        model: after `lasp.parallelize`; the same on all ranks.
+        mesh: the whole mesh, one axis, a ProcessGroup, or None for one rank.
+        validate: "first" compares the names, shapes and dtypes of the parameters on all ranks, and which are trained;
+            "off" does not.
+        options: for `DistributedDataParallel`.
+
+    Returns:
+        The wrapper; the model itself with `mesh` None.
 
     Raises:
         ValueError: `lasp.tensor_parallel` has split the model. (PyTorch's DDP averages plain tensors.)

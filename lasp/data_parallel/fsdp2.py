@@ -29,12 +29,22 @@ def wrap_fsdp2(
 ) -> nn.Module:
     """Shard the parameters of each of `blocks`, then of the rest, over all ranks of `grad_mesh(mesh)`, in place.
 
-    `options` go to `fully_shard` (mp_policy, reshard_after_forward, ...). With dp_replicate > 1 it is hybrid:
-    sharded over dp_shard x sp and replicated over dp_replicate. With a loss from `lasp.token_loss` every
-    parameter's gradient is that of the whole batch. Unless `validate` is "off", ranks compare the names, shapes and
-    dtypes of the parameters first, and which are trained.
+    With dp_replicate > 1 it is hybrid: sharded over dp_shard x sp and replicated over dp_replicate. With a loss from
+    `lasp.token_loss` every parameter's gradient is that of the whole batch.
+
+    Args:
+        model: after `lasp.parallelize`, activation checkpointing and torch.compile; the same on all ranks.
+        mesh: the whole mesh, or one axis of it.
+        blocks: modules inside the model whose weights are gathered together, as a rule its layers.
+        validate: "first" compares the names, shapes and dtypes of the parameters on all ranks, and which are trained;
+            "off" does not.
+        options: for `fully_shard` (mp_policy, reshard_after_forward, ...).
+
+    Returns:
+        The same model.
 
     Raises:
+        TypeError: `mesh` is no `DeviceMesh`, or an argument that does not fit.
         ValueError: one of `blocks` is no part of the model.
         RankMismatchError: ranks hold other parameters; on every rank.
     """

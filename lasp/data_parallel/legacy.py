@@ -25,7 +25,16 @@ def average_after_backward(model: nn.Module, mesh, *, validate: str = "first") -
     not used counts as zero there, and gradients may be sparse. All ranks come to a backward equally often; one that
     reaches no parameter of the model averages nothing.
 
+    Args:
+        model: the same on all ranks.
+        mesh: the whole mesh, one axis, a ProcessGroup, or None for one rank.
+        validate: "first" compares the parameters of the ranks here, and before they are averaged; "off" does not.
+
+    Returns:
+        The same model.
+
     Raises:
+        ValueError, TypeError: an argument that does not fit.
         RankMismatchError: ranks hold other parameters; on every rank, here or in a backward.
     """
     arguments.module("model", model)

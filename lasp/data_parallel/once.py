@@ -64,6 +64,16 @@ def no_sync(model: nn.Module, *, enabled: bool = True) -> contextlib.AbstractCon
     backward averages what all have added. Holds for DDP, FSDP2 and all that `lasp.data_parallel` gives, also around
     `lasp.stream_backward`; of a model that is averaged by `lasp.sync_grads`, call that after the last only. FSDP2 does
     not shard the gradients of a parameter until they are averaged, so that meanwhile they take the memory of DDP's.
+
+    Args:
+        model: what the forward is called on: wrapped, or with wrapped parts.
+        enabled: False does nothing, as for the last micro-batch.
+
+    Returns:
+        A context manager, for one `with`.
+
+    Raises:
+        TypeError: `model` is no module, or `enabled` no bool.
     """
     arguments.module("model", model)
     return _adding_up(model) if arguments.flag("enabled", enabled) else contextlib.nullcontext()

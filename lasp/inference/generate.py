@@ -67,13 +67,19 @@ def generate(
     differ it is said.
 
     Args:
-        model, ids, mesh, attention_mask, cu_seqlens, segment: as of `lasp.prefill`. With a `state` ids are the tokens
-            behind it, or None to go on with the token that it expects.
+        model: as of `lasp.prefill`.
+        ids: as of `lasp.prefill`. With a `state` they are the tokens behind it, or None to go on with the token that it
+            expects.
         max_new_tokens: of each row at most; one number, or one for each row.
         state: of earlier tokens. It is not changed.
+        mesh: as of `lasp.prefill`.
+        attention_mask: as of `lasp.prefill`.
+        cu_seqlens: as of `lasp.prefill`.
         do_sample: draw tokens; else the most probable is taken.
-        temperature, top_k, top_p: of the tokens that are drawn from (`lasp.inference.sampling.Sampling`); None leaves
-            all as they are.
+        temperature: of the tokens that are drawn from (`lasp.inference.sampling.Sampling`); None leaves all as they
+            are.
+        top_k: likewise.
+        top_p: likewise.
         repetition_penalty: makes tokens less probable that the row has seen: padding never, those in `state` always.
         eos_token_id: a row ends behind this token, or one of these, which it still gets.
         pad_token_id: what stands in `ids` of the result behind the end of a row; None is the first eos_token_id, or 0.
@@ -83,6 +89,7 @@ def generate(
             depends on a row's seed and the positions of its tokens only. None draws one of PyTorch's generator.
         streamer: an object with `put(tensor)` and `end()`, as transformers' TextStreamer: it gets the prompts if they
             are a tensor, then [B] for each step, `pad_token_id` for rows that have ended.
+        segment: as of `lasp.prefill`.
         cuda_graph: replay steps as a CUDA graph: on a GPU, of a model without softmax layers that see all tokens,
             without FSDP2 and tensor parallelism, and with experts in bf16 only. Elsewhere it changes nothing, and
             `lasp.explain` tells why.
@@ -112,11 +119,16 @@ def stream_tokens(model: nn.Module, ids: Any, *, mesh: Any = None, **options: An
     Between steps the model may be used otherwise, also by other streams. All ranks take the steps together.
 
     Args:
-        model, ids, mesh: as of `lasp.generate`.
+        model: as of `lasp.generate`.
+        ids: as of `lasp.generate`.
+        mesh: as of `lasp.generate`.
         options: the others of `lasp.generate`, but for `streamer`.
 
+    Returns:
+        An iterator that gives a list for each step: of each row the new token, or None behind its end.
+
     Raises:
-        As `lasp.generate`.
+        TypeError, ValueError, RankMismatchError, PeerError, RuntimeError: as `lasp.generate`, here or in a step.
     """
     unknown = set(options) - set(_DEFAULTS)
     if unknown or "max_new_tokens" not in options:

@@ -98,7 +98,8 @@ class SequenceTrainer(Trainer):
         segment: train by `lasp.stream_backward`, in segments of so many tokens of all ranks, for sequences longer than
             memory; on one rank too, where `parallelize` was called with the model. None does not. With the loss of
             Trainer alone; evaluation is in one piece.
-        args, kwargs: as the Trainer takes them.
+        args: as the Trainer takes them.
+        kwargs: as the Trainer takes them.
 
     Raises:
         ValueError: a model that is not split over the sequence axis of `mesh`, ranks that are not those of the

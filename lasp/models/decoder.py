@@ -41,6 +41,9 @@ class DecoderConfig:
         shared_experts: slices beside these that all tokens take.
         attention_experts: groups of heads of each mixer, of which every token takes the outputs of as many; 0 is all.
         tpe: add a Toeplitz positional encoding (`lasp.models.mixers.TPE`) to the embeddings, as cosFormer2 does.
+
+    Raises:
+        ValueError, TypeError: a family that there is not, or sizes that are no integers or do not fit together.
     """
 
     family: str
@@ -103,7 +106,14 @@ class DecoderConfig:
 
 
 class Decoder(LanguageModel):
-    """The language model. On the meta device it is built as `lasp.models.TNL` is."""
+    """The language model. On the meta device it is built as `lasp.models.TNL` is.
+
+    Args:
+        config: its size, a `DecoderConfig`.
+
+    Raises:
+        TypeError: `config` is something else.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -215,7 +225,13 @@ def experts_from_dense(
 
     Args:
         model: without experts; it is left as it is, and shares no memory with the result.
-        experts, experts_per_token, shared_experts, attention_experts: as of `DecoderConfig`.
+        experts: as of `DecoderConfig`.
+        experts_per_token: as of `DecoderConfig`.
+        shared_experts: as of `DecoderConfig`.
+        attention_experts: as of `DecoderConfig`.
+
+    Returns:
+        A `Decoder` with as many weights, and routers, on the device and in the dtype of the other.
 
     Raises:
         TypeError, ValueError: no `Decoder`, one that has experts, none asked for, or numbers that do not fit.

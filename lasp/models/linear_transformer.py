@@ -32,6 +32,9 @@ class LinearTransformerConfig:
         heads: H; it divides the width.
         mlp_width: inner channels of the feed-forward layer.
         normalize: divide what attention gives by the sum of its weights, as arXiv 2006.16236 does, with no norm behind.
+
+    Raises:
+        ValueError, TypeError: sizes that are no positive integers, or do not fit together.
     """
 
     vocab_size: int
@@ -62,7 +65,14 @@ SIZES = {
 
 
 class LinearTransformer(LanguageModel):
-    """The language model: embedding with sinusoidal positions, blocks, norm, head."""
+    """The language model: embedding with sinusoidal positions, blocks, norm, head.
+
+    Args:
+        config: its size, a `LinearTransformerConfig`.
+
+    Raises:
+        TypeError: `config` is something else.
+    """
 
     def __init__(self, config: LinearTransformerConfig):
         super().__init__()

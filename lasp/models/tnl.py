@@ -34,6 +34,9 @@ class TNLConfig:
         glu_width: inner channels of the gated linear unit.
         decay: the schedule of `lasp.decay` by name. "alibi" is that of the released weights, "tnl" the paper's.
         lrpe: rotate queries and keys of the first layer by position. It doubles the attention state there.
+
+    Raises:
+        ValueError, TypeError: sizes that are no positive integers or do not fit together, a schedule that there is not.
     """
 
     vocab_size: int
@@ -70,6 +73,12 @@ class TNL(LanguageModel):
         ...                               # lasp.parallelize, fully_shard
         model.to_empty(device="cuda")
         model.init_weights()
+
+    Args:
+        config: its size, a `TNLConfig`.
+
+    Raises:
+        TypeError: `config` is something else.
     """
 
     def __init__(self, config: TNLConfig):

@@ -75,6 +75,9 @@ def halo(
             that of this rank's first token is zero.
         sequence: the ranks; None is one rank, before which there are zeros. All of them must call it.
 
+    Returns:
+        [B, width - 1 + T, ...], in x's dtype. Its gradient goes to the rank whose token it was.
+
     Raises:
         TypeError, ValueError: an argument that does not fit, before any communication.
         RankMismatchError, PeerError: as `lasp.linear_attention`.

@@ -32,7 +32,17 @@ _LONGEST = 30 * 24 * 3600.0  # seconds of a timeout
 
 @dataclass(frozen=True)
 class Env:
-    """This process among all: what `init` found."""
+    """This process among all: what `init` found.
+
+    Args:
+        rank: of this process among all, from 0.
+        world_size: how many there are.
+        local_rank: of this process among those of its host, which is also the number of its GPU.
+        local_world_size: how many its host has.
+        device: the process's GPU, or the CPU with the backend gloo.
+        backend: "nccl" or "gloo".
+        launcher: who started it: "torchrun", "mpi", "slurm" or "single".
+    """
 
     rank: int
     world_size: int
@@ -40,7 +50,7 @@ class Env:
     local_world_size: int
     device: torch.device
     backend: str
-    launcher: str  # "torchrun", "mpi", "slurm" or "single"
+    launcher: str
 
 
 _joined: tuple[weakref.ref, Env] | None = None  # the default process group that `init` has made
@@ -52,10 +62,15 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
     Looks, in this order, for torchrun's variables, an MPI launcher (through mpi4py), Slurm's variables; with none
     of them it is one process, and everything works on a group of one. RANK, WORLD_SIZE and MASTER_ADDR (rank 0's
     host) are enough: who is on whose host the ranks find out, unless LOCAL_RANK and LOCAL_WORLD_SIZE say it. The
-    default of MASTER_PORT is 29500. Where all are on one host nothing listens but on its loopback interface.
-    `backend` is "nccl" or "gloo", by default nccl where there is a GPU. A peer that is silent for `timeout` seconds
-    (0.001 to 30 days) is an error. NCCL's streams get a high priority (the environment variable
-    TORCH_NCCL_HIGH_PRIORITY, unless it is set).
+    default of MASTER_PORT is 29500. Where all are on one host nothing listens but on its loopback interface. NCCL's
+    streams get a high priority (the environment variable TORCH_NCCL_HIGH_PRIORITY, unless it is set).
+
+    Args:
+        backend: "nccl" or "gloo"; None is nccl where there is a GPU.
+        timeout: seconds, from 0.001 to 30 days, after which a peer that is silent is an error, in every group of ranks.
+
+    Returns:
+        This process's rank, device and launcher. Asked again it gives the same, with the new timeout.
 
     Raises:
         ValueError, TypeError: an argument, or an environment variable, that is missing, no number, or out of range;

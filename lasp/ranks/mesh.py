@@ -18,12 +18,29 @@ MESH_AXES = ("dp_replicate", "dp_shard", "sp", "tp")
 
 
 def init_mesh(*, dp_replicate: int = 1, dp_shard: int = -1, sp: int = 1, tp: int = 1) -> DeviceMesh:
-    """A `DeviceMesh` over all ranks with the axes dp_replicate, dp_shard, sp, tp; one of them may be -1 (the rest).
+    """A `DeviceMesh` over all ranks with the axes dp_replicate, dp_shard, sp, tp.
 
     Neighbours on tp, which send most (`lasp.tensor_parallel`), are neighbours in rank, and then those on the sequence
     axis, so with 8 GPUs a node they share a node. All ranks must call it, and over NCCL those of `grad_mesh` meet here,
     so that no step of training connects them (`collectives.connect`). Asked again for the same sizes it gives the same
     mesh: PyTorch keeps threads and sockets of a process group to the end of the process, whoever needs it.
+
+    Args:
+        dp_replicate: ranks that hold the same part of a model and other sequences.
+        dp_shard: ranks among which a model may be dealt out, with other sequences.
+        sp: ranks that share each sequence.
+        tp: ranks that share each layer's weights.
+
+    One of them may be -1: as many as the others leave.
+
+    Returns:
+        The mesh; `mesh["sp"]` is its axis of the sequence. On a GPU's ranks its device is "cuda", else "cpu".
+
+    Raises:
+        RuntimeError: `lasp.init` was not called.
+        ValueError, TypeError: sizes that are no positive integers or -1, more than one -1, or whose product is not the
+            number of ranks.
+        PeerError: a rank did not come within the timeout.
     """
     if not dist.is_initialized():
         raise RuntimeError("call lasp.init() before lasp.init_mesh()")
@@ -77,6 +94,17 @@ def grad_mesh(mesh: DeviceMesh | ProcessGroup | None) -> DeviceMesh | ProcessGro
     ranks is the exact gradient; leaving out sp is a mistake that no loss curve shows. A 1-D mesh, a group or None
     is returned as it is. Of a mesh that `init_mesh` has not made, the first call makes a process group: all ranks call
     it, and before a graph of torch.compile does.
+
+    Args:
+        mesh: the whole mesh, an axis of it, a ProcessGroup, or None for one rank.
+
+    Returns:
+        A mesh of one dimension; or what was given, if that was no mesh.
+
+    Raises:
+        TypeError: `mesh` is something else.
+        ValueError: a mesh of several axes of which none is "sp".
+        PeerError: a rank did not come within the timeout, where a process group is made.
     """
     if not isinstance(mesh, DeviceMesh):
         if mesh is not None and not isinstance(mesh, ProcessGroup):
@@ -102,6 +130,17 @@ def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
     Where a slow network joins the replicas and `lasp.CO2` averages them now and then, all that belongs to a step takes
     this in place of the whole mesh: `parallelize` (its "sp"), `shard_batch`, `token_loss`, and `lasp.data_parallel`,
     `wrap_ddp`, `wrap_fsdp2` or `sync_grads`. The first call makes a process group: all ranks call it.
+
+    Args:
+        mesh: the whole mesh of `init_mesh`.
+
+    Returns:
+        The mesh with its other axes, of this rank's replica.
+
+    Raises:
+        TypeError: `mesh` is no mesh.
+        ValueError: it has no axis "dp_replicate" or "sp".
+        PeerError: a rank did not come within the timeout.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh, got {arguments.shown(mesh)}")

@@ -58,6 +58,9 @@ class SequenceParallel:
             `lasp.checks.agreement`), so that a difference is a `RankMismatchError` on every rank; "off" does not.
         check_finite: raise `FloatingPointError` before an optimizer steps, on every rank, if a state was NaN or Inf, or
             a gradient that the optimizer would use is (see `lasp.assert_finite`).
+
+    Raises:
+        ValueError, TypeError: a mesh of several axes, something that is no ranks, or options that there are not.
     """
 
     mesh: DeviceMesh | ProcessGroup | None
