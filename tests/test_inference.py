@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -372,6 +373,47 @@ def test_the_model_is_left_as_it_was():
             call()
     assert all(router.counted is not None for router in model.modules() if isinstance(router, Router))
     assert "one by one, without a CUDA graph, since the model is on cpu" in str(lasp.explain(model))
+
+
+def test_layers_may_be_replaced_between_calls():
+    """What is known of a model that nobody split is looked up again; one that was split on one rank is refused."""
+    model, ids = model_of("hybrid"), ids_of()
+    lasp.prefill(model, ids[:, :3])
+    split = lasp.parallelize(copy.deepcopy(model), None)
+    for changed in (model, split):
+        changed.blocks[1] = copy.deepcopy(changed.blocks[1])
+        changed.blocks.append(copy.deepcopy(changed.blocks[3]))
+    expected = logits_of(model, ids)
+    state = lasp.prefill(model, ids[:, :PROMPT], segment=13)
+    torch.testing.assert_close(state.logits, expected[:, PROMPT - 1], atol=1e-12, rtol=1e-12)
+    found, _ = decoded(model, state, ids[:, PROMPT:])
+    torch.testing.assert_close(found, expected[:, PROMPT:], atol=1e-12, rtol=1e-12)
+    for call in (
+        lambda: lasp.generate(split, ids, max_new_tokens=2),
+        lambda: lasp.stream_backward(split, {"input_ids": ids}, mesh=None, segment=30),
+    ):
+        with pytest.raises(ValueError, match=r"got 'blocks.1.*put there afterwards"):
+            call()
+
+
+def test_a_stream_that_was_broken_off_within_a_step_is_refused(monkeypatch):
+    """Ctrl-C comes where the host waits for a token: the state is behind it, and nobody has got it."""
+    model, ids = model_of("tnl"), ids_of()
+    stream = lasp.stream_tokens(model, ids, max_new_tokens=4)
+    next(stream)
+    before = stream.result()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules[lasp.stream_tokens.__module__], "_on_its_way", lambda tokens: interrupted)
+        next(stream)
+    for call in (lambda: next(stream), stream.result):
+        with pytest.raises(RuntimeError, match="a step of this session was broken off"):
+            call()
+    again = lasp.generate(model, None, state=before.state, max_new_tokens=3)
+    assert torch.equal(torch.cat([before.ids, again.ids], 1), lasp.generate(model, ids, max_new_tokens=4).ids)
+
+
+def interrupted():
+    raise KeyboardInterrupt
 
 
 def test_a_model_may_be_split_later_and_streamed():

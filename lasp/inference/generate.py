@@ -145,6 +145,7 @@ class TokenStream:
         self.decoding, self._request, self._streamer = decoding, request, streamer
         self._new: list[list[int]] = [[] for _ in decoding.lengths]
         self._ended = [False] * len(self._new)
+        self._broken = False  # within a step, or behind one that was broken off
         self.over = False
 
     @property
@@ -167,8 +168,10 @@ class TokenStream:
     def step(self) -> list[int | None]:
         """What the iterator gives, before all rows have ended."""
         decoding, request = self.decoding, self._request
+        self._refuse_broken()
         tokens = request.choose(decoding)
         on_host = _on_its_way(tokens)
+        self._broken = True
         decoding.step(tokens)  # which runs while the host reads and looks at them
         found = [None if ended else token for ended, token in zip(self._ended, on_host())]
         ending = [row for row, token in enumerate(found) if token is not None and self._ends(row, token)]
@@ -178,11 +181,20 @@ class TokenStream:
         if not self.over:
             for row in ending:
                 decoding.keep(row)
+        self._broken = False
         if self._streamer is not None:
             self._streamer.put(torch.tensor([request.padding if token is None else token for token in found]))
             if self.over:
                 self._streamer.end()
         return found
+
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            self.decoding.refuse_torn()  # which says more of it
+            raise RuntimeError(
+                "a step of this session was broken off, so that its state may be behind a token that was not returned: "
+                "go on from a state of before (lasp.prefill, TokenStream.result)"
+            )
 
     def _ends(self, row: int, token: int) -> bool:
         new, request = self._new[row], self._request
@@ -199,6 +211,7 @@ class TokenStream:
 
     def result(self) -> Generated:
         """The tokens and the state so far, a copy of it while rows go on."""
+        self._refuse_broken()
         most = max(self.lengths)
         rows = [[*new, *[self._request.padding] * (most - len(new))] for new in self._new]
         state = self.decoding.state(goes_on=not self.over)
