@@ -402,9 +402,10 @@ def test_a_stream_that_was_broken_off_within_a_step_is_refused(monkeypatch):
     stream = lasp.stream_tokens(model, ids, max_new_tokens=4)
     next(stream)
     before = stream.result()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(sys.modules[lasp.stream_tokens.__module__], "_on_its_way", lambda tokens: interrupted)
-        next(stream)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
     for call in (lambda: next(stream), stream.result):
         with pytest.raises(RuntimeError, match="a step of this session was broken off"):
             call()
@@ -414,6 +415,19 @@ def test_a_stream_that_was_broken_off_within_a_step_is_refused(monkeypatch):
 
 def interrupted():
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_scores_that_are_no_numbers_are_no_tokens(sampled):
+    model, ids = model_of("tnl", torch.float32), ids_of(3)
+    options = {"max_new_tokens": 3, **({"do_sample": True, "seed": 0} if sampled else {})}
+    state = lasp.prefill(model, ids)
+    state.logits[1] = torch.nan
+    with pytest.raises(FloatingPointError, match=rf"scores of row 1 are NaN, or infinite, behind {TOKENS} tokens"):
+        lasp.generate(model, None, state=state, **options)
+    if sampled:  # which divides to infinity
+        with pytest.raises(FloatingPointError, match="temperature near 0"):
+            lasp.generate(model, ids, temperature=1e-40, **options)
 
 
 def test_a_model_may_be_split_later_and_streamed():

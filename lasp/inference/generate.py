@@ -96,6 +96,7 @@ def generate(
         RankMismatchError: ranks were given different prompts or options, or made different tokens; on every rank.
         PeerError: a rank has ended, or did not come within the timeout of its group.
         RuntimeError: as `lasp.prefill`; or a step that cannot be a CUDA graph.
+        FloatingPointError: scores that are NaN.
     """
     options = {name: x for name, x in locals().items() if name not in ("model", "ids", "mesh", "streamer")}
     tokens = _stream(model, ids, mesh, streamer, "generate", options)
@@ -172,8 +173,14 @@ class TokenStream:
         tokens = request.choose(decoding)
         on_host = _on_its_way(tokens)
         self._broken = True
-        decoding.step(tokens)  # which runs while the host reads and looks at them
+        decoding.step(tokens.clamp(min=0))  # which runs while the host reads and looks at them
         found = [None if ended else token for ended, token in zip(self._ended, on_host())]
+        if -1 in found:
+            raise FloatingPointError(
+                f"the scores of row {(row := found.index(-1))} are NaN, or infinite, behind "
+                f"{decoding.lengths[row] - 1} tokens, so that no token can be chosen: look at the weights, or at a "
+                "temperature near 0"
+            )
         ending = [row for row, token in enumerate(found) if token is not None and self._ends(row, token)]
         for row in ending:
             self._ended[row] = True
