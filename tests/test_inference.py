@@ -647,7 +647,7 @@ def test_scores_are_those_of_transformers():
 
 def _page(folder):
     page = Path(__file__).parent.parent / "docs" / "inference.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(?!# \w+\.py\n)(.*?)```", page.read_text(), re.DOTALL)  # none is a whole script
     mesh = mesh_of(sp=torch.distributed.get_world_size())
     model = lasp.parallelize(model_of("tnl"), mesh, strict=False)
     known = {"lasp": lasp, "mesh": mesh, "model": model, "ids": ids_of(), "question": ids_of(1), "more": [[3, 4]]}
