@@ -375,6 +375,32 @@ def test_the_model_is_left_as_it_was():
     assert "one by one, without a CUDA graph, since the model is on cpu" in str(lasp.explain(model))
 
 
+class OwnHead(nn.Module):
+    """A model around another, which calls the last layer of that in a way of its own."""
+
+    def __init__(self, inner, how):
+        super().__init__()
+        self.inner, self.how = inner, how
+
+    def forward(self, input_ids, position_ids=None, layout=None):
+        return self.how(self.inner.head, self.inner(input_ids, position_ids, layout, return_hidden=True))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda head, x: head(input=x),
+        lambda head, x: head(x.flatten(0, 1)).view(*x.shape[:2], -1),
+        lambda head, x: (head(x), x),
+    ],
+    ids=["by name", "tokens of all rows", "a tuple"],
+)
+def test_the_last_layer_may_be_called_in_any_way(how):
+    model, ids = model_of("hybrid"), [ids_of(1)[0], ids_of(1)[0, :9]]
+    found = lasp.generate(OwnHead(model, how).eval(), ids, max_new_tokens=3, segment=13)
+    assert torch.equal(found.ids, lasp.generate(model, ids, max_new_tokens=3).ids)
+
+
 def test_layers_may_be_replaced_between_calls():
     """What is known of a model that nobody split is looked up again; one that was split on one rank is refused."""
     model, ids = model_of("hybrid"), ids_of()
