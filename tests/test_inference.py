@@ -401,6 +401,34 @@ def test_the_last_layer_may_be_called_in_any_way(how):
     assert torch.equal(found.ids, lasp.generate(model, ids, max_new_tokens=3).ids)
 
 
+def test_a_state_of_other_decays_is_refused():
+    """Which are no parameters: of the same names and shapes, with another meaning."""
+    one, other = (TNL(TNLConfig(*SIZE, decay=decay)) for decay in ("alibi", "tnl"))
+    state = lasp.prefill(one, ids_of())
+    with pytest.raises(ValueError, match="state must be of the model that it is given with"):
+        lasp.generate(other, None, state=state, max_new_tokens=1)
+    assert lasp.generate(copy.deepcopy(one), None, state=state, max_new_tokens=1).lengths == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "of a user, with tokens"])
+def test_a_state_goes_on_under_the_autocast_that_it_was_made_with(name):
+    model, ids = model_of(name, torch.float32), ids_of()
+
+    def under(autocast, call):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return call()
+
+    for autocast in (False, True):
+        state = under(autocast, lambda: lasp.prefill(model, ids))
+        for call in (
+            lambda state=state: lasp.generate(model, None, state=state, max_new_tokens=2),
+            lambda state=state: lasp.prefill(model, ids[:, :9], state=state),
+        ):
+            under(autocast, call)
+            with pytest.raises(ValueError, match=r"state must be .* under the autocast, in which it was made: layer '"):
+                under(not autocast, call)
+
+
 def test_layers_may_be_replaced_between_calls():
     """What is known of a model that nobody split is looked up again; one that was split on one rank is refused."""
     model, ids = model_of("hybrid"), ids_of()
