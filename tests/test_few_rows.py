@@ -91,6 +91,13 @@ def test_wrong_shapes_are_named():
         few_rows.gated_linear(x, x, weight, residual=x)
 
 
+@pytest.mark.parametrize("wrong", [("silu",), ("silu", "sigmoid"), "silu"])
+def test_activations_are_one_a_layer_and_such_as_the_kernel_has(wrong):
+    x, weight = normal(1, 8), normal(4, 8)
+    with pytest.raises(ValueError, match=r'activations must be "none" or "silu" for each of 2 weights, or None, got'):
+        dispatch.norm_linear(x, [weight, weight], activations=wrong)
+
+
 @pytest.mark.parametrize("family", ["tnl", "hgrn2"])
 def test_a_model_of_one_token(monkeypatch, family):
     """Its logits are the same, in as many launches as its blocks have products that read the same."""

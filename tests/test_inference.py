@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -374,6 +375,115 @@ def test_the_model_is_left_as_it_was():
     assert "one by one, without a CUDA graph, since the model is on cpu" in str(lasp.explain(model))
 
 
+class OwnHead(nn.Module):
+    """A model around another, which calls the last layer of that in a way of its own."""
+
+    def __init__(self, inner, how):
+        super().__init__()
+        self.inner, self.how = inner, how
+
+    def forward(self, input_ids, position_ids=None, layout=None):
+        return self.how(self.inner.head, self.inner(input_ids, position_ids, layout, return_hidden=True))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda head, x: head(input=x),
+        lambda head, x: head(x.flatten(0, 1)).view(*x.shape[:2], -1),
+        lambda head, x: (head(x), x),
+    ],
+    ids=["by name", "tokens of all rows", "a tuple"],
+)
+def test_the_last_layer_may_be_called_in_any_way(how):
+    model, ids = model_of("hybrid"), [ids_of(1)[0], ids_of(1)[0, :9]]
+    found = lasp.generate(OwnHead(model, how).eval(), ids, max_new_tokens=3, segment=13)
+    assert torch.equal(found.ids, lasp.generate(model, ids, max_new_tokens=3).ids)
+
+
+def test_a_state_of_other_decays_is_refused():
+    """Which are no parameters: of the same names and shapes, with another meaning."""
+    one, other = (TNL(TNLConfig(*SIZE, decay=decay)) for decay in ("alibi", "tnl"))
+    state = lasp.prefill(one, ids_of())
+    with pytest.raises(ValueError, match="state must be of the model that it is given with"):
+        lasp.generate(other, None, state=state, max_new_tokens=1)
+    assert lasp.generate(copy.deepcopy(one), None, state=state, max_new_tokens=1).lengths == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "of a user, with tokens"])
+def test_a_state_goes_on_under_the_autocast_that_it_was_made_with(name):
+    model, ids = model_of(name, torch.float32), ids_of()
+
+    def under(autocast, call):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return call()
+
+    for autocast in (False, True):
+        state = under(autocast, lambda: lasp.prefill(model, ids))
+        for call in (
+            lambda state=state: lasp.generate(model, None, state=state, max_new_tokens=2),
+            lambda state=state: lasp.prefill(model, ids[:, :9], state=state),
+        ):
+            under(autocast, call)
+            with pytest.raises(ValueError, match=r"state must be .* under the autocast, in which it was made: layer '"):
+                under(not autocast, call)
+
+
+def test_layers_may_be_replaced_between_calls():
+    """What is known of a model that nobody split is looked up again; one that was split on one rank is refused."""
+    model, ids = model_of("hybrid"), ids_of()
+    lasp.prefill(model, ids[:, :3])
+    split = lasp.parallelize(copy.deepcopy(model), None)
+    for changed in (model, split):
+        changed.blocks[1] = copy.deepcopy(changed.blocks[1])
+        changed.blocks.append(copy.deepcopy(changed.blocks[3]))
+    expected = logits_of(model, ids)
+    state = lasp.prefill(model, ids[:, :PROMPT], segment=13)
+    torch.testing.assert_close(state.logits, expected[:, PROMPT - 1], atol=1e-12, rtol=1e-12)
+    found, _ = decoded(model, state, ids[:, PROMPT:])
+    torch.testing.assert_close(found, expected[:, PROMPT:], atol=1e-12, rtol=1e-12)
+    for call in (
+        lambda: lasp.generate(split, ids, max_new_tokens=2),
+        lambda: lasp.stream_backward(split, {"input_ids": ids}, mesh=None, segment=30),
+    ):
+        with pytest.raises(ValueError, match=r"got 'blocks.1.*put there afterwards"):
+            call()
+
+
+def test_a_stream_that_was_broken_off_within_a_step_is_refused(monkeypatch):
+    """Ctrl-C comes where the host waits for a token: the state is behind it, and nobody has got it."""
+    model, ids = model_of("tnl"), ids_of()
+    stream = lasp.stream_tokens(model, ids, max_new_tokens=4)
+    next(stream)
+    before = stream.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[lasp.stream_tokens.__module__], "_on_its_way", lambda tokens: interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    for call in (lambda: next(stream), stream.result):
+        with pytest.raises(RuntimeError, match="a step of this session was broken off"):
+            call()
+    again = lasp.generate(model, None, state=before.state, max_new_tokens=3)
+    assert torch.equal(torch.cat([before.ids, again.ids], 1), lasp.generate(model, ids, max_new_tokens=4).ids)
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_scores_that_are_no_numbers_are_no_tokens(sampled):
+    model, ids = model_of("tnl", torch.float32), ids_of(3)
+    options = {"max_new_tokens": 3, **({"do_sample": True, "seed": 0} if sampled else {})}
+    state = lasp.prefill(model, ids)
+    state.logits[1] = torch.nan
+    with pytest.raises(FloatingPointError, match=rf"scores of row 1 are NaN, or infinite, behind {TOKENS} tokens"):
+        lasp.generate(model, None, state=state, **options)
+    if sampled:  # which divides to infinity
+        with pytest.raises(FloatingPointError, match="temperature near 0"):
+            lasp.generate(model, ids, temperature=1e-40, **options)
+
+
 def test_a_model_may_be_split_later_and_streamed():
     model, ids = model_of("gla"), ids_of()
     expected = lasp.generate(model, ids, max_new_tokens=3)
@@ -591,7 +701,7 @@ def test_scores_are_those_of_transformers():
 
 def _page(folder):
     page = Path(__file__).parent.parent / "docs" / "inference.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(?!# \w+\.py\n)(.*?)```", page.read_text(), re.DOTALL)  # none is a whole script
     mesh = mesh_of(sp=torch.distributed.get_world_size())
     model = lasp.parallelize(model_of("tnl"), mesh, strict=False)
     known = {"lasp": lasp, "mesh": mesh, "model": model, "ids": ids_of(), "question": ids_of(1), "more": [[3, 4]]}

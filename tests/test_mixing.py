@@ -648,6 +648,18 @@ def test_a_trial_leaves_everything_as_it_was(capfd):
     assert all(m._forward_pre_hooks == {} for m in model.modules())
 
 
+def test_a_trial_gives_back_the_weights_of_a_layer_that_is_there_twice():
+    """A weight of zeros is random in a trial, and functional_call would leave it so where a layer has two names."""
+    layer = Own(lambda s, x: x + s.gain * x)
+    layer.gain = nn.Parameter(torch.zeros(D))
+    model = Model(layer, nn.Identity(), layer)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    lasp.parallelize(model, None)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p for name, p in before.items())
+    assert torch.equal(layer.gain, torch.zeros(D))
+
+
 class WritesInTraining(nn.Module):
     """As one that keeps its losses in a list, and a code book as a mean of what it has seen."""
 

@@ -359,10 +359,15 @@ def norm_linear(
     x has a few rows on a GPU and there is no gradient, in one launch that reads the weights once (`few_rows.py`).
     `activations`, of each layer's output, are "none" or "silu"; None is none.
     """
+    names = ("none",) * len(weights) if activations is None else tuple(activations)
+    if len(names) != len(weights) or any([name not in ("none", "silu") for name in names]):
+        raise ValueError(
+            f'activations must be "none" or "silu" for each of {len(weights)} weights, or None, got {activations!r}'
+        )
     if _few_rows(x, x.shape[-1], *weights):
         from lasp_kernels import few_rows
 
-        return (x, *few_rows.norm_linear(x, weights, norm_weight, eps=eps, activations=activations))
+        return (x, *few_rows.norm_linear(x, weights, norm_weight, eps=eps, activations=names))
     if _fuses(x, *weights):
         from lasp_kernels.linears import fused_norm_linear
 
@@ -370,7 +375,7 @@ def norm_linear(
     else:
         h = F.rms_norm(x, x.shape[-1:], norm_weight, eps)
         ys = [F.linear(h, w) for w in weights]
-    return (x, *(activation_of(name)(y) for name, y in zip(activations or ["none"] * len(ys), ys)))
+    return (x, *(activation_of(name)(y) for name, y in zip(names, ys)))
 
 
 def norm_gate_linear(

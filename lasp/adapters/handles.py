@@ -100,12 +100,32 @@ class Parallelized:
         self.last_layer: Any = None  # what of it may give the loss (lasp.last_layer); None: not known yet
         self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
+        self._modules = [weakref.ref(module) for module in model.modules()]
         self._handles: Handles | None = None
 
     @property
     def adapters(self) -> list[tuple[str, adapters.Adapter]]:
         """Of its layers, by their paths."""
         return [(path, adapter) for path, _, adapter in self._layers]
+
+    def knows_all(self, model: nn.Module) -> bool:
+        """Whether the model has the modules that it had, and no others."""
+        now = list(model.modules())
+        return len(now) == len(self._modules) and all(held() is m for held, m in zip(self._modules, now))
+
+    def refuse_new_layers(self) -> None:
+        """Raise `ValueError` if on one rank a layer has come into the model since: it would see each segment, or each
+        token, by itself. (Over several ranks it meets a layout that is not its own.)"""
+        model = self._model()
+        if self.sequence.size > 1 or model is None or self.knows_all(model):
+            return
+        known = {id(module) for _, held, _ in self._layers if (module := held()) is not None}
+        for path, module in model.named_modules():
+            if id(module) not in known and adapters.find(module) is not None:
+                raise ValueError(
+                    f"model must have the layers that lasp.parallelize was called with, got {path!r}, a "
+                    f"{type(module).__name__} that was put there afterwards: call lasp.parallelize behind all changes"
+                )
 
     def with_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Inside, its layers call the operators with their ranks, on one rank too."""
@@ -138,9 +158,10 @@ def remember(
 def of_untouched(
     model: nn.Module, make: Callable[[], Mapping[str, tuple[nn.Module, adapters.Adapter]]]
 ) -> Parallelized:
-    """Of a model that `parallelize` was never called with, on one rank; `make` finds its layers, once."""
+    """Of a model that `parallelize` was never called with, on one rank; `make` finds its layers, once while it has the
+    same modules."""
     known = _untouched.get(model)
-    if known is None:
+    if known is None or not known.knows_all(model):
         known = _untouched[model] = Parallelized(model, SequenceParallel(None), make(), [])
     return known
 
@@ -151,8 +172,9 @@ def held_by(model: nn.Module) -> list[Parallelized]:
 
 
 def check_ranks(splits: Iterable[Parallelized], sequence: SequenceParallel) -> None:
-    """Raise `ValueError` unless these are the ranks that they are split over."""
+    """Raise `ValueError` unless these are the ranks that they are split over, with all of their layers."""
     for split in splits:
+        split.refuse_new_layers()
         if split.sequence.ranks != sequence.ranks and (split.sequence.size > 1 or sequence.size > 1):
             raise ValueError(
                 f"mesh must be that of lasp.parallelize, which has split the model over the ranks "

@@ -411,10 +411,12 @@ def _shuffled(pool: Tensor, length: int, generator: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
-    """Inside, it may run: without gradients, dropout or compilation. Afterwards all attributes, buffers and random
-    numbers are what they were. Gives the weights to run with, the best first."""
+    """Inside, it may run: without gradients, dropout or compilation. Afterwards all attributes, weights, buffers and
+    random numbers are what they were. Gives the weights to run with, the best first.
+
+    (`functional_call` leaves its own weights in a module that is in the model twice: it puts back by name.)"""
     modules = list(module.modules())
-    attributes = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in modules]
+    attributes = [(vars(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
     plain = vars(nn.Module()).keys()  # what every module has; the lists and such that are left are its own
     held = [x for m in modules for name, x in vars(m).items() if name not in plain and type(x) in (list, dict, set)]
     contents = [(x, copy.copy(x)) for x in held]
@@ -430,12 +432,13 @@ def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
         for x, content in contents:
             x.clear()
             x.extend(content) if isinstance(x, list) else x.update(content)
-        for now, before, buffers in attributes:
+        for now, before, parameters, buffers in attributes:
             for name in now.keys() - before.keys():
                 del now[name]
             now.update(before)
-            now["_buffers"].clear()
-            now["_buffers"].update(buffers)
+            for name, tensors in (("_parameters", parameters), ("_buffers", buffers)):
+                now[name].clear()
+                now[name].update(tensors)
 
 
 def _weights_of(module: nn.Module) -> list[Weights]:

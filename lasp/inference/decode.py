@@ -69,7 +69,7 @@ class Decoding:
 
     def step(self, tokens: Tensor) -> None:
         """One token [B] of each row: `logits`, `seen` and the state are then those behind it."""
-        self._refuse_torn()
+        self.refuse_torn()
         self._torn = True
         with torch.no_grad():
             self._ids.copy_(tokens[:, None])
@@ -88,7 +88,8 @@ class Decoding:
         self.lengths = [length + 1 for length in self.lengths]
         self._torn = False
 
-    def _refuse_torn(self) -> None:
+    def refuse_torn(self) -> None:
+        """Raise `RuntimeError` behind a step that failed."""
         if self._torn:
             raise RuntimeError(
                 "a step of this session failed, so that some layers are behind its token and others before it: go on "
@@ -124,7 +125,7 @@ class Decoding:
 
     def state(self, *, goes_on: bool) -> InferenceState:
         """Behind the last step, and of rows that have ended as they were then; a copy if other steps follow."""
-        self._refuse_torn()
+        self.refuse_torn()
         found = InferenceState(self._session.kept, self.lengths, self.logits, self.seen, self.runner.form)
         if goes_on:
             found = found.fork()

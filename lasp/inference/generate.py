@@ -103,6 +103,7 @@ def generate(
         RankMismatchError: ranks were given different prompts or options, or made different tokens; on every rank.
         PeerError: a rank has ended, or did not come within the timeout of its group.
         RuntimeError: as `lasp.prefill`; or a step that cannot be a CUDA graph.
+        FloatingPointError: scores that are NaN.
     """
     options = {name: x for name, x in locals().items() if name not in ("model", "ids", "mesh", "streamer")}
     tokens = _stream(model, ids, mesh, streamer, "generate", options)
@@ -157,6 +158,7 @@ class TokenStream:
         self.decoding, self._request, self._streamer = decoding, request, streamer
         self._new: list[list[int]] = [[] for _ in decoding.lengths]
         self._ended = [False] * len(self._new)
+        self._broken = False  # within a step, or behind one that was broken off
         self.over = False
 
     @property
@@ -179,10 +181,18 @@ class TokenStream:
     def step(self) -> list[int | None]:
         """What the iterator gives, before all rows have ended."""
         decoding, request = self.decoding, self._request
+        self._refuse_broken()
         tokens = request.choose(decoding)
         on_host = _on_its_way(tokens)
-        decoding.step(tokens)  # which runs while the host reads and looks at them
+        self._broken = True
+        decoding.step(tokens.clamp(min=0))  # which runs while the host reads and looks at them
         found = [None if ended else token for ended, token in zip(self._ended, on_host())]
+        if -1 in found:
+            raise FloatingPointError(
+                f"the scores of row {(row := found.index(-1))} are NaN, or infinite, behind "
+                f"{decoding.lengths[row] - 1} tokens, so that no token can be chosen: look at the weights, or at a "
+                "temperature near 0"
+            )
         ending = [row for row, token in enumerate(found) if token is not None and self._ends(row, token)]
         for row in ending:
             self._ended[row] = True
@@ -190,11 +200,20 @@ class TokenStream:
         if not self.over:
             for row in ending:
                 decoding.keep(row)
+        self._broken = False
         if self._streamer is not None:
             self._streamer.put(torch.tensor([request.padding if token is None else token for token in found]))
             if self.over:
                 self._streamer.end()
         return found
+
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            self.decoding.refuse_torn()  # which says more of it
+            raise RuntimeError(
+                "a step of this session was broken off, so that its state may be behind a token that was not returned: "
+                "go on from a state of before (lasp.prefill, TokenStream.result)"
+            )
 
     def _ends(self, row: int, token: int) -> bool:
         new, request = self._new[row], self._request
@@ -211,6 +230,7 @@ class TokenStream:
 
     def result(self) -> Generated:
         """The tokens and the state so far, a copy of it while rows go on."""
+        self._refuse_broken()
         most = max(self.lengths)
         rows = [[*new, *[self._request.padding] * (most - len(new))] for new in self._new]
         state = self.decoding.state(goes_on=not self.over)

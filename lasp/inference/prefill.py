@@ -53,7 +53,8 @@ def prefill(
         pad_token_id: without attention_mask, tokens at both ends of rows that are padding.
         state: of the rows' earlier tokens, which ids go on from: the next turn of a chat. It is not changed.
         segment: tokens of a row that run at once, on all ranks together; None is 32,768 a rank, of all rows.
-        to: the rank of the sequence that is to have the state, the others get None; None is all of them.
+        to: the rank of the sequence that is to have the state, the others get None; None is all of them. One rank goes
+            on with a model of these weights that is not split: with the split one `lasp.generate` waits for all ranks.
 
     Returns:
         The state, with the logits of each row's next token.

@@ -65,7 +65,7 @@ class Runner:
         self.form = form_of(model)
         embedding, self._head = embedding_and_head(model)
         self.vocabulary = getattr(embedding, "num_embeddings", None)  # None: not known
-        self._last = 0, 0  # the tokens whose logits are wanted
+        self._tokens, self._last = 0, (0, 0)  # of a call, and those of them whose logits are wanted
 
     def _refuse_foreign(self, of_layers: list[tuple[str, adapters.Adapter]]) -> None:
         if foreign := _foreign(of_layers):
@@ -91,13 +91,17 @@ class Runner:
                 stack.callback(handle.remove)
             yield
 
-    def _only_last(self, head: nn.Module, args: tuple) -> tuple:
-        """A hook before the last layer, which gives logits of no other tokens."""
+    def _only_last(self, head: nn.Module, args: tuple) -> tuple | None:
+        """A hook before the last layer, which gives logits of no other tokens; of all where it is called otherwise than
+        with [B, T, D]."""
+        if not args or not isinstance(args[0], Tensor) or args[0].ndim != 3 or args[0].shape[1] != self._tokens:
+            return None
         return (args[0][:, slice(*self._last)], *args[1:])
 
     def logits(self, ids: Tensor, positions: Tensor, layout: ShardLayout, *, last: bool = True) -> Tensor:
         """[B, vocab] of the last of these tokens, or [B, 0, vocab] where others hold the `last`."""
-        self._last = (ids.shape[1] - 1, ids.shape[1]) if last else (0, 0)
+        self._tokens = ids.shape[1]
+        self._last = (self._tokens - 1, self._tokens) if last else (0, 0)
         found = logits_of(self._call(self.model, {"input_ids": ids, "position_ids": positions, "layout": layout}))
         return found[:, -1] if last else found[:, :0]
 

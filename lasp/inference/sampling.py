@@ -74,16 +74,18 @@ class Sampling:
         return scores
 
     def choose(self, logits: Tensor, seen: Tensor, numbers: Sequence[float]) -> Tensor:
-        """[B], int64: a token for each row. `numbers` in [0, 1) are those of chance, one for each row."""
+        """[B], int64: a token for each row, or -1 where its scores are no numbers. `numbers` in [0, 1) are those of
+        chance, one for each row."""
         scores = self.scores(logits, seen)
         if not self.do_sample:
-            return scores.argmax(-1)
+            most, tokens = scores.max(-1)
+            return tokens.masked_fill(most.isnan(), -1)
         sums = scores.double().softmax(-1).cumsum(-1)
         total = sums[:, -1:]
         drawn = torch.tensor(numbers, dtype=torch.float64).to(sums.device, non_blocking=True)[:, None] * total
         # Below the whole sum also where the product was rounded up to it: behind are tokens that were left out.
         drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(sums, drawn, right=True)[:, 0]
+        return torch.searchsorted(sums, drawn, right=True).masked_fill(total.isnan(), -1)[:, 0]
 
 
 def number_of(seed: int, position: int) -> float:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lasp import arguments
 from lasp.checks.checksum import checksums, form
+from lasp.models.trunk import LanguageModel
 from lasp.ops.session import Held, Key, with_room
 from lasp.ranks.parts import parts_of_model
 
@@ -184,13 +185,15 @@ class InferenceState:
 
 
 def form_of(model: nn.Module) -> str:
-    """Which model a state is of: its class, and the names, shapes and dtypes of its parameters; not their values."""
+    """Which model a state is of: its class, the configuration of one of `lasp.models` (decays are no parameters), and
+    the names, shapes and dtypes of its parameters; not their values."""
     forms = [(_plain(name), form(p)) for name, p in model.named_parameters()]
+    configured = [m.config for m in model.modules() if isinstance(m, LanguageModel) and hasattr(m, "config")]
     inner = model
     while (wrapped := next((getattr(inner, x, None) for x in ("module", "_orig_mod")), None)) is not None:
         inner = wrapped
     told = f"{type(inner).__name__.removeprefix('FSDP')} with {len(forms)} parameters, checksum "
-    return f"{told}{zlib.crc32(repr(forms).encode()):08x}{_part_of(model)}"
+    return f"{told}{zlib.crc32(repr((forms, configured)).encode()):08x}{_part_of(model)}"
 
 
 def _part_of(model: nn.Module) -> str:

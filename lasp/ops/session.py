@@ -140,7 +140,17 @@ class Session(Carrier):
     # Keys and values
 
     def with_tokens_before(self, key: Key, tokens: Tensor, window: int | None) -> Seen:
-        """The tokens [B, T, ...] of all ranks in this run behind those that they see; they are held from now on."""
+        """The tokens [B, T, ...] of all ranks in this run behind those that they see; they are held from now on.
+
+        Raises:
+            ValueError: those are of another dtype, as under another autocast.
+        """
+        assert self.segment is not None
+        if self.segment.before and (there := self._of(key).x.dtype) != tokens.dtype:
+            raise ValueError(
+                f"state must be gone on from in the dtype, or under the autocast, in which it was made: layer "
+                f"{key.layer!r} holds keys and values of {there}, got {tokens.dtype}"
+            )
         if window is None:
             return self._behind_all(key, tokens)
         return self._in_window(key, tokens, window - 1)
