@@ -8,7 +8,7 @@ import torch
 from inputs import assert_digits, every_strength, oracle
 
 import lasp
-from lasp.models.tnl import Block, TNLConfig
+from lasp.models.tnl import TNL, Block, TNLConfig
 from lasp_kernels import chunked_linear_attention, recurrent_linear_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -460,3 +460,21 @@ def test_compiled_model():
         grads = torch.autograd.grad(y, [leaf, *block.parameters()], dy)
         results.append({"y": y.detach(), **{str(n): g for n, g in enumerate(grads)}})
     assert_near(results[1], results[0], 1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_a_card_that_is_not_the_current_one():
+    """Forward, backward, and few rows without gradients, bit for bit; the current card stays what it was."""
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(vocab_size=64, layers=2, width=128, heads=2, glu_width=256))
+    ids, results = torch.randint(64, (1, 500)), []
+    for device in ("cuda:0", "cuda:1"):
+        model, here = model.to(device), ids.to(device)
+        loss, _ = lasp.linear_token_loss(model(here, return_hidden=True), model.head.weight, here)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            one = model(here[:, :1])
+        results.append([x.cpu() for x in (loss.detach(), one, *grads)])
+        assert torch.cuda.current_device() == 0
+    for a, b in zip(*results):
+        assert torch.equal(a, b)

@@ -223,3 +223,26 @@ def test_a_collective_without_waiting_is_seen(tmp_path, line):
     bad = tmp_path / "bad.py"
     bad.write_text(f"def f():\n    {line}\n\n\ndef g():\n    with waiting('it'):\n        {line}\n")
     assert [top for top, _ in unguarded(bad)] == ["f"]
+
+
+def starts_elsewhere(tree):
+    """Lines on which a kernel is started, kernel[grid](...), outside of `with torch.cuda.device_of(x)`."""
+    inside = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and any("torch.cuda.device" in ast.unparse(item) for item in node.items):
+            inside |= {id(child) for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and id(node) not in inside:
+            yield node.lineno, ast.unparse(node.func.value)
+
+
+@pytest.mark.parametrize("path", files(KERNELS), ids=lambda path: path.name)
+def test_kernels_start_on_the_device_of_their_tensors(path):
+    """Triton starts them on the current device: of a model on another one, beside whatever wrote their inputs."""
+    found = [at for at in starts_elsewhere(ast.parse(path.read_text())) if at[1].endswith("kernel")]
+    assert found == [] or path.name == "launch.py", found  # Launch sees to it by itself
+
+
+def test_a_start_elsewhere_is_found():
+    code = "with torch.cuda.device_of(x):\n    a_kernel[(1,)](x)\nb_kernel[grid](x)"
+    assert list(starts_elsewhere(ast.parse(code))) == [(3, "b_kernel")]

@@ -23,17 +23,18 @@ def fused_cross_entropy(
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        cross_entropy_kernel[(len(logits),)](
-            logits,
-            labels,
-            losses,
-            highest,
-            ignore_index,
-            V=logits.shape[1],
-            BLOCK=BLOCK,
-            GRADIENT=gradient,
-            num_warps=16,
-        )
+        with torch.cuda.device_of(logits):
+            cross_entropy_kernel[(len(logits),)](
+                logits,
+                labels,
+                losses,
+                highest,
+                ignore_index,
+                V=logits.shape[1],
+                BLOCK=BLOCK,
+                GRADIENT=gradient,
+                num_warps=16,
+            )
     return losses
 
 

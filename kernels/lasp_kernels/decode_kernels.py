@@ -287,7 +287,8 @@ def recur(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     log_decay = log_decay.expand(x.shape).contiguous()
     grid = (triton.cdiv(x.numel(), 4 * CHANNELS),)
     if x.numel():
-        elementwise_kernel[grid](x, log_decay, state, y, x.numel(), BLOCK=4 * CHANNELS)
+        with torch.cuda.device_of(x):
+            elementwise_kernel[grid](x, log_decay, state, y, x.numel(), BLOCK=4 * CHANNELS)
     return y
 
 
@@ -298,10 +299,11 @@ def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
     states = triton.next_power_of_2(N)
     block = max(16, 4 * CHANNELS // states)
     if rows:
-        selective_kernel[(triton.cdiv(D, block) * rows,)](
-            u, dt, A.contiguous(), B, C, state, y, D, u.stride(0), dt.stride(0), B.stride(0), C.stride(0),
-            N=N, NP=states, BLOCK=block,
-        )  # fmt: skip
+        with torch.cuda.device_of(u):
+            selective_kernel[(triton.cdiv(D, block) * rows,)](
+                u, dt, A.contiguous(), B, C, state, y, D, u.stride(0), dt.stride(0), B.stride(0), C.stride(0),
+                N=N, NP=states, BLOCK=block,
+            )  # fmt: skip
     return y
 
 
@@ -311,7 +313,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, last: Tensor) -> Te
     y, (rows, D), W = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape, weight.shape[1]
     bias = None if bias is None else bias.contiguous()
     if rows:
-        convolution_kernel[(triton.cdiv(D, CHANNELS) * rows,)](
-            x, weight.contiguous(), bias, last, y, D, x.stride(0), W=W, BLOCK=CHANNELS
-        )
+        with torch.cuda.device_of(x):
+            convolution_kernel[(triton.cdiv(D, CHANNELS) * rows,)](
+                x, weight.contiguous(), bias, last, y, D, x.stride(0), W=W, BLOCK=CHANNELS
+            )
     return y

@@ -165,12 +165,13 @@ def _launch(
     begins = early(x.device)
     stride = [0 if t is None else t.stride(0) for t in (x, gate, residual)]
     w, n = ([*given, *[None] * (MOST_WEIGHTS - len(given))] for given in (weights, sizes))
-    few_rows_kernel[(triton.cdiv(max(sizes), outputs), len(weights))](
-        x, gate, norm_weight, *w, residual, y, float(eps), D, *[0 if size is None else size for size in n], *stride,
-        ROWS=rows, MOST=most, WEIGHTS=len(weights), NORMED=int(normed), ACTIVATION=ACTIVATIONS[activation], SILU=silu,
-        BN=outputs, BD=columns, EARLY=begins, num_warps=min(8, max(1, outputs * columns * most // 1024)),
-        **({"launch_pdl": True} if begins else {}),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        few_rows_kernel[(triton.cdiv(max(sizes), outputs), len(weights))](
+            x, gate, norm_weight, *w, residual, y, float(eps), D, *[0 if size is None else size for size in n], *stride,
+            ROWS=rows, MOST=most, WEIGHTS=len(weights), NORMED=int(normed), ACTIVATION=ACTIVATIONS[activation],
+            SILU=silu, BN=outputs, BD=columns, EARLY=begins,
+            num_warps=min(8, max(1, outputs * columns * most // 1024)), **({"launch_pdl": True} if begins else {}),
+        )  # fmt: skip
     return tuple(part.view(*leading, size) for part, size in zip(y.split([rows * size for size in sizes]), sizes))
 
 

@@ -200,7 +200,8 @@ def _gated(value: Tensor, gate: Tensor, dtype: torch.dtype, activation: str) -> 
     h = torch.empty(value.shape, dtype=dtype, device=value.device)
     if h.numel():
         grid, options = _launch(h, activation)
-        gate_kernel[grid](value.contiguous(), gate.contiguous(), h, h.numel(), **options)
+        with torch.cuda.device_of(value):
+            gate_kernel[grid](value.contiguous(), gate.contiguous(), h, h.numel(), **options)
     return h
 
 
@@ -213,7 +214,8 @@ def _gate_gradients(
     h = torch.empty(value.shape, dtype=dh.dtype, device=dh.device) if again else None
     if dh.numel():
         grid, options = _launch(dh, activation)
-        gate_gradient_kernel[grid](value, gate, dh, d_value, d_gate, h, dh.numel(), **options)
+        with torch.cuda.device_of(value):
+            gate_gradient_kernel[grid](value, gate, dh, d_value, d_gate, h, dh.numel(), **options)
     return d_value, d_gate, h
 
 

@@ -130,7 +130,8 @@ def norm(
     if scale.numel():
         stride = 0 if gate is None else gate.stride(0)
         options = _launch_options(x.shape[1], activation)
-        norm_kernel[(len(x),)](x, gate, weight, y, scale, float(eps), stride, **options)
+        with torch.cuda.device_of(x):
+            norm_kernel[(len(x),)](x, gate, weight, y, scale, float(eps), stride, **options)
     return y, scale
 
 
@@ -155,10 +156,11 @@ def norm_gradient(
     y = None if again is None else torch.empty(x.shape, dtype=again, device=x.device)
     programs = min(max(rows, 1), programs_of(x.device))
     d_weight = None if weight is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    norm_gradient_kernel[(programs,)](
-        x, gate, weight, dy, scale, beside, dx, d_gate, d_weight, y, rows, 0 if gate is None else gate.stride(0),
-        **_launch_options(width, activation),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        norm_gradient_kernel[(programs,)](
+            x, gate, weight, dy, scale, beside, dx, d_gate, d_weight, y, rows, 0 if gate is None else gate.stride(0),
+            **_launch_options(width, activation),
+        )  # fmt: skip
     if d_weight is not None and weight is not None:
         d_weight = d_weight.sum(0).to(weight.dtype)
     return dx, d_gate, d_weight, y

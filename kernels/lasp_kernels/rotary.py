@@ -37,7 +37,8 @@ class _Rotate(torch.autograd.Function):
         *tokens, H, K = q.shape
         q_out, k_out = (torch.empty(*tokens, H, 2 * K, dtype=x.dtype, device=x.device) for x in (q, k))
         if len(positions):
-            rotate_kernel[(len(positions),)](q, k, positions, theta, q_out, k_out, **_launch(H, K))
+            with torch.cuda.device_of(q):
+                rotate_kernel[(len(positions),)](q, k, positions, theta, q_out, k_out, **_launch(H, K))
         ctx.save_for_backward(q, k, positions, theta)
         return q_out, k_out
 
@@ -49,10 +50,11 @@ class _Rotate(torch.autograd.Function):
         dq, dk = torch.empty_like(q), torch.empty_like(k)
         programs = min(max(len(positions), 1), programs_of(q.device))
         d_theta = torch.empty(programs, H, K, dtype=torch.float64, device=q.device)
-        rotate_gradient_kernel[(programs,)](
-            q, k, positions, theta, dq_out.contiguous(), dk_out.contiguous(), dq, dk, d_theta, len(positions),
-            **_launch(H, K),
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            rotate_gradient_kernel[(programs,)](
+                q, k, positions, theta, dq_out.contiguous(), dk_out.contiguous(), dq, dk, d_theta, len(positions),
+                **_launch(H, K),
+            )  # fmt: skip
         return dq, dk, None, d_theta.sum(0).to(theta.dtype)
 
 
