@@ -427,11 +427,15 @@ def test_a_launcher_that_had_the_interrupt_too_is_not_kept_waiting(done, tmp_pat
 
 
 def test_the_second_interrupt_ends_all():
-    with _turns.interrupts() as asked:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
+    try:
+        with _turns.interrupts() as asked:
             os.kill(os.getpid(), signal.SIGINT)
+            assert asked
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Terminal:
