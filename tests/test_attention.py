@@ -141,6 +141,7 @@ def _variants(lengths, form):
         check_against_oracle(x, lengths, sequence, cu_seqlens=cu_seqlens)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lengths", [(77,), (66, 9), (7, 0, 66)], ids=str)
 def test_normaliser_and_grouped_values(lengths, form):

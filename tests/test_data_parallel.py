@@ -90,6 +90,7 @@ def _gradients(factors, scheme):
     assert_same_parameters(model, alone, lambda p: p.grad)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize(
     ("factors", "scheme"),
     [(f, s) for f in FACTORS for s in ("sync_grads", "ddp", "fsdp2")] + [(f, "fsdp2") for f in HYBRID],

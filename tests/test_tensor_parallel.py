@@ -103,6 +103,7 @@ def _gradients(family, sizes, scheme, fused):
     assert_same(model, alone, lambda p: p.grad)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("family", ["tnl", "linear_transformer", *MIXERS])
 def test_every_gradient_is_that_of_one_process(family, fused):
@@ -153,6 +154,7 @@ def test_a_last_layer_that_is_more_than_its_weight(family, what):
 MESHES = [{"dp_shard": 1, "sp": 2, "tp": 2}, {"dp_shard": 2, "sp": 1, "tp": 2}]
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("sizes", MESHES, ids=["1x2x2", "2x1x2"])
 @pytest.mark.parametrize("scheme", ["sync_grads", "fsdp2"])
 @pytest.mark.parametrize("family", ["tnl", "gla", "gated_delta_net", "mamba2", "linear_transformer"])
