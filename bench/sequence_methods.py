@@ -131,7 +131,7 @@ def _split_tokens_between_layers(model: Any) -> None:
         if isinstance(layer, GatedLinearAttention | SimpleGLU):
             layer.parts = layer.out.parts = tokens = _Tokens(layer.parts)  # type: ignore[assignment]
     run = model.run
-    model.run = lambda x, position_ids, layout: run(_Cut.apply(x, tokens), position_ids, layout)
+    model.run = lambda x, position_ids, layout: run(tokens.cut(x), position_ids, layout)
     model.norm = nn.Sequential(model.norm, _Gathered(tokens))
 
 
@@ -142,10 +142,18 @@ class _Tokens:
         self.ranks, self.number, self.rank, self.total = ranks, ranks.number, ranks.rank, ranks.total
 
     def enter(self, x: Tensor) -> Tensor:
-        return _Enter.apply(x, self)  # type: ignore[return-value]
+        return _Moved.apply(x, self.gather, self.scatter)  # type: ignore[return-value]
 
     def leave(self, x: Tensor) -> Tensor:
-        return _Leave.apply(x, self)  # type: ignore[return-value]
+        return _Moved.apply(x, self.scatter, self.gather)  # type: ignore[return-value]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Of what is the same on all ranks."""
+        return _Moved.apply(x, self.own, self.gather)  # type: ignore[return-value]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """For what gives every rank the same gradient."""
+        return _Moved.apply(x, self.gather, self.own)  # type: ignore[return-value]
 
     def gather(self, x: Tensor) -> Tensor:
         """x [1, T, D] of all ranks, one behind the other."""
@@ -171,52 +179,17 @@ class _Gathered(nn.Module):
         self.tokens = tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Whole.apply(x, self.tokens)  # type: ignore[return-value]
+        return self.tokens.whole(x)
 
 
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, tokens):
-        ctx.tokens = tokens
-        return tokens.gather(x)
+class _Moved(torch.autograd.Function):
+    """There in forward, and the gradient back in backward."""
 
     @staticmethod
-    def backward(ctx, gradient):
-        return ctx.tokens.scatter(gradient), None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, tokens):
-        ctx.tokens = tokens
-        return tokens.scatter(x)
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.tokens.gather(gradient), None
-
-
-class _Cut(torch.autograd.Function):
-    """Of what is the same on all ranks."""
-
-    @staticmethod
-    def forward(ctx, x, tokens):
-        ctx.tokens = tokens
-        return tokens.own(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.tokens.gather(gradient), None
-
-
-class _Whole(torch.autograd.Function):
-    """Its gradient is the same on all ranks."""
-
-    @staticmethod
-    def forward(ctx, x, tokens):
-        ctx.tokens = tokens
-        return tokens.gather(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.tokens.own(gradient), None
+        return ctx.back(gradient), None, None

@@ -86,11 +86,16 @@ def test_memory_does_not_grow_with_tokens():
 def test_the_host_does_not_wait_in_a_step():
     model, ids = on_gpu("tnl", torch.bfloat16)
     _, decoding = steps(model, lasp.prefill(model, ids), ids[:, :5], cuda_graph=True)
+    before = decoding.logits.clone()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        decoding.step(ids[:, 0])
+        decoding.step(ids[:, 0])  # raises where the host waits,
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            decoding.logits[0, 0].item()  # as here
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(decoding.logits, before)
+    assert decoding.lengths == [ids.shape[1] + 6] * 3
 
 
 def test_a_state_moves_between_devices(tmp_path):
