@@ -147,12 +147,81 @@ def scaling(result: dict) -> Figure:
     return figure
 
 
+def kernels(result: dict) -> Figure:
+    """Of one suite with peers: time over length, and how near forward and backward come to the roofline."""
+    compared = {row["suite"] for row in result["rows"] if row["what"] != "lasp"}
+    rows = [row for row in result["rows"] if row["suite"] in compared]
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    times, roofline = figure.subplots(1, 2)
+    for number, ((what,), of) in enumerate(groups(rows, "what").items()):
+        lengths, color = [row["T"] for row in of], f"C{number}"
+        total = [row["fwd ms"] + row["bwd ms"] for row in of]
+        times.plot(lengths, total, marker="o", color=color, label=what)
+        for part, style, name in (("fwd", "-", "forward"), ("bwd", "--", "backward")):
+            percent = [row[f"{part} % floor"] for row in of]
+            roofline.plot(lengths, percent, marker="o", color=color, linestyle=style, label=f"{what}, {name}")
+    roofline.axhline(100, color="black", label="each tensor moved once, at copy speed")
+    for axes in (times, roofline):
+        double_steps(axes, [row["T"] for row in rows], "tokens of a sequence")
+    times.set(yscale="log", ylabel="ms", title="Forward and backward")
+    roofline.set(ylim=(0, 108), ylabel="% of the memory roofline", title="How near the memory roofline")
+    times.yaxis.set_major_formatter(FuncFormatter(count))
+    times.legend()
+    roofline.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    first = rows[0]
+    shape = f"B = {first['B']}, {first['H']} heads of {first['D']} x {first['D']}"
+    figure.suptitle(f"Linear attention on one GPU, bf16, {shape}, decay {first['decay']}")
+    return figure
+
+
+def delta(result: dict) -> Figure:
+    """Bars of forward, and of backward on top, at the longest sequence: ours and every peer's that ran."""
+    longest = max(row["T"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["T"] == longest and row["fwd ms"] and row["bwd ms"]]
+    names = {"none": "DeltaNet", "token": "Gated DeltaNet", "channel": "KDA"}
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for axes, ((decay,), of) in zip(figure.subplots(1, 3), groups(rows, "decay").items()):
+        what = ["lasp" if row["kernels"] == "triton" else row["kernels"] for row in of]
+        forward, backward = [row["fwd ms"] for row in of], [row["bwd ms"] for row in of]
+        axes.bar(what, forward, label="forward")
+        bars = axes.bar(what, backward, bottom=forward, label="backward")
+        axes.bar_label(bars, [f"{a + b:.3g}" for a, b in zip(forward, backward)], fontsize=8)
+        axes.margins(y=0.1)
+        axes.set(title=names[decay], ylabel="ms")
+        axes.legend(fontsize=8)
+    figure.suptitle(f"The delta rule on one GPU, bf16, {longest:,} tokens, heads of {rows[0]['dim']}")
+    return figure
+
+
+FAMILY_NAMES = {"fixed": "ALiBi slopes", "none": "no decay", "token": "a decay per token", "channel": "per channel",
+                "delta": "DeltaNet", "gated_delta": "Gated DeltaNet", "kda": "KDA"}  # fmt: skip
+
+
+def families_over_ranks(rows: list[dict], about: str) -> Figure:
+    """Weak scaling of forward and backward together, a panel for each length, a line for each family."""
+    of_lengths = list(groups((row for row in rows if row["direction"] == "both"), "tokens a rank").items())
+    figure = Figure(figsize=(5 * len(of_lengths), 4.5), layout="constrained")
+    for axes, ((tokens,), of) in zip(figure.subplots(1, len(of_lengths), squeeze=False)[0], of_lengths):
+        for (decay,), line in groups(of, "decay").items():
+            percent = [row["% of ideal"] for row in line]
+            axes.plot([row["ranks"] for row in line], percent, marker="o", label=FAMILY_NAMES[decay])
+        double_steps(axes, [row["ranks"] for row in of], "GPUs")
+        axes.axhline(100, color="black")
+        axes.set(ylim=(0, 108), title=f"{count(tokens)} tokens on each GPU", ylabel="speed of a GPU, % of one alone")
+        axes.legend(fontsize=8, loc="lower left")
+    figure.suptitle(f"Operators over GPUs of one machine, forward and backward, {about}")
+    return figure
+
+
 def operator_scaling(result: dict) -> Figure:
-    """Weak scaling of forward and of backward, % of ideal; strong scaling, speed-up."""
+    """Weak scaling of forward and of backward, % of ideal; strong scaling, speed-up. Of many families both together."""
+    tables = result["tables"]
+    rows = tables.get("weak scaling", result["rows"])  # the main table of a record that was typed from a broken-off run
+    if any(row["decay"] not in ("fixed", "none") for row in rows):
+        return families_over_ranks(rows, result["facts"]["inputs"])
     figure = Figure(figsize=(15, 5), layout="constrained")
     forward, backward, strong = figure.subplots(1, 3)
-    tables = result["tables"]
-    rows, total = tables["weak scaling"], tables["strong scaling"]
+    total = tables["strong scaling"]
     for axes, direction in ((forward, "forward"), (backward, "backward")):
         percent = [row for row in rows if row["direction"] == direction]
         decay_lines(axes, percent, "tokens a rank", "% of ideal", lambda tokens: f"{count(tokens)} tokens on each rank")
@@ -358,6 +427,8 @@ DRAWINGS: dict[str, Callable[[dict], Figure]] = {
     "simulation": simulation,
     "scaling": scaling,
     "operator_scaling": operator_scaling,
+    "kernels": kernels,
+    "delta": delta,
     "lengths": lengths,
     "families_published": published,
     "families": families,

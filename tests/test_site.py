@@ -113,7 +113,7 @@ def test_the_reference_has_every_name(pages):
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", "CONTRIBUTING.md", *(f"docs/{x.name}" for x in (ROOT / "docs").glob("*.md"))]
+    "path", ["README.md", "CONTRIBUTING.md", *(str(x.relative_to(ROOT)) for x in (ROOT / "docs").rglob("*.md"))]
 )
 def test_a_page_has_what_its_markdown_has(pages, path):
     """As many headings, list items, rows, blocks of code and pictures as by GitHub's rules (markdown-it's)."""

@@ -1,0 +1,171 @@
+"""The pages of docs/ can be read by somebody who has not seen this project; what is for ourselves stands in docs/lab/.
+
+One number a cell, the field's words, no diary, no page without end, and a record behind every number of performance.md.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+LONGEST = 400  # lines of a page
+LENGTHS = {"kernels.md": 200, "exchange.md": 150, "performance.md": 160, "glossary.md": 30}
+PLAIN = ("exchange.md", "families.md", "glossary.md", "how-it-works.md", "kernels.md", "performance.md")
+FIELD = {  # this project's words, and what readers of these pages know them as
+    r"multiprocessors?": "SM",
+    r"(the )?floor": "roofline",
+    r"programs?": "thread block",
+    r"tiles?": "chunk",
+    r"boards?": "symmetric memory",
+}
+
+NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?"
+SEVERAL = re.compile(rf"{NUMBER}(?:, {NUMBER})+ / {NUMBER}|{NUMBER} / {NUMBER}(?:, {NUMBER})+")
+COMMIT = re.compile(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{7}\b")
+LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]*)\)")
+
+
+def rows_of(text):
+    """The cells of every row of a page's tables, without heads and rules."""
+    rows, lines = [], re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE).splitlines()
+    for n, line in enumerate(lines):
+        if not line.startswith("|") or (n + 1 < len(lines) and re.fullmatch(r"[|\s:-]+", lines[n + 1])):
+            continue
+        if not re.fullmatch(r"[|\s:-]+", line):
+            rows.append([cell.strip().strip("*") for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
+def prose_of(text):
+    """A page without code, links' targets and pictures."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\]\([^)\s]*\)", "]", text)
+
+
+def crowded(text):
+    return [cell for row in rows_of(text) for cell in row if SEVERAL.search(cell)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_cell_holds_one_thing(page):
+    assert crowded((DOCS / page).read_text()) == []
+
+
+def test_what_is_no_cell_for_a_reader():
+    """The cells that this is about are found, and no others."""
+    head = "| a | b |\n|---|---|\n"
+    assert crowded(f"{head}| 8,192 | 28, 16 / 26, 15 |") == ["28, 16 / 26, 15"]
+    assert crowded(f"{head}| **0.252** | 50 / 7.5, 3 |") == ["50 / 7.5, 3"]
+    assert crowded(f"{head}| 1,024 | fp32, bf16 / none |\n\n```\n| 1, 2 / 3, 4 |\n```\n") == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_without_end(page):
+    assert len((DOCS / page).read_text().splitlines()) <= LENGTHS.get(page, LONGEST)
+
+
+@pytest.mark.parametrize("page", PLAIN)
+def test_a_page_is_no_diary(page):
+    """It says what is so; at which commit what was tried is for docs/lab/."""
+    assert COMMIT.findall(prose_of((DOCS / page).read_text())) == []
+    assert COMMIT.findall("(29aa4ff, one run), 1234567 tokens, defaced") == ["29aa4ff"]
+
+
+@pytest.mark.parametrize("page", ["exchange.md", "kernels.md", "performance.md"])
+def test_a_page_has_the_words_of_the_field(page):
+    prose = prose_of((DOCS / page).read_text())
+    found = {word: re.findall(rf"(?i)\b{word}\b", prose) and instead for word, instead in FIELD.items()}
+    assert {word: instead for word, instead in found.items() if instead} == {}
+
+
+@pytest.mark.parametrize("page", ["exchange.md", "how-it-works.md", "kernels.md"])
+def test_a_picture_comes_early(page):
+    text = (DOCS / page).read_text()
+    [picture] = re.findall(r"^!\[.+\]\((\S+\.svg)\)$", text, re.MULTILINE)
+    assert (DOCS / picture).is_file()
+    assert text.index(picture) < text.index("## " if page != "how-it-works.md" else "## Three levels")
+
+
+def test_the_glossary_ties_each_word_to_the_field():
+    rows = rows_of((DOCS / "glossary.md").read_text())
+    assert 0 < len(rows) <= 15
+    assert [row for row in rows if len(row) != 3 or not all(row)] == []
+    known = {row[0] for row in rows_of((DOCS / "how-it-works.md").read_text().split("## Fifteen words")[1])}
+    assert len(known) == 15
+    assert known & {row[0] for row in rows} == set()
+
+
+def record_of(row):
+    """The one record that a row links to."""
+    [target] = LINK.findall(row[-1])
+    return DOCS / target
+
+
+def test_each_number_of_the_performance_is_in_its_record():
+    """A row with a number ends with its record, in which all numbers that are a cell of it stand."""
+    checked, lacking = 0, []
+    for row in rows_of((DOCS / "performance.md").read_text()):
+        numbers = [cell.replace(",", "") for cell in row if re.fullmatch(NUMBER, cell)]
+        if not numbers:
+            continue
+        record = record_of(row)
+        assert record.parent == DOCS / ".." / "bench" / "results"
+        assert record.is_file(), row
+        said = set(re.findall(r"[\d.]+(?:e[-+]?\d+)?", record.read_text().replace(",", "")))
+        lacking += [(record.name, x) for x in numbers if x not in said and float(x) not in map(float_of, said)]
+        checked += len(numbers)
+    assert lacking == []
+    assert checked > 80
+
+
+def float_of(text):
+    try:
+        return float(text)
+    except ValueError:  # the end of a sentence, or a version
+        return None
+
+
+def test_each_plot_of_the_performance_has_its_command_and_record():
+    text = (DOCS / "performance.md").read_text()
+    plots = re.findall(r"^!\[[^\]]+\]\((\S+)\.png\)\n\n(.*?)(?=^!\[|^#|^\|)", text, re.MULTILINE | re.DOTALL)
+    assert len(plots) >= 4
+    for plot, words in plots:
+        assert (DOCS / f"{plot}.png").is_file()
+        assert f"({plot}.md)" in words
+        assert re.search(r"`(torchrun .* |python )bench/\w+\.py[^`]*`", words.replace("\n", " ")), plot
+        assert re.search(r"^`(python|torchrun) ", (DOCS / f"{plot}.md").read_text(), re.MULTILINE), plot
+
+
+def slugs_of(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *DOCS.rglob("*.md")]
+    broken, counted = [], 0
+    for page in pages:
+        for target in LINK.findall(page.read_text()):
+            file, _, anchor = target.partition("#")
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            found = page if not file else (page.parent / file).resolve()
+            counted += 1
+            if not found.exists() or (anchor and found.suffix == ".md" and anchor not in slugs_of(found.read_text())):
+                broken.append((page.name, target))
+    assert broken == []
+    assert counted > 200
+
+
+def test_pages_that_the_code_names_are_there():
+    named = {}
+    for folder in ("lasp", "kernels", "tests", "bench", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text()):
+                named.setdefault(page, file.name)
+    assert len(named) > 5
+    assert {page: file for page, file in named.items() if not (ROOT / page).is_file()} == {}
