@@ -280,7 +280,7 @@ def lengths(result: dict) -> Figure:
 def families(result: dict) -> Figure:
     """Tokens a second over the length, a line a family: the operator, forward and backward, and a training step."""
     steps = [(title, rows) for title, rows in result.get("tables", {}).items() if rows]
-    figure = Figure(figsize=(13 if steps else 7, 5), layout="constrained")
+    figure = Figure(figsize=(15 if steps else 9, 5), layout="constrained")
     of_rows = "a training step" if "step ms" in result["rows"][0] else "the operator of a layer, forward and backward"
     pairs = [(of_rows, result["rows"]), *steps]
     for axes, (title, rows) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):
@@ -293,9 +293,11 @@ def families(result: dict) -> Figure:
             axes.plot([row["T"] for row in theirs], speed, **style)
         double_steps(axes, [row["T"] for row in rows], "tokens of a sequence")
         axes.set_yscale("log")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_ylabel("tokens/s of one GPU")
         axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle("Families of linear attention; dotted: fla-core's, or of softmax PyTorch's kernel", fontsize=10)
     return figure
 

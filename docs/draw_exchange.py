@@ -21,7 +21,7 @@ RECORD = FILE.parent.parent / "bench" / "results" / "2026-11-22_operator_scaling
 RANKS, MIB = 4, 16
 SIZES = Sizes(state=MIB * 2**20, gathered=MIB * 2**20, read=MIB * 2**20, columns=256)
 
-WIDTH, HEIGHT = 800, 776
+WIDTH, HEIGHT = 800, 786
 LEFT, RIGHT = 236, 724  # of the time
 PANEL, STEP = 142, 26  # heights: of a schedule, of a rank
 
@@ -81,7 +81,7 @@ def panel(top: float, name: str, schedule: Schedule, scale: float) -> list[str]:
         drawn += [line(x1 + 1, levels[source], x2 - 1, levels[target], ink, head)]
     x = LEFT + scale * seconds
     drawn += [line(x, levels[0] - 8, x, levels[-1] + 8, BACKWARD)]
-    return [*drawn, text(x + 8, levels[-1] + 19, f"{1e6 * seconds:.0f} us", size=13, ink=BACKWARD, bold=True)]
+    return [*drawn, text(x + 8, levels[-1] + 23, f"{1e6 * seconds:.0f} us", size=13, ink=BACKWARD, bold=True)]
 
 
 def picture() -> str:
@@ -93,9 +93,11 @@ def picture() -> str:
     drawn += [text(LEFT, 32, "time", size=12, anchor="start", ink=PALE)]
     for n, name in enumerate(WORDS):
         drawn += panel(48 + PANEL * n, name, schedules[name], scale)
-    words = f'Four H100s of one host, a state of {MIB} MiB, by the formulas with which "auto" chooses. Red: the last rank has its'
+    words = f'Four H100s of one host, a state of {MIB} MiB, by the formulas with which "auto" chooses.'
     drawn += [text(24, HEIGHT - 30, words, size=12, anchor="start", ink=PALE)]
-    words = "state. Gray: what a collective sends round and no causal sequence needs. Yellow: the meeting."
+    words = (
+        "Red: the last rank has its state. Gray: what a collective sends round and nobody needs. Yellow: the meeting."
+    )
     drawn += [text(24, HEIGHT - 13, words, size=12, anchor="start", ink=PALE)]
     return svg(WIDTH, HEIGHT, title, drawn)
 

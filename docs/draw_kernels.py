@@ -32,7 +32,8 @@ def borders(plan: Plan) -> list[float]:
 
 def label(y: float, words: str, file: str) -> list[str]:
     """Of a row: what it makes, and the file of its kernel."""
-    return [text(LABELS, y, words, size=14, anchor="start"), text(LABELS, y + 17, file, size=12, anchor="start", ink=PALE)]
+    drawn = [text(LABELS, y, words, size=14, anchor="start")]
+    return [*drawn, text(LABELS, y + 17, file, size=12, anchor="start", ink=PALE)]
 
 
 def row(y: float, plan: Plan, words: str, edge: str, shade: str) -> list[str]:
@@ -54,8 +55,9 @@ def scan(y: float, plan: Plan, letter: str, ink: str, *, reverse: bool) -> list[
         start, end = (right, left) if reverse else (left, right)
         drawn += [line(start + 19 * way, y, end - 19 * way, y, ink, head)]
         drawn += [line((left + right) / 2, y - 26, (left + right) / 2, y - 3, ink, head)]
-    outer = (RIGHT + 44, RIGHT + 19, LEFT - 19, LEFT - 44) if reverse else (LEFT - 44, LEFT - 19, RIGHT + 19, RIGHT + 44)
-    return [*drawn, line(outer[0], y, outer[1], y, ink, head), line(outer[2], y, outer[3], y, ink, head)]
+    outer = (LEFT - 44, LEFT - 19, RIGHT + 19, RIGHT + 44)
+    first, second, third, fourth = reversed(outer) if reverse else outer
+    return [*drawn, line(first, y, second, y, ink, head), line(third, y, fourth, y, ink, head)]
 
 
 def forward() -> list[str]:

@@ -40,7 +40,7 @@ class Config(NamedTuple):
 
 
 # By kernel: for 2-byte inputs whose contracted dim is <= 128, or more; then the same for 4-byte inputs.
-# A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/lab/kernels.md). For wide heads the
+# A tile of 64 tokens, 64 columns, 4 warps, 4 stages measured best on an H100 (docs/lab/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
 # Two stages of wide heads are for cards with less shared memory; and with a decay per token fewer blocks of columns
 # work out the decays between a tile's tokens. Row sums read one more tensor; with them two stages are faster for all
