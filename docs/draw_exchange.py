@@ -95,9 +95,7 @@ def picture() -> str:
         drawn += panel(48 + PANEL * n, name, schedules[name], scale)
     words = f'Four H100s of one host, a state of {MIB} MiB, by the formulas with which "auto" chooses.'
     drawn += [text(24, HEIGHT - 30, words, size=12, anchor="start", ink=PALE)]
-    words = (
-        "Red: the last rank has its state. Gray: what a collective sends round and nobody needs. Yellow: the meeting."
-    )
+    words = "Red: the last rank has its state. Gray: what a collective sends and nobody needs. Yellow: the meeting."
     drawn += [text(24, HEIGHT - 13, words, size=12, anchor="start", ink=PALE)]
     return svg(WIDTH, HEIGHT, title, drawn)
 

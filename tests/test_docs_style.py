@@ -3,6 +3,8 @@
 One number a cell, the field's words, no diary, no page without end, and a record behind every number of performance.md.
 """
 
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -173,3 +175,53 @@ def test_pages_that_the_code_names_are_there():
                 named.setdefault(page, file.name)
     assert len(named) > 5
     assert {page: file for page, file in named.items() if not (ROOT / page).is_file()} == {}
+
+
+def drawn(monkeypatch, name):
+    """The function of bench/plots.py that draws a record, and the record."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    plots = importlib.import_module("plots")
+    result = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    kind = next(kind for kind in plots.DRAWINGS if result["benchmark"].startswith(kind))
+    return plots.DRAWINGS[kind](result), result
+
+
+def lines_of(axes):
+    return {line.get_label(): [float(y) for y in line.get_ydata()] for line in axes.lines}
+
+
+def test_the_plot_of_kernels_has_what_the_record_has(monkeypatch):
+    figure, result = drawn(monkeypatch, "2026-11-22_kernels_published_lengths")
+    rows = [row for row in result["rows"] if row["suite"] == "published"]  # which alone has a peer
+    times, roofline = figure.axes
+    for what in ("lasp", "fla"):
+        of = [row for row in rows if row["what"] == what]
+        assert len(of) >= 5
+        assert lines_of(times)[what] == pytest.approx([row["fwd ms"] + row["bwd ms"] for row in of])
+        assert lines_of(roofline)[f"{what}, forward"] == [row["fwd % floor"] for row in of]
+        assert lines_of(roofline)[f"{what}, backward"] == [row["bwd % floor"] for row in of]
+
+
+def test_the_plot_of_the_delta_rule_has_every_peer_that_ran(monkeypatch):
+    figure, result = drawn(monkeypatch, "2026-11-27_delta_1xH200")
+    found = {axes.get_title(): [tick.get_text() for tick in axes.get_xticklabels()] for axes in figure.axes}
+    assert found == {
+        "DeltaNet": ["lasp", "fla"],
+        "Gated DeltaNet": ["lasp", "fla", "flashqla"],
+        "KDA": ["lasp", "fla", "cudnn"],
+    }
+    heights = [bar.get_y() + bar.get_height() for axes in figure.axes for bar in axes.containers[1]]
+    ran = [row for row in result["rows"] if row["T"] == 131072 and row["fwd ms"]]
+    assert heights == pytest.approx([row["fwd ms"] + row["bwd ms"] for row in ran])
+
+
+def test_the_plot_of_many_families_over_ranks(monkeypatch):
+    figure, result = drawn(monkeypatch, "2026-11-26_operator_scaling_8xH200")
+    assert [axes.get_title() for axes in figure.axes] == [f"{n}K tokens on each GPU" for n in (8, 32, 128)]
+    both = [row for row in result["rows"] if (row["tokens a rank"], row["direction"]) == (131072, "both")]
+    lines = lines_of(figure.axes[-1])
+    for decay, name in (("fixed", "ALiBi slopes"), ("kda", "KDA")):
+        assert lines[name] == [row["% of ideal"] for row in both if row["decay"] == decay]
+    figure, _ = drawn(monkeypatch, "2026-11-22_operator_scaling_4xcuda")  # of two decays: as before
+    assert [axes.get_title() for axes in figure.axes][:2] == ["Weak scaling, forward", "Weak scaling, backward"]
