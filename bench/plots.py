@@ -193,6 +193,23 @@ def delta(result: dict) -> Figure:
     return figure
 
 
+def decode(result: dict) -> Figure:
+    """Tokens a second of one request over what came before: ours, which does not depend on it, and a softmax model."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(ylabel="tokens/s of one request", title="One token more, 1B parameters, one GPU")
+    prompts = result["tables"]["lengths"]
+    softmax = [row for row in result["rows"] if row["model"] == "softmax"]
+    ours = [row["tokens of the prompt"] for row in prompts]
+    axes.plot(ours, [row["tokens/s"] for row in prompts], marker="o", label="TransNormerLLM, lasp")
+    contexts = [int(row["context"]) for row in softmax]
+    rates = [row["tokens/s"] for row in softmax]
+    axes.plot(contexts, rates, marker="o", label="softmax attention (Llama of the same size)")
+    double_steps(axes, [*ours, *contexts], "tokens before")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
 FAMILY_NAMES = {"fixed": "ALiBi slopes", "none": "no decay", "token": "a decay per token", "channel": "per channel",
                 "delta": "DeltaNet", "gated_delta": "Gated DeltaNet", "kda": "KDA"}  # fmt: skip
 
@@ -431,6 +448,7 @@ DRAWINGS: dict[str, Callable[[dict], Figure]] = {
     "operator_scaling": operator_scaling,
     "kernels": kernels,
     "delta": delta,
+    "decode_contexts": decode,
     "lengths": lengths,
     "families_published": published,
     "families": families,

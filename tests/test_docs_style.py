@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 LONGEST = 400  # lines of a page
-LENGTHS = {"kernels.md": 200, "exchange.md": 150, "performance.md": 160, "glossary.md": 30}
+LENGTHS = {"kernels.md": 200, "exchange.md": 150, "performance.md": 180, "glossary.md": 30}
 PLAIN = ("exchange.md", "families.md", "glossary.md", "how-it-works.md", "kernels.md", "performance.md")
 FIELD = {  # this project's words, and what readers of these pages know them as
     r"multiprocessors?": "SM",
@@ -225,3 +225,12 @@ def test_the_plot_of_many_families_over_ranks(monkeypatch):
         assert lines[name] == [row["% of ideal"] for row in both if row["decay"] == decay]
     figure, _ = drawn(monkeypatch, "2026-11-22_operator_scaling_4xcuda")  # of two decays: as before
     assert [axes.get_title() for axes in figure.axes][:2] == ["Weak scaling, forward", "Weak scaling, backward"]
+
+
+def test_the_plot_of_decoding_has_both_models(monkeypatch):
+    figure, result = drawn(monkeypatch, "2026-11-27_decode_contexts")
+    lines = lines_of(figure.axes[0])
+    assert lines["TransNormerLLM, lasp"] == [row["tokens/s"] for row in result["tables"]["lengths"]]
+    softmax = [row["tokens/s"] for row in result["rows"] if row["model"] == "softmax"]
+    assert lines["softmax attention (Llama of the same size)"] == softmax
+    assert len(softmax) > 5
