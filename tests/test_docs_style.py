@@ -218,13 +218,16 @@ def test_the_plot_of_the_delta_rule_has_every_peer_that_ran(monkeypatch):
 
 def test_the_plot_of_many_families_over_ranks(monkeypatch):
     figure, result = drawn(monkeypatch, "2026-11-26_operator_scaling_8xH200")
-    assert [axes.get_title() for axes in figure.axes] == [f"{n}K tokens on each GPU" for n in (8, 32, 128)]
+    assert [axes.get_title() for axes in figure.axes] == [f"{n}K tokens on each" for n in (8, 32, 128)]
     both = [row for row in result["rows"] if (row["tokens a rank"], row["direction"]) == (131072, "both")]
     lines = lines_of(figure.axes[-1])
     for decay, name in (("fixed", "ALiBi slopes"), ("kda", "KDA")):
         assert lines[name] == [row["% of ideal"] for row in both if row["decay"] == decay]
-    figure, _ = drawn(monkeypatch, "2026-11-22_operator_scaling_4xcuda")  # of two decays: as before
-    assert [axes.get_title() for axes in figure.axes][:2] == ["Weak scaling, forward", "Weak scaling, backward"]
+    figure, _ = drawn(
+        monkeypatch, "2026-11-22_operator_scaling_4xcuda"
+    )  # of two decays: with each direction, and strong
+    assert len(figure.axes) >= 3
+    assert not any("on each" in axes.get_title() and "K" in axes.get_title()[:4] for axes in figure.axes)
 
 
 def test_the_plot_of_decoding_has_both_models(monkeypatch):
