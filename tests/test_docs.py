@@ -1,6 +1,6 @@
 """What the documentation shows runs as it stands there."""
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -176,12 +176,22 @@ def test_how_it_works_on_four_pretend_ranks():
         torch.testing.assert_close(torch.cat(ours), theirs[0, :, 0])
 
 
-def test_how_it_works_says_what_the_code_does():
+@pytest.fixture
+def drawing(monkeypatch):
+    """A script of docs/ that draws a picture, by its name; what it draws is what lies there."""
+    monkeypatch.syspath_prepend(str(DOCS))
+
+    def script(name):
+        draw = importlib.import_module(name)
+        assert draw.picture() == draw.FILE.read_text(), f"python docs/{name}.py"
+        return draw
+
+    return script
+
+
+def test_how_it_works_says_what_the_code_does(drawing):
     """The picture is the one that the script draws from the plan; the page has its numbers, and fifteen words."""
-    spec = importlib.util.spec_from_file_location("draw_how_it_works", DOCS / "draw_how_it_works.py")
-    draw = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw)
-    assert draw.picture() == draw.FILE.read_text(), "python docs/draw_how_it_works.py"
+    draw = drawing("draw_how_it_works")
     page = (DOCS / "how-it-works.md").read_text()
     said = " ".join(page.split())
     assert f"| tile | {draw.PLAN.walk_tile} tokens |" in page
@@ -190,3 +200,54 @@ def test_how_it_works_says_what_the_code_does():
     assert f"{draw.HEADS} heads of {draw.CHANNELS} x {draw.CHANNELS} it is 1 MiB" in said
     words = page.split("## Fifteen words")[1]
     assert len(re.findall(r"^\| \*\*", words, re.MULTILINE)) == 15
+
+
+def test_the_page_about_kernels_says_what_the_code_does(drawing):
+    """Its picture is drawn from the plan, and the numbers of the text are the plan's; its files are there."""
+    from lasp_kernels import plan
+
+    draw = drawing("draw_kernels")
+    page = (DOCS / "kernels.md").read_text()
+    said = " ".join(page.split())
+    walk = plan.config_of("walk", draw.CHANNELS, 2)
+    assert f"{walk.tile} tokens, {walk.columns} columns of S, {walk.warps} warps, {walk.stages} stages." in said
+    assert f"fp32** inputs have chunks of {plan.config_of('walk', draw.CHANNELS, 4).tile}" in said
+    wide = plan.config_of("walk", plan.MAX_DIM, 2)
+    assert f"**K above 128**: {wide.columns} columns, {wide.stages} stages" in said
+    assert plan.config_of("row-sum walk", draw.CHANNELS, 2).stages == 2  # two blocks with two stages
+    assert f"{draw.KEPT} MiB for the call of the picture" in said
+    chunks = draw.SHARD // walk.tile * draw.HEADS * draw.CHANNELS**2 * 4
+    assert f"The states of all chunks would be {chunks // 2**30} GiB there" in said
+    assert 4 * draw.CHANNELS**2 == 4 * walk.tile * draw.CHANNELS * 2 == 64 * 2**10  # a state; q, k, v, o of a chunk
+    assert f"K and V to {plan.MAX_DIM}" in said
+    kernels = ROOT / "kernels" / "lasp_kernels"
+    named = set(re.findall(r"`(\w+\.py)`", page))
+    assert len(named) > 25
+    assert {name for name in named if not (kernels / name).is_file()} == set()
+    source = "".join(file.read_text() for file in kernels.glob("*.py"))
+    named = set(re.findall(r"`(\w+_kernel)`", page))
+    assert {name for name in named if f"def {name}(" not in source} == set()
+    for command in re.findall(r"^(?:pytest|python) .*$", page, re.MULTILINE):
+        files = re.findall(r"\S+\.py", command)
+        assert files
+        assert all((ROOT / file).is_file() for file in files)
+
+
+def test_the_page_about_the_exchange_says_what_the_code_does(drawing):
+    """Its picture and its times are those of the schedules' own formulas; it has each of them."""
+    from lasp.exchange.cost import choose
+
+    draw = drawing("draw_exchange")
+    page = (DOCS / "exchange.md").read_text()
+    for name, schedule in draw.SCHEDULES.items():
+        assert f'| `"{name}"` |' in page
+        total = schedule.seconds(draw.SIZES, draw.RANKS, draw.NETWORK)
+        assert max(end for _, _, end, _ in draw.hops(schedule)) == pytest.approx(total)
+    mib = draw.Sizes(state=2**20, gathered=2**20, read=2**20, columns=128)
+    times = {n: f"{1e6 * x.seconds(mib, draw.RANKS, draw.NETWORK):.0f}" for n, x in draw.SCHEDULES.items()}
+    said = " ".join(page.split())
+    assert f"`all_gather` {times['all_gather']} us, `direct` {times['direct']}, `ring` {times['ring']}" in said
+    assert times["pipeline"] == times["ring"]  # which cuts nothing
+    assert '`"auto"` takes `direct` here for both sizes' in said
+    chosen = [choose(None, sizes, draw.RANKS, draw.NETWORK).schedule.name for sizes in (mib, draw.SIZES)]
+    assert chosen == ["direct", "direct"]
