@@ -72,7 +72,7 @@ def with_an_adapter(folder):
 
 def test_the_page_about_adapters(tmp_path):
     files = files_of("models.md")
-    for name in ("with_trainer.py", "verify_bamba.py", "own_layers.py"):  # below
+    for name in ("verify_bamba.py", "own_layers.py"):  # below
         files.pop(name)
     assert set(files) == {"their_library/layers.py", "split_their_library.py", "prove.py"}
     for name, text in files.items():
@@ -131,7 +131,7 @@ def test_layers_of_your_own():
 @pytest.mark.timeout(300)
 def test_the_program_with_a_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (exit_code, printed, error), _ = run_script(files_of("models.md")["with_trainer.py"], 2, limit=280.0)
+    (exit_code, printed, error), _ = run_script(files_of("trainer.md")["with_trainer.py"], 2, limit=280.0)
     assert exit_code == 0, error
     losses = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", printed)]
     assert len(losses) >= 3
@@ -235,3 +235,11 @@ def test_the_tree_of_files_is_that_of_the_repository():
     assert folders <= set(re.findall(r"^ *(\w+)/ ", tree, re.MULTILINE))
     alone = {path.name for path in [*(ROOT / "lasp").glob("*.py"), *(ROOT / "kernels" / "lasp_kernels").glob("*.py")]}
     assert alone - named - {"__init__.py", "__main__.py"} == set()
+
+
+def test_limits_name_tests_that_there_are():
+    rows = [row for row in (DOCS / "limits.md").read_text().splitlines() if row.startswith("| ")]
+    shown = [row.strip("| ").rpartition("|")[2].strip() for row in rows if "shown by" not in row]
+    named = {name for cell in shown for name in cell.split(", ") if name != "-"}
+    assert len(named) > 15
+    assert {name for name in named if not (ROOT / "tests" / f"test_{name}.py").is_file()} == set()

@@ -11,7 +11,7 @@ HOLE = "\0"  # what differs from one time to the next: {..} in the code, <..> on
 
 
 def text_of(node):
-    """What an expression makes: its constant parts, with a hole for each that is not constant; None if it is no text."""
+    """What an expression makes: constant parts, and a hole for each that is not constant; None if it is no text."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
