@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drawing import BACKWARD, FORWARD, INK, LINE, PALE, SHADE, box, line, svg, text
+from drawing import BACKWARD, FORWARD, PALE, SHADE, box, line, svg, text
 
 from lasp_kernels.plan import HEAD_DECAY, Plan, Sizes
 
