@@ -261,10 +261,9 @@ def test_dark_and_light(browser):
     page.close()
 
 
-@pytest.mark.parametrize(("name", "words", "strokes"), [("how-it-works", 50, 30), ("at-a-glance", 20, 5)])
-def test_nothing_covers_anything_in_a_picture(browser, name, words, strokes):
-    """Words do not touch each other, lines do not run through them, and all are inside."""
-    page, _ = opened(browser, (ROOT / "docs" / f"{name}.svg").as_uri())
+def test_nothing_covers_anything_in_the_picture(browser):
+    """Words of how-it-works.svg do not touch each other, lines do not run through them, and all are inside."""
+    page, _ = opened(browser, (ROOT / "docs" / "how-it-works.svg").as_uri())
     found = page.evaluate(
         """() => {
             const box = x => { const b = x.getBBox(); return [b.x, b.y, b.x + b.width, b.y + b.height] }
@@ -278,8 +277,8 @@ def test_nothing_covers_anything_in_a_picture(browser, name, words, strokes):
         return a[1] < b[3] and b[1] < a[3] and a[2] < b[4] and b[2] < a[4]
 
     texts, lines = found["texts"], [x for x in found["lines"] if x[1] == x[3] or x[2] == x[4]]
-    assert len(texts) > words
-    assert len(lines) > strokes
+    assert len(texts) > 50
+    assert len(lines) > 30
     assert [(a[0], b[0]) for n, a in enumerate(texts) for b in texts[:n] if meet(a, b)] == []
     # A line without width: a little of one.
     fat = [(d, x1 - 0.8, y1 - 0.8, x2 + 0.8, y2 + 0.8) for d, x1, y1, x2, y2 in lines]
