@@ -17,8 +17,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def files_of(page):
     """The code blocks of a page that begin with the name of a file."""
-    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-    return dict(blocks)
+    text = (ROOT / page if page == "README.md" else DOCS / page).read_text()
+    return dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", text, re.DOTALL))
 
 
 def printed_file(message):
@@ -72,7 +72,8 @@ def with_an_adapter(folder):
 
 def test_the_page_about_adapters(tmp_path):
     files = files_of("models.md")
-    files.pop("with_trainer.py")  # below
+    for name in ("verify_bamba.py", "own_layers.py"):  # below
+        files.pop(name)
     assert set(files) == {"their_library/layers.py", "split_their_library.py", "prove.py"}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -82,29 +83,55 @@ def test_the_page_about_adapters(tmp_path):
 
 
 @pytest.mark.timeout(300)  # of a loaded machine, on which each rank imports all this
-def test_the_first_program_of_the_readme(tmp_path):
+@pytest.mark.parametrize(("page", "name"), [("README.md", "train_mine.py"), ("models.md", "verify_bamba.py")])
+def test_the_first_programs(tmp_path, page, name):
     """What a newcomer starts first, on two ranks, as he does it."""
-    blocks = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "verify_bamba.py").write_text(dict(blocks)["verify_bamba.py"])
+    (tmp_path / name).write_text(files_of(page)[name])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "verify_bamba.py",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("2 ranks compute what one does") == 1
+    losses = [float(x) for x in re.findall(r"^step \d+: loss ([\d.]+)$", done.stdout, re.MULTILINE)]
+    assert len(losses) == (4 if name == "train_mine.py" else 0)
+    if losses:
+        assert losses[0] > 2.5  # log(16) is 2.77
+        assert losses[-1] < 0.1
+
+
+def with_own_layers(text):
+    """On two ranks: the layer of the page is what stood there before, on one rank and on both."""
+    import torch
+    import torch.nn.functional as F
+
+    import lasp
+
+    names = {"__name__": "own_layers"}
+    exec(compile(text, "own_layers.py", "exec"), names)
+    torch.manual_seed(0)
+    layer = names["ConvAndSoftmax"](16, 4).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    y = layer.conv(F.pad(x.transpose(1, 2), (3, 0))).transpose(1, 2)
+    q, k, v = layer.qkv(y).unflatten(-1, (3, 4, -1)).unbind(2)
+    o = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True).transpose(1, 2)
+    expected = layer.out(o.flatten(2))
+    torch.testing.assert_close(layer(x), expected)
+
+    mesh = lasp.init_mesh(sp=2)
+    model = torch.nn.Sequential(torch.nn.Embedding(16, 16), layer, torch.nn.Linear(16, 16)).double()
+    assert lasp.verify(lasp.parallelize(model, mesh["sp"]), mesh).ok
+    mine = x.tensor_split([4], 1)[torch.distributed.get_rank()]
+    torch.testing.assert_close(layer(mine), expected.tensor_split([4], 1)[torch.distributed.get_rank()])
+
+
+def test_layers_of_your_own():
+    run_ranks(2, with_own_layers, files_of("models.md")["own_layers.py"])
 
 
 @pytest.mark.timeout(300)
 def test_the_program_with_a_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (exit_code, printed, error), _ = run_script(files_of("models.md")["with_trainer.py"], 2, limit=280.0)
+    (exit_code, printed, error), _ = run_script(files_of("trainer.md")["with_trainer.py"], 2, limit=280.0)
     assert exit_code == 0, error
     losses = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", printed)]
     assert len(losses) >= 3
@@ -115,7 +142,7 @@ def test_the_program_with_a_trainer(tmp_path, monkeypatch):
 
 def test_code_on_the_pages_parses():
     parsed = []
-    for page in sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]):
+    for page in sorted([*DOCS.rglob("*.md"), DOCS.parent / "README.md"]):
         for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
             compile(code, page.name, "exec")  # raises SyntaxError
             parsed.append(page.name)
