@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 exchanges = {layer.exchanges for layer in lasp.explain(model)}
-torch.save({"loss": float(loss), "weights": weights, "exchanges": exchanges}, FOLDER + os.environ["RANK"] + ".pt")
+torch.save({"loss": float(loss), "weights": weights, "exchanges": exchanges}, os.environ["RANK"] + ".pt")
 """
 
 
@@ -51,7 +51,7 @@ def replaced(program, *pairs):
 def finished(program, ranks, folder, *arguments):
     """What each rank found in the end, and what rank 0 printed."""
     folder.mkdir(exist_ok=True)
-    before = f"import sys; sys.argv = {['recipe.py', *arguments]!r}; FOLDER = {str(folder) + '/'!r}\n"
+    before = f"import os, sys; os.chdir({str(folder)!r}); sys.argv = {['recipe.py', *arguments]!r}\n"
     ended = run_script(before + program + AFTER, ranks, limit=LIMIT)
     assert [code for code, *_ in ended] == [0] * ranks, "\n".join(error for *_, error in ended)
     assert [printed for _, printed, _ in ended[1:]] == [""] * (ranks - 1)
@@ -73,6 +73,10 @@ def losses(printed):
 
 # Compiled without kernels, which a C++ compiler takes long for on a CPU; beside one process that compiles nothing.
 COMPILE = "block.compile()"
+OTHER_SCHEMES = {
+    "ddp.py": [('"ddp"', '"ddp-legacy"'), ('"ddp"', '"zero1"')],
+    "fsdp2.py": [('"fsdp2"', '"zero2"')],
+}
 RANKS = {"ddp.py": (2, 4), "fsdp2.py": (2, 4)}
 COMPARED = [name for name in PROGRAMS if name not in {"recompute.py", "bf16.py", "resume.py", *ELSEWHERE}]
 
@@ -94,13 +98,16 @@ def test_ranks_find_what_one_process_does(name, tmp_path):
         found, _ = finished(in_fp64(program), ranks, tmp_path / f"split{ranks}")
         assert_same(found, expected)
         assert all(rank["exchanges"] for rank in found)
+    for scheme, other in OTHER_SCHEMES.get(name, ()):
+        found, _ = finished(replaced(in_fp64(program), (scheme, other)), 2, tmp_path / other.strip('"'))
+        assert_same(found, expected)
     _, as_it_stands = finished(program, 2, tmp_path / "fp32")
     assert losses(as_it_stands) == pytest.approx(losses(printed), abs=3e-5)
 
 
 def test_a_recompute_sends_nothing(tmp_path):
-    """In each of three steps a layer exchanges once forward and once back. (Compiled outside of the checkpoint it does so
-    twice forward: tests/test_recompute.py.)"""
+    """In each of three steps a layer exchanges once forward and once back; compiled outside of the checkpoint, once
+    more (tests/test_recompute.py)."""
     program = in_fp64(PROGRAMS["recompute.py"])
     [expected], _ = finished(replaced(program, (COMPILE, "pass")), 1, tmp_path / "alone")
     compiled = replaced(program, (COMPILE, 'block.compile(backend="aot_eager", fullgraph=True)'))
@@ -144,13 +151,14 @@ REFUSED = [
         "softmax.py",
         (
             "self.mixer(q, k, v, layout=layout)",
-            "nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)",
+            "nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)",
         ),
         "on a slice of the sequence",
     ),
     ("softmax.py", ("self.positions(position_ids)", "self.positions.weight[: input_ids.shape[1]]"), "on a slice"),
 ]
 WRONG = [
+    ("packed.py", [(', local["layout"])', ")")]),
     (
         "accumulate.py",
         [("(loss * tokens)", "loss"), ("p.grad /= total", "p.grad /= len(parts)")],

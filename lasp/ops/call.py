@@ -442,7 +442,7 @@ def _warn_of_documents(operator: str, x: Tensor, sequence: SequenceParallel | No
     if sequence.peers.packed == x.shape[:2]:
         warnings.warn(
             f"{operator} in layer {sequence.name!r} has no layout: the batch that shard_batch cut last is of packed "
-            f"documents, and these {x.shape[1]} tokens are as many as a slice of it; if they are one, its documents run "
+            f"documents, and these {x.shape[1]} tokens are as many as a slice of it; if they are one, documents run "
             "into each other: pass layout=local['layout']",
             stacklevel=3,
         )
