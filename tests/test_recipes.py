@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 exchanges = {layer.exchanges for layer in lasp.explain(model)}
-torch.save({"loss": float(loss), "weights": weights, "exchanges": exchanges}, os.environ["RANK"] + ".pt")
+torch.save({"loss": loss.item(), "weights": weights, "exchanges": exchanges}, os.environ["RANK"] + ".pt")
 """
 
 
@@ -52,6 +52,7 @@ def finished(program, ranks, folder, *arguments):
     """What each rank found in the end, and what rank 0 printed."""
     folder.mkdir(exist_ok=True)
     before = f"import os, sys; os.chdir({str(folder)!r}); sys.argv = {['recipe.py', *arguments]!r}\n"
+    before += "os.environ['CUDA_VISIBLE_DEVICES'] = ''\n"  # ranks are of a CPU also where there is a GPU
     ended = run_script(before + program + AFTER, ranks, limit=LIMIT)
     assert [code for code, *_ in ended] == [0] * ranks, "\n".join(error for *_, error in ended)
     assert [printed for _, printed, _ in ended[1:]] == [""] * (ranks - 1)
@@ -74,7 +75,7 @@ def losses(printed):
 # Compiled without kernels, which a C++ compiler takes long for on a CPU; beside one process that compiles nothing.
 COMPILE = "block.compile()"
 OTHER_SCHEMES = {
-    "ddp.py": [('"ddp"', '"ddp-legacy"'), ('"ddp"', '"zero1"')],
+    "ddp.py": [('"ddp"', '"zero1"')],
     "fsdp2.py": [('"fsdp2"', '"zero2"')],
 }
 RANKS = {"ddp.py": (2, 4), "fsdp2.py": (2, 4)}
@@ -250,7 +251,7 @@ def own_environment(folder):
         (programs / name).chmod(0o755)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
-    return found | {"PATH": path, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return found | {"PATH": path, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 # What srun does with a command on one host: as many tasks as there are to be, which know their number.
