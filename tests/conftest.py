@@ -23,7 +23,7 @@ transformers trainer streaming kernels verify faults kernels_on_ranks train comp
 delta_kernels streaming_transformers transformers_border init bench bits_alone agreement recompute messages presence
 elementwise data inference_transformers complete inference softmax co2 replicas schemes data_parallel tensor_parallel
 attention hosts padding loss remote_code families experts inference docs scripts checkpoint exchange launchers fla trl
-loops peft
+loops recipes peft
 """
 
 
