@@ -121,8 +121,7 @@ def claims_of(page: Path) -> Iterator[Claim]:
             for sentence in re.split(r"(?<=[a-z)%\d`][.:]) (?=[A-Z`*\[(])", " ".join(item.split())):
                 if records := records_in(sentence):
                     yield Claim(page.name, sentence, tuple(records))
-        last = re.split(r"(?<=[a-z)%\d`][.]) (?=[A-Z`*\[(])", " ".join(block.split()))[-1]
-        above = records_in(last) if block.rstrip().endswith(":") else []
+        above = records_in(block) if block.rstrip().endswith(":") else []
 
 
 # ---- what a record holds
