@@ -147,9 +147,11 @@ def plot(result: dict) -> bytes:
             fallen = [point for point in points if point[1] < 85]
             outside = bool(fallen) and name == names[1]  # the last curve to fall: to its right nothing is
             said = f"{name}\n(dashed: {TRAINED.strip(', ')})" if f"{name}{TRAINED}" in result["ways"] else name
-            place = {"ha": "left" if outside else "right", "va": "center" if fallen else "top", "color": color}
             away = (10 if outside else -10, 0) if fallen else (0, -8)
-            axes.annotate(said, fallen[0] if fallen else points[-1], away, textcoords="offset points", **place)
+            text = axes.annotate(
+                said, fallen[0] if fallen else points[-1], away, textcoords="offset points", color=color
+            )
+            text.set(ha="left" if outside else "right", va="center" if fallen else "top")
     axes.axhline(chance, color="gray", linestyle=":")
     axes.annotate(f"chance: {chance:.1f}%", (1, chance), (0, 4), textcoords="offset points", color="gray", fontsize=9)
     borders = {"a segment ends": options["segment"], "a rank's slice ends": options["test_length"] // ranks}
