@@ -166,7 +166,9 @@ def _name(column: str, row: dict) -> str:
     if column == "layout" and "ranks" in row:
         return plots.who(row["layout"], row["ranks"], "rank")
     value = cell(row.get(column))
-    return f"{value} {column}" if column in ("GPUs", "blocks recomputed", "experts") else value
+    if column in ("GPUs", "blocks recomputed", "experts"):
+        return f"{value} {'GPU' if (value, column) == ('1', 'GPUs') else column}"
+    return value
 
 
 def speed_over_length(section: Section) -> None:

@@ -332,7 +332,7 @@ def of_tokens(row: dict, strong: bool) -> str:
 
 def percent_bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str) -> None:
     """Bars in %, with a line at 100."""
-    bars(axes, names, values, title, "{:.0f}%")
+    bars(axes, names, values, title, "{:.1f}%")
     axes.axvline(100, color="black", linestyle="--", linewidth=1, zorder=0)
 
 
