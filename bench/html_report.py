@@ -32,6 +32,8 @@ SPEEDS = ("tokens/s/GPU", "tokens/s a GPU", "tokens_per_s_per_rank", "tokens/s",
 WHAT = ("scheme", "layout", "model", "family", "attention", "what", "GPUs", "blocks recomputed", "experts")
 MEMORY, MEMORY_BY_RANK = ("peak GiB", "peak GiB a GPU"), "peak GiB by rank"
 EXPOSED, EXPOSED_BY_RANK, COSTS = "exposed NCCL ms", "exposed NCCL ms by rank", "exchange costs ms"
+# Kinds of plots.py of which the page shows the whole picture; of others it has the curves already, or the table.
+OWN = ("simulation", "operator_scaling", "families_published", "convergence", "ablations_parts", "ablations_sizes")
 NO_CPU = "not measured on a CPU"
 GIB = 2**30
 STYLE = """
@@ -140,7 +142,7 @@ def of_record(path: Path) -> Section:
     speed_over_length(section)
     memory_by_rank(section)
     exposed_communication(section)
-    if (kind := plots.kind_of(result)) not in (None, "scaling", "lengths", "families"):  # which are shown already
+    if (kind := plots.kind_of(result)) in OWN:
         picture = plots.figure_of(result, path.name)
         section.picture(picture, f"The record's own picture, as bench/plots.py draws it ({kind}).", wide=True)
     return section

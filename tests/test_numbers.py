@@ -316,6 +316,8 @@ def wrong_in(claim: Claim) -> list[Number]:
     """The numbers of a claim that none of its records has."""
     numbers = numbers_of(claim.text)
     beside = frozenset(number.value for number in numbers if "," in number.text)
+    if re.search(r"\bfrom [\d,]+ on\b", claim.text):  # of all lengths above
+        beside = frozenset()
     return [number for number in numbers if not any(in_record(number, stem, beside) for stem in claim.records)]
 
 
