@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from inputs import FORMS, NAMES, VARIANTS, assert_close, gradients, oracle, random_inputs, run
-from ranks import mesh_of, run_ranks, sequence_of_all
+from ranks import mesh_of, of_one_rank, run_ranks, sequence_of_all
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
@@ -50,7 +50,8 @@ def offsets_of(lengths):
 def check_against_oracle(x, lengths, sequence, *, cu_seqlens=None, only=NAMES, segment_length=None, layout=None):
     """Run this rank's shard and compare output, final state and gradients with those of the whole sequence."""
     rank, ranks = sequence.rank, sequence.size
-    o, final_state, expected = oracle(x, cu_seqlens=cu_seqlens, scale=SCALE)
+    whole = of_one_rank(oracle, x, cu_seqlens=cu_seqlens, scale=SCALE, group=sequence.group)
+    o, final_state, expected = whole
     local = x.shard(lengths, rank)
     local = replace(local, d_final_state=local.d_final_state / ranks)  # ranks' gradients of it are summed
     local.require_grad(only)
