@@ -145,7 +145,7 @@ def _more_than_a_weight(family, what):
     assert_same(model, alone, lambda p: p.grad)
 
 
-@pytest.mark.parametrize("what", ["bias", "hook"])
+@pytest.mark.parametrize("what", [pytest.param("bias", marks=pytest.mark.any_pytorch), "hook"])
 @pytest.mark.parametrize("family", ["tnl", "transnormer", "hgrn2", "cosformer2", "gla", "linear_transformer"])
 def test_a_last_layer_that_is_more_than_its_weight(family, what):
     run_ranks(2, _more_than_a_weight, family, what)
@@ -162,6 +162,7 @@ def test_with_other_axes_every_gradient_is_that_of_one_process(family, scheme, s
     run_ranks(4, _gradients, family, sizes, scheme, True)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("family", sorted({"retnet", "hgrn", "hgrn2", "mamba", "softmax", "rglru", "transnormer"}))
 def test_families_with_a_split_sequence(family):
     run_ranks(4, _gradients, family, MESHES[0], "sync_grads", False)
