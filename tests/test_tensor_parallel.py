@@ -80,11 +80,25 @@ def assert_same(model, expected, of):
         assert_close(whole(of(found[name])), of(p), msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
 
 
+@functools.cache
+def found_alone(family, fused):
+    alone = make(family)
+    loss = loss_of(alone, batch_of(), None, fused=fused)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in alone.named_parameters()}
+
+
+def one_process(family, fused):
+    """Loss, and a model with its gradients: one worker needs them for several meshes and schemes."""
+    alone, (loss, gradients) = make(family), found_alone(family, fused)
+    for name, p in alone.named_parameters():
+        p.grad = gradients[name].clone()
+    return loss, alone
+
+
 def _gradients(family, sizes, scheme, fused):
-    mesh = mesh_of(**sizes)
-    batch, alone = batch_of(), make(family)
-    serial = loss_of(alone, batch, None, fused=fused)
-    serial.backward()
+    mesh, batch = mesh_of(**sizes), batch_of()
+    serial, alone = one_process(family, fused)
     model = split_model(family, mesh)
     if scheme == "fsdp2":
         wrap_fsdp2(model, mesh, blocks=model.blocks)
