@@ -22,8 +22,8 @@ LONG = """
 streaming co2 bench complete trainer tensor_parallel transformers kernels verify faults train delta_kernels
 streaming_transformers transformers_border init channel bits_alone agreement recompute messages presence
 kernels_on_ranks elementwise data inference_transformers inference softmax replicas schemes data_parallel attention
-scan_kernels hosts padding loss remote_code families experts docs scripts checkpoint exchange launchers fla trl loops
-peft
+scan_kernels hosts padding loss remote_code families experts docs scripts checkpoint exchange launchers fla
+trl loops recipes peft
 """
 
 

@@ -221,7 +221,7 @@ def test_wide_heads_fit_shared_memory(form, groups, aligned):
 @pytest.mark.parametrize("form", ["none", "fixed", "token"])
 @pytest.mark.parametrize(("K", "V", "pad"), [(128, 32, 1), (128, 16, 1), (32, 128, 1), (256, 32, 1), (250, 17, 0)])
 def test_narrow_values_that_tma_cannot_move(form, K, V, pad):
-    """ptxas 12.8 reads shared memory at wrong places for blocks of 16 and 32 columns here (docs/kernels.md)."""
+    """ptxas 12.8 reads shared memory at wrong places for blocks of 16 and 32 columns here (docs/lab/kernels.md)."""
     q, k, v, do = (random(1, 700, 2, dim + pad, seed=n)[..., :dim] for n, dim in enumerate((K, K, V, V)))
     decay = {"none": None, "fixed": fixed_decay(2), "token": token_decay(1, 700, 2)}[form]
     actual, _ = step(lasp.linear_attention, [q, k, v, decay], do)
@@ -470,7 +470,7 @@ def test_a_model_on_a_card_that_is_not_the_current_one():
     ids, results = torch.randint(64, (1, 500)), []
     for device in ("cuda:0", "cuda:1"):
         model, here = model.to(device), ids.to(device)
-        loss, _ = lasp.linear_token_loss(model(here, return_hidden=True), model.head.weight, here)
+        loss, _ = lasp.linear_token_loss(model(here, return_hidden=True), model.head.weight, here, mesh=None)
         grads = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             one = model(here[:, :1])
