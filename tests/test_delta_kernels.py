@@ -22,6 +22,7 @@ FORMS = ("none", "token", "channel")
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}  # relative, of the whole tensor
 TILES = ("walk", "delta walk", "delta gradient", "delta prepare", "delta inner", "delta channel gradient")
+TILES += ("delta tile gradient",)
 
 
 @pytest.fixture(autouse=True)
