@@ -20,7 +20,6 @@ from lasp_kernels.plan import DELTA, MAX_DIM, Sizes
 from lasp_kernels.shared import Key, Shared, shared_by
 from lasp_kernels.steps import KernelSteps
 
-
 # Bytes of a number of q, k and v with which gradients of a decay per channel are made tile by tile (delta_tiles.py). Of
 # 4 bytes tiles have 16 tokens, so that the states of all would take 8 KiB a token and head of 128 x 128.
 BY_TILES = (2,)

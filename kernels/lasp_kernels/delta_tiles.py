@@ -13,7 +13,7 @@ kernel is compiled, so that no token outside of it costs anything. q>, k>, k<, S
 
 The gradient of a decay needs no sum from the end of a stretch. Just behind a tile it is, for each channel,
 
-    sum over V of S' dS'     with S' = exp(G_C) S + K_^T U, so     exp(G_C) sum (S dS') + sum over tokens of K_ (U dS'^T)
+    sum over V of S' dS'    with S' = exp(G_C) S + K_^T U, so    exp(G_C) sum (S dS') + sum over tokens of K_ (U dS'^T)
 
 and the last sum's terms are those that x takes off again, token by token.
 """
@@ -104,7 +104,7 @@ def delta_tile_gradient_kernel(
     kind: tl.constexpr = blocks * DK
     steps, flag = STEPS + tile_at * (KINDS * kind), tl.load(FLAG + tile_at)
 
-    # The state before the tile, and the gradient of the one behind it. `behind` is that of a decay just behind the tile.
+    # The state before the tile, the gradient of the one behind it, and (`behind`) that of a decay just behind the tile.
     state_at = tile_at * (DK * DV) + e[None, :] * DK + d[:, None]
     inside = d_mask[:, None] & (e < DV)[None, :]
     s = tl.load(STATE + state_at, mask=inside, other=0.0).to(LOW)
