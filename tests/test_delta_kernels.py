@@ -18,7 +18,8 @@ from lasp_kernels.delta_kernel_steps import DeltaKernelSteps  # noqa: E402
 from lasp_kernels.delta_steps import DeltaSteps, chunked_delta_rule  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
-FORMS = ("none", "token", "channel")
+# tiles: as channel, with the gradients tile by tile in fp32, too.
+FORMS = ("none", "token", "channel", "tiles")
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}  # relative, of the whole tensor
 TILES = ("walk", "delta walk", "delta gradient", "delta prepare", "delta inner", "delta channel gradient")
@@ -33,6 +34,8 @@ def tile(request, monkeypatch):
     if not CUDA:
         for name in TILES:
             monkeypatch.setitem(plan.CONFIGS, name, tuple(c._replace(tile=tile) for c in plan.CONFIGS[name]))
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("form") == "tiles":
+        monkeypatch.setattr("lasp_kernels.delta_kernel_steps.BY_TILES", (2, 4))
     for kept in (shared.shared_by, plan.walk_blocks):
         kept.cache_clear()
     yield tile
@@ -51,7 +54,7 @@ def delta_inputs(form, T, *, B=1, heads=1, groups=1, K=16, V=16, sequences=None,
     q, k, v, do = normal(B, T, heads, K), normal(B, T, heads, K), normal(B, T, H, V), normal(B, T, H, V)
     beta = 2 * torch.rand(B, T, H, generator=draw, dtype=torch.float64)
     beta[:, 3::7] = 0
-    shape = {"none": None, "token": (B, T, H), "channel": (B, T, H, K)}[form]
+    shape = {"none": None, "token": (B, T, H), "channel": (B, T, H, K), "tiles": (B, T, H, K)}[form]
     decay = None if shape is None else -2 * strength * torch.rand(shape, generator=draw, dtype=torch.float64) ** 3
     x = {"q": q, "k": F.normalize(k, dim=-1), "v": v, "beta": beta, "log_decay": decay}
     state, d_final = normal(N, H, K, V), normal(N, H, K, V)
@@ -135,7 +138,11 @@ def test_tiles_of_64_tokens(tile, form, dtype):
 @pytest.mark.parametrize("tile", [16, 64], indirect=True)
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("token", "mixed"), ("token", "resets"), ("channel", "mixed"), ("channel", "resets"), ("channel", "channels")],
+    [
+        *((form, kind) for form in ("token", "channel", "tiles") for kind in ("mixed", "resets")),
+        ("channel", "channels"),
+        ("tiles", "channels"),
+    ],
 )
 def test_decays_of_all_strengths(tile, form, kind):
     """From -1e-4 to -50 a token; of -1000 among weak ones; and each channel its own."""
@@ -151,9 +158,10 @@ def test_decays_of_all_strengths(tile, form, kind):
 
 
 @pytest.mark.parametrize("tile", [64], indirect=True)
-def test_the_strength_from_which_a_tile_is_flagged(tile):
+@pytest.mark.parametrize("form", ["channel", "tiles"])
+def test_the_strength_from_which_a_tile_is_flagged(tile, form):
     """Half a block of 16 decays by just less than the limit, or more, in its first half or its second."""
-    x, do, d_final = delta_inputs("channel", 64, heads=4)
+    x, do, d_final = delta_inputs(form, 64, heads=4)
     x["log_decay"] *= 0.01
     for head, (first, half) in enumerate(((0, 41.0), (0, 43.0), (8, 41.0), (8, 43.0))):
         x["log_decay"][:, 16 + first : 24 + first, head, 3] = -half / 8

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from lasp_kernels.channel import first_tile, load_tile
-from lasp_kernels.delta_channel import KINDS, in_other_blocks
-from lasp_kernels.delta_kernels import VARYING_HERE
+from lasp_kernels.delta_channel import KINDS, in_other_blocks, moved_on, of_block
+from lasp_kernels.delta_kernels import VARYING_HERE, load_beta, on_diagonal, store_inner
 from lasp_kernels.state import place_of_program, segment_bounds
 
 
@@ -35,15 +35,17 @@ def load_turned(base, row, stride, column, n, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def turned(x, PRECISION: tl.constexpr):
-    """[C, channels] as [channels, C], by a product with the identity.
+def turned(x, TIME: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, channels] as [channels, C] in fp32, by a product with the identity.
 
     Exact, and it leaves the numbers where the other products leave theirs: what is worked out from both needs no way
-    through shared memory, neither for itself nor as the first operand of a product.
+    through shared memory, neither for itself nor as the first operand of a product. At another TIME it is another
+    product, by 2^TIME: so the compiler makes it again, which is cheap, and does not keep the first in registers.
     """
     c = tl.arange(0, x.shape[0])
-    one = tl.where(c[:, None] == c[None, :], 1.0, 0.0).to(x.dtype)
-    return tl.dot(tl.trans(x), one, input_precision=PRECISION).to(x.dtype)
+    one = tl.where(c[:, None] == c[None, :], 1.0 * (1 << TIME), 0.0).to(x.dtype)
+    out = tl.dot(tl.trans(x), one, input_precision=PRECISION)
+    return out if TIME == 0 else out * (1.0 / (1 << TIME))
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def reads(
             factor = tl.where(block < r - 1, factor * far, tl.where(block == r - 1, near, 1.0))
         else:
             factor = tl.where(block == r, 1.0, factor)
-        y = tl.where(block <= r, earlier.to(tl.float32) * factor, 0.0).to(LOW)
+        y = tl.where(block <= r, earlier * factor, 0.0).to(LOW)
         out = tl.where(block == r, tl.dot(y, tl.trans(p), input_precision=PRECISION), out)
     return out
 
@@ -121,10 +123,14 @@ def delta_tile_gradient_kernel(
     a = tl.dot(dv, tl.trans(u), input_precision=PRECISION)
     a = in_other_blocks(tl.where(c[:, None] > c[None, :], -a, 0.0), flag, C).to(LOW)
 
-    # What each key writes: the queries from block r on, as seen from there, and then what is behind the tile.
-    q = turned(load_tile(Q_LATER + key_at, row, H * DK, d, n, DK, LOW), PRECISION)
-    k = turned(load_tile(K_LATER + key_at, row, H * DK, d, n, DK, LOW), PRECISION)
-    write, factor = tl.zeros([BK, C], tl.float32), tl.zeros([BK, C], tl.float32)
+    # What each key writes: what is behind the tile, and the queries from block r on, as seen from there.
+    write = tl.dot(ds, tl.trans(u), input_precision=PRECISION) * of_blocks(steps + 4 * kind, d, DK, C)
+    earlier = load_tile(K_EARLIER + key_at, row, H * DK, d, n, DK, LOW)
+    q = load_tile(Q_LATER + key_at, row, H * DK, d, n, DK, LOW)
+    k = load_tile(K_LATER + key_at, row, H * DK, d, n, DK, LOW)
+    behind += tl.sum(turned(earlier, 0, PRECISION) * write, 1)
+    q_turned, k_turned = turned(q, 0, PRECISION), turned(k, 0, PRECISION)
+    factor = tl.zeros([BK, C], tl.float32)
     for r in tl.static_range(blocks - 1, -1, -1):
         if r + 1 < blocks:
             far = tl.load(steps + 2 * kind + r * DK + d, mask=d_mask, other=0.0)[:, None]
@@ -132,35 +138,32 @@ def delta_tile_gradient_kernel(
             factor = tl.where(block > r + 1, factor * far, tl.where(block == r + 1, near, 1.0))
         else:
             factor = tl.where(block == r, 1.0, factor)
-        x = tl.where(block >= r, q.to(tl.float32) * factor, 0.0).to(LOW)
+        x = tl.where(block >= r, q_turned * factor, 0.0).to(LOW)
         seen = tl.dot(x, p, input_precision=PRECISION)
-        x = tl.where(block >= r, k.to(tl.float32) * factor, 0.0).to(LOW)
+        x = tl.where(block >= r, k_turned * factor, 0.0).to(LOW)
         seen = tl.dot(x, a, seen, input_precision=PRECISION)
-        write = tl.where(block == r, seen, write)
-    earlier = turned(load_tile(K_EARLIER + key_at, row, H * DK, d, n, DK, LOW), PRECISION)
-    seen = tl.dot(ds, tl.trans(u), input_precision=PRECISION) * of_blocks(steps + 4 * kind, d, DK, C)
-    behind += tl.sum(earlier.to(tl.float32) * seen, 1)
-    write += seen
-
-    x = -earlier.to(tl.float32) * write
-    at, mask = key_at + row[None, :] * (H * DK) + d[:, None], (row < n)[None, :] & d_mask[:, None]
-    dk = write * turned(load_tile(EARLIER + key_at, row, H * DK, d, n, DK, LOW), PRECISION).to(tl.float32)
+        write += tl.where(block == r, seen, 0.0)
+    early = turned(earlier, 1, PRECISION)
+    x = -early * write
+    factors = load_tile(EARLIER + key_at, row, H * DK, d, n, DK, LOW)
+    dk = write * turned(factors, 0, PRECISION)
 
     # What each query reads, and each key as a query of those before it.
+    at, mask = key_at + row[None, :] * (H * DK) + d[:, None], (row < n)[None, :] & d_mask[:, None]
     enter = of_blocks(steps + 3 * kind, d, DK, C)
-    later = turned(load_tile(LATER + key_at, row, H * DK, d, n, DK, LOW), PRECISION)
-    dq = reads(earlier, p, steps, d, d_mask, DK, C, LOW, PRECISION)
+    factors = load_tile(LATER + key_at, row, H * DK, d, n, DK, LOW)
+    dq = reads(early, p, steps, d, d_mask, DK, C, LOW, PRECISION)
     dq += tl.dot(s, tl.trans(do), input_precision=PRECISION) * enter
-    x += q.to(tl.float32) * dq
-    dq = dq * (later.to(tl.float32) * scale)
+    x += turned(q, 1, PRECISION) * dq
+    dq = dq * (turned(factors, 0, PRECISION) * scale)
     if flag != 0:
         dq += tl.load(DQ + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(DQ + at, dq.to(DQ.dtype.element_ty), mask=mask)
 
-    read = reads(earlier, a, steps, d, d_mask, DK, C, LOW, PRECISION)
+    read = reads(early, a, steps, d, d_mask, DK, C, LOW, PRECISION)
     read -= tl.dot(s, tl.trans(dv), input_precision=PRECISION) * enter
-    x += k.to(tl.float32) * read
-    dk += read * later.to(tl.float32)
+    x += turned(k, 1, PRECISION) * read
+    dk += read * turned(factors, 1, PRECISION)
     if flag != 0:
         x += tl.load(DG + at, mask=mask, other=0.0)
         dk += tl.load(DK_ + at, mask=mask, other=0.0).to(tl.float32)
@@ -174,3 +177,50 @@ def delta_tile_gradient_kernel(
     else:
         x = tl.cumsum(x, 1, reverse=True)
     tl.store(DG + at, x + behind[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING_HERE)
+def delta_inner_kernel(
+    Q_LATER, K_LATER, K_EARLIER, STEPS, FLAG, SIDE, BETA, M, P, FACTORS, TABLE,
+    B, T, segment_length, tiles, all_tiles, H, beta_b, beta_t, beta_h,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """M, P and FACTORS of a tile."""
+    blocks: tl.constexpr = C // 16
+    _, b, h, rest = place_of_program(B, H, 1)
+    tile, segment = rest % tiles, rest // tiles
+    first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
+    n = end - first
+    if tile * C >= n:
+        return
+    start = first.to(tl.int64)
+    c = tl.arange(0, C)
+    row = tile * C + c
+    base = ((b * T + start) * H + h) * D
+    at = first_tile(b, h, H, first, segment, all_tiles, C) + tile
+    a, p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    steps, kind = STEPS + at * (KINDS * blocks * D), blocks * D
+    for channel in tl.range(0, D, BD, num_stages=STAGES):
+        d = channel + tl.arange(0, BD)
+        q = load_tile(Q_LATER + base, row, H * D, d, n, D, LOW)
+        k = load_tile(K_LATER + base, row, H * D, d, n, D, LOW)
+        earlier = load_tile(K_EARLIER + base, row, H * D, d, n, D, LOW)
+        y = tl.zeros([C, BD], tl.float32)
+        for r in tl.static_range(blocks):
+            y = moved_on(y, earlier, steps, kind, d, d < D, r, D, C)
+            low = tl.trans(y.to(LOW))
+            a = tl.dot(of_block(k, r, C).to(LOW), low, a, input_precision=PRECISION)
+            p = tl.dot(of_block(q, r, C).to(LOW), low, p, input_precision=PRECISION)
+    beta = load_beta(BETA + b * beta_b + (start + row) * beta_t + h * beta_h, row < n)
+    tl.store(FACTORS + at * C + c, beta)
+    flag = tl.load(FLAG + at)
+    if flag != 0:
+        a, p = in_other_blocks(a, flag, C), in_other_blocks(p, flag, C)
+        plane = B.to(tl.int64) * H * all_tiles * (C * 16)
+        side = SIDE + at * (C * 16) + c[:, None] * 16 + tl.arange(0, 16)[None, :]
+        a += on_diagonal(tl.load(side), C)
+        p += on_diagonal(tl.load(side + plane), C)
+    a = tl.where(c[:, None] > c[None, :], a, 0.0)
+    p = tl.where(c[:, None] >= c[None, :], p, 0.0)
+    store_inner(a, p, beta, M, P, at, C, INVERSE)
