@@ -21,7 +21,8 @@ from lasp_kernels.shared import Key, Shared, shared_by
 from lasp_kernels.steps import KernelSteps
 
 # Bytes of a number of q, k and v with which gradients of a decay per channel are made tile by tile (delta_tiles.py). Of
-# 4 bytes tiles have 16 tokens, so that the states of all would take 8 KiB a token and head of 128 x 128.
+# 4 bytes tiles have 16 tokens, so that the states of all would take 8 KiB a token and head of 128 x 128. Not on cards
+# without TMA, whose shared memory may not hold a tile of 256 x 256.
 BY_TILES = (2,)
 
 
@@ -261,7 +262,7 @@ class DeltaKernelSteps(KernelSteps):
     def _kept_states(self, x: DeltaOperands) -> tuple[Tensor | None, Tensor | None]:
         """For what a walk keeps of its states: those at the borders of stretches, or at those of all tiles."""
         shared, sizes = self._shared, self.plan.sizes
-        if not (_per_channel(x) and sizes.itemsize in BY_TILES):
+        if not (_per_channel(x) and sizes.itemsize in BY_TILES and sizes.has_tma):
             return self._empty(self._borders_shape), None
         shape = (sizes.batch, sizes.heads, launches.all_tiles(shared), sizes.value_dim, sizes.key_dim)
         return None, self._empty(shape, shared.dtype)
