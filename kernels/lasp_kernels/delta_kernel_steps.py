@@ -204,10 +204,10 @@ class DeltaKernelSteps(KernelSteps):
 
     def query_gradient(self, x: DeltaOperands, do: Tensor, states: Tensor) -> Tensor:
         """dq, from the states that `scan` gave in forward; filled by `gradients`."""
-        u, (borders, of_tiles) = self._empty(self._shared.value_shape, self._shared.dtype), self._kept_states(x)
-        self._walk("writes", x, states, None, u, borders, None, None, of_tiles)
+        u, (kept, tiles) = self._empty(self._shared.value_shape, self._shared.dtype), self._kept_states(x)
+        self._walk("writes", x, states, None, u, None if tiles else kept, None, None, kept if tiles else None)
         dq = self._empty(x.q.shape, self._shared.dtype)
-        self._written = dq, u, borders if of_tiles is None else of_tiles
+        self._written = dq, u, kept
         return dq
 
     def gradients(
@@ -220,20 +220,20 @@ class DeltaKernelSteps(KernelSteps):
         if self._written is None:
             raise ValueError("the gradients of the delta rule need `query_gradient` before them")
         shared, sizes = self._shared, self.plan.sizes
-        (dq, u, borders), self._written = self._written, None
-        dv, (d_borders, d_of_tiles) = self._empty(shared.value_shape, shared.dtype), self._kept_states(x)
+        (dq, u, kept), self._written = self._written, None
+        dv, (d_kept, tiles) = self._empty(shared.value_shape, shared.dtype), self._kept_states(x)
         rows = (sizes.batch, sizes.heads, sizes.tokens)
         d_beta = self._empty((launches.value_blocks(shared), *rows))
-        self._reverse_walk(x, do, d_states, u, dv, d_beta, d_borders, None, d_of_tiles)
+        self._reverse_walk(x, do, d_states, u, dv, d_beta, None if tiles else d_kept, None, d_kept if tiles else None)
         dk = self._empty(x.k.shape, shared.dtype)
         # Where heads of v share one of k, each has its own gradient of it, and these are summed.
         own = (dq, dk) if self._groups == 1 else (self._empty(shared.key_shape), self._empty(shared.key_shape))
-        if d_of_tiles is not None:
-            d_decay = self._tile_gradients(x, do, u, dv, borders, d_of_tiles, own)
+        if tiles:
+            d_decay = self._tile_gradients(x, do, u, dv, kept, d_kept, own)
         elif _per_channel(x):
-            d_decay = self._channel_gradients(x, do, u, dv, borders, d_borders, own)
+            d_decay = self._channel_gradients(x, do, u, dv, kept, d_kept, own)
         else:
-            d_decay = self._token_gradients(x, do, u, dv, borders, d_borders, own)
+            d_decay = self._token_gradients(x, do, u, dv, kept, d_kept, own)
         self._made = None
         if self._groups > 1:
             for whole, of_each in zip((dq, dk), own):
@@ -259,13 +259,13 @@ class DeltaKernelSteps(KernelSteps):
         launch(x.log_decay, borders, d_borders, query_rows, key_rows, d_decay, shared.table)
         return d_decay
 
-    def _kept_states(self, x: DeltaOperands) -> tuple[Tensor | None, Tensor | None]:
-        """For what a walk keeps of its states: those at the borders of stretches, or at those of all tiles."""
+    def _kept_states(self, x: DeltaOperands) -> tuple[Tensor, bool]:
+        """For what a walk keeps of its states: those at the borders of stretches, or (True) at those of all tiles."""
         shared, sizes = self._shared, self.plan.sizes
         if not (_per_channel(x) and sizes.itemsize in BY_TILES and sizes.has_tma):
-            return self._empty(self._borders_shape), None
+            return self._empty(self._borders_shape), False
         shape = (sizes.batch, sizes.heads, launches.all_tiles(shared), sizes.value_dim, sizes.key_dim)
-        return None, self._empty(shape, shared.dtype)
+        return self._empty(shape, shared.dtype), True
 
     def _tile_gradients(
         self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, states: Tensor, d_states: Tensor, out: tuple
