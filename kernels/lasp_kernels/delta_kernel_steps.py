@@ -20,10 +20,17 @@ from lasp_kernels.plan import DELTA, MAX_DIM, Sizes
 from lasp_kernels.shared import Key, Shared, shared_by
 from lasp_kernels.steps import KernelSteps
 
-# Bytes of a number of q, k and v with which gradients of a decay per channel are made tile by tile (delta_tiles.py). Of
-# 4 bytes tiles have 16 tokens, so that the states of all would take 8 KiB a token and head of 128 x 128. Not on cards
-# without TMA, whose shared memory may not hold a tile of 256 x 256.
-BY_TILES = (2,)
+
+def by_tiles(key: Key) -> bool:
+    """Whether the gradients of a decay per channel are made tile by tile (delta_tiles.py), and not by walks.
+
+    Only in calls for which both were timed and compared with fp64 on a card
+    (bench/results/2026-11-27_delta_tiles_1xH200.md): who compares more may widen it. fp32 has tiles of 16 tokens, so
+    that the states of all, and their gradients, take 8 KiB a token and head of 128 x 128. A card without TMA may have
+    too little shared memory for tiles of 256 x 256. Tests replace this function where small calls are to go this way.
+    """
+    sizes = key.sizes
+    return sizes.has_tma and key.dtype == torch.bfloat16 and sizes.key_dim == sizes.value_dim == 128
 
 
 @dataclass(frozen=True)
@@ -262,7 +269,7 @@ class DeltaKernelSteps(KernelSteps):
     def _kept_states(self, x: DeltaOperands) -> tuple[Tensor, bool]:
         """For what a walk keeps of its states: those at the borders of stretches, or (True) at those of all tiles."""
         shared, sizes = self._shared, self.plan.sizes
-        if not (_per_channel(x) and sizes.itemsize in BY_TILES and sizes.has_tma):
+        if not (_per_channel(x) and by_tiles(shared.key)):
             return self._empty(self._borders_shape), False
         shape = (sizes.batch, sizes.heads, launches.all_tiles(shared), sizes.value_dim, sizes.key_dim)
         return self._empty(shape, shared.dtype), True

@@ -18,8 +18,6 @@ from lasp_kernels.plan import STRETCH, Config, config_of, power_of_two
 from lasp_kernels.shared import Shared
 
 TILES = 4  # that a program looks at for one that is flagged
-# On trial: the triangle of delta_tiles.py in place of that of delta_channel.py, and the most registers of a thread.
-INNER_TILES, INNER_REGISTERS, GATE_REGISTERS = True, 168, None
 SCAN_COLUMNS = 16  # of a state, in a program of a scan: few, for a chain of products that fills the card
 SCAN_WIDTH, SCAN_STAGES = 32, 2  # columns of a matrix at a time, which lie in shared memory
 
@@ -71,20 +69,17 @@ def gate_launch(shared: Shared, groups: int, scale: float, q: Layout, k: Layout,
     return Launch(
         channels.delta_gate_kernel, shared.device, _of_tiles(shared),
         (scale, *_tile_numbers(shared), *_strides(q, k, log_decay)), D=sizes.key_dim, BD=power_of_two(sizes.key_dim),
-        C=shared.plan.walk_tile, GROUP=groups, PACKED=shared.packed, num_warps=4, **_at_most(GATE_REGISTERS),
+        C=shared.plan.walk_tile, GROUP=groups, PACKED=shared.packed, num_warps=4,
     )  # fmt: skip
 
 
 def inner_launch(shared: Shared, beta: Layout) -> Launch:
     """Of `delta_inner_kernel`."""
     sizes, config = shared.plan.sizes, _config(shared, "delta inner", shared.plan.sizes.key_dim)
-    kernel, more = channels.delta_inner_kernel, {}
-    if INNER_TILES:
-        kernel, more = delta_tiles.delta_inner_kernel, {"STAGES": config.stages, **_at_most(INNER_REGISTERS)}
     return Launch(
-        kernel, shared.device, _of_tiles(shared), (*_tile_numbers(shared), *beta[0]),
+        channels.delta_inner_kernel, shared.device, _of_tiles(shared), (*_tile_numbers(shared), *beta[0]),
         D=sizes.key_dim, BD=min(config.columns, _whole(shared, sizes.key_dim)), C=config.tile, PACKED=shared.packed,
-        LOW=shared.low, PRECISION=shared.precision, INVERSE=_inverse_precision(shared), num_warps=config.warps, **more,
+        LOW=shared.low, PRECISION=shared.precision, INVERSE=_inverse_precision(shared), num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -240,11 +235,6 @@ def _config(shared: Shared, name: str, dim: int) -> Config:
 def _columns(shared: Shared, config: Config, width: int) -> int:
     """Of a block. Of 2-byte numbers no fewer than the tensor cores of a warp group have rows (see plan.CONFIGS)."""
     return config.columns if shared.plan.sizes.itemsize == 2 else min(config.columns, power_of_two(width))
-
-
-def _at_most(registers: int | None) -> dict[str, int]:
-    """Of a thread, so that more programs share a multiprocessor."""
-    return {} if registers is None else {"maxnreg": registers}
 
 
 def _whole(shared: Shared, dim: int) -> int:

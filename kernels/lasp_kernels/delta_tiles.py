@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from lasp_kernels.channel import first_tile, load_tile
-from lasp_kernels.delta_channel import KINDS, in_other_blocks, moved_on, of_block
-from lasp_kernels.delta_kernels import VARYING_HERE, load_beta, on_diagonal, store_inner
+from lasp_kernels.delta_channel import KINDS, in_other_blocks
+from lasp_kernels.delta_kernels import VARYING_HERE
 from lasp_kernels.state import place_of_program, segment_bounds
 
 
@@ -177,50 +177,3 @@ def delta_tile_gradient_kernel(
     else:
         x = tl.cumsum(x, 1, reverse=True)
     tl.store(DG + at, x + behind[:, None], mask=mask)
-
-
-@triton.jit(do_not_specialize=VARYING_HERE)
-def delta_inner_kernel(
-    Q_LATER, K_LATER, K_EARLIER, STEPS, FLAG, SIDE, BETA, M, P, FACTORS, TABLE,
-    B, T, segment_length, tiles, all_tiles, H, beta_b, beta_t, beta_h,
-    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr, INVERSE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """M, P and FACTORS of a tile."""
-    blocks: tl.constexpr = C // 16
-    _, b, h, rest = place_of_program(B, H, 1)
-    tile, segment = rest % tiles, rest // tiles
-    first, end, _ = segment_bounds(TABLE, segment, segment_length, T, PACKED)
-    n = end - first
-    if tile * C >= n:
-        return
-    start = first.to(tl.int64)
-    c = tl.arange(0, C)
-    row = tile * C + c
-    base = ((b * T + start) * H + h) * D
-    at = first_tile(b, h, H, first, segment, all_tiles, C) + tile
-    a, p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    steps, kind = STEPS + at * (KINDS * blocks * D), blocks * D
-    for channel in tl.range(0, D, BD, num_stages=STAGES):
-        d = channel + tl.arange(0, BD)
-        q = load_tile(Q_LATER + base, row, H * D, d, n, D, LOW)
-        k = load_tile(K_LATER + base, row, H * D, d, n, D, LOW)
-        earlier = load_tile(K_EARLIER + base, row, H * D, d, n, D, LOW)
-        y = tl.zeros([C, BD], tl.float32)
-        for r in tl.static_range(blocks):
-            y = moved_on(y, earlier, steps, kind, d, d < D, r, D, C)
-            low = tl.trans(y.to(LOW))
-            a = tl.dot(of_block(k, r, C).to(LOW), low, a, input_precision=PRECISION)
-            p = tl.dot(of_block(q, r, C).to(LOW), low, p, input_precision=PRECISION)
-    beta = load_beta(BETA + b * beta_b + (start + row) * beta_t + h * beta_h, row < n)
-    tl.store(FACTORS + at * C + c, beta)
-    flag = tl.load(FLAG + at)
-    if flag != 0:
-        a, p = in_other_blocks(a, flag, C), in_other_blocks(p, flag, C)
-        plane = B.to(tl.int64) * H * all_tiles * (C * 16)
-        side = SIDE + at * (C * 16) + c[:, None] * 16 + tl.arange(0, 16)[None, :]
-        a += on_diagonal(tl.load(side), C)
-        p += on_diagonal(tl.load(side + plane), C)
-    a = tl.where(c[:, None] > c[None, :], a, 0.0)
-    p = tl.where(c[:, None] >= c[None, :], p, 0.0)
-    store_inner(a, p, beta, M, P, at, C, INVERSE)
