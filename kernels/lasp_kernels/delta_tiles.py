@@ -28,13 +28,6 @@ from lasp_kernels.state import place_of_program, segment_bounds
 
 
 @triton.jit
-def load_turned(base, row, stride, column, n, WIDTH: tl.constexpr):
-    """As `load_tile`, [channels, tokens]."""
-    mask = (row < n)[None, :] & (column < WIDTH)[:, None]
-    return tl.load(base + row[None, :] * stride + column[:, None], mask=mask, other=0.0)
-
-
-@triton.jit
 def turned(x, TIME: tl.constexpr, PRECISION: tl.constexpr):
     """[C, channels] as [channels, C] in fp32, by a product with the identity.
 
