@@ -15,10 +15,12 @@ from lasp_kernels.delta_steps import DeltaSteps, chunked_delta_rule
 
 CUDA = interpreter.CUDA
 DEVICE = "cuda" if CUDA else "cpu"
-FORMS = ("none", "token", "channel")
+# tiles: as channel, with the gradients tile by tile whatever the dtype and the head dims (see the fixture).
+FORMS = ("none", "token", "channel", "tiles")
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}  # relative, of the whole tensor
 TILES = ("walk", "delta walk", "delta gradient", "delta prepare", "delta inner", "delta channel gradient")
+TILES += ("delta tile gradient",)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,8 @@ def tile(request, monkeypatch):
     if not CUDA:
         for name in TILES:
             monkeypatch.setitem(plan.CONFIGS, name, tuple(c._replace(tile=tile) for c in plan.CONFIGS[name]))
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("form") == "tiles":
+        monkeypatch.setattr("lasp_kernels.delta_kernel_steps.by_tiles", lambda key: key.sizes.has_tma)
     for kept in (shared.shared_by, plan.walk_blocks):
         kept.cache_clear()
     yield tile
@@ -47,7 +51,7 @@ def delta_inputs(form, T, *, B=1, heads=1, groups=1, K=16, V=16, sequences=None,
     q, k, v, do = normal(B, T, heads, K), normal(B, T, heads, K), normal(B, T, H, V), normal(B, T, H, V)
     beta = 2 * torch.rand(B, T, H, generator=draw, dtype=torch.float64)
     beta[:, 3::7] = 0
-    shape = {"none": None, "token": (B, T, H), "channel": (B, T, H, K)}[form]
+    shape = {"none": None, "token": (B, T, H), "channel": (B, T, H, K), "tiles": (B, T, H, K)}[form]
     decay = None if shape is None else -2 * strength * torch.rand(shape, generator=draw, dtype=torch.float64) ** 3
     x = {"q": q, "k": F.normalize(k, dim=-1), "v": v, "beta": beta, "log_decay": decay}
     state, d_final = normal(N, H, K, V), normal(N, H, K, V)
@@ -128,10 +132,39 @@ def test_tiles_of_64_tokens(tile, form, dtype):
     check(*delta_inputs(form, 150, dtype=dtype), segment_length=128, bound=bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (64, 128), (128, 64)])
+@pytest.mark.parametrize("tma", [True, False])
+def test_which_calls_have_gradients_tile_by_tile(monkeypatch, dtype, K, V, tma):
+    """bf16 of 128 x 128 on cards with TMA; all others walk. What a step keeps for the gradients tells the two apart."""
+    monkeypatch.setattr("lasp_kernels.delta_kernel_steps.has_tma", lambda device: tma)
+    x, do, _ = delta_inputs("channel", 20, K=K, V=V, dtype=dtype)
+    operands = DeltaOperands(*list(x.values())[:5], 0.7)
+    steps = DeltaKernelSteps.of(operands)
+    maps = steps.local_maps(operands)
+    steps.query_gradient(operands, do, steps.scan(maps, x["initial_state"])[0])
+    kept, tiles = steps._written[2], tma and dtype == torch.bfloat16 and K == V
+    assert kept.shape[-2:] == ((V, K) if tiles else (K, V))
+    assert kept.dtype == (torch.bfloat16 if tiles else torch.float32)
+
+
+@pytest.mark.parametrize("tile", [64], indirect=True)
+def test_gradients_of_128_x_128_in_bf16(tile):
+    """As a user's call has them: odd lengths, packed, heads that share one of k; and a tile that is flagged."""
+    cu_seqlens = (0, 0, 19, 84)
+    x, do, d_final = delta_inputs("channel", 84, groups=2, K=128, V=128, sequences=3, dtype=torch.bfloat16)
+    x["log_decay"][:, 60:64, :, ::3] = -60.0
+    check(x, do, d_final, cu_seqlens=cu_seqlens, segment_length=64, bound=2e-2)
+
+
 @pytest.mark.parametrize("tile", [16, 64], indirect=True)
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("token", "mixed"), ("token", "resets"), ("channel", "mixed"), ("channel", "resets"), ("channel", "channels")],
+    [
+        *((form, kind) for form in ("token", "channel", "tiles") for kind in ("mixed", "resets")),
+        ("channel", "channels"),
+        ("tiles", "channels"),
+    ],
 )
 def test_decays_of_all_strengths(tile, form, kind):
     """From -1e-4 to -50 a token; of -1000 among weak ones; and each channel its own."""
@@ -147,9 +180,10 @@ def test_decays_of_all_strengths(tile, form, kind):
 
 
 @pytest.mark.parametrize("tile", [64], indirect=True)
-def test_the_strength_from_which_a_tile_is_flagged(tile):
+@pytest.mark.parametrize("form", ["channel", "tiles"])
+def test_the_strength_from_which_a_tile_is_flagged(tile, form):
     """Half a block of 16 decays by just less than the limit, or more, in its first half or its second."""
-    x, do, d_final = delta_inputs("channel", 64, heads=4)
+    x, do, d_final = delta_inputs(form, 64, heads=4)
     x["log_decay"] *= 0.01
     for head, (first, half) in enumerate(((0, 41.0), (0, 43.0), (8, 41.0), (8, 43.0))):
         x["log_decay"][:, 16 + first : 24 + first, head, 3] = -half / 8
@@ -356,19 +390,34 @@ def test_full_size(form, dtype, K, V):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("form", FORMS)
-def test_full_size_with_grouped_heads_behind_others(form):
+def test_full_size_with_grouped_heads_behind_others(form, D):
     """Calls with as many heads of v share launches; gradients of each group's heads are fp32, others as the inputs."""
     for heads, groups in ((4, 1), (2, 2), (4, 1)):
-        x, do, d_final = delta_inputs(form, 700, heads=heads, groups=groups, K=64, V=64, dtype=torch.bfloat16)
+        x, do, d_final = delta_inputs(form, 700, heads=heads, groups=groups, K=D, V=D, dtype=torch.bfloat16)
         expected = exactly(x, do, d_final, function=chunked_delta_rule)
         for name, value in by_kernels(x, do, d_final).items():
             assert relative(value, expected[name]) < 1e-2, name
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_full_size_without_a_wait_of_the_host():
-    x, do, d_final = delta_inputs("channel", 3000, heads=2, K=64, V=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("strength", [1.0, 10.0])
+def test_full_size_packed_with_a_decay_per_channel(strength):
+    """In bf16 of 128 x 128, whose gradients are made tile by tile; the strong decays flag tiles."""
+    cu_seqlens = (0, 0, 1, 1061, 3000)
+    options = {"heads": 2, "K": 128, "V": 128, "sequences": 4, "strength": strength, "dtype": torch.bfloat16}
+    x, do, d_final = delta_inputs("channel", 3000, **options)
+    found = by_kernels(x, do, d_final, cu_seqlens=cu_seqlens)
+    expected = exactly(x, do, d_final, cu_seqlens=cu_seqlens, function=chunked_delta_rule)
+    for name, exact in expected.items():
+        assert relative(found[name], exact) < 1e-2, name
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("D", [64, 128])
+def test_full_size_without_a_wait_of_the_host(D):
+    x, do, d_final = delta_inputs("channel", 3000, heads=2, K=D, V=D, dtype=torch.bfloat16)
     expected = by_kernels(x, do, d_final)
     torch.cuda.set_sync_debug_mode("error")
     try:

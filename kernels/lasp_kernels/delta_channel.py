@@ -276,7 +276,7 @@ def delta_flagged_gradient_kernel(
     TILES: tl.constexpr, PACKED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles and BK channels: of the flagged ones what pairs of tokens in one block of 16 give to DQ, READ, WRITE
-    and X [B, T, H, DK]; the others are left as they are."""
+    and X [B, T, H, DK]; the others are left as they are. Without WRITE it is added to READ."""
     blocks: tl.constexpr = C // 16
     column_blocks: tl.constexpr = (DK + BK - 1) // BK
     part, b, h, rest = place_of_program(B, H, column_blocks)
@@ -328,9 +328,12 @@ def delta_flagged_gradient_kernel(
             mask = (row < n)[:, None] & d_mask[None, :]
             at = out_at + row[:, None] * (H * DK) + d[None, :]
             tl.store(DQ + at, tl.reshape(dq, [C, BK]).to(DQ.dtype.element_ty), mask=mask)
-            tl.store(READ + at, tl.reshape(read, [C, BK]).to(READ.dtype.element_ty), mask=mask)
-            tl.store(WRITE + at, tl.reshape(write, [C, BK]).to(WRITE.dtype.element_ty), mask=mask)
             tl.store(X + at, tl.reshape(q * dq + k * (read - write), [C, BK]), mask=mask)
+            if WRITE is None:
+                read += write
+            else:
+                tl.store(WRITE + at, tl.reshape(write, [C, BK]).to(WRITE.dtype.element_ty), mask=mask)
+            tl.store(READ + at, tl.reshape(read, [C, BK]).to(READ.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING_HERE)

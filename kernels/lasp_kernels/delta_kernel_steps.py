@@ -21,6 +21,18 @@ from lasp_kernels.shared import Key, Shared, shared_by
 from lasp_kernels.steps import KernelSteps
 
 
+def by_tiles(key: Key) -> bool:
+    """Whether the gradients of a decay per channel are made tile by tile (delta_tiles.py), and not by walks.
+
+    Only in calls for which both were timed and compared with fp64 on a card
+    (bench/results/2026-11-27_delta_tiles_1xH200.md): who compares more may widen it. fp32 has tiles of 16 tokens, so
+    that the states of all, and their gradients, take 8 KiB a token and head of 128 x 128. A card without TMA may have
+    too little shared memory for tiles of 256 x 256. Tests replace this function where small calls are to go this way.
+    """
+    sizes = key.sizes
+    return sizes.has_tma and key.dtype == torch.bfloat16 and sizes.key_dim == sizes.value_dim == 128
+
+
 @dataclass(frozen=True)
 class DeltaKernelMaps:
     """What each segment does to a state that passes through it: S -> transition @ S + local."""
@@ -199,10 +211,10 @@ class DeltaKernelSteps(KernelSteps):
 
     def query_gradient(self, x: DeltaOperands, do: Tensor, states: Tensor) -> Tensor:
         """dq, from the states that `scan` gave in forward; filled by `gradients`."""
-        u, borders = self._empty(self._shared.value_shape, self._shared.dtype), self._empty(self._borders_shape)
-        self._walk("writes", x, states, None, u, borders, None, None)
+        u, (kept, tiles) = self._empty(self._shared.value_shape, self._shared.dtype), self._kept_states(x)
+        self._walk("writes", x, states, None, u, None if tiles else kept, None, None, kept if tiles else None)
         dq = self._empty(x.q.shape, self._shared.dtype)
-        self._written = dq, u, borders
+        self._written = dq, u, kept
         return dq
 
     def gradients(
@@ -215,18 +227,20 @@ class DeltaKernelSteps(KernelSteps):
         if self._written is None:
             raise ValueError("the gradients of the delta rule need `query_gradient` before them")
         shared, sizes = self._shared, self.plan.sizes
-        (dq, u, borders), self._written = self._written, None
-        dv, d_borders = self._empty(shared.value_shape, shared.dtype), self._empty(self._borders_shape)
+        (dq, u, kept), self._written = self._written, None
+        dv, (d_kept, tiles) = self._empty(shared.value_shape, shared.dtype), self._kept_states(x)
         rows = (sizes.batch, sizes.heads, sizes.tokens)
         d_beta = self._empty((launches.value_blocks(shared), *rows))
-        self._reverse_walk(x, do, d_states, u, dv, d_beta, d_borders, None)
+        self._reverse_walk(x, do, d_states, u, dv, d_beta, None if tiles else d_kept, None, d_kept if tiles else None)
         dk = self._empty(x.k.shape, shared.dtype)
         # Where heads of v share one of k, each has its own gradient of it, and these are summed.
         own = (dq, dk) if self._groups == 1 else (self._empty(shared.key_shape), self._empty(shared.key_shape))
-        if _per_channel(x):
-            d_decay = self._channel_gradients(x, do, u, dv, borders, d_borders, own)
+        if tiles:
+            d_decay = self._tile_gradients(x, do, u, dv, kept, d_kept, own)
+        elif _per_channel(x):
+            d_decay = self._channel_gradients(x, do, u, dv, kept, d_kept, own)
         else:
-            d_decay = self._token_gradients(x, do, u, dv, borders, d_borders, own)
+            d_decay = self._token_gradients(x, do, u, dv, kept, d_kept, own)
         self._made = None
         if self._groups > 1:
             for whole, of_each in zip((dq, dk), own):
@@ -250,6 +264,32 @@ class DeltaKernelSteps(KernelSteps):
         key = ("decay", layout(x.log_decay))
         launch = shared.launches.get(key) or shared.keep(key, launches.decay_launch(shared, key[1]))
         launch(x.log_decay, borders, d_borders, query_rows, key_rows, d_decay, shared.table)
+        return d_decay
+
+    def _kept_states(self, x: DeltaOperands) -> tuple[Tensor, bool]:
+        """For what a walk keeps of its states: those at the borders of stretches, or (True) at those of all tiles."""
+        shared, sizes = self._shared, self.plan.sizes
+        if not (_per_channel(x) and by_tiles(shared.key)):
+            return self._empty(self._borders_shape), False
+        shape = (sizes.batch, sizes.heads, launches.all_tiles(shared), sizes.value_dim, sizes.key_dim)
+        return self._empty(shape, shared.dtype), True
+
+    def _tile_gradients(
+        self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, states: Tensor, d_states: Tensor, out: tuple
+    ) -> Tensor:
+        """As `_channel_gradients`, tile by tile, from the states of all."""
+        shared, gates, (dq, dk) = self._shared, self._prepared(x).gates, out
+        assert gates is not None
+        assert x.log_decay is not None
+        (q, q_at), (k, k_at), (g, g_at), (do, do_at) = map(self._placed, (x.q, x.k, x.log_decay, do))
+        d_decay = self._empty(shared.key_shape)
+        key = ("flagged gradient", self._groups, x.scale, q_at, k_at, g_at, do_at, "tiles")
+        launch = shared.launches.get(key) or shared.keep(key, launches.flagged_gradient_launch(shared, *key[1:-1]))
+        launch(q, k, g, u, do, dv, gates.flag, dq, dk, None, d_decay, shared.table)
+        key = ("tile gradient", self._groups > 1, x.scale, do_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.tile_gradient_launch(shared, *key[2:]))
+        tiles = (gates.steps, gates.total, gates.flag, u, do, dv, states, d_states)
+        launch(*gates.sides, *gates.factors, *tiles, dq, dk, d_decay, shared.table)
         return d_decay
 
     def _channel_gradients(
@@ -287,19 +327,20 @@ class DeltaKernelSteps(KernelSteps):
         borders: Tensor | None,
         local: Tensor | None,
         transition: Tensor | None,
+        of_tiles: Tensor | None = None,
     ) -> None:
         shared, made = self._shared, self._prepared(x)
         q, k, write = made.walked
         (q, q_at), (k, k_at), (v, v_at) = map(self._placed, (q, k, x.v))
         states_at, channel = None if states is None else layout(states)[1], write is not None
         decay = x.log_decay is not None and not channel
-        key = ("walk", self._groups, kind, x.scale, q_at, k_at, v_at, decay, channel, states_at)
+        key = ("walk", self._groups, kind, x.scale, q_at, k_at, v_at, decay, channel, states_at, of_tiles is None)
         launch = shared.launches.get(key)
         if launch is None:
             launch = launches.walk_launch(shared, *key[1:7], decay=decay, channel=channel)
             shared.keep(key, launch)
         inner = (made.m, made.p, made.factors, made.total)
-        launch(q, k, write, v, *inner, states, o, u, borders, local, transition, shared.table)
+        launch(q, k, write, v, *inner, states, o, u, borders, of_tiles, local, transition, shared.table)
 
     def _reverse_walk(
         self,
@@ -311,18 +352,19 @@ class DeltaKernelSteps(KernelSteps):
         d_beta: Tensor | None,
         borders: Tensor | None,
         local: Tensor | None,
+        of_tiles: Tensor | None = None,
     ) -> None:
         shared, made = self._shared, self._prepared(x)
         q, k, write = made.walked
         (q, q_at), (k, k_at), (do, do_at) = map(self._placed, (q, k, do))
         states_at, channel = None if d_states is None else layout(d_states)[1], write is not None
         decay = x.log_decay is not None and not channel
-        key = ("reverse walk", self._groups, x.scale, q_at, k_at, do_at, decay, channel, states_at)
+        key = ("reverse walk", self._groups, x.scale, q_at, k_at, do_at, decay, channel, states_at, of_tiles is None)
         launch = shared.launches.get(key)
         if launch is None:
             launch = launches.reverse_walk_launch(shared, *key[1:6], decay=decay, channel=channel)
             shared.keep(key, launch)
-        tensors = (made.m, made.p, made.factors, made.total, d_states, dv, d_beta, borders, local)
+        tensors = (made.m, made.p, made.factors, made.total, d_states, dv, d_beta, borders, of_tiles, local)
         launch(q, k, write, do, u, *tensors, shared.table)
 
     def _gradient_walk(

@@ -185,7 +185,7 @@ def decays_between(factors, plane, C: tl.constexpr, TRANSPOSED: tl.constexpr, SP
 
 @triton.jit(do_not_specialize=VARYING_HERE)
 def delta_walk_kernel(
-    Q, K, WRITE, V, M, P, FACTORS, TOTAL, STATE, OUT, U, BORDERS, LOCAL, TRANSITION, TABLE,
+    Q, K, WRITE, V, M, P, FACTORS, TOTAL, STATE, OUT, U, BORDERS, OF_TILES, LOCAL, TRANSITION, TABLE,
     scale, B, T, segment_length, segments, slots, all_tiles, stretches, H,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
@@ -194,8 +194,9 @@ def delta_walk_kernel(
 ):  # fmt: skip
     """BV columns of a segment, from the first tile on. Of the results only those that are given:
 
-    OUT [B, T, H, DV] (the only one that needs Q and P), U [B, T, H, DV], BORDERS (of stretches of STRETCH tiles); and
-    LOCAL [B, H, segments, DK, DV], TRANSITION [B, H, segments, DK, DK]: then from zero, and from the identity.
+    OUT [B, T, H, DV] (the only one that needs Q and P), U [B, T, H, DV], BORDERS (of stretches of STRETCH tiles) or
+    OF_TILES [B, H, all_tiles, DV, DK], the state before each tile; and LOCAL [B, H, segments, DK, DV], TRANSITION
+    [B, H, segments, DK, DK]: then from zero, and from the identity.
     CHANNEL: Q, K and WRITE are Q^, K^ and K_, TOTAL [B, H, all_tiles, DK] the decays of the tiles in units of log 2.
     """
     blocks_v: tl.constexpr = (DV + BV - 1) // BV
@@ -239,6 +240,9 @@ def delta_walk_kernel(
         if BORDERS is not None:
             at = borders_at + (tile // STRETCH).to(tl.int64) * (DK * DV)
             tl.store(BORDERS + at, s, mask=inside & (d < tl.where(tile % STRETCH == 0, DK, 0))[None, :])
+        if OF_TILES is not None:
+            at = (tile_at + tile) * (DK * DV) + e[:, None] * DK + d[None, :]
+            tl.store(OF_TILES + at, s.to(OF_TILES.dtype.element_ty), mask=inside)
         if TMA:
             k = k_tiles.load([i, 0]).to(LOW)
             v = v_tiles.load([i, block * BV])
@@ -298,7 +302,7 @@ def delta_walk_kernel(
 
 @triton.jit(do_not_specialize=VARYING_HERE)
 def delta_reverse_walk_kernel(
-    Q, K, WRITE, DO, U, M, P, FACTORS, TOTAL, STATE, DV_, D_BETA, BORDERS, LOCAL, TABLE,
+    Q, K, WRITE, DO, U, M, P, FACTORS, TOTAL, STATE, DV_, D_BETA, BORDERS, OF_TILES, LOCAL, TABLE,
     scale, B, T, segment_length, segments, slots, all_tiles, stretches, H,
     q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
@@ -308,7 +312,8 @@ def delta_reverse_walk_kernel(
     """BV columns of a segment's gradients, from the last tile on; of the results only those that are given:
 
     LOCAL [B, H, segments, DK, DV], the gradient of the state before the segment, from zero behind it. Or, from STATE:
-    DV_ [B, T, H, DV], D_BETA [blocks, B, H, T] (in parts; needs U), and the BORDERS of stretches.
+    DV_ [B, T, H, DV], D_BETA [blocks, B, H, T] (in parts; needs U), and the BORDERS of stretches or OF_TILES
+    [B, H, all_tiles, DV, DK], the gradient of the state behind each tile.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
     block, b, h, segment = place_of_program(B, H, blocks)
@@ -351,6 +356,9 @@ def delta_reverse_walk_kernel(
             ends = (tile == last) | (tile % STRETCH == STRETCH - 1)
             at = borders_at + (tile // STRETCH + 1).to(tl.int64) * (DK * DV)
             tl.store(BORDERS + at, ds, mask=inside & (d < tl.where(ends, DK, 0))[None, :])
+        if OF_TILES is not None:
+            at = (tile_at + tile) * (DK * DV) + e[:, None] * DK + d[None, :]
+            tl.store(OF_TILES + at, ds.to(OF_TILES.dtype.element_ty), mask=inside)
         if TMA:
             q = q_tiles.load([i, 0]).to(LOW)
             k = k_tiles.load([i, 0]).to(LOW)

@@ -12,6 +12,7 @@ from triton import knobs
 
 from lasp_kernels import delta_channel as channels
 from lasp_kernels import delta_kernels as kernels
+from lasp_kernels import delta_tiles
 from lasp_kernels.launch import Launch, Layout
 from lasp_kernels.plan import STRETCH, Config, config_of, power_of_two
 from lasp_kernels.shared import Shared
@@ -158,6 +159,19 @@ def channel_gradient_launch(shared: Shared, of_keys: bool, scale: float, do: Lay
         shared.device, (programs, 1), numbers if of_keys else (scale, *numbers), DK=sizes.key_dim, DV=sizes.value_dim,
         BK=columns, BV=_whole(shared, sizes.value_dim), C=config.tile, STRETCH=stretch_tiles(shared),
         **shared.product_flags(config),
+    )  # fmt: skip
+
+
+def tile_gradient_launch(shared: Shared, scale: float, do: Layout) -> Launch:
+    """Of `delta_tile_gradient_kernel`."""
+    sizes, config = shared.plan.sizes, _config(shared, "delta tile gradient", shared.plan.sizes.value_dim)
+    columns = _columns(shared, config, sizes.key_dim)
+    return Launch(
+        delta_tiles.delta_tile_gradient_kernel, shared.device,
+        (-(-sizes.key_dim // columns) * _of_tiles(shared)[0], 1), (scale, *_tile_numbers(shared), *_strides(do)),
+        DK=sizes.key_dim, DV=sizes.value_dim, BK=columns, BV=_whole(shared, sizes.value_dim), C=config.tile,
+        PACKED=shared.packed, LOW=shared.low, PRECISION=shared.precision, SPLIT=sizes.itemsize == 2,
+        num_warps=config.warps,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "delta gradient": (SHORT, Config(64, 0, 64, 8, 1), FP32, FP32_WIDE),
     "delta inner": (Config(64, 0, 64, 4, 1),) * 2 + (Config(16, 0, 64, 4, 1),) * 2,
     "delta channel gradient": (Config(64, 0, 64, 8, 2), Config(64, 0, 64, 8, 1), FP32, FP32_WIDE),
+    "delta tile gradient": (Config(64, 0, 64, 4, 1),) * 2 + (Config(16, 0, 32, 4, 1),) * 2,
 }  # all walks on one dtype have the same tile: the decays and row sums of its tokens go from one kernel to another
 
 
