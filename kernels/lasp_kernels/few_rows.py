@@ -1,15 +1,24 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
 # (a kernel is called with numbers and tensors, not with the types that its body sees)
-"""Linear layers for few rows, such as a token of one sequence: each weight is read once, and that is their time.
+"""Linear layers for few rows, such as a token of some sequences: each weight is read once, and that is their time.
 
     norm_linear         y_i = activation(norm(x) W_i^T)                     for several W_i
     norm_gate_linear    y = (norm(x) * activation(gate)) W^T + residual
     gated_linear        y = (x * activation(gate)) W^T + residual
 
-A product of matrices with one row leaves most of the units for such products idle, and around it a model's small
-operations each cost a launch, which at one token is as long as reading megabytes. Here a program takes some rows of the
-weight, and makes what they are multiplied with by itself, from x in the cache: the norm is a factor of the sum, so
-that squares are added up on the way. All inside is fp32: the layer's input is not rounded in between.
+Around a product a model's small operations each cost a launch, which at one token is as long as reading megabytes. Here
+each of these is one launch: a program takes some rows of the weights, and makes what they are multiplied with by
+itself, from x in the cache; the norm is a factor of the sum, so that squares are added up on the way.
+
+- One row (`one_row_kernel`): sums in fp32, and the layer's input is not rounded in between. A program for each row, so
+  that few rows of fp32 or fp16 go this way, too.
+- Up to 64 rows of bf16 (`rows_kernel`): products of tiles, the weight's as the left one, for that is the long side. The
+  input is rounded to bf16. Where there are fewer tiles of outputs than multiprocessors, several programs share the
+  columns of a tile, and a second launch adds up what each has found, always in the same order.
+
+What is on its way at a time decides how fast weights come: about 3 MB for all of the card, 22 KB a multiprocessor. So
+programs are many or have several tiles under way; and from Hopper on each asks for its weights while the kernel before
+still runs (`launch.early`).
 
 There is no gradient.
 """
@@ -17,6 +26,7 @@ There is no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,73 +34,203 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lasp_kernels.launch import early, processors
+from lasp_kernels.launch import ask_for, early, processors
 from lasp_kernels.norm import ACTIVATIONS, activate
 
-MOST_ROWS = 4  # from which on a product of matrices is as fast
+MOST_ROWS = 64  # of bf16
+MOST_SINGLE = 4  # rows that each have their own programs, in other dtypes
 MOST_WEIGHTS = 4  # that read the same
-NUMBERS = 8192  # of a weight, which a program reads at once, for one row
-COLUMNS = 2048  # of these
+MOST_ASKED = 1024  # bytes that a thread asks for at once
+
+
+class Blocks(NamedTuple):
+    """Of a program of `one_row_kernel`: outputs, columns at once, warps, and in how many pieces it asks for a row of
+    the weight before x is there."""
+
+    outputs: int
+    columns: int
+    warps: int
+    asked: int
+
+
+class Tiles(NamedTuple):
+    """Of a program of `rows_kernel`: rows, outputs and columns of its products; programs that share the columns; the
+    rest as in `Blocks`."""
+
+    rows: int
+    outputs: int
+    columns: int
+    shared: int
+    warps: int
+    stages: int
+    asked: int
 
 
 @triton.jit
-def load_weights(W, columns, D, mask):
-    """Of rows W; zeros behind the end. Once only."""
-    mask = mask[:, None] & (columns < D)[None, :]
-    return tl.load(W + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+def find_weight(tile, W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS: tl.constexpr, BN: tl.constexpr):
+    """Of all tiles of outputs one after another: its weight, that one's outputs and number, how many outputs there are
+    before these, and which tile of the weight it is."""
+    W, N, which, first = W0, N0, tile * 0, tile * 0
+    if WEIGHTS > 1:
+        more = tile >= tl.cdiv(N0, BN)
+        if more:
+            W, N, which, first, tile = W1, N1, which + 1, first + N0, tile - tl.cdiv(N0, BN)
+        if WEIGHTS > 2:
+            more = more and tile >= tl.cdiv(N1, BN)
+            if more:
+                W, N, which, first, tile = W2, N2, which + 1, first + N1, tile - tl.cdiv(N1, BN)
+        if WEIGHTS > 3:
+            more = more and tile >= tl.cdiv(N2, BN)
+            if more:
+                W, N, which, first, tile = W3, N3, which + 1, first + N2, tile - tl.cdiv(N2, BN)
+    return W, N, which, first, tile
 
 
-@triton.jit(do_not_specialize=["eps", "N0", "N1", "N2", "N3"])
-def few_rows_kernel(
-    X, GATE, NORM, W0, W1, W2, W3, RESIDUAL, Y,
-    eps, D, N0, N1, N2, N3, x_r, gate_r, residual_r,
-    ROWS: tl.constexpr, MOST: tl.constexpr, WEIGHTS: tl.constexpr, NORMED: tl.constexpr, ACTIVATION: tl.constexpr,
-    SILU: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """BN outputs of a weight [N, D]; grid: outputs in blocks, weights.
-
-    X [ROWS, D]; GATE [ROWS, D], NORM [D] and RESIDUAL [ROWS, N] may be None; Y is [ROWS, N] of one weight behind that
-    of the other. Bits of SILU: of which outputs swish is taken. MOST: a power of two, of rows. EARLY: see
-    `launch.early`; weights are on their way before x is there.
-    """
-    which = tl.program_id(1)
-    W, N, first = W0, N0, N0 * 0
-    if WEIGHTS > 1 and which == 1:
-        W, N, first = W1, N1, N0
-    if WEIGHTS > 2 and which == 2:
-        W, N, first = W2, N2, N0 + N1
-    if WEIGHTS > 3 and which == 3:
-        W, N, first = W3, N3, N0 + N1 + N2
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m, d = tl.arange(0, MOST), tl.arange(0, BD)
-    y, squares = tl.zeros([MOST, BN], tl.float32), tl.zeros([MOST], tl.float32)
-    W += n.to(tl.int64)[:, None] * D
-    coming = load_weights(W, d, D, n < N)
+@triton.jit
+def begin(W, n, N, begin, D: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr):
+    """What stands before all loads of a program (`launch.early`): AHEAD times CHUNK columns of rows n, from `begin`."""
     if EARLY:
-        gdc_wait()  # for x
+        if AHEAD > 0:
+            c = tl.minimum(begin + tl.arange(0, AHEAD) * CHUNK, D - CHUNK)
+            at = tl.minimum(n, N - 1).to(tl.int64)[:, None] * D + c[None, :]
+            ask_for(W + at, CHUNK * W.dtype.element_ty.primitive_bitwidth // 8)
+        gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def prepared(x, GATE, NORM, gate_at, c, mask, inside, ACTIVATION: tl.constexpr):
+    """x [...] in fp32 times what it is multiplied with; the norm is a factor of the sum."""
+    if NORM is not None:
+        x = x * tl.load(NORM + c, mask=inside, other=0.0).to(tl.float32)
+    if GATE is not None:
+        gate = tl.load(GATE + gate_at, mask=mask, other=0.0).to(tl.float32)
+        x = x * activate(gate, ACTIVATION)[0]
+    return x
+
+
+@triton.jit(do_not_specialize=["eps", "N0", "N1", "N2", "N3", "rows"])
+def one_row_kernel(
+    X, GATE, NORM, W0, W1, W2, W3, RESIDUAL, Y,
+    eps, N0, N1, N2, N3, rows, x_r, gate_r, residual_r,
+    D: tl.constexpr, WEIGHTS: tl.constexpr, NORMED: tl.constexpr, ACTIVATION: tl.constexpr, SILU: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BN outputs of a weight [N, D] for one row; grid: outputs of all weights in blocks, rows.
+
+    X [rows, D]; GATE [rows, D], NORM [D] and RESIDUAL [rows, N] may be None; Y is [rows, N] of one weight behind that
+    of the other. Bits of SILU: of which outputs swish is taken.
+    """
+    W, N, which, first, tile = find_weight(tl.program_id(0), W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS, BN)
+    n, d = tile * BN + tl.arange(0, BN), tl.arange(0, BD)
+    begin(W, n, N, 0, D, AHEAD, CHUNK, EARLY)
+    row = tl.program_id(1).to(tl.int64)
+    W += n.to(tl.int64)[:, None] * D + d[None, :]
+    inside = (n < N)[:, None]
+    y, squares = tl.zeros([BN, BD], tl.float32), tl.zeros([BD], tl.float32)
+    coming = tl.load(W, mask=inside & (d < D)[None, :], other=0.0, eviction_policy="evict_first")
     for start in range(0, D, BD):
         c = start + d
-        mask = (m < ROWS)[:, None] & (c < D)[None, :]
-        w, coming = coming, load_weights(W, c + BD, D, n < N)
-        x = tl.load(X + m[:, None] * x_r + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = c < D
+        W += BD
+        w, coming = (
+            coming,
+            tl.load(W, mask=inside & (c < D - BD)[None, :], other=0.0, eviction_policy="evict_first"),
+        )
+        x = tl.load(X + row * x_r + c, mask=mask, other=0.0).to(tl.float32)
         if NORMED:
-            squares += tl.sum(x * x, 1)
-        if NORM is not None:
-            x = x * tl.load(NORM + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
-        if GATE is not None:
-            gate = tl.load(GATE + m[:, None] * gate_r + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            x = x * activate(gate, ACTIVATION)[0]
-        y += tl.sum(w.to(tl.float32)[None, :, :] * x[:, None, :], 2)
+            squares += x * x
+        x = prepared(x, GATE, NORM, row * gate_r + c, c, mask, mask, ACTIVATION)
+        y += w.to(tl.float32) * x[None, :]
+    y = tl.sum(y, 1)
     if NORMED:
-        y = y / tl.sqrt(squares / D + eps)[:, None]
+        y = y / tl.sqrt(tl.sum(squares, 0) / D + eps)
     if SILU != 0:
         y = tl.where((SILU >> which) & 1 == 1, y / (1.0 + tl.exp(-y)), y)
-    mask = (m < ROWS)[:, None] & (n < N)[None, :]
     if RESIDUAL is not None:
-        y += tl.load(RESIDUAL + m[:, None] * residual_r + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    at = first.to(tl.int64) * ROWS + m[:, None] * N + n[None, :]
-    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
+        y += tl.load(RESIDUAL + row * residual_r + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(Y + first.to(tl.int64) * rows + row * N + n, y.to(Y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["eps", "N0", "N1", "N2", "N3", "rows"])
+def rows_kernel(
+    X, GATE, NORM, W0, W1, W2, W3, RESIDUAL, Y, PARTS, SQUARES,
+    eps, N0, N1, N2, N3, rows, x_r, gate_r, residual_r,
+    D: tl.constexpr, WEIGHTS: tl.constexpr, NORMED: tl.constexpr, ACTIVATION: tl.constexpr, SILU: tl.constexpr,
+    LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHARED: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BN outputs for BM rows; grid: rows in blocks and, slower, outputs of all weights in blocks; parts of the columns.
+
+    Operands as of `one_row_kernel`; products are of LOW. With SHARED parts of the columns, of one weight, a program leaves its sums in
+    PARTS [SHARED, rows, N] and, if the norm is to be taken, of its columns the squares of x in SQUARES [SHARED, rows];
+    `sum_kernel` does the rest.
+    """
+    blocks = tl.cdiv(rows, BM)
+    W, N, which, first, tile = find_weight(
+        tl.program_id(0) // blocks, W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS, BN
+    )
+    n, k = tile * BN + tl.arange(0, BN), tl.arange(0, BK)
+    m = (tl.program_id(0) % blocks * BM + tl.arange(0, BM)).to(tl.int64)
+    part = tl.program_id(1)
+    each: tl.constexpr = ((D + BK - 1) // BK + SHARED - 1) // SHARED * BK
+    begin(W, n, N, part * each, D, AHEAD, CHUNK, EARLY)
+    W += n.to(tl.int64)[:, None] * D
+    x_at, gate_at = m[None, :] * x_r, m[None, :] * gate_r
+    y, squares = tl.zeros([BN, BM], tl.float32), tl.zeros([BK, BM], tl.float32)
+    for start in tl.range(part * each, tl.minimum(part * each + each, D), BK, num_stages=STAGES):
+        c = start + k
+        w = tl.load(W + c[None, :], mask=(n < N)[:, None] & (c < D)[None, :], other=0.0)
+        inside = (c < D)[:, None]
+        mask = inside & (m < rows)[None, :]
+        x = tl.load(X + x_at + c[:, None], mask=mask, other=0.0)
+        if NORMED:
+            squares += x.to(tl.float32) * x.to(tl.float32)
+        if NORM is not None or GATE is not None:
+            wide = prepared(x.to(tl.float32), GATE, NORM, gate_at + c[:, None], c[:, None], mask, inside, ACTIVATION)
+            x = wide.to(x.dtype)
+        y = tl.dot(w.to(LOW), x.to(LOW), y, input_precision="ieee")
+    mask = (n < N)[:, None] & (m < rows)[None, :]
+    at = m[None, :] * N + n[:, None]
+    if SHARED > 1:
+        tl.store(PARTS + part.to(tl.int64) * rows * N + at, y, mask=mask)
+        if NORMED:
+            if tile == 0:
+                tl.store(SQUARES + part * rows + m, tl.sum(squares, 0), mask=m < rows)
+    else:
+        if NORMED:
+            y = y / tl.sqrt(tl.sum(squares, 0) / D + eps)[None, :]
+        if SILU != 0:
+            y = tl.where((SILU >> which) & 1 == 1, y / (1.0 + tl.exp(-y)), y)
+        if RESIDUAL is not None:
+            y += tl.load(RESIDUAL + m[None, :] * residual_r + n[:, None], mask=mask, other=0.0).to(tl.float32)
+        tl.store(Y + first.to(tl.int64) * rows + at, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["eps", "N", "rows"])
+def sum_kernel(
+    PARTS, SQUARES, RESIDUAL, Y, eps, N, rows, residual_r,
+    D: tl.constexpr, NORMED: tl.constexpr, SILU: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """What `rows_kernel` has left in PARTS, for BLOCK outputs of one row; grid: outputs in blocks, rows."""
+    if EARLY:  # `launch.early`
+        gdc_wait()
+        gdc_launch_dependents()
+    n, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    mask = n < N
+    y, squares = tl.zeros([BLOCK], tl.float32), 0.0
+    for part in tl.static_range(SHARED):
+        y += tl.load(PARTS + (part * rows + row) * N + n, mask=mask, other=0.0)
+        if NORMED:
+            squares += tl.load(SQUARES + part * rows + row)
+    if NORMED:
+        y = y / tl.sqrt(squares / D + eps)
+    if SILU != 0:
+        y = y / (1.0 + tl.exp(-y))
+    if RESIDUAL is not None:
+        y += tl.load(RESIDUAL + row * residual_r + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(Y + row * N + n, y.to(Y.dtype.element_ty), mask=mask)
 
 
 def norm_linear(
@@ -130,8 +270,9 @@ def gated_linear(
 
 def serves(x: Tensor, width: int, *weights: Tensor) -> bool:
     """Whether these kernels take rows of so many numbers, and weights [N, width] that nobody wants a gradient of."""
+    most = MOST_ROWS if x.dtype == torch.bfloat16 else MOST_SINGLE
     return (
-        x.numel() <= MOST_ROWS * width
+        x.numel() <= most * width
         and x.numel() > 0
         and len(weights) <= MOST_WEIGHTS
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -160,18 +301,41 @@ def _launch(
     x, gate, residual = _rows(x, D), _rows(gate, D), _rows(residual, sizes[0])  # type: ignore[assignment]
     rows = len(x)
     y = torch.empty(rows * sum(sizes), dtype=x.dtype, device=x.device)
-    most = triton.next_power_of_2(rows)
-    outputs, columns = _block(sum(sizes), D, most, processors(x.device))
     begins = early(x.device)
-    stride = [0 if t is None else t.stride(0) for t in (x, gate, residual)]
+    strides = [0 if t is None else t.stride(0) for t in (x, gate, residual)]
     w, n = ([*given, *[None] * (MOST_WEIGHTS - len(given))] for given in (weights, sizes))
+    n = [0 if size is None else size for size in n]
+    asks = begins and D * x.element_size() % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    settings: dict = {"D": D, "NORMED": int(normed), "SILU": silu, "EARLY": begins}
+    options = {"launch_pdl": True} if begins else {}
+    operation = {"WEIGHTS": len(weights), "ACTIVATION": ACTIVATIONS[activation]}
     with torch.cuda.device_of(x):
-        few_rows_kernel[(triton.cdiv(max(sizes), outputs), len(weights))](
-            x, gate, norm_weight, *w, residual, y, float(eps), D, *[0 if size is None else size for size in n], *stride,
-            ROWS=rows, MOST=most, WEIGHTS=len(weights), NORMED=int(normed), ACTIVATION=ACTIVATIONS[activation],
-            SILU=silu, BN=outputs, BD=columns, EARLY=begins,
-            num_warps=min(8, max(1, outputs * columns * most // 1024)), **({"launch_pdl": True} if begins else {}),
-        )  # fmt: skip
+        if not _in_tiles(rows, x.dtype):
+            block = _blocks(sum(sizes), D, processors(x.device))
+            grid = (sum(triton.cdiv(size, block.outputs) for size in sizes), rows)
+            one_row_kernel[grid](
+                x, gate, norm_weight, *w, residual, y, float(eps), *n, rows, *strides,
+                BN=block.outputs, BD=block.columns, num_warps=block.warps, **_asked(block.asked if asks else 0, D, x.element_size()),
+                **operation, **settings, **options,
+            )  # fmt: skip
+        else:
+            tile = _tiles(sum(sizes), rows, len(weights), processors(x.device))
+            parts = squares = None
+            if tile.shared > 1:
+                parts = torch.empty(tile.shared * (len(y) + rows), dtype=torch.float32, device=x.device)
+                squares = parts[tile.shared * len(y) :]
+            blocks = sum(triton.cdiv(size, tile.outputs) for size in sizes)
+            rows_kernel[(blocks * triton.cdiv(rows, tile.rows), tile.shared)](
+                x, gate, norm_weight, *w, residual, y, parts, squares, float(eps), *n, rows, *strides,
+                LOW=_low(x.dtype), BM=tile.rows, BN=tile.outputs, BK=tile.columns, SHARED=tile.shared, STAGES=tile.stages,
+                num_warps=tile.warps, **_asked(tile.asked if asks else 0, D // tile.shared, x.element_size()),
+                **operation, **settings, **options,
+            )  # fmt: skip
+            if tile.shared > 1:
+                sum_kernel[(triton.cdiv(sizes[0], 256), rows)](
+                    parts, squares, residual, y, float(eps), sizes[0], rows, strides[2], SHARED=tile.shared, BLOCK=256,
+                    num_warps=2, **settings, **options,
+                )  # fmt: skip
     return tuple(part.view(*leading, size) for part, size in zip(y.split([rows * size for size in sizes]), sizes))
 
 
@@ -182,13 +346,44 @@ def _rows(x: Tensor | None, width: int) -> Tensor | None:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _block(outputs: int, D: int, rows: int, processors: int) -> tuple[int, int]:
-    """Outputs and columns of a program: all multiprocessors have some programs, and each of these long reads.
+def _in_tiles(rows: int, dtype: torch.dtype) -> bool:
+    """Whether rows share a program."""
+    return rows > 1 and dtype == torch.bfloat16
 
-    A small weight must be on its way to the processors as a whole for its reading to be short, so its rows are not cut;
-    of a large one there are programs enough, which share what they make of x among more outputs.
-    """
-    each = max(2, min(16, outputs // (8 * processors)))
-    each = 1 << (each.bit_length() - 1)
-    columns = min(COLUMNS, NUMBERS // each // rows, triton.next_power_of_2(D))
-    return each, max(16, columns)
+
+def _low(dtype: torch.dtype) -> tl.dtype:
+    """Of products. The interpreter's, of bf16, are wrong."""
+    return tl.bfloat16 if dtype == torch.bfloat16 and not triton.knobs.runtime.interpret else tl.float32
+
+
+def _asked(pieces: int, columns: int, itemsize: int) -> dict[str, int]:
+    """Numbers of a piece, which are whole lines of the cache."""
+    size = min(MOST_ASKED, triton.cdiv(columns * itemsize, 128 * max(1, pieces)) * 128) // itemsize
+    return {"AHEAD": pieces if size <= columns else 0, "CHUNK": size}
+
+
+def _blocks(outputs: int, D: int, processors: int) -> Blocks:
+    """For one row: as many outputs as leave a multiprocessor 2.6 programs, whose threads have two times 64 bytes under
+    way, 43 KB together. They should all run at once, in half of the registers, so that the next kernel's have room
+    beside them. Few outputs need long parts of the weight's rows, which then all warps share."""
+    each = next((n for n in (32, 16, 8) if outputs >= 2.6 * n * processors), 4)
+    columns = max(16, min(4096 // each, triton.next_power_of_2(D)))
+    return Blocks(each, columns, 4, 128 // each)
+
+
+def _tiles(outputs: int, rows: int, weights: int, processors: int) -> Tiles:
+    """For several rows: tiles of outputs for three quarters of the multiprocessors at least. Where only small ones are
+    enough, x would be read as often as there are these; so tiles stay as long as there are rows, and programs share the
+    columns. Behind 64 rows it is products that take the time, and not the weights."""
+    block = max(16, min(128, triton.next_power_of_2(rows)))
+    if block == 128:
+        each, columns, warps, stages = 128, 64, 8, 3
+    else:
+        each, warps, stages = next((n for n in (64, 32) if 4 * outputs >= 3 * n * processors), 16), 4, 4
+        if weights == 1:
+            each = max(each, block)
+        columns = 64 if block == 64 else 256 if each == 16 else 128
+    shared, tiles = 1, triton.cdiv(outputs, each) * triton.cdiv(rows, block)
+    while weights == 1 and shared < 8 and 2 * shared * tiles <= 1.1 * processors:
+        shared *= 2
+    return Tiles(block, each, columns, shared, warps, stages, max(1, 32 * warps // each))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 Layout = tuple[tuple[int, ...], bool]  # strides, and whether the address is a multiple of 16 bytes
@@ -39,22 +40,32 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-EARLY = False  # whether kernels of one token begin before those that they wait for have ended; not measured yet
-
-
 @lru_cache
-def _can_start_early(device: torch.device) -> bool:
+def early(device: torch.device) -> bool:
+    """Whether a kernel is started while the one before it still runs (programmatic dependent launch; from Hopper on).
+
+    It gains what a start and an end take, some 2 us of each kernel of a token, for the weights are on their way to the
+    L2 cache by then. Such a kernel keeps to an order, in all of its programs:
+
+    1. `ask_for` of what it will read. Nothing is read: what another kernel still writes to these addresses goes through
+       the same cache. So weights may have been changed by the kernel just before, too.
+    2. `gdc_wait`: the kernel before has ended, and all that it has written is seen.
+    3. `gdc_launch_dependents`: the next one may begin. As this stands behind the wait, all kernels but the one just
+       before have ended when a kernel begins, so that no more than two run at once.
+    4. Loads and stores. A store can overtake no load of an earlier kernel, since all of them have ended; nor can one of
+       the next kernel, or of the next replay of a graph, overtake a load of this one, for that waits likewise. A kernel
+       that knows nothing of all this begins when this one has ended.
+    """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def early(device: torch.device) -> bool:
-    """Whether a kernel is launched while the one before it still runs (programmatic dependent launch; from Hopper on).
-
-    Such a kernel may read what no kernel writes; then it must wait (`gdc_wait`) until those before it have ended, in
-    all of its programs. It lets the next one begin (`gdc_launch_dependents`) after that only: so no more than two run
-    at once, and all that has come before them is in memory.
-    """
-    return EARLY and _can_start_early(device)
+@triton.jit
+def ask_for(addresses, size):
+    """Let `size` bytes behind each address come to the L2 cache; both are multiples of 16. Nobody waits for them."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [addresses.to(tl.int64), tl.full(addresses.shape, size, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 class Launch:
