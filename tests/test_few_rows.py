@@ -118,7 +118,7 @@ def test_a_model_of_one_token(monkeypatch, family):
 @pytest.mark.parametrize("early", [False, True] if CUDA else [False])
 def test_a_generation(monkeypatch, early):
     """As `lasp.generate` meets them, on a GPU in its CUDA graph: tokens and logits are those of the whole sequence."""
-    
+
     if not CUDA:
         monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
     width, heads = (512, 4) if CUDA else (32, 2)

@@ -167,9 +167,7 @@ def rows_kernel(
     `sum_kernel` does the rest.
     """
     blocks = tl.cdiv(rows, BM)
-    W, N, which, first, tile = find_weight(
-        tl.program_id(0) // blocks, W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS, BN
-    )
+    W, N, which, first, tile = find_weight(tl.program_id(0) // blocks, W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS, BN)
     n, k = tile * BN + tl.arange(0, BN), tl.arange(0, BK)
     m = (tl.program_id(0) % blocks * BM + tl.arange(0, BM)).to(tl.int64)
     part = tl.program_id(1)
@@ -375,11 +373,11 @@ def _tiles(outputs: int, rows: int, weights: int, processors: int) -> Tiles:
     """For several rows: tiles of outputs for three quarters of the multiprocessors at least. Where only small ones are
     enough, x would be read as often as there are these; so tiles stay as long as there are rows, and programs share the
     columns. Behind 64 rows it is products that take the time, and not the weights."""
-    block = max(16, min(128, triton.next_power_of_2(rows)))
-    if block == 128:
-        each, columns, warps, stages = 128, 64, 8, 3
+    if rows > 64:
+        block, each, columns, warps, stages = 64 if weights == 1 else 128, 128, 64, 8, 4
     else:
-        each, warps, stages = next((n for n in (64, 32) if 4 * outputs >= 3 * n * processors), 16), 4, 4
+        block, warps, stages = max(16, triton.next_power_of_2(rows)), 4, 4
+        each = next((n for n in (64, 32) if 4 * outputs >= 3 * n * processors), 16)
         if weights == 1:
             each = max(each, block)
         columns = 64 if block == 64 else 256 if each == 16 else 128
