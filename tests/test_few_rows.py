@@ -1,6 +1,9 @@
 """Linear layers for few rows against PyTorch's, in fp64; on a GPU, else under Triton's interpreter."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,12 @@ if not CUDA:
 
 import lasp  # noqa: E402
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig  # noqa: E402
-from lasp_kernels import dispatch, few_rows, launch  # noqa: E402
+from lasp_kernels import dispatch, few_rows  # noqa: E402
 from lasp_kernels.reference import activation_of  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 # Of the greatest. Triton's interpreter cuts off what does not fit in bf16.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 if CUDA else 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3 if CUDA else 1.5e-2, torch.float16: 1e-3}
 DTYPES = list(TOLERANCE)
 
 
@@ -77,10 +80,125 @@ def test_rows_that_lie_apart():
 
 
 def test_long_rows_in_several_steps(monkeypatch):
-    monkeypatch.setattr(few_rows, "COLUMNS", 32)
+    monkeypatch.setattr(few_rows, "_blocks", lambda *_: few_rows.Blocks(4, 32, 4, 0))
     x, weight = normal(1, 100), normal(50, 100, seed=1)
     expected = F.linear(F.rms_norm(x.double(), (100,), eps=1e-6), weight.double())
     assert_near(few_rows.norm_linear(x, [weight])[0], expected)
+
+
+# Rows, width, outputs of the layers; programs of the last ones share the columns, and some of these find none.
+TILED = [
+    (2, 45, (33, 1, 64, 5)),
+    (17, 160, (70, 9)),
+    (16, 600, (20,)),
+    (33, 272, (70,)),
+    (64, 64, (16,)),
+    (65, 72, (40,)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if CUDA else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "D", "sizes"), TILED)
+def test_rows_that_share_programs(monkeypatch, dtype, rows, D, sizes):
+    """In fp32, which goes another way else, to see that nothing is lost; in bf16 what goes into products is rounded."""
+    monkeypatch.setattr(few_rows, "_in_tiles", lambda *_: True)
+    x, norm = normal(rows, 1, D, dtype=dtype) * 3, normal(D, dtype=dtype, seed=1)
+    gate, residual = normal(rows, 1, D, dtype=dtype, seed=7), normal(rows, 1, sizes[0], dtype=dtype, seed=8)
+    weights = [normal(n, D, dtype=dtype, seed=2 + i) for i, n in enumerate(sizes)]
+    activations = ("silu", "none", "none", "silu")[: len(sizes)]
+    h = F.rms_norm(x.double(), (D,), norm.double(), 0.1)
+    for y, w, activation in zip(
+        few_rows.norm_linear(x, weights, norm, eps=0.1, activations=activations), weights, activations
+    ):
+        assert y.dtype == dtype
+        assert_near(y, activation_of(activation)(F.linear(h, w.double())))
+    y = few_rows.norm_gate_linear(
+        x.unsqueeze(-2), gate, weights[0], norm, eps=0.1, activation="silu", residual=residual
+    )
+    assert_near(y, F.linear(h * F.silu(gate.double()), weights[0].double()) + residual)
+    y = few_rows.gated_linear(x, gate, weights[0], residual=residual)
+    assert_near(y, F.linear(x.double() * gate, weights[0].double()) + residual)
+    assert_near(few_rows.gated_linear(x, gate, weights[0]), F.linear(x.double() * gate, weights[0].double()))
+
+
+@pytest.mark.parametrize(("outputs", "weights"), [(8192, 4), (2048, 1), (11264, 2), (64000, 1), (5, 1)])
+@pytest.mark.parametrize("rows", [2, 16, 32, 64, 256])
+def test_tiles_are_what_the_product_can_take(rows, outputs, weights):
+    tile = few_rows._tiles(outputs, rows, weights, 132)
+    for size in tile[:3]:
+        assert size >= 16
+        assert size & (size - 1) == 0
+    assert weights == 1 or tile.shared == 1
+    stage = 2 * tile.columns * (tile.outputs + (2 if weights == 1 else 1) * tile.rows)
+    assert (tile.stages - 1) * stage + 2 * tile.columns * tile.outputs < 227 * 2**10  # the memory of a multiprocessor
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 256])
+@pytest.mark.parametrize(
+    ("width", "sizes"), [(2048, (2048,) * 4), (2048, (5632,) * 2), (5632, (2048,)), (1024, (64000,))]
+)
+def test_layers_of_a_models_size(rows, width, sizes):
+    """Also one behind the other, so that each begins while the one before runs, and with weights that were changed just
+    before."""
+    x = normal(rows, 1, width, dtype=torch.bfloat16)
+    weights = [normal(n, width, dtype=torch.bfloat16, seed=1 + i) / width**0.5 for i, n in enumerate(sizes)]
+    h = F.rms_norm(x.double(), (width,), eps=1e-6)
+    for factor in (1, -2, 4):
+        for w in weights:
+            w.mul_(factor)
+        ys = few_rows.norm_linear(x, weights)
+        again = few_rows.norm_linear(x, weights)
+        for y, twice, w in zip(ys, again, weights):
+            assert_near(y, F.linear(h, w.double()))
+            assert torch.equal(y, twice)
+    if len(weights) == 1:
+        gate, residual = normal(rows, 1, width, dtype=torch.bfloat16, seed=7), ys[0]
+        for _ in range(3):
+            y = few_rows.norm_gate_linear(x.unsqueeze(-2), gate, weights[0], activation="silu", residual=residual)
+            assert_near(y, F.linear(h * F.silu(gate.double()), weights[0].double()) + residual)
+            residual = y
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_a_chain_in_a_graph(rows):
+    """Each layer reads what the one before has written, in memory that is used again: replays are alike, and as steps
+    that wait for each other."""
+    width, inner = 512, 1280
+    first = [normal(inner, width, dtype=torch.bfloat16, seed=i) / width**0.5 for i in range(2)]
+    last = normal(width, inner, dtype=torch.bfloat16, seed=2) / inner**0.5
+    x = normal(rows, 1, width, dtype=torch.bfloat16, seed=3)
+
+    def step(wait=lambda: None):
+        y = x
+        for _ in range(24):
+            value, gate = few_rows.norm_linear(y, first)
+            wait()
+            y = few_rows.gated_linear(value, gate, last, activation="silu", residual=y)
+            wait()
+        return y
+
+    expected = step(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for seed in range(20):
+        x.copy_(normal(rows, 1, width, dtype=torch.bfloat16, seed=3 + seed % 2))
+        graph.replay()
+        graph.replay()
+        if seed % 2 == 0:
+            assert torch.equal(y, expected)
+
+
+def test_nothing_is_read_before_the_wait_and_registers_are_enough():
+    """Of the kernels as they are compiled for Hopper, at the sizes of TNL-1B; no GPU is needed for it."""
+    kernels = Path(few_rows.__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(kernels), environment.get("PYTHONPATH", "")])
+    script = Path(__file__).parent / "compiled_for_hopper.py"
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_wrong_shapes_are_named():
@@ -115,10 +233,8 @@ def test_a_model_of_one_token(monkeypatch, family):
     assert len(launches) == (8 if family == "tnl" else 6)
 
 
-@pytest.mark.parametrize("early", [False, True] if CUDA else [False])
-def test_a_generation(monkeypatch, early):
+def test_a_generation(monkeypatch):
     """As `lasp.generate` meets them, on a GPU in its CUDA graph: tokens and logits are those of the whole sequence."""
-
     if not CUDA:
         monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
     width, heads = (512, 4) if CUDA else (32, 2)
@@ -138,6 +254,8 @@ def test_when_they_are_chosen():
         assert dispatch._few_rows(x, 64, weight)
         assert not dispatch._few_rows(normal(1, 5, 64), 64, weight)
         assert not dispatch._few_rows(x, 64, weight.bfloat16())
+        assert dispatch._few_rows(normal(1, 64, 64).bfloat16(), 64, weight.bfloat16())
+        assert not dispatch._few_rows(normal(1, 65, 64).bfloat16(), 64, weight.bfloat16())
         with torch.autocast("cuda", torch.bfloat16):
             assert not dispatch._few_rows(x, 64, weight)
     assert not dispatch._few_rows(x, 64, weight)

@@ -56,8 +56,8 @@ def step_kernel(
 
     Grid: columns in blocks, heads H of states, sequences. Q [B, H*GROUP, K] or, as KEY, [B, H/SHARE, K]; VALUE
     [B, H, V]; BETA [B, H] of a delta rule, else None; DECAY of FORM dimensions, none with 0; OUT [B, H*GROUP, V]. With
-    NORMALIZE, STATE has a column more, and a program must have all of them. AHEAD: whether its part of the state is asked
-    for early.
+    NORMALIZE, STATE has a column more, and a program must have all of them. AHEAD: whether a program asks for its part
+    of the state early.
     """
     blocks = tl.cdiv(V, BV * LOOPS)
     block = tl.program_id(0) % blocks

@@ -40,6 +40,7 @@ from lasp_kernels.norm import ACTIVATIONS, activate
 MOST_ROWS = 64  # of bf16
 MOST_SINGLE = 4  # rows that each have their own programs, in other dtypes
 MOST_WEIGHTS = 4  # that read the same
+SUMS = 256  # of a program that adds up what others have found
 MOST_ASKED = 1024  # bytes that a thread asks for at once
 
 
@@ -162,9 +163,9 @@ def rows_kernel(
 ):  # fmt: skip
     """BN outputs for BM rows; grid: rows in blocks and, slower, outputs of all weights in blocks; parts of the columns.
 
-    Operands as of `one_row_kernel`; products are of LOW. With SHARED parts of the columns, of one weight, a program leaves its sums in
-    PARTS [SHARED, rows, N] and, if the norm is to be taken, of its columns the squares of x in SQUARES [SHARED, rows];
-    `sum_kernel` does the rest.
+    Operands as of `one_row_kernel`; products are of LOW. With SHARED parts of the columns, of one weight, a program
+    leaves its sums in PARTS [SHARED, rows, N] and, if the norm is to be taken, of its columns the squares of x in
+    SQUARES [SHARED, rows]; `sum_kernel` does the rest.
     """
     blocks = tl.cdiv(rows, BM)
     W, N, which, first, tile = find_weight(tl.program_id(0) // blocks, W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS, BN)
@@ -192,7 +193,7 @@ def rows_kernel(
     at = m[None, :] * N + n[:, None]
     if SHARED > 1:
         tl.store(PARTS + part.to(tl.int64) * rows * N + at, y, mask=mask)
-        if NORMED:
+        if NORMED:  # noqa: SIM102  # known when it is compiled, the other is not
             if tile == 0:
                 tl.store(SQUARES + part * rows + m, tl.sum(squares, 0), mask=m < rows)
     else:
@@ -307,14 +308,14 @@ def _launch(
     settings: dict = {"D": D, "NORMED": int(normed), "SILU": silu, "EARLY": begins}
     options = {"launch_pdl": True} if begins else {}
     operation = {"WEIGHTS": len(weights), "ACTIVATION": ACTIVATIONS[activation]}
+    operands = (x, gate, norm_weight, *w, residual, y)
+    numbers = (float(eps), *n, rows, *strides)
     with torch.cuda.device_of(x):
         if not _in_tiles(rows, x.dtype):
             block = _blocks(sum(sizes), D, processors(x.device))
-            grid = (sum(triton.cdiv(size, block.outputs) for size in sizes), rows)
-            one_row_kernel[grid](
-                x, gate, norm_weight, *w, residual, y, float(eps), *n, rows, *strides,
-                BN=block.outputs, BD=block.columns, num_warps=block.warps, **_asked(block.asked if asks else 0, D, x.element_size()),
-                **operation, **settings, **options,
+            one_row_kernel[(sum(triton.cdiv(size, block.outputs) for size in sizes), rows)](
+                *operands, *numbers, BN=block.outputs, BD=block.columns, num_warps=block.warps,
+                **_asked(block.asked if asks else 0, D, x.element_size()), **operation, **settings, **options,
             )  # fmt: skip
         else:
             tile = _tiles(sum(sizes), rows, len(weights), processors(x.device))
@@ -322,17 +323,17 @@ def _launch(
             if tile.shared > 1:
                 parts = torch.empty(tile.shared * (len(y) + rows), dtype=torch.float32, device=x.device)
                 squares = parts[tile.shared * len(y) :]
-            blocks = sum(triton.cdiv(size, tile.outputs) for size in sizes)
-            rows_kernel[(blocks * triton.cdiv(rows, tile.rows), tile.shared)](
-                x, gate, norm_weight, *w, residual, y, parts, squares, float(eps), *n, rows, *strides,
-                LOW=_low(x.dtype), BM=tile.rows, BN=tile.outputs, BK=tile.columns, SHARED=tile.shared, STAGES=tile.stages,
-                num_warps=tile.warps, **_asked(tile.asked if asks else 0, D // tile.shared, x.element_size()),
+            blocks = sum(triton.cdiv(size, tile.outputs) for size in sizes) * triton.cdiv(rows, tile.rows)
+            rows_kernel[(blocks, tile.shared)](
+                *operands, parts, squares, *numbers, LOW=_low(x.dtype), BM=tile.rows, BN=tile.outputs, BK=tile.columns,
+                SHARED=tile.shared, STAGES=tile.stages, num_warps=tile.warps,
+                **_asked(tile.asked if asks else 0, D // tile.shared, x.element_size()),
                 **operation, **settings, **options,
             )  # fmt: skip
             if tile.shared > 1:
-                sum_kernel[(triton.cdiv(sizes[0], 256), rows)](
-                    parts, squares, residual, y, float(eps), sizes[0], rows, strides[2], SHARED=tile.shared, BLOCK=256,
-                    num_warps=2, **settings, **options,
+                sum_kernel[(triton.cdiv(sizes[0], SUMS), rows)](
+                    parts, squares, residual, y, float(eps), sizes[0], rows, strides[2], SHARED=tile.shared,
+                    BLOCK=SUMS, num_warps=2, **settings, **options,
                 )  # fmt: skip
     return tuple(part.view(*leading, size) for part, size in zip(y.split([rows * size for size in sizes]), sizes))
 
