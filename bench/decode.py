@@ -10,7 +10,7 @@ the CUDA graph. fla-core's fused_recurrent kernels beside.
 `linears`: the linear layers of a block of TNL and its head, for a token of each of B sequences, with the norm, gate and
 residual around them: GB/s of the weights, by PyTorch and by few_rows.py, there also with other programs: for one row
 `--blocks` outputs x columns x warps x pieces asked for early, for more `--tiles` outputs x columns x shared x warps x
-stages x pieces; a third row has the settings of few_rows.py, but asks for nothing early.
+stages x pieces; one row has the settings of few_rows.py, but asks for nothing early, and one of B 1 products of tiles.
 
 `token`: a token of TNL in bf16, as a CUDA graph, in each of the ways of decode_models.py. The floor is the time of
 reading the weights (not the embedding's) and reading and writing the states, at the speed of a copy. Predicted for the
@@ -284,6 +284,7 @@ def _hows_of_linears(
     if B == 1:
         name, made = "_blocks", few_rows._blocks(sum(sizes), width, launch.processors(device))
         tried = [few_rows.Blocks(*map(int, given.split("x"))) for given in options.blocks]
+        hows["few rows, in tiles"] = (*of_all, mock.patch.object(few_rows, "TILES_FROM", 1))
     hows["few rows"] = of_all
     for how in [made._replace(asked=0), *tried]:
         if how != made:

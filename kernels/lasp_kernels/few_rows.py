@@ -1,4 +1,5 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (a kernel is called with numbers and tensors, not with the types that its body sees)
 """Linear layers for few rows, such as a token of some sequences: each weight is read once, and that is their time.
 
@@ -32,12 +33,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lasp_kernels.launch import ask_for, early, processors
 from lasp_kernels.norm import ACTIVATIONS, activate
 
 MOST_ROWS = 64  # of bf16
+TILES_FROM = 2  # so many rows of bf16 on, rows share programs
 MOST_SINGLE = 4  # rows that each have their own programs, in other dtypes
 MOST_WEIGHTS = 4  # that read the same
 SUMS = 256  # of a program that adds up what others have found
@@ -347,12 +350,12 @@ def _rows(x: Tensor | None, width: int) -> Tensor | None:
 
 def _in_tiles(rows: int, dtype: torch.dtype) -> bool:
     """Whether rows share a program."""
-    return rows > 1 and dtype == torch.bfloat16
+    return rows >= TILES_FROM and dtype == torch.bfloat16
 
 
 def _low(dtype: torch.dtype) -> tl.dtype:
     """Of products. The interpreter's, of bf16, are wrong."""
-    return tl.bfloat16 if dtype == torch.bfloat16 and not triton.knobs.runtime.interpret else tl.float32
+    return tl.bfloat16 if dtype == torch.bfloat16 and not knobs.runtime.interpret else tl.float32
 
 
 def _asked(pieces: int, columns: int, itemsize: int) -> dict[str, int]:
