@@ -68,7 +68,7 @@ def layers():
         call = {"D": D, "WEIGHTS": weights, "NORMED": int(D == 2048), "ACTIVATION": 0, "SILU": weights - 1}
         call["EARLY"] = True
         block = few_rows._blocks(outputs, D, PROCESSORS)
-        asked = few_rows._asked(block.asked, D, 2)
+        asked = few_rows._asked(block.asked, block.outputs, D, 2, outputs // block.outputs, PROCESSORS)
         constants = {"BN": block.outputs, "BD": block.columns, **asked, **call}
         text = ptx(few_rows.one_row_kernel, tensors, numbers, block.warps, **constants)
         assert re.search(r"ld\.global\S*\.v4", text), f"{name}: short reads"
@@ -77,7 +77,9 @@ def layers():
             tile = few_rows._tiles(outputs, rows, weights, PROCESSORS)
             parts = dict.fromkeys(("PARTS", "SQUARES"), "*fp32") if tile.shared > 1 else {}
             constants = {"BM": tile.rows, "BN": tile.outputs, "BK": tile.columns, "SHARED": tile.shared}
-            constants |= {"STAGES": tile.stages, "LOW": tl.bfloat16, **few_rows._asked(tile.asked, D // tile.shared, 2)}
+            programs = outputs // tile.outputs * tile.shared
+            asked = few_rows._asked(tile.asked, tile.outputs, D // tile.shared, 2, programs, PROCESSORS)
+            constants |= {"STAGES": tile.stages, "LOW": tl.bfloat16, **asked}
             text = ptx(few_rows.rows_kernel, tensors | parts, numbers, tile.warps, **constants, **call)
             assert "cp.async.cg" in text, f"{name}, {rows} rows: no copies under way"
             check(f"{name}, {rows} rows", text)

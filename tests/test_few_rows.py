@@ -133,6 +133,25 @@ def test_tiles_are_what_the_product_can_take(rows, outputs, weights):
     assert (tile.stages - 1) * stage + 2 * tile.columns * tile.outputs < 227 * 2**10  # the memory of a multiprocessor
 
 
+@pytest.mark.parametrize(("outputs", "weights", "D"), [(8192, 4, 2048), (2048, 1, 5632), (64000, 1, 2048), (40, 1, 72)])
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_what_is_asked_for_fits_the_cache_and_the_rows(rows, outputs, weights, D):
+    made = few_rows._blocks(outputs, D, 132) if rows == 1 else few_rows._tiles(outputs, rows, weights, 132)
+    shared = made.shared if isinstance(made, few_rows.Tiles) else 1
+    programs = -(-outputs // made.outputs) * shared
+    asked = few_rows._asked(made.asked, made.outputs, D // shared, 2, programs, 132)
+    assert asked["CHUNK"] % 64 == 0  # lines of 128 bytes
+    if D < 128:
+        assert asked["CHUNK"] <= D or asked["AHEAD"] == 0
+        return
+    assert asked["AHEAD"] * made.outputs <= 32 * made.warps  # one a thread
+    assert (
+        asked["AHEAD"] * asked["CHUNK"] < D // shared + 64 * made.asked
+    )  # nothing behind the row's end but a line each
+    at_once = 2 * asked["AHEAD"] * asked["CHUNK"] * made.outputs * min(programs, 4 * 132)
+    assert 6 * 2**20 < at_once < 24 * 2**20
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 256])
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ There is no gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ TILES_FROM = 2  # so many rows of bf16 on, rows share programs
 MOST_SINGLE = 4  # rows that each have their own programs, in other dtypes
 MOST_WEIGHTS = 4  # that read the same
 SUMS = 256  # of a program that adds up what others have found
-MOST_ASKED = 1024  # bytes that a thread asks for at once
+AT_ONCE = 12 * 2**20  # bytes of weights that all programs ask for before they wait
 
 
 class Blocks(NamedTuple):
@@ -96,7 +97,7 @@ def begin(W, n, N, begin, D: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.conste
     if EARLY:
         if AHEAD > 0:
             c = tl.minimum(begin + tl.arange(0, AHEAD) * CHUNK, D - CHUNK)
-            at = tl.minimum(n, N - 1).to(tl.int64)[:, None] * D + c[None, :]
+            at = tl.minimum(n, N - 1).to(tl.int64)[None, :] * D + c[:, None]  # the first columns of all rows first
             ask_for(W + at, CHUNK * W.dtype.element_ty.primitive_bitwidth // 8)
         gdc_wait()
         gdc_launch_dependents()
@@ -316,9 +317,11 @@ def _launch(
     with torch.cuda.device_of(x):
         if not _in_tiles(rows, x.dtype):
             block = _blocks(sum(sizes), D, processors(x.device))
-            one_row_kernel[(sum(triton.cdiv(size, block.outputs) for size in sizes), rows)](
+            blocks = sum(triton.cdiv(size, block.outputs) for size in sizes)
+            one_row_kernel[(blocks, rows)](
                 *operands, *numbers, BN=block.outputs, BD=block.columns, num_warps=block.warps,
-                **_asked(block.asked if asks else 0, D, x.element_size()), **operation, **settings, **options,
+                **_asked(block.asked if asks else 0, block.outputs, D, x.element_size(), blocks, processors(x.device)),
+                **operation, **settings, **options,
             )  # fmt: skip
         else:
             tile = _tiles(sum(sizes), rows, len(weights), processors(x.device))
@@ -330,7 +333,10 @@ def _launch(
             rows_kernel[(blocks, tile.shared)](
                 *operands, parts, squares, *numbers, LOW=_low(x.dtype), BM=tile.rows, BN=tile.outputs, BK=tile.columns,
                 SHARED=tile.shared, STAGES=tile.stages, num_warps=tile.warps,
-                **_asked(tile.asked if asks else 0, D // tile.shared, x.element_size()),
+                **_asked(
+                    tile.asked if asks else 0, tile.outputs, D // tile.shared, x.element_size(), blocks * tile.shared,
+                    processors(x.device),
+                ),
                 **operation, **settings, **options,
             )  # fmt: skip
             if tile.shared > 1:
@@ -358,9 +364,11 @@ def _low(dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtype == torch.bfloat16 and not knobs.runtime.interpret else tl.float32
 
 
-def _asked(pieces: int, columns: int, itemsize: int) -> dict[str, int]:
-    """Numbers of a piece, which are whole lines of the cache."""
-    size = min(MOST_ASKED, triton.cdiv(columns * itemsize, 128 * max(1, pieces)) * 128) // itemsize
+def _asked(pieces: int, outputs: int, columns: int, itemsize: int, programs: int, processors: int) -> dict[str, int]:
+    """How long the pieces are that a program asks for: whole lines of the cache, all the columns at most, and of all
+    programs together what comes while a kernel ends and the next begins, or the cache could not keep it."""
+    of_piece = min(columns * itemsize, AT_ONCE // (min(programs, 4 * processors) * outputs)) / max(1, pieces)
+    size = max(1, math.ceil(of_piece / 128)) * 128 // itemsize
     return {"AHEAD": pieces if size <= columns else 0, "CHUNK": size}
 
 
