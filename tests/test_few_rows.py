@@ -210,6 +210,7 @@ def test_a_chain_in_a_graph(rows):
             assert torch.equal(y, expected)
 
 
+@pytest.mark.timeout(600)  # twelve kernels are compiled
 def test_nothing_is_read_before_the_wait_and_registers_are_enough():
     """Of the kernels as they are compiled for Hopper, at the sizes of TNL-1B; no GPU is needed for it."""
     kernels = Path(few_rows.__file__).parent.parent
