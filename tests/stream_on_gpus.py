@@ -58,7 +58,8 @@ def say(text):
 def checks(mesh, device):
     """Small models in fp32 and under bf16 autocast, dense and packed, and a TNL with its kernels."""
     ids = torch.randint(streamed_models.VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
-    streamed_models.PerHead.decay = streamed_models.PerHead.decay.to(device)
+    for layer in (streamed_models.PerHead, streamed_models.Initial):
+        layer.decay = layer.decay.to(device)
     batches = {
         "dense": {"input_ids": ids.to(device)},
         "packed": {"input_ids": ids[:1].to(device), "cu_seqlens": OFFSETS},

@@ -74,6 +74,8 @@ class PerChannel(Layer):
 class Initial(Layer):
     """With a state of its own before each sequence; and its operator is called twice."""
 
+    decay = PerHead.decay
+
     def __init__(self):
         super().__init__()
         self.before = nn.Parameter(torch.randn(HEADS, WIDTH // HEADS, WIDTH // HEADS))
@@ -83,8 +85,8 @@ class Initial(Layer):
         rows = len(layout.cu_seqlens) - 1 if layout is not None and layout.packed else len(x)
         states = self.before.expand(rows, -1, -1, -1)
         options = {"layout": layout, "sequence": self.sequence}
-        first, _ = lasp.linear_attention(q, k, v, log_decay=PerHead.decay, initial_state=states, **options)
-        second, _ = lasp.linear_attention(k, q, first.tanh(), log_decay=PerHead.decay, **options)
+        first, _ = lasp.linear_attention(q, k, v, log_decay=self.decay, initial_state=states, **options)
+        second, _ = lasp.linear_attention(k, q, first.tanh(), log_decay=self.decay, **options)
         return (first + second).flatten(-2)
 
 

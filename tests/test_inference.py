@@ -574,15 +574,18 @@ def _over_ranks(names):
         expected = logits_of(model, ids)
         split = lasp.parallelize(copy.deepcopy(model), mesh["sp"], strict=False, validate="off")
         lasp.parallelize(model, None, strict=False)
-        one = lasp.generate(model, [ids[0], ids[1, :2]], max_new_tokens=4, do_sample=True, seed=2)
+        rows, offsets = [ids[0], ids[1, :2]], [0, len(ids[0]), len(ids[0]) + 2]
+        options = {"max_new_tokens": 4, "do_sample": True, "seed": 2}
+        one = lasp.generate(model, rows, **options)
         state = lasp.prefill(split, ids[:, :PROMPT], mesh, segment=59)
         torch.testing.assert_close(state.logits, expected[:, PROMPT - 1], atol=1e-11, rtol=1e-11)
         found, _ = decoded(split, state, ids[:, PROMPT:])
         torch.testing.assert_close(found, expected[:, PROMPT:], atol=1e-11, rtol=1e-11)
         again = lasp.prefill(split, ids[:, PROMPT:], state=state)
         torch.testing.assert_close(again.logits, expected[:, -1], atol=1e-11, rtol=1e-11)
-        several = lasp.generate(split, [ids[0], ids[1, :2]], max_new_tokens=4, do_sample=True, seed=2)
+        several = lasp.generate(split, torch.cat(rows)[None], cu_seqlens=offsets, **options)  # packed
         assert torch.equal(several.ids, one.ids), name
+        torch.testing.assert_close(several.state.logits, one.state.logits, atol=1e-11, rtol=1e-11)
         batch = lasp.shard_batch({"input_ids": ids}, mesh)  # and it is split as before
         local = split(batch["input_ids"], position_ids=batch["position_ids"], layout=batch["layout"])
         first, last = batch["layout"].real.bounds(mesh["sp"].get_local_rank())

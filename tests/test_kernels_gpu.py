@@ -470,7 +470,7 @@ def test_a_model_on_a_card_that_is_not_the_current_one():
     ids, results = torch.randint(64, (1, 500)), []
     for device in ("cuda:0", "cuda:1"):
         model, here = model.to(device), ids.to(device)
-        loss, _ = lasp.linear_token_loss(model(here, return_hidden=True), model.head.weight, here)
+        loss, _ = lasp.linear_token_loss(model(here, return_hidden=True), model.head.weight, here, mesh=None)
         grads = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             one = model(here[:, :1])
