@@ -8,14 +8,13 @@ after the other. "% of floor" is the time of reading and writing the states once
 the CUDA graph. fla-core's fused_recurrent kernels beside.
 
 `linears`: the linear layers of a block of TNL and its head, for a token of each of B sequences, with the norm, gate and
-residual around them: GB/s of the weights, by PyTorch and by few_rows.py, there also with other programs: for one row
-`--blocks` outputs x columns x warps x pieces asked for early, for more `--tiles` outputs x columns x shared x warps x
-stages x pieces; one row has the settings of few_rows.py, but asks for nothing early, and one of B 1 products of tiles.
+residual around them: GB/s of the weights, by PyTorch and, for as many rows as it serves, by few_rows.py, there also
+with other programs (`--blocks`, outputs x columns x warps).
 
 `token`: a token of TNL in bf16, as a CUDA graph, in each of the ways of decode_models.py. The floor is the time of
 reading the weights (not the embedding's) and reading and writing the states, at the speed of a copy. Predicted for the
-1B on an H200, few rows, ms at B 1, 16, 64, 256: 0.69, 0.92, 1.5, 3.7, of floors 0.49, 0.62, 1.0, 2.6; of the layers at
-B 1, us: q k v gate 11, out 4, value gate 14, glu out 8, head 72.
+1B on an H200, one row by few_rows.py: 0.69 ms, of a floor of 0.49; us of its layers: q k v gate 11, out 4, value gate
+14, glu out 8, head 72.
 
 `lengths`: tokens/s of `lasp.generate` behind a prompt of each length that `lasp.prefill` has run; B is 1.
 
@@ -259,12 +258,10 @@ def linears_phase(options: argparse.Namespace, clock: Clock, device: torch.devic
             if clock.left < 0:
                 return
             case = LinearCase(name, B, width, sizes, options, device)
-            for how, patches in _hows_of_linears(B, width, sizes, options, device).items():
+            for how, patched in _hows_of_linears(B, width, sizes, options, device).items():
                 if clock.left < 0:
                     return
-                with contextlib.ExitStack() as stack, torch.no_grad():
-                    for patch in patches:
-                        stack.enter_context(patch)
+                with patched, torch.no_grad():
                     yield _linear_row(case, B, how, options, clock)
             del case
             _free(device)
@@ -272,23 +269,16 @@ def linears_phase(options: argparse.Namespace, clock: Clock, device: torch.devic
 
 def _hows_of_linears(
     B: int, width: int, sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device
-) -> dict[str, tuple]:
+) -> dict[str, contextlib.AbstractContextManager]:
     """What is put in the place of what, by name."""
-    hows: dict[str, tuple] = {"PyTorch": (mock.patch.object(dispatch, "_few_rows", return_value=False),)}
-    if device.type != "cuda":
+    hows: dict = {"PyTorch": mock.patch.object(dispatch, "_few_rows", return_value=False)}
+    if device.type != "cuda" or B > few_rows.MOST_ROWS:  # which is PyTorch then
         return hows
-    of_all = (mock.patch.object(few_rows, "MOST_ROWS", max(B, few_rows.MOST_ROWS)),)
-    name, made = "_tiles", few_rows._tiles(sum(sizes), B, len(sizes), launch.processors(device))
-    tried = [few_rows.Tiles(made.rows, *map(int, given.split("x"))) for given in options.tiles]
-    tried = [tile for tile in tried if tile.shared == 1 or len(sizes) == 1]
-    if B == 1:
-        name, made = "_blocks", few_rows._blocks(sum(sizes), width, launch.processors(device))
-        tried = [few_rows.Blocks(*map(int, given.split("x"))) for given in options.blocks]
-        hows["few rows, in tiles"] = (*of_all, mock.patch.object(few_rows, "TILES_FROM", 1))
-    hows["few rows"] = of_all
-    for how in [made._replace(asked=0), *tried]:
-        if how != made:
-            hows["x".join(map(str, how))] = (*of_all, mock.patch.object(few_rows, name, return_value=how))
+    hows["few rows"] = contextlib.nullcontext()
+    made = few_rows._blocks(sum(sizes), width, launch.processors(device))
+    for given in options.blocks:
+        if (block := few_rows.Blocks(*map(int, given.split("x")))) != made:
+            hows[given] = mock.patch.object(few_rows, "_blocks", return_value=block)
     return hows
 
 
@@ -322,6 +312,8 @@ def token_phase(options: argparse.Namespace, clock: Clock, device: torch.device)
                 return
             stepping = Stepping("tnl", _config(model, options), B, device, options.dtype)
             for how in options.hows:
+                if how == "few rows" and B > few_rows.MOST_ROWS:  # which is eager then
+                    continue
                 if clock.left < 0:
                     return
                 yield _token_row(stepping, model, how, options, clock)
@@ -459,8 +451,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=NEW, help="tokens behind a prompt")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
-    parser.add_argument("--blocks", nargs="*", default=[], help="of programs of few_rows.py, such as 16x256x4x8")
-    parser.add_argument("--tiles", nargs="*", default=[], help="the same for more rows, such as 64x128x1x4x4x2")
+    parser.add_argument("--blocks", nargs="*", default=[], help="of programs of few_rows.py, such as 16x256x4")
     parser.add_argument("--columns", nargs="*", type=int, default=[], help="of programs of a step, such as 32")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetitions")
     parser.add_argument("--gate", type=float, default=1e-2)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 import lasp_kernels as kernels
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig, mixers
 from lasp.modules import LightningAttention, SoftmaxAttention
-from lasp_kernels import dispatch, few_rows
+from lasp_kernels import dispatch
 
 HOWS = {
     "eager": "PyTorch's products of matrices and the kernels of training around them",
-    "few rows": "a launch for the layers that read the same, with what is around them (few_rows.py), whatever B is",
+    "few rows": "a launch for the layers that read the same, with what is around them (few_rows.py), up to 4 sequences",
 }
 
 
@@ -152,9 +152,6 @@ class Stepping:
                 stack.enter_context(mock.patch.object(mixers, "rotary", self._rotary))
             if how == "eager":
                 stack.enter_context(mock.patch.object(dispatch, "_few_rows", return_value=False))
-            else:
-                most = max(self.B, few_rows.MOST_ROWS)
-                stack.enter_context(mock.patch.object(few_rows, "MOST_ROWS", most))
             yield
 
     def error(self, tokens: int = 6) -> float:

@@ -20,7 +20,7 @@ from lasp_kernels.reference import activation_of  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 # Of the greatest. Triton's interpreter cuts off what does not fit in bf16.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3 if CUDA else 1.5e-2, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 if CUDA else 8e-3, torch.float16: 1e-3}
 DTYPES = list(TOLERANCE)
 
 
@@ -35,7 +35,7 @@ def assert_near(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norm_and_several_layers(dtype, rows, weighted):
     D, sizes, activations = 45, (33, 1, 64, 5), ("silu", "silu", "none", "none")
@@ -80,80 +80,14 @@ def test_rows_that_lie_apart():
 
 
 def test_long_rows_in_several_steps(monkeypatch):
-    monkeypatch.setattr(few_rows, "_blocks", lambda *_: few_rows.Blocks(4, 32, 4, 0))
+    monkeypatch.setattr(few_rows, "_blocks", lambda *_: few_rows.Blocks(4, 32, 4))
     x, weight = normal(1, 100), normal(50, 100, seed=1)
     expected = F.linear(F.rms_norm(x.double(), (100,), eps=1e-6), weight.double())
     assert_near(few_rows.norm_linear(x, [weight])[0], expected)
 
 
-# Rows, width, outputs of the layers; programs of the last ones share the columns, and some of these find none.
-TILED = [
-    (2, 45, (33, 1, 64, 5)),
-    (17, 160, (70, 9)),
-    (16, 600, (20,)),
-    (33, 272, (70,)),
-    (64, 64, (16,)),
-    (65, 72, (40,)),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16] if CUDA else [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "D", "sizes"), TILED)
-def test_rows_that_share_programs(monkeypatch, dtype, rows, D, sizes):
-    """In fp32, which goes another way else, to see that nothing is lost; in bf16 what goes into products is rounded."""
-    monkeypatch.setattr(few_rows, "_in_tiles", lambda *_: True)
-    x, norm = normal(rows, 1, D, dtype=dtype) * 3, normal(D, dtype=dtype, seed=1)
-    gate, residual = normal(rows, 1, D, dtype=dtype, seed=7), normal(rows, 1, sizes[0], dtype=dtype, seed=8)
-    weights = [normal(n, D, dtype=dtype, seed=2 + i) for i, n in enumerate(sizes)]
-    activations = ("silu", "none", "none", "silu")[: len(sizes)]
-    h = F.rms_norm(x.double(), (D,), norm.double(), 0.1)
-    for y, w, activation in zip(
-        few_rows.norm_linear(x, weights, norm, eps=0.1, activations=activations), weights, activations
-    ):
-        assert y.dtype == dtype
-        assert_near(y, activation_of(activation)(F.linear(h, w.double())))
-    y = few_rows.norm_gate_linear(
-        x.unsqueeze(-2), gate, weights[0], norm, eps=0.1, activation="silu", residual=residual
-    )
-    assert_near(y, F.linear(h * F.silu(gate.double()), weights[0].double()) + residual)
-    y = few_rows.gated_linear(x, gate, weights[0], residual=residual)
-    assert_near(y, F.linear(x.double() * gate, weights[0].double()) + residual)
-    assert_near(few_rows.gated_linear(x, gate, weights[0]), F.linear(x.double() * gate, weights[0].double()))
-
-
-@pytest.mark.parametrize(("outputs", "weights"), [(8192, 4), (2048, 1), (11264, 2), (64000, 1), (5, 1)])
-@pytest.mark.parametrize("rows", [2, 16, 32, 64, 256])
-def test_tiles_are_what_the_product_can_take(rows, outputs, weights):
-    tile = few_rows._tiles(outputs, rows, weights, 132)
-    for size in tile[:3]:
-        assert size >= 16
-        assert size & (size - 1) == 0
-    assert weights == 1 or tile.shared == 1
-    stage = 2 * tile.columns * (tile.outputs + (2 if weights == 1 else 1) * tile.rows)
-    assert (tile.stages - 1) * stage + 2 * tile.columns * tile.outputs < 227 * 2**10  # the memory of a multiprocessor
-
-
-@pytest.mark.parametrize(("outputs", "weights", "D"), [(8192, 4, 2048), (2048, 1, 5632), (64000, 1, 2048), (40, 1, 72)])
-@pytest.mark.parametrize("rows", [1, 16, 64])
-def test_what_is_asked_for_fits_the_cache_and_the_rows(rows, outputs, weights, D):
-    made = few_rows._blocks(outputs, D, 132) if rows == 1 else few_rows._tiles(outputs, rows, weights, 132)
-    shared = made.shared if isinstance(made, few_rows.Tiles) else 1
-    programs = -(-outputs // made.outputs) * shared
-    asked = few_rows._asked(made.asked, made.outputs, D // shared, 2, programs, 132)
-    assert asked["CHUNK"] % 64 == 0  # lines of 128 bytes
-    if D < 128:
-        assert asked["CHUNK"] <= D or asked["AHEAD"] == 0
-        return
-    assert asked["AHEAD"] * made.outputs <= 32 * made.warps  # one a thread
-    assert (
-        asked["AHEAD"] * asked["CHUNK"] < D // shared + 64 * made.asked
-    )  # nothing behind the row's end but a line each
-    at_once = 2 * asked["AHEAD"] * asked["CHUNK"] * made.outputs * min(programs, 4 * 132)
-    assert 6 * 2**20 < at_once < 24 * 2**20
-
-
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 256])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("width", "sizes"), [(2048, (2048,) * 4), (2048, (5632,) * 2), (5632, (2048,)), (1024, (64000,))]
 )
@@ -180,7 +114,7 @@ def test_layers_of_a_models_size(rows, width, sizes):
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("rows", [1, 2, 4])
 def test_a_chain_in_a_graph(rows):
     """Each layer reads what the one before has written, in memory that is used again: replays are alike, and as steps
     that wait for each other."""
@@ -210,7 +144,7 @@ def test_a_chain_in_a_graph(rows):
             assert torch.equal(y, expected)
 
 
-@pytest.mark.timeout(600)  # twelve kernels are compiled
+@pytest.mark.timeout(600)  # five kernels are compiled
 def test_nothing_is_read_before_the_wait_and_registers_are_enough():
     """Of the kernels as they are compiled for Hopper, at the sizes of TNL-1B; no GPU is needed for it."""
     kernels = Path(few_rows.__file__).parent.parent
@@ -274,8 +208,8 @@ def test_when_they_are_chosen():
         assert dispatch._few_rows(x, 64, weight)
         assert not dispatch._few_rows(normal(1, 5, 64), 64, weight)
         assert not dispatch._few_rows(x, 64, weight.bfloat16())
-        assert dispatch._few_rows(normal(1, 64, 64).bfloat16(), 64, weight.bfloat16())
-        assert not dispatch._few_rows(normal(1, 65, 64).bfloat16(), 64, weight.bfloat16())
+        assert dispatch._few_rows(x.bfloat16(), 64, weight.bfloat16())
+        assert not dispatch._few_rows(normal(1, 5, 64).bfloat16(), 64, weight.bfloat16())
         with torch.autocast("cuda", torch.bfloat16):
             assert not dispatch._few_rows(x, 64, weight)
     assert not dispatch._few_rows(x, 64, weight)

@@ -49,7 +49,7 @@ def test_a_graph_gives_what_the_steps_give(name, dtype, bound):
     torch.testing.assert_close(found, expected[:, 107:], atol=bound, rtol=bound)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 64, 80])
+@pytest.mark.parametrize("rows", [1, 3, 4, 80])
 def test_a_graph_in_bf16_of_as_many_rows_as_kernels_take_and_more(rows):
     torch.manual_seed(0)
     model = TNL(TNLConfig(200, layers=3, width=512, heads=4, glu_width=1280)).cuda().bfloat16()

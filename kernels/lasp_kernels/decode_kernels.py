@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lasp_kernels.launch import Launch, ask_for, early, layout, processors
+from lasp_kernels.launch import Launch, early, layout, processors
 
 MAX_KEY_DIM = 1024  # rows of a state, which a program holds all
 MAX_STATES = 256  # numbers of a channel's state in a selective scan
@@ -50,14 +50,13 @@ def decayed(state, log_decay):
 def step_kernel(
     Q, KEY, VALUE, BETA, DECAY, STATE, OUT, scale, H, q_b, q_h, k_b, k_h, v_b, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
-    FORM: tl.constexpr, NORMALIZE: tl.constexpr, LOOPS: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    FORM: tl.constexpr, NORMALIZE: tl.constexpr, LOOPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """LOOPS times BV columns of a head's state [K, V], which stays in its place; GROUP outputs of it.
 
     Grid: columns in blocks, heads H of states, sequences. Q [B, H*GROUP, K] or, as KEY, [B, H/SHARE, K]; VALUE
     [B, H, V]; BETA [B, H] of a delta rule, else None; DECAY of FORM dimensions, none with 0; OUT [B, H*GROUP, V]. With
-    NORMALIZE, STATE has a column more, and a program must have all of them. AHEAD: whether a program asks for its part
-    of the state early.
+    NORMALIZE, STATE has a column more, and a program must have all of them.
     """
     blocks = tl.cdiv(V, BV * LOOPS)
     block = tl.program_id(0) % blocks
@@ -66,9 +65,6 @@ def step_kernel(
     rows = tl.arange(0, BK)
     inside = rows < K
     if EARLY:  # `launch.early`
-        if AHEAD:
-            at = rows * V + tl.minimum(block * BV, V - BV)
-            ask_for(STATE + ((b * H + h) * K * V + tl.minimum(at, (K - 1) * V + V - BV)), BV * 4)
         gdc_wait()
         gdc_launch_dependents()
     key = tl.load(KEY + b * k_b + h // SHARE * k_h + rows, mask=inside, other=0.0).to(tl.float32)
@@ -210,13 +206,10 @@ def _step_launch(key: tuple[Any, ...], scale: float, normalize: bool, device: to
     columns = _columns(B * H, rows, V, processors(device))
     loops = triton.cdiv(V, columns) if normalize else 1
     programs, begins = triton.cdiv(V, columns * loops) * B * H, early(device)
-    # A state that goes to one program of each multiprocessor takes as long to come as the launch before to end; of more
-    # programs those that run hide it from those that begin.
-    asks = programs <= 2 * processors(device) and V % columns == 0 and not normalize and key[5][-1]
     return Launch(
         step_kernel, device, (programs, 1), (scale, H, *strides[0][:2], *strides[1][:2], *strides[2][:2]),
         K=K, V=V, BK=rows, BV=columns, GROUP=queries, SHARE=share, FORM=len(shapes[4]), NORMALIZE=int(normalize),
-        LOOPS=loops, AHEAD=int(asks), EARLY=begins, num_warps=min(8, max(1, rows * columns // 1024)),
+        LOOPS=loops, EARLY=begins, num_warps=min(8, max(1, rows * columns // 1024)),
         **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 Layout = tuple[tuple[int, ...], bool]  # strides, and whether the address is a multiple of 16 bytes
@@ -44,28 +43,17 @@ def has_tma(device: torch.device) -> bool:
 def early(device: torch.device) -> bool:
     """Whether a kernel is started while the one before it still runs (programmatic dependent launch; from Hopper on).
 
-    It gains what a start and an end take, some 2 us of each kernel of a token, for the weights are on their way to the
-    L2 cache by then. Such a kernel keeps to an order, in all of its programs:
+    It saves a part of what a start and an end take. Such a kernel begins, in all of its programs, with
 
-    1. `ask_for` of what it will read. Nothing is read: what another kernel still writes to these addresses goes through
-       the same cache. So weights may have been changed by the kernel just before, too.
-    2. `gdc_wait`: the kernel before has ended, and all that it has written is seen.
-    3. `gdc_launch_dependents`: the next one may begin. As this stands behind the wait, all kernels but the one just
-       before have ended when a kernel begins, so that no more than two run at once.
-    4. Loads and stores. A store can overtake no load of an earlier kernel, since all of them have ended; nor can one of
-       the next kernel, or of the next replay of a graph, overtake a load of this one, for that waits likewise. A kernel
-       that knows nothing of all this begins when this one has ended.
+    1. `gdc_wait`: the kernel before has ended, and all that it has written is seen. Nothing is read, written or asked
+       for before, not even weights, which the kernel just before may have changed.
+    2. `gdc_launch_dependents`: the next one may begin, and waits in its turn. As this stands behind the wait, all
+       kernels but the one just before have ended when a kernel begins: no more than two are there at once.
+
+    So loads and stores keep the order of kernels that run one after the other, also from one replay of a graph to the
+    next; a kernel that knows nothing of all this begins when the one before has ended.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@triton.jit
-def ask_for(addresses, size):
-    """Let `size` bytes behind each address come to the L2 cache; both are multiples of 16. Nobody waits for them."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [addresses.to(tl.int64), tl.full(addresses.shape, size, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 class Launch:
