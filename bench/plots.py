@@ -367,6 +367,101 @@ DRAWINGS: dict[str, Callable[[dict], Figure]] = {
 }
 
 
+# ---- operators of many families, one line or bar each; drawn from the records that docs/performance.md shows
+
+PAGE = 9.0  # inches: as wide as a page shows it
+FAMILY_NAMES = {"fixed": "ALiBi slopes", "none": "no decay", "token": "a decay per token", "channel": "per channel",
+                "delta": "DeltaNet", "gated_delta": "Gated DeltaNet", "kda": "KDA"}  # fmt: skip
+OF_DELTA = {"none": "DeltaNet", "token": "Gated DeltaNet", "channel": "KDA"}
+
+
+def kernels(result: dict) -> Figure:
+    """Of one suite with peers: time over length, and how near forward and backward come to the roofline."""
+    compared = {row["suite"] for row in result["rows"] if row["what"] != "lasp"}
+    rows = [row for row in result["rows"] if row["suite"] in compared]
+    figure = Figure(figsize=(PAGE, 4.4), layout="constrained")
+    times, roofline = figure.subplots(1, 2)
+    for number, ((what,), of) in enumerate(groups(rows, "what").items()):
+        lengths, color = [row["T"] for row in of], f"C{number}"
+        total = [row["fwd ms"] + row["bwd ms"] for row in of]
+        times.plot(lengths, total, marker="o", color=color, label=what)
+        for part, style, name in (("fwd", "-", "forward"), ("bwd", "--", "backward")):
+            percent = [row[f"{part} % floor"] for row in of]
+            roofline.plot(lengths, percent, marker="o", color=color, linestyle=style, label=f"{what}, {name}")
+    roofline.axhline(100, color="black", label="each tensor moved once")
+    for axes in (times, roofline):
+        double_steps(axes, [row["T"] for row in rows], "tokens of a sequence")
+    times.set(yscale="log", ylabel="ms", title="Forward and backward")
+    times.yaxis.set_major_formatter(FuncFormatter(count))
+    times.legend(fontsize=9)
+    roofline.set(ylim=(0, 108), ylabel="% of the memory roofline", title="How near the memory roofline")
+    roofline.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    first = rows[0]
+    shape = f"B = {first['B']}, {first['H']} heads of {first['D']} x {first['D']}"
+    figure.suptitle(f"Linear attention on one GPU, bf16, {shape}, decay {first['decay']}", fontsize=11)
+    return figure
+
+
+def delta(result: dict) -> Figure:
+    """Bars of forward, and of backward on top, at the longest sequence: ours and every peer's that ran."""
+    longest = max(row["T"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["T"] == longest and row["fwd ms"] and row["bwd ms"]]
+    figure = Figure(figsize=(PAGE, 3.8), layout="constrained")
+    for axes, ((decay,), of) in zip(figure.subplots(1, 3), groups(rows, "decay").items()):
+        what = ["lasp" if row["kernels"] == "triton" else row["kernels"] for row in of]
+        forward, backward = [row["fwd ms"] for row in of], [row["bwd ms"] for row in of]
+        axes.bar(what, forward, label="forward")
+        bars = axes.bar(what, backward, bottom=forward, label="backward")
+        axes.bar_label(bars, [f"{a + b:.3g}" for a, b in zip(forward, backward)], fontsize=8)
+        axes.margins(y=0.25)
+        axes.set(title=OF_DELTA[decay], ylabel="ms")
+        axes.legend(fontsize=8, ncols=2, loc="upper center")
+    figure.suptitle(f"The delta rule on one GPU, bf16, {longest:,} tokens, heads of {rows[0]['dim']}", fontsize=11)
+    return figure
+
+
+def decode(result: dict) -> Figure:
+    """Tokens a second of one request over what came before: ours, which does not depend on it, and a softmax model."""
+    figure = Figure(figsize=(PAGE, 4.6), layout="constrained")
+    axes = figure.add_subplot(ylabel="tokens/s of one request", title="One token more, 1B parameters, one GPU")
+    prompts = result["tables"]["lengths"]
+    softmax = [row for row in result["rows"] if row["model"] == "softmax"]
+    ours = [row["tokens of the prompt"] for row in prompts]
+    axes.plot(ours, [row["tokens/s"] for row in prompts], marker="o", label="TransNormerLLM, lasp")
+    contexts = [int(row["context"]) for row in softmax]
+    rates = [row["tokens/s"] for row in softmax]
+    axes.plot(contexts, rates, marker="o", label="softmax attention (Llama of the same size)")
+    double_steps(axes, [*ours, *contexts], "tokens before")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=9)
+    return figure
+
+
+def over_ranks(result: dict) -> Figure:
+    """Of many families weak scaling, both directions together, a panel for each length; else `operator_scaling`."""
+    rows = result["tables"].get("weak scaling") or result["rows"]  # the second of a run that was broken off
+    if all(row["decay"] in ("fixed", "none") for row in rows):
+        return operator_scaling(result)
+    of_lengths = list(groups((row for row in rows if row["direction"] == "both"), "tokens a rank").items())
+    figure = Figure(figsize=(PAGE, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(of_lengths), squeeze=False, sharey=True)[0]
+    for axes, ((tokens,), of) in zip(panels, of_lengths):
+        for number, ((decay,), line) in enumerate(groups(of, "decay").items()):
+            style = {"marker": "os^vD*"[number % 6], "markersize": 5, "label": FAMILY_NAMES[decay]}
+            axes.plot([row["ranks"] for row in line], [row["% of ideal"] for row in line], **style)
+        double_steps(axes, [row["ranks"] for row in of], "GPUs")
+        axes.axhline(100, color="black", linewidth=1)
+        axes.set(ylim=(0, 106), title=f"{count(tokens)} tokens on each")
+    panels[0].set_ylabel("speed of a GPU, % of one alone")
+    panels[0].legend(fontsize=8, loc="lower left")
+    about = f"forward and backward, {result['facts']['inputs']}"
+    figure.suptitle(f"Operators over GPUs of one machine, {about}", fontsize=11)
+    return figure
+
+
+DRAWINGS |= {"kernels": kernels, "delta": delta, "decode_contexts": decode, "operator_scaling": over_ranks}
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         print(draw(Path(name)))

@@ -107,7 +107,7 @@ class Pages:
     """The pages that were written, and those that are still to be: what others link to."""
 
     def __init__(self) -> None:
-        docs = sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))
+        docs = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.md"))
         self.wanted = ["README.md", *docs, "CONTRIBUTING.md"]
         self.written: set[str] = set()
 
@@ -233,7 +233,7 @@ def link_docstrings() -> None:
         parts = re.split(r"(<pre.*?</pre>|<nav.*?</nav>|<h\d.*?</h\d>|<a .*?</a>)", page.read_text(), flags=re.DOTALL)
         for n in range(0, len(parts), 2):
             parts[n] = re.sub(r"<code>(lasp(?:\.\w+)+)(?:\([^<]*\))?</code>", linked, parts[n])
-            parts[n] = re.sub(r"\bdocs/([\w-]+)\.md\b", r'<a href="../\1.html">docs/\1.md</a>', parts[n])
+            parts[n] = re.sub(r"\bdocs/([\w/-]+)\.md\b", r'<a href="../\1.html">docs/\1.md</a>', parts[n])
         page.write_text("".join(parts))
 
 

@@ -1,13 +1,13 @@
 """Draws the picture of docs/how-it-works.md: `python docs/draw_how_it_works.py`, which writes how-it-works.svg.
 
-How long tiles and segments are is asked of the code that decides it (`lasp_kernels.plan`). The picture is written by
-hand as SVG, so that its words stay words. It lies on a light ground of its own: it can be read on any page.
+How long tiles and segments are is asked of the code that decides it (`lasp_kernels.plan`).
 """
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
+
+from drawing import BACKWARD, FORWARD, PALE, SHADE, box, line, svg, text
 
 from lasp_kernels.plan import HEAD_DECAY, Plan, Sizes
 
@@ -32,27 +32,8 @@ PLAN = Plan.of(
 )
 
 WIDTH, HEIGHT = 800, 820
-GROUND, LINE, INK, PALE = "#fcfcf9", "#8a8f98", "#1d2129", "#5b6270"
-FORWARD, BACKWARD, SHADE = "#1f6f8b", "#b3541e", ("#dcebf0", "#cfe3d8", "#f3e6c8", "#ead9ea")
 LEFT, COLUMN, GAP, BOX = 40, 165, 20, 56  # of the four columns; the height of a box
 SUBSCRIPTS = "₀₁₂₃"
-
-
-def text(x: float, y: float, words: str, *, size: int = 15, ink: str = INK, anchor: str = "middle", bold=False) -> str:
-    """A line of words; y is its base."""
-    look = f'font-size="{size}" fill="{ink}" text-anchor="{anchor}"' + (' font-weight="600"' if bold else "")
-    return f'<text x="{x:g}" y="{y:g}" {look}>{escape(words)}</text>'
-
-
-def box(x: float, y: float, width: float, height: float, fill: str, edge: str = LINE) -> str:
-    """A rectangle."""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}" stroke="{edge}"/>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, ink: str = LINE, head: str = "") -> str:
-    """A straight line, with an arrow at its end if `head` names one."""
-    end = f' marker-end="url(#{head})"' if head else ""
-    return f'<path d="M{x1:g} {y1:g} L{x2:g} {y2:g}" stroke="{ink}" stroke-width="1.6" fill="none"{end}/>'
 
 
 def column(rank: int) -> float:
@@ -152,23 +133,8 @@ def backward() -> list[str]:
 
 def picture() -> str:
     """The whole file."""
-    markers = "".join(
-        f'<marker id="{name}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0 0 L10 5 L0 10 z" fill="{ink}"/></marker>'
-        for name, ink in (("ahead", FORWARD), ("back", BACKWARD))
-    )
     title = "A sequence over four ranks: states travel to the right in forward, their gradients to the left in backward"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'role="img" font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, DejaVu Sans, sans-serif">',
-        f"<title>{title}</title><defs>{markers}</defs>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="{GROUND}" stroke="#d9dbd6"/>',
-        *levels(),
-        *forward(),
-        *backward(),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+    return svg(WIDTH, HEIGHT, title, [*levels(), *forward(), *backward()])
 
 
 if __name__ == "__main__":

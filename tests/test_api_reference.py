@@ -68,7 +68,7 @@ def test_every_public_name_is_in_the_reference(site):
 
 def test_the_navigation_has_every_page(site):
     listed = set(re.findall(r'"([\w/-]+\.md)"', (FILE.parent.parent / "zensical.toml").read_text()))
-    docs = {page.name for page in FILE.parent.glob("*.md")}
+    docs = {str(page.relative_to(FILE.parent)) for page in FILE.parent.rglob("*.md")}
     assert listed == {"index.md", "CONTRIBUTING.md", "api/index.md", *docs, *(f"api/{file}.md" for file in site.API)}
 
 

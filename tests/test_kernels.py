@@ -287,7 +287,7 @@ def test_weak_decays_behind_strong_ones(T):
     exact = replace(x, **{name: t.double().cpu() for name, t in vars(x).items()})
     o, final_state, expected = oracle(exact)
     actual_o, actual_state, found = all_steps(x, 1.0, segment_length=128)
-    # The gradient of the decay is a sum of q dq - k dk, which cancel; see docs/kernels.md, "Limits".
+    # The gradient of the decay is a sum of q dq - k dk, which cancel; see docs/lab/kernels.md, "Limits".
     assert_digits({"log_decay": found.pop("log_decay")}, {"log_decay": expected.pop("log_decay")}, 2e-6)
     actual = {"o": actual_o, "final_state": actual_state, **found}
     assert_digits(actual, {"o": o, "final_state": final_state, **expected}, 1e-6)

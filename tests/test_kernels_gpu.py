@@ -221,7 +221,7 @@ def test_wide_heads_fit_shared_memory(form, groups, aligned):
 @pytest.mark.parametrize("form", ["none", "fixed", "token"])
 @pytest.mark.parametrize(("K", "V", "pad"), [(128, 32, 1), (128, 16, 1), (32, 128, 1), (256, 32, 1), (250, 17, 0)])
 def test_narrow_values_that_tma_cannot_move(form, K, V, pad):
-    """ptxas 12.8 reads shared memory at wrong places for blocks of 16 and 32 columns here (docs/kernels.md)."""
+    """ptxas 12.8 reads shared memory at wrong places for blocks of 16 and 32 columns here (docs/lab/kernels.md)."""
     q, k, v, do = (random(1, 700, 2, dim + pad, seed=n)[..., :dim] for n, dim in enumerate((K, K, V, V)))
     decay = {"none": None, "fixed": fixed_decay(2), "token": token_decay(1, 700, 2)}[form]
     actual, _ = step(lasp.linear_attention, [q, k, v, decay], do)

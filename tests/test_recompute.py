@@ -303,7 +303,7 @@ def _wrapped_block(compile_first, exchanges):
 
 @pytest.mark.parametrize(("compile_first", "exchanges"), [(True, (1, 1, 1)), (False, (1, 2, 1))])
 def test_a_wrapped_block_is_one_graph(compile_first, exchanges):
-    """A recompute inside the graph exchanges again (README, rules of the road)."""
+    """A recompute inside the graph exchanges again (docs/guide.md, rules of the road)."""
     run_ranks(2, _wrapped_block, compile_first, exchanges)
 
 

@@ -113,7 +113,7 @@ def test_the_reference_has_every_name(pages):
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", "CONTRIBUTING.md", *(f"docs/{x.name}" for x in (ROOT / "docs").glob("*.md"))]
+    "path", ["README.md", "CONTRIBUTING.md", *(str(x.relative_to(ROOT)) for x in (ROOT / "docs").rglob("*.md"))]
 )
 def test_a_page_has_what_its_markdown_has(pages, path):
     """As many headings, list items, rows, blocks of code and pictures as by GitHub's rules (markdown-it's)."""
@@ -201,6 +201,7 @@ def opened(browser, where, *, width=1300, scheme="light", **options):
     return page, wrong
 
 
+@pytest.mark.timeout(400)  # some ninety pages, on a machine that does other things, too
 @pytest.mark.parametrize(("width", "scheme"), [(1300, "light"), (390, "dark")])
 def test_pages_open(browser, pages, width, scheme):
     """Every page, from the disk: pictures are shown, nothing goes wrong, and none is wider than the screen."""
@@ -261,9 +262,10 @@ def test_dark_and_light(browser):
     page.close()
 
 
-def test_nothing_covers_anything_in_the_picture(browser):
-    """Words of how-it-works.svg do not touch each other, lines do not run through them, and all are inside."""
-    page, _ = opened(browser, (ROOT / "docs" / "how-it-works.svg").as_uri())
+@pytest.mark.parametrize("picture", ["exchange", "how-it-works", "kernels"])
+def test_nothing_covers_anything_in_the_picture(browser, picture):
+    """Words of a drawn picture do not touch each other, lines do not run through them, and all are inside."""
+    page, _ = opened(browser, (ROOT / "docs" / f"{picture}.svg").as_uri())
     found = page.evaluate(
         """() => {
             const box = x => { const b = x.getBBox(); return [b.x, b.y, b.x + b.width, b.y + b.height] }
@@ -277,8 +279,8 @@ def test_nothing_covers_anything_in_the_picture(browser):
         return a[1] < b[3] and b[1] < a[3] and a[2] < b[4] and b[2] < a[4]
 
     texts, lines = found["texts"], [x for x in found["lines"] if x[1] == x[3] or x[2] == x[4]]
-    assert len(texts) > 50
-    assert len(lines) > 30
+    assert len(texts) > 30
+    assert len(lines) > 20
     assert [(a[0], b[0]) for n, a in enumerate(texts) for b in texts[:n] if meet(a, b)] == []
     # A line without width: a little of one.
     fat = [(d, x1 - 0.8, y1 - 0.8, x2 + 0.8, y2 + 0.8) for d, x1, y1, x2, y2 in lines]

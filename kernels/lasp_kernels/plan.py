@@ -1,7 +1,7 @@
 """How the Triton kernels divide the work of a call: plain numbers from plain numbers, without a tensor or a card.
 
 A `Plan` says how long segments and pieces are, how many there are, and which states nobody needs; `CONFIGS` says how a
-kernel runs. Every figure was measured on an H100 (docs/kernels.md). What the words mean is in state.py.
+kernel runs. Every figure was measured on an H100 (docs/lab/kernels.md). What the words mean is in state.py.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Config(NamedTuple):
 
 
 # By kernel: for 2-byte inputs whose contracted dim is <= 128, or more; then the same for 4-byte inputs.
-# A tile of 64 tokens, 64 columns, 4 warps and 4 stages measured best on an H100 (docs/kernels.md). For wide heads the
+# A tile of 64 tokens, 64 columns, 4 warps, 4 stages measured best on an H100 (docs/lab/kernels.md). For wide heads the
 # stages must fit shared memory (227 KiB); fp32 products run without tensor cores, and larger tiles would spill.
 # Two stages of wide heads are for cards with less shared memory; and with a decay per token fewer blocks of columns
 # work out the decays between a tile's tokens. Row sums read one more tensor; with them two stages are faster for all
 # heads: two programs then share a multiprocessor, and one sums while the other's products run.
 # ptxas 12.8, which comes with Triton 3.6, reads shared memory at wrong places for some blocks of 16 or 32 columns of
-# 2-byte numbers: without TMA, and with 8 warps (docs/kernels.md).
+# 2-byte numbers: without TMA, and with 8 warps (docs/lab/kernels.md).
 NARROW, WIDE, SHORT, FP32, FP32_WIDE = (Config(64, 0, 64, 4, 4), Config(64, 0, 32, 4, 3), Config(64, 0, 64, 4, 2),
                                         Config(16, 0, 32, 8, 2), Config(16, 0, 16, 8, 2))  # fmt: skip
 CONFIGS: dict[str, tuple[Config, ...]] = {

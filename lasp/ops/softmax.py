@@ -11,7 +11,7 @@ PyTorch's, on one device (`lasp_kernels.softmax`).
                 more to see: of P ranks with as many tokens the last does 2 - 1 / P times the mean of the work, and the
                 others wait for it.
 
-docs/exchange.md has what both cost.
+docs/lab/exchange.md has what both cost.
 """
 
 from __future__ import annotations
