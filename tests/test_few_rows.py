@@ -201,6 +201,13 @@ def test_a_generation(monkeypatch):
     assert torch.equal(whole[:, 8:-1].argmax(-1), found.ids)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_go_through_products_of_matrices(dtype):
+    weight = normal(32, 64, dtype=dtype)
+    served = [few_rows.serves(normal(1, rows, 64, dtype=dtype), 64, weight) for rows in range(7)]
+    assert served == [False, True, True, True, True, False, False]
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_when_they_are_chosen():
     x, weight = normal(1, 4, 64), normal(32, 64)
