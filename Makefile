@@ -34,8 +34,8 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # these need a GPU.
 OTHERS := $(addprefix tests/test_,fla.py trl.py peft.py loops.py)
 
-.PHONY: demo install test test-all test-fast test-matrix test-newest test-others test-docs environments lint bench docs \
-	doctor clean
+.PHONY: demo install test test-all test-fast test-matrix test-newest test-others test-docs environments browser lint bench \
+	docs doctor clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -92,9 +92,15 @@ docs: .venv-docs/.installed  ## the pages as a site, site/index.html
 test-docs: docs  ## that site: links, pictures, search, the reference; in Chromium, if there is one
 	.venv-docs/bin/python -m pytest tests/test_site.py
 
-environments: $(VENV)/.installed  ## what test-newest and test-others need: one after the other, as all build lasp here
+environments: $(VENV)/.installed  ## what test-newest, -others and -docs need: one after the other, as all build lasp here
 	$(MAKE) .venv-torch-$(NEWEST)/.installed
 	$(MAKE) .venv-others/.installed
+	$(MAKE) .venv-docs/.installed
+
+# Without one test-docs looks at the files alone, and says so.
+browser:
+	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || \
+		echo 'no Chromium could be had'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -455,6 +455,7 @@ def main(argv: list[str] | None = None) -> None:
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         tables={"simulated at scale": at_scale(48), **traces},
         facts=facts,
         markdown=True,

@@ -59,21 +59,24 @@ def cpu_name() -> str:
 def table(rows: list[dict], digits: int = 3) -> str:
     """Rows as aligned text; the first row's keys are the columns. Numbers have so many digits that count."""
     columns = list(rows[0])
-    cells = [columns] + [[_cell(row.get(c), digits) for c in columns] for row in rows]
+    cells = [columns] + [[cell(row.get(c), digits) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in cells)
 
 
-def _cell(value, digits: int = 3) -> str:
+def cell(value, digits: int = 3) -> str:
+    """A value as tables show it."""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    if isinstance(value, list):
+        return " / ".join(cell(x, digits) for x in value)
     return "-" if value is None else str(value)
 
 
 def markdown_table(rows: list[dict], digits: int = 3) -> str:
     """Rows as a Markdown table; the first row's keys are the columns."""
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)] + [[_cell(row.get(c), digits) for c in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns)] + [[cell(row.get(c), digits) for c in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -89,12 +92,13 @@ def report(
     markdown: bool = False,
     commit: str | None = None,
     digits: int = 3,
+    html: bool = False,
 ) -> Path | None:
     """Print the tables, and everything as one JSON line last; keep it under bench/results with `save`.
 
     `rows` is the main table, `tables` are others by title, `facts` what belongs in no table. With `markdown` a
-    readable .md is kept beside the .json. `commit` is for a machine that has the files but not their history. The
-    tables show so many `digits` that count; the JSON has all.
+    readable .md is kept beside the .json, with `html` a page that shows it (html_report.py). `commit` is for a machine
+    that has the files but not their history. The tables show so many `digits` that count; the JSON has all.
     Returns the path of the .json if it was kept.
     """
     everything = {title: t for title, t in {"": rows, **(tables or {})}.items() if t}
@@ -117,14 +121,29 @@ def report(
             for title, t in everything.items():
                 parts += [f"## {title}", markdown_table(t, digits)] if title else [markdown_table(t, digits)]
             path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+        if html:
+            import html_report  # draws with matplotlib, which nothing else here needs
+
+            html_report.write([path], path.with_suffix(".html"))
         print(f"kept as {path.name}")
     print(json.dumps(result))
     return path
 
 
+class _SaveWithPage(argparse.Action):
+    def __init__(self, **options):
+        super().__init__(**options, nargs=0, default=False)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.html = namespace.save = True
+
+
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every script can be told about its results: --save, --out, --commit."""
+    """What every script can be told about its results: --save, --html, --out, --commit."""
     parser.add_argument("--save", action="store_true", help="keep tables, JSON and plots under bench/results")
+    parser.add_argument(
+        "--html", action=_SaveWithPage, help="--save, and beside them a page with curves: DATE_NAME.html"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="another folder for --save")
     parser.add_argument("--commit", help="the commit, on a machine that has the files but not their history")
 
@@ -136,4 +155,4 @@ def command_line(script: str, argv: list[str] | None, ranks: int | None = None) 
 
 
 def _fact(value) -> str:
-    return ", ".join(str(x) for x in value) or "none" if isinstance(value, list) else _cell(value)
+    return ", ".join(str(x) for x in value) or "none" if isinstance(value, list) else cell(value)

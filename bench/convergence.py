@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         markdown=True,
         digits=5,
     )

@@ -418,6 +418,7 @@ def tell_all(
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         tables=tables,
         facts=facts,
         markdown=True,

@@ -167,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         facts={"published": PUBLISHED},
         markdown=True,
     )

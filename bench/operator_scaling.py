@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         tables={title: rounded(rows) for title, rows in tables.items()},
         facts=facts(world, groups),
         markdown=True,

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import environment
+from common import command_line, environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from plots import SMALL, WIDTH, sheet, sign
+from scaling import length, union
 from torch.profiler import ProfilerActivity, profile
 
 import lasp
@@ -35,14 +37,15 @@ COLORS = {
     "barrier_kernel": "tab:red",  # by which ranks meet that read each other's memory
     "other": "lightgray",
 }
-LABELS = {
+LABELS = {  # as they follow on each other
     "states of segments": "tab:green",
     "scan, fold": "tab:olive",
     "outputs; dq": "tab:blue",
     "dk, dv": "tab:purple",
-    "NCCL, meeting": "tab:red",
+    "exchange: NCCL, or a wait to meet": "tab:red",
     "others": "lightgray",
 }
+EXCHANGE = ("nccl", "barrier_kernel")
 
 
 def kind_of(name: str) -> str:
@@ -72,24 +75,56 @@ def traced(run: Callable[[], object], device: torch.device) -> list[dict]:
     ]
 
 
+def exposed_us(kernels: list[dict]) -> float:
+    """Microseconds of a rank's trace in which a kernel of the exchange ran and no other did."""
+    spans = [(k["kernel"] in EXCHANGE, (k["start"], k["start"] + k["us"])) for k in kernels]
+    exchange, others = (union(span for of, span in spans if of is wanted) for wanted in (True, False))
+    return length(union([*exchange, *others])) - length(others)
+
+
+def record(what: str, command: str, ranks: list[tuple[list[dict], float]]) -> dict:
+    """What is kept: of each rank its kernels and peak MiB."""
+    return {
+        "what": what,
+        "command": command,
+        "environment": environment(),
+        "exposed exchange us by rank": [round(exposed_us(kernels), 1) for kernels, _ in ranks],
+        "peak MiB by rank": [round(mib, 1) for _, mib in ranks],
+        "ranks": [kernels for kernels, _ in ranks],
+    }
+
+
 def draw(result: dict, target: Path) -> None:
-    """Two rows a rank."""
+    """The picture of a trace."""
+    figure = figure_of(result)
+    sign(figure, result["environment"], target.with_suffix(".json").name)
+    figure.savefig(target, dpi=150)
+
+
+def figure_of(result: dict) -> Figure:
+    """Two rows a rank: what computes, and below it what exchanges."""
     ranks = result["ranks"]
-    figure = Figure(figsize=(11, 1.2 + 1.1 * len(ranks)), layout="constrained")
+    figure = sheet(figsize=(WIDTH, 1.5 + 0.9 * len(ranks)))
     axes: Axes = figure.subplots()
+    end = max(k["start"] + k["us"] for kernels in ranks for k in kernels)
     for rank, kernels in enumerate(ranks):
         for k in kernels:
-            row = 2 * (len(ranks) - 1 - rank) + (k["kernel"] not in ("nccl", "barrier_kernel"))
+            row = 2 * (len(ranks) - 1 - rank) + (k["kernel"] not in EXCHANGE)
             axes.barh(row, k["us"], left=k["start"], height=0.8, color=COLORS[k["kernel"]])
-    names = [f"rank {r}, {what}" for r in reversed(range(len(ranks))) for what in ("exchange", "kernels")]
+        said = f"without other work beside it: {exposed_us(kernels):.0f} us"
+        axes.text(end, 2 * (len(ranks) - 1 - rank), said, ha="right", va="center", fontsize=SMALL)
+    names = [f"rank {r}: {what}" for r in reversed(range(len(ranks))) for what in ("exchange", "kernels")]
     axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
     axes.set_xlabel("microseconds since the first kernel of the rank")
-    axes.set_title(f"{result['what']}: forward, then backward")
-    axes.legend(handles=[Patch(color=c, label=n) for n, c in LABELS.items()], ncols=6, loc="upper center", fontsize=7)
-    axes.set_ylim(-0.6, 2 * len(ranks) + 0.2)
-    about = result["environment"]
-    figure.text(0.005, 0.002, f"{about['device']}; {about['date']}; {about['commit']}; {target.name}", fontsize=5)
-    figure.savefig(target, dpi=150)
+    words = {"decay fixed": "ALiBi slopes", "decay none": "no decay"}
+    for name, said in words.items():
+        result = result | {"what": result["what"].replace(name, said)}
+    axes.set_title(f"Forward, then backward of linear attention: {result['what']}", fontsize=10)
+    handles = [Patch(color=color, label=name) for name, color in LABELS.items()]
+    figure.legend(handles=handles, ncols=6, loc="outside upper center", fontsize=8, frameon=False, columnspacing=1)
+    axes.set_ylim(-0.6, 2 * len(ranks) - 0.4)
+    return figure
 
 
 def main() -> None:
@@ -115,14 +150,17 @@ def main() -> None:
             o, _ = lasp.linear_attention(*leaves, log_decay=log_decay, sequence=sequence, layout=layout)
             torch.autograd.grad(o, leaves, do)
 
+        kernels = traced(run, env.device)
+        torch.cuda.reset_peak_memory_stats(env.device)
+        run()
         ranks: list = [None] * env.world_size
-        dist.all_gather_object(ranks, traced(run, env.device))
+        dist.all_gather_object(ranks, (kernels, torch.cuda.max_memory_allocated(env.device) / 2**20))
         if env.rank == 0:
             what = f"B1 H16 D128 bf16, {options.tokens} tokens a rank, decay {name}, {sequence.traffic.schedule}"
-            result = {"what": what, "environment": environment(), "ranks": ranks}
+            result = record(what, command_line("overlap.py", None, env.world_size), ranks)
             if options.commit:
                 result["environment"]["commit"] = options.commit
-            for rank, kernels in enumerate(ranks):
+            for rank, (kernels, _) in enumerate(ranks):
                 end = max(x["start"] + x["us"] for x in kernels)
                 print(f"{name}, rank {rank}: {len(kernels)} kernels, {end:.0f} us")
             if options.save:

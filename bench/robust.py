@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row(name, dtype, device) for dtype in DTYPES for name in ("origin", "robust")]
     report(
         "robust", command_line("robust.py", argv), rows, save=options.save, out=options.out, commit=options.commit,
+        html=options.html,
         facts={"B, H, tokens, D": [B, H, T, D]}, markdown=True,
     )  # fmt: skip
 

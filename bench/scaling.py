@@ -195,12 +195,14 @@ def measure(
     training = Training(options, layout, device, options.exchange)
     batch = training.batch(tokens)
     seconds, peak = steps(training, batch, options)
+    peaks = by_rank(peak_gib(device))
     profiled = exposed_milliseconds(training, batch) if device.type == "cuda" else None
+    exposures = by_rank(None if profiled is None else sum(profiled.values()))
     del training
     free()
     found = {"layout": str(layout), "ranks": layout.ranks, "tokens a rank": tokens}
     found |= {"sequence": tokens * layout.sp, "step ms": seconds * 1e3, "tokens/s/GPU": tokens / seconds / layout.tp}
-    found |= {"peak GiB": peak}
+    found |= {"peak GiB": peak, "peak GiB by rank": peaks}
     without = None
     if compare and layout.sp > 1:
         apart = Training(options, layout, device, None)
@@ -210,12 +212,25 @@ def measure(
     found["without exchange ms"] = without and without * 1e3
     found["exchange costs ms"] = without and (seconds - without) * 1e3
     found["exposed NCCL ms"] = None if profiled is None else sum(profiled.values())
+    found["exposed NCCL ms by rank"] = exposures
     found["by kernel"] = None if profiled is None else ", ".join(f"{k} {v:.3g}" for k, v in profiled.items()) or "none"
     if dist.get_rank() == 0:  # now: a later row may end the run
         print(
             ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()), file=sys.stderr
         )
     return found
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """On this rank, since `steps` began; None on a CPU, of which PyTorch counts none."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def by_rank(mine: float | None) -> list[float] | None:
+    """A number of every rank, in their order, on all of them; None if they have none."""
+    found: list[float | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return None if None in found else found  # type: ignore[return-value]
 
 
 def mean_over_ranks(loss: Tensor) -> float:
@@ -409,6 +424,7 @@ def schemes(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
                 raise SystemExit(f"losses of {scheme}, {layout}: {losses}, of {rows[0]['scheme']}: {known}")
             # Of CO2 the mean over a round, in which weights travel once.
             seconds, peak = steps(training, batch, own, statistics.fmean if scheme == CO2 else statistics.median)
+            peaks = by_rank(peak_gib(device))
             counted = options.steps if scheme == CO2 else 1
             with Sent() as sent:
                 for _ in range(counted):
@@ -419,11 +435,13 @@ def schemes(options: argparse.Namespace, layouts: Sequence[Layout], device: torc
             del training
             free()
             found = {"scheme": scheme, "layout": str(layout), "tokens a rank": tokens, "step ms": seconds * 1e3}
-            found |= {"tokens/s/GPU": tokens / seconds, "peak GiB": peak, "sent MiB": sent.total / counted / 2**20}
+            found |= {"tokens/s/GPU": tokens / seconds, "peak GiB": peak, "peak GiB by rank": peaks}
+            found |= {"sent MiB": sent.total / counted / 2**20}
             found["sent, by collective"] = ", ".join(
                 f"{name} {n / counted / 2**20:.4g}" for name, n in sent.bytes.items()
             )
             found["exposed NCCL ms"] = None if exposed is None else sum(exposed.values())
+            found["exposed NCCL ms by rank"] = by_rank(found["exposed NCCL ms"])
             found["relative error of losses"] = error
             rows.append(found)
             if dist.get_rank() == 0:
@@ -553,16 +571,24 @@ def main(argv: list[str] | None = None) -> None:
     kept = report(
         f"scaling_{name}_{options.model}_{env.world_size}x{env.device.type}",
         command_line("scaling.py", argv, env.world_size),
-        [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+        [{k: four_digits(v) for k, v in row.items()} for row in rows],
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         tables={"gate: losses of two steps against one rank a sequence": gates},
         facts=facts,
         markdown=True,
     )
     if kept and name != "schemes":  # which is a table
         plots.draw(kept)
+
+
+def four_digits(value):
+    """Numbers with so many digits that count, in lists too."""
+    if isinstance(value, list):
+        return [four_digits(x) for x in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def choose_layouts(wanted: Sequence[Layout] | None, world: int, *, alone: bool) -> list[Layout]:

@@ -394,6 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         tables=tables,
         facts=about,
         markdown=True,

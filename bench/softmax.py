@@ -33,7 +33,16 @@ def main(argv: list[str] | None = None) -> None:
     if env.rank == 0:
         name = f"softmax_{env.world_size}x{env.device.type}"
         command = command_line("softmax.py", argv, env.world_size)
-        report(name, command, rows, save=options.save, out=options.out, commit=options.commit, markdown=True)
+        report(
+            name,
+            command,
+            rows,
+            save=options.save,
+            out=options.out,
+            commit=options.commit,
+            html=options.html,
+            markdown=True,
+        )
 
 
 def measure(length: int, env: lasp.Env, options: argparse.Namespace) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import numpy as np
 from _files import write
 from _report import environment, peak_memory
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
 import lasp
 
+TRAINED = ", trained so"
 ENOUGH = 0.9  # of the answers right: a distance is learned
 
 
@@ -37,7 +40,7 @@ class Answers:
     @property
     def title(self) -> str:
         """What it is called in table and plot."""
-        return f"{self.name}, trained so" if self.trained else self.name
+        return f"{self.name}{TRAINED}" if self.trained else self.name
 
     def by_distance(self) -> list[dict]:
         """Of distances from a power of two to the next: how many questions, and which share was right."""
@@ -86,7 +89,7 @@ def write_results(
         },
     }
     write(folder / "recall.json", json.dumps(result, indent=1) + "\n")
-    write(folder / "recall.png", _plot(answers, options, env.world_size, chance))
+    write(folder / "recall.png", plot(result))
     Console(width=max(100, 28 + 14 * len(answers))).print(_table(answers, rows))
     for line in _verdict(answers, rows, chance, {name: len(steps) for name, steps in history.items()}, seconds):
         print(line)
@@ -122,28 +125,48 @@ def _verdict(
     return lines
 
 
-def _plot(answers: list[Answers], options: dict, ranks: int, chance: float) -> bytes:
-    """Accuracy by distance, a curve a way; upright lines where a segment and a slice end."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+def plot(result: dict) -> bytes:
+    """Of what recall.json holds: accuracy by distance, a curve a way; upright lines where a segment and a slice end."""
+    options, ranks, chance = result["options"], result["environment"]["ranks"], 100 * result["chance"]
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens between the value and its question", ylabel="right answers, %")
-    names = [x.name for x in answers if not x.trained]
-    for x in answers:
-        rows = x.by_distance()
-        middle = [(row["from"] * row["to"]) ** 0.5 for row in rows]
-        style = "--" if x.trained else "-"
-        color = f"C{names.index(x.name)}"
-        accuracies = [100 * row["accuracy"] for row in rows]
-        axes.plot(middle, accuracies, style, color=color, marker="o", markersize=4, label=x.title)
-    axes.axhline(100 * chance, color="gray", linestyle=":", label="chance")
-    borders = {"a segment": options["segment"], "a rank's slice": options["test_length"] // ranks}
+    colors = ("#1f5fa8", "#c2410c", "#2e7d32")
+    names = [title for title in result["ways"] if not title.endswith(TRAINED)]
+    for title, way in result["ways"].items():
+        name, trained = title.removesuffix(TRAINED), title.endswith(TRAINED)
+        color = colors[names.index(name)]
+        points = [((row["from"] * row["to"]) ** 0.5, 100 * row["accuracy"]) for row in way["by distance"]]
+        axes.plot(
+            *zip(*points),
+            "o--" if trained else "o-",
+            color=color,
+            markersize=4,
+            fillstyle="none" if trained else "full",
+        )
+        if not trained:
+            fallen = [point for point in points if point[1] < 85]
+            outside = bool(fallen) and name == names[1]  # the last curve to fall: to its right nothing is
+            said = f"{name}\n(dashed: {TRAINED.strip(', ')})" if f"{name}{TRAINED}" in result["ways"] else name
+            away = (10 if outside else -10, 0) if fallen else (0, -8)
+            text = axes.annotate(
+                said, fallen[0] if fallen else points[-1], away, textcoords="offset points", color=color
+            )
+            text.set(ha="left" if outside else "right", va="center" if fallen else "top")
+    axes.axhline(chance, color="gray", linestyle=":")
+    axes.annotate(f"chance: {chance:.1f}%", (1, chance), (0, 4), textcoords="offset points", color="gray", fontsize=9)
+    borders = {"a segment ends": options["segment"], "a rank's slice ends": options["test_length"] // ranks}
     for name, tokens in borders.items():
-        if name == "a segment" or ranks > 1:
+        if name == "a segment ends" or ranks > 1:
             axes.axvline(tokens, color="lightgray", linewidth=1)
-            axes.annotate(f"{name} ", (tokens, 50), rotation=90, ha="right", va="center", color="gray", fontsize=8)
+            axes.annotate(f" {name}", (tokens, 55), rotation=90, ha="left", va="center", color="gray", fontsize=9)
     axes.set_xscale("log", base=2)
+    axes.set_xticks([4**n for n in range(1 + int(math.log(options["test_length"], 4)))])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlim(0.7, 2.4 * options["test_length"])
     axes.set_ylim(0, 103)
-    axes.set_title(f"Recall with the state and without: {options['test_length']:,} tokens, {ranks} rank(s)")
-    axes.legend(loc="center left", fontsize=8)
+    over = f"{ranks} ranks" if ranks > 1 else "1 rank"
+    axes.set_title(f"Recall with the state and without: {options['test_length']:,} tokens, {over}")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
     return picture.getvalue()

@@ -123,6 +123,7 @@ def _local(
     layout = ShardLayout(lengths, whole.offsets, padding)
     if sequence.size > 1:
         sequence.peers.padded = lengths[0] if padding else None
+        sequence.peers.packed = (1, lengths[sequence.rank]) if layout.packed else None
         sequence.peers.cut = True
         before_step(agreement.compare_exchanges)
     local = whole.cut(*layout.bounds(sequence.rank))

@@ -19,11 +19,11 @@ def pytest_xdist_auto_num_workers():
 
 # Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
 LONG = """
-transformers trainer streaming kernels verify faults kernels_on_ranks train complete channel scan_kernels
-delta_kernels streaming_transformers transformers_border init bench bits_alone agreement recompute messages presence
-elementwise data inference_transformers complete inference softmax co2 replicas schemes data_parallel tensor_parallel
-attention hosts padding loss remote_code families experts inference docs scripts checkpoint exchange launchers fla trl
-loops peft
+streaming co2 bench recipes complete trainer tensor_parallel transformers kernels verify faults train delta_kernels
+streaming_transformers transformers_border init channel bits_alone agreement recompute messages presence
+kernels_on_ranks elementwise data inference_transformers inference softmax replicas schemes data_parallel attention
+scan_kernels hosts padding loss remote_code families experts docs scripts checkpoint exchange launchers fla trl loops
+peft
 """
 
 

@@ -87,6 +87,21 @@ def mesh_of(**axes):
     return lasp.init_mesh(**axes)
 
 
+def of_one_rank(function, *args, group=None, **options):
+    """In a worker: what a function returns that would return the same on all ranks of a group. One of them calls it."""
+    found = [function(*args, **options) if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(found, group_src=0, group=group)
+    return found[0]
+
+
+def divided(function, cases):
+    """In a worker: by case what a function returns that would return the same on all ranks. They share the cases."""
+    cases, world = list(cases), dist.get_world_size()
+    of_ranks = [None] * world
+    dist.all_gather_object(of_ranks, {case: function(case) for case in cases[dist.get_rank() :: world]})
+    return {case: of_ranks[number % world][case] for number, case in enumerate(cases)}
+
+
 class _Pool:
     def __init__(self, world):
         context = workers()

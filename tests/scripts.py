@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import LAUNCHER_PREFIXES, free_port
+from processes import LAUNCHER_PREFIXES, finish, free_port, start
 from ranks import workers
 
 
@@ -18,12 +18,30 @@ def run_script(code, ranks, *, limit=100.0, agent=True):
 
     With `agent` this process holds their key-value store, as torchrun's does; else rank 0 makes one.
     """
+    return _run_ranks(run_processes, code, ranks, limit, agent, {})
+
+
+def run_interpreted(code, ranks, *, limit=100.0):
+    """`run_script` with Triton's kernels in its interpreter, for a test file and a script that import `interpreter`."""
+    common = {"TRITON_INTERPRET": "1", "LASP_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
+    # Where there is a GPU, processes may be forked from one that has imported Triton to compile: take new ones.
+    run = _run_new if torch.cuda.is_available() else run_processes
+    return _run_ranks(run, code, ranks, limit, True, common)
+
+
+def _run_ranks(run, code, ranks, limit, agent, common):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
     all_have = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else free_port())}
     all_have |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return run_processes(
-        code, [{**all_have, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], limit
-    )
+    all_have |= common
+    return run(code, [{**all_have, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], limit)
+
+
+def _run_new(code, variables, limit):
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [start(code, {**own, **path}) for own in variables]
+    texts = finish(processes, limit)
+    return [(process.returncode, *text) for process, text in zip(processes, texts)]
 
 
 def run_processes(code, variables, limit=100.0):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from inputs import FORMS, NAMES, VARIANTS, assert_close, gradients, oracle, random_inputs, run
-from ranks import mesh_of, run_ranks, sequence_of_all
+from ranks import mesh_of, of_one_rank, run_ranks, sequence_of_all
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
@@ -50,7 +50,8 @@ def offsets_of(lengths):
 def check_against_oracle(x, lengths, sequence, *, cu_seqlens=None, only=NAMES, segment_length=None, layout=None):
     """Run this rank's shard and compare output, final state and gradients with those of the whole sequence."""
     rank, ranks = sequence.rank, sequence.size
-    o, final_state, expected = oracle(x, cu_seqlens=cu_seqlens, scale=SCALE)
+    whole = of_one_rank(oracle, x, cu_seqlens=cu_seqlens, scale=SCALE, group=sequence.group)
+    o, final_state, expected = whole
     local = x.shard(lengths, rank)
     local = replace(local, d_final_state=local.d_final_state / ranks)  # ranks' gradients of it are summed
     local.require_grad(only)
@@ -115,6 +116,7 @@ def test_packed(lengths, form):
     run_ranks(len(lengths), _packed, lengths, form, 1)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_with_grouped_heads(form):
     run_ranks(3, _packed, (7, 0, 66), form, 2)
@@ -125,6 +127,7 @@ def _segmented(form):
     check_against_oracle(random_inputs(form, sum(lengths)), lengths, sequence_of_all(), segment_length=128)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS)
 def test_segment_length(form):
     run_ranks(2, _segmented, form)
@@ -148,6 +151,7 @@ def test_normaliser_and_grouped_values(lengths, form):
     run_ranks(len(lengths), _variants, lengths, form)
 
 
+@pytest.mark.any_pytorch
 def _queries_later_and_a_horizon():
     """q is made while the state travels; of the strong decays only the neighbour's last tokens are left."""
     lengths, sequence = (130, 140, 150), lasp.SequenceParallel(dist.group.WORLD)
@@ -212,6 +216,7 @@ def _no_tokens_at_all(form):
     check_against_oracle(random_inputs(form, 0), lengths, sequence_of_all())
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tokens_at_all_passes_the_state_through(world, form):
@@ -223,6 +228,7 @@ def _strong_decay(form):
     check_against_oracle(random_inputs(form, 160, strength=50.0), lengths, sequence_of_all())
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_strong_decay(form):
     run_ranks(3, _strong_decay, form)
@@ -250,6 +256,7 @@ def _decay_per_query_head(form):
     assert_close(found["q"], cut(expected["q"], lengths, rank), "dq")
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_decay_per_query_head_with_grouped_keys(form):
     run_ranks(2, _decay_per_query_head, form)
@@ -297,6 +304,7 @@ def _bfloat16(form):
         assert_close(found["log_decay"].double(), exact, "dlog_decay", rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_differs_by_the_rounding_of_its_results_only(form):
     run_ranks(2, _bfloat16, form)
@@ -313,6 +321,7 @@ def _frozen(trained):
     assert sequence.traffic.messages == (1 if dist.get_rank() in (0, 2) else 2)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize(
     "trained", [names for n in range(1, 6) for names in itertools.combinations(NAMES, n)], ids="+".join
 )
@@ -509,6 +518,7 @@ def test_sequence_axis_of_init_mesh():
     run_ranks(4, _axis_of_mesh)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("form", FORMS)
 def test_without_ranks_it_is_the_recurrence(form):
     x = random_inputs(form, 130, groups=2)
@@ -678,6 +688,7 @@ def _not_a_number(schedule, reverse):
         assert dx.isfinite().all() or bad
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_not_a_number_stays_in_its_packed_sequence(schedule, reverse):
@@ -697,6 +708,7 @@ def _no_batch(schedule):
         assert o.shape[0] == 0
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_empty_batch(schedule):
     run_ranks(2, _no_batch, schedule)

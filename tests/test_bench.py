@@ -522,7 +522,7 @@ def test_an_operator_that_is_wrong_on_one_rank_ends_the_run_on_all():
 
 def test_weak_scaling_of_a_tiny_model(tmp_path):
     common = ("--model", "tiny", "--vocab", 64, "--steps", 2, "--warmup", 1)
-    result = _on_ranks(2, "scaling", *common, "--tokens", 128, "--save", "--out", tmp_path)
+    result = _on_ranks(2, "scaling", *common, "--tokens", 128, "--html", "--out", tmp_path)
     alone, split = result["rows"]
     assert (alone["layout"], split["layout"], split["sequence"]) == ("1x1", "1x2", 256)
     assert split["% of ideal"] == pytest.approx(100 * split["tokens/s/GPU"] / alone["tokens/s/GPU"], rel=1e-3)
@@ -530,6 +530,10 @@ def test_weak_scaling_of_a_tiny_model(tmp_path):
         split["step ms"] - split["without exchange ms"], rel=1e-2, abs=0.1
     )
     assert (split["peak GiB"], split["exposed NCCL ms"]) == (None, None)  # a CPU tells neither
+    assert (split["peak GiB by rank"], split["exposed NCCL ms by rank"]) == (None, None)
+    [page] = tmp_path.glob("*_scaling_weak_tiny_2xcpu.html")
+    for lack in ("memory by rank", "time in which only NCCL&#x27;s kernels ran"):
+        assert f"<li>{lack}: not measured on a CPU</li>" in page.read_text()
     [gate] = result["tables"].values()
     assert all(row["relative error"] < 1e-4 for row in gate)
     assert [row["what"] for row in gate] == ["loss, 1x2"]

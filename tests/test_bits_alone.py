@@ -1,14 +1,10 @@
 """On one device: with a segment length the bits of a sequence depend on no neighbour, nor on where it is cut."""
 
-import os
 from dataclasses import replace
 
+import interpreter
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-
 from inputs import FORMS, random_inputs
 from steps import backward_steps, forward_steps
 
@@ -42,7 +38,7 @@ def inputs(monkeypatch, path, form, T, dtype=torch.float32, **options):
     monkeypatch.setenv("LASP_KERNELS", path)
     options["H"] = 1 if path == "triton" else options.get("H", 2)  # the interpreter's time goes by programs
     x = random_inputs(form, T, B=1, K=16, V=24, strength=0.3, dtype=torch.float32, **options).to(dtype)
-    device = "cuda" if path == "triton" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if path == "triton" and interpreter.CUDA else "cpu"
     return replace(x, **{name: t.to(device) for name, t in vars(x).items() if t is not None})
 
 

@@ -1,25 +1,21 @@
 """The Triton kernels of a decay per channel against the fp64 recurrence: on a GPU, else under Triton's interpreter."""
 
 import math
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import interpreter
 import pytest
 import torch
+from inputs import assert_digits, every_strength, gradients, oracle, random_inputs, run
+from steps import backward_steps, forward_steps, operands
+from test_kernels import DEVICE, assert_near, on_device
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+import lasp
+from lasp_kernels import Operands, chunked_linear_attention, fold, path, plan, shared, steps_of
+from lasp_kernels.channel_steps import ChannelSteps
 
-from inputs import assert_digits, every_strength, gradients, oracle, random_inputs, run  # noqa: E402
-from steps import backward_steps, forward_steps, operands  # noqa: E402
-from test_kernels import DEVICE, assert_near, on_device  # noqa: E402
-
-import lasp  # noqa: E402
-from lasp_kernels import Operands, chunked_linear_attention, fold, path, plan, shared, steps_of  # noqa: E402
-from lasp_kernels.channel_steps import ChannelSteps  # noqa: E402
-
+CUDA = interpreter.CUDA
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}  # relative, of the whole tensor
 
 

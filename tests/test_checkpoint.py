@@ -153,6 +153,7 @@ def test_a_checkpoint_is_these_files(saved):
     assert sorted(path.name for path in (saved / "step-000002").iterdir()) == sorted(FILES)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", ["first byte", "middle byte", "last byte", "cut", "empty", "missing"])
 def test_a_changed_file_is_an_error_that_names_it(copy, name, fault):
@@ -179,6 +180,7 @@ def test_a_part_of_another_checkpoint_is_an_error(copy):
     run_ranks(2, _refused, copy, ValueError, "shard-00003", "not of this checkpoint")
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("name", ["../copy/step-000002", "/tmp", "..", ".", "", "step-000002/", "step-2\nstep-3"])
 def test_the_newest_checkpoint_lies_in_the_folder(copy, name):
     (copy / "LATEST").write_text(name)
@@ -202,6 +204,7 @@ def _sign(folder):
     (folder / "SHA256SUMS").write_text("".join(lines))
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("name", [*FILES, "LATEST"])
 def test_a_pickle_in_place_of_a_file_is_not_run(copy, tmp_path, name):
     folder, made = copy / "step-000002", tmp_path / "made"
@@ -296,6 +299,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_tensor_that_a_stranger_has_changed(copy, saved, change):
     """With sums that fit. Only what is the same, and finite, is taken; anything else names the tensor."""
@@ -381,6 +385,7 @@ def test_a_value_of_another_kind(copy, name, value):
     run_ranks(2, _refused, copy, FileError, str(file), "number" if value == "NaN" else name.rsplit(".", 1)[-1])
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("content", ["", "[]", "5", "{", "[" * 100000, '{"step": 2}'])
 def test_values_that_are_none(copy, content):
     file = copy / "step-000002" / "values.json"
@@ -406,6 +411,7 @@ def test_a_checkpoint_of_another_run(tmp_path):
     run_ranks(2, _of_a_run, tmp_path / "run", "xyz")
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("name", ["LATEST", "step-000002", *(f"step-000002/{name}" for name in FILES)])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_link_or_a_pipe_in_place_of_a_file(copy, name, kind):
@@ -419,6 +425,7 @@ def test_a_link_or_a_pipe_in_place_of_a_file(copy, name, kind):
     run_ranks(2, _refused, copy, FileError, str(path), "link" if kind == "link" else "folder", timeout=20.0)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("name", ["LATEST", "step-000002"])
 def test_what_is_missing_is_named(copy, name):
     remove = shutil.rmtree if (copy / name).is_dir() else os.unlink
@@ -467,6 +474,7 @@ def _one_rank_fails(folder, odd, fault):
         assert not (folder / "step-000004.partial").exists()
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("odd", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_rank_that_fails_while_it_saves(copy, odd, fault):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from inputs import assert_close
 from processes import finish, free_port, start
-from ranks import mesh_of, run_ranks, shutdown
+from ranks import mesh_of, of_one_rank, run_ranks, shutdown
 from small_model import VOCABULARY, SmallModel
 from test_train import _alone, _assert_on_all, _assert_same_state, _losses, _state
 from torch import nn
@@ -28,6 +28,7 @@ from lasp.ranks import grad_group, shard_mesh
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # all is in fp64
 T, EVERY = 13, 3
+STEPS = 4 * EVERY + 2
 RULES = {
     "plain": {},
     "no momentum": {"outer_momentum": 0.0},
@@ -183,36 +184,47 @@ def of_state(tensors):
     return torch.cat([whole(x).flatten() for x in tensors.values()])
 
 
+def simulated(replicas, rule):
+    """Weights of all replicas after each step; what the rule holds then; and what it ends with."""
+    simulation, of_steps = Simulation(replicas, **RULES[rule]), []
+
+    def of_all():
+        return torch.stack([simulation.flat(replica) for replica in range(replicas)])
+
+    for step in range(STEPS):
+        simulation.local_step(step)
+        of_steps.append(of_all())
+    held = {"outer": simulation.outer, "momentum": simulation.momentum, "average": simulation.sent}
+    simulation.finish()
+    assert_close(of_all()[0], simulation.outer, "what the simulation ends with", **CLOSE)
+    return of_steps, held, of_all(), simulation.momentum
+
+
 def _rule(layout, rule):
     *factors, how = layout
     mesh = mesh_of(dp_replicate=factors[0], dp_shard=factors[1], sp=factors[2])
     me = mesh["dp_replicate"].get_local_rank()
-    options = {"sync_every": EVERY, **RULES[rule]}
     model, optimizer = build(mesh, how)
-    co2 = lasp.CO2(model, optimizer, mesh, bucket_mb=1, **options)
-    expected = Simulation(factors[0], **RULES[rule])
-    for step in range(4 * EVERY + 2):
+    co2 = lasp.CO2(model, optimizer, mesh, bucket_mb=1, sync_every=EVERY, **RULES[rule])
+    of_steps, held, at_the_end, momentum = of_one_rank(simulated, factors[0], rule)
+    for step, expected in enumerate(of_steps):
         ended = train(model, optimizer, co2, mesh, how, [step])
-        expected.local_step(step)
         assert ended == [(step + 1) % EVERY == 0]
-        assert_close(flat(model), expected.flat(me), f"weights after step {step}", **CLOSE)
+        assert_close(flat(model), expected[me], f"weights after step {step}", **CLOSE)
     state = co2.state_dict()
-    assert_close(of_state(state["outer"]), expected.outer, "outer", **CLOSE)
-    assert_close(of_state(state["momentum"]), expected.momentum, "momentum", **CLOSE)
-    assert_close(of_state(state["average"]), expected.sent, "average", **CLOSE)
-    assert not torch.allclose(expected.momentum, torch.zeros(()).double())
+    for name, expected in held.items():
+        assert_close(of_state(state[name]), expected, name, **CLOSE)
+    assert not torch.allclose(held["momentum"], torch.zeros(()).double())
     own = flat(model)
     with co2.outer_weights():
-        assert_close(flat(model), expected.outer, "weights inside", **CLOSE)
+        assert_close(flat(model), held["outer"], "weights inside", **CLOSE)
     assert torch.equal(flat(model), own)
     if factors[0] > 1:
-        assert not torch.allclose(expected.flat(0), expected.flat(1)), "replicas do not train apart"
+        assert not torch.allclose(*of_steps[-1][:2]), "replicas do not train apart"
     co2.finish()
-    expected.finish()
-    assert_close(flat(model), expected.flat(me), "weights at the end", **CLOSE)
-    assert_close(expected.flat(0), expected.outer, "what the simulation ends with", **CLOSE)
+    assert_close(flat(model), at_the_end[me], "weights at the end", **CLOSE)
     if RULES[rule].get("clip"):
-        assert (expected.momentum.abs() == RULES[rule]["clip"]).any(), "the clip does nothing here"
+        assert (momentum.abs() == RULES[rule]["clip"]).any(), "the clip does nothing here"
     train(model, optimizer, co2, mesh, how, [20])  # and on it goes
 
 
@@ -292,8 +304,11 @@ def _resume(layout, after):
     }
 
 
-@pytest.mark.parametrize("after", [1, EVERY, 2 * EVERY + 1, 2 * EVERY + 2])
-@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[3]], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("layout", "after"),
+    [(LAYOUTS[2], 1), (LAYOUTS[2], 2 * EVERY + 1), (LAYOUTS[3], EVERY), (LAYOUTS[3], 2 * EVERY + 2)],
+    ids=["ddp-1", "ddp-7", "fsdp2-3", "fsdp2-8"],
+)
 def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_bits(layout, after):
     run_ranks(4, _resume, layout, after)
 

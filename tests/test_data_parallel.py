@@ -1,5 +1,6 @@
 """Training over dp x sp with `sync_grads`, DDP and FSDP2: gradients and parameters are those of one process."""
 
+import functools
 import gc
 import warnings
 import weakref
@@ -74,13 +75,36 @@ def assert_same_parameters(model, expected, of):
         assert_close(whole(of(found[name])), of(p), name, **CLOSE)
 
 
+@functools.cache
+def one_process():
+    """Loss, and a model with its gradients: a worker needs them for all factors and schemes."""
+    alone = SmallModel().double()
+    loss = loss_of(alone, whole_batch(), None)
+    loss.backward()
+    return loss.detach(), alone
+
+
+@functools.cache
+def trained_in_one_process():
+    alone, losses = SmallModel().double(), []
+    optimizer = optimizer_of(alone)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(alone, whole_batch(step), None)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, alone
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
+
+
 def _gradients(factors, scheme):
     mesh = mesh_of(dp_replicate=factors[0], dp_shard=factors[1], sp=factors[2])
     batch = whole_batch()
-    alone = SmallModel().double()
-    serial = loss_of(alone, batch, None)
-    serial.backward()
-
+    serial, alone = one_process()
     model = parallel_model(mesh, scheme)
     loss = loss_of(model, batch, mesh)
     loss.backward()
@@ -101,22 +125,17 @@ def test_every_gradient_is_that_of_one_process(factors, scheme):
 
 def _train(factors, scheme):
     mesh = mesh_of(dp_replicate=factors[0], dp_shard=factors[1], sp=factors[2])
-    alone = SmallModel().double()
+    losses, alone = trained_in_one_process()
     model = parallel_model(mesh, scheme)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-6) for m in (alone, model)]
-    losses = []
-    for step in range(3):
-        batch = whole_batch(step)
-        for m, over, optimizer in ((alone, None, optimizers[0]), (model, mesh, optimizers[1])):
-            optimizer.zero_grad()
-            loss = loss_of(m, batch, over)
-            loss.backward()
-            if over is not None and scheme == "sync_grads":
-                lasp.sync_grads(m, over)
-            optimizer.step()
-            losses.append(loss.detach())
-    for serial, parallel in zip(losses[::2], losses[1::2]):
-        assert_close(parallel, serial, "loss", **CLOSE)
+    optimizer = optimizer_of(model)
+    for step, serial in enumerate(losses):
+        optimizer.zero_grad()
+        loss = loss_of(model, whole_batch(step), mesh)
+        loss.backward()
+        if scheme == "sync_grads":
+            lasp.sync_grads(model, mesh)
+        optimizer.step()
+        assert_close(loss.detach(), serial, "loss", **CLOSE)
     assert_same_parameters(model, alone, lambda p: p.detach())
     untrained = SmallModel().double().state_dict()
     assert not any(torch.allclose(p, untrained[name]) for name, p in alone.state_dict().items())

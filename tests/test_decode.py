@@ -3,31 +3,27 @@
 The Triton kernels run on a GPU, else under Triton's interpreter.
 """
 
-import os
 from dataclasses import replace
 
+import interpreter
 import pytest
 import torch
+from inputs import FORMS, VARIANTS, largest_error, random_inputs
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-
-from inputs import FORMS, VARIANTS, largest_error, random_inputs  # noqa: E402
-
-from lasp_kernels import chunked_linear_attention, recurrent_linear_attention, step_path  # noqa: E402
-from lasp_kernels.convolution import causal_conv  # noqa: E402
-from lasp_kernels.decode import (  # noqa: E402
+from lasp_kernels import chunked_linear_attention, recurrent_linear_attention, step_path
+from lasp_kernels.convolution import causal_conv
+from lasp_kernels.decode import (
     convolution_step,
     delta_rule_step,
     elementwise_step,
     linear_attention_step,
     selective_scan_step,
 )
-from lasp_kernels.delta import recurrent_delta_rule  # noqa: E402
-from lasp_kernels.elementwise import recurrent_elementwise  # noqa: E402
-from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_scan  # noqa: E402
+from lasp_kernels.delta import recurrent_delta_rule
+from lasp_kernels.elementwise import recurrent_elementwise
+from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_scan
 
+CUDA = interpreter.CUDA
 DEVICE = "cuda" if CUDA else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the greatest: what o is rounded to
 T, CLOSE = 19, {"atol": 1e-12, "rtol": 1e-12}

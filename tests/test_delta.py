@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks, sequence_of_all
+from ranks import of_one_rank, run_ranks, sequence_of_all
 from torch.utils.checkpoint import checkpoint
 
 import lasp
@@ -71,16 +71,20 @@ def close(actual, expected, name):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda text: f"{name}: {text}")
 
 
-def _against_recurrence(form, lengths, cu_seqlens, groups, schedules, wrap):
-    rank = dist.get_rank()
-    sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
-    x, do, d_final = example(form, sum(lengths), sequences=sequences, groups=groups)
+def by_the_recurrence(x, do, d_final, cu_seqlens):
     true = {name: None if y is None else y.clone().requires_grad_() for name, y in x.items()}
     offsets = None if cu_seqlens is None else torch.tensor(cu_seqlens)
     q, k, v, beta, log_decay, state = true.values()
     options = {"log_decay": log_decay, "initial_state": state, "cu_seqlens": offsets, "scale": 0.3}
     o, final = recurrent_delta_rule(q, k, v, beta, **options)
-    whole = {"o": o.detach(), "final": final.detach(), **gradients(true, o, final, do, d_final)}
+    return {"o": o.detach(), "final": final.detach(), **gradients(true, o, final, do, d_final)}
+
+
+def _against_recurrence(form, lengths, cu_seqlens, groups, schedules, wrap):
+    rank = dist.get_rank()
+    sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
+    x, do, d_final = example(form, sum(lengths), sequences=sequences, groups=groups)
+    whole = of_one_rank(by_the_recurrence, x, do, d_final, cu_seqlens)
     for schedule in schedules:
         sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
         layout = None if cu_seqlens is None else lasp.ShardLayout(lengths, cu_seqlens)

@@ -1,22 +1,19 @@
 """The Triton kernels of the delta rule against the fp64 recurrence: on a GPU, else under Triton's interpreter."""
 
-import os
 from types import SimpleNamespace
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+import lasp
+from lasp_kernels import delta_steps_of, fold, path, plan, shared
+from lasp_kernels.delta import DeltaOperands, recurrent_delta_rule
+from lasp_kernels.delta_kernel_steps import DeltaKernelSteps
+from lasp_kernels.delta_steps import DeltaSteps, chunked_delta_rule
 
-import lasp  # noqa: E402
-from lasp_kernels import delta_steps_of, fold, path, plan, shared  # noqa: E402
-from lasp_kernels.delta import DeltaOperands, recurrent_delta_rule  # noqa: E402
-from lasp_kernels.delta_kernel_steps import DeltaKernelSteps  # noqa: E402
-from lasp_kernels.delta_steps import DeltaSteps, chunked_delta_rule  # noqa: E402
-
+CUDA = interpreter.CUDA
 DEVICE = "cuda" if CUDA else "cpu"
 FORMS = ("none", "token", "channel")
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import run_ranks, sequence_of_all
+from ranks import of_one_rank, run_ranks, sequence_of_all
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -195,7 +195,7 @@ def _against_loop(operator, lengths, cu_seqlens, dtype, schedules, wrap, known):
     rank, T = dist.get_rank(), sum(lengths)
     x, dy = example(operator, T, rows=1 if cu_seqlens else 2)
     x, dy = {name: y.to(dtype) for name, y in x.items()}, dy.to(dtype)
-    true = true_results(operator, x, dy, cu_seqlens)
+    true = of_one_rank(true_results, operator, x, dy, cu_seqlens)
     start, end = sum(lengths[:rank]), sum(lengths[: rank + 1])
     layout = lasp.ShardLayout(lengths, cu_seqlens) if known or cu_seqlens else None
     for schedule in schedules:

@@ -477,6 +477,7 @@ lasp.linear_attention(x, x, x, sequence=sequence)
 """
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize(
     "moment",
     [

@@ -5,19 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+import lasp
+from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
+from lasp_kernels import dispatch, few_rows
+from lasp_kernels.reference import activation_of
 
-import lasp  # noqa: E402
-from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig  # noqa: E402
-from lasp_kernels import dispatch, few_rows  # noqa: E402
-from lasp_kernels.reference import activation_of  # noqa: E402
-
+CUDA = interpreter.CUDA
 DEVICE = "cuda" if CUDA else "cpu"
 # Of the greatest. Triton's interpreter cuts off what does not fit in bf16.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 if CUDA else 8e-3, torch.float16: 1e-3}

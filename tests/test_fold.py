@@ -1,12 +1,8 @@
 """The fold of maps of all kinds; on the Triton path under the interpreter, where there is no GPU."""
 
-import os
-
+import interpreter
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from lasp_kernels import fold
 
@@ -23,7 +19,7 @@ def maps(*shape, device="cpu"):
 @pytest.fixture(params=["reference", "triton"])
 def device(request, monkeypatch):
     monkeypatch.setenv("LASP_KERNELS", request.param)
-    return "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if request.param == "triton" and interpreter.CUDA else "cpu"
 
 
 def test_no_decay_has_the_bits_of_a_decay_by_nothing(device):

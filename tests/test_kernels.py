@@ -2,24 +2,19 @@
 
 import functools
 import itertools
-import os
 from dataclasses import replace
 from unittest import mock
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import VARIANTS, assert_digits, every_strength, gradients, oracle, random_inputs, run
+from steps import backward_steps, forward_steps, operands
 from torch.utils.checkpoint import checkpoint
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-
-from inputs import VARIANTS, assert_digits, every_strength, gradients, oracle, random_inputs, run  # noqa: E402
-from steps import backward_steps, forward_steps, operands  # noqa: E402
-
-import lasp  # noqa: E402
-from lasp_kernels import (  # noqa: E402
+import lasp
+from lasp_kernels import (
     chunked_linear_attention,
     cross_entropy,
     launch,
@@ -29,10 +24,11 @@ from lasp_kernels import (  # noqa: E402
     rotary,
     shared,
 )
-from lasp_kernels.norm import fused_norm_gate as norm_gate  # noqa: E402
-from lasp_kernels.reference import activation_of, reference_norm_gate, reference_rotate  # noqa: E402
-from lasp_kernels.steps import TritonSteps  # noqa: E402
+from lasp_kernels.norm import fused_norm_gate as norm_gate
+from lasp_kernels.reference import activation_of, reference_norm_gate, reference_rotate
+from lasp_kernels.steps import TritonSteps
 
+CUDA = interpreter.CUDA
 DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA:  # the interpreter's time goes by the number of tiles, so fp32 takes the large ones, too
     plan.CONFIGS.update({name: (*c[:2], *c[:2]) for name, c in plan.CONFIGS.items()})
@@ -395,6 +391,18 @@ def test_fp32_uses_tf32_only_where_pytorch_may():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.skipif(CUDA, reason="is without a GPU")
+@pytest.mark.parametrize("form", FORMS)
+def test_the_interpreter_computes_what_it_does_as_it_comes(form):
+    x = on_device(random_inputs(form, 130, B=1, H=1, groups=2, K=16, V=17, sequences=2), torch.bfloat16)
+    o, final_state, found = all_steps(x, 0.7, cu_seqlens=(0, 69, 130), segment_length=64)
+    with interpreter.as_it_comes():
+        expected = all_steps(x, 0.7, cu_seqlens=(0, 69, 130), segment_length=64)
+    assert torch.equal(o, expected[0])
+    assert torch.equal(final_state, expected[1])
+    assert all(torch.equal(found[name], expected[2][name]) for name in expected[2])
+
+
 def test_same_bits_twice():
     x = on_device(random_inputs("token", 130, B=1, K=16, V=32), torch.float16)
     first, second = (all_steps(x, 1.0, segment_length=64) for _ in range(2))
@@ -462,8 +470,13 @@ def test_gradients_of_keys_have_segments_of_their_own(form, ends):
         assert steps.of_keys() is steps
 
 
-@pytest.mark.parametrize("form", ["none", "head", "token"])
-@pytest.mark.parametrize(("K", "V"), [(128, 32), (32, 128), (144, 17), (40, 40)])
+COLUMNS = [(128, 32), (32, 128), (144, 17), (40, 40)]
+
+
+@pytest.mark.parametrize(
+    ("form", "K", "V"),
+    [("token", *dims) for dims in COLUMNS] + [(form, *dims) for form, dims in zip(("none", "head") * 2, COLUMNS)],
+)
 def test_blocks_may_have_more_columns_than_there_are(form, K, V):
     """Of 2-byte tiles that TMA does not move: there no block has fewer than 64."""
     for dims in ((K, V), (V, K)):

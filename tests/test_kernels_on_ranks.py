@@ -1,11 +1,11 @@
 """The Triton kernels and the exchange together: three ranks on a CPU, the kernels under Triton's interpreter."""
 
+import interpreter  # noqa: F401
 import pytest
-from processes import finish, free_port, start
+from scripts import run_interpreted
 
-# Processes of their own: Triton reads TRITON_INTERPRET when it is imported, and the pool's workers have other uses.
 COMPARE = """
-import torch, torch.distributed as dist, lasp
+import interpreter, torch, torch.distributed as dist, lasp
 from lasp_kernels import Operands, path, recurrent_linear_attention
 from torch.testing import assert_close
 
@@ -69,7 +69,7 @@ print("compared")
 
 # With a segment length: the bits of one rank, on every schedule.
 SAME_BITS = """
-import torch, torch.distributed as dist, lasp
+import interpreter, torch, torch.distributed as dist, lasp
 from torch.autograd import grad
 
 env = lasp.init("gloo", timeout=60)
@@ -108,7 +108,7 @@ print("compared")
 
 # The delta rule: against the recurrence by the schedule that sends matrices; and the bits of one rank by the others.
 DELTA = """
-import torch, torch.distributed as dist, lasp
+import interpreter, torch, torch.distributed as dist, lasp
 import torch.nn.functional as F
 from lasp_kernels import path
 from lasp_kernels.delta import DeltaOperands, recurrent_delta_rule
@@ -167,15 +167,5 @@ print("compared")
     "script", [COMPARE, SAME_BITS, DELTA], ids=["the recurrence", "the bits of one rank", "the delta rule"]
 )
 def test_triton_on_three_ranks_gives(script):
-    common = {
-        "WORLD_SIZE": "3",
-        "LOCAL_WORLD_SIZE": "3",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "TRITON_INTERPRET": "1",
-        "LASP_KERNELS": "triton",
-    }
-    ranks = [start(script, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(3)]
-    outputs = finish(ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0, 0], outputs
-    assert all("compared" in out for out, _ in outputs)
+    ranks = run_interpreted(script, 3)
+    assert all(code == 0 and "compared" in out for code, out, _ in ranks), ranks

@@ -562,7 +562,12 @@ def test_what_mixes_tokens_is_refused_and_nothing_else_is_named(name):
     assert refused(model) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+OTHER_DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.any_pytorch) for dtype in (torch.bfloat16, torch.float16, torch.float64)
+]
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["conv in a registered layer", "sdpa", "GroupNorm", "table of positions"])
 def test_in_any_dtype(name, dtype):
     model, expected = MIXING[name]
@@ -597,7 +602,7 @@ SOUND = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *OTHER_DTYPES], ids=str)
 @pytest.mark.parametrize("name", SOUND)
 def test_what_mixes_no_tokens_is_accepted_after_a_trial(name, dtype):
     model = lasp.parallelize(copy.deepcopy(SOUND[name]).to(dtype), None)

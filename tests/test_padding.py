@@ -1,5 +1,6 @@
 """Padding behind the last real token: no state sees it, on no rank, and no gradient comes from it."""
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -195,3 +196,32 @@ def _without_layout(operator):
 @pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
 def test_a_final_state_of_a_padded_batch_needs_the_layout(operator):
     run_ranks(2, _without_layout, operator)
+
+
+def _documents_without_layout():
+    x = torch.ones(1, 6, 1, 2)
+    batch = {"input_ids": torch.ones(1, 6, dtype=torch.long), "x": x}
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="attention")
+    local = lasp.shard_batch({**batch, "cu_seqlens": [0, 4, 6]}, dist.group.WORLD)
+    calls = {
+        "linear_attention": lambda x, **more: lasp.linear_attention(x, x, x, sequence=sequence, **more),
+        "delta_rule": lambda x, **more: lasp.delta_rule(x, x, x, x[..., 0], sequence=sequence, **more),
+        "halo": lambda x, **more: lasp.halo(x, 2, sequence=sequence, **more),
+        "softmax_attention": lambda x, **more: lasp.softmax_attention(x, x, x, sequence=sequence, **more),
+    }
+    for name, call in calls.items():
+        with pytest.warns(UserWarning, match=f"{name} in layer 'attention' has no layout: .* packed.* 3 tokens"):
+            call(local["x"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(local["x"], layout=local["layout"])
+            call(torch.ones(1, 2, 1, 2))  # not of that batch
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        local = lasp.shard_batch(batch, dist.group.WORLD)  # one document
+        for call in calls.values():
+            call(local["x"])
+
+
+def test_packed_documents_without_a_layout_are_told():
+    run_ranks(2, _documents_without_layout)

@@ -14,6 +14,8 @@ pytest.importorskip("peft", reason="needs PEFT")
 
 import foreign
 import peft
+from safetensors.torch import load_file
+from test_recipes import PROGRAMS, assert_same, finished, in_fp64, losses
 from test_trainer import arguments, launched, logs_of, samples, trainer_of, weights_of
 from test_transformers import BOUND, batches, loss_of
 
@@ -117,3 +119,23 @@ def test_sequence_trainer(name, order, tmp_path):
         for found, known in zip(logs, expected[0]):
             assert found == pytest.approx(known, rel=5e-6)
         assert max(float((weights[n] - x).abs().max()) for n, x in expected[1].items()) < 1e-6
+
+
+def test_the_recipe(tmp_path):
+    """docs/recipes.md's lora.py: on two ranks the losses, weights and adapter of one process; in fp64, of which
+    transformers does a few steps in fp32."""
+    program = in_fp64(PROGRAMS["lora.py"])
+    [expected], printed = finished(program, 1, tmp_path / "alone")
+    assert losses(printed) == sorted(losses(printed), reverse=True)
+    found, again = finished(program, 2, tmp_path / "split")
+    assert_same(found, expected, bound=1e-6)
+    assert all(rank["exchanges"] for rank in found)
+    assert losses(again) == pytest.approx(losses(printed), abs=2e-5)
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in tmp_path.iterdir()]
+    assert len(adapters) == 2
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, x in adapters[0].items():
+        assert x.any()
+        torch.testing.assert_close(x, adapters[1][name], rtol=0, atol=1e-6)
+    as_it_stands = losses(finished(PROGRAMS["lora.py"], 2, tmp_path / "fp32")[1])
+    assert as_it_stands == pytest.approx(losses(printed), abs=3e-5)

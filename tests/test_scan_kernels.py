@@ -1,23 +1,19 @@
 """The Triton kernels of recurrences by channel against an fp64 loop: on a GPU, else under Triton's interpreter."""
 
 import math
-import os
 
+import interpreter
 import pytest
 import torch
+from scripts import run_interpreted
+from test_elementwise import OPERATORS, assert_near, example, results, true_results
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+import lasp
+from lasp_kernels import elementwise_path, elementwise_steps_of, scan_steps
+from lasp_kernels.elementwise import RecurrenceOperands
+from lasp_kernels.selective_scan import SelectiveOperands
 
-from processes import finish, free_port, start  # noqa: E402
-from test_elementwise import OPERATORS, assert_near, example, results, true_results  # noqa: E402
-
-import lasp  # noqa: E402
-from lasp_kernels import elementwise_path, elementwise_steps_of, scan_steps  # noqa: E402
-from lasp_kernels.elementwise import RecurrenceOperands  # noqa: E402
-from lasp_kernels.selective_scan import SelectiveOperands  # noqa: E402
-
+CUDA = interpreter.CUDA
 DEVICE = "cuda" if CUDA else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # of the greatest
 # Some groups of tiles, of which the last one is not full.
@@ -233,9 +229,8 @@ def test_what_the_kernels_do_not_take(monkeypatch):
     assert not OPERATORS["selective_scan"](*wide).any()
 
 
-# Over ranks: processes of their own, since Triton reads TRITON_INTERPRET when it is imported.
 COMPARE = """
-import torch, torch.distributed as dist, lasp
+import interpreter, torch, torch.distributed as dist, lasp
 from torch.testing import assert_close
 from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp_kernels import scan_steps
@@ -283,9 +278,5 @@ print("compared")
 
 
 def test_over_two_and_three_ranks():
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    common |= {"TRITON_INTERPRET": "1", "LASP_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [start(COMPARE, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(3)]
-    outputs = finish(ranks, timeout=240)
-    assert [rank.returncode for rank in ranks] == [0] * 3, outputs
-    assert all("compared" in out for out, _ in outputs)
+    ranks = run_interpreted(COMPARE, 3, limit=240.0)
+    assert all(code == 0 and "compared" in out for code, out, _ in ranks), ranks

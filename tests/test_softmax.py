@@ -99,6 +99,7 @@ def _split(lengths, name, known, wrap, order=None):
         assert sequence.traffic.bytes_sent == pytest.approx(2 * (ranks - 1) * bytes_of_slice)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_every_gradient_on_every_rank(lengths, name):

@@ -1,6 +1,7 @@
 """`stream_backward`: gradients of a sequence in segments are those of one pass over all of it."""
 
 import copy
+import itertools
 import re
 from collections import Counter
 from unittest import mock
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import mesh_of, run_ranks
+from ranks import mesh_of, of_one_rank, run_ranks
 from streamed_models import (
     HYBRID,
     LINEAR,
@@ -42,14 +43,15 @@ from lasp_kernels import softmax_pieces
 
 TOKENS = 61
 OFFSETS = (0, 7, 8, 8, 30, 31, 61)  # of packed documents; one is empty, one crosses several borders
-SEGMENTS = (100, 13, 5)  # 13: a border is at no document's; 5: fewer tokens than a convolution's and ranks
+# Tokens of all, and of a segment. 13: a border is at no document's; 5: fewer tokens than a convolution's and ranks.
+SEGMENTS = ((TOKENS, 100), (TOKENS, 13), (23, 5))
 BOUND = 1e-10
 
 
-def batch_of(packed):
-    ids = torch.randint(VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+def batch_of(packed, tokens=TOKENS):
+    ids = torch.randint(VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))[:, :tokens]
     if packed:
-        return {"input_ids": ids[:1], "cu_seqlens": OFFSETS}
+        return {"input_ids": ids[:1], "cu_seqlens": (*(x for x in OFFSETS if x < tokens), tokens)}
     labels = ids.clone()
     labels[:, 20:33] = -100  # a whole segment counts nothing
     return {"input_ids": ids, "labels": labels}
@@ -91,9 +93,9 @@ def pair(*layers, exchange="auto", **options):
 
 def streamed_as_one_pass(layers, packed, exchange="auto", segments=SEGMENTS):
     reference, model, mesh = pair(*layers, exchange=exchange)
-    batch = batch_of(packed)
-    loss, tokens, expected = one_pass(reference, batch)
-    for segment in segments:
+    for of_all, segment in segments:
+        batch = batch_of(packed, of_all)
+        loss, tokens, expected = of_one_rank(one_pass, reference, batch)
         with mock.patch.object(streaming, "_PART", 7 if segment == 13 else 4096):  # tokens of the loss at a time
             found = lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
         assert abs(found[0] - loss) < BOUND
@@ -117,13 +119,13 @@ def published_models():
         reference = make().double()
         model = copy.deepcopy(reference)
         lasp.parallelize(model, mesh["sp"])
-        for packed in (False, True):
-            loss, _, expected = one_pass(reference, batch_of(packed))
-            for segment in (16, 5):
-                found, _ = lasp.stream_backward(model, batch_of(packed), mesh=mesh, segment=segment)
-                assert abs(found - loss) < BOUND
-                lasp.sync_grads(model, mesh)
-                assert_same(gradients_of(model), expected)
+        for packed, (of_all, segment) in itertools.product((False, True), ((TOKENS, 16), (23, 5))):
+            batch = batch_of(packed, of_all)
+            loss, _, expected = of_one_rank(one_pass, reference, batch)
+            found, _ = lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
+            assert abs(found - loss) < BOUND
+            lasp.sync_grads(model, mesh)
+            assert_same(gradients_of(model), expected)
 
 
 def transformer(sizes):
@@ -186,7 +188,7 @@ def test_softmax_layers_by_flash_kernels(world, packed):
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "pipeline"])
 def test_every_schedule(exchange):
-    run_ranks(3, streamed_as_one_pass, (*LINEAR, *STATES), True, exchange, (13,))
+    run_ranks(3, streamed_as_one_pass, (*LINEAR, *STATES), True, exchange, SEGMENTS[1:2])
 
 
 # Inside a segment

@@ -80,11 +80,25 @@ def assert_same(model, expected, of):
         assert_close(whole(of(found[name])), of(p), msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
 
 
+@functools.cache
+def found_alone(family, fused):
+    alone = make(family)
+    loss = loss_of(alone, batch_of(), None, fused=fused)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in alone.named_parameters()}
+
+
+def one_process(family, fused):
+    """Loss, and a model with its gradients: one worker needs them for several meshes and schemes."""
+    alone, (loss, gradients) = make(family), found_alone(family, fused)
+    for name, p in alone.named_parameters():
+        p.grad = gradients[name].clone()
+    return loss, alone
+
+
 def _gradients(family, sizes, scheme, fused):
-    mesh = mesh_of(**sizes)
-    batch, alone = batch_of(), make(family)
-    serial = loss_of(alone, batch, None, fused=fused)
-    serial.backward()
+    mesh, batch = mesh_of(**sizes), batch_of()
+    serial, alone = one_process(family, fused)
     model = split_model(family, mesh)
     if scheme == "fsdp2":
         wrap_fsdp2(model, mesh, blocks=model.blocks)
@@ -103,9 +117,13 @@ def _gradients(family, sizes, scheme, fused):
     assert_same(model, alone, lambda p: p.grad)
 
 
+# The loss is the last layer's, which decoders share: with each mixer it is taken in one of its two ways.
+BOTH_LOSSES = [(family, fused) for family in ("tnl", "linear_transformer") for fused in (True, False)]
+ONE_LOSS = [(family, number % 2 == 0) for number, family in enumerate(MIXERS)]
+
+
 @pytest.mark.any_pytorch
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("family", ["tnl", "linear_transformer", *MIXERS])
+@pytest.mark.parametrize(("family", "fused"), BOTH_LOSSES + ONE_LOSS)
 def test_every_gradient_is_that_of_one_process(family, fused):
     run_ranks(2, _gradients, family, {"dp_shard": 1, "sp": 1, "tp": 2}, "none", fused)
 
@@ -145,7 +163,7 @@ def _more_than_a_weight(family, what):
     assert_same(model, alone, lambda p: p.grad)
 
 
-@pytest.mark.parametrize("what", ["bias", "hook"])
+@pytest.mark.parametrize("what", [pytest.param("bias", marks=pytest.mark.any_pytorch), "hook"])
 @pytest.mark.parametrize("family", ["tnl", "transnormer", "hgrn2", "cosformer2", "gla", "linear_transformer"])
 def test_a_last_layer_that_is_more_than_its_weight(family, what):
     run_ranks(2, _more_than_a_weight, family, what)
@@ -154,14 +172,22 @@ def test_a_last_layer_that_is_more_than_its_weight(family, what):
 MESHES = [{"dp_shard": 1, "sp": 2, "tp": 2}, {"dp_shard": 2, "sp": 1, "tp": 2}]
 
 
+# Each family with both schemes and on both meshes; each scheme on both meshes.
+FAMILIES = ["tnl", "gla", "gated_delta_net", "mamba2", "linear_transformer"]
+PAIRS = [
+    (family, scheme, ("1x2x2", "2x1x2")[(number + (scheme == "fsdp2")) % 2])
+    for number, family in enumerate(FAMILIES)
+    for scheme in ("sync_grads", "fsdp2")
+]
+
+
 @pytest.mark.any_pytorch
-@pytest.mark.parametrize("sizes", MESHES, ids=["1x2x2", "2x1x2"])
-@pytest.mark.parametrize("scheme", ["sync_grads", "fsdp2"])
-@pytest.mark.parametrize("family", ["tnl", "gla", "gated_delta_net", "mamba2", "linear_transformer"])
+@pytest.mark.parametrize(("family", "scheme", "sizes"), PAIRS)
 def test_with_other_axes_every_gradient_is_that_of_one_process(family, scheme, sizes):
-    run_ranks(4, _gradients, family, sizes, scheme, True)
+    run_ranks(4, _gradients, family, dict(zip(("dp_shard", "sp", "tp"), map(int, sizes.split("x")))), scheme, True)
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("family", sorted({"retnet", "hgrn", "hgrn2", "mamba", "softmax", "rglru", "transnormer"}))
 def test_families_with_a_split_sequence(family):
     run_ranks(4, _gradients, family, MESHES[0], "sync_grads", False)

@@ -130,6 +130,16 @@ def assert_same(found, expected, bound=1e-6):
         assert float((weights[name] - x).abs().max()) < bound, name
 
 
+_alone = {}
+
+
+def one_process(name, folder):
+    """What several tests compare with: `train` on one rank, as it comes."""
+    if name not in _alone:
+        [_alone[name]] = run_ranks(1, train, name, 1, folder, 2)
+    return _alone[name]
+
+
 @pytest.mark.parametrize(
     ("world", "sp", "name"),
     [(4, 2, name) for name in ("bamba", "minimax", "qwen3_next", "llama", "mamba2")]
@@ -137,7 +147,7 @@ def assert_same(found, expected, bound=1e-6):
 )
 def test_training_is_that_of_one_process(world, sp, name, tmp_path):
     """Accumulation, clipping, prompts that do not count; DDP over dp x sp."""
-    [expected] = run_ranks(1, train, name, 1, tmp_path, 2)
+    expected = one_process(name, tmp_path)
     assert expected[0][0][1] > 0.5  # it is clipped
     for found in run_ranks(world, train, name, sp, tmp_path, 2):
         assert_same(found, expected)
@@ -193,7 +203,7 @@ def train_compiled(folder):
 @pytest.mark.timeout(600)  # of a loaded machine
 def test_compiled_training_is_that_of_one_process(tmp_path):
     """Layers that carry states compile in test_transformers_border.py."""
-    [expected] = run_ranks(1, train, "llama", 1, tmp_path, 2)
+    expected = one_process("llama", tmp_path)
     for found in run_ranks(2, train_compiled, tmp_path, timeout=400.0):
         assert_same(found, expected)
 
@@ -222,7 +232,7 @@ def test_the_loss_of_the_router_is_of_all_ranks_and_once_a_batch(tmp_path):
     """As transformers weighs it: once for each micro-batch, however many ranks share that."""
     more = {"output_router_logits": True, "router_aux_loss_coef": 2.0}  # parallelize refuses a model that gives it
     [expected] = run_ranks(1, train, "minimax", 1, tmp_path, 2, _same, more)
-    [without] = run_ranks(1, train, "minimax", 1, tmp_path, 2)
+    without = one_process("minimax", tmp_path)
     assert expected[0][0][0] > without[0][0][0] + 1
     for world, sp in ((2, 2), (4, 2)):
         for found in run_ranks(world, train, "minimax", sp, tmp_path, 2, _same, more):

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from ranks import mesh_of, run_ranks
+from ranks import divided, mesh_of, run_ranks
 
 import lasp
 
@@ -77,9 +77,8 @@ def agree(name):
     lasp.parallelize(model, mesh["sp"], strict=False)  # whether it mixes tokens `verified` asks
     told_before(model, mesh)
     assert list(model.state_dict()) == list(reference.state_dict())
-    expected = {}
+    expected = divided(lambda kind: by_the_library(reference, lasp.shard_batch(batches()[kind], None)), batches())
     for kind, batch in batches().items():
-        expected[kind] = by_the_library(reference, lasp.shard_batch(batch, None))
         inputs, got = compare(model, batch, mesh, expected[kind])
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, got)

@@ -71,6 +71,39 @@ def test_what_needs_the_whole_sequence_is_refused():
     run_ranks(2, refuses_what_needs_the_whole)
 
 
+class HandsOn(torch.nn.Module):
+    """As PEFT's: it names none of the arguments that it hands on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def by_place():
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(HandsOn(HandsOn(foreign.build("bamba", torch.float32))), mesh["sp"], strict=False)
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    local = lasp.shard_batch({"input_ids": IDS, "attention_mask": mask}, mesh, pad=False)
+    named = {name: local[name] for name in ("input_ids", "attention_mask")}
+    expected = model(**named, layout=local["layout"]).logits
+    found = model(*named.values(), layout=local["layout"]).logits
+    assert torch.equal(found, expected)
+    positions = local["position_ids"].expand(2, -1).clone()
+    assert torch.equal(model(*named.values(), positions, layout=local["layout"]).logits, expected)
+    assert torch.equal(model(*named.values(), None, layout=local["layout"]).logits, expected)
+    with pytest.raises(ValueError, match="attention_mask must be the"):
+        model(IDS[:, : len(positions[0])], torch.ones(2, 1, 4, 4), layout=local["layout"])
+
+
+def test_arguments_without_names_through_a_wrapper():
+    run_ranks(2, by_place)
+
+
 def own_batch_in_every_recompute():
     """Two batches of other lengths, both forward before either backward: each recompute sees its own layout."""
     mesh = mesh_of(sp=torch.distributed.get_world_size())

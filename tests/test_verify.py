@@ -336,6 +336,7 @@ def _mistake(kind, parallelized, dtype):
     return str(found).splitlines()[1:2] + str(found).splitlines()[3:]  # the loss of a rank may be its own
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("parallelized", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_found_and_named_on_every_rank(kind, parallelized):
@@ -409,6 +410,7 @@ def _zero_but_for_rounding(dtype):
     assert bias.largest < 1e-4 * max(row.largest for row in found.rows[2:])
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_gradient_that_is_zero_but_for_rounding_is_no_alarm(dtype):
     run_ranks(2, _zero_but_for_rounding, dtype)
@@ -584,6 +586,7 @@ def _one_rank_differs(options, message):
     assert lasp.verify(model, dist.group.WORLD).ok
 
 
+@pytest.mark.any_pytorch
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -172,9 +172,9 @@ class _Arguments:
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         self.model, self.args, self.kwargs = model, args, kwargs
-        parameters = inspect.signature(model.forward).parameters
-        self.takes = _takes(model)
-        self.given = dict(zip(parameters, args)) | kwargs
+        self.takes, self.places = _takes(model), _places(model)
+        unnamed = (f"*args[{place}]" for place in range(len(self.places), len(args)))
+        self.given = dict(zip((*self.places, *unnamed), args)) | kwargs
         self.name = type(model).__name__
 
     def facts(self, sequence: SequenceParallel) -> Facts:
@@ -253,8 +253,7 @@ class _Arguments:
 
     def set(self, name: str, value: Any) -> None:
         """One more argument, or another one."""
-        names = list(inspect.signature(self.model.forward).parameters)
-        place = names.index(name) if name in names else len(names)
+        place = self.places.index(name) if name in self.places else len(self.args)
         if place < len(self.args):
             self.args = (*self.args[:place], value, *self.args[place + 1 :])
         else:
@@ -265,12 +264,28 @@ def _takes(model: nn.Module) -> set[str]:
     """The names of what a forward takes, with those that it hands on to the model within it (**kwargs)."""
     parameters = inspect.signature(model.forward).parameters
     names = set(parameters)
-    inner = getattr(model, "base_model", model)
-    if inner is model and len(children := list(model.children())) == 1:  # a wrapper of the user's own
-        inner = children[0]
-    if inner is not model and any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+    inner = _within(model)
+    if inner is not None and any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
         names |= _takes(inner)
     return names
+
+
+def _places(model: nn.Module) -> list[str]:
+    """The names of what a forward takes without them, in order, with those of the model within it behind *args."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    inner = _within(model)
+    if inner is not None and any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        names += _places(inner)[len(names) :]
+    return names
+
+
+def _within(model: nn.Module) -> nn.Module | None:
+    """The model that one hands its arguments on to: what a wrapper holds alone, or the trunk of a language model."""
+    if len(children := list(model.children())) == 1:
+        return children[0]
+    inner = getattr(model, "base_model", model)
+    return None if inner is model else inner
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model ask for the same ones

@@ -420,6 +420,8 @@ def call_of(
     """
     if sequence is None and layout is None:
         return _alone(operator, x.shape[0], segment_length, ends, rates)
+    if layout is None:
+        _warn_of_documents(operator, x, sequence)
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1 or not isinstance(layout, _LAYOUTS):
         return Call(operator, Shard.of(x, layout, sequence, name, edges=edges), segment_length, ends, rates)
     key = (operator, x.shape[:2], layout, segment_length, ends, rates, settings, edges)
@@ -431,6 +433,19 @@ def call_of(
             sequence.kept.clear()
         sequence.kept[key] = known
     return known
+
+
+def _warn_of_documents(operator: str, x: Tensor, sequence: SequenceParallel | None) -> None:
+    """If x [B, T, ...] seems to be of packed documents and no layout says so; a warning, as `Call.warn_of_padding`."""
+    if not isinstance(sequence, SequenceParallel) or sequence.size == 1 or sequence.stream is not None:
+        return
+    if sequence.peers.packed == x.shape[:2]:
+        warnings.warn(
+            f"{operator} in layer {sequence.name!r} has no layout: the batch that shard_batch cut last is of packed "
+            f"documents, and these {x.shape[1]} tokens are as many as a slice of it; if they are one, documents run "
+            "into each other: pass layout=local['layout']",
+            stacklevel=3,
+        )
 
 
 @lru_cache(maxsize=256)

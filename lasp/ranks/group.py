@@ -71,6 +71,7 @@ class Peers:
         self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
         self.apart: weakref.WeakSet[Any] = weakref.WeakSet()  # lasp.CO2, while one lets these ranks train apart
         self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
+        self.packed: tuple[int, int] | None = None  # rows and tokens of a slice of it, if it was of packed documents
         self.cut = False  # whether there was one since the last step of an optimizer
         self.agreed: set[Any] = set()  # kinds of messages
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway

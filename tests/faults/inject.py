@@ -255,6 +255,7 @@ def main() -> int:
         save=options.save,
         out=options.out,
         commit=options.commit,
+        html=options.html,
         markdown=True,
         facts={
             **{name: value for name, value in given.items() if value is not None},
