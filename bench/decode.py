@@ -5,18 +5,16 @@
 
 `step`: one token of linear attention and of the delta rule, H 16 and K = V = 128, in as many layers as a model has, one
 after the other. "% of floor" is the time of reading and writing the states once, at the speed of a copy, over that of
-the CUDA graph. fla-core's fused_recurrent kernels beside. Then norm and gate: in a launch of their own, or in that of
-the step. Predicted on an H100: the launch that is saved is 2 us of some 6 at B 1, of 11 at B 16 and of 30 at B 64, as
-long as the program that finishes last need not wait for a row of 4 KB; at B 256 nothing is seen of it.
+the CUDA graph. fla-core's fused_recurrent kernels beside.
 
-`linears`: the linear layers of a block of TNL and its head, for one row, with the norm, gate and residual around them:
-GB/s of the weights, by PyTorch and by few_rows.py, there also with other blocks of a program (`--blocks`, outputs x
-columns).
+`linears`: the linear layers of a block of TNL and its head, for a token of each of B sequences, with the norm, gate and
+residual around them: GB/s of the weights, by PyTorch and, for as many rows as it serves, by few_rows.py, there also
+with other programs (`--blocks`, outputs x columns x warps).
 
 `token`: a token of TNL in bf16, as a CUDA graph, in each of the ways of decode_models.py. The floor is the time of
 reading the weights (not the embedding's) and reading and writing the states, at the speed of a copy. Predicted for the
-1B at B 1, where this is 0.7 ms: few rows 0.85 ms, of 5 launches a layer, each of which reads nothing for some 2 us;
-early 0.75; compiled 0.95; eager 1.15.
+1B on an H200, one row by few_rows.py: 0.69 ms, of a floor of 0.49; us of its layers: q k v gate 11, out 4, value gate
+14, glu out 8, head 72.
 
 `lengths`: tokens/s of `lasp.generate` behind a prompt of each length that `lasp.prefill` has run; B is 1.
 
@@ -39,7 +37,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import fla_families
@@ -54,8 +51,7 @@ from torch import Tensor
 import lasp
 import lasp_kernels as kernels
 from lasp.models import TNLConfig
-from lasp_kernels import dispatch, few_rows
-from lasp_kernels.decode import linear_attention_norm_gate_step
+from lasp_kernels import dispatch, few_rows, launch
 from lasp_kernels.delta import recurrent_delta_rule
 
 FORMS = ("fixed", "none", "token", "channel", "delta")
@@ -117,14 +113,13 @@ class StepCase:
             return torch.randn(shape, generator=draw).to(device)
 
         self.form, self.scale = form, D**-0.5
-        self.q, self.k, self.v, self.gate = (normal(B, H, D).bfloat16() for _ in range(4))
+        self.q, self.k, self.v = (normal(B, H, D).bfloat16() for _ in range(3))
         self.beta = normal(B, H).sigmoid().bfloat16()
         if form == "delta":
             self.k = F.normalize(self.k.float(), dim=-1).bfloat16()
         shape = {"none": None, "fixed": (H,), "token": (B, H), "channel": (B, H, D), "delta": (B, H)}[form]
         self.log_decay = None if shape is None else F.logsigmoid(normal(*shape) + 3)
         self.states = [torch.randn(B, H, D, D, device=device) for _ in range(layers)]
-        self.count = torch.zeros(B, dtype=torch.int32, device=device)
         self.moved = 2 * self.states[0].nbytes + 4 * self.q.nbytes  # of one layer
 
     def ours(self, state: Tensor) -> Tensor:
@@ -144,16 +139,7 @@ class StepCase:
         decays = {"g_gamma": self.log_decay} if self.form == "fixed" else {"g": decay}
         return fla_families.fla("simple_gla", "fused_recurrent_simple_gla")(q, k, v, **decays, **given)[0].squeeze(1)
 
-    def norm_and_gate(self, state: Tensor) -> Tensor:
-        return kernels.norm_gate(self.ours(state), self.gate.flatten(1))
-
-    def in_one_launch(self, state: Tensor) -> Tensor:
-        gate = self.gate.flatten(1)
-        return linear_attention_norm_gate_step(
-            self.q, self.k, self.v, self.log_decay, state, gate, self.count, scale=self.scale
-        )
-
-    def error(self, call: Callable[[Tensor], Tensor], *, normed: bool = False) -> float:
+    def error(self, call: Callable[[Tensor], Tensor]) -> float:
         """Of o, relative to the fp64 recurrence from the same state; the state is left as it was."""
         state = self.states[0]
         before = state.clone()
@@ -167,8 +153,6 @@ class StepCase:
             expected = recurrent_delta_rule(q, k, v, self.beta.double().unsqueeze(1), **given)[0].squeeze(1)
         else:
             expected = kernels.recurrent_linear_attention(q, k, v, **given)[0].squeeze(1)
-        if normed:
-            expected = kernels.norm_gate(expected, self.gate.double().flatten(1))
         return ((o - expected).norm() / expected.norm()).item()
 
 
@@ -181,8 +165,6 @@ def step_phase(options: argparse.Namespace, clock: Clock, device: torch.device) 
             calls: dict[str, Callable[[Tensor], Tensor]] = {"lasp": case.ours}
             if "fla" in peers:
                 calls["fla"] = case.fla
-            if form == "fixed":
-                calls |= {"lasp, then norm and gate": case.norm_and_gate, "lasp with norm and gate": case.in_one_launch}
             for columns in options.columns if device.type == "cuda" else ():
                 calls[f"lasp, {columns} columns"] = partial(_with_columns, columns, case)
             for name, call in calls.items():
@@ -216,7 +198,7 @@ def _step_row(
             call(state)
 
     try:
-        row["error"] = error = case.error(call, normed="norm" in name)
+        row["error"] = error = case.error(call)
         if not error < options.gate:
             return row | {"note": f"{error:.1e} off: not timed"}
         row["eager us"] = clock(all_layers, options.rep) * 1e3 / layers
@@ -233,9 +215,11 @@ def _step_row(
 
 
 class LinearCase:
-    """A product of a token, of the layers `weights` [N, D] of some copies, which are read one after another."""
+    """A product of a token of B sequences, of the layers `weights` [N, D] of some copies, read one after another."""
 
-    def __init__(self, name: str, D: int, sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device):
+    def __init__(
+        self, name: str, B: int, D: int, sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device
+    ):
         draw = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -244,23 +228,23 @@ class LinearCase:
         self.name, self.bytes = name, sum(sizes) * D * options.dtype.itemsize
         copied = max(1, min(options.layers, 2**30 // self.bytes))
         self.weights = [[normal(N, D) / D**0.5 for N in sizes] for _ in range(copied)]
-        self.x, self.gate, self.residual = normal(1, 1, D), normal(1, 1, D), normal(1, 1, sizes[0])
+        self.x, self.gate, self.residual = normal(B, 1, D), normal(B, 1, D), normal(B, 1, sizes[0])
 
-    def __call__(self, weights: list[Tensor]) -> Tensor:
+    def __call__(self, weights: list[Tensor]) -> tuple[Tensor, ...]:
         if self.name == "out":
             x = self.x.unflatten(-1, (1, -1))
-            return kernels.norm_gate_linear(x, self.gate, weights[0], residual=self.residual)
+            return (kernels.norm_gate_linear(x, self.gate, weights[0], residual=self.residual),)
         if self.name == "glu out":
-            return kernels.gated_linear(self.x, self.gate, weights[0], residual=self.residual)
+            return (kernels.gated_linear(self.x, self.gate, weights[0], residual=self.residual),)
         activations = ("silu", "silu", "none", "none")[: len(weights)] if len(weights) == 4 else None
-        return torch.cat(kernels.norm_linear(self.x, weights, activations=activations)[1:], -1)
+        return kernels.norm_linear(self.x, weights, activations=activations)[1:]
 
     def error(self) -> float:
         """Relative to fp64."""
-        found = self(self.weights[0]).double()
+        found = torch.cat(self(self.weights[0]), -1).double()
         wide = copy.copy(self)
         wide.x, wide.gate, wide.residual = (x.double() for x in (self.x, self.gate, self.residual))
-        expected = wide([w.double() for w in self.weights[0]])
+        expected = torch.cat(wide([w.double() for w in self.weights[0]]), -1)
         return ((found - expected).norm() / expected.norm()).item()
 
 
@@ -269,29 +253,47 @@ def linears_phase(options: argparse.Namespace, clock: Clock, device: torch.devic
     config = _config(options.models[0], options)
     D, inner = config.width, config.glu_width
     shapes = {"q k v gate": (D, (D,) * 4), "out": (D, (D,)), "value gate": (D, (inner,) * 2), "glu out": (inner, (D,))}
-    for name, (width, sizes) in (shapes | {"head": (D, (config.vocab_size,))}).items():
-        case = LinearCase(name, width, sizes, options, device)
-        hows: dict[str, Any] = {"PyTorch": mock.patch.object(dispatch, "_few_rows", return_value=False)}
-        if device.type == "cuda":
-            hows["few rows"] = contextlib.nullcontext()
-            for block in options.blocks:
-                outputs, columns = map(int, block.split("x"))
-                if columns <= 2 * width:
-                    hows[block] = mock.patch.object(few_rows, "_block", return_value=(outputs, columns))
-        for how, patched in hows.items():
+    for B in options.batch:
+        for name, (width, sizes) in (shapes | {"head": (D, (config.vocab_size,))}).items():
             if clock.left < 0:
                 return
-            with patched, torch.no_grad():
-                error = case.error()
-                row = {"layers": name, "how": how, "error": error, "us": None, "GB/s": None, "% of copy": None}
-                if error < options.gate:
-                    row["us"] = us = (
-                        clock(graphed(partial(_all_of, case), device), options.rep) * 1e3 / len(case.weights)
-                    )
-                    row |= {"GB/s": case.bytes / us / 1e3, "% of copy": 100 * clock.floor(case.bytes) * 1e3 / us}
-            yield row
-        del case
-        _free(device)
+            case = LinearCase(name, B, width, sizes, options, device)
+            for how, patched in _hows_of_linears(B, width, sizes, options, device).items():
+                if clock.left < 0:
+                    return
+                with patched, torch.no_grad():
+                    yield _linear_row(case, B, how, options, clock)
+            del case
+            _free(device)
+
+
+def _hows_of_linears(
+    B: int, width: int, sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device
+) -> dict[str, contextlib.AbstractContextManager]:
+    """What is put in the place of what, by name."""
+    hows: dict = {"PyTorch": mock.patch.object(dispatch, "_few_rows", return_value=False)}
+    if device.type != "cuda" or B > few_rows.MOST_ROWS:  # which is PyTorch then
+        return hows
+    hows["few rows"] = contextlib.nullcontext()
+    made = few_rows._blocks(sum(sizes), width, launch.processors(device))
+    for given in options.blocks:
+        if (block := few_rows.Blocks(*map(int, given.split("x")))) != made:
+            hows[given] = mock.patch.object(few_rows, "_blocks", return_value=block)
+    return hows
+
+
+def _linear_row(case: LinearCase, B: int, how: str, options: argparse.Namespace, clock: Clock) -> dict:
+    row: dict = {"layers": case.name, "B": B, "how": how} | dict.fromkeys(("error", "us", "GB/s", "% of copy", "note"))
+    try:
+        row["error"] = error = case.error()
+        if not error < options.gate:
+            return row | {"note": f"{error:.1e} off: not timed"}
+        us = clock(graphed(partial(_all_of, case), clock.device), options.rep) * 1e3 / len(case.weights)
+    except Exception as problem:
+        if how in ("PyTorch", "few rows"):
+            raise
+        return row | {"note": refusal(problem)}  # more than a multiprocessor has
+    return row | {"us": us, "GB/s": case.bytes / us / 1e3, "% of copy": 100 * clock.floor(case.bytes) * 1e3 / us}
 
 
 def _all_of(case: LinearCase) -> None:
@@ -310,9 +312,7 @@ def token_phase(options: argparse.Namespace, clock: Clock, device: torch.device)
                 return
             stepping = Stepping("tnl", _config(model, options), B, device, options.dtype)
             for how in options.hows:
-                if how.startswith("few rows") and B > few_rows.MOST_ROWS:  # which is eager then
-                    continue
-                if how == "compiled" and (model != options.models[0] or options.compile_up_to < B):
+                if how == "few rows" and B > few_rows.MOST_ROWS:  # which is eager then
                     continue
                 if clock.left < 0:
                     return
@@ -332,7 +332,7 @@ def _token_row(stepping: Stepping, model: str, how: str, options: argparse.Names
                 return row | {"note": f"{error:.1e} off: not timed"}
             row["ms"] = ms = clock(graphed(stepping.step, clock.device), options.rep)
     except Exception as problem:
-        if how != "compiled" and not isinstance(problem, torch.OutOfMemoryError):
+        if not isinstance(problem, torch.OutOfMemoryError):
             raise
         return row | {"note": refusal(problem)}
     floor = clock.floor(stepping.bytes_of_token)
@@ -441,7 +441,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--models", nargs="+", default=["1B", "385M"], help="the first is that of the contexts")
     parser.add_argument("--hows", nargs="+", choices=HOWS, default=list(HOWS))
-    parser.add_argument("--compile-up-to", type=int, default=1, help="sequences; compiling takes half a minute")
     parser.add_argument("--decays", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
@@ -452,7 +451,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=NEW, help="tokens behind a prompt")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
-    parser.add_argument("--blocks", nargs="*", default=[], help="of programs of few_rows.py, such as 4x2048")
+    parser.add_argument("--blocks", nargs="*", default=[], help="of programs of few_rows.py, such as 16x256x4")
     parser.add_argument("--columns", nargs="*", type=int, default=[], help="of programs of a step, such as 32")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetitions")
     parser.add_argument("--gate", type=float, default=1e-2)

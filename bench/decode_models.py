@@ -18,13 +18,11 @@ from torch import Tensor, nn
 import lasp_kernels as kernels
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig, mixers
 from lasp.modules import LightningAttention, SoftmaxAttention
-from lasp_kernels import dispatch, launch
+from lasp_kernels import dispatch
 
 HOWS = {
     "eager": "PyTorch's products of matrices and the kernels of training around them",
     "few rows": "a launch for the layers that read the same, with what is around them (few_rows.py), up to 4 sequences",
-    "few rows, early": "the same, and each kernel begins to read its weights while the one before it ends",
-    "compiled": "blocks by torch.compile with coordinate_descent_tuning",
 }
 
 
@@ -146,7 +144,6 @@ class Stepping:
     @contextlib.contextmanager
     def entered(self, how: str) -> Iterator[None]:
         """In which `step` may be called."""
-        blocks = list(self.model.blocks)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(mock.patch.object(LightningAttention, "forward", _attend))
@@ -155,17 +152,7 @@ class Stepping:
                 stack.enter_context(mock.patch.object(mixers, "rotary", self._rotary))
             if how == "eager":
                 stack.enter_context(mock.patch.object(dispatch, "_few_rows", return_value=False))
-            if how == "few rows, early":
-                stack.enter_context(mock.patch.object(launch, "EARLY", True))
-            if how == "compiled":
-                torch._dynamo.reset()
-                for block in blocks:
-                    block.compile(dynamic=False, options={"coordinate_descent_tuning": True})
-            try:
-                yield
-            finally:
-                for block in blocks:
-                    block._compiled_call_impl = None
+            yield
 
     def error(self, tokens: int = 6) -> float:
         """Of the logits after some tokens, in an entered TNL, relative to those of the whole sequence at once."""
@@ -177,12 +164,7 @@ class Stepping:
         with contextlib.ExitStack() as stack:
             for kind in (LightningAttention, SoftmaxAttention):
                 stack.enter_context(mock.patch.object(kind, "forward", _ORIGINAL[kind]))
-            compiled = [block._compiled_call_impl for block in self.model.blocks]
-            for block in self.model.blocks:
-                block._compiled_call_impl = None
             whole = self.model(ids)[:, -1].double()
-            for block, impl in zip(self.model.blocks, compiled):
-                block._compiled_call_impl = impl
         self.reset()
         return ((logits.double() - whole).norm() / whole.norm()).item()
 

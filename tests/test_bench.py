@@ -1273,15 +1273,14 @@ SMALL_DECODE += ("--dtype", "float32", "--rep", 1)
 
 
 def test_decode_steps_and_tokens(tmp_path):
-    given = ("--phases", "step", "token", "--batch", 1, 3, "--hows", "eager", "few rows", "--save", "--out", tmp_path)
-    result, _ = _script("decode", *given, *SMALL_DECODE)
-    names = ["lasp", "lasp, then norm and gate", "lasp with norm and gate"]
-    steps = [("fixed", B, name) for B in (1, 3) for name in names]
-    steps += [(form, B, "lasp") for form in ("none", "token", "channel", "delta") for B in (1, 3)]
+    given = ("--phases", "step", "token", "--batch", 1, 3, 5, "--hows", "eager", "few rows")
+    result, _ = _script("decode", *given, "--save", "--out", tmp_path, *SMALL_DECODE)
+    steps = [(form, B, "lasp") for form in ("fixed", "none", "token", "channel", "delta") for B in (1, 3, 5)]
     assert [(row["decay"], row["B"], row["kernels"]) for row in result["rows"]] == steps
     assert all(row["error"] < 1e-2 and row["graph us"] > 0 and row["note"] is None for row in result["rows"])
     tokens = result["tables"]["token"]
-    assert [(row["B"], row["how"]) for row in tokens] == [(B, how) for B in (1, 3) for how in ("eager", "few rows")]
+    hows = [(B, how) for B in (1, 3) for how in ("eager", "few rows")]
+    assert [(row["B"], row["how"]) for row in tokens] == [*hows, (5, "eager")]
     for row in tokens:
         assert row["error"] < 1e-5
         assert row["GB of weights"] == pytest.approx(4 * (4 * (5 * 128**2 + 3 * 128 * 384) + 128 + 50 * 128) / 1e9)
@@ -1291,9 +1290,10 @@ def test_decode_steps_and_tokens(tmp_path):
 
 
 def test_decode_linear_layers():
-    result, _ = _script("decode", "--phases", "linears", *SMALL_DECODE)
+    result, _ = _script("decode", "--phases", "linears", "--batch", 1, 3, *SMALL_DECODE)
     names = ["q k v gate", "out", "value gate", "glu out", "head"]
-    assert [(row["layers"], row["how"]) for row in result["rows"]] == [(name, "PyTorch") for name in names]
+    expected = [(name, B, "PyTorch") for B in (1, 3) for name in names]
+    assert [(row["layers"], row["B"], row["how"]) for row in result["rows"]] == expected
     assert all(row["error"] < 1e-5 and row["GB/s"] > 0 for row in result["rows"])
 
 

@@ -16,13 +16,11 @@ from lasp_kernels.decode import (
     convolution_step,
     delta_rule_step,
     elementwise_step,
-    linear_attention_norm_gate_step,
     linear_attention_step,
     selective_scan_step,
 )
 from lasp_kernels.delta import recurrent_delta_rule
 from lasp_kernels.elementwise import recurrent_elementwise
-from lasp_kernels.reference import reference_norm_gate
 from lasp_kernels.selective_scan import SelectiveOperands, recurrent_selective_scan
 
 CUDA = interpreter.CUDA
@@ -187,16 +185,6 @@ def zeros(*shape, dtype=torch.float32):
             (zeros(2, 2, 5), zeros(2, 2, 5), zeros(2, 2, 3), zeros(2, 2), zeros(2), zeros(2, 2, 5, 3)),
             r"log_decay must have shape \[B, H\] = \(2, 2\) or \[B, H, K\] = \(2, 2, 5\), got \(2,\)",
         ),
-        (
-            linear_attention_norm_gate_step,
-            (*(zeros(2, 2, 4),) * 3, None, zeros(2, 2, 4, 4), zeros(2, 8), zeros(2)),
-            r"count must be \[B\] = \(2,\) of int32 on cpu, got \(2,\) of torch.float32",
-        ),
-        (
-            linear_attention_norm_gate_step,
-            (*(zeros(2, 2, 4),) * 3, None, zeros(2, 2, 4, 4), zeros(2, 4), zeros(2, dtype=torch.int32)),
-            r"gate must have shape \[B, H\*G\*V\] = \(2, 8\), got \(2, 4\)",
-        ),
         (elementwise_step, (zeros(2, 5), zeros(2, 4), zeros(2, 5)), r"log_decay must have the shape of x, \(2, 5\)"),
         (elementwise_step, (zeros(2, 5), zeros(2, 5), zeros(5)), r"state must have shape \[B, ...\] of x = \(2, 5\)"),
         (
@@ -333,25 +321,6 @@ def test_kernel_of_the_delta_rule(form, heads):
     ]
     assert largest_error(torch.stack(steps, 1).double().cpu(), expected, 2) < 3e-6
     assert largest_error(state.double().cpu(), expected_state, 1) < 3e-6
-
-
-@pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("form", ["none", "head"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_norm_and_gate_in_the_same_launch(form, groups):
-    x = on_device(random_inputs(form, 3, B=3, H=3, K=21, V=37, groups=groups), torch.float32)
-    state, again = x.initial_state.clone(), x.initial_state.clone()
-    gate, count = (
-        normal(3, 3, 3 * groups * 37).to(DEVICE, torch.float32),
-        torch.zeros(3, dtype=torch.int32, device=DEVICE),
-    )
-    for t in range(3):
-        args = (x.q[:, t], x.k[:, t], x.v[:, t], x.log_decay)
-        y = linear_attention_norm_gate_step(*args, state, gate[:, t], count, scale=0.3)
-        expected = reference_norm_gate(linear_attention_step(*args, again, scale=0.3), gate[:, t])
-        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(state, again)
-        assert not count.any()
 
 
 @pytest.mark.usefixtures("triton")

@@ -1,5 +1,10 @@
 """Linear layers for few rows against PyTorch's, in fp64; on a GPU, else under Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import interpreter
 import pytest
 import torch
@@ -7,7 +12,7 @@ import torch.nn.functional as F
 
 import lasp
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
-from lasp_kernels import dispatch, few_rows, launch
+from lasp_kernels import dispatch, few_rows
 from lasp_kernels.reference import activation_of
 
 CUDA = interpreter.CUDA
@@ -28,7 +33,7 @@ def assert_near(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norm_and_several_layers(dtype, rows, weighted):
     D, sizes, activations = 45, (33, 1, 64, 5), ("silu", "silu", "none", "none")
@@ -73,10 +78,79 @@ def test_rows_that_lie_apart():
 
 
 def test_long_rows_in_several_steps(monkeypatch):
-    monkeypatch.setattr(few_rows, "COLUMNS", 32)
+    monkeypatch.setattr(few_rows, "_blocks", lambda *_: few_rows.Blocks(4, 32, 4))
     x, weight = normal(1, 100), normal(50, 100, seed=1)
     expected = F.linear(F.rms_norm(x.double(), (100,), eps=1e-6), weight.double())
     assert_near(few_rows.norm_linear(x, [weight])[0], expected)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("width", "sizes"), [(2048, (2048,) * 4), (2048, (5632,) * 2), (5632, (2048,)), (1024, (64000,))]
+)
+def test_layers_of_a_models_size(rows, width, sizes):
+    """Also one behind the other, so that each begins while the one before runs, and with weights that were changed just
+    before."""
+    x = normal(rows, 1, width, dtype=torch.bfloat16)
+    weights = [normal(n, width, dtype=torch.bfloat16, seed=1 + i) / width**0.5 for i, n in enumerate(sizes)]
+    h = F.rms_norm(x.double(), (width,), eps=1e-6)
+    for factor in (1, -2, 4):
+        for w in weights:
+            w.mul_(factor)
+        ys = few_rows.norm_linear(x, weights)
+        again = few_rows.norm_linear(x, weights)
+        for y, twice, w in zip(ys, again, weights):
+            assert_near(y, F.linear(h, w.double()))
+            assert torch.equal(y, twice)
+    if len(weights) == 1:
+        gate, residual = normal(rows, 1, width, dtype=torch.bfloat16, seed=7), ys[0]
+        for _ in range(3):
+            y = few_rows.norm_gate_linear(x.unsqueeze(-2), gate, weights[0], activation="silu", residual=residual)
+            assert_near(y, F.linear(h * F.silu(gate.double()), weights[0].double()) + residual)
+            residual = y
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_chain_in_a_graph(rows):
+    """Each layer reads what the one before has written, in memory that is used again: replays are alike, and as steps
+    that wait for each other."""
+    width, inner = 512, 1280
+    first = [normal(inner, width, dtype=torch.bfloat16, seed=i) / width**0.5 for i in range(2)]
+    last = normal(width, inner, dtype=torch.bfloat16, seed=2) / inner**0.5
+    x = normal(rows, 1, width, dtype=torch.bfloat16, seed=3)
+
+    def step(wait=lambda: None):
+        y = x
+        for _ in range(24):
+            value, gate = few_rows.norm_linear(y, first)
+            wait()
+            y = few_rows.gated_linear(value, gate, last, activation="silu", residual=y)
+            wait()
+        return y
+
+    expected = step(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for seed in range(20):
+        x.copy_(normal(rows, 1, width, dtype=torch.bfloat16, seed=3 + seed % 2))
+        graph.replay()
+        graph.replay()
+        if seed % 2 == 0:
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.timeout(600)  # five kernels are compiled
+def test_nothing_is_read_before_the_wait_and_registers_are_enough():
+    """Of the kernels as they are compiled for Hopper, at the sizes of TNL-1B; no GPU is needed for it."""
+    kernels = Path(few_rows.__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(kernels), environment.get("PYTHONPATH", "")])
+    script = Path(__file__).parent / "compiled_for_hopper.py"
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_wrong_shapes_are_named():
@@ -111,10 +185,8 @@ def test_a_model_of_one_token(monkeypatch, family):
     assert len(launches) == (8 if family == "tnl" else 6)
 
 
-@pytest.mark.parametrize("early", [False, True] if CUDA else [False])
-def test_a_generation(monkeypatch, early):
+def test_a_generation(monkeypatch):
     """As `lasp.generate` meets them, on a GPU in its CUDA graph: tokens and logits are those of the whole sequence."""
-    monkeypatch.setattr(launch, "EARLY", early)
     if not CUDA:
         monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
     width, heads = (512, 4) if CUDA else (32, 2)
@@ -127,6 +199,13 @@ def test_a_generation(monkeypatch, early):
     assert torch.equal(whole[:, 8:-1].argmax(-1), found.ids)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_go_through_products_of_matrices(dtype):
+    weight = normal(32, 64, dtype=dtype)
+    served = [few_rows.serves(normal(1, rows, 64, dtype=dtype), 64, weight) for rows in range(7)]
+    assert served == [False, True, True, True, True, False, False]
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_when_they_are_chosen():
     x, weight = normal(1, 4, 64), normal(32, 64)
@@ -134,6 +213,8 @@ def test_when_they_are_chosen():
         assert dispatch._few_rows(x, 64, weight)
         assert not dispatch._few_rows(normal(1, 5, 64), 64, weight)
         assert not dispatch._few_rows(x, 64, weight.bfloat16())
+        assert dispatch._few_rows(x.bfloat16(), 64, weight.bfloat16())
+        assert not dispatch._few_rows(normal(1, 5, 64).bfloat16(), 64, weight.bfloat16())
         with torch.autocast("cuda", torch.bfloat16):
             assert not dispatch._few_rows(x, 64, weight)
     assert not dispatch._few_rows(x, 64, weight)

@@ -7,6 +7,7 @@ from test_inference import MODELS, ids_of, logits_of, model_of
 import lasp
 from lasp.inference.decode import Decoding
 from lasp.inference.run import Runner
+from lasp.models import TNL, TNLConfig
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -46,6 +47,20 @@ def test_a_graph_gives_what_the_steps_give(name, dtype, bound):
     expected = logits_of(model, ids)
     torch.testing.assert_close(state.logits, expected[:, 106].to(dtype), atol=bound, rtol=bound)
     torch.testing.assert_close(found, expected[:, 107:], atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 80])
+def test_a_graph_in_bf16_of_as_many_rows_as_kernels_take_and_more(rows):
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(200, layers=3, width=512, heads=4, glu_width=1280)).cuda().bfloat16()
+    ids = torch.randint(200, (rows, 40), device="cuda")
+    state = lasp.prefill(model, ids[:, :20])
+    eager, _ = steps(model, state, ids[:, 20:], cuda_graph=False)
+    found, decoding = steps(model, state, ids[:, 20:], cuda_graph=True)
+    assert decoding._graph is not None
+    assert torch.equal(found, eager)
+    expected = logits_of(model, ids)[:, 20:].double()
+    assert (found.double() - expected).norm() < 3e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["tnl", "mamba2", "gated_delta_net", "transnormer", "hybrid"])

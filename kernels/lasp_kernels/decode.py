@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lasp_kernels.dispatch import step_path
 from lasp_kernels.operands import check_dense
-from lasp_kernels.reference import reference_norm_gate, state_dtype
+from lasp_kernels.reference import state_dtype
 
 
 def linear_attention_step(
@@ -79,50 +79,6 @@ def _linear_attention(
     if normalize:
         o = o[..., :-1] / o[..., -1:]
     return (o * scale).reshape(B, -1, V - normalize).to(given)
-
-
-def linear_attention_norm_gate_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    gate: Tensor,
-    count: Tensor,
-    *,
-    scale: float = 1.0,
-    eps: float = 1e-6,
-) -> Tensor:
-    """`linear_attention_step` and what TNL does with o: its RMS norm over all heads, times the gate; in one launch.
-
-    Args:
-        q, k, v, log_decay, state, scale: as there.
-        gate: [B, H*G*V].
-        count: [B] int32, zeros, on the same device: where the kernel counts who has finished. Zeros afterwards; two
-            steps that may run at once need one each.
-        eps: of the norm.
-
-    Returns:
-        [B, H*G*V] in q's dtype.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-    """
-    _check_heads(q, k, v, state, columns=v.shape[-1])
-    _check_log_decay(log_decay, v.shape[:2], k, fixed=True)
-    width = max(q.shape[1], v.shape[1]) * v.shape[2]
-    _check_like("gate", gate, (q.shape[0], width), "[B, H*G*V]", q)
-    if count.dtype != torch.int32 or tuple(count.shape) != (q.shape[0],) or count.device != q.device:
-        raise ValueError(
-            f"count must be [B] = {(q.shape[0],)} of int32 on {q.device}, got {tuple(count.shape)} of {count.dtype}"
-        )
-    if step_path(k, rows=k.shape[2]) == "triton":
-        kernels = _kernels(k, rows=k.shape[2])
-        if width > kernels.MAX_ROW:
-            raise ValueError(f"one program normalises up to {kernels.MAX_ROW} numbers of a token, got {width}")
-        return kernels.attend_norm_gate(q, k, v, log_decay, state, gate, count, scale, eps)
-    o = _linear_attention(q, k, v, log_decay, state, scale, False)
-    return reference_norm_gate(o, gate, eps=eps)
 
 
 def delta_rule_step(

@@ -5,8 +5,7 @@
 
 A step computes two operations a number that it moves, so that its time is that of moving the state. Linear attention
 and the delta rule are one kernel: a program has some columns of a head's state, and of these all rows, since both
-k S (what the delta rule takes back) and q S are sums over rows. So programs share nothing, and one token needs no
-meeting of programs, but for the norm over all heads that may follow: the last program of a token to finish does it.
+k S (what the delta rule takes back) and q S are sums over rows. So programs share nothing.
 
 How many columns a program has depends on how many heads there are: few, where there are few of these, so that all
 multiprocessors have work; else as many as make long reads.
@@ -27,7 +26,6 @@ from lasp_kernels.launch import Launch, early, layout, processors
 
 MAX_KEY_DIM = 1024  # rows of a state, which a program holds all
 MAX_STATES = 256  # numbers of a channel's state in a selective scan
-MAX_ROW = 8192  # numbers of a token in all heads that one program normalises
 COLUMNS = (64, 32, 16)  # of a state, in a program
 NUMBERS = 16384  # of a state, in a program, at most
 CHANNELS = 256  # of a program of the small kernels
@@ -50,19 +48,15 @@ def decayed(state, log_decay):
 
 @triton.jit
 def step_kernel(
-    Q, KEY, VALUE, BETA, DECAY, STATE, OUT, GATE, NORMED, COUNT,
-    scale, eps, H, q_b, q_h, k_b, k_h, v_b, v_h, gate_b,
+    Q, KEY, VALUE, BETA, DECAY, STATE, OUT, scale, H, q_b, q_h, k_b, k_h, v_b, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
-    FORM: tl.constexpr, NORMALIZE: tl.constexpr, LOOPS: tl.constexpr, ROW: tl.constexpr,
-    EARLY: tl.constexpr,
+    FORM: tl.constexpr, NORMALIZE: tl.constexpr, LOOPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """LOOPS times BV columns of a head's state [K, V], which stays in its place; GROUP outputs of it.
 
     Grid: columns in blocks, heads H of states, sequences. Q [B, H*GROUP, K] or, as KEY, [B, H/SHARE, K]; VALUE
     [B, H, V]; BETA [B, H] of a delta rule, else None; DECAY of FORM dimensions, none with 0; OUT [B, H*GROUP, V]. With
-    NORMALIZE, STATE has a column more, and a program must have all of them. With GATE [B, H*GROUP*V] the norm of a
-    token's row of OUT, times the gate, goes to NORMED, by the program that finishes last; COUNT [B] are zeros, and will
-    be again.
+    NORMALIZE, STATE has a column more, and a program must have all of them.
     """
     blocks = tl.cdiv(V, BV * LOOPS)
     block = tl.program_id(0) % blocks
@@ -108,21 +102,6 @@ def step_kernel(
                 o = o / tl.sum(query * total, 0)
             o_at = OUT + ((b * H + h) * GROUP + g) * V
             tl.store(o_at + e, (o * scale).to(OUT.dtype.element_ty), mask=e < V)
-    if GATE is not None:
-        tl.debug_barrier()  # all threads have stored before one of them counts
-        if tl.atomic_add(COUNT + b, 1, sem="acq_rel") == blocks * H - 1:
-            norm_row(OUT + b * H * GROUP * V, GATE + b * gate_b, NORMED + b * H * GROUP * V, eps, H * GROUP * V, ROW)
-            tl.store(COUNT + b, 0)
-
-
-@triton.jit
-def norm_row(X, GATE, Y, eps, W, ROW: tl.constexpr):
-    """RMS norm of a row of W numbers, which other programs have written, times the gate."""
-    c = tl.arange(0, ROW)
-    x = tl.load(X + c, mask=c < W, other=0.0, cache_modifier=".cg").to(tl.float32)
-    gate = tl.load(GATE + c, mask=c < W, other=0.0).to(tl.float32)
-    y = x / tl.sqrt(tl.sum(x * x, 0) / W + eps) * gate
-    tl.store(Y + c, y.to(Y.dtype.element_ty), mask=c < W)
 
 
 @triton.jit
@@ -207,53 +186,18 @@ def attend(
     normalize: bool = False,
 ) -> Tensor:
     """`linear_attention_step`, or with a beta `delta_rule_step`; checked."""
-    return _attend(q, k, v, beta, log_decay, state, scale, normalize)[0]
-
-
-def attend_norm_gate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    gate: Tensor,
-    count: Tensor,
-    scale: float,
-    eps: float,
-) -> Tensor:
-    """`linear_attention_norm_gate_step`; checked."""
-    return _attend(q, k, v, None, log_decay, state, scale, False, gate=gate, count=count, eps=eps)[1]
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    normalize: bool,
-    *,
-    gate: Tensor | None = None,
-    count: Tensor | None = None,
-    eps: float = 0.0,
-) -> tuple[Tensor, Any]:
     B, H, V = v.shape
-    q, k, v, gate = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, gate))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     beta, log_decay = (x if x is None else x.contiguous() for x in (beta, log_decay))
     o = torch.empty(B, max(q.shape[1], H), V, dtype=v.dtype, device=v.device)
-    normed = None if gate is None else torch.empty(B, o.shape[1] * V, dtype=v.dtype, device=v.device)
-    tensors = (q, k, v, beta, log_decay, state, o, gate, normed, count)
+    tensors = (q, k, v, beta, log_decay, state, o)
     key = tuple([x if x is None else (x.dtype, tuple(x.shape), *layout(x)) for x in tensors])
-    _step_launch(key, float(scale), float(eps), normalize, v.device, early(v.device))(*tensors)
-    return o, normed
+    _step_launch(key, float(scale), normalize, v.device)(*tensors)
+    return o
 
 
 @lru_cache(maxsize=1024)
-def _step_launch(
-    key: tuple[Any, ...], scale: float, eps: float, normalize: bool, device: torch.device, begins: bool
-) -> Launch:
+def _step_launch(key: tuple[Any, ...], scale: float, normalize: bool, device: torch.device) -> Launch:
     """For tensors that are alike in all that Triton looks at."""
     shapes, strides = (tuple(() if x is None else x[n] for x in key) for n in (1, 2))
     (_, q_heads, K), k_heads, (B, H, V) = shapes[0], shapes[1][1], shapes[2]
@@ -261,17 +205,12 @@ def _step_launch(
     rows = max(16, triton.next_power_of_2(K))
     columns = _columns(B * H, rows, V, processors(device))
     loops = triton.cdiv(V, columns) if normalize else 1
-    fused, width = bool(shapes[7]), H * queries * V
-    row = triton.next_power_of_2(width) if fused else 1
-    numbers = (
-        scale, eps, H, *strides[0][:2], *strides[1][:2], *strides[2][:2],
-        strides[7][0] if fused else 0,
-    )  # fmt: skip
+    programs, begins = triton.cdiv(V, columns * loops) * B * H, early(device)
     return Launch(
-        step_kernel, device, (triton.cdiv(V, columns * loops) * B * H, 1), numbers,
-        K=K, V=V, BK=rows, BV=columns, GROUP=queries, SHARE=share,
-        FORM=len(shapes[4]), NORMALIZE=int(normalize), LOOPS=loops, ROW=row, EARLY=begins,
-        num_warps=min(8, max(1, rows * columns // 1024)), **({"launch_pdl": True} if begins else {}),
+        step_kernel, device, (programs, 1), (scale, H, *strides[0][:2], *strides[1][:2], *strides[2][:2]),
+        K=K, V=V, BK=rows, BV=columns, GROUP=queries, SHARE=share, FORM=len(shapes[4]), NORMALIZE=int(normalize),
+        LOOPS=loops, EARLY=begins, num_warps=min(8, max(1, rows * columns // 1024)),
+        **({"launch_pdl": True} if begins else {}),
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (a kernel is called with numbers and tensors, not with the types that its body sees)
 """Linear layers for few rows, such as a token of one sequence: each weight is read once, and that is their time.
 
@@ -6,10 +7,14 @@
     norm_gate_linear    y = (norm(x) * activation(gate)) W^T + residual
     gated_linear        y = (x * activation(gate)) W^T + residual
 
-A product of matrices with one row leaves most of the units for such products idle, and around it a model's small
-operations each cost a launch, which at one token is as long as reading megabytes. Here a program takes some rows of the
-weight, and makes what they are multiplied with by itself, from x in the cache: the norm is a factor of the sum, so
-that squares are added up on the way. All inside is fp32: the layer's input is not rounded in between.
+Around a product a model's small operations each cost a launch, which at one token is as long as reading megabytes. Here
+each of these is one launch: a program takes some rows of the weights, and makes what they are multiplied with by
+itself, from x in the cache; the norm is a factor of the sum, so that squares are added up on the way. Sums are fp32,
+and the layer's input is not rounded in between.
+
+What is on its way at a time decides how fast weights come: about 3 MB for all of the card, 22 KB a multiprocessor. So
+there are many programs. Each row has its own, which read a weight at the same time, from the L2 cache all but one.
+From Hopper on a program begins while the kernel before still runs (`launch.early`).
 
 There is no gradient.
 """
@@ -17,6 +22,7 @@ There is no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,70 +33,85 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lasp_kernels.launch import early, processors
 from lasp_kernels.norm import ACTIVATIONS, activate
 
-MOST_ROWS = 4  # from which on a product of matrices is as fast
+MOST_ROWS = 4  # only one was timed, against PyTorch's products
 MOST_WEIGHTS = 4  # that read the same
-NUMBERS = 8192  # of a weight, which a program reads at once, for one row
-COLUMNS = 2048  # of these
+
+
+class Blocks(NamedTuple):
+    """Of a program: outputs, columns at once, warps."""
+
+    outputs: int
+    columns: int
+    warps: int
 
 
 @triton.jit
-def load_weights(W, columns, D, mask):
-    """Of rows W; zeros behind the end. Once only."""
-    mask = mask[:, None] & (columns < D)[None, :]
-    return tl.load(W + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+def find_weight(tile, W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS: tl.constexpr, BN: tl.constexpr):
+    """Of all tiles of outputs one after another: its weight, that one's outputs and number, how many outputs there are
+    before these, and which tile of the weight it is."""
+    W, N, which, first = W0, N0, tile * 0, tile * 0
+    if WEIGHTS > 1:
+        more = tile >= tl.cdiv(N0, BN)
+        if more:
+            W, N, which, first, tile = W1, N1, which + 1, first + N0, tile - tl.cdiv(N0, BN)
+        if WEIGHTS > 2:
+            more = more and tile >= tl.cdiv(N1, BN)
+            if more:
+                W, N, which, first, tile = W2, N2, which + 1, first + N1, tile - tl.cdiv(N1, BN)
+        if WEIGHTS > 3:
+            more = more and tile >= tl.cdiv(N2, BN)
+            if more:
+                W, N, which, first, tile = W3, N3, which + 1, first + N2, tile - tl.cdiv(N2, BN)
+    return W, N, which, first, tile
 
 
-@triton.jit(do_not_specialize=["eps", "N0", "N1", "N2", "N3"])
-def few_rows_kernel(
+@triton.jit(do_not_specialize=["eps", "N0", "N1", "N2", "N3", "rows"])
+def one_row_kernel(
     X, GATE, NORM, W0, W1, W2, W3, RESIDUAL, Y,
-    eps, D, N0, N1, N2, N3, x_r, gate_r, residual_r,
-    ROWS: tl.constexpr, MOST: tl.constexpr, WEIGHTS: tl.constexpr, NORMED: tl.constexpr, ACTIVATION: tl.constexpr,
-    SILU: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
+    eps, N0, N1, N2, N3, rows, x_r, gate_r, residual_r,
+    D: tl.constexpr, WEIGHTS: tl.constexpr, NORMED: tl.constexpr, ACTIVATION: tl.constexpr, SILU: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BN outputs of a weight [N, D]; grid: outputs in blocks, weights.
+    """BN outputs of a weight [N, D] for one row; grid: rows and, slower, outputs of all weights in blocks.
 
-    X [ROWS, D]; GATE [ROWS, D], NORM [D] and RESIDUAL [ROWS, N] may be None; Y is [ROWS, N] of one weight behind that
-    of the other. Bits of SILU: of which outputs swish is taken. MOST: a power of two, of rows. EARLY: see
-    `launch.early`; weights are on their way before x is there.
+    X [rows, D]; GATE [rows, D], NORM [D] and RESIDUAL [rows, N] may be None; Y is [rows, N] of one weight behind that
+    of the other. Bits of SILU: of which outputs swish is taken.
     """
-    which = tl.program_id(1)
-    W, N, first = W0, N0, N0 * 0
-    if WEIGHTS > 1 and which == 1:
-        W, N, first = W1, N1, N0
-    if WEIGHTS > 2 and which == 2:
-        W, N, first = W2, N2, N0 + N1
-    if WEIGHTS > 3 and which == 3:
-        W, N, first = W3, N3, N0 + N1 + N2
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m, d = tl.arange(0, MOST), tl.arange(0, BD)
-    y, squares = tl.zeros([MOST, BN], tl.float32), tl.zeros([MOST], tl.float32)
-    W += n.to(tl.int64)[:, None] * D
-    coming = load_weights(W, d, D, n < N)
-    if EARLY:
-        gdc_wait()  # for x
+    row, tile = (tl.program_id(0) % rows).to(tl.int64), tl.program_id(0) // rows
+    W, N, which, first, tile = find_weight(tile, W0, W1, W2, W3, N0, N1, N2, N3, WEIGHTS, BN)
+    n, d = tile * BN + tl.arange(0, BN), tl.arange(0, BD)
+    if EARLY:  # `launch.early`
+        gdc_wait()
         gdc_launch_dependents()
+    W += n.to(tl.int64)[:, None] * D + d[None, :]
+    inside = (n < N)[:, None]
+    y, squares = tl.zeros([BN, BD], tl.float32), tl.zeros([BD], tl.float32)
+    coming = tl.load(W, mask=inside & (d < D)[None, :], other=0.0, eviction_policy="evict_first")
     for start in range(0, D, BD):
         c = start + d
-        mask = (m < ROWS)[:, None] & (c < D)[None, :]
-        w, coming = coming, load_weights(W, c + BD, D, n < N)
-        x = tl.load(X + m[:, None] * x_r + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = c < D
+        W += BD
+        w, coming = (
+            coming,
+            tl.load(W, mask=inside & (c < D - BD)[None, :], other=0.0, eviction_policy="evict_first"),
+        )
+        x = tl.load(X + row * x_r + c, mask=mask, other=0.0).to(tl.float32)
         if NORMED:
-            squares += tl.sum(x * x, 1)
+            squares += x * x
         if NORM is not None:
-            x = x * tl.load(NORM + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+            x = x * tl.load(NORM + c, mask=mask, other=0.0).to(tl.float32)
         if GATE is not None:
-            gate = tl.load(GATE + m[:, None] * gate_r + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            gate = tl.load(GATE + row * gate_r + c, mask=mask, other=0.0).to(tl.float32)
             x = x * activate(gate, ACTIVATION)[0]
-        y += tl.sum(w.to(tl.float32)[None, :, :] * x[:, None, :], 2)
+        y += w.to(tl.float32) * x[None, :]
+    y = tl.sum(y, 1)
     if NORMED:
-        y = y / tl.sqrt(squares / D + eps)[:, None]
+        y = y / tl.sqrt(tl.sum(squares, 0) / D + eps)
     if SILU != 0:
         y = tl.where((SILU >> which) & 1 == 1, y / (1.0 + tl.exp(-y)), y)
-    mask = (m < ROWS)[:, None] & (n < N)[None, :]
     if RESIDUAL is not None:
-        y += tl.load(RESIDUAL + m[:, None] * residual_r + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    at = first.to(tl.int64) * ROWS + m[:, None] * N + n[None, :]
-    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
+        y += tl.load(RESIDUAL + row * residual_r + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(Y + first.to(tl.int64) * rows + row * N + n, y.to(Y.dtype.element_ty), mask=n < N)
 
 
 def norm_linear(
@@ -160,17 +181,18 @@ def _launch(
     x, gate, residual = _rows(x, D), _rows(gate, D), _rows(residual, sizes[0])  # type: ignore[assignment]
     rows = len(x)
     y = torch.empty(rows * sum(sizes), dtype=x.dtype, device=x.device)
-    most = triton.next_power_of_2(rows)
-    outputs, columns = _block(sum(sizes), D, most, processors(x.device))
     begins = early(x.device)
-    stride = [0 if t is None else t.stride(0) for t in (x, gate, residual)]
+    strides = [0 if t is None else t.stride(0) for t in (x, gate, residual)]
     w, n = ([*given, *[None] * (MOST_WEIGHTS - len(given))] for given in (weights, sizes))
+    n = [0 if size is None else size for size in n]
+    block = _blocks(sum(sizes), D, processors(x.device))
+    blocks = sum(triton.cdiv(size, block.outputs) for size in sizes)
     with torch.cuda.device_of(x):
-        few_rows_kernel[(triton.cdiv(max(sizes), outputs), len(weights))](
-            x, gate, norm_weight, *w, residual, y, float(eps), D, *[0 if size is None else size for size in n], *stride,
-            ROWS=rows, MOST=most, WEIGHTS=len(weights), NORMED=int(normed), ACTIVATION=ACTIVATIONS[activation],
-            SILU=silu, BN=outputs, BD=columns, EARLY=begins,
-            num_warps=min(8, max(1, outputs * columns * most // 1024)), **({"launch_pdl": True} if begins else {}),
+        one_row_kernel[(rows * blocks,)](
+            x, gate, norm_weight, *w, residual, y, float(eps), *n, rows, *strides,
+            D=D, WEIGHTS=len(weights), NORMED=int(normed), ACTIVATION=ACTIVATIONS[activation], SILU=silu,
+            BN=block.outputs, BD=block.columns, EARLY=begins, num_warps=block.warps,
+            **({"launch_pdl": True} if begins else {}),
         )  # fmt: skip
     return tuple(part.view(*leading, size) for part, size in zip(y.split([rows * size for size in sizes]), sizes))
 
@@ -182,13 +204,10 @@ def _rows(x: Tensor | None, width: int) -> Tensor | None:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _block(outputs: int, D: int, rows: int, processors: int) -> tuple[int, int]:
-    """Outputs and columns of a program: all multiprocessors have some programs, and each of these long reads.
-
-    A small weight must be on its way to the processors as a whole for its reading to be short, so its rows are not cut;
-    of a large one there are programs enough, which share what they make of x among more outputs.
-    """
-    each = max(2, min(16, outputs // (8 * processors)))
-    each = 1 << (each.bit_length() - 1)
-    columns = min(COLUMNS, NUMBERS // each // rows, triton.next_power_of_2(D))
-    return each, max(16, columns)
+def _blocks(outputs: int, D: int, processors: int) -> Blocks:
+    """As many outputs as leave a multiprocessor 2.6 programs, whose threads have two times 64 bytes under way, 43 KB
+    together. They should all run at once, in half of the registers, so that the next kernel's have room beside them.
+    Few outputs need long parts of the weight's rows, which then all warps share."""
+    each = next((n for n in (32, 16, 8) if outputs >= 2.6 * n * processors), 4)
+    columns = max(16, min(4096 // each, triton.next_power_of_2(D)))
+    return Blocks(each, columns, 4)

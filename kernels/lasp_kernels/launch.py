@@ -39,22 +39,21 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-EARLY = False  # whether kernels of one token begin before those that they wait for have ended; not measured yet
-
-
 @lru_cache
-def _can_start_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def early(device: torch.device) -> bool:
-    """Whether a kernel is launched while the one before it still runs (programmatic dependent launch; from Hopper on).
+    """Whether a kernel is started while the one before it still runs (programmatic dependent launch; from Hopper on).
 
-    Such a kernel may read what no kernel writes; then it must wait (`gdc_wait`) until those before it have ended, in
-    all of its programs. It lets the next one begin (`gdc_launch_dependents`) after that only: so no more than two run
-    at once, and all that has come before them is in memory.
+    It saves a part of what a start and an end take. Such a kernel begins, in all of its programs, with
+
+    1. `gdc_wait`: the kernel before has ended, and all that it has written is seen. Nothing is read, written or asked
+       for before, not even weights, which the kernel just before may have changed.
+    2. `gdc_launch_dependents`: the next one may begin, and waits in its turn. As this stands behind the wait, all
+       kernels but the one just before have ended when a kernel begins: no more than two are there at once.
+
+    So loads and stores keep the order of kernels that run one after the other, also from one replay of a graph to the
+    next; a kernel that knows nothing of all this begins when the one before has ended.
     """
-    return EARLY and _can_start_early(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launch:
