@@ -173,7 +173,7 @@ def test_a_model_of_one_token(monkeypatch, family):
     """Its logits are the same, in as many launches as its blocks have products that read the same."""
     sizes = {"vocab_size": 50, "layers": 2, "width": 32, "heads": 2, "glu_width": 40}
     model = (TNL(TNLConfig(**sizes)) if family == "tnl" else Decoder(DecoderConfig(family, **sizes))).to(DEVICE)
-    ids, launches, launch = torch.tensor([[3], [7]], device=DEVICE), [], few_rows._launch
+    ids, launches, launch = torch.tensor([[7]], device=DEVICE), [], few_rows._launch
     with torch.no_grad():
         monkeypatch.setattr(dispatch, "_few_rows", lambda *_: False)
         expected = model(ids)
@@ -191,7 +191,7 @@ def test_a_generation(monkeypatch):
         monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
     width, heads = (512, 4) if CUDA else (32, 2)
     model = TNL(TNLConfig(50, layers=2, width=width, heads=heads, glu_width=40)).to(DEVICE)
-    prompt = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    prompt = torch.randint(50, (1, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = lasp.generate(model, prompt, max_new_tokens=40 if CUDA else 4)
     with torch.no_grad():
         whole = model(torch.cat([prompt, found.ids], 1))
@@ -203,18 +203,18 @@ def test_a_generation(monkeypatch):
 def test_more_rows_go_through_products_of_matrices(dtype):
     weight = normal(32, 64, dtype=dtype)
     served = [few_rows.serves(normal(1, rows, 64, dtype=dtype), 64, weight) for rows in range(7)]
-    assert served == [False, True, True, True, True, False, False]
+    assert served == [False, True, False, False, False, False, False]
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_when_they_are_chosen():
-    x, weight = normal(1, 4, 64), normal(32, 64)
+    x, weight = normal(1, 1, 64), normal(32, 64)
     with torch.no_grad():
         assert dispatch._few_rows(x, 64, weight)
-        assert not dispatch._few_rows(normal(1, 5, 64), 64, weight)
+        assert not dispatch._few_rows(normal(1, 2, 64), 64, weight)
         assert not dispatch._few_rows(x, 64, weight.bfloat16())
         assert dispatch._few_rows(x.bfloat16(), 64, weight.bfloat16())
-        assert not dispatch._few_rows(normal(1, 5, 64).bfloat16(), 64, weight.bfloat16())
+        assert not dispatch._few_rows(normal(1, 2, 64).bfloat16(), 64, weight.bfloat16())
         with torch.autocast("cuda", torch.bfloat16):
             assert not dispatch._few_rows(x, 64, weight)
     assert not dispatch._few_rows(x, 64, weight)
