@@ -151,7 +151,6 @@ def test_normaliser_and_grouped_values(lengths, form):
     run_ranks(len(lengths), _variants, lengths, form)
 
 
-@pytest.mark.any_pytorch
 def _queries_later_and_a_horizon():
     """q is made while the state travels; of the strong decays only the neighbour's last tokens are left."""
     lengths, sequence = (130, 140, 150), lasp.SequenceParallel(dist.group.WORLD)
@@ -174,6 +173,7 @@ def _queries_later_and_a_horizon():
                 assert_close(gradient, cut(expected[name], lengths, sequence.rank), f"d{name}")
 
 
+@pytest.mark.any_pytorch
 def test_normaliser_and_grouped_values_whose_queries_come_later():
     run_ranks(3, _queries_later_and_a_horizon)
 

@@ -306,8 +306,11 @@ def _resume(layout, after):
 
 @pytest.mark.parametrize(
     ("layout", "after"),
-    [(LAYOUTS[2], 1), (LAYOUTS[2], 2 * EVERY + 1), (LAYOUTS[3], EVERY), (LAYOUTS[3], 2 * EVERY + 2)],
-    ids=["ddp-1", "ddp-7", "fsdp2-3", "fsdp2-8"],
+    [
+        *((LAYOUTS[2], after) for after in (1, EVERY, 2 * EVERY + 1)),
+        *((LAYOUTS[3], after) for after in (EVERY, 2 * EVERY + 2)),
+    ],
+    ids=["ddp-1", "ddp-3", "ddp-7", "fsdp2-3", "fsdp2-8"],
 )
 def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_bits(layout, after):
     run_ranks(4, _resume, layout, after)

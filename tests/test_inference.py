@@ -583,9 +583,11 @@ def _over_ranks(names):
         torch.testing.assert_close(found, expected[:, PROMPT:], atol=1e-11, rtol=1e-11)
         again = lasp.prefill(split, ids[:, PROMPT:], state=state)
         torch.testing.assert_close(again.logits, expected[:, -1], atol=1e-11, rtol=1e-11)
-        several = lasp.generate(split, torch.cat(rows)[None], cu_seqlens=offsets, **options)  # packed
-        assert torch.equal(several.ids, one.ids), name
-        torch.testing.assert_close(several.state.logits, one.state.logits, atol=1e-11, rtol=1e-11)
+        apart = lasp.generate(split, rows, **options)
+        packed = lasp.generate(split, torch.cat(rows)[None], cu_seqlens=offsets, **options)
+        for several in (apart, packed):
+            assert torch.equal(several.ids, one.ids), name
+            torch.testing.assert_close(several.state.logits, one.state.logits, atol=1e-11, rtol=1e-11)
         batch = lasp.shard_batch({"input_ids": ids}, mesh)  # and it is split as before
         local = split(batch["input_ids"], position_ids=batch["position_ids"], layout=batch["layout"])
         first, last = batch["layout"].real.bounds(mesh["sp"].get_local_rank())

@@ -246,3 +246,18 @@ def test_kernels_start_on_the_device_of_their_tensors(path):
 def test_a_start_elsewhere_is_found():
     code = "with torch.cuda.device_of(x):\n    a_kernel[(1,)](x)\nb_kernel[grid](x)"
     assert list(starts_elsewhere(ast.parse(code))) == [(3, "b_kernel")]
+
+
+def marked_in_vain(code):
+    """Names that have a mark of pytest and are no tests: there it does nothing, and nobody says so."""
+    for node in ast.walk(ast.parse(code)):
+        decorators = [ast.unparse(x) for x in getattr(node, "decorator_list", [])]
+        if any(x.startswith("pytest.mark.") for x in decorators) and not node.name.lower().startswith("test"):
+            yield node.name
+
+
+def test_marks_stand_on_tests():
+    mark = "@pytest.mark.skip\n"
+    assert list(marked_in_vain(f"{mark}def _worker(): ...\n{mark}def test_it(): ...")) == ["_worker"]
+    found = {path.name: names for path in files(ROOT / "tests") if (names := list(marked_in_vain(path.read_text())))}
+    assert not found

@@ -591,6 +591,40 @@ def test_a_loss_of_whole_logits(tmp_path):
         assert_same(found, expected)
 
 
+class HandsOn(torch.nn.Module):
+    """As a wrapper of a user: it names none of the arguments that it hands on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def by_place(sp, folder):
+    class Mine(lasp.integrations.SequenceTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            with self.whole_calls.calls(logits=True):
+                output = model(inputs["input_ids"], inputs.get("attention_mask"))
+            loss = output.logits.logsumexp(-1).mean()
+            return (loss, output) if return_outputs else loss
+
+    with launched():
+        model, mesh = HandsOn(foreign.build("bamba")), mesh_of(dp_shard=-1, sp=sp)
+        lasp.parallelize(model, mesh["sp"], strict=False)
+        args = arguments(folder, remove_unused_columns=False)
+        trainer = trainer_of(model, args, cls=Mine, train_dataset=samples(), mesh=mesh)
+        trainer.train()
+        return logs_of(trainer), weights_of(model)
+
+
+def test_arguments_without_names_through_a_wrapper(tmp_path):
+    [expected] = run_ranks(1, by_place, 1, tmp_path)
+    for found in run_ranks(2, by_place, 2, tmp_path):
+        assert_same(found, expected)
+
+
 def workers(folder):
     """Draws in a worker process of the loader are the same on all ranks of a sequence; the batches are compared."""
 

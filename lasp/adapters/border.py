@@ -173,8 +173,7 @@ class _Arguments:
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         self.model, self.args, self.kwargs = model, args, kwargs
         self.takes, self.places = _takes(model), _places(model)
-        unnamed = (f"*args[{place}]" for place in range(len(self.places), len(args)))
-        self.given = dict(zip((*self.places, *unnamed), args)) | kwargs
+        self.given = by_name(model, args) | kwargs
         self.name = type(model).__name__
 
     def facts(self, sequence: SequenceParallel) -> Facts:
@@ -258,6 +257,13 @@ class _Arguments:
             self.args = (*self.args[:place], value, *self.args[place + 1 :])
         else:
             self.kwargs[name] = value
+
+
+def by_name(model: nn.Module, args: tuple) -> dict[str, Any]:
+    """What a forward is given without names, by the names that it, or the model that it hands them on to, has."""
+    places = _places(model)
+    unnamed = (f"*args[{place}]" for place in range(len(places), len(args)))
+    return dict(zip((*places, *unnamed), args))
 
 
 def _takes(model: nn.Module) -> set[str]:

@@ -10,7 +10,6 @@ numbers of a token (log-probabilities), or the loss itself; logits only where so
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp import arguments
-from lasp.adapters.border import Border
+from lasp.adapters.border import Border, by_name
 from lasp.batch import shard_batch, unshard_sequence
 from lasp.checks.use import of_a_pickle
 from lasp.loss import token_loss
@@ -89,7 +88,7 @@ class _Call:
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], sequence: SequenceParallel):
         self.model, self.sequence = model, sequence
-        given = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+        given = by_name(model, args) | kwargs
         if not isinstance(given.get("input_ids"), Tensor) or given["input_ids"].ndim != 2:
             got = arguments.shown(given.get("input_ids"))
             raise ValueError(f"input_ids [B, T] are needed to cut a batch for {type(model).__name__}, got {got}")
