@@ -144,7 +144,7 @@ def integer_tensor(name: str, value: Any, *, signed: bool = False) -> Tensor:
 
 
 def is_several(value: Any) -> bool:
-    """Whether a value that may be one or one a row is several: NumPy's numbers and tensors without a dimension are one."""
+    """Whether what may be one number or one a row is several; NumPy's numbers and tensors of no dimension are one."""
     return isinstance(value, (list, tuple)) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
 
 
