@@ -128,6 +128,7 @@ def html_table(rows: Sequence[dict], kind: str = "") -> str:
 def of_record(path: Path) -> Section:
     """What a JSON under bench/results, or a trace of overlap.py, holds."""
     result = read_object(path)
+    check_record(result, path)
     about = {"command": result.get("command"), **result.get("environment", {})}
     if "ranks" in result and "what" in result:
         return of_trace(result, about, path)
@@ -146,6 +147,21 @@ def of_record(path: Path) -> Section:
         picture = plots.figure_of(result, path.name)
         section.picture(picture, f"The record's own picture, as bench/plots.py draws it ({kind}).", wide=True)
     return section
+
+
+def check_record(result: dict, path: Path) -> None:
+    """End the program, with the file's name, if a part of a record is not what benchmarks write."""
+    for name in ("environment", "facts", "tables"):
+        if not isinstance(result.get(name, {}), dict):
+            raise SystemExit(f"{path}: {name!r} must be an object, got {type(result[name]).__name__}")
+    for title, rows in tables_of(result):
+        name = f"the table {title!r}" if title else "'rows'"
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise SystemExit(f"{path}: {name} must be a list of objects, got {json.dumps(rows):.60}")
+        for row in rows:
+            for column in (MEMORY_BY_RANK, EXPOSED_BY_RANK):
+                if not isinstance(row.get(column), list | None):
+                    raise SystemExit(f"{path}: {column!r} must be a list, a number a rank, got {row[column]!r:.60}")
 
 
 def tables_of(result: dict) -> list[tuple[str, list[dict]]]:
@@ -381,10 +397,19 @@ def smoothed(values: Sequence[float], over: int) -> list[float]:
 # ---- files
 
 
+def parse(text: str) -> Any:
+    """JSON of finite numbers, which pictures need; another is a ValueError."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"a number is {name}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def read_object(path: Path) -> dict:
     """A JSON object; what is none ends the program with the file's name."""
     try:
-        found = json.loads(path.read_text())
+        found = parse(path.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path}: {error}") from None
     if not isinstance(found, dict):
@@ -401,7 +426,7 @@ def read_metrics(path: Path) -> list[dict]:
     steps = []
     for number, line in enumerate(lines, 1):
         try:
-            steps.append(json.loads(line))
+            steps.append(parse(line))
         except ValueError as error:
             raise SystemExit(f"line {number} of {path}: {error}") from None
         if not isinstance(steps[-1], dict) or not {"step", "loss"} <= steps[-1].keys():

@@ -143,6 +143,11 @@ def integer_tensor(name: str, value: Any, *, signed: bool = False) -> Tensor:
     return value
 
 
+def is_several(value: Any) -> bool:
+    """Whether what may be one number or one a row is several; NumPy's numbers and tensors of no dimension are one."""
+    return isinstance(value, (list, tuple)) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
+
+
 def integers(name: str, value: Any) -> tuple[int, ...]:
     """A list, a tuple, a NumPy array or a tensor of whole numbers as a tuple. (For one on a device the host waits.)"""
     given = value

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lasp.adapters import border
+from lasp.checks.trial import POSITIONS
 
 
 def caller(model: nn.Module, *, ask: str = "pass forward") -> Callable[[nn.Module, dict[str, Any]], Any]:
@@ -19,7 +20,7 @@ def caller(model: nn.Module, *, ask: str = "pass forward") -> Callable[[nn.Modul
         if len(children) != 1:
             raise ValueError(f"the forward of {type(inner).__name__} names no arguments: {ask}")
         inner = children[0]
-    taken = {name: {"positions": "position_ids"}.get(name, name) for name in names[1:] if name != "labels"}
+    taken = {name: "position_ids" if POSITIONS.fullmatch(name) else name for name in names[1:] if name != "labels"}
     if border.stands_before(model) and _takes_anything(inner):  # a wrapper that hands on what it does not name
         taken.setdefault("attention_mask", "attention_mask")
 

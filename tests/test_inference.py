@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from ranks import mesh_of, run_ranks
@@ -295,6 +296,22 @@ def test_rows_end_by_themselves(name):
     assert stopped.lengths[0] <= 5
     assert stopped.ids[0, : stopped.lengths[0]].tolist() == tokens[0][: stopped.lengths[0]]
     assert tokens[0][3:5] == stopped.ids[0, stopped.lengths[0] - 2 : stopped.lengths[0]].tolist()
+
+
+def test_numbers_may_be_of_numpy():
+    model, ids = model_of("tnl"), ids_of(2, 11)
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0, "seed": 3}
+    end = lasp.generate(model, ids, **options).ids[0, 2].item()
+    expected = lasp.generate(model, ids, eos_token_id=end, **options)
+    for number in (np.int64, np.int32, lambda value: np.array([value, value])):
+        found = lasp.generate(model, ids, eos_token_id=number(end), **{**options, "max_new_tokens": number(6)})
+        assert torch.equal(found.ids, expected.ids)
+        assert found.lengths == expected.lengths
+    found = lasp.generate(model, ids, eos_token_id=end, **{**options, "seed": np.int64(3)})
+    assert torch.equal(found.ids, expected.ids)
+    for name in ("eos_token_id", "max_new_tokens", "seed"):  # reading a tensor may wait for a device
+        with pytest.raises(TypeError, match=rf"^{name} must be an integer, got a tensor \(\) of torch.int64 on cpu$"):
+            lasp.generate(model, ids, **{**options, name: torch.tensor(3)})
 
 
 def test_a_row_draws_by_its_own_seed():

@@ -47,7 +47,7 @@ _CUTS = ((29, 13), (13, 5))  # tokens, and where they are cut (no block ends the
 _MORE = ((1031, 487, 0.03), (263, 127, 0.15))  # likewise, of a second look, if the first took fewer seconds: the most
 # tokens that a model of so many parameters allows
 _ROWS = 2  # of a second look
-_POSITIONS = re.compile(r"(token_|input_)?pos(ition)?s?(_ids?)?")
+POSITIONS = re.compile(r"(token_|input_)?pos(ition)?s?(_ids?)?")  # what models call the positions of tokens
 _MASKS = re.compile(r"(attention_|padding_|token_|input_)?mask")
 _SPECIAL = re.compile(r"eos|bos|eo[dt]|sep|pad|end|stop|doc|special", re.IGNORECASE)
 _PARAMETERS = {"cpu": 5e7, "cuda": 2e10}  # whose use on some 60 tokens takes about a second at most
@@ -197,7 +197,7 @@ def _ask_one_way(
     with _in_training(module) if training else contextlib.nullcontext():
         trial.run(make_inputs(tokens, cut), tokens, cut, may_draw=not training)
         found = trial.found
-        for name in _optional(module, _POSITIONS):
+        for name in _optional(module, POSITIONS):
             inputs = {n: x for n, x in make_inputs(tokens, cut).items() if n != name}
             if trial.counts_positions(inputs, cut):
                 found.counts_positions[path] = name
@@ -300,7 +300,7 @@ def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., In
     for position_dim in (1, 0):
         for width in [*kinds, *_widths_of(module)]:
             yield functools.partial(_make_inputs, parameters, like, vocabulary, special, width, position_dim)
-        if not any(_POSITIONS.fullmatch(p.name) for p in parameters[1:]):
+        if not any(POSITIONS.fullmatch(p.name) for p in parameters[1:]):
             return
 
 
@@ -317,7 +317,7 @@ def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
     if not isinstance(inner, nn.Module) or inner is module or all(p.kind != p.VAR_KEYWORD for p in own):
         return own
     named = {p.name for p in own}
-    handed_on = [p for p in parameters_of(inner) if _POSITIONS.fullmatch(p.name) or _MASKS.fullmatch(p.name)]
+    handed_on = [p for p in parameters_of(inner) if POSITIONS.fullmatch(p.name) or _MASKS.fullmatch(p.name)]
     handed_on += [p for p in parameters_of(inner) if p.name == "use_cache"]
     return own + [p for p in handed_on if p.name not in named]
 
@@ -372,7 +372,7 @@ def _make_inputs(
     positions = torch.arange(tokens, device=like.device)
     in_rows = positions.view(1, -1).expand(rows, -1)
     for p in others:
-        if _POSITIONS.fullmatch(p.name):
+        if POSITIONS.fullmatch(p.name):
             inputs[p.name] = _Input(in_rows if position_dim else positions, position_dim)
         elif masks and _MASKS.fullmatch(p.name):
             inputs[p.name] = _Input(torch.ones_like(in_rows), 1)

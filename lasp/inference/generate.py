@@ -314,10 +314,8 @@ def _refuse_without_ids(of_prompts: dict[str, Any]) -> None:
 
 def _ends_and_padding(options: dict[str, Any], vocabulary: int | None) -> tuple[frozenset[int], int]:
     eos, pad = options["eos_token_id"], options["pad_token_id"]
-    several = isinstance(eos, (list, tuple)) or hasattr(eos, "tolist")
-    ends = () if eos is None else arguments.integers("eos_token_id", eos) if several else (_token("eos_token_id", eos),)
-    for token in ends:
-        _token("eos_token_id", token, vocabulary)
+    ends = () if eos is None else arguments.integers("eos_token_id", eos) if arguments.is_several(eos) else (eos,)
+    ends = tuple([_token("eos_token_id", token, vocabulary) for token in ends])
     if pad is not None:
         _token("pad_token_id", pad)
     return frozenset(ends), pad if pad is not None else ends[0] if ends else 0
@@ -334,7 +332,7 @@ def _request(options: dict[str, Any], rows: int, ends: frozenset[int], padding: 
     names = ("do_sample", "repetition_penalty", "temperature", "top_k", "top_p")
     sampling = Sampling(**{name: options[name] for name in names})
     most = options["max_new_tokens"]
-    if isinstance(most, (list, tuple)) or hasattr(most, "tolist"):
+    if arguments.is_several(most):
         numbers = arguments.integers("max_new_tokens", most)
         if len(numbers) != rows or min(numbers) < 1:
             raise ValueError(

@@ -96,7 +96,7 @@ def number_of(seed: int, position: int) -> float:
 
 def seeds_of(seed: Any, rows: int) -> tuple[int, ...]:
     """One a row: what was given, or that and the numbers behind it."""
-    if isinstance(seed, (list, tuple)) or hasattr(seed, "tolist"):
+    if arguments.is_several(seed):
         found = arguments.integers("seed", seed)
         if len(found) != rows:
             raise ValueError(f"seed must be one, or one for each of {rows} rows, got {arguments.shown(seed)}")
