@@ -24,6 +24,7 @@ from functools import partial
 import fla_families
 import torch
 import torch.nn.functional as F
+from channel import same_bits_when_cut
 from common import command_line, report, table
 from delta_peers import FORMS as PEERS
 from delta_peers import Call, peer, refusal, versions
@@ -125,16 +126,9 @@ def right(row: dict, names: tuple[str, ...]) -> bool:
 
 
 def same_bits(T: int, form: str, device: str = "cuda") -> bool:
-    """Whether tokens that are cut at the border of a segment, the state handed on, give the bits of the whole."""
+    """See `same_bits_when_cut`."""
     x, _ = inputs(T, 2, 64, 64, form, torch.bfloat16, device)
-    options, cut = {"segment_length": 256, "output_final_state": True}, T // 2 // 256 * 256
-    with torch.no_grad():
-        o, final = ours(x, **options)
-        first, state = ours([y[:, :cut] for y in x], **options)
-        second, end = ours([y[:, cut:] for y in x], initial_state=state, **options)
-        assert final is not None
-        assert end is not None
-        return torch.equal(o, torch.cat([first, second], 1)) and torch.equal(final, end)
+    return same_bits_when_cut(lambda *y, **options: ours(list(y), **options), x)
 
 
 def times(T: int, dim: int, form: str, kernels: str, bandwidth: float, checked: dict | None = None) -> dict:

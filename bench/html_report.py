@@ -386,7 +386,10 @@ def curve(
 
 
 def smoothed(values: Sequence[float], over: int) -> list[float]:
-    """Of each value the mean with those before it, each counting 1 - 1 / `over` times as much as the next."""
+    """Of each value the mean with those before it, each counting 1 - 1 / `over` times as much as the next.
+
+    As examples/_report.py has it, which imports the library and what a training needs: this page needs neither.
+    """
     found, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = total * (1 - 1 / over) + value, weight * (1 - 1 / over) + 1

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+import fla_families
 import torch
 import torch.nn.functional as F
 from common import RESULTS, report
@@ -693,16 +694,6 @@ def verdicts(rows: list[dict]) -> dict[str, object]:
     return found
 
 
-def fla_version() -> str | None:
-    try:
-        import einops  # type: ignore[import-not-found]  # noqa: F401  # fla imports it late
-        import fla.ops.simple_gla  # type: ignore[import-not-found]
-    except ImportError as missing:
-        say(f"without fla: {missing}")
-        return None
-    return fla.__version__
-
-
 def main() -> int:
     options = arguments()
     if not torch.cuda.is_available():
@@ -710,7 +701,7 @@ def main() -> int:
     if options.cold_child:
         cold_child(options.cold_child)
         return 0
-    version = None if options.no_fla else fla_version()
+    version = None if options.no_fla else fla_families.version()
     peers = {name for name, wanted in (("fla", version), ("sdpa", not options.no_sdpa)) if wanted}
     session = Session(options.budget, options.rep, options.peer_limit, peers)
     name = "kernels_" + "_".join(options.suite)
