@@ -175,8 +175,11 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
             "F.dropout(x, p, self.training) does, or, if it mixes no tokens by that, "
             f"plan={{{path!r}: lasp.adapters.token_local}}."
         ]
+    counted = "Let forward take position_ids, and call it as model(local['input_ids'], local['position_ids'])."
     if found[path] == trial.COUNTED:
-        advice = ["Let forward take position_ids, and call it as model(local['input_ids'], local['position_ids'])."]
+        advice = [counted]
+    elif trial.COUNTED in found.values():
+        advice += ["Positions that it counts from 0: " + counted[0].lower() + counted[1:]]
     why = "; ".join(dict.fromkeys(answers.silent.values()))
     return "\n".join(
         [

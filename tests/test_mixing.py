@@ -864,6 +864,17 @@ def test_every_module_of_torch_is_in_one_list():
 # What it says
 
 
+def test_advice_on_positions_stands_beside_that_on_a_layer():
+    model = Counts()
+    model.layers.append(CallsItsConv())
+    text = refusal(model)
+    assert "for layers.1.conv:" in text
+    assert text.endswith(
+        "Positions that it counts from 0: let forward take position_ids, and call it as "
+        "model(local['input_ids'], local['position_ids'])."
+    )
+
+
 def test_the_refusal_shows_a_way_for_the_class_and_offers_token_local_last():
     text = refusal(Model(CallsItsConv()))
     assert "@lasp.register\n    class CallsItsConv(nn.Module):\n        sequence = None" in text
