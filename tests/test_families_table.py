@@ -390,11 +390,9 @@ def test_a_row_is_its_recurrence(name, ranks):
 def rows():
     """Cells of the table's rows, by the first."""
     text = (ROOT / "docs" / "families.md").read_text()
-    lines = [
-        [cell.strip() for cell in line.strip("|\n").split(" | ")] for line in text.splitlines() if line[:2] == "| "
-    ]
-    (start,) = (n for n, line in enumerate(lines) if line[0] == "family")
-    table = lines[start:]
+    (table,) = re.findall(r"^\| family \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    lines = [line for line in table.splitlines() if line[:2] == "| "]
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     assert {len(line) for line in table} == {len(table[0])} == {8}
     return {line[0]: dict(zip(table[0], line)) for line in table[1:]}
 

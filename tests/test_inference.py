@@ -238,7 +238,11 @@ def test_rows_of_a_state_are_taken_and_put_together():
     model, ids = model_of("hybrid"), ids_of(3)
     rows = [ids[0, :5], ids[1, :40], ids[2, :5]]
     state = lasp.prefill(model, rows)
-    assert same(state.select([2, 0]), lasp.prefill(model, [rows[2], rows[0]]))
+    found, expected = state.select([2, 0]), lasp.prefill(model, [rows[2], rows[0]])
+    assert found.lengths == expected.lengths
+    for a, b in zip(found._tensors(used=True).values(), expected._tensors(used=True).values(), strict=True):
+        # Not to the bit: on some processors a row's products depend on its place in the batch.
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
     assert same(lasp.InferenceState.join([state.select([0, 1]), state.select([2])]), state)
     both = lasp.generate(model, None, state=state.select([1, 1]), max_new_tokens=3)
     assert torch.equal(both.ids[0], both.ids[1])
