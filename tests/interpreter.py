@@ -85,6 +85,14 @@ def _quicken():
     _put(tl.tensor, "__init__", make_value_once)
 
 
+def forget_plans():
+    """What was worked out from `lasp_kernels.plan.CONFIGS`, for a test that changes it."""
+    from lasp_kernels import plan, shared
+
+    for kept in (shared.shared_by, plan.walk_blocks):
+        kept.cache_clear()
+
+
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     _quicken()

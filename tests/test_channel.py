@@ -12,7 +12,7 @@ from steps import backward_steps, forward_steps, operands
 from test_kernels import DEVICE, assert_near, on_device
 
 import lasp
-from lasp_kernels import Operands, chunked_linear_attention, fold, path, plan, shared, steps_of
+from lasp_kernels import Operands, chunked_linear_attention, fold, path, plan, steps_of
 from lasp_kernels.channel_steps import ChannelSteps
 
 CUDA = interpreter.CUDA
@@ -27,11 +27,9 @@ def tile(request, monkeypatch):
         for name in ("walk", *(name for name in plan.CONFIGS if name.startswith("channel "))):
             configs = tuple(config._replace(tile=tile) for config in plan.CONFIGS[name])
             monkeypatch.setitem(plan.CONFIGS, name, configs)
-    for kept in (shared.shared_by, plan.walk_blocks):
-        kept.cache_clear()
+    interpreter.forget_plans()
     yield tile
-    for kept in (shared.shared_by, plan.walk_blocks):
-        kept.cache_clear()
+    interpreter.forget_plans()
 
 
 def channel_inputs(kind, T, *, strength=1.0, **options):

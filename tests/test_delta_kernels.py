@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lasp
-from lasp_kernels import delta_steps_of, fold, path, plan, shared
+from lasp_kernels import delta_steps_of, fold, path, plan
 from lasp_kernels.delta import DeltaOperands, recurrent_delta_rule
 from lasp_kernels.delta_kernel_steps import DeltaKernelSteps
 from lasp_kernels.delta_steps import DeltaSteps, chunked_delta_rule
@@ -33,11 +33,9 @@ def tile(request, monkeypatch):
             monkeypatch.setitem(plan.CONFIGS, name, tuple(c._replace(tile=tile) for c in plan.CONFIGS[name]))
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("form") == "tiles":
         monkeypatch.setattr("lasp_kernels.delta_kernel_steps.by_tiles", lambda key: key.sizes.has_tma)
-    for kept in (shared.shared_by, plan.walk_blocks):
-        kept.cache_clear()
+    interpreter.forget_plans()
     yield tile
-    for kept in (shared.shared_by, plan.walk_blocks):
-        kept.cache_clear()
+    interpreter.forget_plans()
 
 
 def delta_inputs(form, T, *, B=1, heads=1, groups=1, K=16, V=16, sequences=None, strength=1.0, dtype=torch.float32):

@@ -30,10 +30,19 @@ from lasp_kernels.steps import TritonSteps
 
 CUDA = interpreter.CUDA
 DEVICE = "cuda" if CUDA else "cpu"
-if not CUDA:  # the interpreter's time goes by the number of tiles, so fp32 takes the large ones, too
-    plan.CONFIGS.update({name: (*c[:2], *c[:2]) for name, c in plan.CONFIGS.items()})
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # relative, of the whole tensor
 FORMS = ("none", "head", "token")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def large_tiles():
+    """The interpreter's time goes by the number of tiles, so fp32 takes the large ones, too: in this file alone."""
+    with mock.patch.dict(plan.CONFIGS):
+        if not CUDA:
+            plan.CONFIGS.update({name: (*c[:2], *c[:2]) for name, c in plan.CONFIGS.items()})
+        interpreter.forget_plans()
+        yield
+    interpreter.forget_plans()
 
 
 def steps_of(x, **options):

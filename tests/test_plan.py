@@ -122,7 +122,7 @@ def test_the_table_of_packed_sequences():
 def test_tiles_are_counted_by_the_longest_sequence():
     assert plan(300, bounds=(0, 100, 101, 300), segment_length=256).tiles == 4
     assert plan(300, segment_length=256).tiles == 4
-    fp32 = CONFIGS["walk"][2].tile  # not the same under the interpreter (test_kernels.py)
+    fp32 = CONFIGS["walk"][2].tile
     assert plan(5000, segment_length=1024, itemsize=4).tiles == 1024 // fp32
 
 
