@@ -1,6 +1,7 @@
 """A decay per channel on one GPU: errors against fp64, and times beside the PyTorch path and fla's, in two tables.
 
     python bench/channel.py [--lengths 8192 32768 131072] [--fla] [--save] [--commit SHA]
+    python bench/channel.py --segments 0 512 1024 --finish 128x6 64x6 32x8   # which settings are fastest
 
 Errors are relative to chunked fp64, of a tensor as a whole; o, final state and all gradients. Decays: `gla`
 logsigmoid(x) / 16; `hgrn` logsigmoid(2x); `mixed` from -1e-4 to -50 a token and channel, so that all tiles are flagged
@@ -17,8 +18,11 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import product
+from unittest import mock
 
 import fla_families
 import torch
@@ -28,7 +32,7 @@ from timing import copies, median
 from torch import Tensor
 
 import lasp
-from lasp_kernels import Operands, chunked_linear_attention, path
+from lasp_kernels import Operands, chunked_linear_attention, path, plan, shared
 
 DECAYS = ("gla", "hgrn", "mixed", "resets")
 NAMES = ("o", "final", "dq", "dk", "dv", "dg", "ds")
@@ -119,6 +123,27 @@ def times(T: int, dim: int, kind: str, kernels: str, bandwidth: float, *, beside
     return {**row, "fla / lasp": (theirs[0] + theirs[1]) / (forward + backward)}
 
 
+@contextmanager
+def finishing(columns: int, stages: int) -> Iterator[None]:
+    """The last kernel of backward with so many channels a program, and loads of so many tokens ahead."""
+    forget = (shared.shared_by, plan.walk_blocks)
+    with mock.patch.dict(plan.CONFIGS, {"channel finish": (plan.Config(1, 0, columns, 1, stages),) * 4}):
+        for kept in forget:
+            kept.cache_clear()
+        yield
+    for kept in forget:
+        kept.cache_clear()
+
+
+def settings(T: int, dim: int, segment_length: int, finish: str) -> dict:
+    """A row: times with segments of so many tokens (0: as the plan has them) and `finish` as COLUMNSxSTAGES."""
+    x, do = inputs(T, 16, dim, dim, "gla", torch.bfloat16, "cuda")
+    with finishing(*map(int, finish.split("x"))):
+        forward, backward, memory = _both(lambda: ours(*x, segment_length=segment_length or None)[0], x, do)
+    row = {"T": T, "dim": dim, "segment": segment_length or "plan", "finish": finish}
+    return {**row, "fwd ms": forward, "bwd ms": backward, "both ms": forward + backward, "MiB": memory}
+
+
 def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """The same by fla-core."""
     from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
@@ -158,12 +183,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--fla", action="store_true", help="fla-core's times beside")
+    parser.add_argument("--segments", type=int, nargs="+", help="time these lengths of a segment; 0: the plan's")
+    parser.add_argument(
+        "--finish", nargs="+", metavar="COLUMNSxSTAGES", help="time these of the last kernel of backward"
+    )
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help="write bench/results/")
     parser.add_argument("--commit", help="of these files, on a machine that has not their history")
     args = parser.parse_args(argv)
     if args.compile_part:
         return compile_part(args.compile_part)
+    if args.segments or args.finish:
+        grid = product(DIMS, args.lengths, args.segments or [0], args.finish or ["128x6"])
+        rows = [settings(T, dim, segment, finish) for dim, T, segment, finish in grid]
+        report(
+            "channel_settings",
+            command_line("channel.py", argv),
+            rows,
+            save=args.save,
+            markdown=True,
+            commit=args.commit,
+        )
+        return None
     dims = ((128, 128), (64, 64), (96, 80), (256, 256))
     wrong = [
         errors(4133, 4, K, V, kind, dtype)

@@ -1138,6 +1138,15 @@ def test_errors_of_a_decay_per_channel(monkeypatch):
     assert channel.same_bits(600, "cpu")
 
 
+def test_settings_of_a_decay_per_channel():
+    """They hold within, and no longer."""
+    channel = importlib.import_module("channel")
+    before = channel.plan.CONFIGS["channel finish"]
+    with channel.finishing(16, 3):
+        assert channel.plan.CONFIGS["channel finish"] == (channel.plan.Config(1, 0, 16, 1, 3),) * 4
+    assert channel.plan.CONFIGS["channel finish"] == before
+
+
 # ---- families.py, on a CPU
 
 
