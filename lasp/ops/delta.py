@@ -1,10 +1,10 @@
 """`delta_rule`: DeltaNet, Gated DeltaNet and KDA over ranks. A state travels, and its map is a K x K matrix.
 
-The four steps are those of `linear_attention` (attention.py): local maps, exchange, scan, outputs, and backward the
-same in reverse order; its maps are the transposes of forward's. On a chain (ring, pipeline, two ranks) the matrices
-stay where they are; an all-gather sends K + V columns instead of V.
+The four steps are those of `linear_attention` (attention.py): local maps, exchange, scan, outputs. Backward runs them
+from the last segment to the first, and its maps are the transposes of forward's. In a chain (ring, pipeline, two ranks)
+no matrix is sent, only states; an all-gather sends K + V columns instead of V.
 
-The arithmetic is in `lasp_kernels.delta_steps`, which says what the steps are, or on a GPU in Triton's kernels.
+The arithmetic is in `lasp_kernels.delta_steps`, which explains the steps, or on a GPU in Triton (delta_kernels.py).
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from lasp.ops.call import (
     call_of,
     check_initial_state,
     check_options,
+    facts_of,
     form_of,
     no_autocast,
     of_own_tokens,
     padding_of,
 )
 from lasp.ranks import SequenceParallel
-from lasp_kernels import Maps, delta_steps_of, path, state_dtype
-from lasp_kernels import decode as step
+from lasp_kernels import Maps, decode, delta_steps_of, path, state_dtype
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs
 from lasp_kernels.delta_steps import DeltaSteps
+from lasp_kernels.once import no_second_derivative
 
 NAME = "delta_rule"
 
@@ -45,7 +46,7 @@ NAME = "delta_rule"
 def _stand_in(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, output_final_state: bool = False, **_: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """For a trial."""
+    """What replaces the operator in a trial of a model (lasp.checks.trial): each token sees only itself."""
     final_state = k.new_zeros(k.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(k.dtype))
     return of_own_tokens(q, k, v, v.shape[2]), final_state if output_final_state else None
 
@@ -96,46 +97,40 @@ def delta_rule(
     """
     padding = padding_of(k, layout, sequence)
     if padding is not None:
-        o, final_state = delta_rule(
-            *(padding.cut(x) for x in (q, k, v, beta)),
-            log_decay=padding.cut(log_decay),
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            layout=padding.layout,
-            sequence=sequence,
-            segment_length=segment_length,
-        )
-        return padding.fill(o), final_state
-    x = (q, k, v, beta, log_decay, scale)
-    if stream.under_way(sequence):
-        return _streamed(x, initial_state, output_final_state, layout, sequence, segment_length)
-    return _run(x, initial_state, output_final_state, layout, sequence, segment_length)
+        q, k, v, beta = (padding.cut(x) for x in (q, k, v, beta))
+        log_decay, layout = padding.cut(log_decay), padding.layout
+    run = _streamed if stream.under_way(sequence) else _run
+    given = (q, k, v, beta, log_decay, scale)
+    o, final_state = run(given, initial_state, output_final_state, layout, sequence, segment_length)
+    return o if padding is None else padding.fill(o), final_state
 
 
 @stream.in_eager
 def _streamed(
-    x: tuple,
+    given: tuple[Any, ...],
     initial_state: Tensor | None,
     output_final_state: bool,
     layout: ShardLayout | None,
     sequence: SequenceParallel | None,
     segment_length: int | None,
 ) -> tuple[Tensor, None]:
-    """On a segment of a sequence (lasp.ops.stream)."""
+    """The call on one segment (lasp.ops.stream): the state enters from the segment before, and leaves to the next."""
     stream.no_final_state(output_final_state, sequence)
     if (state := stream.held(NAME, sequence)) is not None:
-        q, k, v, beta, log_decay, scale = _prepare(*x)
-        q, k, v, beta = (y.squeeze(1) for y in (q, k, v, beta))
-        log_decay = None if log_decay is None else log_decay.squeeze(1)
-        o = step.delta_rule_step(q, k, v, beta, log_decay, state, scale=scale)
-        return o.unsqueeze(1), None
-    edges = initial_state is None
+        return _one_token(_operands(*given), state), None
     crossing = stream.crossing(NAME, sequence)
     assert crossing is not None
-    initial_state = crossing.enter(initial_state, *x[1:5])
-    o, final_state = _run(x, initial_state, crossing.leaves, layout, sequence, segment_length, edges=edges)
+    entering = crossing.enter(initial_state, *given[1:5])
+    edges = initial_state is None
+    o, final_state = _run(given, entering, crossing.leaves, layout, sequence, segment_length, edges=edges)
     return crossing.leave(o, final_state), None
+
+
+def _one_token(x: DeltaOperands, state: Tensor) -> Tensor:
+    """o [B, 1, H, V] of one token a row. The state [B, H, K, V] is updated in place."""
+    q, k, v, beta = (y.squeeze(1) for y in x[:4])
+    log_decay = None if x.log_decay is None else x.log_decay.squeeze(1)
+    return decode.delta_rule_step(q, k, v, beta, log_decay, state, scale=x.scale).unsqueeze(1)
 
 
 def _run(
@@ -148,32 +143,33 @@ def _run(
     *,
     edges: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of tokens none of which is padding; `given` are q, k, v, beta, log_decay and scale, `edges` as in `call_of`."""
+    """The call without padding; `given` are q, k, v, beta, log_decay and scale, `edges` as in `call_of`."""
     if torch.compiler.is_compiling():
-        return _compiled(_prepare(*given[:6]), initial_state, output_final_state, layout, sequence, segment_length)
+        return _in_graph(_operands(*given), initial_state, output_final_state, layout, sequence, segment_length)
     with begin(NAME, sequence, given[1]) as ranks_agree:
         scale, segment_length = check_options(given[5], output_final_state, segment_length)
-        x = _prepare(*given[:5], scale)  # type: ignore[call-arg]
+        x = _operands(*given[:5], scale)  # type: ignore[call-arg]
         call = checked_call(x, initial_state, output_final_state, layout, sequence, segment_length, edges=edges)
         started = [start_forward(x, initial_state, call, output_final_state, ranks_agree)]
     return _DeltaRule.apply(*x[:5], initial_state, (call, x.scale), started)  # type: ignore[return-value]
 
 
-class Started(NamedTuple):
-    """A forward whose state travels."""
-
-    steps: DeltaSteps
-    maps: Maps  # of this rank's segments
-    wait: Callable[[], Tensor | None]  # for the state that enters each run
-    final_state: bool
-
-
-def _prepare(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float) -> DeltaOperands:
+def _operands(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float) -> DeltaOperands:
+    """q, k and v in one dtype."""
     for name, x in (("k", k), ("v", v), ("q", q), ("beta", beta)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {arguments.shown(x)}")
     q, k, v = autocast(q, k, v)
     return DeltaOperands(q, k, v, beta, log_decay, scale)
+
+
+class Started(NamedTuple):
+    """A forward whose exchange is under way."""
+
+    steps: DeltaSteps
+    maps: Maps  # of this rank's segments; only `steps` can read them
+    wait: Callable[[], Tensor | None]  # returns the state that enters each run
+    final_state: bool
 
 
 def checked_call(
@@ -205,14 +201,14 @@ def checked_call(
 
 
 def steps_of(x: DeltaOperands, call: Call) -> DeltaSteps:
-    """The steps on this device."""
+    """The arithmetic of this device for these operands."""
     return delta_steps_of(x, cu_seqlens=call.shard.runs.cu_seqlens, segment_length=call.segment_length)
 
 
 def start_forward(
     x: DeltaOperands, initial_state: Tensor | None, call: Call, output_final_state: bool, ranks_agree: Agreement | None
 ) -> Started:
-    """What forward does before it must wait."""
+    """Steps 1 and 2 of forward, outside of autograd."""
     if output_final_state:
         call.warn_of_padding(x.k)
     with torch.no_grad(), no_autocast(x.k.device.type):
@@ -229,18 +225,18 @@ def start_forward(
 
 
 def forward(x: DeltaOperands, call: Call, started: list[Started]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """o, the final state if asked for, and what backward needs: states and the matrices of the segments."""
+    """o, the final state if it was asked for, and the segments' states and matrices for backward. Empties `started`."""
     steps, maps, wait, wants_final = started.pop()
     with no_autocast(x.k.device.type):
-        states, behind = steps.scan(maps, wait())
-        finite.note(call.sequence, behind)
+        states, leaving = steps.scan(maps, wait())
+        finite.note(call.sequence, leaving)
         o = steps.outputs(x, states).to(x.v.dtype)
-        final_state = call.final_state(behind) if wants_final else None
+        final_state = call.final_state(leaving) if wants_final else None
     return o, final_state, states, maps.transition
 
 
 class Gradients(NamedTuple):
-    """Of the inputs of a call; those of the initial state and of the decay in the state's dtype, None if not asked."""
+    """The gradients of a call's inputs. The last two are in the state's dtype, and None where they are not needed."""
 
     dq: Tensor
     dk: Tensor
@@ -259,7 +255,7 @@ def backward(
     steps: DeltaSteps,
     initial_grad: bool,
 ) -> Gradients:
-    """All gradients; `saved` is what forward returned for it."""
+    """All gradients; `saved` are the states and matrices that forward returned."""
     states, transition = saved
     with no_autocast(x.k.device.type):
         if d_final_state is not None:
@@ -288,9 +284,8 @@ class _DeltaRule(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @no_second_derivative("lasp.delta_rule")
     def backward(ctx, do, d_final_state):
-        if torch.is_grad_enabled():
-            raise RuntimeError("lasp.delta_rule has no second derivative: call backward without create_graph")
         *inputs, states, transition = ctx.saved_tensors
         q, k, v, beta, log_decay = inputs
         x = DeltaOperands(q, k, v, beta, log_decay, ctx.scale)
@@ -300,7 +295,7 @@ class _DeltaRule(torch.autograd.Function):
         return *found[:4], d_decay, d_initial, None, None
 
 
-def _compiled(
+def _in_graph(
     x: DeltaOperands,
     initial_state: Tensor | None,
     output_final_state: bool,
@@ -308,16 +303,9 @@ def _compiled(
     sequence: SequenceParallel | None,
     segment_length: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same through the custom op of compiled.py, which torch.compile takes as it is."""
-    lengths, cu_seqlens = (None, None) if layout is None else layout.facts
+    """The call as a custom op (compiled.py), which torch.compile does not look into."""
+    initial_grad = initial_state is not None and initial_state.requires_grad
     o, final_state, *_ = torch.ops.lasp.delta_rule(
-        *x,
-        initial_state,
-        output_final_state,
-        lengths,
-        cu_seqlens,
-        None if sequence is None else sequence.handle,
-        segment_length,
-        initial_state is not None and initial_state.requires_grad,
+        *x, initial_state, output_final_state, *facts_of(layout, sequence), segment_length, initial_grad
     )
     return o, final_state if output_final_state else None

@@ -22,7 +22,7 @@ from lasp.layout import ShardLayout
 from lasp.ops import stream
 from lasp.ops.call import Call, begin, call_of, facts_of, no_autocast, padding_of, wants_gradient
 from lasp.ranks import SequenceParallel
-from lasp_kernels import decode as step
+from lasp_kernels import decode
 from lasp_kernels.elementwise import RecurrenceOperands, check_recurrence_inputs
 from lasp_kernels.reference import state_dtype
 from lasp_kernels.selective_scan import SelectiveOperands, check_selective_inputs
@@ -275,9 +275,9 @@ def _streamed(x: Operands, layout: ShardLayout | None, sequence: SequenceParalle
 def _one_token(x: Operands, state: Tensor) -> Tensor:
     """[B, 1, ...]; the state [B, ...] becomes that behind the token."""
     if isinstance(x, RecurrenceOperands):
-        return step.elementwise_step(x.x.squeeze(1), x.log_decay.squeeze(1), state).unsqueeze(1)
+        return decode.elementwise_step(x.x.squeeze(1), x.log_decay.squeeze(1), state).unsqueeze(1)
     u, dt, B, C = (y.squeeze(1) for y in (x.u, x.dt, x.B, x.C))
-    return step.selective_scan_step(u, dt, x.A, B, C, state).unsqueeze(1)
+    return decode.selective_scan_step(u, dt, x.A, B, C, state).unsqueeze(1)
 
 
 class _Elementwise(torch.autograd.Function):

@@ -40,8 +40,7 @@ from lasp.ops.call import (
     wants_gradient,
 )
 from lasp.ranks import SequenceParallel
-from lasp_kernels import blocks, convolution, softmax
-from lasp_kernels import decode as step
+from lasp_kernels import blocks, convolution, decode, softmax
 from lasp_kernels.once import no_second_derivative
 
 NAME = "halo"
@@ -169,7 +168,7 @@ def _streamed_conv(
     check_arguments: Callable[[], None],
 ) -> Tensor:
     if width != 1 and (last := stream.held(NAME, sequence)) is not None:
-        return step.convolution_step(x.squeeze(1), weight, bias, last).unsqueeze(1)
+        return decode.convolution_step(x.squeeze(1), weight, bias, last).unsqueeze(1)
     brought = _streamed(x, width, layout, sequence, check_arguments)
     return convolution.causal_conv(brought.tokens, weight, bias, cu_seqlens=brought.runs)
 
