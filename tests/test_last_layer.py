@@ -93,7 +93,7 @@ def no_logits():
         assert_same(gradients_of(model), expected)
         assert how(model) == TAKEN
     # The sweep alone, over all but the last segment, makes none at all.
-    with Rows() as rows, mock.patch.object(lasp.streaming.Run, "_back"), pytest.raises(AssertionError):
+    with Rows() as rows, mock.patch.object(lasp.streaming.StreamedModel, "_back"), pytest.raises(AssertionError):
         lasp.stream_backward(model, batch_of(), mesh=mesh, segment=SEGMENT)
     assert rows.most == 0
     assert "forward" not in vars(model.head)

@@ -20,7 +20,6 @@ LAYERS = [
     {"lasp.adapters", "lasp.balance", "lasp.data_parallel", "lasp.models"},
     {"lasp.strict", "lasp.tp"},
     {"lasp.api", "lasp.calls"},
-    {"lasp.last_layer"},
     {"lasp.verification", "lasp.streaming", "lasp.inference"},
     {"lasp.integrations"},
     {"lasp"},

@@ -605,10 +605,10 @@ def counted_on_a_device():
     total = torch.zeros((), device="meta")
     with Operations():
         for count in (5, 5.0, torch.tensor(5), torch.tensor([5])):
-            found = streaming._count_beside(total, count)
+            found = streaming.loss._count_beside(total, count)
             assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float64, ())
     assert not [x for x in seen if "_to_copy" in x or "copy_" in x], seen
-    assert streaming._count_beside(torch.zeros(()), torch.tensor([5])) == 5
+    assert streaming.loss._count_beside(torch.zeros(()), torch.tensor([5])) == 5
 
 
 def test_a_count_waits_for_no_device():
@@ -846,13 +846,13 @@ def tried_again():
         return free[0]
 
     def step(make, **more):
-        with mock.patch.object(streaming.Run, "_most", autospec=True, side_effect=most) as trial:
+        with mock.patch.object(streaming.StreamedModel, "_most", autospec=True, side_effect=most) as trial:
             lasp.stream_backward(model, make(), mesh=mesh, **more)
             model.zero_grad()
         found.append(int(re.search("segments of ([0-9]+);", lasp.explain(model).streamed)[1]))
         return trial.call_count
 
-    most = streaming.Run._most
+    most = streaming.StreamedModel._most
     with mock.patch.multiple(streaming, free_bytes=free_now, _TRIED=(3, 9), _STEP=2):
         assert [step(kinds[0]), step(kinds[0]), step(kinds[1]), step(kinds[1]), step(kinds[0])] == [1, 0, 1, 0, 0]
         assert found[0] == found[1] == found[4] > found[2] == found[3], "four times as many rows"

@@ -97,7 +97,7 @@ class Parallelized:
         self.streamed = ""  # how a sequence was streamed through it last (lasp.streaming), in words
         self.fills_cache = False  # whether a trial has shown that a prompt's state fits its library's cache
         self.decoded = ""  # how tokens were generated with it last (lasp.inference), in words
-        self.last_layer: Any = None  # what of it may give the loss (lasp.last_layer); None: not known yet
+        self.last_layer: Any = None  # what of it may give the loss (lasp.streaming); None: not known yet
         self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._modules = [weakref.ref(module) for module in model.modules()]

@@ -28,7 +28,8 @@ from lasp.checks import agreement
 from lasp.checks.checksum import RunningChecksums, checksums
 from lasp.integrations.whole import WholeCalls, split_models
 from lasp.ranks import sequence_axis
-from lasp.streaming import TokenLoss, prepared
+from lasp.streaming import prepared
+from lasp.streaming.loss import TokenLoss
 
 _SFT, _DPO = "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"
 _KNOWN = ("transformers.trainer", _SFT, _DPO)
@@ -326,14 +327,14 @@ class SequenceTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         shifted = inputs.pop("shift_labels", None)
         batch = inputs if shifted is None else {**inputs, "labels": shifted}
-        run, whole = prepared(model, batch, self.place.sequence, shift_labels=shifted is None)
+        streamed, whole = prepared(model, batch, self.place.sequence, shift_labels=shifted is None)
         of_mean, beside = self._scales(whole.values["labels"], num_items_in_batch)
         scaler = self.accelerator.scaler
         up = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
         loss = TokenLoss(self.place.sequence.group, of_mean * up, -100)
         loss.scale_beside = beside * up
         with self.compute_loss_context_manager():
-            mean, _ = run.backward(whole, self.segment, loss)
+            mean, _ = streamed.backward(whole, self.segment, loss)
         of_tokens = mean - loss.beside_mean()
         return (of_tokens * of_mean + loss.beside_mean() * beside).detach().to(self.args.device, torch.float32)
 
