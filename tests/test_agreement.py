@@ -18,7 +18,7 @@ from test_attention import check_against_oracle
 
 import lasp
 from lasp.checks import agreement
-from lasp.checks.agreement import judge
+from lasp.checks.rounds import Round, judge
 from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import peers_of
 from lasp_kernels.chunked import ChunkedSteps
@@ -75,11 +75,11 @@ def _differ(number, odd):
 
 FIRST_RANK_ENDS = """
 import os, time, torch, lasp
-from lasp.checks.agreement import _Round
+from lasp.checks.rounds import Round
 env = lasp.init("gloo", timeout=20.0)
 if env.rank == 2:  # is late to read what was found
-    wait = _Round._wait
-    _Round._wait = lambda *args: (wait(*args), time.sleep(0.3))[0]
+    wait = Round._wait
+    Round._wait = lambda *args: (wait(*args), time.sleep(0.3))[0]
 sequence = lasp.SequenceParallel(lasp.init_mesh(sp=-1, dp_shard=1)["sp"], name="blocks.1")
 x = torch.ones(1, 3 + env.rank, 2 if env.rank == 1 else 1, 2)
 try:
@@ -346,19 +346,19 @@ def test_autocast_on_one_rank():
 def _schedule(every):
     sequence = lasp.SequenceParallel(dist.group.WORLD)
     compared = []
-    compare = agreement._Round.compare
+    compare = Round.compare
 
     def spy(self, record):
         compared.append(sequence.traffic.calls)
         return compare(self, record)
 
-    with mock.patch.object(agreement, "EVERY", every), mock.patch.object(agreement._Round, "compare", spy):
+    with mock.patch.object(agreement, "EVERY", every), mock.patch.object(Round, "compare", spy):
         for tokens in (5, 5, 7, 5, 0, 9, 5):  # new shapes are no reason
             q = torch.zeros(B, tokens, H, K)
             lasp.linear_attention(q, q, q, sequence=sequence)
     assert compared == [0, 3, 6]
     off = lasp.SequenceParallel(dist.group.WORLD, validate="off")
-    with mock.patch.object(agreement._Round, "compare", spy):
+    with mock.patch.object(Round, "compare", spy):
         lasp.linear_attention(**arguments(), sequence=off)
     assert compared == [0, 3, 6]
 

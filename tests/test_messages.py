@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import lasp
 from lasp import exchange
 from lasp.checks import agreement, messages
+from lasp.checks.rounds import Round
 from lasp.ops import halo, softmax, tokens
 from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import SCHEDULES, peers_of
@@ -356,7 +357,7 @@ def _new_kind(odd, evaluates):
     weight = torch.nn.Parameter(torch.ones(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     compared = []
-    compare = agreement._Round.compare
+    compare = Round.compare
 
     def spy(self, record):
         compared.append(self.before)
@@ -370,7 +371,7 @@ def _new_kind(odd, evaluates):
 
     peers_of(dist.group.WORLD).agreed.clear()
     start, hosts = on_nccl()
-    with start, hosts, mock.patch.object(agreement._Round, "compare", spy):
+    with start, hosts, mock.patch.object(Round, "compare", spy):
         for heads in (2, 2, 3, 2, 3):
             step(heads)
         assert [text.startswith("a new kind") for text in compared].count(True) == 4  # of two, forward and backward

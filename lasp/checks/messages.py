@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lasp.checks import agreement
-from lasp.checks.agreement import judge
+from lasp.checks.rounds import judge
 from lasp.ranks import RankMismatchError, SequenceParallel, waiting
 
 Kind = tuple[tuple[str, object], ...]

@@ -33,10 +33,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lasp import arguments
-from lasp.checks.agreement import checksum, compare, is_due, judge
+from lasp.checks.agreement import checksum, compare, is_due
 from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
+from lasp.checks.rounds import judge
 from lasp.ranks import RankMismatchError, SequenceParallel, collectives, grad_group, replica_mesh, waiting
 from lasp.ranks.group import making_groups, process
 from lasp.ranks.mesh import connect_once
