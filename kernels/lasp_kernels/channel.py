@@ -48,7 +48,7 @@ VARYING_HERE = [*VARYING, "all_tiles"]
 
 @triton.jit
 def log2_decays(pointers, mask):
-    """Of tokens that are not there 0."""
+    """Log-decays in units of log 2; 0 for tokens that are not there."""
     return bounded(tl.load(pointers, mask=mask, other=0.0)) * LOG2E
 
 

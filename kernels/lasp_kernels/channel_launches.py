@@ -18,7 +18,7 @@ def all_tiles(shared: Shared) -> int:
 
 
 def prepare_launch(shared: Shared, scale: float, q: Layout | None, k: Layout | None, log_decay: Layout) -> Launch:
-    """Of `channel_prepare_kernel`."""
+    """The launch of `channel_prepare_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config, channels, blocks = _channels(shared, "channel tile", sizes.key_dim)
     programs = blocks * sizes.batch * sizes.heads * plan.segments * plan.tiles
@@ -30,7 +30,7 @@ def prepare_launch(shared: Shared, scale: float, q: Layout | None, k: Layout | N
 
 
 def flagged_launch(shared: Shared, scale: float, q: Layout | None, k: Layout, log_decay: Layout) -> Launch:
-    """Of `channel_flagged_kernel`."""
+    """The launch of `channel_flagged_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     programs = sizes.batch * sizes.heads * plan.segments * -(-plan.tiles // TILES)
     return Launch(
@@ -42,7 +42,7 @@ def flagged_launch(shared: Shared, scale: float, q: Layout | None, k: Layout, lo
 
 
 def state_launch(shared: Shared, reverse: bool, y: Layout, z: Layout) -> Launch:
-    """Of `channel_state_kernel`."""
+    """The launch of `channel_state_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config, columns, blocks, rows = plan.state_blocks()
     numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, all_tiles(shared), sizes.heads)
@@ -54,7 +54,7 @@ def state_launch(shared: Shared, reverse: bool, y: Layout, z: Layout) -> Launch:
 
 
 def scan_launch(shared: Shared, reverse: bool) -> Launch:
-    """Of `channel_scan_kernel`."""
+    """The launch of `channel_scan_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     size = sizes.key_dim * sizes.value_dim
     return Launch(
@@ -65,7 +65,7 @@ def scan_launch(shared: Shared, reverse: bool) -> Launch:
 
 
 def walk_launch(shared: Shared, transposed: bool, x: Layout, y: Layout, z: Layout) -> Launch:
-    """Of `channel_walk_kernel`."""
+    """The launch of `channel_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     contracted, width = reversed(shared.state) if transposed else shared.state
     moves = shared.moves(x, y, z, shared.fresh(sizes.heads, width))
@@ -78,7 +78,7 @@ def walk_launch(shared: Shared, transposed: bool, x: Layout, y: Layout, z: Layou
 
 
 def reverse_walk_launch(shared: Shared, role: int, kt: Layout, qt: Layout, v: Layout, do: Layout) -> Launch:
-    """Of `channel_reverse_walk_kernel`."""
+    """The launch of `channel_reverse_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     contracted, width = reversed(shared.state) if role == 1 else shared.state
     moves = shared.moves(kt, qt, v, do)
@@ -92,7 +92,7 @@ def reverse_walk_launch(shared: Shared, role: int, kt: Layout, qt: Layout, v: La
 
 
 def flagged_gradient_launch(shared: Shared, scale: float, layouts: tuple[Layout, ...]) -> Launch:
-    """Of `channel_flagged_gradient_kernel`, over q, k, v, do and log_decay."""
+    """The launch of `channel_flagged_gradient_kernel`, over q, k, v, do and log_decay."""
     plan, sizes = shared.plan, shared.plan.sizes
     channels = min(64, power_of_two(sizes.key_dim))
     blocks = -(-sizes.key_dim // channels)
@@ -106,7 +106,7 @@ def flagged_gradient_launch(shared: Shared, scale: float, layouts: tuple[Layout,
 
 
 def finish_launch(shared: Shared, scale: float, q: Layout, k: Layout, log_decay: Layout) -> Launch:
-    """Of `channel_finish_kernel`."""
+    """The launch of `channel_finish_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config, channels, blocks = _channels(shared, "channel finish", sizes.key_dim)
     return Launch(
@@ -137,5 +137,5 @@ def _of_segments(shared: Shared) -> tuple[int, ...]:
 
 
 def _strides(*layouts: Layout | None) -> tuple[int, ...]:
-    """Of the batch, of tokens and of heads."""
+    """The strides of the batch, of tokens and of heads."""
     return tuple(n for layout in layouts for n in ((0, 0, 0) if layout is None else layout[0][:3]))

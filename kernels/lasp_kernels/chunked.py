@@ -83,7 +83,7 @@ class _Tiling:
 
     @classmethod
     def of(cls, tokens: int, bounds: tuple[int, ...] | None, tiles: int) -> _Tiling:
-        """For segments of at most so many tiles."""
+        """The tiling into segments of at most so many tiles."""
         lengths = [tokens] if bounds is None else [b - a for a, b in zip(bounds, bounds[1:])]
         tiles = max(1, min(tiles, -(-max(lengths, default=0) // TILE)))
         counts = [-(-n // (TILE * tiles)) for n in lengths]
@@ -163,11 +163,11 @@ class ChunkedSteps:
 
     @property
     def states_shape(self) -> tuple[int, ...]:
-        """Of the states that `scan` returns."""
+        """The shape of the states that `scan` returns."""
         return (self.batch, self.heads, self._tiling.segments, 1, self.key_dim, self.value_dim)
 
     def of_end(self, tokens: int) -> ChunkedSteps:
-        """For the last `tokens` of the inputs alone."""
+        """The steps for the last `tokens` of the inputs alone."""
         number = torch.empty((), dtype=self.dtype, device=self.device)
         q = number.expand(self.batch, tokens, self.heads * self.groups, self.key_dim)
         k = number.expand(self.batch, tokens, self.heads, self.key_dim)
@@ -175,7 +175,7 @@ class ChunkedSteps:
         return ChunkedSteps(Operands(q, k, v, normalize=self._normalize))
 
     def of_keys(self) -> ChunkedSteps:
-        """For the gradients of k and v: these."""
+        """The steps for the gradients of k and v: these."""
         return self
 
     def _tile(self, x: Tensor) -> Tensor:
@@ -210,11 +210,11 @@ class ChunkedSteps:
         return self._tile(F.pad(x.v, (0, 1), value=1.0) if self._normalize else x.v)
 
     def _of_group(self, of_values: Tensor) -> Tensor:
-        """Of q or k, from the part of each head of v: the sum over those that share one."""
+        """The gradient of q or k from the parts of all heads of v: the sum over the heads that share one."""
         return of_values if self.share == 1 else of_values.unflatten(2, (-1, self.share)).sum(3)
 
     def _tile_decays(self, log_decay: Tensor | None, *, last: bool = False) -> list[TileDecay]:
-        """Of each n; kept from the first step of a pass to the `last`."""
+        """The decays of tile n of every segment, for all n; kept from the first step of a pass to the `last`."""
         if self._decays is None or self._decays[0] is not log_decay:
             self._decays = (log_decay, self._make_decays(log_decay))
         decays = self._decays[1]
@@ -266,7 +266,7 @@ class ChunkedSteps:
         return local_state, torch.stack([total[0, :, a:b].sum(1) for a, b in self._tiling.runs])
 
     def _log_decays(self, log_total: Tensor) -> Tensor:
-        """As maps have them: [B, H, s, K | 1]."""
+        """Log-decays in the shape that maps have, [B, H, s, K | 1]."""
         return log_total.squeeze(-1).squeeze(3).expand(self.batch, self.heads, -1, -1)
 
     def border_maps(self, maps: SegmentMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -66,7 +66,7 @@ def linear_attention_step(
 def _linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, normalize: bool
 ) -> Tensor:
-    """In plain PyTorch."""
+    """The step in plain PyTorch."""
     dtype, (B, H, _, V), given = state.dtype, state.shape, q.dtype
     if k.shape[1] < H:
         q, k = (x.repeat_interleave(H // x.shape[1], 1) for x in (q, k))
@@ -121,7 +121,7 @@ def delta_rule_step(
 def _delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
 ) -> Tensor:
-    """In plain PyTorch."""
+    """The step in plain PyTorch."""
     dtype, H, given = state.dtype, state.shape[1], v.dtype
     q, k = (x.to(dtype).repeat_interleave(H // x.shape[1], 1).unsqueeze(-2) for x in (q, k))  # [B, H, 1, K]
     _decay_heads(state, log_decay)
@@ -155,7 +155,7 @@ def elementwise_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _elementwise(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
-    """In plain PyTorch."""
+    """The step in plain PyTorch."""
     _decay(state, log_decay).add_(x.to(state.dtype))
     return state.to(x.dtype, copy=True)
 
@@ -193,7 +193,7 @@ def selective_scan_step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, 
 
 @torch.no_grad()
 def _selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
-    """In plain PyTorch."""
+    """The step in plain PyTorch."""
     dt, wide, A, B, C = (x.to(state.dtype) for x in (dt, u, A, B, C))
     _decay(state, dt.unsqueeze(-1) * A).addcmul_((dt * wide).unsqueeze(-1), B.unsqueeze(1))
     return _product(state, C.unsqueeze(-1)).squeeze(-1).to(u.dtype)
@@ -228,7 +228,7 @@ def convolution_step(x: Tensor, weight: Tensor, bias: Tensor | None, last: Tenso
 
 @torch.no_grad()
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, last: Tensor) -> Tensor:
-    """In plain PyTorch, in fp32 at least."""
+    """The step in plain PyTorch, in fp32 at least."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     seen = torch.cat([last, x.to(last.dtype).unsqueeze(1)], 1)  # [B, W, D]
     y = (seen.to(dtype) * weight.to(dtype).T).sum(1)
@@ -266,7 +266,7 @@ def _decay(state: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In the dtype of both, which autocast would round."""
+    """a @ b in the dtype of both, which autocast would round."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
@@ -300,7 +300,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, columns: int
 
 
 def _check_log_decay(log_decay: Tensor | None, heads: torch.Size, k: Tensor, *, fixed: bool) -> None:
-    """Of states of so many sequences and heads [B, H]."""
+    """Raise unless it fits states of so many sequences and heads [B, H]."""
     if log_decay is None:
         return
     check_dense("log_decay", log_decay)

@@ -198,7 +198,7 @@ def attend(
 
 @lru_cache(maxsize=1024)
 def _step_launch(key: tuple[Any, ...], scale: float, normalize: bool, device: torch.device) -> Launch:
-    """For tensors that are alike in all that Triton looks at."""
+    """The launch for tensors that are alike in all that Triton specializes on."""
     shapes, strides = (tuple(() if x is None else x[n] for x in key) for n in (1, 2))
     (_, q_heads, K), k_heads, (B, H, V) = shapes[0], shapes[1][1], shapes[2]
     queries, share = max(1, q_heads // H), H // k_heads
@@ -215,7 +215,7 @@ def _step_launch(key: tuple[Any, ...], scale: float, normalize: bool, device: to
 
 
 def _columns(heads: int, rows: int, V: int, processors: int) -> int:
-    """Of a state in a program: as many as leave six programs a multiprocessor, and are no more than it can hold."""
+    """How many columns of a state a program has: few enough for six programs a multiprocessor and for its registers."""
     enough = [c for c in COLUMNS if c * rows <= NUMBERS and heads * triton.cdiv(V, c) >= 6 * processors]
     return min(enough[0] if enough else COLUMNS[-1], max(16, triton.next_power_of_2(V)))
 

@@ -38,13 +38,13 @@ def stretches(shared: Shared) -> int:
 
 
 def value_blocks(shared: Shared) -> int:
-    """Of a walk: into how many the columns of V are divided."""
+    """How many blocks of columns of V a walk is divided into."""
     sizes = shared.plan.sizes
     return -(-sizes.value_dim // _columns(shared, _config(shared, "delta walk", sizes.key_dim), sizes.value_dim))
 
 
 def key_blocks(shared: Shared) -> int:
-    """Of the walks for dq and dk: into how many the columns of K are divided."""
+    """How many blocks of columns of K the walks for dq and dk are divided into."""
     sizes = shared.plan.sizes
     return -(-sizes.key_dim // _columns(shared, _config(shared, "delta gradient", sizes.value_dim), sizes.key_dim))
 
@@ -52,7 +52,7 @@ def key_blocks(shared: Shared) -> int:
 def prepare_launch(
     shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout | None, beta: Layout
 ) -> Launch:
-    """Of `delta_prepare_kernel`."""
+    """The launch of `delta_prepare_kernel`."""
     sizes, config = shared.plan.sizes, _config(shared, "delta prepare", shared.plan.sizes.key_dim)
     strides = (*_strides(q, k), *((0, 0, 0) if log_decay is None else log_decay[0]), *beta[0])
     return Launch(
@@ -64,7 +64,7 @@ def prepare_launch(
 
 
 def gate_launch(shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout) -> Launch:
-    """Of `delta_gate_kernel`."""
+    """The launch of `delta_gate_kernel`."""
     sizes = shared.plan.sizes
     return Launch(
         channels.delta_gate_kernel, shared.device, _of_tiles(shared),
@@ -74,7 +74,7 @@ def gate_launch(shared: Shared, groups: int, scale: float, q: Layout, k: Layout,
 
 
 def inner_launch(shared: Shared, beta: Layout) -> Launch:
-    """Of `delta_inner_kernel`."""
+    """The launch of `delta_inner_kernel`."""
     sizes, config = shared.plan.sizes, _config(shared, "delta inner", shared.plan.sizes.key_dim)
     return Launch(
         channels.delta_inner_kernel, shared.device, _of_tiles(shared), (*_tile_numbers(shared), *beta[0]),
@@ -84,7 +84,7 @@ def inner_launch(shared: Shared, beta: Layout) -> Launch:
 
 
 def flagged_launch(shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout) -> Launch:
-    """Of `delta_flagged_kernel`."""
+    """The launch of `delta_flagged_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     programs = sizes.batch * sizes.heads * plan.segments * -(-plan.tiles // TILES)
     return Launch(
@@ -98,7 +98,7 @@ def flagged_launch(shared: Shared, groups: int, scale: float, q: Layout, k: Layo
 def walk_launch(
     shared: Shared, groups: int, kind: str, scale: float, q: Layout, k: Layout, v: Layout, *, decay: bool, channel: bool
 ) -> Launch:
-    """Of `delta_walk_kernel`; `kind` is "maps", "outputs" or "writes"."""
+    """The launch of `delta_walk_kernel`; `kind` is "maps", "outputs" or "writes"."""
     plan, sizes = shared.plan, shared.plan.sizes
     config = _config(shared, "delta walk", sizes.key_dim)
     columns = _columns(shared, config, sizes.value_dim)
@@ -114,7 +114,7 @@ def walk_launch(
 def reverse_walk_launch(
     shared: Shared, groups: int, scale: float, q: Layout, k: Layout, do: Layout, *, decay: bool, channel: bool
 ) -> Launch:
-    """Of `delta_reverse_walk_kernel`."""
+    """The launch of `delta_reverse_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config = _config(shared, "delta walk", sizes.key_dim)
     programs = value_blocks(shared) * sizes.batch * sizes.heads * plan.segments
@@ -130,7 +130,7 @@ def reverse_walk_launch(
 def gradient_launch(
     shared: Shared, groups: int, of_keys: bool, scale: float, q: Layout, k: Layout, do: Layout, *, decay: bool
 ) -> Launch:
-    """Of `delta_key_walk_kernel` (`of_keys`) or `delta_query_walk_kernel`."""
+    """The launch of `delta_key_walk_kernel` (`of_keys`) or `delta_query_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config = _config(shared, "delta gradient", sizes.value_dim)
     programs = key_blocks(shared) * sizes.batch * sizes.heads * plan.segments * stretches(shared)
@@ -146,7 +146,7 @@ def gradient_launch(
 
 
 def channel_gradient_launch(shared: Shared, of_keys: bool, scale: float, do: Layout) -> Launch:
-    """Of `delta_channel_key_walk_kernel` (`of_keys`) or `delta_channel_query_walk_kernel`."""
+    """The launch of `delta_channel_key_walk_kernel` (`of_keys`) or `delta_channel_query_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config = _config(shared, "delta channel gradient", sizes.value_dim)
     columns = channel_columns(shared)
@@ -163,7 +163,7 @@ def channel_gradient_launch(shared: Shared, of_keys: bool, scale: float, do: Lay
 
 
 def tile_gradient_launch(shared: Shared, scale: float, do: Layout) -> Launch:
-    """Of `delta_tile_gradient_kernel`."""
+    """The launch of `delta_tile_gradient_kernel`."""
     sizes, config = shared.plan.sizes, _config(shared, "delta tile gradient", shared.plan.sizes.value_dim)
     columns = _columns(shared, config, sizes.key_dim)
     return Launch(
@@ -178,7 +178,7 @@ def tile_gradient_launch(shared: Shared, scale: float, do: Layout) -> Launch:
 def flagged_gradient_launch(
     shared: Shared, groups: int, scale: float, q: Layout, k: Layout, log_decay: Layout, do: Layout
 ) -> Launch:
-    """Of `delta_flagged_gradient_kernel`."""
+    """The launch of `delta_flagged_gradient_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     columns = channel_columns(shared)
     programs = -(-sizes.key_dim // columns) * sizes.batch * sizes.heads * plan.segments * -(-plan.tiles // TILES)
@@ -191,13 +191,13 @@ def flagged_gradient_launch(
 
 
 def channel_columns(shared: Shared) -> int:
-    """Of K, in a program of the gradients with a decay per channel."""
+    """How many columns of K a program of the gradients has, with a decay per channel."""
     sizes = shared.plan.sizes
     return _columns(shared, _config(shared, "delta channel gradient", sizes.value_dim), sizes.key_dim)
 
 
 def decay_launch(shared: Shared, log_decay: Layout) -> Launch:
-    """Of `delta_decay_kernel`."""
+    """The launch of `delta_decay_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     return Launch(
         kernels.delta_decay_kernel, shared.device,
@@ -243,7 +243,7 @@ def _whole(shared: Shared, dim: int) -> int:
 
 
 def _inverse_precision(shared: Shared) -> str:
-    """Of products of fp32 numbers, whatever the inputs are."""
+    """The precision of the fp32 products that invert a tile's matrix: TF32 unless inputs are fp32."""
     return "ieee" if knobs.runtime.interpret or shared.low == tl.float32 else "tf32"
 
 
@@ -271,5 +271,5 @@ def _numbers(shared: Shared) -> tuple[int, ...]:
 
 
 def _strides(*layouts: Layout) -> tuple[int, ...]:
-    """Of the batch, of tokens and of heads."""
+    """The strides of the batch, of tokens and of heads."""
     return tuple(n for layout in layouts for n in layout[0][:3])

@@ -61,7 +61,7 @@ def chunked_delta_rule(
     cu_seqlens: Tensor | None = None,
     segment_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """With matrix products; the same values and gradients as `recurrent_delta_rule`.
+    """The same values and gradients as `recurrent_delta_rule`, by matrix products.
 
     `segment_length` is a number of tokens, a multiple of 64; by default about the square root of T tiles.
     Raises `ValueError` or `TypeError` for arguments that do not fit.
@@ -139,7 +139,7 @@ class _Tile:
         return d_values, before
 
     def query_gradient(self, state: Tensor, written: Tensor, do: Tensor) -> Tensor:
-        """Of the scaled q; `state` enters the tile, `written` is U."""
+        """The gradient of the scaled q; `state` enters the tile, `written` is U."""
         return self.decay.entered(do @ state.mT) + self.decay.query_gradient(do @ written.mT, self.k)
 
     def gradients(self, state: Tensor, do: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -250,12 +250,12 @@ class DeltaSteps:
 
     @property
     def states_shape(self) -> tuple[int, ...]:
-        """Of the states that `scan` returns."""
+        """The shape of the states that `scan` returns."""
         return (self.segments, self.batch, self.heads, self.key_dim, self.value_dim)
 
     @property
     def transitions_shape(self) -> tuple[int, ...]:
-        """Of the matrices of all segments."""
+        """The shape of the matrices of all segments."""
         return (*self.states_shape[:-1], self.key_dim)
 
     def zero_state(self) -> Tensor:

@@ -38,7 +38,7 @@ MOST_WEIGHTS = 4  # that read the same
 
 
 class Blocks(NamedTuple):
-    """Of a program: outputs, columns at once, warps."""
+    """What a program has: outputs, columns at once, warps."""
 
     outputs: int
     columns: int

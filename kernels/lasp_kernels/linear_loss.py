@@ -48,7 +48,7 @@ def linear_cross_entropy(
 
 
 def tokens_at_once(vocabulary: int, device: torch.device) -> int:
-    """Of a tile: a multiple of 128, unless the vocabulary is vast."""
+    """How many tokens a tile has: a multiple of 128, unless the vocabulary is vast."""
     tokens = max(1, TILE.get(device.type, TILE["cuda"]) // vocabulary)
     return tokens - tokens % 128 if tokens >= 128 else tokens
 

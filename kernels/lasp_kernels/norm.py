@@ -198,5 +198,5 @@ def _launch_options(width: int, activation: str) -> dict[str, int]:
 
 
 def programs_of(device: torch.device) -> int:
-    """Of the backward: a few rows' worth of loads in flight on every multiprocessor."""
+    """How many programs backward has: so many that a few rows of loads are in flight on every multiprocessor."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -170,12 +170,12 @@ class Plan:
 
     @property
     def tile_sums_shape(self) -> tuple[int, int, int, int]:
-        """Of the sums of decays per token within tiles, as `tile_decay_kernel` makes them."""
+        """The shape of the sums of decays per token within tiles, as `tile_decay_kernel` makes them."""
         sizes = self.sizes
         return 3 if sizes.split_sums else 2, sizes.batch, sizes.heads, sizes.tokens
 
     def state_blocks(self) -> Blocks:
-        """Of the kernel that makes the states of pieces; with a decay per channel, of segments."""
+        """The blocks of the kernel that makes the states of pieces; with a decay per channel, of segments."""
         sizes = self.sizes
         name = "channel state" if sizes.decay == CHANNEL_DECAY else "end" if sizes.piece_length else "state"
         config = config_of(name, 0, sizes.itemsize)
@@ -184,16 +184,17 @@ class Plan:
         return Blocks(config, columns, -(-sizes.key_dim // rows) * -(-sizes.value_dim // columns), rows)
 
     def walk_blocks(self, contracted: int, width: int, *, row_sums: bool, moves: bool) -> Blocks:
-        """Of a walk whose products contract `contracted` columns and give `width`; `moves` as in `walk_blocks`."""
+        """The blocks of a walk whose products contract `contracted` columns and give `width`; `moves` as in
+        `walk_blocks`."""
         name = "row-sum walk" if row_sums else "short walk" if self.sizes.decay == TOKEN_DECAY or not moves else "walk"
         return walk_blocks(name, contracted, width, self.sizes.itemsize, moves)
 
     def channel_blocks(self, walk: str, contracted: int, width: int, *, moves: bool) -> Blocks:
-        """The same with a decay per channel, of the "walk" or of the "reverse" one."""
+        """The blocks of a walk with a decay per channel: of the "walk", or of the "reverse" one."""
         return walk_blocks(f"channel {walk}", contracted, width, self.sizes.itemsize, moves)
 
     def head_decay_blocks(self) -> Blocks:
-        """Of the kernel that makes the gradient of a decay per head."""
+        """The blocks of the kernel that makes the gradient of a decay per head."""
         sizes = self.sizes
         config = config_of("head_decay", sizes.key_dim, sizes.itemsize)
         columns = min(config.columns, power_of_two(sizes.value_dim))
@@ -261,7 +262,7 @@ def _segment_length(sizes: Sizes) -> int:
 
 
 def _walk_programs(sizes: Sizes) -> int:
-    """Of a walk over one segment."""
+    """How many programs a walk over one segment has."""
     name = "short walk" if sizes.decay == TOKEN_DECAY or not sizes.has_tma else "walk"
     name = {CHANNEL_DECAY: "channel walk", DELTA: "delta walk"}.get(sizes.decay, name)
     columns = config_of(name, max(sizes.key_dim, sizes.value_dim), sizes.itemsize).columns
@@ -295,5 +296,5 @@ def _piece_length(sizes: Sizes, segment_length: int) -> int:
 
 
 def most_pieces(decay: int) -> int:
-    """Of a segment; the scan folds as many at once."""
+    """The most pieces that a segment is cut into; the scan folds as many at once."""
     return HEAD_PIECES if decay == HEAD_DECAY else PIECES

@@ -108,7 +108,7 @@ def reference_rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) 
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
-    """By its name: "none", "sigmoid" or "silu"."""
+    """The activation function of a name: "none", "sigmoid" or "silu"."""
     functions = {"none": lambda g: g, "sigmoid": torch.sigmoid, "silu": F.silu}
     if name not in functions:
         raise ValueError(f"activation must be one of {', '.join(functions)}, got {name!r}")

@@ -41,7 +41,7 @@ VARYING = ["B", "T", "tiles", "groups"]
 
 @triton.jit
 def factor_of(log, PACKED: tl.constexpr):
-    """Of a map, from its log."""
+    """The factor of a map, from its log."""
     a = tl.exp2(log * LOG2E)
     if PACKED:
         a = tl.where(log > 0, -1.0, a)
@@ -59,7 +59,7 @@ def passed(a, state, entering, PACKED: tl.constexpr):
 
 @triton.jit
 def log_of_both(first, second, PACKED: tl.constexpr):
-    """Of two maps, one behind the other, as one."""
+    """The log of two maps as one, the second behind the first."""
     log = first + second
     if PACKED:
         log = tl.where((first > 0) | (second > 0), 1.0, log)
@@ -90,7 +90,7 @@ def load_tokens(X, first, strips, T, stride, columns, mask, U: tl.constexpr):
 
 @triton.jit
 def logs_of(logs, begins, U: tl.constexpr, PACKED: tl.constexpr):
-    """Of tokens, in fp32; 1 where documents begin."""
+    """The log-decays of tokens in fp32; 1 where documents begin."""
     found = ()
     for u in tl.static_range(U):
         log = logs[u].to(tl.float32)
@@ -110,14 +110,14 @@ def number_of_program(FLAGS, MODE: tl.constexpr):
 
 @triton.jit
 def raise_flag(FLAG):
-    """Behind what all threads of this program have stored."""
+    """Raise a flag behind all that the threads of this program have stored."""
     tl.debug_barrier()
     tl.atomic_xchg(FLAG, 1, sem="release")
 
 
 @triton.jit
 def wait_for(FLAGS, count, MOST: tl.constexpr):
-    """Until the first `count` flags are raised; then what was stored before them can be read past the L1 cache."""
+    """Wait until the first `count` flags are raised; then what was stored before them can be read past the L1 cache."""
     n = tl.arange(0, MOST)
     raised = tl.sum(tl.load(FLAGS + n, mask=n < count, other=0, volatile=True), 0)
     while raised < count:

@@ -29,7 +29,7 @@ PREFIX_BLOCK = 64  # channels of a program of `prefix_kernel`
 
 
 class Config(NamedTuple):
-    """Of the programs of an operator."""
+    """How the programs of an operator are laid out."""
 
     strips: int  # of a tile, one a warp
     tokens: int  # of a strip
@@ -51,7 +51,7 @@ class TileMaps:
 
 
 class Entering(NamedTuple):
-    """Of a pass, between `scan` and the step that reads the tokens."""
+    """What `scan` was told, until the step that reads the tokens."""
 
     maps: TileMaps
     state: Tensor | None  # before all tokens (in backward: behind)
@@ -60,7 +60,7 @@ class Entering(NamedTuple):
 
 
 class TileSteps(ABC):
-    """See `elementwise.ElementwiseSteps`: the same steps, on a GPU."""
+    """The steps of `elementwise.ElementwiseSteps` on a GPU."""
 
     config: Config
 
@@ -86,7 +86,7 @@ class TileSteps(ABC):
     @property
     @abstractmethod
     def _blocks(self) -> int:
-        """Of channels, for each a program a tile."""
+        """How many blocks of channels there are; a program has one of them, in one tile."""
 
     @abstractmethod
     def _launch(self, maps: TileMaps, mode: int, **tensors: Any) -> None:
@@ -106,7 +106,7 @@ class TileSteps(ABC):
         return TileMaps(x, None)
 
     def gradient_maps(self, x: Any, dy: Tensor) -> TileMaps:
-        """The same for its gradient."""
+        """What tiles do to the gradient of a state, when it is asked."""
         return TileMaps(x, dy)
 
     def run_map(self, maps: TileMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ class TileSteps(ABC):
 
 
 class _Launches:
-    """By all that Triton looks at in the arguments; the newest ones."""
+    """The newest launches, by all that Triton specializes on in the arguments."""
 
     MOST = 512
 
@@ -213,12 +213,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Of the batch and of tokens."""
+    """The strides of the batch and of tokens."""
     return tuple(n for x in tensors for n in x.stride()[:2])
 
 
 class TileRecurrenceSteps(TileSteps):
-    """Of `RecurrenceOperands`, in fp32, bf16 or fp16."""
+    """The steps for `RecurrenceOperands` in fp32, bf16 or fp16."""
 
     config = RECURRENCE
 
@@ -303,7 +303,7 @@ class TileRecurrenceSteps(TileSteps):
 
 
 class TileSelectiveSteps(TileSteps):
-    """Of `SelectiveOperands`, in fp32, bf16 or fp16."""
+    """The steps for `SelectiveOperands` in fp32, bf16 or fp16."""
 
     config = SELECTIVE
 
@@ -335,7 +335,7 @@ class TileSelectiveSteps(TileSteps):
         d_states: Tensor,
         needed: Sequence[bool],
     ) -> tuple[Tensor, ...]:
-        """Of all operands. (They share nearly all of the work.)"""
+        """The gradients of all operands, which share nearly all of the work."""
         if not self.tokens:
             return tuple(torch.zeros_like(y) for y in x)
         D, N = self.channels
@@ -387,7 +387,7 @@ class TileSelectiveSteps(TileSteps):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The same, with the last dimension dense; a parameter dense altogether."""
+    """x with a dense last dimension; a parameter dense altogether."""
     return x if x.stride(-1) == 1 and x.ndim == 3 else x.contiguous()
 
 
@@ -401,5 +401,5 @@ def unsupported(x: RecurrenceOperands | SelectiveOperands) -> str | None:
 
 
 def power_of_two(n: int) -> int:
-    """The next one."""
+    """The next power of two."""
     return 1 << (n - 1).bit_length()

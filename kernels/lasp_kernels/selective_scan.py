@@ -75,7 +75,7 @@ def check_selective_inputs(x: SelectiveOperands) -> None:
 
 
 class SelectiveSteps(ElementwiseSteps):
-    """Of `SelectiveOperands`."""
+    """The steps for `SelectiveOperands`."""
 
     def __init__(self, x: SelectiveOperands, *, cu_seqlens: Sequence[int] | None = None):
         super().__init__(x.u, tuple(x.A.shape), cu_seqlens=cu_seqlens)
@@ -105,7 +105,7 @@ class SelectiveSteps(ElementwiseSteps):
         d_states: Tensor,
         needed: Sequence[bool],
     ) -> tuple[Tensor, ...]:
-        """Of all operands. (They share nearly all of the work.)"""
+        """The gradients of all operands, which share nearly all of the work."""
         found = SelectiveOperands(*[torch.zeros(y.shape, dtype=self.dtype, device=self.device) for y in x])
         for first in range(0, self.segments, self._piece):
             end = min(first + self._piece, self.segments)

@@ -105,7 +105,8 @@ class Attended:
 
 
 class Gradients:
-    """Of queries, and of one piece of keys after the other; `dq` [B, T, Hq, K] is complete once all were seen.
+    """The gradients of queries, and of one piece of keys after the other; `dq` [B, T, Hq, K] is complete once all were
+    seen.
 
     Args:
         q: [B, T, Hq, K].

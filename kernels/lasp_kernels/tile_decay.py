@@ -30,7 +30,7 @@ class TileDecay(Protocol):
 
     @property
     def log_total(self) -> Tensor | None:
-        """Over the whole tile: [b | 1, h | 1, s | 1, 1, 1, K | 1]."""
+        """The log-decay over the whole tile: [b | 1, h | 1, s | 1, 1, 1, K | 1]."""
 
     def entered(self, x: Tensor) -> Tensor:
         """Each token times the decay from the tile's start to it."""
@@ -49,15 +49,15 @@ class TileDecay(Protocol):
         ...
 
     def query_gradient(self, d_scores: Tensor, k: Tensor) -> Tensor:
-        """Of the q of `scores`. Of d_scores what is above the diagonal does not count, here and below."""
+        """The gradient of the q of `scores`. What d_scores has above the diagonal is ignored, here and below."""
         ...
 
     def key_gradient(self, d_scores: Tensor, q: Tensor) -> Tensor:
-        """Of the k of `scores`."""
+        """The gradient of the k of `scores`."""
         ...
 
     def decay_gradient(self, d_scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Of the log-decays [..., C, K | 1] that `scores` has in it."""
+        """The gradient of the log-decays [..., C, K | 1] that `scores` applies."""
         ...
 
 
@@ -110,7 +110,7 @@ class _Decay:
 
 @dataclass(frozen=True)
 class _ScalarDecay(_Decay):
-    """The same for all channels of a head, so that it stands outside of the products."""
+    """A decay that is the same for all channels of a head, so that it stands outside of the products."""
 
     matrix: Tensor | None = None  # `causal`, where all tiles share it
 
@@ -198,12 +198,12 @@ class _ChannelDecay(_Decay):
 
 
 def no_decays(tiles: int) -> list[TileDecay]:
-    """For so many tiles."""
+    """The decays of so many tiles without a decay."""
     return [_NoDecay()] * tiles
 
 
 def head_decays(log_decay: Tensor, lengths: Tensor) -> list[TileDecay]:
-    """Of log_decay [H], for tiles with these numbers of tokens [n, s]: a list over n."""
+    """The decays of log_decay [H], for tiles with these numbers of tokens [n, s]: a list over n."""
     rate = bounded(log_decay).view(1, -1, 1, 1, 1, 1)
     token = torch.arange(TILE, device=rate.device).view(-1, 1)
     lengths = lengths.view(len(lengths), 1, 1, -1, 1, 1, 1)
@@ -215,7 +215,7 @@ def head_decays(log_decay: Tensor, lengths: Tensor) -> list[TileDecay]:
 
 
 def token_decay(log_decay: Tensor) -> TileDecay:
-    """Of the bounded log-decays of one tile, [..., C, K | 1]."""
+    """The decays of one tile from its bounded log-decays [..., C, K | 1]."""
     log_total = log_decay.sum(-2, keepdim=True)
     entering, leaving = log_decay.cumsum(-2).exp(), _sum_behind(log_decay).exp()
     kind = _ChannelDecay if log_decay.shape[-1] > 1 else _ScalarDecay
