@@ -230,7 +230,7 @@ class LayerReport:
 
     @classmethod
     def of(cls, path: str, module: nn.Module, operator: str, sequence: SequenceParallel) -> LayerReport:
-        """As it is now."""
+        """The report of an operator as it is now."""
         found, split = sequence.traffic_of(operator) if operator else Traffic(), vars(module).get(_SPLIT)
         return cls(
             path,
@@ -257,7 +257,7 @@ class LayerReport:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """As a row of the table."""
+        """The cells of its row in the table."""
         sent = self.bytes_per_step
         how = self.exchange if self.schedule in ("", self.exchange) else f"{self.exchange}: {self.schedule}"
         how += f" in {self.blocks} blocks" if self.blocks > 1 else ""

@@ -108,7 +108,7 @@ class _Kind(NamedTuple):
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
-    """Those of a model, by their paths."""
+    """The routers of a model, by their paths."""
     found = {path: m for path, m in arguments.module("model", model).named_modules() if isinstance(m, Router)}
     if not found:
         raise ValueError(f"model must have routers (lasp.modules.Router), got a {type(model).__name__} without")

@@ -201,7 +201,7 @@ def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:
 
 
 def _offsets(batch: Mapping[str, Any], ids: Tensor, seq_dim: int) -> tuple[int, ...] | None:
-    """Of packed sequences, in whatever form they are given; None if there are none."""
+    """The offsets of packed sequences, in whatever form they are given; None if there are none."""
     given = [name for name in (*_OFFSETS, "seq_idx") if batch.get(name) is not None]
     tokens = ids.shape[seq_dim]
     rows = math.prod(size for dim, size in enumerate(ids.shape) if dim != seq_dim)

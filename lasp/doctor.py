@@ -312,7 +312,7 @@ def _steps(env: Env) -> Iterator[tuple[str, float, float, float]]:
 
 
 def _seconds_of_byte(env: Env) -> float:
-    """That is read, or written, by a copy of more than fits a cache."""
+    """Seconds to read or write a byte, by a copy of more than fits a cache."""
     a, b = torch.zeros(2, 2 ** (29 if env.device.type == "cuda" else 25), dtype=torch.int8, device=env.device)
     return _seconds_of(lambda: b.copy_(a), env) / (2 * a.nbytes)
 

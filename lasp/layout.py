@@ -93,7 +93,7 @@ class ShardLayout:
 
     @property
     def real(self) -> ShardLayout:
-        """The same tokens without the padding."""
+        """The layout of the same tokens without the padding."""
         return self._real if self.padding else self
 
     @property
@@ -164,7 +164,7 @@ class Shard:
         *,
         edges: bool = False,
     ) -> Shard:
-        """From the arguments of an operator whose tensor `name` is x [B, T, ...]; raises where they do not fit."""
+        """The shard of an operator whose tensor `name` is x [B, T, ...]; raises where the arguments do not fit."""
         if sequence is not None and not isinstance(sequence, SequenceParallel):
             raise TypeError(f"sequence must be a lasp.SequenceParallel or None, got {arguments.shown(sequence)}")
         rank, size = (0, 1) if sequence is None else (sequence.rank, sequence.size)
@@ -184,7 +184,7 @@ class Shard:
 
     @property
     def first_token(self) -> int:
-        """Of this rank, among those of all ranks. Without a layout only a single rank knows."""
+        """The first token of this rank among those of all ranks. Without a layout only a single rank knows."""
         if self.layout is None:
             assert self.sequence is None
             return 0
@@ -256,11 +256,11 @@ class Shard:
         return count
 
     def at_border(self, x: Tensor, *, reverse: bool) -> Tensor:
-        """Of [runs, ...] the run that the next rank (`reverse`: the previous) goes on with; dense, all of them."""
+        """From [runs, ...] the run that the next rank (`reverse`: the previous) goes on with; dense, all of them."""
         return x[slice(0, 1) if reverse else slice(-1, None)] if self.packed else x
 
     def own_at_border(self, own: Tensor, *, reverse: bool) -> Tensor:
-        """Of own states that one. If it is the only one, it is of the run at the other end."""
+        """From own states the one of that run. If there is only one, it is of the run at the other end."""
         if self.edges and len(own) == 1 and len(self.runs.sequences) > 1:
             return torch.zeros_like(own)
         return self.at_border(own, reverse=reverse)

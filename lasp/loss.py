@@ -137,7 +137,7 @@ def which_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Te
 
 
 class Totals(NamedTuple):
-    """Of all ranks, in fp64."""
+    """The sums over all ranks, in fp64."""
 
     loss: Tensor
     tokens: Tensor

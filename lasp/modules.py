@@ -194,7 +194,7 @@ class BlockAttention(nn.Module):
         return block_attention(q, k, v, self.block, scale=self.scale, layout=layout, sequence=self.sequence)
 
     def extra_repr(self) -> str:
-        """The block, and the scale."""
+        """The block and the scale."""
         return f"{self.block}, scale={self.scale}"
 
 
@@ -232,7 +232,7 @@ class CausalConv(nn.Module):
         return causal_conv(x, self.weight.to(x.dtype), bias, layout=layout, sequence=self.sequence)
 
     def extra_repr(self) -> str:
-        """Its size."""
+        """The channels, the width, and whether there is a bias."""
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, bias={self.bias is not None}"
 
 
@@ -340,7 +340,7 @@ class Router(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """How many of how many."""
+        """How many experts are chosen, of how many, and the scale."""
         return f"{self.chosen} of {self.experts}, scale={self.scale}"
 
 

@@ -433,7 +433,7 @@ class _Run:
 def _run_split(
     model: nn.Module, split: Callable[[], nn.Module], call: Callable, local: dict[str, Any], axis: SequenceParallel
 ) -> _Run:
-    """On this rank's slice. All ranks have come out of the forward before one begins with what follows."""
+    """Run this rank's slice. All ranks have come out of the forward before one begins with what follows."""
 
     def mean_of_all_ranks(*given: Tensor) -> Tensor:
         return token_loss(*given, mesh=axis.group)[0]
@@ -475,7 +475,7 @@ def _forward(called: nn.Module, call: Callable, batch: dict[str, Any]) -> Tensor
 
 
 def _backward(logits: Tensor, labels: Tensor, model: nn.Module, loss_of: Callable) -> _Run:
-    """Of what has the parameters of `model`."""
+    """Run backward through a model that has the parameters of `model`."""
     loss = loss_of(logits, labels)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -491,7 +491,7 @@ def _mean_of_one_rank(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _average(gradients: dict[str, Tensor | None], model: nn.Module, axis: SequenceParallel) -> None:
-    """Over the ranks of the sequence, in place, where neither DDP nor FSDP2 has done it."""
+    """Average gradients over the ranks of the sequence, in place, where neither DDP nor FSDP2 has done it."""
     if axis.size == 1:
         return
     done = {

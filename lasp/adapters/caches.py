@@ -94,14 +94,14 @@ _WHAT = {
 
 
 def _form(slot: Slot, x: Tensor) -> tuple[int, ...]:
-    """Its shape, but for the number of tokens of keys and values."""
+    """The shape of a tensor in a cache, but for the number of tokens of keys and values."""
     return (*x.shape[:2], *x.shape[3:]) if slot.kind in ("keys", "values") else tuple(x.shape)
 
 
 def _as_in(
     cache: Any, key: Key, held: Held, slot: Slot, slots: dict[Slot, Tensor], lengths: Sequence[int]
 ) -> dict[Slot, Tensor]:
-    """In the shapes of the cache, but for what differs."""
+    """What a call holds, in the shapes of the cache, but for what differs."""
     x, there = held.x, slots[slot]
     if slot.kind == "keys":
         reach, window = x.shape[1], getattr(cache.layers[slot.layer], "sliding_window", None)

@@ -118,7 +118,7 @@ def _rebind_known(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _stand_in(module: nn.Module) -> None:
-    """For a trial: each token by itself."""
+    """What replaces the forward in a trial: each token by itself."""
     uses = names_in(type(module).forward) & _BY_FUNCTION.keys() - _MASKS
     rebind(module, **{name: _STAND_INS.get(_BY_FUNCTION[name], _each_token) for name in uses})
 

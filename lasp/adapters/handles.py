@@ -105,7 +105,7 @@ class Parallelized:
 
     @property
     def adapters(self) -> list[tuple[str, adapters.Adapter]]:
-        """Of its layers, by their paths."""
+        """The adapters of its layers, by path."""
         return [(path, adapter) for path, _, adapter in self._layers]
 
     def knows_all(self, model: nn.Module) -> bool:
@@ -167,7 +167,7 @@ def of_untouched(
 
 
 def held_by(model: nn.Module) -> list[Parallelized]:
-    """Of the model and of those in it, what `parallelize` was called with in this process."""
+    """What `parallelize` was called with in this process, of the model and of those in it."""
     return [_parallelized[module] for module in model.modules() if module in _parallelized]
 
 
@@ -204,7 +204,7 @@ def under_way(stream: Any, splits: list[Parallelized], model: nn.Module) -> Iter
 
 
 def known(model: nn.Module) -> list[Parallelized]:
-    """Likewise, or what inference knows of a model that `parallelize` was never called with."""
+    """The same, or what inference knows of a model that `parallelize` was never called with."""
     return held_by(model) or [x for x in (_untouched.get(model),) if x is not None]
 
 

@@ -38,7 +38,7 @@ def operators_of(module: nn.Module, adapter: Callable[..., Any]) -> tuple[str, .
 
 
 def name_of(adapter: Callable[..., Any]) -> str:
-    """Of a function the place where it stands; of one of lasp's its file."""
+    """Where an adapter's function stands; for one of lasp's, its file."""
     function = _function_of(adapter)
     file = getattr(function, "__module__", type(function).__module__)
     name = getattr(function, "__qualname__", type(function).__qualname__)

@@ -104,7 +104,7 @@ def is_function(cls: type[nn.Module], name: str) -> bool:
 
 
 def of_another_version(library: str) -> str:
-    """That an adapter is, in words, with what it was tested with."""
+    """In words, that an adapter is for another version of a library, with what it was tested with."""
     return f"this adapter is for another version of {library} ({tested_with(library)})"
 
 

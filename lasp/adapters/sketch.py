@@ -79,7 +79,7 @@ def _register(cls: type[nn.Module], covers: tuple[str, ...]) -> str:
 
 
 def signature_of(function: Callable[..., Any]) -> str:
-    """Of a function as it is written, without types; a default that is no plain value is `...`."""
+    """The signature of a function as it is written, without types; a default that is no plain value is `...`."""
     try:
         found = inspect.signature(function)
     except (TypeError, ValueError):  # one that is not written in Python

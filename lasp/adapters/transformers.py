@@ -238,7 +238,7 @@ def _lightning_forward(
 
 
 def _formula(module: Any) -> Tensor:
-    """For its decays; the layer's buffer may have been rounded by a cast of the model."""
+    """The log-decays of a layer, whose buffer may have been rounded by a cast of the model."""
     return -module.get_slope_rate()
 
 
@@ -355,7 +355,7 @@ def lasp_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | Non
 
 
 def _windows(function: Callable[..., Any]) -> list[int]:
-    """Of the sliding windows that a mask function is made of; raises unless it is causal, and knows no more."""
+    """The sliding windows that a mask function is made of; raises unless it is causal, and knows no more."""
     maker, _, name = function.__qualname__.partition(".<locals>.")
     if maker == "causal_mask_function":
         return []
@@ -372,7 +372,7 @@ _INSTEAD_OF: dict[str, Any] = {}  # "lasp", "lasp_1", ...: what each stands in t
 
 
 def _name_instead_of(implementation: str | None) -> str:
-    """In the registries; one for each implementation that a model had."""
+    """The name in the registries; there is one for each implementation that a model had."""
     for name, other in _INSTEAD_OF.items():
         if other == implementation:
             return name

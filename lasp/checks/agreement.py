@@ -166,12 +166,12 @@ def _ask(first: Round, fields: Mapping[str, object], listings: Mapping[str, List
 
 
 def checksum(x: Iterable[object]) -> str:
-    """Of plain values, in their order."""
+    """A checksum of plain values in their order."""
     return f"{zlib.crc32(repr(list(x)).encode()):08x}"
 
 
 def of_call(sequence: SequenceParallel, traffic: Traffic) -> Agreement | None:
-    """Of an operator's first forward call, and of every `EVERY`-th; None if it is not to be compared."""
+    """The agreement on an operator's first forward call, and on every `EVERY`-th; None if the call is not compared."""
     if sequence.validate == "off":
         return None
     before_step(compare_exchanges)
@@ -215,7 +215,7 @@ def of_batch(sequence: SequenceParallel, *, validate: str, before: str = "shard_
 
 
 def remember_model(sequence: SequenceParallel, model: nn.Module) -> None:
-    """From now on its weights are compared (see `compare_exchanges`), unless `validate` is "off"."""
+    """Compare the weights of this model from now on (see `compare_exchanges`), unless `validate` is "off"."""
     if sequence.size > 1 and sequence.validate == "first":
         sequence.peers.models.append(weakref.ref(model))
         process.buffers[model] = model.register_forward_pre_hook(_note_buffers)
@@ -244,13 +244,13 @@ def note_call(sequence: SequenceParallel, operator: str, facts: tuple, layout: s
 
 
 def note_loss(gradient: Tensor) -> None:
-    """That a loss got, which is the same on all ranks whose gradients are averaged."""
+    """Note the gradient that a loss got, which is the same on all ranks whose gradients are averaged."""
     if not capturing():  # in whose memory something else may lie later
         process.loss_gradient = gradient.detach()
 
 
 def note_autocast(sequence: SequenceParallel, device: str | None) -> None:
-    """Under which autocast a call runs on a device; None where the call is compiled, and cannot tell."""
+    """Note under which autocast a call runs on a device; None where the call is compiled, and cannot tell."""
     if sequence.validate == "off":
         return
     mode = None
@@ -321,7 +321,7 @@ def compare_exchanges(optimizer: Optimizer | None = None) -> None:
 
 
 def _models_of(peers: Peers, parameters: set[int]) -> list[nn.Module]:
-    """Those split over these ranks that have one of the parameters."""
+    """The models split over these ranks that have one of the parameters."""
     living = [model for known in peers.models if (model := known()) is not None]
     return [model for model in living if any(id(p) in parameters for p in model.parameters())]
 

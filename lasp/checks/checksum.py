@@ -22,7 +22,7 @@ _WEIGHT = -7046029254386353131  # odd, of bits that look random: 2^64 over the g
 
 @torch.no_grad()
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of each tensor, with its shape and dtype. The host waits for each device once."""
+    """The checksum of each tensor, with its shape and dtype. The host waits for each device once."""
     found: dict[str, Tensor] = {name: _sum(x.detach()) for name, x in tensors.items()}
     on: dict[torch.device, list[str]] = {}
     for name, x in found.items():
@@ -32,7 +32,7 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class RunningChecksums:
-    """Of many batches by the names of their tensors, for which no host waits before it reads them."""
+    """The checksums of many batches, by the names of their tensors; no host waits before it reads them."""
 
     def __init__(self):
         self.count = 0
@@ -41,7 +41,7 @@ class RunningChecksums:
 
     @torch.no_grad()
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """One more batch; their order counts."""
+        """Take in one more batch; their order counts."""
         self.count += 1
         for name, x in tensors.items():
             now = _sum(x.detach())
@@ -50,7 +50,7 @@ class RunningChecksums:
             self._forms[name] = zlib.crc32(f"{self.count} {form(x)}".encode(), self._forms.get(name, 0))
 
     def read(self) -> dict[str, str]:
-        """Of each name; the host waits for the device."""
+        """The checksum of each name; the host waits for the device."""
         return {
             name: f"shapes {self._forms[name]:08x} checksum {int(x) % 2**64:016x} of {self.count} batches"
             for name, x in self._sums.items()
@@ -79,7 +79,7 @@ def form(x: Tensor) -> str:
 
 
 def forms_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Of each parameter: shape (of a sharded one, that of the whole), dtype, and whether it is trained."""
+    """The form of each parameter: shape (of a sharded one, that of the whole), dtype, and whether it is trained."""
     return {
         name: f"{'of unknown shape' if is_lazy(p) else form(p)}, {'trained' if p.requires_grad else 'frozen'}"
         for name, p in parameters
@@ -87,8 +87,8 @@ def forms_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Those that a rank holds whole, or the parts that it has as one of the ranks of tensor parallelism: none that FSDP
-    has sharded, or that have no memory yet."""
+    """The parameters that a rank holds whole, and the parts that it has as one of the ranks of tensor parallelism; not
+    those that FSDP has sharded, or that have no memory yet."""
     parts = ((name, part_of(p.detach()) if is_split(p) else p) for name, p in model.named_parameters())
     return {
         name: p for name, p in parts if not is_lazy(p) and type(p.data) is Tensor and not p.is_meta and not _of_fsdp1(p)
@@ -96,7 +96,7 @@ def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Those that a rank holds whole, also what is in no state_dict; none without memory, and no sparse ones."""
+    """The buffers that a rank holds whole, non-persistent ones too; not those without memory, and no sparse ones."""
     return {
         name: b
         for name, b in model.named_buffers()

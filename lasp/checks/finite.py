@@ -61,7 +61,7 @@ def note(sequence: SequenceParallel | None, state: Tensor, *, reverse: bool = Fa
 
 
 def _check_steps() -> None:
-    """After the other checks: ranks that have exchanged different things must not meet in a collective."""
+    """Check before each step, as the last check: ranks that have exchanged different things must not meet here."""
     before_step(assert_finite, last=True)
 
 
@@ -161,7 +161,7 @@ def _flag_of(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _any(flags: list[Tensor]) -> Tensor:
-    """As a number, on the device of the first of them."""
+    """Whether a flag is set, as a number on the device of the first."""
     if not flags:
         return torch.zeros((), dtype=torch.int32)
     return torch.stack([x.to(flags[0].device, non_blocking=True) for x in flags]).any().to(torch.int32)

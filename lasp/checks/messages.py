@@ -104,7 +104,7 @@ def _in_short(text: str) -> str:
 
 
 def _of_all(header: bytes, what: str, sequence: SequenceParallel) -> list[bytes]:
-    """From each rank, as the group counts them.
+    """The headers of all ranks, as the group counts them.
 
     One message from rank to rank, so that an error names who is missing, under a tag of their length, so that all
     messages that can come are equally long.

@@ -291,7 +291,7 @@ def first_few(found: list[str]) -> str:
 
 
 def _connection(group: ProcessGroup, kind: str) -> Store:
-    """To the group's store, of our own: one that waits keeps others out, and the backend's threads use the group's."""
+    """A connection of our own to the group's store: one that waits blocks all others, such as the backend's threads."""
     stores = peers_of(group).stores
     if kind not in stores:
         store = group.get_group_store().clone()  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ def keep_all(model: nn.Module) -> None:
 
 
 def random_state() -> list[Tensor]:
-    """Of PyTorch's generators, to see whether something draws from them."""
+    """The states of PyTorch's generators, to see whether something draws from them."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
 
 

@@ -125,7 +125,7 @@ def split_over(x: Tensor) -> SequenceParallel | None:
 
 
 def _notes(node: Any) -> dict[str, Any]:
-    """That belong to a node of autograd's graph, and go with it."""
+    """The metadata of a node of autograd's graph, which goes with it."""
     return node.metadata
 
 
@@ -210,7 +210,7 @@ def _never_split(what: str, ranks: tuple[int, ...]) -> str:
 
 
 def of_a_pickle() -> Callable[..., None]:
-    """In place of a hook that concerns the ranks of a run, in a model that is loaded from a pickle."""
+    """What a hook that concerned the ranks of a run becomes in a pickled model: one that does nothing."""
     return _nothing
 
 

@@ -281,7 +281,7 @@ class CO2:
         self._on_the_way, self.rounds, self.local_steps = sent, ends + 1, 0
 
     def _outer_step(self, bucket: _Bucket) -> None:
-        """With an average that has arrived."""
+        """Take the outer step with an average that has arrived."""
         difference = bucket.outer - bucket.average
         penalty = self._penalty(bucket, difference) if callable(self.gap_penalty) else self.gap_penalty
         bucket.momentum.mul_(self.outer_momentum).add_(difference.div_(penalty))
@@ -309,7 +309,7 @@ class CO2:
         return float(lr) if callable(self.gap_penalty) or not isinstance(lr, Tensor) else 0.0
 
     def _arrive(self) -> None:
-        """Until the average that is on its way is there, on the host or for the stream; once for each."""
+        """Wait until the average that is on its way is there, on the host or for the stream; once for each."""
         sent = self._on_the_way
         if sent is None or not sent.work:
             return
@@ -333,7 +333,7 @@ class CO2:
             check_messages(self._inside, "the outer point", kind, device, facts=facts, where="CO2")
 
     def _compare_settings(self, parameters: Mapping[str, Tensor]) -> None:
-        """Of all replicas, and of the ranks of each; once."""
+        """Compare the settings of all replicas, and of the ranks of each; once."""
         penalty = "a function" if callable(self.gap_penalty) else self.gap_penalty
         fields = {
             "sync_every": self.sync_every,
@@ -440,7 +440,7 @@ class _Bucket:
         return [x.view(_local(p).shape) for x, p in zip(pieces, self.parameters)]
 
     def put(self, part: Tensor) -> None:
-        """Into the parameters, in their dtype."""
+        """Write the outer point into the parameters, in their dtype."""
         for p, x in zip(self.parameters, self.whole(part.to(self.parameters[0].dtype))):
             _local(p).copy_(x)
 
@@ -458,7 +458,7 @@ def _like(p: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(p: Tensor) -> torch.dtype:
-    """In which the outer point is kept: 16 bits would lose what a round adds."""
+    """The dtype in which the outer point is kept: 16 bits would lose what a round adds."""
     return torch.promote_types(p.dtype, torch.float32)
 
 

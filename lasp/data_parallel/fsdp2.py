@@ -143,7 +143,7 @@ def weights_kept(modules: Sequence[FSDPModule]) -> Iterator[None]:
 
 
 def parameters_of(modules: Sequence[FSDPModule]) -> list[Tensor]:
-    """Those that FSDP2 has sharded, whose gradients come once a step."""
+    """The parameters that FSDP2 has sharded, whose gradients come once a step."""
     return [x.sharded_param for module in modules for group in _groups(module) for x in group.fsdp_params]
 
 
@@ -221,7 +221,7 @@ class _Compared:
         self._of_groups: dict[Any, SequenceParallel] = {}
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """As FSDP2 does by default."""
+        """Allocate as FSDP2 does by default."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def compare(self, mine: Tensor, group: ProcessGroup) -> None:

@@ -38,13 +38,13 @@ class AveragedOnce:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around all parts."""
+        """A context around all parts of a step."""
         with fsdp2.weights_kept(self._fsdp):
             yield
 
     @contextlib.contextmanager
     def part(self, *, last: bool) -> Iterator[None]:
-        """Around one forward and its backward."""
+        """A context around one forward and its backward."""
         with contextlib.ExitStack() as stack:
             if not last:
                 for wrapper in _wrappers(self._model):

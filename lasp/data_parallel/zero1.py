@@ -54,7 +54,7 @@ class Zero1(ZeroRedundancyOptimizer):
         return Optimizer.state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a whole state, or of what `state_dict` gave, that which belongs to this rank."""
+        """Take this rank's part of a whole state, or of what `state_dict` gave."""
         Optimizer.load_state_dict(self, state_dict)
         mine = self._mine()
         self.optim.state = defaultdict(dict, {p: state for p, state in self.state.items() if state and p in mine})
@@ -82,7 +82,7 @@ class Zero1(ZeroRedundancyOptimizer):
             self.state[self._all_params[0]] = {}  # type: ignore[attr-defined]
 
     def _sync_params(self) -> None:
-        """At the end of every step."""
+        """Called at the end of every step."""
         with waiting(f"{type(self.optim).__name__} of ZeRO-1: sending the parameters that this rank has updated"):
             super()._sync_params()  # type: ignore[misc]
         self._note_states()

@@ -91,7 +91,7 @@ def start(
 
 
 def count_exchange(sequence: SequenceParallel, traffic: Traffic, *, reverse: bool) -> None:
-    """In the layer's traffic, and unless `validate` is "off" among those that ranks compare (`lasp.checks`)."""
+    """Count it in the layer's traffic and, unless `validate` is "off", in what ranks compare (`lasp.checks`)."""
     if reverse:
         traffic.reverse_exchanges += 1
     else:

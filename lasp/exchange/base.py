@@ -52,7 +52,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Terms:
-    """On what terms a state travels; the same on every rank.
+    """The terms on which a state travels; the same on every rank.
 
     Args:
         reverse: from the last rank to the first.
@@ -99,7 +99,7 @@ class Job:
         return range(0 if reach is None else rank - reach, rank)
 
     def what(self, peer: int | None = None) -> str:
-        """For the error of a peer that fails; a rank as the group counts it, or all."""
+        """What is exchanged with a rank, as the group counts it, or None for all; for the error of a peer that fails."""
         return _what(self.sequence, self.terms.reverse, self.thing, peer)
 
 
@@ -122,15 +122,15 @@ class Schedule(ABC):
 
     @abstractmethod
     def seconds(self, sizes: Sizes, ranks: int, network: Network) -> float:
-        """From the start until the last rank has its state, on an idle card; infinite where it cannot run."""
+        """Seconds from the start until the last rank has its state, on an idle card; infinite where it cannot run."""
 
     def blocks(self, sizes: Sizes, ranks: int, network: Network) -> int:
-        """Into how many a state is cut."""
+        """Into how many blocks a state is cut."""
         return 1
 
     @abstractmethod
     def run(self, job: Job, link: Any, blocks: int) -> Run:
-        """See the module. `link` carries the messages: a `Link`, or where memory is read a turn on the board."""
+        """See the module. `link` carries the messages; where memory is read, it is a turn on the board."""
 
 
 Kind = TypeVar("Kind", bound=type[Schedule])
@@ -307,13 +307,13 @@ def beside(like: Tensor) -> Iterator[None]:
 
 
 def current_stream(x: Tensor) -> torch.cuda.Stream:
-    """Of the device of a tensor on a GPU. (By its number: PyTorch takes several times as long for a `torch.device`.)"""
+    """The current stream of a tensor's GPU. (By number: PyTorch takes several times as long for a `torch.device`.)"""
     return torch.cuda.current_stream(x.device.index)
 
 
 @lru_cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """Of high priority: what it runs is short, and other ranks wait for it."""
+    """The stream of the exchanges, of high priority: what it runs is short, and other ranks wait for it."""
     return torch.cuda.Stream(device, priority=-1)
 
 

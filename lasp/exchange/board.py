@@ -77,7 +77,7 @@ class Board:
         return self._memory[rank][self._half, :size].view(dtype).view(shape)
 
     def end(self) -> None:
-        """No more is written or read in this turn."""
+        """End the turn: no more is written or read in it."""
         if self._memory[0].is_cuda and not torch.cuda.is_current_stream_capturing():
             self._last = torch.cuda.current_stream().record_event()
 
@@ -165,7 +165,7 @@ class _OnGpu:
         self._memory = _symmetric_memory.empty(2 * size, dtype=torch.uint8, device=device)
 
     def join(self, group: ProcessGroup) -> Memory:
-        """With the memory of the others; a collective call."""
+        """Join it with the memory of the others; a collective call."""
         from torch.distributed import _symmetric_memory
 
         process.meetings += 1
@@ -201,7 +201,7 @@ class _InFile:
             raise
 
     def join(self, group: ProcessGroup) -> Memory:
-        """With the files of the others; a collective call. In another container the same name may be another file."""
+        """Join it with the others' files; a collective call. In another container the same name may be another file."""
         found = []
         for path, token in (x.split("\n") for x in texts_of_all(f"{self._path}\n{self._token}", group)):
             with open(path, "rb") as file:  # which must exist: torch would make one
@@ -212,7 +212,7 @@ class _InFile:
         return found, lambda: dist.barrier(group=alive())  # type: ignore[return-value]
 
     def close(self) -> None:
-        """After this the memory goes with the last process that has it."""
+        """Close the file; the memory goes with the last process that has it."""
         os.close(self._descriptor)
         if self._named:
             os.unlink(self._path)

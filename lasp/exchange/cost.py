@@ -64,7 +64,7 @@ def choose(asked: Schedule | None, sizes: Sizes, ranks: int, network: Network, *
 
 
 def _beside_kernels(choice: Choice, hops: int) -> float:
-    """By how long it delays a busy card, roughly."""
+    """Roughly by how long it delays a busy card."""
     if choice.schedule.reads:
         return choice.seconds
     return choice.seconds * UNDER_LOAD * (UNDER_LOAD if choice.schedule.waits_per_hop and hops > 1 else 1)
@@ -115,7 +115,7 @@ def require_direct(sequence: SequenceParallel) -> None:
 
 
 def _device_of(sequence: SequenceParallel) -> torch.device:
-    """On which the group's messages lie."""
+    """The device on which the group's messages lie."""
     nccl = dist.get_backend(sequence.group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -147,7 +147,7 @@ def _seconds_on_cpu(run: Callable[[], None], ready: Tensor, sequence: SequencePa
 
 
 def _seconds_on_gpu(run: Callable[[], None], ready: Tensor, sequence: SequenceParallel) -> float:
-    """Of the stream, not of the host: the card sleeps while the host queues everything."""
+    """Seconds of the stream, not of the host: the card sleeps while the host queues everything."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(4_000_000)  # cycles, some 2 ms
     dist.all_reduce(ready, group=sequence.group)

@@ -24,7 +24,7 @@ class Direct(Schedule):
     reads = True
 
     def needs_equal_lengths(self, ranks: int) -> bool:
-        """Of two ranks, neither needs more than one state of the other."""
+        """Not of two ranks, of which neither needs more than one state of the other."""
         return ranks > 2
 
     def seconds(self, sizes: Sizes, ranks: int, network: Network) -> float:
@@ -87,7 +87,7 @@ class Turn:
         self._met = True
 
     def finish(self) -> None:
-        """After what was read; a rank that has read nothing meets the others here."""
+        """End the turn, after what was read; a rank that has read nothing meets the others here."""
         if not self._met:
             self.meet()
         self.board.end()

@@ -26,7 +26,7 @@ HeadRuns = tuple[tuple[int, int], ...]  # runs of neighbouring heads: first, las
 
 
 def identity(transition: Tensor | None) -> Tensor | None:
-    """Of maps like these that change nothing (beside a state of zeros)."""
+    """The transition of maps like these that change nothing (beside a state of zeros)."""
     if transition is None or transition.ndim == 4:
         return None if transition is None else torch.zeros_like(transition)
     same = torch.zeros_like(transition)
@@ -35,7 +35,7 @@ def identity(transition: Tensor | None) -> Tensor | None:
 
 
 def forgetting(transition: Tensor | None) -> Tensor:
-    """Of maps like these that let nothing pass, as where a sequence begins."""
+    """The transition of maps like these that let nothing pass, as where a sequence begins."""
     if transition is None:
         raise ValueError("a map without transition lets everything pass: a sequence that begins needs a decay")
     return torch.full_like(transition, -math.inf if transition.ndim == 4 else 0.0)
@@ -52,7 +52,7 @@ class StateMap(NamedTuple):
 
     @property
     def all_heads(self) -> HeadRuns:
-        """As one run."""
+        """All heads, as one run."""
         return ((0, self.state.shape[2]),)
 
     @property
@@ -66,14 +66,14 @@ class StateMap(NamedTuple):
         return self.state_numbers + (0 if self.transition is None else math.prod(self.transition.shape[1:]))
 
     def heads(self, heads: HeadRuns) -> StateMap:
-        """The same for some of the heads."""
+        """The map of some of the heads."""
         if heads == self.all_heads:
             return self
         transition = None if self.transition is None else take_heads(self.transition, heads)
         return StateMap(take_heads(self.state, heads), transition)
 
     def columns(self, cut: slice) -> StateMap:
-        """The same for some columns of the state, which no map mixes."""
+        """The map of some columns of the state, which no map mixes."""
         return StateMap(self.state[..., cut], self.transition)
 
     def zeros(self) -> Tensor:
@@ -81,7 +81,7 @@ class StateMap(NamedTuple):
         return torch.zeros_like(self.state[0])
 
     def packed(self, units: int, out: Tensor | None = None) -> Tensor:
-        """As one tensor [units, numbers of a map]; written to `out` if that is given.
+        """The maps as one tensor [units, numbers of a map]; written to `out` if that is given.
 
         What is added behind the own maps are maps that change nothing.
         """

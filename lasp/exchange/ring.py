@@ -23,7 +23,7 @@ class Ring(Schedule):
         return (ranks - 1) * (network.latency + sizes.state / network.bandwidth)
 
     def run(self, job: Job, link: Link, blocks: int) -> Run:
-        """In blocks of columns (one, but for pipeline.py), each folded and sent on as soon as it is there."""
+        """In blocks of columns (one, but for pipeline.py): receive a block, fold, and send it on at once."""
         local, width = job.local, job.local.state.shape[4]
         size = -(-width // blocks)
         parts = [local] if blocks == 1 else [local.columns(slice(n, n + size)) for n in range(0, width, size)]

@@ -56,7 +56,7 @@ class Decoding:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Around steps between which nobody else uses the model; else each step enters it by itself."""
+        """A context around steps between which nobody else uses the model; else each step enters it by itself."""
         if self._inside:
             yield
             return
@@ -124,7 +124,7 @@ class Decoding:
         self._kept[row] = _Row(fixed, self.logits[row].clone(), self.seen[row].clone(), self.lengths[row])
 
     def state(self, *, goes_on: bool) -> InferenceState:
-        """Behind the last step, and of rows that have ended as they were then; a copy if other steps follow."""
+        """The state behind the last step, with rows that have ended as they were then; a copy if other steps follow."""
         self.refuse_torn()
         found = InferenceState(self._session.kept, self.lengths, self.logits, self.seen, self.runner.form)
         if goes_on:
@@ -151,7 +151,7 @@ def _casting_anew() -> Iterator[None]:
 
 
 class _Row(NamedTuple):
-    """That has come to its end. Of keys and values, of which there are ever more, its own part stays as it was."""
+    """A row that has come to its end. Keys and values, of which there are ever more, keep its own part as it was."""
 
     fixed: dict[Key, Tensor]
     logits: Tensor

@@ -364,7 +364,7 @@ def _with_seeds(request: _Request, runner: Runner) -> _Request:
 
 
 def _on_its_way(tokens: Tensor) -> Callable[[], list[int]]:
-    """To the host; the result waits for these tokens, and not for what is queued behind them."""
+    """Start the copy to the host; the result waits for these tokens, and not for what is queued behind them."""
     if tokens.device.type != "cuda":
         return tokens.tolist
     there = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)

@@ -81,7 +81,7 @@ def prefill(
 
 
 def agreement_of(sequence: SequenceParallel, model: nn.Module, name: str) -> Agreement:
-    """Around the checks of a call, which is compared every time: a state of two prompts would be of none."""
+    """The agreement around the checks of a call. All calls are compared: a state of two prompts would be of none."""
     due = sequence.size > 1 and not (isinstance(model, nn.Module) and compares_nothing(model))
     return Agreement(sequence, due=due, before=name)
 
@@ -151,7 +151,7 @@ def run_prompts(runner: Runner, rows: list[Tensor], state: InferenceState | None
 
 
 def _run(runner: Runner, ids: Tensor, state: InferenceState | None, step: int | None) -> InferenceState:
-    """Of rows [B, T] of one length, behind a state of rows of one length, which is changed."""
+    """The state behind rows [B, T] of one length, from a state of rows of one length, which is changed."""
     (B, T), ranks, rank = ids.shape, runner.sequence.size, runner.sequence.rank
     before = 0 if state is None else state.lengths[0]
     step = max(1, _SEGMENT // B) * ranks if step is None else step

@@ -78,7 +78,7 @@ class InferenceState:
         return self.select(range(len(self)))
 
     def to(self, device: Any) -> InferenceState:
-        """On another device; the same tensors where they lie there already."""
+        """The state on another device; the same tensors where they lie there already."""
         where = arguments.device("device", device)
         held = {key: Held(x.to(where), grows) for key, (x, grows) in self.held.items()}
         return InferenceState(held, self.lengths, self.logits.to(where), self.seen.to(where), self.model)

@@ -74,7 +74,7 @@ class WholeCalls:
 
 
 def split_models(model: nn.Module) -> list[tuple[nn.Module, Border]]:
-    """Those in it that `parallelize` has split and whose forward needs a layout, with what stands before it."""
+    """The models in it that `parallelize` has split and whose forward needs a layout, with what stands before it."""
     found: list[tuple[nn.Module, Border]] = []
     for module in model.modules():  # the outer ones first, whose borders stand before models in them too
         if any(module in set(outer.modules()) for outer, _ in found):

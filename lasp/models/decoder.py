@@ -98,7 +98,7 @@ class DecoderConfig:
         return replace(cls(family, 64000, *SIZES[size]), **changes)
 
     def family_of(self, layer: int) -> str:
-        """Of a layer, by the pattern. TransNormer's first half of layers is softmax within blocks."""
+        """The family of a layer, by the pattern. TransNormer's first half of layers is softmax within blocks."""
         if self.pattern[layer % len(self.pattern)] == "S":
             return "softmax"
         in_first_half = layer < self.layers // 2

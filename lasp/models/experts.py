@@ -43,7 +43,7 @@ class GatedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the linear layers of the models here begin: what comes out is unit-sized."""
+        """Draw the weights as the linear layers of the models here begin: what comes out is unit-sized."""
         for weight in (self.value, self.gate):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
         nn.init.normal_(self.out, std=(self.router.chosen * self.out.shape[-1]) ** -0.5)

@@ -28,7 +28,7 @@ from lasp.modules import (
 
 
 class Mixer(nn.Module):
-    """Of `width` channels in `heads` heads. `out` is its last layer."""
+    """A layer of `width` channels in `heads` heads. `out` is its last linear layer."""
 
     out: nn.Linear
 
@@ -237,7 +237,7 @@ def _open_gate(o: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32 at least: decays are."""
+    """x in fp32 at least, as decays are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -249,7 +249,7 @@ def _reset_rates(log_rate: Tensor, rate_bias: Tensor) -> None:
 
 
 def _reset_times(bias: Tensor) -> None:
-    """Of softplus(bias) a time from 0.001 to 0.1, log-uniform."""
+    """Set a bias so that softplus(bias) is a time from 0.001 to 0.1, log-uniform."""
     with torch.no_grad():
         time = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
         bias.copy_(time + torch.log(-torch.expm1(-time)))

@@ -33,12 +33,12 @@ Operands: TypeAlias = RecurrenceOperands | SelectiveOperands
 
 
 def _its_input(x: Tensor, log_decay: Tensor, **_: Any) -> Tensor:
-    """For a trial."""
+    """What replaces the operator in a trial of a model (lasp.checks.trial): each token sees only itself."""
     return x
 
 
 def _its_u(u: Tensor, *_: Any, **__: Any) -> Tensor:
-    """For a trial."""
+    """What replaces the operator in a trial of a model."""
     return u
 
 
@@ -127,7 +127,7 @@ _KINDS = {
 
 
 def name_of(x: Operands) -> str:
-    """Of the operator."""
+    """The name of the operator."""
     return RECURRENCE if isinstance(x, RecurrenceOperands) else SELECTIVE
 
 
@@ -147,7 +147,7 @@ def keeps_states(x: Operands) -> bool:
 
 
 def state_shape(x: Operands) -> tuple[int, ...]:
-    """Without batch and tokens."""
+    """The shape of a state, without batch and tokens."""
     return tuple(x.x.shape[2:] if isinstance(x, RecurrenceOperands) else x.A.shape)
 
 
@@ -261,7 +261,7 @@ def _run(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | N
 
 @stream.in_eager
 def _streamed(x: Operands, layout: ShardLayout | None, sequence: SequenceParallel | None) -> Tensor:
-    """On a segment of a sequence (lasp.ops.stream)."""
+    """The call on one segment (lasp.ops.stream): the state enters from the segment before, and leaves to the next."""
     if (state := stream.held(name_of(x), sequence)) is not None:
         return _one_token(x, state.view(len(state), *state_shape(x)))
     crossing = stream.crossing(name_of(x), sequence)

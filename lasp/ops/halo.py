@@ -47,17 +47,17 @@ NAME = "halo"
 
 
 def _zeros_before(x: Tensor, width: int, **_: Any) -> Tensor:
-    """For a trial."""
+    """What replaces `halo` in a trial of a model (lasp.checks.trial)."""
     return torch.cat([x.new_zeros(x.shape[0], width - 1, *x.shape[2:]), x], 1)
 
 
 def _the_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
-    """For a trial."""
+    """What replaces `causal_conv` in a trial of a model: each token sees only itself."""
     return x
 
 
 def _of_own_tokens(q: Tensor, k: Tensor, v: Tensor, block: int, **_: Any) -> Tensor:
-    """For a trial."""
+    """What replaces `block_attention` in a trial of a model: each token sees only itself."""
     return of_own_tokens(q, k, v, q.shape[2])
 
 
@@ -136,7 +136,7 @@ def _streamed(
     check_arguments: Callable[[], None],
     **compared: object,
 ) -> Brought:
-    """The same on a segment of a sequence: the last tokens of the segment before stand before the first rank's."""
+    """x on one segment of a sequence: the last tokens of the segment before stand before the first rank's."""
     if width != 1 and (last := stream.held(NAME, sequence)) is not None:
         return Brought(_one_token(x, last), None, None)
     call = _checked_call(x, width, layout, sequence, check_arguments, **compared)
@@ -343,7 +343,7 @@ def _streamed_blocks(
 
 
 def _in_block(q: Tensor, keys_and_values: Tensor, positions: Tensor, scale: float | None) -> Tensor:
-    """Of one token in each row [B, 1, H, K], at these positions: over the tokens before it in its own block."""
+    """The attention of one token a row [B, 1, H, K] at these positions, over the tokens before it in its own block."""
     block = keys_and_values.shape[1]
     k, v = keys_and_values.split([q.shape[3], keys_and_values.shape[3] - q.shape[3]], 3)
     places = torch.arange(block, device=q.device)

@@ -156,7 +156,7 @@ def _next_result(frame: Any, pack: PackHook, key: str) -> Tensor:
 
 
 def _pack_hooks() -> list[PackHook]:
-    """Of the saved-tensor hooks in force, from the innermost."""
+    """The saved-tensor hooks in force, from the innermost."""
     private, taken = _private(), []
     assert private is not None
     try:

@@ -26,7 +26,7 @@ from lasp.ranks import SequenceParallel
 
 
 class Key(NamedTuple):
-    """Of a call in every run."""
+    """What tells a call from the others of a run; the same in every run."""
 
     layer: str
     operator: str
@@ -102,13 +102,13 @@ class Session(Carrier):
         return self.room
 
     def largest_position(self) -> int:
-        """Of these."""
+        """The largest position among these."""
         return self.room - 1
 
     # What a call does
 
     def key_of(self, sequence: SequenceParallel, operator: str) -> Key:
-        """Of the call that begins now."""
+        """The key of the call that begins now."""
         place = sequence.name, operator
         self._counts[place] += 1
         return Key(*place, self._counts[place] - 1)
@@ -125,7 +125,7 @@ class Session(Carrier):
         self.kept[key] = Held(x if whole else x.clone(memory_format=torch.contiguous_format))
 
     def held(self, sequence: SequenceParallel, operator: str) -> Tensor | None:
-        """In a step of one token what the call that begins changes in place; None in a segment."""
+        """In a step of one token, what the call that begins changes in place; None in a segment."""
         return self._of(self.key_of(sequence, operator)).x if self._one_token else None
 
     def _of(self, key: Key) -> Held:

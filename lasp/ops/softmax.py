@@ -50,7 +50,7 @@ NAME = "softmax_attention"
 
 
 def _stand_in(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """For a trial."""
+    """What replaces the operator in a trial of a model (lasp.checks.trial): each token sees only itself."""
     return of_own_tokens(q, k, v, q.shape[2])
 
 
@@ -200,7 +200,7 @@ def _in_session(
     key_mask: Tensor | None,
     settings: dict,
 ) -> Tensor:
-    """In a prompt or a step of one token: over all keys and values so far, of which every rank holds those of all."""
+    """The call in a prompt or in a step of one token: over all keys and values so far, which every rank holds."""
     session: Session = sequence.stream
     with begin(NAME, sequence, k) as ranks_agree:
         q, k, v, settings = _checked(q, k, v, None, settings)
@@ -245,7 +245,7 @@ def _queries(
 
 
 class _Facts(NamedTuple):
-    """Of a call on a segment."""
+    """A call on one segment."""
 
     earlier: stream.Earlier
     call: Call
@@ -257,7 +257,7 @@ class _Facts(NamedTuple):
     def pieces(
         self, both: Tensor, real: Tensor | None, *, reverse: bool
     ) -> Iterator[tuple[stream.Segment, tuple[int, ...], Piece]]:
-        """Of earlier segments and at last of this one, the keys and values of all ranks."""
+        """The keys and values of all ranks, of earlier segments and at last of this one."""
         segments = self.earlier.visible(None if self.window is None else self.window - 1)
         for segment, following in itertools.zip_longest(segments, segments[1:]):
             with self.earlier.of(segment, following) as found:
@@ -314,7 +314,7 @@ class _Streamed(torch.autograd.Function):
 
 
 def settings_of(*values: object) -> Kind:
-    """Of a call, besides what its messages show."""
+    """The settings that must agree on all ranks at every call, and do not show in its messages."""
     return tuple(zip(("window", "scale", "softcap", "dropout_p", "query heads", "key_mask"), values))
 
 
@@ -355,7 +355,7 @@ def _attend_in_graph(
     facts: tuple[Tensor | None, Tensor | None, Tensor | None],
     settings: dict,
 ) -> Tensor:
-    """Of the rank whose facts these are; see `facts_of`."""
+    """The attention of the rank that the `facts` name; see `facts_of`."""
     if facts[1] is None:
         return local.softmax_attention(q, k, v, key_mask=key_mask, **settings)
     if settings["dropout_p"]:

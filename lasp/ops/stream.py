@@ -56,7 +56,7 @@ class Segment:
 
 
 class Key(NamedTuple):
-    """Of a call in every segment."""
+    """What tells a call from the others of a segment; the same in every segment."""
 
     layer: int  # the handle of its ranks
     operator: str
@@ -70,7 +70,7 @@ class Carrier:
     segment: Segment | None = None  # that runs now
 
     def key_of(self, sequence: SequenceParallel, operator: str) -> Any:
-        """Of the call that begins now."""
+        """The key of the call that begins now."""
         raise NotImplementedError
 
     def entering(self, key: Any) -> Tensor | None:
@@ -154,7 +154,7 @@ class Stream(Carrier):
     # What a call does
 
     def key_of(self, sequence: SequenceParallel, operator: str) -> Key:
-        """Of the call that begins now."""
+        """The key of the call that begins now."""
         layer = int(sequence.handle)
         self._names[layer] = sequence.name
         here = recompute.reception(f"the border of {operator} of layer {sequence.name!r} {layer}")
@@ -222,7 +222,7 @@ class Stream(Carrier):
     # Tokens that are looked at again
 
     def keep_tokens(self, key: Key, tensors: Sequence[Tensor]) -> None:
-        """Of the segment that runs, for those behind."""
+        """Keep tensors of the segment that runs, for those behind."""
         if self.sweeping and self._segment().continued:
             kept = tuple(Kept(x) for x in tensors)
             for x in kept:
@@ -242,7 +242,7 @@ class Stream(Carrier):
         return kept
 
     def add_of_tokens(self, number: int, key: Key, gradient: Tensor) -> None:
-        """To the gradient of what was kept of an earlier segment."""
+        """Add to the gradient of what was kept of an earlier segment."""
         kept = self._of_tokens.get((number, key))
         if kept is None:
             self._of_tokens[number, key] = Kept(gradient)
@@ -287,16 +287,16 @@ class Earlier:
                 x.put_away()
 
     def add(self, segment: Segment, gradient: Tensor) -> None:
-        """To the gradient of what was kept of an earlier segment."""
+        """Add to the gradient of what was kept of an earlier segment."""
         self._stream.add_of_tokens(segment.number, self._key, gradient)
 
     def gradient(self) -> Tensor | None:
-        """Of this call's own, from all segments behind this one."""
+        """The gradient of this call's own tensors, from all segments behind this one."""
         return self._stream.take_of_tokens(self._key)
 
 
 def earlier(operator: str, sequence: SequenceParallel) -> Earlier:
-    """Of the call that begins, of an operator that looks at all tokens before."""
+    """The earlier tokens that the call which begins now looks at, of an operator that sees all tokens before."""
     return Earlier(sequence.stream, sequence.stream.key_of(sequence, operator))
 
 
@@ -333,14 +333,14 @@ class Crossing:
         return self.segment.layout.packed and len(states) > 1
 
     def initial(self, given: Tensor | None) -> Tensor:
-        """With what came from the segment before in its place."""
+        """The initial states, with what came from the segment before in the first one's place."""
         assert self.entering is not None
         if given is None or not self._has_rows(given):
             return self.entering.detach()
         return torch.cat([self.entering, given[1:].to(self.entering.dtype)])
 
     def give(self, d_initial: Tensor, given: bool) -> Tensor | None:
-        """Of the gradient what is that of `given`; the rest goes to the segment before."""
+        """Hand what entered its gradient, which goes to the segment before; returns that of `given`."""
         assert isinstance(self._stream, Stream)
         if not given or not self._has_rows(d_initial):
             self._stream.give(self._key, d_initial)
@@ -362,7 +362,7 @@ def _crossing(operator: str, sequence: SequenceParallel) -> Crossing:
 
 
 def crossing(operator: str, sequence: Any) -> Crossing | None:
-    """Of the call that begins; None where nothing is streamed, as nearly always."""
+    """The crossing of the call that begins now; None where nothing is streamed, as nearly always."""
     if not isinstance(sequence, SequenceParallel) or sequence.stream is None:
         return None
     return _crossing(operator, sequence)
@@ -374,7 +374,7 @@ def under_way(sequence: Any) -> bool:
 
 
 def held(operator: str, sequence: Any) -> Tensor | None:
-    """Of the call that begins, in a step of one token (`Carrier.held`)."""
+    """What the call that begins now holds, in a step of one token (`Carrier.held`)."""
     return sequence.stream.held(sequence, operator)
 
 
@@ -441,7 +441,7 @@ class Kept:
         x.record_stream(side)
 
     def put_away(self) -> None:
-        """From the GPU, until it is fetched."""
+        """Free it on the GPU, until it is fetched."""
         if self._host is not None:
             self._here = self._arrives = None
 
@@ -455,7 +455,7 @@ class Kept:
                 self._arrives = side.record_event()
 
     def get(self) -> Tensor:
-        """It, on its device."""
+        """The tensor, on its device."""
         self.fetch()
         assert self._here is not None
         if self._arrives is not None:
@@ -465,7 +465,7 @@ class Kept:
         return self._here
 
     def add(self, x: Tensor) -> None:
-        """In place."""
+        """Add x to it in place."""
         total = self.get().add_(x)
         if self._host is not None:
             self._copy_to_host(total)
@@ -482,7 +482,7 @@ class Content:
             self._before.put_away()
 
     def put_back(self) -> None:
-        """As it was."""
+        """Write back what it held."""
         self._x.copy_(self._before.get() if isinstance(self._before, Kept) else self._before)
 
 
@@ -494,5 +494,5 @@ def wait_for_copies(device: torch.device) -> None:
 
 @lru_cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """Of copies to the host and back."""
+    """The stream of copies to the host and back."""
     return torch.cuda.Stream(device)

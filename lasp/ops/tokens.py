@@ -49,7 +49,7 @@ def by_heads(q: Tensor, k: Tensor, sequence: SequenceParallel) -> bool:
 
 
 def shares_of(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> Shares:
-    """Of q [B, T, H*G, K], k [B, T, H, K] and v [B, T, H, V]."""
+    """The shares of q [B, T, H*G, K], k [B, T, H, K] and v [B, T, H, V]."""
     if k.shape[2] < ranks:
         k, v = (x.repeat_interleave(ranks // x.shape[2], 2) for x in (k, v))
     parts = [x.unflatten(2, (ranks, x.shape[2] // ranks)) for x in (q, k, v)]

@@ -98,14 +98,14 @@ def backward(
 
 
 def _runs(x: Tensor, call: Call) -> Iterator[tuple[int, list[Tensor]]]:
-    """Of each run its number and the pieces of its tokens; those of a dense batch are one."""
+    """The number of each run, and its tokens in pieces; a dense batch is one run."""
     offsets = call.shard.runs.cu_seqlens or (0, x.shape[1])
     for run, (start, end) in enumerate(zip(offsets, offsets[1:])):
         yield run, list(x[:, start:end].split(PIECE, 1)) if end > start else []
 
 
 def _sums(y: Tensor, z: Tensor, heads: int, call: Call) -> Tensor:
-    """Of y [B, T, H*G, K] and z [B, T, H*G, V] over the tokens of each run, and G: [runs, H, K, V]."""
+    """The sum of y^T z, y [B, T, H*G, K] and z [B, T, H*G, V], over the tokens of each run and G: [runs, H, K, V]."""
     offsets = call.shard.runs.cu_seqlens
     rows = y.shape[0] if offsets is None else len(offsets) - 1
     found = torch.zeros(rows, heads, y.shape[3], z.shape[3], dtype=state_dtype(y.dtype), device=y.device)
@@ -131,7 +131,7 @@ def _times(y: Tensor, states: Tensor, call: Call, dtype: torch.dtype, *, scale: 
 def _whole(
     sums: Tensor, call: Call, *, of_all: bool, more: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """From what the runs here give, what their whole sequences give; with `of_all` also of all sequences [N, H, K, V].
+    """The sums of whole sequences from those of the runs here; with `of_all` also those of all sequences [N, H, K, V].
 
     `more` [N, H, K, V] is what this rank adds to the sum of each sequence.
     """

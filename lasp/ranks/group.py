@@ -46,7 +46,7 @@ class Peers:
         self.reset()
 
     def reset(self) -> None:
-        """As if nothing had been exchanged yet."""
+        """Forget all, as if nothing had been exchanged yet."""
         self.connected = False  # whether neighbours have exchanged a first message (lasp.exchange)
         self.all_connected = False  # whether all have met in every collective of a step (lasp.ranks.mesh)
         self.busy = False  # whether a state travels while a function of the caller's runs (lasp.ops)
@@ -111,7 +111,7 @@ class Peers:
 
     @property
     def timeout(self) -> timedelta:
-        """After which a rank that does not come is an error."""
+        """The time after which a rank that does not come is an error."""
         return timeout_of(self.group)
 
     def wait(self, work: dist.Work) -> None:
@@ -151,7 +151,7 @@ class _Process:
         return self._made("meshes")
 
     def parts_of_world(self) -> dict[Any, Any]:
-        """By mesh, of tensor parallelism (`lasp.ranks.parts.Ranks.of`), in this life of the process groups."""
+        """By mesh, the ranks of tensor parallelism (`lasp.ranks.parts.Ranks.of`), in this life of the process groups."""
         return self._made("parts")
 
     def _made(self, kind: str) -> dict[Any, Any]:
@@ -182,7 +182,7 @@ def peers_of(group: ProcessGroup) -> Peers:
 
 
 def all_peers() -> list[Peers]:
-    """Of the groups that still exist."""
+    """The `Peers` of all groups that still exist."""
     return [peers for peers in process.peers.values() if peers.exists]
 
 
@@ -206,12 +206,12 @@ def forget_steps() -> None:
 
 
 def timeout_of(group: ProcessGroup) -> timedelta:
-    """After which a rank of the group that does not come is an error."""
+    """The time after which a rank of the group that does not come is an error."""
     return group._get_backend(group._device_types[0]).options._timeout
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """For the world, all groups that lasp has, and all that it will make or be handed."""
+    """Set the timeout of the world, of all groups that lasp has, and of all that it will make or be handed."""
     process.timeout = timeout
     for group in {dist.group.WORLD, *process.peers}:
         if group is not None and peers_of(group).exists and not peers_of(group).fake:

@@ -139,7 +139,7 @@ def _check_arguments(backend: object, timeout: object) -> str:
 
 
 def _of_existing_group(backend: str | None) -> Env:
-    """Of a default process group that exists: made by `init`, or by the caller on all ranks."""
+    """The `Env` of a default process group that exists: made by `init`, or by the caller on all ranks."""
     used, group = str(dist.get_backend()), dist.group.WORLD
     assert group is not None
     if backend is not None and {backend, used} == {"nccl", "gloo"}:
@@ -346,7 +346,7 @@ def _meeting_point_of_mpi(place: Place, timeout: float) -> Place:
 
 
 def _addresses() -> list[str]:
-    """Of this host, those that others may reach: first what its name stands for."""
+    """The addresses of this host that others may reach: first what its name stands for."""
     own = [address for _, address in interfaces()]
     try:
         named = [str(x[4][0]) for x in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]

@@ -17,7 +17,7 @@ from lasp.ranks.sequence import place_in
 
 
 class Ranks:
-    """Those of one layer: the `Parts` of lasp.models.
+    """The ranks of tensor parallelism of one layer: the `Parts` of lasp.models.
 
     Args:
         mesh: the axis "tp".
@@ -61,7 +61,7 @@ class Ranks:
         return found
 
     def gathered(self, x: Tensor) -> Tensor:
-        """See `gather`; it has no gradient of its own."""
+        """x of all ranks, see `gather`; without a gradient."""
         return torch.cat(self.of_each(x).unbind(), -1)
 
     def of_each(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Ranks:
         return torch.stack([found[place] for place in self.in_group])
 
     def of_first(self, x: Tensor) -> None:
-        """Into x what the first rank has."""
+        """Overwrite x with what the first rank has."""
         with waiting(self._what("the sending of the first rank's")):
             dist.broadcast(x, group=self.group, group_src=self.in_group[0])
 
@@ -91,7 +91,7 @@ class Ranks:
 
     @classmethod
     def of(cls, x: DTensor) -> Ranks:
-        """Those over which a tensor is split (`is_split`)."""
+        """The ranks over which a tensor is split (`is_split`)."""
         found = process.parts_of_world().get(x.device_mesh)
         return cls.note(x.device_mesh) if found is None else found
 

@@ -192,7 +192,7 @@ class Presence:
                     self._lines[rank] = _Line((said["address"], said["port"]), here)
 
     def ended(self, ranks: Iterable[int] | None = None) -> list[int]:
-        """Those of the ranks (None: of all) whose process has ended; one of which nothing is known is none."""
+        """The ranks (None: of all) whose process has ended; one of which nothing is known is not among them."""
         others = self._others
         with self._looking:
             watched = [(r, self._lines[r]) for r in (others if ranks is None else ranks) if r in self._lines]
@@ -244,7 +244,7 @@ class Presence:
             return  # the store has gone: what the connections tell is all there is
 
     def _connection(self) -> Any:
-        """To the store of all ranks, of our own: one that waits keeps others out."""
+        """A connection of our own to the store of all ranks: one that waits blocks others."""
         if self._store is None:
             store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
             self._store = PrefixStore("lasp/presence", store)
@@ -321,7 +321,7 @@ def _listener(address: str) -> socket.socket:
 
 
 def _own_address(store: Any) -> str:
-    """By which this host reaches the one that holds the store, and may be reached by others that do."""
+    """The address by which this host reaches the one that holds the store, and by which others may reach it."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if not isinstance(store, TCPStore):

@@ -120,7 +120,7 @@ class SequenceParallel:
         return sum(self.by_operator.values(), Traffic())
 
     def name_of(self, group_rank: int | None) -> str:
-        """For messages: a rank as the group counts it, as a place in the sequence and, where that differs, globally."""
+        """A rank of the group in messages: its place in the sequence and, where that differs, its global rank."""
         if group_rank is None:
             return "the other ranks"
         place = self.in_group.index(group_rank)

@@ -49,7 +49,7 @@ class Watch:
         self._told = False  # whether it was said what this rank waits for
 
     def start(self, timeout: timedelta) -> None:
-        """From now on, until the process groups are destroyed."""
+        """Watch from now on, until the process groups are destroyed."""
         self._timeout, self._rank, self.on = timeout.total_seconds(), dist.get_rank(), True
         if self._thread is None or not self._thread.is_alive():
             self._noted.clear()  # of another life of the process groups

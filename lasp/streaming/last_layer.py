@@ -52,7 +52,7 @@ class _Seen(NamedTuple):
 
 
 class LastLayer:
-    """That of a model, in one step.
+    """The last layer of a model, during one step.
 
     Args:
         model: in whatever wraps it.
@@ -114,7 +114,7 @@ class LastLayer:
         self._given.clear()
 
     def result(self, output: Any) -> SumOfLoss | None:
-        """Of the forward that has ended, which gave this; None if it is logits."""
+        """The loss that the forward which has ended gave; None if it gave logits."""
         logits, self._logits = self._logits, None
         given, self._given = self._given, []
         if self.finding is None:
@@ -238,7 +238,7 @@ def _changes_gradient(given: Tensor, logits: Tensor) -> str:
 
 
 def _linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Linear]]:
-    """Those that may be the last layer of a model; in a list are its blocks, and compiled code reads no forward."""
+    """The layers that may be the last of a model; in a list are its blocks, and compiled code reads no forward."""
     if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
         return
     if isinstance(module, nn.Linear):

@@ -57,7 +57,7 @@ class Loss:
         return local * weight.to(local.dtype)
 
     def beside(self, loss: Tensor) -> Tensor:
-        """Likewise, of a part of a loss that all ranks of a sequence hold alike."""
+        """Likewise for a part of a loss that is no mean over tokens, and that all ranks of a sequence hold alike."""
         now = loss.detach().double()
         self._beside = now if self._beside is None else self._beside + now
         return loss * (self.scale if self.scale_beside is None else self.scale_beside)
@@ -227,7 +227,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _count_beside(total: Tensor, count: Any) -> Tensor:
-    """In fp64, on the device of the sum, for which the host waits for no device."""
+    """The count in fp64 on the device of the sum, without a wait of the host."""
     if isinstance(count, Tensor) and count.numel() == 1 and count.device == total.device:
         return count.detach().double().reshape(())
     on_host = count.numel() == 1 and count.device.type == "cpu" if isinstance(count, Tensor) else True

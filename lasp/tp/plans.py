@@ -24,7 +24,7 @@ MODELS = (TNL, Decoder, LinearTransformer)
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a class of layers; names of submodules and of parameters of its own.
+    """How a class of layers is cut; names of submodules and of parameters of its own.
 
     Args:
         cut: these along their outputs, the first dimension of what they hold: each rank has some heads or channels.

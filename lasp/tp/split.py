@@ -24,7 +24,7 @@ from lasp.tp.plans import MODELS, PLANS, Plan
 
 
 def split(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """In place, over the ranks of the axis "tp"."""
+    """Split the layer in place, over the ranks of the axis "tp"."""
     Ranks.note(mesh)
     for path, module in list(model.named_modules()):
         if (plan := PLANS.get(type(module))) is not None:
