@@ -72,7 +72,7 @@ def _dense(p: Tensor) -> Tensor:
 
 
 def _set_part(p: DTensor, gradient: Tensor) -> None:
-    """Set the gradient of a split parameter (tensor parallelism), as a new tensor: a part may be a view of another's."""
+    """Set the gradient of a parameter in parts, as a new tensor: a part may be a view of another's."""
     part = gradient.view_as(part_of(p)).clone()
     p.grad = DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)
 

@@ -18,10 +18,10 @@ from lasp.exchange.base import (
     Link,
     Network,
     Pending,
-    Run,
     Schedule,
     Sizes,
     Terms,
+    Transfer,
     beside,
     heads_in,
     queue,
@@ -169,7 +169,7 @@ def _map_bytes(local: StateMap, units: int, *, near: bool) -> int:
     return (local.state_numbers if near else units * local.map_numbers) * local.state.element_size()
 
 
-def _both_ways(job: Job, links: list[Link], schedule: Schedule, route: _Route) -> Run:
+def _both_ways(job: Job, links: list[Link], schedule: Schedule, route: _Route) -> Transfer:
     """The far heads as chosen, the others to the neighbour; both at the same time.
 
     Itself a schedule, so that what is made here is made on the stream that uses it.

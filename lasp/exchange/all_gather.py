@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from lasp.exchange.base import Job, Link, Network, Run, Schedule, Sizes, schedule
+from lasp.exchange.base import Job, Link, Network, Schedule, Sizes, Transfer, schedule
 from lasp.ranks import waiting
 from lasp.ranks.collectives import start_all_gather
 
@@ -28,7 +28,7 @@ class AllGather(Schedule):
             return math.inf
         return (ranks - 1) * (network.collective_latency + sizes.gathered / network.collective_bandwidth)
 
-    def run(self, job: Job, link: Link, blocks: int) -> Run:
+    def run(self, job: Job, link: Link, blocks: int) -> Transfer:
         """`units` maps a rank, the most that any rank has; those that have less add maps that change nothing."""
         sequence, local = job.sequence, job.local
         if sequence.size == 1:

@@ -24,7 +24,8 @@ from lasp.exchange.maps import Fold, HeadRuns, StateMap
 from lasp.ranks import SCHEDULES, SequenceParallel, Traffic, waiting
 from lasp.ranks.watch import watch
 
-Run = Generator[None, None, Tensor]
+Transfer = Generator[None, None, Tensor]
+"""What `Schedule.run` returns, see the module; its value is the state that enters."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Job:
         return range(0 if reach is None else rank - reach, rank)
 
     def what(self, peer: int | None = None) -> str:
-        """What is exchanged with a rank, as the group counts it, or None for all; for the error of a peer that fails."""
+        """What is exchanged with a rank, as the group counts it, or None for all, for the error of a peer."""
         return _what(self.sequence, self.terms.reverse, self.thing, peer)
 
 
@@ -129,14 +130,14 @@ class Schedule(ABC):
         return 1
 
     @abstractmethod
-    def run(self, job: Job, link: Any, blocks: int) -> Run:
+    def run(self, job: Job, link: Any, blocks: int) -> Transfer:
         """See the module. `link` carries the messages; where memory is read, it is a turn on the board."""
 
 
-Kind = TypeVar("Kind", bound=type[Schedule])
+ScheduleClass = TypeVar("ScheduleClass", bound=type[Schedule])
 
 
-def schedule(cls: Kind) -> Kind:
+def schedule(cls: ScheduleClass) -> ScheduleClass:
     """Class decorator: what `exchange=cls.name` takes from now on."""
     SCHEDULES[cls.name] = cls()
     return cls
@@ -217,11 +218,11 @@ class Closing(Protocol):
         ...
 
 
-def queue(run: Run, closing: Sequence[Closing], inputs: Sequence[Tensor], *, beside: bool) -> Pending:
+def queue(transfer: Transfer, closing: Sequence[Closing], inputs: Sequence[Tensor], *, beside: bool) -> Pending:
     """Begin what a schedule does with `inputs`; on a GPU `beside` the caller's stream, or before all that follows."""
     if not inputs[0].is_cuda:
-        return RunningInWait(run, closing)
-    pending = RunningBeside(run, closing, inputs) if beside else Inline(run, closing)
+        return RunningInWait(transfer, closing)
+    pending = RunningBeside(transfer, closing, inputs) if beside else Inline(transfer, closing)
     if watch.on and not torch.cuda.is_current_stream_capturing():
         _note(pending, closing[0].job, inputs[0])
     return pending
@@ -238,13 +239,13 @@ def _note(pending: RunningBeside | Inline, job: Job, like: Tensor) -> None:
 class RunningInWait:
     """An exchange on a CPU: what must wait for other ranks happens in `wait`."""
 
-    def __init__(self, run: Run, closing: Sequence[Closing]):
-        self._run, self._closing = run, closing
-        next(run)
+    def __init__(self, transfer: Transfer, closing: Sequence[Closing]):
+        self._transfer, self._closing = transfer, closing
+        next(transfer)
 
     def wait(self) -> Tensor:
         """Receive, fold, send on; see `Pending`."""
-        entering = result(self._run)
+        entering = result(self._transfer)
         for each in self._closing:
             each.finish()
         return entering
@@ -253,9 +254,9 @@ class RunningInWait:
 class Inline:
     """An exchange that was queued on the caller's own stream, before all that follows; on gloo the host waits here."""
 
-    def __init__(self, run: Run, closing: Sequence[Closing]):
-        next(run)
-        self._entering = result(run)
+    def __init__(self, transfer: Transfer, closing: Sequence[Closing]):
+        next(transfer)
+        self._entering = result(transfer)
         for each in closing:
             each.finish()
 
@@ -267,12 +268,12 @@ class Inline:
 class RunningBeside:
     """An exchange on a GPU, queued as a whole on a stream of its own, so that the caller's goes on."""
 
-    def __init__(self, run: Run, closing: Sequence[Closing], inputs: Sequence[Tensor]):
+    def __init__(self, transfer: Transfer, closing: Sequence[Closing], inputs: Sequence[Tensor]):
         side = _side_stream(inputs[0].device.index)
         side.wait_stream(current_stream(inputs[0]))
         with torch.cuda.stream(side):
-            next(run)
-            self._entering = result(run)
+            next(transfer)
+            self._entering = result(transfer)
             # What is captured in a CUDA graph must end on the stream on which it began; else sends need not be awaited.
             at_end = torch.cuda.is_current_stream_capturing() or any(each.joins for each in closing)
             arrived = None if at_end else side.record_event()
@@ -317,10 +318,10 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def result(run: Run) -> Tensor:
+def result(transfer: Transfer) -> Tensor:
     """Run a schedule from its yield to its end."""
     try:
-        next(run)
+        next(transfer)
     except StopIteration as stop:
         return stop.value
     raise AssertionError("a schedule yields once")

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from lasp.exchange.base import Job, Network, Run, Schedule, Sizes, schedule
+from lasp.exchange.base import Job, Network, Schedule, Sizes, Transfer, schedule
 from lasp.exchange.board import Board
 from lasp.ranks import waiting
 
@@ -35,7 +35,7 @@ class Direct(Schedule):
             return math.inf
         return network.direct_latency + (ranks - 1) * sizes.read / network.direct_bandwidth
 
-    def run(self, job: Job, link: Turn, blocks: int) -> Run:
+    def run(self, job: Job, link: Turn, blocks: int) -> Transfer:
         """`units` maps a rank, the most that any rank has; if all heads are near, one state of each."""
         sequence, local = job.sequence, job.local
         before, behind = job.before, range(sequence.rank + 1, sequence.size)

@@ -7,7 +7,7 @@ name: it serves the heads that need no more, under every schedule that sends mes
 
 from __future__ import annotations
 
-from lasp.exchange.base import Job, Link, Network, Run, Schedule, Sizes
+from lasp.exchange.base import Job, Link, Network, Schedule, Sizes, Transfer
 
 
 class Neighbour(Schedule):
@@ -19,7 +19,7 @@ class Neighbour(Schedule):
         """See `Schedule`."""
         return 0.0 if ranks < 2 else network.latency + sizes.state / network.bandwidth
 
-    def run(self, job: Job, link: Link, blocks: int) -> Run:
+    def run(self, job: Job, link: Link, blocks: int) -> Transfer:
         """NCCL runs the messages of a rank one after the other: so every other rank begins with its receipt.
 
         Otherwise the first hop would have to end before the second can begin, and so on.

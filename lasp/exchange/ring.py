@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lasp.exchange.base import Job, Link, Network, Run, Schedule, Sizes, schedule
+from lasp.exchange.base import Job, Link, Network, Schedule, Sizes, Transfer, schedule
 
 
 @schedule
@@ -22,7 +22,7 @@ class Ring(Schedule):
         """See `Schedule`."""
         return (ranks - 1) * (network.latency + sizes.state / network.bandwidth)
 
-    def run(self, job: Job, link: Link, blocks: int) -> Run:
+    def run(self, job: Job, link: Link, blocks: int) -> Transfer:
         """In blocks of columns (one, but for pipeline.py): receive a block, fold, and send it on at once."""
         local, width = job.local, job.local.state.shape[4]
         size = -(-width // blocks)

@@ -18,7 +18,7 @@ from lasp.inference.prefill import (
     check_state,
     checked_prompts,
     compares_nothing,
-    facts_of,
+    prompt_checksums,
     run_prompts,
 )
 from lasp.inference.run import Runner, as_usual, sequence_of
@@ -281,7 +281,7 @@ def _stream(model: nn.Module, ids: Any, mesh: Any, streamer: Any, name: str, giv
         request = _request(options, rows, ends, padding)
         told = {**options, "segment": segment, "cuda_graph": cuda_graph, "stop": request.stop, "most": request.most}
         told = {x: value for x, value in told.items() if not isinstance(value, Tensor)}
-        ranks_agree.settle(lambda: told, lambda: {"prompts": facts_of(prompts, state)})
+        ranks_agree.settle(lambda: told, lambda: {"prompts": prompt_checksums(prompts, state)})
     if request.sampling.do_sample and given["seed"] is None:
         _refuse_parts(runner)
         request = _with_seeds(request, runner)

@@ -75,7 +75,7 @@ def prefill(
             raise ValueError(f"to must be one of the {runner.sequence.size} ranks of the sequence, got {to}")
         if runner.foreign:
             check_cache(runner)
-        ranks_agree.settle(lambda: {"segment": segment, "to": to}, lambda: {"prompts": facts_of(rows, state)})
+        ranks_agree.settle(lambda: {"segment": segment, "to": to}, lambda: {"prompts": prompt_checksums(rows, state)})
     found = run_prompts(runner, rows, state, step)
     return found if to is None or to == runner.sequence.rank else None
 
@@ -125,7 +125,7 @@ def check_state(runner: Runner, state: Any, rows: int | None) -> None:
     state.check("state", runner.form, runner.device, rows)
 
 
-def facts_of(rows: list[Tensor], state: InferenceState | None) -> dict[str, str]:
+def prompt_checksums(rows: list[Tensor], state: InferenceState | None) -> dict[str, str]:
     """What ranks must hold alike."""
     found = {f"row {number}": row for number, row in enumerate(rows)}
     if state is not None:

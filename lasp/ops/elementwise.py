@@ -111,7 +111,7 @@ def selective_scan(
     return _run(SelectiveOperands(u, dt, A, B, C), layout, sequence)
 
 
-class Kind(NamedTuple):
+class _Operator(NamedTuple):
     """What differs between the two operators."""
 
     operands: type[Operands]
@@ -120,9 +120,9 @@ class Kind(NamedTuple):
     decay: str  # the form of its log-decays
 
 
-_KINDS = {
-    RECURRENCE: Kind(RecurrenceOperands, lambda x: check_recurrence_inputs(*x), ("x", "log_decay"), "[B, T, ...]"),
-    SELECTIVE: Kind(SelectiveOperands, check_selective_inputs, ("u", "dt", "B", "C"), "dt A"),
+_OPERATORS = {
+    RECURRENCE: _Operator(RecurrenceOperands, lambda x: check_recurrence_inputs(*x), ("x", "log_decay"), "[B, T, ...]"),
+    SELECTIVE: _Operator(SelectiveOperands, check_selective_inputs, ("u", "dt", "B", "C"), "dt A"),
 }
 
 
@@ -133,7 +133,7 @@ def name_of(x: Operands) -> str:
 
 def operands_of(operator: str, tensors: Sequence[Tensor]) -> Operands:
     """The inverse of `name_of` and `list`."""
-    return _KINDS[operator].operands(*tensors)
+    return _OPERATORS[operator].operands(*tensors)
 
 
 def keeps_result(x: Operands) -> bool:
@@ -164,7 +164,7 @@ def checked_call(
 ) -> Call:
     """The call of these arguments; raises where they do not fit."""
     operator = name_of(x)
-    _KINDS[operator].check(x)
+    _OPERATORS[operator].check(x)
     settings = tuple((f"dtype of {name}", str(y.dtype)) for name, y in x._asdict().items())
     return call_of(operator, x[0], layout, sequence, name=x._fields[0], settings=settings, edges=edges)
 
@@ -193,12 +193,12 @@ def start(
                 ranks_agree.settle(lambda: _fingerprint(x, call, gradient))
             if call.sequence is not None:
                 call.traffic.kernels = kernels.elementwise_path(x)
-                call.traffic.decay = _KINDS[call.operator].decay
+                call.traffic.decay = _OPERATORS[call.operator].decay
             return call, Started(steps, maps, call.enter(steps, maps, initial_state, at_once=True))
 
 
 def _fingerprint(x: Operands, call: Call, gradient: bool) -> dict[str, object]:
-    tensors, of_tokens = x._asdict(), _KINDS[call.operator].of_tokens
+    tensors, of_tokens = x._asdict(), _OPERATORS[call.operator].of_tokens
     whole = {name: [*y.shape, str(y.dtype)] for name, y in tensors.items() if name not in of_tokens}
     return call.fingerprint({name: tensors[name] for name in of_tokens}, **whole, gradient=gradient)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lasp import arguments, exchange
 from lasp.checks.trial import operator
 from lasp.exchange import Job, Link, StateMap, Terms
-from lasp.exchange.base import Run
+from lasp.exchange.base import Transfer
 from lasp.layout import ShardLayout
 from lasp.ops import recompute, stream
 from lasp.ops.call import (
@@ -145,7 +145,7 @@ def _streamed(
     crossing = stream.crossing(NAME, sequence)
     assert crossing is not None
     entering = crossing.enter(None, x)
-    border = Border(entering is not None, crossing.segment.before, crossing.leaves)
+    border = SegmentBorder(entering is not None, crossing.segment.before, crossing.leaves)
     y, tail = _Halo.apply(x, int(width), call, border, entering)  # type: ignore[misc]
     return Brought(crossing.leave(y, tail), call.shard.runs.cu_seqlens, _before(call, border))
 
@@ -190,7 +190,7 @@ def _checked_call(
     return call
 
 
-class Border(NamedTuple):
+class SegmentBorder(NamedTuple):
     """What a segment of a streamed sequence has before its first token."""
 
     enters: bool  # whether something does: [B, width - 1, ...], on every rank
@@ -369,7 +369,7 @@ def check(x: Tensor, width: int) -> None:
 
 
 def with_halo(
-    x: Tensor, width: int, call: Call, border: Border | None = None, entering: Tensor | None = None
+    x: Tensor, width: int, call: Call, border: SegmentBorder | None = None, entering: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Forward of `halo`; and for a segment of a stream its last width - 1 tokens, on every rank."""
     reach = width - 1
@@ -395,7 +395,7 @@ def _leaving(x: Tensor, received: Tensor, call: Call) -> Tensor:
 
 
 def without_halo(
-    dy: Tensor, width: int, call: Call, border: Border | None = None, d_leaving: Tensor | None = None
+    dy: Tensor, width: int, call: Call, border: SegmentBorder | None = None, d_leaving: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Backward of `halo`: from the gradients of its results that of x, and of a border's tokens."""
     reach = width - 1
@@ -419,7 +419,7 @@ def without_halo(
     return dx, tail.after(arrived) if first else torch.zeros_like(d_before)
 
 
-def _before(call: Call, border: Border | None) -> int | None:
+def _before(call: Call, border: SegmentBorder | None) -> int | None:
     """How many tokens of the document of this rank's first token lie before it; None where no layout tells."""
     known = call.shard.tokens_before
     if known is None or border is None:
@@ -428,7 +428,7 @@ def _before(call: Call, border: Border | None) -> int | None:
     return known if in_segment else known + border.before  # that document did not begin in this segment
 
 
-def _seen(call: Call, reach: int, border: Border | None) -> int:
+def _seen(call: Call, reach: int, border: SegmentBorder | None) -> int:
     """How many of the `reach` tokens before this rank belong to the document of its first token."""
     known = _before(call, border)
     return reach if known is None else min(reach, known)
@@ -495,7 +495,7 @@ def _travel(tail: _Tail, call: Call, entering: Tensor | None, *, reverse: bool) 
     return exchange.queue(_pass_on(tail, link, entering), [link], [tail.tokens], beside=False).wait()
 
 
-def _pass_on(tail: _Tail, link: Link, entering: Tensor | None) -> Run:
+def _pass_on(tail: _Tail, link: Link, entering: Tensor | None) -> Transfer:
     """NCCL runs the messages of a rank one after the other, so every other rank begins with its receipt."""
     incoming, sends_first = None, tail.complete and link.sequence.rank % 2 == 0
     if sends_first and link.target is not None:

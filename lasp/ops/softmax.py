@@ -119,25 +119,49 @@ def softmax_attention(
         q, k, v, settings = _checked(q, k, v, key_mask, settings)
         documents = Shard.of(k, layout, sequence).runs.cu_seqlens
         return local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
+    q, k, v, settings, call, gradient = _agreed(q, k, v, key_mask, layout, sequence, settings)
+    lengths = _lengths(k, call)
+    if tokens.by_heads(q, k, sequence):
+        return _by_heads(q, k, v, key_mask, lengths, call, settings)
+    both = tokens.gathered(_side_by_side(k, v, gradient), lengths, call)
+    if key_mask is not None:
+        key_mask = tokens.gather(key_mask.to(torch.uint8), lengths, call).bool()
+    o = _attend(q, both, k.shape[3], key_mask, ShardLayout(lengths, layout and layout.cu_seqlens), sequence, settings)
+    return _Join.apply(o, both)  # type: ignore[return-value]
+
+
+def _agreed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    layout: ShardLayout | None,
+    sequence: SequenceParallel,
+    settings: dict,
+) -> tuple[Tensor, Tensor, Tensor, dict, Call, bool]:
+    """The checked arguments, the call on which the ranks have agreed, and whether backward will come to it."""
     with begin(NAME, sequence, k) as ranks_agree:
         q, k, v, settings = _checked(q, k, v, key_mask, settings)
+        if sequence.stream is not None and settings["dropout_p"]:
+            raise ValueError(
+                f"dropout_p must be 0 in a model that lasp.stream_backward runs, got {settings['dropout_p']}: weights "
+                "are never formed for all keys at once"
+            )
         told = settings_of(*settings.values(), q.shape[2], key_mask is not None)
         call = call_of(NAME, k, layout, sequence, settings=told)
         gradient = wants_gradient(q, k, v)
         if ranks_agree is not None:
             tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask}
             ranks_agree.settle(lambda: call.fingerprint(tensors, gradient=gradient, **settings))
-    lengths = _lengths(k, call)
-    if tokens.by_heads(q, k, sequence):
-        return _by_heads(q, k, v, key_mask, lengths, call, settings)
+    return q, k, v, settings, call, gradient
+
+
+def _side_by_side(k: Tensor, v: Tensor, gradient: bool) -> Tensor:
+    """[B, T, H, K + V], for one message."""
     both = torch.cat([k, v], -1)
     if gradient and not both.requires_grad:  # ranks whose keys are trained wait for what this one did with them
         both.requires_grad_()
-    both = tokens.gathered(both, lengths, call)
-    if key_mask is not None:
-        key_mask = tokens.gather(key_mask.to(torch.uint8), lengths, call).bool()
-    o = _attend(q, both, k.shape[3], key_mask, ShardLayout(lengths, layout and layout.cu_seqlens), sequence, settings)
-    return _Join.apply(o, both)  # type: ignore[return-value]
+    return both
 
 
 def _by_heads(
@@ -166,28 +190,14 @@ def _streamed(
 ) -> Tensor:
     """On a segment of a sequence (lasp.ops.stream): over the keys and values of earlier ones, which lie on the host of
     the rank whose tokens they are, and come piece by piece."""
-    with begin(NAME, sequence, k) as ranks_agree:
-        q, k, v, settings = _checked(q, k, v, key_mask, settings)
-        if settings["dropout_p"]:
-            raise ValueError(
-                f"dropout_p must be 0 in a model that lasp.stream_backward runs, got {settings['dropout_p']}: weights "
-                "are never formed for all keys at once"
-            )
-        told = settings_of(*settings.values(), q.shape[2], key_mask is not None)
-        call = call_of(NAME, k, layout, sequence, settings=told)
-        gradient = wants_gradient(q, k, v)
-        if ranks_agree is not None:
-            tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask}
-            ranks_agree.settle(lambda: call.fingerprint(tensors, gradient=gradient, **settings))
+    q, k, v, settings, call, gradient = _agreed(q, k, v, key_mask, layout, sequence, settings)
     earlier = stream.earlier(NAME, sequence)
-    both = torch.cat([k, v], -1)
-    if gradient and not both.requires_grad:  # ranks whose keys are trained wait for what this one did with them
-        both.requires_grad_()
+    both = _side_by_side(k, v, gradient)
     real = None if key_mask is None else key_mask.to(torch.uint8)
     earlier.keep(both, *([] if real is None else [real]))
     own = (earlier.segment.layout if layout is None else layout).lengths
     queries = _queries(q.shape[1], k.shape[2], own, sequence.rank, earlier.segment, q, settings)
-    return _Streamed.apply(q, both, real, _Facts(earlier, call, own, queries, k.shape[3], settings["window"]))  # type: ignore[return-value]
+    return _Streamed.apply(q, both, real, _SegmentCall(earlier, call, own, queries, k.shape[3], settings["window"]))  # type: ignore[return-value]
 
 
 @stream.in_eager
@@ -244,7 +254,7 @@ def _queries(
     return Queries(segment.start + start, first + segment.start, groups, scale, settings["softcap"])
 
 
-class _Facts(NamedTuple):
+class _SegmentCall(NamedTuple):
     """A call on one segment."""
 
     earlier: stream.Earlier
@@ -280,14 +290,14 @@ class _Streamed(torch.autograd.Function):
     """Attention of this rank's queries; its own keys and values get the gradients of all that look at them."""
 
     @staticmethod
-    def forward(ctx, q, both, real, facts):
-        ctx.facts, ctx.dtypes = facts, (q.dtype, both.dtype)
-        of_o, of_lse = facts.call.reception(), facts.call.reception()
+    def forward(ctx, q, both, real, segment_call):
+        ctx.segment_call, ctx.dtypes = segment_call, (q.dtype, both.dtype)
+        of_o, of_lse = segment_call.call.reception(), segment_call.call.reception()
         o, lse = of_o.result, of_lse.result
         if o is None or lse is None:
-            attended = Attended(q, both.shape[3] - facts.key_dim, facts.queries)
+            attended = Attended(q, both.shape[3] - segment_call.key_dim, segment_call.queries)
             with no_autocast(q.device.type):
-                for _, _, piece in facts.pieces(both, real, reverse=False):
+                for _, _, piece in segment_call.pieces(both, real, reverse=False):
                     attended.see(piece)
             o, lse = of_o.keep(attended.output().to(q.dtype)), of_lse.keep(attended.lse)
         ctx.save_for_backward(q, both, real, o.detach(), lse)
@@ -297,18 +307,18 @@ class _Streamed(torch.autograd.Function):
     @no_second_derivative("lasp.softmax_attention")
     def backward(ctx, do):
         q, both, real, o, lse = ctx.saved_tensors
-        facts: _Facts = ctx.facts
-        found = Gradients(q, o, lse, do, facts.queries)
+        segment_call: _SegmentCall = ctx.segment_call
+        found = Gradients(q, o, lse, do, segment_call.queries)
         mine = None
         with no_autocast(q.device.type):
-            for segment, lengths, piece in facts.pieces(both, real, reverse=True):
+            for segment, lengths, piece in segment_call.pieces(both, real, reverse=True):
                 mine = torch.cat(found.of(piece), -1)
-                if facts.call.sequence is not None:
-                    mine = tokens.scatter(mine, lengths, facts.call)
-                if segment is not facts.earlier.segment:
-                    facts.earlier.add(segment, mine)
+                if segment_call.call.sequence is not None:
+                    mine = tokens.scatter(mine, lengths, segment_call.call)
+                if segment is not segment_call.earlier.segment:
+                    segment_call.earlier.add(segment, mine)
         assert mine is not None
-        if (behind := facts.earlier.gradient()) is not None:
+        if (behind := segment_call.earlier.gradient()) is not None:
             mine = mine + behind
         return found.of_queries().to(ctx.dtypes[0]), mine.to(ctx.dtypes[1]), None, None
 

@@ -151,7 +151,7 @@ class _Process:
         return self._made("meshes")
 
     def parts_of_world(self) -> dict[Any, Any]:
-        """By mesh, the ranks of tensor parallelism (`lasp.ranks.parts.Ranks.of`), in this life of the process groups."""
+        """The ranks of tensor parallelism by mesh (`lasp.ranks.parts.Ranks.of`), in this life of the groups."""
         return self._made("parts")
 
     def _made(self, kind: str) -> dict[Any, Any]:

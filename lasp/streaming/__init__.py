@@ -108,7 +108,7 @@ def stream_backward(
         make_loss = loss_maker(loss_fn, ignore_index, mesh, scale)
         bar = _Bar(progress)
         options = {"segment": segment, "balance": balance, "shift_labels": shift_labels, "ignore_index": ignore_index}
-        ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(whole)})
+        ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _batch_checksums(whole)})
     loss = make_loss()
     step = streamed.fitting(whole, make_loss) if step is None else step
     found = streamed.backward(whole, step, loss, bar)
@@ -194,7 +194,7 @@ def _scale(value: Any) -> float | Tensor:
     return arguments.number("loss_scale", value)
 
 
-def _facts(whole: Whole) -> dict[str, str]:
+def _batch_checksums(whole: Whole) -> dict[str, str]:
     """What ranks must hold alike."""
     tensors = {name: x for name, x in whole.values.items() if whole.dims[name] is not None}
     if whole.offsets is not None:
