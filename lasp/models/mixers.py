@@ -231,30 +231,6 @@ class Mamba2(Mixer):
         return self.out(self.norm(o * F.silu(self.gate(x))))
 
 
-def _open_gate(o: Tensor, x: Tensor) -> Tensor:
-    """Ones [B, T, H * V], in x's dtype, for o [B, T, H, V]."""
-    return x.new_ones(*o.shape[:2], o.shape[2] * o.shape[3])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in fp32 at least, as decays are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _reset_rates(log_rate: Tensor, rate_bias: Tensor) -> None:
-    """Rates from 1 to 16, and times."""
-    with torch.no_grad():
-        log_rate.uniform_(1, 16).log_()
-    _reset_times(rate_bias)
-
-
-def _reset_times(bias: Tensor) -> None:
-    """Set a bias so that softplus(bias) is a time from 0.001 to 0.1, log-uniform."""
-    with torch.no_grad():
-        time = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
-        bias.copy_(time + torch.log(-torch.expm1(-time)))
-
-
 class HGRN(Mixer):
     """A gated recurrence of each channel (HGRN, arXiv 2311.04823, section 3), of real numbers, without heads.
 
@@ -356,19 +332,6 @@ class RGLRU(Mixer):
         new = torch.sqrt(_above_zero(-torch.expm1(2 * log_a))) * opened[0] * u
         h = self.recurrence(new.to(u.dtype), log_a, layout=layout)
         return self.out(h * F.gelu(self.gate(x)))
-
-
-def _above_zero(x: Tensor) -> Tensor:
-    """Not below the smallest normal number: of 0 a logarithm is infinite, and so is the gradient of a root."""
-    return x.clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def _bounded_gate(logits: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The logarithm of a forget gate that is no less than the bound, and 1 - gate."""
-    if lower_bound is None:  # of small gates the logarithm of the sigmoid keeps its digits
-        return F.logsigmoid(logits), torch.sigmoid(-logits)
-    gate = _above_zero(lower_bound + (1 - lower_bound) * torch.sigmoid(logits))
-    return gate.log(), (1 - lower_bound) * torch.sigmoid(-logits)
 
 
 class KDA(DeltaNet):
@@ -477,6 +440,46 @@ class NormAttention(Mixer):
         # As a function q is made while the state of k and v travels, where the sequence is split.
         o = self.attention(lambda: self._split(F.elu(self.query(x)) + 1), k, v, layout=layout)
         return norm_gate_linear(o, _open_gate(o, x), self.out)
+
+
+# What they share
+
+
+def _open_gate(o: Tensor, x: Tensor) -> Tensor:
+    """Ones [B, T, H * V], in x's dtype, for o [B, T, H, V]."""
+    return x.new_ones(*o.shape[:2], o.shape[2] * o.shape[3])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32 at least, as decays are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _reset_rates(log_rate: Tensor, rate_bias: Tensor) -> None:
+    """Rates from 1 to 16, and times."""
+    with torch.no_grad():
+        log_rate.uniform_(1, 16).log_()
+    _reset_times(rate_bias)
+
+
+def _reset_times(bias: Tensor) -> None:
+    """Set a bias so that softplus(bias) is a time from 0.001 to 0.1, log-uniform."""
+    with torch.no_grad():
+        time = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+        bias.copy_(time + torch.log(-torch.expm1(-time)))
+
+
+def _above_zero(x: Tensor) -> Tensor:
+    """Not below the smallest normal number: of 0 a logarithm is infinite, and so is the gradient of a root."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _bounded_gate(logits: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logarithm of a forget gate that is no less than the bound, and 1 - gate."""
+    if lower_bound is None:  # of small gates the logarithm of the sigmoid keeps its digits
+        return F.logsigmoid(logits), torch.sigmoid(-logits)
+    gate = _above_zero(lower_bound + (1 - lower_bound) * torch.sigmoid(logits))
+    return gate.log(), (1 - lower_bound) * torch.sigmoid(-logits)
 
 
 MIXERS: dict[str, type[Mixer]] = {
