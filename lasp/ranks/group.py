@@ -49,37 +49,38 @@ class Peers:
         """Forget all, as if nothing had been exchanged yet."""
         self.connected = False  # whether neighbours have exchanged a first message (lasp.exchange)
         self.all_connected = False  # whether all have met in every collective of a step (lasp.ranks.mesh)
-        self.busy = False  # whether a state travels while a function of the caller's runs (lasp.ops)
+        self.busy = False  # whether a state travels while a function of the caller's makes q (lasp.ops)
         self.network: Any = None  # lasp.exchange.cost.Network: what was measured between the ranks
         self.board: Any = None  # lasp.exchange.board.Board: memory that the ranks read from each other
-        self.refusal: str | None = None  # why there can be no board; empty if there may be; None: not asked yet
-        # What ranks compare (lasp.checks)
-        self.exchanges: Counter[tuple[str, bool]] = Counter()  # of a layer, in a direction, since the last comparison
-        self.order = 0  # a checksum of their order
-        self.facts: dict[Any, None] = {}  # layers, operators and what was told of their calls, since then
-        self.layouts: tuple[int, int] = (0, 0)  # how many calls had one, and a checksum of these
-        self.autocast: dict[str | None, None] = {}  # modes of calls since then; None: it is not known of compiled code
-        self.settings: dict[str, list[str]] = {}  # of optimizers that have stepped since then
-        self.steps = 0  # of optimizers of split models since the last comparison
-        self.usual_steps = 1  # of them from one comparison to the next
-        self.compared_steps = 0
-        self.models: list[weakref.ref[Any]] = []  # that are split over these ranks
+        self.refusal: str | None = None  # why there can be no board; empty if there can; None: not asked yet
+        # What ranks compare before an optimizer steps (lasp.checks), since the last comparison
+        self.exchanges: Counter[tuple[str, bool]] = Counter()  # how many, by layer and direction
+        self.order = 0  # a checksum of the order of the exchanges
+        self.facts: dict[Any, None] = {}  # settings of the calls, with layer and operator
+        self.layouts: tuple[int, int] = (0, 0)  # how many calls had a layout, and a checksum of the layouts
+        self.autocast: dict[str | None, None] = {}  # autocast modes of the calls; None: of compiled code, not known
+        self.settings: dict[str, list[str]] = {}  # of optimizers that have stepped
+        self.steps = 0  # of optimizers of split models
+        # What decides when they compare
+        self.usual_steps = 1  # steps between the last two comparisons
+        self.compared_steps = 0  # comparisons before a step so far
+        self.models: list[weakref.ref[Any]] = []  # models that are split over these ranks
         self.counted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # calls with a model
-        self.batches: Counter[str] = (
-            Counter()
-        )  # that were cut for these ranks, by the kind of comparison and who cut them
-        self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
-        self.apart: weakref.WeakSet[Any] = weakref.WeakSet()  # lasp.CO2, while one lets these ranks train apart
-        self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
-        self.packed: tuple[int, int] | None = None  # rows and tokens of a slice of it, if it was of packed documents
-        self.cut = False  # whether there was one since the last step of an optimizer
-        self.agreed: set[Any] = set()  # kinds of messages
+        self.batches: Counter[str] = Counter()  # batches cut so far, by the kind of comparison and who cut them
+        self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while a batch is compared
+        self.apart: weakref.WeakSet[Any] = weakref.WeakSet()  # every lasp.CO2 that lets these ranks train apart now
+        # The last batch that was cut for these ranks
+        self.padded: int | None = None  # tokens of a slice, if it was padded
+        self.packed: tuple[int, int] | None = None  # rows and tokens of a slice, if it was of packed documents
+        self.cut = False  # whether a batch was cut since the last step of an optimizer
+        # Messages (lasp.checks.messages)
+        self.agreed: set[Any] = set()  # kinds of messages on which the ranks have agreed
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
-        # How: rounds of comparison in the group's key-value store
-        self.rounds: Counter[str] = Counter()  # of a kind, so far
+        # Rounds of comparison in the group's key-value store (lasp.checks.rounds)
+        self.rounds: Counter[str] = Counter()  # how many so far, by kind
         self.stores: dict[str, Any] = {}  # a connection of our own for each kind
-        self.threads: dict[str, int] = {}  # in which the last round of a kind was
-        self.life: str | None = None  # stands before the keys of this group; None: the first rank has yet to tell
+        self.threads: dict[str, int] = {}  # the thread of the last round of each kind
+        self.life: str | None = None  # prefix of the keys of this group; None: the first rank has yet to tell it
         self.token = os.urandom(8).hex()
 
     def forget_step(self) -> None:
@@ -127,23 +128,29 @@ class _Process:
 
     def __init__(self) -> None:
         self.peers: weakref.WeakKeyDictionary[ProcessGroup, Peers] = weakref.WeakKeyDictionary()
-        self.timeout: timedelta | None = None  # of `lasp.init`, which holds for all groups; None: it was not called
-        self.meetings = 0  # to set up symmetric memory, in all groups (see lasp.exchange.board)
-        self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags of a layer
-        self.ran: dict[Any, None] = {}  # layers that ran in training since the last step (lasp.checks.use)
-        # Buffers as they were before the first forward, of models whose ranks have yet to compare them; a hook before.
-        self.buffers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self.loss_gradient: Any = None  # that a loss got last, since the last step (lasp.loss)
+        self.timeout: timedelta | None = None  # of `lasp.init`, for all groups; None: it was not called
+        self.alone = False  # whether each rank computes by itself for now (lasp.ranks.aside)
+        self.meetings = 0  # how often symmetric memory was set up, in all groups (lasp.exchange.board)
+        # Whether states and gradients are finite (lasp.checks.finite)
+        self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags, by layer
         self.noted: dict[Any, None] = {}  # layers that ran since the last check, in order; the same on all ranks
-        self.reducers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # what averages models
-        self.sharded: weakref.WeakSet[Any] = weakref.WeakSet()  # models, by FSDP2
-        self.schemes: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what `data_parallel` has done
-        self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by check_finite
-        self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of their layers
-        self.split = False  # whether `parallelize` has split a model (lasp.checks.use)
+        self.watched: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models with check_finite
+        self.of_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the sequences of these models' layers
+        # What is done with a split model (lasp.checks.use)
+        self.split = False  # whether `parallelize` has split a model
         self.by_hand = False  # whether an operator was called with ranks of the user's own making
-        self.averaged: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by DDP or FSDP2
-        self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
+        self.ran: dict[Any, None] = {}  # layers that ran in training since the last step
+        self.averaged: weakref.WeakKeyDictionary[Any, Any] = (
+            weakref.WeakKeyDictionary()
+        )  # groups of DDP or FSDP2, by model
+        # What ranks compare (lasp.checks.agreement)
+        self.buffers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by model, before its first
+        # forward: a hook, and then the checksums until the ranks have compared them
+        self.loss_gradient: Any = None  # that the last loss since the last step got (lasp.loss)
+        # Data parallelism (lasp.data_parallel)
+        self.reducers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # what averages, by model
+        self.sharded: weakref.WeakSet[Any] = weakref.WeakSet()  # models, by FSDP2
+        self.schemes: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # for `explain`, by model
         self._of_world: tuple[Any, dict[str, dict[Any, Any]]] = (None, {})  # a weak reference to the world, and its own
 
     def meshes_of_world(self) -> dict[tuple[int, ...], tuple[Any, list[ProcessGroup]]]:
