@@ -316,9 +316,9 @@ class _Streamed(torch.autograd.Function):
                 if segment_call.call.sequence is not None:
                     mine = tokens.scatter(mine, lengths, segment_call.call)
                 if segment is not segment_call.earlier.segment:
-                    segment_call.earlier.add(segment, mine)
+                    segment_call.earlier.add_gradient(segment, mine)
         assert mine is not None
-        if (behind := segment_call.earlier.gradient()) is not None:
+        if (behind := segment_call.earlier.own_gradient()) is not None:
             mine = mine + behind
         return found.of_queries().to(ctx.dtypes[0]), mine.to(ctx.dtypes[1]), None, None
 

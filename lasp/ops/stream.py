@@ -1,17 +1,17 @@
-"""What crosses the borders between the segments of a sequence that is streamed (`lasp.stream_backward`; of what
-`lasp.prefill` and `lasp.generate` carry on, which never ends, there is more in session.py).
+"""What crosses the borders between the segments of a streamed sequence, for `lasp.stream_backward`. (`lasp.prefill` and
+`lasp.generate` are streams without end and without backward: session.py.)
 
     forward     segment 0 ──S──> segment 1 ──S──> segment 2    of each call of an operator: its state, or last tokens
     backward    segment 0 <─dS── segment 1 <─dS── segment 2
 
-A model runs on one segment after the other and knows nothing of it. An operator asks whether the ranks of its layer
-have a stream under way; if so, what enters this call comes from the segment before, and what leaves it is kept for the
-one behind. In backward, which goes from the last segment to the first, what entered gets its gradient, which the
-segment before takes up where the same thing left it. Both happen in two nodes of autograd's graph that do nothing else,
-so neither the graphs of two segments nor a checkpoint's recompute need to know of each other.
+A model runs on one segment after the other and does not know it. An operator asks whether the ranks of its layer have a
+stream under way. If so, what enters its call comes from the segment before, and what leaves it is kept for the one
+behind. Backward goes from the last segment to the first: the gradient of what entered a segment becomes that of what
+left the segment before. Two nodes of autograd's graph, `_Enter` and `_Leave`, do this and nothing else. So neither the
+graphs of two segments nor a checkpoint's recompute need to know of each other.
 
-Which call of one segment goes on with which of another is told by the layer, the operator, and how often that was
-called in the segment so far; in the recompute of a checkpoint that is what its original was.
+A call in one segment continues that call of the segment before which has the same layer, operator and count (how often
+the operator was called in the layer so far). In the recompute of a checkpoint the count is that of the original.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class Stream(Carrier):
         self._usual: Counter[tuple[int, str]] | None = None  # calls of a segment
         self._names: dict[int, str] = {}
         self._entering: dict[int, dict[Key, Kept]] = {}  # by segment
-        self._given: dict[Key, Tensor] = {}  # gradients of what entered the segment that runs
-        self._wanted: dict[Key, Tensor] = {}  # of what entered the one behind it, and so leaves this one
-        self._tokens: dict[int, dict[Key, tuple[Kept, ...]]] = {}  # of segments, which those behind look at
-        self._of_tokens: dict[tuple[int, Key], Kept] = {}  # their gradients, as far as they have come
+        self._d_entering: dict[Key, Tensor] = {}  # gradients of what entered the segment that runs
+        self._d_leaving: dict[Key, Tensor] = {}  # of what leaves it: what entered the segment behind
+        self._tokens: dict[int, dict[Key, tuple[Kept, ...]]] = {}  # keys and values, by segment, for those behind
+        self._d_tokens: dict[tuple[int, Key], Kept] = {}  # their gradients, as far as they have been added up
         self._sums: dict[int, Tensor] = {}  # over segments, by what adds them up
         self.bytes = 0  # kept of all borders
         self.bytes_of_tokens = 0  # kept of all segments
@@ -114,7 +114,7 @@ class Stream(Carrier):
     def begin(self, segment: Segment, *, sweeping: bool) -> None:
         """The model is about to run on it: forward and backward, or forward alone if `sweeping`."""
         if not sweeping:
-            self._wanted, self._given = self._given, {}
+            self._d_leaving, self._d_entering = self._d_entering, {}
         for x in self._entering.get(segment.number - 1, {}).values():
             if sweeping:
                 x.put_away()
@@ -143,9 +143,9 @@ class Stream(Carrier):
         """The segment is done with."""
         number = self._segment().number
         self._entering.pop(number, None)
-        self._wanted = {}
+        self._d_leaving = {}
         for key in self._tokens.pop(number, {}):
-            self._of_tokens.pop((number, key), None)
+            self._d_tokens.pop((number, key), None)
 
     def _segment(self) -> Segment:
         assert self.segment is not None
@@ -195,14 +195,14 @@ class Stream(Carrier):
             self.bytes += x.nbytes
             self.crossings = max(self.crossings, len(there))
 
-    def give(self, key: Key, gradient: Tensor) -> None:
-        """The gradient of what entered."""
+    def put_d_entering(self, key: Key, gradient: Tensor) -> None:
+        """Keep the gradient of what entered, for the segment before."""
         if self._segment().before:
-            self._given[key] = gradient
+            self._d_entering[key] = gradient
 
-    def wanted(self, key: Key) -> Tensor | None:
-        """The gradient of what left, from the segment behind; None if nothing came from there."""
-        return self._wanted.pop(key, None)
+    def take_d_leaving(self, key: Key) -> Tensor | None:
+        """The gradient of what left, from the segment behind; None if none came from there."""
+        return self._d_leaving.pop(key, None)
 
     # Sums over all tokens, whose product is no sum over segments
 
@@ -241,18 +241,18 @@ class Stream(Carrier):
             )
         return kept
 
-    def add_of_tokens(self, number: int, key: Key, gradient: Tensor) -> None:
+    def add_d_tokens(self, number: int, key: Key, gradient: Tensor) -> None:
         """Add to the gradient of what was kept of an earlier segment."""
-        kept = self._of_tokens.get((number, key))
+        kept = self._d_tokens.get((number, key))
         if kept is None:
-            self._of_tokens[number, key] = Kept(gradient)
-            self._of_tokens[number, key].put_away()
+            self._d_tokens[number, key] = Kept(gradient)
+            self._d_tokens[number, key].put_away()
         else:
             kept.add(gradient)
 
-    def take_of_tokens(self, key: Key) -> Tensor | None:
+    def take_d_tokens(self, key: Key) -> Tensor | None:
         """The gradient of what was kept of the segment that runs: all segments behind it have added to it."""
-        kept = self._of_tokens.pop((self._segment().number, key), None)
+        kept = self._d_tokens.pop((self._segment().number, key), None)
         return None if kept is None else kept.get()
 
 
@@ -286,13 +286,13 @@ class Earlier:
             for x in kept:
                 x.put_away()
 
-    def add(self, segment: Segment, gradient: Tensor) -> None:
+    def add_gradient(self, segment: Segment, gradient: Tensor) -> None:
         """Add to the gradient of what was kept of an earlier segment."""
-        self._stream.add_of_tokens(segment.number, self._key, gradient)
+        self._stream.add_d_tokens(segment.number, self._key, gradient)
 
-    def gradient(self) -> Tensor | None:
+    def own_gradient(self) -> Tensor | None:
         """The gradient of this call's own tensors, from all segments behind this one."""
-        return self._stream.take_of_tokens(self._key)
+        return self._stream.take_d_tokens(self._key)
 
 
 def earlier(operator: str, sequence: SequenceParallel) -> Earlier:
@@ -339,19 +339,19 @@ class Crossing:
             return self.entering.detach()
         return torch.cat([self.entering, given[1:].to(self.entering.dtype)])
 
-    def give(self, d_initial: Tensor, given: bool) -> Tensor | None:
+    def put_d_entering(self, d_initial: Tensor, given: bool) -> Tensor | None:
         """Hand what entered its gradient, which goes to the segment before; returns that of `given`."""
         assert isinstance(self._stream, Stream)
         if not given or not self._has_rows(d_initial):
-            self._stream.give(self._key, d_initial)
+            self._stream.put_d_entering(self._key, d_initial)
             return None
-        self._stream.give(self._key, d_initial[:1])
+        self._stream.put_d_entering(self._key, d_initial[:1])
         return torch.cat([torch.zeros_like(d_initial[:1]), d_initial[1:]])
 
-    def wanted(self, shape: torch.Size) -> Tensor | None:
-        """The gradient of what left, among those of `shape`."""
+    def take_d_leaving(self, shape: torch.Size) -> Tensor | None:
+        """The gradient of what left, in the `shape` of all states of the call."""
         assert isinstance(self._stream, Stream)
-        found = self._stream.wanted(self._key)
+        found = self._stream.take_d_leaving(self._key)
         if found is None or found.shape == shape:
             return found
         return torch.cat([found.new_zeros(shape[0] - 1, *shape[1:]), found])
@@ -402,7 +402,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        d_given = ctx.crossing.give(gradient, ctx.given)
+        d_given = ctx.crossing.put_d_entering(gradient, ctx.given)
         return None, None if d_given is None else d_given.to(ctx.dtype), *[None] * ctx.others
 
 
@@ -415,7 +415,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        return None, gradient, ctx.crossing.wanted(ctx.shape)
+        return None, gradient, ctx.crossing.take_d_leaving(ctx.shape)
 
 
 # Where it is kept: beside the computation in pinned memory of the host, on a CPU where it is
