@@ -157,7 +157,7 @@ class Whole(NamedTuple):
         return found
 
     def of_segment(self, start: int, end: int) -> dict[str, Any]:
-        """Likewise, without what says where the documents of all tokens are."""
+        """The same for a segment, without what says where the documents of all tokens are."""
         return {name: x for name, x in self.cut(start, end).items() if name not in (*_OF_THE_WHOLE, "cu_seqlens")}
 
 

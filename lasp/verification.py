@@ -210,7 +210,7 @@ def verify(
 
 @contextlib.contextmanager
 def _of_its_library(model: nn.Module) -> Iterator[None]:
-    """Around what runs a model's own code: its error says whose it is."""
+    """A context around what runs a model's own code: its error says whose it is."""
     try:
         yield
     except RuntimeError as error:
@@ -445,7 +445,7 @@ def _run_split(
 
 
 def _run_whole(model: nn.Module, call: Callable, whole: dict[str, Any], axis: SequenceParallel) -> _Run:
-    """All tokens on this rank."""
+    """Run all tokens on this rank."""
 
     @contextlib.contextmanager
     def as_one_rank() -> Iterator[None]:
@@ -464,7 +464,7 @@ def _run_whole(model: nn.Module, call: Callable, whole: dict[str, Any], axis: Se
 
 
 def _forward(called: nn.Module, call: Callable, batch: dict[str, Any]) -> Tensor:
-    """The logits."""
+    """The logits of a model; raises unless they have the shape of its tokens."""
     labels = batch["labels"]
     logits = call(called, dict(batch))
     if not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
@@ -527,7 +527,7 @@ def _compare(
     drawn: bool,
     tolerance: float | None,
 ) -> Verification:
-    """The worst of all ranks."""
+    """Compare split and whole, and take the worst of all ranks."""
     start, end = layout.bounds(axis.rank)
     names, pairs = ["loss", "logits"], [(split.loss, whole.loss), (split.logits, whole.logits[:, start:end])]
     for name, p in model.named_parameters():

@@ -69,7 +69,7 @@ def load_16(base, at, stride, d, d_mask, n):
 
 @triton.jit
 def decays_16(base, at, stride, d, d_mask, n):
-    """Of 16 tokens from `at`."""
+    """The decays of 16 tokens from `at`."""
     row = at + tl.arange(0, 16)
     return log2_decays(base + row[:, None] * stride + d[None, :], (row < n)[:, None] & d_mask[None, :])
 

@@ -94,11 +94,11 @@ class _Tiling:
 
     @property
     def padded(self) -> int:
-        """Tokens, with those that fill up."""
+        """The number of tokens, padding included."""
         return self.segments * self.tiles * TILE
 
     def index(self, device: torch.device) -> Tensor:
-        """Packed: the place of each token."""
+        """The padded place of each token of packed sequences."""
         assert self.bounds is not None
         assert self.runs is not None
         offsets = torch.tensor(self.bounds, device=device)
@@ -154,7 +154,7 @@ class ChunkedSteps:
 
     @property
     def _rows(self) -> int:
-        """N, of states."""
+        """N, the number of states."""
         return self.batch if self._tiling.runs is None else len(self._tiling.runs)
 
     def zero_state(self) -> Tensor:

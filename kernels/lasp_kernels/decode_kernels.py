@@ -221,7 +221,7 @@ def _columns(heads: int, rows: int, V: int, processors: int) -> int:
 
 
 def recur(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
-    """`elementwise_step`; checked."""
+    """Launch a checked `elementwise_step`."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     log_decay = log_decay.expand(x.shape).contiguous()
     grid = (triton.cdiv(x.numel(), 4 * CHANNELS),)
@@ -232,7 +232,7 @@ def recur(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
 
 
 def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
-    """`selective_scan_step`; checked."""
+    """Launch a checked `selective_scan_step`."""
     u, dt, B, C = (x if x.stride(-1) == 1 else x.contiguous() for x in (u, dt, B, C))
     y, (rows, D), N = torch.empty(u.shape, dtype=u.dtype, device=u.device), u.shape, A.shape[1]
     states = triton.next_power_of_2(N)
@@ -247,7 +247,7 @@ def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, last: Tensor) -> Tensor:
-    """`convolution_step`; checked."""
+    """Launch a checked `convolution_step`."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     y, (rows, D), W = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape, weight.shape[1]
     bias = None if bias is None else bias.contiguous()

@@ -28,12 +28,12 @@ def all_tiles(shared: Shared) -> int:
 
 
 def stretch_tiles(shared: Shared) -> int:
-    """Tiles of a stretch."""
+    """How many tiles a stretch has."""
     return STRETCH // shared.plan.walk_tile
 
 
 def stretches(shared: Shared) -> int:
-    """The most of a segment."""
+    """The most stretches that a segment has."""
     return -(-shared.plan.tiles // stretch_tiles(shared))
 
 

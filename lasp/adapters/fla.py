@@ -75,7 +75,7 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def as_it_came(model: nn.Module) -> AbstractContextManager:
-    """Nothing is changed but methods."""
+    """A context inside which the model is as fla made it; nothing is changed but methods."""
     return nullcontext()
 
 
@@ -420,7 +420,7 @@ def _short_convolution_forward(
     cu_seqlens: _Real | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """x [B, T, C]."""
+    """Short convolution of x [B, T, C], over the ranks."""
     return _conv(self.sequence)(
         x=x,
         weight=self.weight.squeeze(1),

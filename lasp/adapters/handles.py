@@ -55,7 +55,7 @@ class Handles:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Inside, they are there."""
+        """A context inside which the changes are in the model."""
         held: list[tuple[dict[str, Any], str, Any]] = []
 
         def put(values: dict[str, Any], name: str, value: Any) -> None:
@@ -151,7 +151,7 @@ def remember(
     layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
     own: Iterable[SequenceParallel],
 ) -> None:
-    """What `parallelize` was called with."""
+    """Remember what `parallelize` was called with."""
     _parallelized[model] = Parallelized(model, sequence, layers, own)
 
 

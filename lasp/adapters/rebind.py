@@ -109,7 +109,7 @@ def of_another_version(library: str) -> str:
 
 
 def tested_with(library: str) -> str:
-    """In words, the version of a library that adapters were tested with, and the one that is here."""
+    """In words, the version of a library that adapters were tested with, and the one that is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -102,7 +102,7 @@ def _conv(sequence: SequenceParallel) -> Callable[..., Tensor]:
         return_final_states: bool = False,
         **_: Any,
     ) -> Tensor:
-        """[B, C, T], weight [C, W]."""
+        """Short convolution of hidden_states [B, C, T] with weight [C, W]."""
         no_cache(initial_states=initial_states, return_final_states=return_final_states)
         x = hidden_states.to(weight.dtype).transpose(1, 2)
         y = causal_conv(x, weight, bias, layout=layout_of(sequence), sequence=sequence).transpose(1, 2)
@@ -265,7 +265,7 @@ def _rnn_scan(
 
 
 def _padded_conv(self: Any, x: Tensor) -> Tensor:
-    """Of an nn.Conv1d that is padded on both sides, and of which its owner keeps the first T outputs."""
+    """The forward of an nn.Conv1d that is padded on both sides, and of which its owner keeps the first T outputs."""
     layout, weight = layout_of(self.sequence), self.weight.squeeze(1)
     return causal_conv(x.transpose(1, 2), weight, self.bias, layout=layout, sequence=self.sequence).transpose(1, 2)
 
@@ -349,7 +349,7 @@ attention.calls = lasp_attention  # type: ignore[attr-defined]  # for `explain`:
 
 
 def lasp_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Mask:
-    """For the registry of masks: what a layer's mask allows, if that is something that lasp can split."""
+    """What the registry of masks holds: what a layer's mask allows, if lasp can split that."""
     windows = _windows(mask_function)
     return Mask(min(windows, default=None), attention_mask)
 
@@ -388,7 +388,7 @@ def _enter(name: str, implementation: str | None) -> None:
 
 
 def _of_a_pickle(names: dict[str, str | None]) -> Callable[..., None]:
-    """In place of the border of a pickled model, whose configs still have these names: the registries of this process
+    """What the border of a pickled model becomes. Its configs still have these names, so the registries of this process
     get them."""
     for name, implementation in names.items():
         if name not in _INSTEAD_OF:

@@ -222,8 +222,8 @@ def remember_model(sequence: SequenceParallel, model: nn.Module) -> None:
 
 
 def _note_buffers(model: nn.Module, _: Any) -> None:
-    """Before the first forward, since models may count in buffers what their own tokens are. (Not of a model that
-    torch.compile looks at, nor of a copy.)"""
+    """Note the buffers before the first forward, since models may count in buffers what their own tokens are. (Not of a
+    model that torch.compile looks at, nor of a copy.)"""
     if torch.compiler.is_compiling() or capturing():
         return
     handle = process.buffers.get(model)

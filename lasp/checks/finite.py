@@ -151,7 +151,7 @@ def _gradients(parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _flags(layers: list[SequenceParallel]) -> list[Tensor]:
-    """What the layers have noted."""
+    """The flags of the layers."""
     return [flags.any() for layer in layers if (flags := process.not_finite.get(layer)) is not None]
 
 

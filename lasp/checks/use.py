@@ -49,7 +49,7 @@ def without_operator() -> dict[Peers, str]:
 
 
 class _Watch:
-    """A forward hook of a layer."""
+    """A forward hook of a layer, which notes that it ran until it has called an operator."""
 
     def __init__(self, module: nn.Module, sequence: SequenceParallel):
         self.name = f"layer {sequence.name!r} ({type(module).__name__})"

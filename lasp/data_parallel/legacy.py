@@ -59,7 +59,7 @@ class AfterBackward:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, a backward averages nothing."""
+        """A context inside which a backward averages nothing."""
         before, self._wait = self._wait, True
         try:
             yield

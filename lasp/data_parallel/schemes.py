@@ -114,7 +114,7 @@ def data_parallel(
 
 
 def _told(scheme: str, ranks: int, copies: int) -> str:
-    """For `lasp.explain`."""
+    """What `lasp.explain` says of the scheme."""
     what = _DEALT_OUT[scheme]
     shards = f"; {what} dealt out over {ranks // copies}" if what else ""
     of_copies = f", in {copies} copies" if what and copies > 1 else ""
@@ -141,7 +141,7 @@ def _check_options(scheme: str, options: dict[str, Any]) -> None:
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Nothing averages its gradients yet."""
+    """Raise if something averages the model's gradients already."""
     for module in model.modules():
         kind = next((k for k in (DistributedDataParallel, FSDPModule) if isinstance(module, k)), None)
         if kind is not None or isinstance(process.reducers.get(module), AfterBackward):
@@ -150,7 +150,7 @@ def _check_whole(model: nn.Module) -> None:
 
 
 def _check_mesh(scheme: str, mesh: Any) -> None:
-    """Has it the axes that the scheme needs?"""
+    """Raise unless the mesh has the axes that the scheme needs."""
     if scheme in FSDP2_SCHEMES and not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh for scheme {scheme!r}, got {arguments.shown(mesh)}")
     if scheme == "hsdp" and copies_of(mesh) == 1:

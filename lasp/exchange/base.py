@@ -80,7 +80,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Job:
-    """One exchange."""
+    """One exchange: what is sent, among which ranks, on what terms."""
 
     local: StateMap
     sequence: SequenceParallel

@@ -163,7 +163,7 @@ class TokenStream:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """See the class."""
+        """Tokens that each row has seen, see the class."""
         return tuple(len(new) for new in self._new)
 
     def __iter__(self) -> Iterator[list[int | None]]:

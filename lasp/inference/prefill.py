@@ -126,7 +126,7 @@ def check_state(runner: Runner, state: Any, rows: int | None) -> None:
 
 
 def prompt_checksums(rows: list[Tensor], state: InferenceState | None) -> dict[str, str]:
-    """What ranks must hold alike."""
+    """The checksums of the prompts and the state, which ranks must hold alike."""
     found = {f"row {number}": row for number, row in enumerate(rows)}
     if state is not None:
         found |= {"state": state.logits, "lengths": torch.tensor(state.lengths)}

@@ -120,7 +120,7 @@ class Runner:
 
 
 def device_of_model(model: nn.Module) -> torch.device:
-    """Where the model lies."""
+    """The device of a model."""
     return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
@@ -140,7 +140,7 @@ def embedding_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | 
 
 @contextlib.contextmanager
 def as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Inside, modules are in evaluation mode; what routers have counted stays that of before."""
+    """A context inside which modules are in evaluation mode; what routers have counted stays that of before."""
     training = [m for m in model.modules() if m.training]
     counted = [(m, m.counted) for m in model.modules() if isinstance(m, Router)]
     try:

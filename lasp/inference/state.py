@@ -46,7 +46,7 @@ class InferenceState:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the state."""
         return self.logits.device
 
     @property

@@ -147,7 +147,7 @@ class SequenceTrainer(Trainer):
     def _install_reference(
         self, model: Any = None, ref_model: nn.Module | None = None, args: Any = None, **kwargs: Any
     ) -> None:
-        """Of DPO: the reference is split as well, the model without its adapters (PEFT), or known before."""
+        """The reference of DPO is split as well: it is the model without its adapters (PEFT), or known before."""
         if ref_model is not None:
             self._install(ref_model)
         elif not (hasattr(model, "peft_config") or getattr(args, "precompute_ref_log_probs", False)):
@@ -218,7 +218,7 @@ class SequenceTrainer(Trainer):
     # Who gets which samples
 
     def create_accelerator_and_postprocess(self) -> None:
-        """With an accelerator that deals samples to sequences, and gathers from each of them once."""
+        """Make an accelerator that deals samples to sequences, and gathers from each of them once."""
         super().create_accelerator_and_postprocess()
         if self.place.split:
             if self.model is not None:
@@ -234,7 +234,7 @@ class SequenceTrainer(Trainer):
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        """Of an optimizer step: compared all at once with what the other ranks of the sequence were given."""
+        """The batches of an optimizer step, compared all at once with those of the other ranks of the sequence."""
         if self.place.split:
             batches = list(itertools.islice(epoch_iterator, num_batches))
             self._compare_batches("the forward of a batch", batches)
@@ -242,7 +242,7 @@ class SequenceTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Also of `predict`. Its batches are compared as well, most of them behind the last one."""
+        """The loop of `evaluate` and `predict`. Its batches are compared as well, most of them behind the last one."""
         self.evaluated = RunningChecksums()
         output = super().evaluation_loop(*args, **kwargs)
         if self.place.split:
@@ -289,7 +289,7 @@ class SequenceTrainer(Trainer):
         return super().get_tp_size() * self.place.sequence.size
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Of the labels that count: those that `shard_batch` gives, without the last one of a packed document."""
+        """How many labels count: those that `shard_batch` gives, without the last one of a packed document."""
         if (
             self.place.split
             and batch_samples
@@ -312,13 +312,13 @@ class SequenceTrainer(Trainer):
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of this rank: its part of the sequence."""
+        """Operations of this rank, for its part of the sequence."""
         return super().floating_point_ops(inputs) // self.place.sequence.size
 
     # Calls of the model
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As Trainer's; with `segment` forward and backward go over the sequence segment by segment."""
+        """Trainer's; with `segment`, forward and backward go over the sequence segment by segment."""
         if self.segment is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -369,7 +369,7 @@ class SequenceTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
-        """Of DPO."""
+        """The log-probabilities of DPO's reference, over the ranks."""
         with self.whole_calls.calls(logits=False):
             return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
 
@@ -396,7 +396,7 @@ class _Accelerator(Accelerator):
     def prepare_data_loader(
         self, data_loader: DataLoader, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
     ) -> DataLoader:
-        """As accelerate does, with sequences for processes."""
+        """Prepare it as accelerate does, with sequences in place of processes."""
         if getattr(data_loader, "_is_accelerate_prepared", False):
             return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
         init = data_loader.worker_init_fn

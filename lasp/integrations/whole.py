@@ -35,7 +35,7 @@ class WholeCalls:
         self._open: list[_Call | None] = []
 
     def install(self, model: nn.Module) -> None:
-        """Around the model, or those within it, that `parallelize` has split and which need a layout."""
+        """Install hooks around the model, or those within it, that `parallelize` has split and that need a layout."""
         for module, _border in split_models(model):
             hooks = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
             if self not in hooks:
@@ -122,7 +122,7 @@ class _Call:
         return type(output)(**fields)
 
     def _loss(self, output: Any) -> Tensor:
-        """As the models of transformers define it: a sum over `num_items_in_batch`, or the mean, and the router's."""
+        """The loss as transformers defines it: a sum over `num_items_in_batch`, or the mean, and the router's."""
         loss, tokens = token_loss(output.logits, self.labels, mesh=self.sequence.group)  # type: ignore[arg-type]
         if self.count is not None:
             loss = loss * (tokens / torch.as_tensor(self.count, device=loss.device)).to(loss.dtype)

@@ -22,7 +22,7 @@ FILL = 0.9  # of the memory that is free
 
 
 def save_memory(blocks: nn.ModuleList, *, recompute: int, chunk: int = 0, offload: bool = False) -> None:
-    """In place: so many blocks are recomputed, and gated linear units work on `chunk` tokens at a time, if not 0.
+    """Recompute so many blocks, and let gated linear units work on `chunk` tokens at a time, if not 0; in place.
 
     After `lasp.parallelize` and before FSDP2. The recompute is a module around each block, as PyTorch's own trainers
     use it, since it can be compiled: `block.compile()` before this keeps the exchange outside the recompute, after it
@@ -54,7 +54,7 @@ def in_chunks(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Te
 
 
 def blocks_to_recompute(config: TNLConfig, tokens: int, *, free: int, parameters: int, number: int = 2) -> int:
-    """As few as fit into the memory of a GPU.
+    """As few blocks as fit into the memory of a GPU.
 
     Args:
         config: of the model.

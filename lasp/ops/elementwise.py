@@ -132,7 +132,7 @@ def name_of(x: Operands) -> str:
 
 
 def operands_of(operator: str, tensors: Sequence[Tensor]) -> Operands:
-    """The inverse of `name_of` and `list`."""
+    """The operands of an operator, by its name, from the list of its tensors."""
     return _OPERATORS[operator].operands(*tensors)
 
 
@@ -152,7 +152,7 @@ def state_shape(x: Operands) -> tuple[int, ...]:
 
 
 class Started(NamedTuple):
-    """A forward whose state travels."""
+    """A forward whose exchange is under way."""
 
     steps: Any  # of `kernels.elementwise_steps_of`
     maps: Any  # of this rank's segments

@@ -106,7 +106,7 @@ def _in_graph(
 
 
 class Brought(NamedTuple):
-    """Tokens with those before them."""
+    """A rank's tokens, with those before them in front."""
 
     tokens: Tensor
     runs: tuple[int, ...] | None  # borders of packed documents among this rank's tokens

@@ -119,7 +119,7 @@ class Session(Carrier):
         return self._of(key).x if self.segment.before else None
 
     def leave(self, key: Key, x: Tensor) -> None:
-        """What enters the next run."""
+        """Keep what leaves this run, which enters the next."""
         x = x.detach()
         whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
         self.kept[key] = Held(x if whole else x.clone(memory_format=torch.contiguous_format))

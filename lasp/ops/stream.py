@@ -78,7 +78,7 @@ class Carrier:
         raise NotImplementedError
 
     def leave(self, key: Any, x: Tensor) -> None:
-        """What enters the segment behind."""
+        """Keep what leaves this segment, which enters the one behind."""
         raise NotImplementedError
 
     def held(self, sequence: SequenceParallel, operator: str) -> Tensor | None:
@@ -88,7 +88,7 @@ class Carrier:
 
 
 class Stream(Carrier):
-    """A sequence under way, of `lasp.stream_backward`."""
+    """A sequence under way in `lasp.stream_backward`."""
 
     name = "lasp.stream_backward"
 
@@ -140,7 +140,7 @@ class Stream(Carrier):
             )
 
     def end_backward(self) -> None:
-        """The segment is done with."""
+        """Drop what was kept for the segment that has ended."""
         number = self._segment().number
         self._entering.pop(number, None)
         self._d_leaving = {}
@@ -188,7 +188,7 @@ class Stream(Carrier):
         return kept.get()
 
     def leave(self, key: Key, x: Tensor) -> None:
-        """What enters the segment behind."""
+        """Keep what leaves this segment, which enters the one behind."""
         if self.sweeping:
             there = self._entering.setdefault(self._segment().number + 1, {})
             there[key] = Kept(x)
@@ -446,7 +446,7 @@ class Kept:
             self._here = self._arrives = None
 
     def fetch(self) -> None:
-        """Begin to bring it back."""
+        """Begin to bring it back to the GPU."""
         if self._here is None:
             assert self._host is not None
             side = _side_stream(self._device.index)

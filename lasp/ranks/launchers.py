@@ -116,7 +116,7 @@ def init(backend: str | None = None, *, timeout: float = 600.0) -> Env:
 
 
 def _check_arguments(backend: object, timeout: object) -> str:
-    """The backend to use."""
+    """Raise for arguments that do not fit; the backend to use."""
     if not isinstance(timeout, numbers.Real) or isinstance(timeout, bool):
         raise TypeError(f"timeout must be a number of seconds, got {arguments.shown(timeout)}")
     if not 0.001 <= timeout <= _LONGEST:  # type: ignore[operator]  # so that NaN is refused as well
@@ -161,7 +161,7 @@ def _of_existing_group(backend: str | None) -> Env:
 
 
 def _check_gpus(ranks: dict[int, tuple[int, int]]) -> None:
-    """Of ranks the local rank, and how many GPUs each sees."""
+    """Raise unless ranks have GPUs of their own; from each rank's local rank, and how many GPUs it sees."""
     for rank, (local_rank, gpus) in ranks.items():
         if local_rank >= gpus:
             raise RuntimeError(
@@ -180,7 +180,7 @@ def _device(backend: str, local_rank: int) -> torch.device:
 
 
 def _leave() -> None:
-    """At the end of a process that has talked over gloo; NCCL's communicators end with the process.
+    """Run at the end of a process that has talked over gloo; NCCL's communicators end with the process.
 
     A thread of gloo's gives back the tensors of the last collective a moment after that is complete, and needs Python's
     lock for it. If the interpreter has begun to end by then, the process aborts ("terminate called without an active
@@ -263,7 +263,7 @@ def _of_variables() -> Place:
 
 
 def _at(place: Place, address: str, agent: bool = False) -> Place:
-    """With the address of the store, by default MASTER_ADDR, and MASTER_PORT."""
+    """The place with the address of the store, by default MASTER_ADDR, and MASTER_PORT."""
     os.environ.setdefault("MASTER_PORT", str(_PORT))
     port = _required("MASTER_PORT", lowest=1, below=("", 2**16))
     named = os.environ.setdefault("MASTER_ADDR", address)
@@ -397,7 +397,7 @@ def _of_slurm() -> Place:
 
 
 def _refuse_loopback(host: str) -> None:
-    """On another host than rank 0's."""
+    """Raise on a host that is not rank 0's, if the address is a loopback one."""
     try:
         found = {str(x[4][0]) for x in socket.getaddrinfo(host, None)}
     except socket.gaierror:  # is tried again, and named, when ranks meet

@@ -247,7 +247,7 @@ def _why(place: Place, error: OSError) -> str:
 
 
 def _within(seconds: float, talk: Callable[[], Result], place: Place) -> Result:
-    """In a thread that can be left behind: PyTorch's client waits without end for a store whose process is stopped."""
+    """Talk in a thread that can be left: PyTorch's client may wait forever for a store whose process is stopped."""
     results: list[Result] = []
     errors: list[Exception] = [TimeoutError(f"no answer for {seconds:g} s")]
 

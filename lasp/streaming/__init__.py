@@ -117,7 +117,7 @@ def stream_backward(
 
 
 def _told(segments: list[Segment], stream: Stream, of_loss: str) -> str:
-    """For `explain`."""
+    """What `explain` says of it."""
     longest = segments[0].end - segments[0].start
     return (
         f"streamed last: {segments[-1].end:,} tokens in {len(segments)} segments of {longest:,}; at a border "
@@ -195,7 +195,7 @@ def _scale(value: Any) -> float | Tensor:
 
 
 def _batch_checksums(whole: Whole) -> dict[str, str]:
-    """What ranks must hold alike."""
+    """The checksums of what ranks must hold alike."""
     tensors = {name: x for name, x in whole.values.items() if whole.dims[name] is not None}
     if whole.offsets is not None:
         tensors["cu_seqlens"] = torch.tensor(whole.offsets)
@@ -451,7 +451,7 @@ class _Bar:
 
     @contextlib.contextmanager
     def over(self, total: int) -> Iterator[None]:
-        """Inside, it is there."""
+        """A context inside which the bar is shown."""
         if self._tqdm is None or (dist.is_initialized() and dist.get_rank() != 0):
             yield
             return
@@ -474,7 +474,7 @@ class _Random:
         self._own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
-        """Draw the same once more."""
+        """Go back to these states, to draw the same once more."""
         torch.set_rng_state(self._host)
         if self._own is not None:
             torch.cuda.set_rng_state(self._own, self._device)

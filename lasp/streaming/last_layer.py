@@ -35,7 +35,7 @@ class SumOfLoss(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What is known of a model."""
+    """What is known of a model's last layer."""
 
     layer: weakref.ref[nn.Linear] | None  # that may give the loss
     told: str  # of it, for `explain`
@@ -74,7 +74,7 @@ class LastLayer:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Inside, layers have other forwards."""
+        """A context inside which layers have other forwards."""
         candidates = dict(self._candidates)
         known = self._layer()
         if self.finding is not None and (

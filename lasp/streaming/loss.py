@@ -80,7 +80,7 @@ class Loss:
         return 0.0 if self._beside is None else self._beside
 
     def greatest(self, *numbers: int) -> tuple[int, ...]:
-        """Each the greatest of all ranks over which gradients are averaged."""
+        """The greatest of each of these numbers, over all ranks over which gradients are averaged."""
         found = torch.tensor(numbers, device=torch.device("cpu") if self.group is None else device_of(self.group))
         if self.ranks > 1:
             with waiting("stream_backward: the choice of a segment that fits"):
@@ -88,7 +88,7 @@ class Loss:
         return tuple(found.tolist())
 
     def least(self, number: int) -> int:
-        """The least of them."""
+        """The least number of all ranks over which gradients are averaged."""
         return -self.greatest(-number)[0]
 
     def _over_ranks(self, x: Tensor, what: str) -> Tensor:

@@ -19,7 +19,7 @@ View = Callable[[Tensor], Tensor]
 
 
 def split_parameter(module: nn.Module, name: str, ranks: Ranks, dim: int | None) -> None:
-    """In place of a whole parameter a DTensor: this rank's part along `dim`, or (None) the whole on each rank."""
+    """Put a DTensor in place of a whole parameter: this rank's part along `dim`, or (None) the whole on each rank."""
     mesh, old = ranks.mesh, module._parameters[name]
     assert old is not None
     whole = old.detach()

@@ -135,7 +135,7 @@ class _Enter:
 
 
 class _Convolved:
-    """Of a convolution over this rank's part of `width` channels, and over all that come behind them."""
+    """The weight of a convolution over this rank's part of `width` channels, and over all that come behind them."""
 
     def __init__(self, own: Ranks, width: int):
         self.own, self.width, self.part = own, width, width // own.number
@@ -168,13 +168,13 @@ def _embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
 
 
 def _head(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Its weight stays a DTensor, which `lasp.linear_token_loss` takes."""
+    """The logits of all words, from a last layer whose weight stays a DTensor, as `lasp.linear_token_loss` takes it."""
     parts: Ranks = layer.parts  # type: ignore[assignment]
     return parts.gather(F.linear(parts.enter(x), part_of(layer.weight)))
 
 
 def _init_weights(model: nn.Module) -> None:
-    """In place of the model's own: parts are drawn by each rank, what all ranks hold is the first one's."""
+    """The model's `init_weights`, over parts: each rank draws its own, and what all ranks hold is the first one's."""
     parts: Ranks = model.parts  # type: ignore[assignment]
     parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
     sharded = not all(map(is_split, parameters))  # by FSDP2: then DTensor's generator tells ranks apart
