@@ -42,7 +42,7 @@ def flagged_launch(shared: Shared, scale: float, q: Layout | None, k: Layout, lo
 
 
 def state_launch(shared: Shared, reverse: bool, y: Layout, z: Layout) -> Launch:
-    """The launch of `channel_state_kernel`."""
+    """Of `channel_state_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     config, columns, blocks, rows = plan.state_blocks()
     numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, all_tiles(shared), sizes.heads)
@@ -78,7 +78,7 @@ def walk_launch(shared: Shared, transposed: bool, x: Layout, y: Layout, z: Layou
 
 
 def reverse_walk_launch(shared: Shared, role: int, kt: Layout, qt: Layout, v: Layout, do: Layout) -> Launch:
-    """The launch of `channel_reverse_walk_kernel`."""
+    """Of `channel_reverse_walk_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
     contracted, width = reversed(shared.state) if role == 1 else shared.state
     moves = shared.moves(kt, qt, v, do)
