@@ -96,7 +96,7 @@ def streamed_as_one_pass(layers, packed, exchange="auto", segments=SEGMENTS):
     for of_all, segment in segments:
         batch = batch_of(packed, of_all)
         loss, tokens, expected = of_one_rank(one_pass, reference, batch)
-        with mock.patch.object(streaming, "_PART", 7 if segment == 13 else 4096):  # tokens of the loss at a time
+        with mock.patch.object(streaming.loss, "_PART", 7 if segment == 13 else 4096):  # tokens of the loss at a time
             found = lasp.stream_backward(model, batch, mesh=mesh, segment=segment)
         assert abs(found[0] - loss) < BOUND
         assert found[1] == tokens
