@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp_kernels import operands
 from lasp_kernels.operands import TILE, check_dense, check_form
 from lasp_kernels.reference import state_dtype
 
@@ -119,10 +120,7 @@ def _check_log_decay(log_decay: Tensor, k: Tensor, v: Tensor) -> None:
             f"log_decay must have shape [B, T, H] = {per_token} or [B, T, H, K] = {per_channel}, "
             f"got {tuple(log_decay.shape)}"
         )
-    if log_decay.device.type == "cpu" and log_decay.numel():
-        low, high = log_decay.detach().aminmax()
-        if not (high <= 0 and torch.isfinite(low)):
-            raise ValueError(f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}")
+    operands.check_decays(log_decay)
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
