@@ -1377,10 +1377,10 @@ def test_what_the_host_does_for_a_call():
         ("linear_attention", "none"): ([3, 5], [1, 2]),
         ("linear_attention", "head"): ([3, 5], [1, 2]),
         ("linear_attention", "token"): ([6, 11], [4, 6]),
-        ("linear_attention", "channel"): ([12, 17], [5, 8]),
-        ("delta_rule", "none"): ([8, 16], [4, 7]),
-        ("delta_rule", "token"): ([8, 19], [4, 8]),
-        ("delta_rule", "channel"): ([18, 32], [6, 10]),
+        ("linear_attention", "channel"): ([10, 15], [5, 8]),
+        ("delta_rule", "none"): ([7, 15], [4, 7]),
+        ("delta_rule", "token"): ([7, 18], [4, 8]),
+        ("delta_rule", "channel"): ([13, 25], [6, 10]),
     }
     assert found["layer kda", "its own"]["launches"] == [6, 10]
 

@@ -250,7 +250,7 @@ def _run(
             segment_length=segment_length,
             ends=ends,
             rates=rates,
-            settings=settings_of(x, initial_state, output_final_state, rates),
+            settings=() if alone else settings_of(x, initial_state, output_final_state, rates),
             edges=edges,
         )
         if initial_state is not None:
@@ -279,9 +279,11 @@ def _with_equal_heads(
 
     Before them: each how many heads of states is one that was given; behind them: the initial state.
     """
-    if normalize or not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v, log_decay)):
+    if log_decay is None or normalize or not all([isinstance(x, Tensor) and x.ndim == 4 for x in (log_decay, q, k, v)]):
         return None  # kernels of the other decays take all numbers of heads
-    queries, keys, values = (x.shape[2] for x in (q, k, v))
+    queries, keys, values = q.shape[2], k.shape[2], v.shape[2]
+    if queries == keys == values:
+        return None
     groups = max(queries, values) // max(1, keys)
     forms = (keys, groups * keys), (groups * keys, keys)  # grouped values, grouped queries
     if groups < 2 or (queries, values) not in forms:
