@@ -6,10 +6,10 @@
     python bench/host.py --count                   # functions and files that a layer's forward passes through
 
 A call at 8,192 tokens takes a GPU 0.08 ms, so that the host must not take longer. What it does is the same for any
-number of tokens, and is timed here at 512 (layers: 64), in processor time of the calling thread, which leaves out the
-wait for other ranks. Paths: "triton" is that of a GPU up to the start of each kernel, which is left out, like the look
-at the values of decays, which a GPU is spared. "reference" is that of a CPU, whose arithmetic is included. On a GPU it
-is the clock on the wall until the call returns, from a device that is idle, so that no queue is full.
+number of tokens, and is timed here at 512 (layers: 64), the least of 60 calls in processor time of the calling thread,
+without the wait for other ranks. Paths: "triton" is that of a GPU up to the start of each kernel, which is left out,
+like the look at the values of decays, which a GPU is spared. "reference" is that of a CPU, with its arithmetic.
+On a GPU it is the clock on the wall until the call returns, from an idle device, so that no queue is full.
 
 "aten" is how many operations of PyTorch a call has, allocations and views included, "launches" how many kernels of ours
 it starts, each forward and backward. The rest of a layer (linear layers, convolutions, norms) is PyTorch's on a CPU.
@@ -40,6 +40,7 @@ CALLS, WARM = 60, 20
 FORMS = ("none", "head", "token", "channel")  # of a decay; the last two are learned
 LAYERS = ("retnet", "gla", "hgrn2", "mamba2", "delta_net", "gated_delta_net", "kda")
 LAYER_TOKENS, LAYER_WIDTH, LAYER_HEADS = 64, 64, 2
+CASES = ("operators", "layers", "reference")
 TIMES = ("forward us", "backward us")
 Case = tuple[Callable[[], Tensor], list[Tensor]]  # a call, and what of it has a gradient
 
@@ -49,32 +50,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--runs", type=int, default=20, help="of each checkout, in turn")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--ranks", type=int, choices=(1, 2), default=2, help="the most; on a GPU there is one")
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--worker", choices=("times", "count"), help=argparse.SUPPRESS)
     add_report_arguments(parser)
     options = parser.parse_args(argv)
     if options.worker:
-        print(json.dumps(worker(options.worker, options.device)))
+        print(json.dumps(worker(options.worker, options)))
         return
     checkouts = [ROOT] if options.against is None else [ROOT, options.against.resolve()]
     if options.count:
         for checkout in checkouts:
-            for path, found in run(checkout, "count", "cpu").items():
+            for path, found in run(checkout, "count", options).items():
                 print(f"{checkout.name}, {path}: {found}")
         return
     report(
-        "host", command_line("host.py", argv), rows(measure(checkouts, options.runs, options.device)),
+        "host", command_line("host.py", argv), rows(measure(checkouts, options)),
         save=options.save, out=options.out, markdown=True, commit=options.commit, html=options.html,
     )  # fmt: skip
 
 
-def measure(checkouts: list[Path], runs: int, device: str) -> list[list[list[dict]]]:
+def measure(checkouts: list[Path], options: argparse.Namespace) -> list[list[list[dict]]]:
     """The rows of each checkout in each run. The checkouts take turns, so that a drift meets both."""
     found: list[list[list[dict]]] = [[] for _ in checkouts]
-    for number in range(runs):
+    for number in range(options.runs):
         for checkout, of_checkout in zip(checkouts, found):
-            of_checkout.append(run(checkout, "times", device))
-        print(f"run {number + 1} of {runs}", file=sys.stderr)
+            of_checkout.append(run(checkout, "times", options))
+        print(f"run {number + 1} of {options.runs}", file=sys.stderr)
     return found
 
 
@@ -101,12 +104,15 @@ def quartiles(values: list[float]) -> list[float]:
     return [values[0], values[0]] if len(values) < 2 else statistics.quantiles(values, n=4)[::2]
 
 
-def run(checkout: Path, what: str, device: str):
-    """The answer of the second of two ranks; on a GPU there is one."""
-    path, ranks = os.pathsep.join(map(str, (checkout, checkout / "kernels"))), 2 if device == "cpu" else 1
+def run(checkout: Path, what: str, options: argparse.Namespace):
+    """The answer of the last rank."""
+    path, ranks = os.pathsep.join(map(str, (checkout, checkout / "kernels"))), options.ranks
+    if options.device == "cuda":
+        ranks = 1
     shared = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", what, "--device", device]
+    command = [sys.executable, __file__, "--worker", what, "--device", options.device, "--ranks", str(ranks)]
+    command += ["--cases", *options.cases]
     of_ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
     workers = [subprocess.Popen(command, env=shared | rank, stdout=subprocess.PIPE, text=True) for rank in of_ranks]
     answers = [worker.communicate()[0] for worker in workers]
@@ -115,34 +121,39 @@ def run(checkout: Path, what: str, device: str):
     return json.loads(answers[-1].splitlines()[-1])
 
 
-def worker(what: str, device: str) -> list[dict] | dict[str, dict]:
+def worker(what: str, options: argparse.Namespace) -> list[dict] | dict[str, dict]:
     """One rank."""
     import lasp
 
     torch.set_num_threads(1)
-    if device == "cuda":
-        return times(1, None, "triton", device)
+    device, cases = options.device, options.cases
+    paths = PATHS if device == "cpu" else PATHS[:1]
+    if options.ranks == 1 and what == "times":
+        return [row for path in paths for row in times(1, None, path, device, cases)]
     env = lasp.init("gloo")
     both = lasp.SequenceParallel(lasp.init_mesh(sp=env.world_size)["sp"], exchange="ring")
     if what == "count":
         return {path: count_functions(operators(both, path, "cpu")["linear_attention", "head"][0]) for path in PATHS}
     ranks = ((1, None), (env.world_size, both))
-    return [row for path in PATHS for size, sequence in ranks for row in times(size, sequence, path, "cpu")]
+    return [row for path in PATHS for size, sequence in ranks for row in times(size, sequence, path, device, cases)]
 
 
 PATHS = ("triton", "reference")  # as LASP_KERNELS calls them
 
 
-def times(ranks: int, sequence, path: str, device: str, calls: int = CALLS, warm: int = WARM) -> list[dict]:
+def times(ranks: int, sequence, path: str, device: str, cases, calls: int = CALLS, warm: int = WARM) -> list[dict]:
     """A row of each case on this path."""
-    cases = operators(sequence, path, device)
-    if path == "triton" and sequence is None:
-        cases |= layers(device)
-    elif path == "reference":  # whose arithmetic takes long
-        cases = {name: call for name, call in cases.items() if name[0] == "linear_attention"}
+    here: dict[tuple[str, str], Case] = {}
+    if path == "reference":  # whose arithmetic takes long
+        wanted = operators(sequence, path, device) if "reference" in cases else {}
+        here = {name: case for name, case in wanted.items() if name[0] == "linear_attention"}
+    elif "operators" in cases:
+        here = operators(sequence, path, device)
+    if path == "triton" and sequence is None and "layers" in cases:
+        here |= layers(device)
     left_out = path == "triton" and device == "cpu"
     found = []
-    for (operator, decay), case in cases.items():
+    for (operator, decay), case in here.items():
         with mock.patch.dict(os.environ, {"LASP_KERNELS": path}), without_kernels() if left_out else as_it_is():
             forward, backward = time_of(case, device, calls, warm)
             counted = counts(case)
@@ -205,7 +216,7 @@ def _leaf(x: Tensor, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def time_of(case: Case, device: str, calls: int, warm: int) -> tuple[float, float]:
-    """Medians in microseconds: of forward, and of backward."""
+    """Microseconds of forward, and of backward: the least, since other programs take time and caches away."""
     call, leaves = case
     clock = time.thread_time if device == "cpu" else time.perf_counter
     found: list[tuple[float, float]] = []
@@ -216,7 +227,7 @@ def time_of(case: Case, device: str, calls: int, warm: int) -> tuple[float, floa
         begin = _idle(device, clock)
         torch.autograd.grad(o, leaves, do)
         found.append((forward, clock() - begin))
-    return tuple(statistics.median(column) * 1e6 for column in zip(*found[warm:]))  # type: ignore[return-value]
+    return tuple(min(column) * 1e6 for column in zip(*found[warm:]))  # type: ignore[return-value]
 
 
 def _idle(device: str, clock: Callable[[], float]) -> float:
