@@ -1361,3 +1361,41 @@ def test_the_two_forms_of_inference(monkeypatch):
     for dtype, bound in (("float32", 1e-5), ("bfloat16", 1e-2), ("float16", 1e-3)):
         assert found["robust", dtype]["heads with NaN"] == "0 of 8"
         assert found["robust", dtype]["error of the others"] < bound
+
+
+# ---- the host's time
+
+
+def test_what_the_host_does_for_a_call():
+    """And that it does not come to more: each operation of PyTorch takes a GPU's host some microseconds."""
+    import host
+
+    found = {
+        (row["operator"], row["decay"]): row
+        for row in host.times(1, None, "triton", "cpu", host.CASES, calls=1, warm=1)
+    }
+    assert all(row["forward us"] > 0 and row["backward us"] > 0 for row in found.values())
+    operators = {name: (row["aten"], row["launches"]) for name, row in found.items() if "layer" not in name[0]}
+    assert operators == {
+        ("linear_attention", "none"): ([3, 5], [1, 2]),
+        ("linear_attention", "head"): ([3, 5], [1, 2]),
+        ("linear_attention", "token"): ([6, 11], [4, 6]),
+        ("linear_attention", "channel"): ([10, 15], [5, 8]),
+        ("delta_rule", "none"): ([7, 15], [4, 7]),
+        ("delta_rule", "token"): ([7, 18], [4, 8]),
+        ("delta_rule", "channel"): ([13, 25], [6, 10]),
+    }
+    assert found["layer kda", "its own"]["launches"] == [6, 10]
+
+
+def test_a_table_of_the_hosts_time():
+    import host
+
+    case = {"operator": "delta_rule", "aten": [8, 16], "launches": [4, 7]}
+    ours = [[{**case, "forward us": x, "backward us": 40.0}] for x in (10.0, 12.0, 11.0)]
+    theirs = [[{**case, "aten": [9, 16], "forward us": 22.0, "backward us": 50.0}]] * 3
+    (alone,), (row,) = host.rows([ours]), host.rows([ours, theirs])
+    assert (alone["forward us"], alone["forward us, middle half"]) == (11.0, "10 to 12")
+    assert "forward us before" not in alone
+    assert [row[f"{name} % of before"] for name in host.TIMES] == [50.0, 80.0]
+    assert (row["aten"], row["aten before"]) == ([8, 16], [9, 16])

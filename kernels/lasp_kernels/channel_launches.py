@@ -12,11 +12,6 @@ from lasp_kernels.shared import BLOCK, Shared
 TILES = 16  # that a program looks at for one that is flagged
 
 
-def all_tiles(shared: Shared) -> int:
-    """How many tiles have room in what is kept by tile: see channel.py."""
-    return shared.plan.sizes.tokens // shared.plan.walk_tile + shared.plan.segments
-
-
 def prepare_launch(shared: Shared, scale: float, q: Layout | None, k: Layout | None, log_decay: Layout) -> Launch:
     """The launch of `channel_prepare_kernel`."""
     plan, sizes = shared.plan, shared.plan.sizes
@@ -41,15 +36,15 @@ def flagged_launch(shared: Shared, scale: float, q: Layout | None, k: Layout, lo
     )  # fmt: skip
 
 
-def state_launch(shared: Shared, reverse: bool, y: Layout, z: Layout) -> Launch:
-    """Of `channel_state_kernel`."""
+def state_launch(shared: Shared, reverse: bool, z: Layout) -> Launch:
+    """Of `channel_state_kernel`, over k~ or q~ and z."""
     plan, sizes = shared.plan, shared.plan.sizes
     config, columns, blocks, rows = plan.state_blocks()
-    numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, all_tiles(shared), sizes.heads)
+    numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, plan.all_tiles, sizes.heads)
     return Launch(
         channel.channel_state_kernel, shared.device, (blocks * sizes.batch * sizes.heads * plan.segments, 1),
-        (*numbers, *_strides(y, z)), DY=sizes.key_dim, DZ=sizes.value_dim, BY=rows, BZ=columns, C=config.tile,
-        REVERSE=reverse, **shared.product_flags(config),
+        (*numbers, *_strides(shared.key_at, z)), DY=sizes.key_dim, DZ=sizes.value_dim, BY=rows, BZ=columns,
+        C=config.tile, REVERSE=reverse, **shared.product_flags(config),
     )  # fmt: skip
 
 
@@ -77,16 +72,16 @@ def walk_launch(shared: Shared, transposed: bool, x: Layout, y: Layout, z: Layou
     )  # fmt: skip
 
 
-def reverse_walk_launch(shared: Shared, role: int, kt: Layout, qt: Layout, v: Layout, do: Layout) -> Launch:
-    """Of `channel_reverse_walk_kernel`."""
-    plan, sizes = shared.plan, shared.plan.sizes
+def reverse_walk_launch(shared: Shared, role: int, v: Layout, do: Layout) -> Launch:
+    """Of `channel_reverse_walk_kernel`, over k~, q~, v and do."""
+    plan, sizes, made = shared.plan, shared.plan.sizes, shared.key_at
     contracted, width = reversed(shared.state) if role == 1 else shared.state
-    moves = shared.moves(kt, qt, v, do)
+    moves = shared.moves(made, v, do)
     config, columns, blocks, _ = plan.channel_blocks("reverse", contracted, width, moves=moves)
     programs = (2 if role == 2 else 1) * blocks * sizes.batch * sizes.heads * plan.segments
     return Launch(
         channel.channel_reverse_walk_kernel, shared.device, (programs, 1),
-        (*_of_segments(shared), *_strides(kt, qt, v, do)), DY=contracted, DZ=width, BY=power_of_two(contracted),
+        (*_of_segments(shared), *_strides(made, made, v, do)), DY=contracted, DZ=width, BY=power_of_two(contracted),
         BZ=columns, C=config.tile, ROLE=role, TMA=moves, **shared.product_flags(config),
     )  # fmt: skip
 
@@ -126,13 +121,13 @@ def _channels(shared: Shared, name: str, dim: int):
 def _of_tiles(shared: Shared, scale: float) -> tuple[float, ...]:
     """What kernels take whose programs have tiles."""
     plan, sizes = shared.plan, shared.plan.sizes
-    return float(scale), sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, all_tiles(shared), sizes.heads
+    return float(scale), sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, plan.all_tiles, sizes.heads
 
 
 def _of_segments(shared: Shared) -> tuple[int, ...]:
     """What kernels take whose programs have segments."""
     plan, sizes = shared.plan, shared.plan.sizes
-    numbers = (plan.segment_length, plan.segments, plan.slots, all_tiles(shared))
+    numbers = (plan.segment_length, plan.segments, plan.slots, plan.all_tiles)
     return sizes.batch, sizes.tokens, *numbers, sizes.heads
 
 

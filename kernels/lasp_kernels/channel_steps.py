@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lasp_kernels import channel_launches as launches
-from lasp_kernels.launch import layout
+from lasp_kernels.launch import Placed, layout
 from lasp_kernels.operands import Operands
 from lasp_kernels.plan import CHANNEL_DECAY, MAX_DIM
 from lasp_kernels.shared import Shared
@@ -34,9 +34,13 @@ class Prepared:
     """What the walks of a pass read in place of `x`; see channel.py. Without q, which may come later, not all."""
 
     x: Operands
+    k: Placed  # these three and q as kernels take them
+    v: Placed
+    log_decay: Placed
     kt: Tensor
     vec: Tensor
     flag: Tensor
+    q: Placed | None = None
     qt: Tensor | None = None
     side: Tensor | None = None
 
@@ -45,7 +49,8 @@ class ChannelSteps(KernelSteps):
     """The steps of forward and backward on one device, for inputs of one shape; see `dispatch.Steps`.
 
     `states` and `d_states` are buffers as in state.py, with slots for all borders. With `decay_gradient` the step of
-    that name must follow the others in the same backward: only then are the numbers in dq and dk.
+    that name must follow the others in the same backward: only then are the numbers in dq and dk. Without `ends` the
+    state behind the last token (reversed: before the first) is not wanted, and `scan` returns None for it.
     """
 
     @classmethod
@@ -56,14 +61,16 @@ class ChannelSteps(KernelSteps):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         segment_length: int | None = None,
         decay_gradient: bool = False,
+        ends: bool = True,
     ) -> ChannelSteps:
         """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not."""
         if (reason := unsupported(x)) is not None:
             raise ValueError(f"the Triton kernels of a decay per channel take {reason}")
-        return cls(shared_of(x, CHANNEL_DECAY, cu_seqlens, segment_length, decay_gradient, ends=True))
+        return cls(shared_of(x, CHANNEL_DECAY, cu_seqlens, segment_length, decay_gradient, ends=True), ends)
 
-    def __init__(self, shared: Shared):
+    def __init__(self, shared: Shared, ends: bool = True):
         super().__init__(shared)
+        self._ends = ends
         self._made: Prepared | None = None  # of one pass
         self._gradients: dict[str, Tensor] = {}  # dq~ and dk~ of one backward, for `decay_gradient`
 
@@ -78,27 +85,29 @@ class ChannelSteps(KernelSteps):
     def _prepared(self, x: Operands, *, keys_only: bool = False) -> Prepared:
         """What an earlier step of the pass has made, with what is missing; `keys_only`: of q nothing is needed."""
         made = self._made
-        if made is None or made.x.k is not x.k or made.x.log_decay is not x.log_decay:
-            shared, sizes = self._shared, self.plan.sizes
-            kt = torch.empty(shared.key_shape, dtype=shared.dtype, device=shared.device)
-            heads = (sizes.batch, sizes.heads, launches.all_tiles(shared))
-            vec = torch.empty(3, *heads, sizes.key_dim, dtype=self.dtype, device=shared.device)
-            self._made = made = Prepared(x, kt, vec, torch.zeros(heads, dtype=torch.int32, device=shared.device))
+        if made is None or (made.x is not x and any(a is not b for a, b in zip(made.x[1:4], x[1:4]))):
+            assert x.log_decay is not None
+            shared, sizes, device = self._shared, self.plan.sizes, self._shared.device
+            kt = torch.empty(shared.key_shape, dtype=shared.dtype, device=device)
+            heads = (sizes.batch, sizes.heads, self.plan.all_tiles)
+            vec = torch.empty((3, *heads, sizes.key_dim), dtype=self.dtype, device=device)
+            flag = torch.zeros(heads, dtype=torch.int32, device=device)
+            placed = self._placed(x.k), self._placed(x.v), self._placed(x.log_decay)
+            self._made = made = Prepared(x, *placed, kt, vec, flag)
             self._prepare(made, x, keys=True, queries=not keys_only)
         elif not keys_only and (made.qt is None or made.x.q is not x.q):
             self._prepare(made, x, keys=False, queries=True)
+        made.x = x
         return made
 
     def _prepare(self, made: Prepared, x: Operands, *, keys: bool, queries: bool) -> None:
         """All of it, or what is of k, or what is of q and left."""
-        assert x.log_decay is not None
-        shared, q, q_at = self._shared, None, None
-        (k, k_at), (g, g_at) = self._placed(x.k), self._placed(x.log_decay)
-        made.x = x
+        shared, (k, k_at), (g, g_at), q, q_at = self._shared, made.k, made.log_decay, None, None
         if queries:
-            q, q_at = self._placed(x.q)
+            made.q = q, q_at = self._placed(x.q)
             made.qt = torch.empty(shared.key_shape, dtype=shared.dtype, device=shared.device)
-            made.side = made.qt.new_empty(*made.flag.shape, self.plan.walk_tile, self.plan.walk_tile)
+            tile = self.plan.walk_tile
+            made.side = torch.empty((*made.flag.shape, tile, tile), dtype=shared.dtype, device=shared.device)
         kt, vec = (made.kt, made.vec) if keys else (None, None)
         key = ("prepare", x.scale, q_at, k_at if keys else None, g_at)
         launch = shared.launches.get(key) or shared.keep(key, launches.prepare_launch(shared, *key[1:]))
@@ -112,29 +121,30 @@ class ChannelSteps(KernelSteps):
         self._made = None
         # A q that is still to come has a stand-in, k, or one of another length.
         made = self._prepared(x, keys_only=x.q is x.k or x.q.shape != x.k.shape)
-        return self._maps(made.kt, x.v, made.vec, reverse=False)
+        return self._maps(made.kt, made.v, made.vec, reverse=False)
 
     def gradient_maps(self, x: Operands, do: Tensor) -> ChannelMaps:
         """The gradient of the state before every segment, from zero behind it."""
         self._made = None
         made = self._prepared(x)
         assert made.qt is not None
-        return self._maps(made.qt, do, made.vec, reverse=True)
+        return self._maps(made.qt, self._placed(do), made.vec, reverse=True)
 
-    def _maps(self, y: Tensor, z: Tensor, vec: Tensor, *, reverse: bool) -> ChannelMaps:
-        shared = self._shared
-        (y, y_at), (z, z_at) = self._placed(y), self._placed(z)
-        local = torch.empty(shared.pieces_shape, dtype=self.dtype, device=shared.device).squeeze(3)
-        log_total = local.new_empty(local.shape[:4])
-        key = ("states", reverse, y_at, z_at)
-        launch = shared.launches.get(key) or shared.keep(key, launches.state_launch(shared, *key[1:]))
+    def _maps(self, y: Tensor, placed: Placed, vec: Tensor, *, reverse: bool) -> ChannelMaps:
+        shared, (z, z_at) = self._shared, placed
+        local = torch.empty((*shared.segments_shape, *shared.state), dtype=self.dtype, device=shared.device)
+        log_total = torch.empty((*shared.segments_shape, shared.state[0]), dtype=self.dtype, device=shared.device)
+        key = ("states", reverse, z_at)
+        launch = shared.launches.get(key) or shared.keep(key, launches.state_launch(shared, reverse, z_at))
         launch(y, z, vec, local, log_total, shared.table)
         return ChannelMaps(local, log_total)
 
     def run_map(self, maps: ChannelMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """All segments of each run as one map: its local state [N, H, K, V] and log-decay [N, H, K]."""
         log_decay = torch.empty(self._shared.ends_shape[:3], dtype=self.dtype, device=self._shared.device)
-        return self._scan(maps, None, None, log_decay, reverse=reverse), log_decay
+        local_state = self._scan(maps, None, None, log_decay, reverse=reverse)
+        assert local_state is not None
+        return local_state, log_decay
 
     def border_maps(self, maps: ChannelMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """The segments of the run at the border to the tokens behind (reversed: before), each as one map.
@@ -143,7 +153,9 @@ class ChannelSteps(KernelSteps):
         """
         return self._of_border(maps.local, reverse=reverse), self._of_border(maps.log_total, reverse=reverse)
 
-    def scan(self, maps: ChannelMaps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, maps: ChannelMaps, entering: Tensor | None, *, reverse: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """From the state that enters each run [N, H, K, V]: those at all borders, and the one behind all."""
         states = torch.empty(self._shared.states_shape, dtype=self.dtype, device=self._shared.device)
         return states, self._scan(maps, entering, states, None, reverse=reverse)
@@ -156,14 +168,14 @@ class ChannelSteps(KernelSteps):
         log_end: Tensor | None,
         *,
         reverse: bool,
-    ) -> Tensor:
-        shared = self._shared
-        end = torch.empty(shared.ends_shape, dtype=self.dtype, device=shared.device)
-        entering_at = None
+    ) -> Tensor | None:
+        shared, end, entering_at = self._shared, None, None
+        if self._ends or states is None:
+            end = torch.empty(shared.ends_shape, dtype=self.dtype, device=shared.device)
         if entering is not None:
             entering = entering.to(self.dtype).contiguous()
             entering_at = layout(entering)
-        key = ("scan", reverse, entering_at, states is None, log_end is None)
+        key = ("scan", reverse, entering_at, states is None, end is None, log_end is None)
         launch = shared.launches.get(key) or shared.keep(key, launches.scan_launch(shared, reverse))
         launch(entering, maps.local, maps.log_total.exp(), maps.log_total, states, end, log_end, shared.run_starts)
         return end
@@ -173,8 +185,9 @@ class ChannelSteps(KernelSteps):
         made = self._prepared(x)
         self._made = None
         assert made.qt is not None
+        at = self._shared.key_at
         out = torch.empty(self._shared.value_shape, dtype=self._shared.dtype, device=self._shared.device)
-        self._walk(made, (made.qt, made.kt, x.v), states, out, transposed=False)
+        self._walk(made, ((made.qt, at), (made.kt, at), made.v), states, out, transposed=False)
         return out, None
 
     def output_gradient(self, x: Operands, do: Tensor, o: Tensor, denominators: Tensor) -> Tensor:
@@ -186,7 +199,7 @@ class ChannelSteps(KernelSteps):
         made, shared = self._prepared(x), self._shared
         # In fp32: the gradient of a decay is a sum of differences of such numbers, and bf16 costs it a digit.
         dqt = torch.empty(shared.key_shape, dtype=self.dtype, device=shared.device)
-        self._walk(made, (do, x.v, made.kt), states, dqt, transposed=True)
+        self._walk(made, (self._placed(do), made.v, (made.kt, shared.key_at)), states, dqt, transposed=True)
         dq = torch.empty(shared.key_shape, dtype=shared.dtype, device=shared.device)
         if self.plan.sizes.decay_gradient:
             self._gradients["dq"] = dqt
@@ -195,9 +208,9 @@ class ChannelSteps(KernelSteps):
         return dq
 
     def _walk(
-        self, made: Prepared, tiles: tuple[Tensor, Tensor, Tensor], states: Tensor, out: Tensor, *, transposed: bool
+        self, made: Prepared, tiles: tuple[Placed, Placed, Placed], states: Tensor, out: Tensor, *, transposed: bool
     ) -> None:
-        shared, ((x, x_at), (y, y_at), (z, z_at)) = self._shared, map(self._placed, tiles)
+        shared, ((x, x_at), (y, y_at), (z, z_at)) = self._shared, tiles
         key = ("walk", transposed, x_at, y_at, z_at, layout(states)[1])
         launch = shared.launches.get(key) or shared.keep(key, launches.walk_launch(shared, *key[1:5]))
         launch(x, y, z, made.vec, made.flag, made.side, states, out, shared.table)
@@ -208,11 +221,11 @@ class ChannelSteps(KernelSteps):
         assert made.qt is not None
         dkt = torch.empty(shared.key_shape, dtype=self.dtype, device=shared.device)
         dv = torch.empty(shared.value_shape, dtype=shared.dtype, device=shared.device)
-        tiles = tuple(map(self._placed, (made.kt, made.qt, x.v, do)))
+        (v, v_at), (z, z_at) = made.v, self._placed(do)
         for role in (2,) if self.plan.sizes.paired else (0, 1):
-            key = ("reverse walk", role, at := tuple(at for _, at in tiles), layout(d_states)[1])
-            launch = shared.launches.get(key) or shared.keep(key, launches.reverse_walk_launch(shared, role, *at))
-            launch(*(y for y, _ in tiles), made.vec, made.flag, made.side, d_states, dkt, dv, shared.table)
+            key = ("reverse walk", role, v_at, z_at, layout(d_states)[1])
+            launch = shared.launches.get(key) or shared.keep(key, launches.reverse_walk_launch(shared, *key[1:4]))
+            launch(made.kt, made.qt, v, z, made.vec, made.flag, made.side, d_states, dkt, dv, shared.table)
         dk = torch.empty(shared.key_shape, dtype=shared.dtype, device=shared.device)
         if self.plan.sizes.decay_gradient:
             self._gradients["dk"] = dkt
@@ -245,13 +258,13 @@ class ChannelSteps(KernelSteps):
     ) -> None:
         """dq and dk, or one of them, into `out` from dq~ and dk~; `of_decay`: the states of both scans, and d log_decay
         to be written."""
-        assert x.log_decay is not None
-        shared, tensors = self._shared, tuple(map(self._placed, (x.q, x.k, x.v, do, x.log_decay)))
-        (q, q_at), (k, k_at), _, _, (g, g_at) = tensors
-        which = tuple(y is None for y in out)
-        key = ("flagged gradient", x.scale, tuple(at for _, at in tensors), which)
+        assert made.q is not None
+        shared, (q, q_at), (k, k_at), (g, g_at) = self._shared, made.q, made.k, made.log_decay
+        (v, v_at), (z, z_at) = made.v, self._placed(do)
+        which = (out[0] is None, out[1] is None)
+        key = ("flagged gradient", x.scale, (q_at, k_at, v_at, z_at, g_at), which)
         launch = shared.launches.get(key) or shared.keep(key, launches.flagged_gradient_launch(shared, *key[1:3]))
-        launch(*(y for y, _ in tensors), made.flag, *out, shared.table)
+        launch(q, k, v, z, g, made.flag, *out, shared.table)
         states, d_states, d_decay = of_decay
         aligned = None if states is None or d_states is None else (layout(states)[1], layout(d_states)[1])
         key = ("finish", x.scale, q_at, k_at, g_at, which, aligned)
@@ -261,16 +274,16 @@ class ChannelSteps(KernelSteps):
 
 def unsupported(x: Operands) -> str | None:
     """What the kernels take in place of what these inputs have; None where they serve."""
-    dtype, heads = x.k.dtype, (x.q.shape[2], x.k.shape[2], x.v.shape[2])
+    dtype, queries, (*_, heads, key_dim), (*_, values, value_dim) = x.k.dtype, x.q.shape[2], x.k.shape, x.v.shape
     if dtype not in (torch.float32, torch.bfloat16):  # exp(LIMIT) is no number of fp16
         return f"fp32 or bf16, got {dtype}"
-    if heads[0] != heads[1]:
-        return f"a query head for each head of k, got {heads[0]} and {heads[1]}"
-    if heads[1] != heads[2]:
-        return f"a head of k for each head of v, got {heads[1]} and {heads[2]}"
+    if queries != heads:
+        return f"a query head for each head of k, got {queries} and {heads}"
+    if heads != values:
+        return f"a head of k for each head of v, got {heads} and {values}"
     if x.normalize:
         return "no normalize, got True"
-    for name, dim in (("K", x.k.shape[-1]), ("V", x.v.shape[-1])):
+    for name, dim in (("K", key_dim), ("V", value_dim)):
         if not 1 <= dim <= MAX_DIM:
             return f"head dims from 1 to {MAX_DIM}, got {name} = {dim}"
     return None

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasp_kernels import operands
 from lasp_kernels.operands import TILE, check_dense, check_form
 from lasp_kernels.reference import state_dtype
 
@@ -83,8 +84,8 @@ def check_delta_inputs(
     Decays are only looked at on a CPU: on a GPU that would wait for the device.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, q)
         check_form(name, x)
+        _check_device(name, x, q)
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
     if q.is_meta:
@@ -95,7 +96,8 @@ def check_delta_inputs(
         raise ValueError(f"k and v must agree in [B, T], got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if k.shape[2] == 0 or v.shape[2] == 0 or v.shape[2] % k.shape[2]:
         raise ValueError(f"v must have a multiple of the heads of k, got {v.shape[2]} and {k.shape[2]}")
-    _check_tensor("beta", beta, q)
+    check_dense("beta", beta)
+    _check_device("beta", beta, q)
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta must have shape [B, T, H] = {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
     if segment_length is not None and (segment_length < TILE or segment_length % TILE):
@@ -104,14 +106,14 @@ def check_delta_inputs(
         _check_log_decay(log_decay, k, v)
 
 
-def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
-    check_dense(name, x)
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
 def _check_log_decay(log_decay: Tensor, k: Tensor, v: Tensor) -> None:
-    _check_tensor("log_decay", log_decay, k)
+    check_dense("log_decay", log_decay)
+    _check_device("log_decay", log_decay, k)
     per_token = tuple(v.shape[:3])
     per_channel = (*per_token, k.shape[-1])
     if tuple(log_decay.shape) not in (per_token, per_channel):
@@ -119,10 +121,7 @@ def _check_log_decay(log_decay: Tensor, k: Tensor, v: Tensor) -> None:
             f"log_decay must have shape [B, T, H] = {per_token} or [B, T, H, K] = {per_channel}, "
             f"got {tuple(log_decay.shape)}"
         )
-    if log_decay.device.type == "cpu" and log_decay.numel():
-        low, high = log_decay.detach().aminmax()
-        if not (high <= 0 and torch.isfinite(low)):
-            raise ValueError(f"log_decay must be finite and <= 0, got values from {low.item()} to {high.item()}")
+    operands.check_decays(log_decay)
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,6 +7,7 @@ the borders of segments, and their matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from lasp_kernels import delta_launches as launches
 from lasp_kernels.delta import DeltaOperands
-from lasp_kernels.launch import has_tma, layout, processors
+from lasp_kernels.launch import Placed, has_tma, layout, processors
 from lasp_kernels.plan import DELTA, MAX_DIM, Sizes
 from lasp_kernels.shared import Key, Shared, shared_by
 from lasp_kernels.steps import KernelSteps
+
+SMALL = 2**25  # numbers of a tensor: of 16 heads of 128 those of 16,384 tokens
 
 
 def by_tiles(key: Key) -> bool:
@@ -46,12 +49,13 @@ class DeltaKernelMaps:
 class Gates:
     """With a decay per channel what the walks read in place of q and k; see delta_channel.py."""
 
-    hats: tuple[Tensor, Tensor, Tensor]  # Q^, K^ and K_
-    sides: tuple[Tensor, Tensor, Tensor]  # q>, k> and k<
-    factors: tuple[Tensor, Tensor] | tuple[None, None]  # of q> and k>, and of k<
+    hats: tuple[Tensor, ...]  # Q^, K^ and K_
+    sides: tuple[Tensor, ...]  # q>, k> and k<
+    factors: tuple[Tensor, ...] | tuple[None, None]  # of q> and k>, and of k<
     steps: Tensor
     total: Tensor
     flag: Tensor
+    log_decay: Placed
 
 
 @dataclass
@@ -59,15 +63,14 @@ class Prepared:
     """What the walks of a pass read beside `x`; see delta_kernels.py."""
 
     x: DeltaOperands
+    q: Placed  # these three as kernels take them
+    k: Placed
+    v: Placed
     m: Tensor
     p: Tensor
     factors: Tensor
+    walked: tuple[Placed, Placed, Tensor | None]  # queries and keys of the walks, and keys to write with, if others
     gates: Gates | None = None
-
-    @property
-    def walked(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The queries and keys of the walks, and with which keys they write, if with others."""
-        return (self.x.q, self.x.k, None) if self.gates is None else self.gates.hats
 
     @property
     def total(self) -> Tensor | None:
@@ -80,7 +83,8 @@ class DeltaKernelSteps(KernelSteps):
 
     `states` and `d_states` are buffers as in state.py. Of `query_gradient` the numbers are there after `gradients`,
     which must follow in the same backward: both come from one kernel. Outputs and gradients have the dtype of the
-    inputs, those of beta and log_decay fp32.
+    inputs, those of beta and log_decay fp32. Without `ends` the state behind the last token (reversed: before the
+    first) is not wanted, and `scan` returns None for it.
     """
 
     @classmethod
@@ -90,6 +94,7 @@ class DeltaKernelSteps(KernelSteps):
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         segment_length: int | None = None,
+        ends: bool = True,
     ) -> DeltaKernelSteps:
         """For these inputs. A `cu_seqlens` tensor on a GPU is waited for; a tuple is not."""
         if (reason := unsupported(x)) is not None:
@@ -117,10 +122,12 @@ class DeltaKernelSteps(KernelSteps):
         )
         tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         decay_dtype = None if x.log_decay is None else x.log_decay.dtype
-        return cls(shared_by(Key(sizes, dtype, decay_dtype, device, tf32)), heads // int(x.k.shape[2]))
+        return cls(shared_by(Key(sizes, dtype, decay_dtype, device, tf32)), heads // int(x.k.shape[2]), ends)
 
-    def __init__(self, shared: Shared, groups: int):
+    def __init__(self, shared: Shared, groups: int, ends: bool):
         super().__init__(shared)
+        self._ends = ends
+        self._shapes = launches.shapes_of(shared)
         self._groups = groups  # heads of v that share one of k
         self._made: Prepared | None = None  # of one pass
         self._written: tuple[Tensor, Tensor, Tensor] | None = None  # dq, U and the borders' states, for `gradients`
@@ -128,58 +135,66 @@ class DeltaKernelSteps(KernelSteps):
     @property
     def transitions_shape(self) -> tuple[int, ...]:
         """Of the matrices of all segments."""
-        sizes = self.plan.sizes
-        return (sizes.batch, sizes.heads, self.plan.segments, sizes.key_dim, sizes.key_dim)
+        return self._shapes.transition
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self._shared.device)
 
+    def _several(self, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """So many of one shape; of small ones one is made and cut, since each takes the host some microseconds. For
+        large ones the allocator finds room more easily one by one."""
+        if math.prod(shape) <= SMALL:
+            return self._empty((number, *shape), dtype).unbind()
+        return tuple([self._empty(shape, dtype) for _ in range(number)])
+
     def _prepared(self, x: DeltaOperands, *, reverse: bool = False) -> Prepared:
         """What an earlier step of the pass has made, or made now; `reverse`: for the gradients, too."""
         made = self._made
-        if made is not None and all(a is b for a, b in zip(made.x[:5], x[:5])):
+        if made is not None and (made.x is x or all(a is b for a, b in zip(made.x[:5], x[:5]))):
+            made.x = x
             return made
-        shared, sizes, tile = self._shared, self.plan.sizes, self.plan.walk_tile
-        of_tiles = (sizes.batch, sizes.heads, launches.all_tiles(shared), tile)
-        m, p = (self._empty((*of_tiles, tile), shared.dtype) for _ in range(2))
-        if _per_channel(x):
-            self._made = made = Prepared(x, m, p, self._empty((1, *of_tiles)), self._gates(x, of_tiles[:3], reverse))
-            self._inner(x, made)
+        shared, shapes, log_decay = self._shared, self._shapes, x.log_decay
+        q, k, v = self._placed(x.q), self._placed(x.k), self._placed(x.v)
+        m, p = self._empty(shapes.squares, shared.dtype), self._empty(shapes.squares, shared.dtype)
+        if log_decay is not None and log_decay.ndim == 4:
+            factors = self._empty((1, *shapes.rows))
+            gates = self._gates(x.scale, q, k, self._placed(log_decay), reverse)
+            walked = self._placed(gates.hats[0]), self._placed(gates.hats[1]), gates.hats[2]
+            self._made = made = Prepared(x, q, k, v, m, p, factors, walked, gates)
+            self._inner(x, made, gates)
             return made
-        self._made = made = Prepared(x, m, p, self._empty((1 if x.log_decay is None else 6, *of_tiles)))
-        (q, q_at), (k, k_at) = map(self._placed, (x.q, x.k))
-        g_at = None if x.log_decay is None else layout(x.log_decay)
-        key = ("prepare", self._groups, x.scale, q_at, k_at, g_at, layout(x.beta), x.beta.dtype)
+        g_at = None if log_decay is None else layout(log_decay)
+        factors = self._empty((1 if log_decay is None else 6, *shapes.rows))
+        self._made = made = Prepared(x, q, k, v, m, p, factors, (q, k, None))
+        key = ("prepare", self._groups, x.scale, q[1], k[1], g_at, layout(x.beta), x.beta.dtype)
         launch = shared.launches.get(key) or shared.keep(key, launches.prepare_launch(shared, *key[1:-1]))
-        launch(q, k, x.log_decay, x.beta, m, p, made.factors, shared.table)
+        launch(q[0], k[0], log_decay, x.beta, m, p, factors, shared.table)
         return made
 
-    def _gates(self, x: DeltaOperands, of_tiles: tuple[int, ...], reverse: bool) -> Gates:
-        assert x.log_decay is not None
-        shared, key_dim = self._shared, self.plan.sizes.key_dim
-        tokens = [self._empty(shared.key_shape, shared.dtype) for _ in range(8 if reverse else 6)]
+    def _gates(self, scale: float, queries: Placed, keys: Placed, decays: Placed, reverse: bool) -> Gates:
+        shared, of_tiles, key_dim = self._shared, self._shapes.tiles, self.plan.sizes.key_dim
+        tokens = self._several(8 if reverse else 6, shared.key_shape, shared.dtype)
         gates = Gates(
-            (tokens[0], tokens[1], tokens[2]),
-            (tokens[3], tokens[4], tokens[5]),
-            (tokens[6], tokens[7]) if reverse else (None, None),
+            tokens[:3],
+            tokens[3:6],
+            tokens[6:] if reverse else (None, None),
             self._empty((*of_tiles, 5, self.plan.walk_tile // 16, key_dim)),
             self._empty((*of_tiles, key_dim)),
             self._empty(of_tiles, torch.int32),
+            decays,
         )
-        (q, q_at), (k, k_at), (g, g_at) = map(self._placed, (x.q, x.k, x.log_decay))
-        key = ("gate", self._groups, x.scale, q_at, k_at, g_at, reverse)
+        (q, q_at), (k, k_at), (g, g_at) = queries, keys, decays
+        key = ("gate", self._groups, scale, q_at, k_at, g_at, reverse)
         launch = shared.launches.get(key) or shared.keep(key, launches.gate_launch(shared, *key[1:-1]))
         tensors = (*gates.hats, *gates.sides, *gates.factors, gates.steps, gates.total, gates.flag)
         launch(q, k, g, *tensors, shared.table)
         return gates
 
-    def _inner(self, x: DeltaOperands, made: Prepared) -> None:
+    def _inner(self, x: DeltaOperands, made: Prepared, gates: Gates) -> None:
         """M and P, with a decay per channel."""
-        shared, gates = self._shared, made.gates
-        assert gates is not None
-        assert x.log_decay is not None
-        side = self._empty((2, *gates.flag.shape, self.plan.walk_tile, 16))
-        (q, q_at), (k, k_at), (g, g_at) = map(self._placed, (x.q, x.k, x.log_decay))
+        shared = self._shared
+        side = self._empty((2, *self._shapes.rows, 16))
+        (q, q_at), (k, k_at), (g, g_at) = made.q, made.k, gates.log_decay
         key = ("flagged", self._groups, x.scale, q_at, k_at, g_at)
         launch = shared.launches.get(key) or shared.keep(key, launches.flagged_launch(shared, *key[1:]))
         launch(q, k, g, gates.flag, side, shared.table)
@@ -190,7 +205,7 @@ class DeltaKernelSteps(KernelSteps):
     def local_maps(self, x: DeltaOperands) -> DeltaKernelMaps:
         """What each segment does to a state. Its matrix is walked as more columns: from I, with v = 0."""
         self._made = None
-        local, transition = self._empty(self._local_shape), self._empty(self.transitions_shape)
+        local, transition = self._empty(self._shapes.local), self._empty(self._shapes.transition)
         self._walk("maps", x, None, None, None, None, local, transition)
         return DeltaKernelMaps(local, transition)
 
@@ -198,7 +213,7 @@ class DeltaKernelSteps(KernelSteps):
         """What each segment does to the gradient of a state; `transition` is that of `local_maps`."""
         self._made = None
         self._prepared(x, reverse=True)
-        local = self._empty(self._local_shape)
+        local = self._empty(self._shapes.local)
         self._reverse_walk(x, do, None, None, None, None, None, local)
         return DeltaKernelMaps(local, transition, transposed=True)
 
@@ -226,11 +241,10 @@ class DeltaKernelSteps(KernelSteps):
         """
         if self._written is None:
             raise ValueError("the gradients of the delta rule need `query_gradient` before them")
-        shared, sizes = self._shared, self.plan.sizes
+        shared = self._shared
         (dq, u, kept), self._written = self._written, None
         dv, (d_kept, tiles) = self._empty(shared.value_shape, shared.dtype), self._kept_states(x)
-        rows = (sizes.batch, sizes.heads, sizes.tokens)
-        d_beta = self._empty((launches.value_blocks(shared), *rows))
+        d_beta = self._empty(self._shapes.d_beta)
         self._reverse_walk(x, do, d_states, u, dv, d_beta, None if tiles else d_kept, None, d_kept if tiles else None)
         dk = self._empty(x.k.shape, shared.dtype)
         # Where heads of v share one of k, each has its own gradient of it, and these are summed.
@@ -268,20 +282,18 @@ class DeltaKernelSteps(KernelSteps):
 
     def _kept_states(self, x: DeltaOperands) -> tuple[Tensor, bool]:
         """For what a walk keeps of its states: those at the borders of stretches, or (True) at those of all tiles."""
-        shared, sizes = self._shared, self.plan.sizes
-        if not (_per_channel(x) and by_tiles(shared.key)):
-            return self._empty(self._borders_shape), False
-        shape = (sizes.batch, sizes.heads, launches.all_tiles(shared), sizes.value_dim, sizes.key_dim)
-        return self._empty(shape, shared.dtype), True
+        if not (_per_channel(x) and by_tiles(self._shared.key)):
+            return self._empty(self._shapes.borders), False
+        return self._empty(self._shapes.states, self._shared.dtype), True
 
     def _tile_gradients(
         self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, states: Tensor, d_states: Tensor, out: tuple
     ) -> Tensor:
         """As `_channel_gradients`, tile by tile, from the states of all."""
-        shared, gates, (dq, dk) = self._shared, self._prepared(x).gates, out
+        shared, made, (dq, dk) = self._shared, self._prepared(x), out
+        gates, (q, q_at), (k, k_at), (do, do_at) = made.gates, made.q, made.k, self._placed(do)
         assert gates is not None
-        assert x.log_decay is not None
-        (q, q_at), (k, k_at), (g, g_at), (do, do_at) = map(self._placed, (x.q, x.k, x.log_decay, do))
+        g, g_at = gates.log_decay
         d_decay = self._empty(shared.key_shape)
         key = ("flagged gradient", self._groups, x.scale, q_at, k_at, g_at, do_at, "tiles")
         launch = shared.launches.get(key) or shared.keep(key, launches.flagged_gradient_launch(shared, *key[1:-1]))
@@ -296,10 +308,10 @@ class DeltaKernelSteps(KernelSteps):
         self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, borders: Tensor, d_borders: Tensor, out: tuple
     ) -> Tensor:
         """dq and dk into `out`, and the gradient of a decay per channel."""
-        shared, gates, (dq, dk) = self._shared, self._prepared(x).gates, out
+        shared, made, (dq, dk) = self._shared, self._prepared(x), out
+        gates, (q, q_at), (k, k_at), (do, do_at) = made.gates, made.q, made.k, self._placed(do)
         assert gates is not None
-        assert x.log_decay is not None
-        (q, q_at), (k, k_at), (g, g_at), (do, do_at) = map(self._placed, (x.q, x.k, x.log_decay, do))
+        g, g_at = gates.log_decay
         write, sums = self._empty(dk.shape, dk.dtype), self._empty((2, *shared.key_shape))
         from_state, d_decay = self._empty((2, *gates.total.shape)), self._empty(shared.key_shape)
         key = ("flagged gradient", self._groups, x.scale, q_at, k_at, g_at, do_at)
@@ -330,8 +342,7 @@ class DeltaKernelSteps(KernelSteps):
         of_tiles: Tensor | None = None,
     ) -> None:
         shared, made = self._shared, self._prepared(x)
-        q, k, write = made.walked
-        (q, q_at), (k, k_at), (v, v_at) = map(self._placed, (q, k, x.v))
+        ((q, q_at), (k, k_at), write), (v, v_at) = made.walked, made.v
         states_at, channel = None if states is None else layout(states)[1], write is not None
         decay = x.log_decay is not None and not channel
         key = ("walk", self._groups, kind, x.scale, q_at, k_at, v_at, decay, channel, states_at, of_tiles is None)
@@ -355,8 +366,7 @@ class DeltaKernelSteps(KernelSteps):
         of_tiles: Tensor | None = None,
     ) -> None:
         shared, made = self._shared, self._prepared(x)
-        q, k, write = made.walked
-        (q, q_at), (k, k_at), (do, do_at) = map(self._placed, (q, k, do))
+        ((q, q_at), (k, k_at), write), (do, do_at) = made.walked, self._placed(do)
         states_at, channel = None if d_states is None else layout(d_states)[1], write is not None
         decay = x.log_decay is not None and not channel
         key = ("reverse walk", self._groups, x.scale, q_at, k_at, do_at, decay, channel, states_at, of_tiles is None)
@@ -371,7 +381,7 @@ class DeltaKernelSteps(KernelSteps):
         self, x: DeltaOperands, do: Tensor, u: Tensor, dv: Tensor, borders: Tensor, out: tuple, *, of_keys: bool
     ) -> None:
         shared, made = self._shared, self._prepared(x)
-        (q, q_at), (k, k_at), (do, do_at) = map(self._placed, (x.q, x.k, do))
+        (q, q_at), (k, k_at), (do, do_at) = made.q, made.k, self._placed(do)
         key = ("gradient", self._groups, of_keys, x.scale, q_at, k_at, do_at, x.log_decay is not None)
         launch = shared.launches.get(key)
         if launch is None:
@@ -379,19 +389,13 @@ class DeltaKernelSteps(KernelSteps):
             shared.keep(key, launch)
         launch(q, k, u, do, dv, made.factors, borders, *out, shared.table)
 
-    @property
-    def _local_shape(self) -> tuple[int, ...]:
-        return (*self.transitions_shape[:4], self.plan.sizes.value_dim)
-
-    @property
-    def _borders_shape(self) -> tuple[int, ...]:
-        return (*self._local_shape[:3], launches.stretches(self._shared) + 1, *self._local_shape[3:])
-
     def run_map(self, maps: DeltaKernelMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """All segments of each run as one map: its state [N, H, K, V] and transition [N, H, K, K]."""
         shape = self._shared.ends_shape
         transition = self._empty((*shape[:3], shape[2]))
-        return self._scan(maps, None, None, transition, reverse=reverse), transition
+        state = self._scan(maps, None, None, transition, reverse=reverse)
+        assert state is not None
+        return state, transition
 
     def border_maps(self, maps: DeltaKernelMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """The segments of the run at the border to the tokens behind (reversed: before), each as one map.
@@ -401,7 +405,9 @@ class DeltaKernelSteps(KernelSteps):
         transition = self._of_border(maps.transition, reverse=reverse)
         return self._of_border(maps.local, reverse=reverse), transition.mT if maps.transposed else transition
 
-    def scan(self, maps: DeltaKernelMaps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, maps: DeltaKernelMaps, entering: Tensor | None, *, reverse: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """From the state that enters each run [N, H, K, V]: those at all borders, and the one behind all."""
         states = self._empty(self._shared.states_shape)
         return states, self._scan(maps, entering, states, None, reverse=reverse)
@@ -414,9 +420,9 @@ class DeltaKernelSteps(KernelSteps):
         end_transition: Tensor | None,
         *,
         reverse: bool,
-    ) -> Tensor:
+    ) -> Tensor | None:
         shared, plan = self._shared, self.plan
-        end = self._empty(shared.ends_shape)
+        end = self._empty(shared.ends_shape) if self._ends or states is None else None
         entering = None if entering is None else entering.to(self.dtype).contiguous()
         tensors = (entering, maps.local, maps.transition, states, end, end_transition)
         launch = launches.scan_launch(

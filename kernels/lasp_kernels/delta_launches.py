@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -22,9 +23,35 @@ SCAN_COLUMNS = 16  # of a state, in a program of a scan: few, for a chain of pro
 SCAN_WIDTH, SCAN_STAGES = 32, 2  # columns of a matrix at a time, which lie in shared memory
 
 
-def all_tiles(shared: Shared) -> int:
-    """How many tiles have room in what is kept by tile: see delta_kernels.py."""
-    return shared.plan.sizes.tokens // shared.plan.walk_tile + shared.plan.segments
+class Shapes(NamedTuple):
+    """Of what the steps make."""
+
+    tiles: tuple[int, ...]  # of one number a tile
+    rows: tuple[int, ...]  # one a token of a tile
+    squares: tuple[int, ...]  # of matrices between the tokens of a tile
+    local: tuple[int, ...]  # of the states of segments
+    transition: tuple[int, ...]  # of their matrices
+    borders: tuple[int, ...]  # of states at the borders of stretches
+    states: tuple[int, ...]  # of those of all tiles, transposed
+    d_beta: tuple[int, ...]  # of each block of columns
+
+
+@lru_cache(maxsize=256)
+def shapes_of(shared: Shared) -> Shapes:
+    """For calls of one kind."""
+    plan, sizes = shared.plan, shared.plan.sizes
+    heads, (rows, columns) = (sizes.batch, sizes.heads), shared.state
+    tiles, segments = (*heads, plan.all_tiles), shared.segments_shape
+    return Shapes(
+        tiles,
+        (*tiles, plan.walk_tile),
+        (*tiles, plan.walk_tile, plan.walk_tile),
+        (*segments, rows, columns),
+        (*segments, rows, rows),
+        (*segments, stretches(shared) + 1, rows, columns),
+        (*tiles, columns, rows),
+        (value_blocks(shared), *heads, sizes.tokens),
+    )
 
 
 def stretch_tiles(shared: Shared) -> int:
@@ -135,7 +162,7 @@ def gradient_launch(
     config = _config(shared, "delta gradient", sizes.value_dim)
     programs = key_blocks(shared) * sizes.batch * sizes.heads * plan.segments * stretches(shared)
     programs *= 1 if of_keys else 2
-    numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, all_tiles(shared), stretches(shared))
+    numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, plan.all_tiles, stretches(shared))
     return Launch(
         kernels.delta_key_walk_kernel if of_keys else kernels.delta_query_walk_kernel, shared.device, (programs, 1),
         (scale, *numbers, sizes.heads, *_strides(q, k, do)), DK=sizes.key_dim, DV=sizes.value_dim,
@@ -152,7 +179,7 @@ def channel_gradient_launch(shared: Shared, of_keys: bool, scale: float, do: Lay
     columns = channel_columns(shared)
     programs = -(-sizes.key_dim // columns) * sizes.batch * sizes.heads * plan.segments * stretches(shared)
     programs *= 1 if of_keys else 2
-    numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, all_tiles(shared), stretches(shared))
+    numbers = (sizes.batch, sizes.tokens, plan.segment_length, plan.segments, plan.all_tiles, stretches(shared))
     numbers = (*numbers, sizes.heads, *_strides(do))
     return Launch(
         channels.delta_channel_key_walk_kernel if of_keys else channels.delta_channel_query_walk_kernel,
@@ -261,12 +288,12 @@ def _of_tiles(shared: Shared) -> tuple[int, int]:
 def _tile_numbers(shared: Shared) -> tuple[int, ...]:
     """What kernels take whose programs have tiles."""
     plan, sizes = shared.plan, shared.plan.sizes
-    return sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, all_tiles(shared), sizes.heads
+    return sizes.batch, sizes.tokens, plan.segment_length, plan.tiles, plan.all_tiles, sizes.heads
 
 
 def _numbers(shared: Shared) -> tuple[int, ...]:
     plan, sizes = shared.plan, shared.plan.sizes
-    counts = (plan.segment_length, plan.segments, plan.slots, all_tiles(shared), stretches(shared))
+    counts = (plan.segment_length, plan.segments, plan.slots, plan.all_tiles, stretches(shared))
     return sizes.batch, sizes.tokens, *counts, sizes.heads
 
 

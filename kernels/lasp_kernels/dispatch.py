@@ -223,12 +223,10 @@ def steps_of(
         return ChunkedSteps(x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient)
     # Where Triton is not installed, nothing else needs these.
     if _per_channel(x):
-        from lasp_kernels.channel_steps import ChannelSteps
-
-        return ChannelSteps.of(x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient)
-    from lasp_kernels.steps import TritonSteps
-
-    return TritonSteps.of(
+        from lasp_kernels.channel_steps import ChannelSteps as KernelSteps
+    else:
+        from lasp_kernels.steps import TritonSteps as KernelSteps
+    return KernelSteps.of(
         x, cu_seqlens=cu_seqlens, segment_length=segment_length, decay_gradient=decay_gradient, ends=ends
     )
 
@@ -272,9 +270,16 @@ def step_path(x: Tensor, *, rows: int = 1, states: int = 1) -> Path:
 
 
 def delta_steps_of(
-    x: DeltaOperands, *, cu_seqlens: Sequence[int] | Tensor | None = None, segment_length: int | None = None
+    x: DeltaOperands,
+    *,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    segment_length: int | None = None,
+    ends: bool = True,
 ) -> Any:
-    """The steps of the delta rule for these inputs, checked by `check_delta_inputs`; see `delta_steps.DeltaSteps`."""
+    """The steps of the delta rule for these inputs, checked by `check_delta_inputs`; see `delta_steps.DeltaSteps`.
+
+    `ends` as in `steps_of`.
+    """
     chosen = path(x)
     if "LASP_DEBUG" in os.environ:
         _tell(chosen, x)
@@ -282,7 +287,7 @@ def delta_steps_of(
         return DeltaSteps(x, cu_seqlens=cu_seqlens, segment_length=segment_length)
     from lasp_kernels.delta_kernel_steps import DeltaKernelSteps
 
-    return DeltaKernelSteps.of(x, cu_seqlens=cu_seqlens, segment_length=segment_length)
+    return DeltaKernelSteps.of(x, cu_seqlens=cu_seqlens, segment_length=segment_length, ends=ends)
 
 
 def _tell(chosen: Path, x: Operands | DeltaOperands) -> None:

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 Layout = tuple[tuple[int, ...], bool]  # strides, and whether the address is a multiple of 16 bytes
+Placed = tuple[Tensor, Layout]  # and how it lies
 
 
 def layout(x: Tensor) -> Layout:

@@ -117,6 +117,12 @@ def _check_log_decay(log_decay: Tensor, k: Tensor, H: int) -> None:
         )
     if log_decay.device != k.device:
         raise ValueError(f"log_decay must be on the device of k, {k.device}, got {log_decay.device}")
+    check_decays(log_decay)
+
+
+def check_decays(log_decay: Tensor) -> None:
+    """Raise `ValueError` unless all are finite and <= 0. They are looked at on a CPU only: a GPU's the host would wait
+    for."""
     if log_decay.device.type == "cpu" and log_decay.numel():
         low, high = log_decay.detach().aminmax()
         if not (high <= 0 and torch.isfinite(low)):

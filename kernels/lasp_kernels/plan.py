@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -156,17 +156,22 @@ class Plan:
             longest_stride=(2**31 - 1) // length,
         )
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """The most tiles of a walk that a segment has."""
         bounds = self.sizes.bounds or (0, self.sizes.tokens)
         longest = max(end - first for first, end in zip(bounds, bounds[1:]))
         return -(-min(self.segment_length, longest) // self.walk_tile)
 
-    @property
+    @cached_property
     def walk_tile(self) -> int:
         """Tokens of a tile, the same in all walks."""
         return config_of("walk", 0, self.sizes.itemsize).tile
+
+    @cached_property
+    def all_tiles(self) -> int:
+        """How many tiles have room in what is kept by tile: see channel.py and delta_kernels.py."""
+        return self.sizes.tokens // self.walk_tile + self.segments
 
     @property
     def tile_sums_shape(self) -> tuple[int, int, int, int]:

@@ -59,11 +59,13 @@ class Shared:
         self.state = (sizes.key_dim, sizes.value_dim + sizes.normalize)
         self.states_shape = (sizes.batch, sizes.heads, plan.slots, *self.state)
         self.ends_shape = (plan.runs, sizes.heads, *self.state)
-        self.pieces_shape = (sizes.batch, sizes.heads, plan.segments, plan.pieces, *self.state)
+        self.segments_shape = (sizes.batch, sizes.heads, plan.segments)
+        self.pieces_shape = (*self.segments_shape, plan.pieces, *self.state)
         tokens, queries = (sizes.batch, sizes.tokens), sizes.heads * sizes.groups
         self.query_shapes = ((*tokens, queries, sizes.value_dim), (*tokens, queries, sizes.key_dim))  # of o and dq
         self.norm_shape = (sizes.batch, queries, sizes.tokens)  # of the denominators of a normaliser
         self.key_shape, self.value_shape = ((*tokens, sizes.heads, dim) for dim in self.dims)
+        self.key_at = self.fresh(sizes.heads, sizes.key_dim)  # how what is made in that shape lies
         low = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[key.dtype]
         # The interpreter's product of bf16 operands is wrong: upcast there.
         upcast = knobs.runtime.interpret and key.dtype == torch.bfloat16

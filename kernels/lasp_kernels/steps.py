@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasp_kernels.launch import Layout, has_tma, layout, processors
+from lasp_kernels.launch import Layout, Placed, has_tma, layout, processors
 from lasp_kernels.operands import Operands
 from lasp_kernels.plan import END_PIECE, HEAD_DECAY, MAX_DIM, NO_DECAY, TOKEN_DECAY, Sizes
 from lasp_kernels.shared import Key, Shared, fold_launch, shared_by
@@ -83,7 +83,7 @@ class KernelSteps:
         part = of_segments[:, :, low:high].movedim(2, 0)
         return part.flip(0) if reverse else part.contiguous()
 
-    def _placed(self, x: Tensor) -> tuple[Tensor, Layout]:
+    def _placed(self, x: Tensor) -> Placed:
         """x and how it lies; copied where its last dim has gaps or its segments are too far apart for 32 bits."""
         strides = x.stride()
         if strides[3] != 1 or strides[1] > self.plan.longest_stride:

@@ -216,7 +216,7 @@ def _in_eager(
             segment_length=segment_length,
             ends=ends,
             rates=rates,
-            settings=settings_of(x, initial_state, output_final_state, rates),
+            settings=() if alone else settings_of(x, initial_state, output_final_state, rates),
             edges=edges,
         )
         if initial_state is not None:
@@ -520,7 +520,9 @@ def _with_equal_heads(q: Any, k: Any, v: Any, options: Options) -> tuple[int, tu
         return None  # the kernels of all other decays take grouped heads
     if not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k, v)):
         return None
-    queries, keys, values = (x.shape[2] for x in (q, k, v))
+    queries, keys, values = q.shape[2], k.shape[2], v.shape[2]
+    if queries == keys == values:
+        return None
     groups = max(queries, values) // max(1, keys)
     forms = (keys, groups * keys), (groups * keys, keys)  # grouped values, grouped queries
     if groups < 2 or (queries, values) not in forms:

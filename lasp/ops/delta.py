@@ -185,13 +185,15 @@ def checked_call(
     """The call of these arguments; raises where they do not fit."""
     check_delta_inputs(*x[:5], segment_length)
     ends = initial_state is not None or output_final_state
-    settings = (
-        ("scale", x.scale),
-        ("dtype", x.k.dtype),
-        ("log_decay", "none" if x.log_decay is None else "given"),
-        ("initial_state", "none" if initial_state is None else "given"),
-        ("output_final_state", output_final_state),
-    )
+    settings = ()
+    if sequence is not None:
+        settings = (
+            ("scale", x.scale),
+            ("dtype", x.k.dtype),
+            ("log_decay", "none" if x.log_decay is None else "given"),
+            ("initial_state", "none" if initial_state is None else "given"),
+            ("output_final_state", output_final_state),
+        )
     call = call_of(
         NAME, x.k, layout, sequence, segment_length=segment_length, ends=ends, settings=settings, edges=edges
     )
@@ -202,7 +204,12 @@ def checked_call(
 
 def steps_of(x: DeltaOperands, call: Call) -> DeltaSteps:
     """The arithmetic of this device for these operands."""
-    return delta_steps_of(x, cu_seqlens=call.shard.runs.cu_seqlens, segment_length=call.segment_length)
+    return delta_steps_of(
+        x,
+        cu_seqlens=call.shard.runs.cu_seqlens,
+        segment_length=call.segment_length,
+        ends=call.ends or call.sequence is not None,
+    )
 
 
 def start_forward(
@@ -214,9 +221,9 @@ def start_forward(
     with torch.no_grad(), no_autocast(x.k.device.type):
         steps = steps_of(x, call)
         maps = steps.local_maps(x)
-        tensors = {**x._asdict(), "initial_state": initial_state}
-        scale = tensors.pop("scale")
         if ranks_agree is not None:
+            tensors = {**x._asdict(), "initial_state": initial_state}
+            scale = tensors.pop("scale")
             ranks_agree.settle(lambda: call.fingerprint(tensors, scale=scale, output_final_state=output_final_state))
         if call.sequence is not None and not call.traffic.kernels:
             call.traffic.kernels = path(x)
@@ -229,7 +236,8 @@ def forward(x: DeltaOperands, call: Call, started: list[Started]) -> tuple[Tenso
     steps, maps, wait, wants_final = started.pop()
     with no_autocast(x.k.device.type):
         states, leaving = steps.scan(maps, wait())
-        finite.note(call.sequence, leaving)
+        if leaving is not None:
+            finite.note(call.sequence, leaving)
         o = steps.outputs(x, states).to(x.v.dtype)
         final_state = call.final_state(leaving) if wants_final else None
     return o, final_state, states, maps.transition
@@ -265,7 +273,8 @@ def backward(
         wait = call.enter(steps, maps, d_final_state, reverse=True)
         dq = steps.query_gradient(x, do, states)
         d_states, d_first = steps.scan(maps, wait(), reverse=True)
-        finite.note(call.sequence, d_first, reverse=True)
+        if d_first is not None:
+            finite.note(call.sequence, d_first, reverse=True)
         dk, dv, d_beta, d_decay = steps.gradients(x, do, states, d_states)
         d_initial = call.shard.all_states(d_first, first=True) if initial_grad else None
     return Gradients(dq.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype), d_beta.to(x.beta.dtype), d_decay, d_initial)
