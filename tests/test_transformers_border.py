@@ -104,6 +104,34 @@ def test_arguments_without_names_through_a_wrapper():
     run_ranks(2, by_place)
 
 
+class NamesTokens(HandsOn):
+    def forward(self, input_ids, **kwargs):
+        return self.inner(input_ids, **kwargs)
+
+
+def filled_in_through_a_wrapper(wrap):
+    """The trial of `parallelize` gives a wrapper's model the positions that its border will give it."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    model = wrap(foreign.build("minimax", torch.float32).eval())
+    serial = copy.deepcopy(model)
+    lasp.parallelize(model, mesh["sp"])
+    local = lasp.shard_batch({"input_ids": IDS}, mesh, pad=False)
+    lasp.token_loss(model(local["input_ids"], layout=local["layout"]).logits, local["labels"], mesh=mesh)[0].backward()
+    lasp.sync_grads(model, mesh)
+    labels = lasp.shard_batch({"input_ids": IDS}, None)["labels"]
+    lasp.token_loss(serial(IDS).logits, labels, mesh=None)[0].backward()
+    for p, q in zip(model.parameters(), serial.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [HandsOn, NamesTokens])
+def test_positions_that_are_filled_in_through_a_wrapper(wrap):
+    run_ranks(2, filled_in_through_a_wrapper, wrap)
+
+
 def own_batch_in_every_recompute():
     """Two batches of other lengths, both forward before either backward: each recompute sees its own layout."""
     mesh = mesh_of(sp=torch.distributed.get_world_size())

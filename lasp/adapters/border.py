@@ -14,7 +14,6 @@ told, whichever batch came since.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp import arguments
+from lasp.checks.forward import parameters_of, places_of
 from lasp.checks.use import of_a_pickle
 from lasp.layout import ShardLayout
 from lasp.ops import recompute
@@ -172,7 +172,7 @@ class _Arguments:
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         self.model, self.args, self.kwargs = model, args, kwargs
-        self.takes, self.places = _takes(model), _places(model)
+        self.takes, self.places = set(parameters_of(model)), places_of(model)
         self.given = by_name(model, args) | kwargs
         self.name = type(model).__name__
 
@@ -261,37 +261,9 @@ class _Arguments:
 
 def by_name(model: nn.Module, args: tuple) -> dict[str, Any]:
     """What a forward is given without names, by the names that it, or the model that it hands them on to, has."""
-    places = _places(model)
+    places = places_of(model)
     unnamed = (f"*args[{place}]" for place in range(len(places), len(args)))
     return dict(zip((*places, *unnamed), args))
-
-
-def _takes(model: nn.Module) -> set[str]:
-    """The names of what a forward takes, with those that it hands on to the model within it (**kwargs)."""
-    parameters = inspect.signature(model.forward).parameters
-    names = set(parameters)
-    inner = _within(model)
-    if inner is not None and any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        names |= _takes(inner)
-    return names
-
-
-def _places(model: nn.Module) -> list[str]:
-    """The names of what a forward takes without them, in order, with those of the model within it behind *args."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    inner = _within(model)
-    if inner is not None and any(p.kind == p.VAR_POSITIONAL for p in parameters):
-        names += _places(inner)[len(names) :]
-    return names
-
-
-def _within(model: nn.Module) -> nn.Module | None:
-    """The model that one hands its arguments on to: what a wrapper holds alone, or the trunk of a language model."""
-    if len(children := list(model.children())) == 1:
-        return children[0]
-    inner = getattr(model, "base_model", model)
-    return None if inner is model else inner
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model ask for the same ones
