@@ -405,7 +405,7 @@ def start_forward(
 ) -> Started:
     """What forward does before it must wait, without a graph. Of q only shape and dtype count."""
     if needs.final_state:
-        call.warn_of_padding(x.k)
+        call.note_final_state(x.k)
     with no_autocast(x.k.device.type):
         steps = steps_of(x, call, needs.decay_gradient)
         if not call.traffic.kernels:

@@ -214,7 +214,7 @@ def start_forward(
 ) -> Started:
     """What forward does before it must wait."""
     if output_final_state:
-        call.warn_of_padding(x.k)
+        call.note_final_state(x.k)
     with torch.no_grad(), no_autocast(x.k.device.type):
         steps = steps_of(x, call)
         maps = steps.local_maps(x)

@@ -70,8 +70,7 @@ class Peers:
         )  # that were cut for these ranks, by the kind of comparison and who cut them
         self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while one is compared
         self.apart: weakref.WeakSet[Any] = weakref.WeakSet()  # lasp.CO2, while one lets these ranks train apart
-        self.padded: int | None = None  # tokens of a slice of the last of them, if it was padded
-        self.packed: tuple[int, int] | None = None  # rows and tokens of a slice of it, if it was of packed documents
+        self.cuts: Any = None  # those whose layout must reach the operators (lasp.checks.reach)
         self.cut = False  # whether there was one since the last step of an optimizer
         self.agreed: set[Any] = set()  # kinds of messages
         self.on_hosts: dict[str, bool] = {}  # by type of device: whether a message keeps the host waiting anyway
@@ -143,6 +142,7 @@ class _Process:
         self.split = False  # whether `parallelize` has split a model (lasp.checks.use)
         self.by_hand = False  # whether an operator was called with ranks of the user's own making
         self.averaged: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # models, by DDP or FSDP2
+        self.cuts: Any = None  # as of `Peers`, for one rank
         self.alone = False  # whether each rank computes by itself for now (see `lasp.ranks.aside`)
         self._of_world: tuple[Any, dict[str, dict[Any, Any]]] = (None, {})  # a weak reference to the world, and its own
 
@@ -191,6 +191,7 @@ def reset() -> None:
     process.noted.clear()
     process.ran.clear()
     process.split = process.by_hand = False
+    process.cuts = None
     for peers in process.peers.values():
         peers.reset()
 
