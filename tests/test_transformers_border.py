@@ -109,6 +109,26 @@ class NamesTokens(HandsOn):
         return self.inner(input_ids, **kwargs)
 
 
+class NamesItsMask(HandsOn):
+    def forward(self, input_ids, mask=None, **kwargs):
+        return self.inner(input_ids, attention_mask=mask, **kwargs)
+
+
+def refuses_a_mask_of_another_name():
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(NamesItsMask(foreign.build("minimax", torch.float32)), mesh["sp"], strict=False)
+    local = lasp.shard_batch({"input_ids": IDS}, mesh, pad=False)
+    ids, layout = local["input_ids"], local["layout"]
+    with pytest.raises(ValueError, match=r"mask would not reach the split layers of NamesItsMask, .* attention_mask"):
+        model(ids, torch.ones_like(ids), layout=layout)
+    assert model(ids, layout=layout).logits.shape[1] == ids.shape[1]
+
+
+def test_a_mask_of_another_name_is_refused():
+    run_ranks(2, refuses_a_mask_of_another_name)
+
+
 def filled_in_through_a_wrapper(wrap):
     """The trial of `parallelize` gives a wrapper's model the positions that its border will give it."""
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp import arguments
-from lasp.checks.forward import parameters_of, places_of
+from lasp.checks.forward import MASKS, parameters_of, places_of
 from lasp.checks.use import of_a_pickle
 from lasp.layout import ShardLayout
 from lasp.ops import recompute
@@ -226,6 +226,12 @@ class _Arguments:
             )
         if kept := self.given.get("logits_to_keep"):
             raise ValueError(f"logits_to_keep would be of this rank's slice alone, got {arguments.shown(kept)}")
+        other = next((x for x in self.given if MASKS.fullmatch(x) and self.given[x] is not None), "attention_mask")
+        if other != "attention_mask":
+            raise ValueError(
+                f"{other} would not reach the split layers of {self.name}, which see padding by attention_mask: let "
+                "forward call it so, 0 where this rank's tokens [B, T] are padding"
+            )
         mask = self.given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError(
