@@ -67,6 +67,22 @@ def refuses_what_needs_the_whole():
     assert torch.equal(first, model(**ok, return_dict=False)[0])
 
 
+def refuses_a_rank_without_tokens():
+    model, _, mesh = split("bamba")
+    ids = IDS[:, : mesh.size() - 1]
+    local = lasp.shard_batch({"input_ids": ids}, mesh, pad=False)
+    last = mesh.size() - 1
+    with pytest.raises(ValueError, match=rf"every rank of BambaForCausalLM a token, got none on \[{last}\] of"):
+        model(local["input_ids"], layout=local["layout"])
+    local = lasp.shard_batch({"input_ids": ids}, mesh)  # with padding in its place
+    assert model(local["input_ids"], layout=local["layout"]).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_without_tokens_is_refused(ranks):
+    run_ranks(ranks, refuses_a_rank_without_tokens)
+
+
 def test_what_needs_the_whole_sequence_is_refused():
     run_ranks(2, refuses_what_needs_the_whole)
 

@@ -193,6 +193,12 @@ class _Arguments:
                 f"layout must be of {sequence.size} ranks and the {tokens.shape[1]} tokens of rank {sequence.rank}, "
                 f"got lengths {layout.lengths}"
             )
+        if 0 in layout.lengths:  # as all ranks see; code of its library views, say, no empty tensor
+            without = [rank for rank, length in enumerate(layout.lengths) if not length]
+            raise ValueError(
+                f"layout must give every rank of {self.name} a token, got none on {without} of {sequence.size} ranks: "
+                "leave pad=True of lasp.shard_batch, or take longer sequences"
+            )
         if layout.packed and tokens.shape[0] != 1:
             raise ValueError(f"packed documents need a batch of 1, got {tokens.shape[0]} rows")
         mask = self.given.get("attention_mask")
