@@ -46,6 +46,7 @@ from lasp.inference.sampling import Sampling
 from lasp.models import TNL, Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRAIN_FIRST = "train a model first, a small one in some minutes by `make demo` (or `python examples/train.py`)"
 OF_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -113,9 +114,10 @@ def main(
     arguments = dict(locals())
     options = Options(**{name: arguments[name] for name in Options.__dataclass_fields__})
     check(options)
-    if ranks > 1 and not started_by_a_launcher():
-        relaunch(__file__, ranks)
     try:
+        if ranks > 1 and not started_by_a_launcher():
+            find_checkpoint(options)  # here, where it is one line that there is none, and no traceback of torchrun's
+            relaunch(__file__, ranks)
         complete(options)
     except (FileError, NotWritten) as error:  # which say what is wrong, and are on every rank
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -187,7 +189,10 @@ def find_checkpoint(options: Options) -> Path:
         FileError: there is none, or it is not that of the state.
     """
     if options.load_state is None:
-        return checkpoint_of(options.run or newest_run(), options.step)
+        run = options.run or newest_run()
+        if options.step is None and not (run / LATEST).is_file():
+            raise FileError(f"{run} has no checkpoint yet: {TRAIN_FIRST}")
+        return checkpoint_of(run, options.step)
     told = told_of(options.load_state)
     path = Path(told["checkpoint"]) if options.run is None else checkpoint_of(options.run, options.step)
     if not path.is_dir():
@@ -202,8 +207,8 @@ def newest_run() -> Path:
     found = [path for path in RUNS.glob(f"*/{LATEST}") if path.is_file()]
     if not found:
         raise FileError(
-            f"{RUNS.absolute()} has no run with a checkpoint: train a model with examples/train.py, or name the folder "
-            "of a run"
+            f"{RUNS.absolute()} has no run with a checkpoint: {TRAIN_FIRST}. If one lies elsewhere, name the folder "
+            "of its run: python examples/complete.py RUN"
         )
     return max(found, key=lambda path: path.stat().st_mtime).parent
 

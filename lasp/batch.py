@@ -15,6 +15,7 @@ from lasp.checks import agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
 from lasp.checks.optimizers import before_step
+from lasp.checks.reach import note_cut
 from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel, collectives, sequence_axis
 from lasp_kernels.once import no_second_derivative
@@ -122,10 +123,9 @@ def _local(
     lengths = ShardLayout.even(whole.tokens + padding, sequence.size).lengths
     layout = ShardLayout(lengths, whole.offsets, padding)
     if sequence.size > 1:
-        sequence.peers.padded = lengths[0] if padding else None
-        sequence.peers.packed = (1, lengths[sequence.rank]) if layout.packed else None
         sequence.peers.cut = True
         before_step(agreement.compare_exchanges)
+    note_cut(sequence, layout)
     local = whole.cut(*layout.bounds(sequence.rank))
     if sequence.size > 1:
         local = {name: x for name, x in local.items() if name not in _OF_THE_WHOLE}

@@ -21,7 +21,9 @@ from lasp.ranks.parts import Ranks, is_split
 from lasp_kernels.linear_loss import Words, linear_cross_entropy
 
 
-def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def token_loss(
+    logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100, total_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross entropy, averaged over every token of every rank of dp x sp, not over ranks.
 
     Args:
@@ -30,9 +32,12 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         mesh: the whole mesh (dp_replicate x dp_shard x sp), one axis, a ProcessGroup, or None for one rank. It must
             hold the ranks over which `parallelize` has split the model that gave the logits.
         ignore_index: the label that does not count.
+        total_tokens: for gradient accumulation: how many tokens count in all micro-batches of the step, on all ranks.
+            The loss is then the sum over these tokens divided by it, so that the losses, and the gradients, of all
+            micro-batches add up to those of the mean over their tokens, however unequal they are.
 
     Returns:
-        The loss, equal on every rank, and the number of tokens that it is the mean of (int64). Its gradient is
+        The loss, equal on every rank, and the number of tokens that it is of (int64). Its gradient is
         scaled so that the *average* of parameter gradients over `grad_mesh(mesh)`, which DDP, FSDP2 and
         `sync_grads` form, is exact, however unequal the ranks' token counts. With no token at all the loss is 0.
 
@@ -43,13 +48,15 @@ def token_loss(logits: Tensor, labels: Tensor, *, mesh, ignore_index: int = -100
         ValueError: a label that is neither in the vocabulary nor `ignore_index`, on every rank, naming the rank that
             has it. On a GPU, and under torch.compile, where the host would have to wait to know, the loss and all
             gradients are NaN on every rank instead.
-        RankMismatchError: ranks have another vocabulary or ignore_index; on every rank. (On a GPU NaN, as above.)
+        ValueError: total_tokens that are fewer than these; on every rank. (On a GPU NaN, as above.)
+        RankMismatchError: ranks have another vocabulary, ignore_index or total_tokens; on every rank. (On a GPU NaN.)
         PeerError: another rank ended, or was silent for the timeout of the group.
     """
     group, ranks = grad_group(mesh)
     check_loss(logits, labels, ignore_index, mesh, group)
+    _check_total(total_tokens)
     local, counted, outside = sum_of_slice(logits, labels, ignore_index)
-    found = totals(local, labels, counted, outside, logits.shape[-1], ignore_index, group, ranks)
+    found = totals(local, labels, counted, outside, logits.shape[-1], ignore_index, group, ranks, of=total_tokens)
     return found.mean_of(local, ranks)
 
 
@@ -62,6 +69,7 @@ def linear_token_loss(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    total_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_loss` of `hidden @ weight^T + bias`, whose logits never are in memory all at once.
 
@@ -81,6 +89,7 @@ def linear_token_loss(
         bias: [V], of the last layer.
         reduction: "sum" gives the sum over this rank's tokens and how many these are, and asks no other rank: what a
             `loss_fn` of `stream_backward` returns. A label outside the vocabulary makes it NaN.
+        total_tokens: as in `token_loss`, for "mean".
 
     Returns:
         As `token_loss`. The loss is in fp32 of 16-bit inputs, and logits are rounded to their dtype.
@@ -90,13 +99,16 @@ def linear_token_loss(
     """
     arguments.choice("reduction", reduction, ("mean", "sum"))
     _check_linear(hidden, weight, bias)
+    _check_total(total_tokens)
+    if total_tokens is not None and reduction == "sum":
+        raise ValueError(f"total_tokens divide the mean, and reduction='sum' divides by nothing, got {total_tokens}")
     group, ranks = grad_group(mesh)
     check_loss(hidden, labels, ignore_index, mesh, group, name="hidden")
     local, counted, outside = sum_of_linear(hidden, weight, bias, labels, ignore_index)
     if reduction == "sum":
         return torch.where(outside.any(), torch.nan, 1.0).to(local.dtype) * local, counted.sum()
     name = "linear_token_loss"
-    found = totals(local, labels, counted, outside, len(weight), ignore_index, group, ranks, name=name)
+    found = totals(local, labels, counted, outside, len(weight), ignore_index, group, ranks, name=name, of=total_tokens)
     return found.mean_of(local, ranks)
 
 
@@ -142,10 +154,11 @@ class Totals(NamedTuple):
     loss: Tensor
     tokens: Tensor
     sound: Tensor  # 1, or NaN where a label is outside or ranks differ, and the host cannot wait to know it
+    of: int | None = None  # what their sum is divided by, if not by their number
 
     def mean_of(self, local: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-        """The mean over all tokens, with the gradient of `local`, the sum over those of this rank; and how many."""
-        count = self.tokens.clamp(min=1)
+        """The mean over all tokens, with the gradient of `local`, the sum over this rank's; and how many."""
+        count = self.tokens.clamp(min=1) if self.of is None else self.of
         mean, weight = (self.sound * self.loss / count).to(local.dtype), (self.sound * ranks / count).to(local.dtype)
         return _GlobalMean.apply(local, mean, weight), self.tokens.long()  # type: ignore[return-value]
 
@@ -161,13 +174,14 @@ def totals(
     ranks: int,
     *,
     name: str = "token_loss",
+    of: int | None = None,
 ) -> Totals:
     """What the ranks hold together; raises on every rank, where the host can know it, if they do not fit.
 
     One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
     be the same on all of them, the sum and that of squares tell whether it is.
     """
-    terms = (vocabulary * 1021 + ignore_index) % 4093
+    terms = (vocabulary * 1021 + ignore_index + (0 if of is None else of + 1) * 2039) % 4093
     told = [local.new_full((), x, dtype=torch.float64) for x in (terms, terms**2)]  # for a copy the host would wait
     numbers = torch.stack([*(x.detach().double() for x in (local, counted.sum(), outside.sum())), *told])
     if ranks > 1:
@@ -176,11 +190,14 @@ def totals(
             dist.all_reduce(numbers, group=group)
     total, tokens, wrong, of_terms, of_squares = numbers.unbind()
     differ = ranks * of_squares != of_terms**2
-    if local.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong):
+    few = tokens > of if of is not None else wrong < 0
+    if local.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong or few):
         if differ:
-            _compare(vocabulary, ignore_index, group, ranks, name)
+            _compare(vocabulary, ignore_index, of, group, ranks, name)
+        if few:
+            raise ValueError(f"total_tokens must be those of all micro-batches, got {of}, and these are {int(tokens)}")
         _refuse(labels.flatten()[outside], vocabulary, ignore_index, group, ranks, name)
-    return Totals(total, tokens, torch.where(differ | (wrong > 0), torch.nan, 1.0))
+    return Totals(total, tokens, torch.where(differ | few | (wrong > 0), torch.nan, 1.0), of)
 
 
 def check_loss(
@@ -207,6 +224,11 @@ def check_loss(
         raise ValueError(f"labels must be on the device of {name}, {logits.device}, got {labels.device}")
     if not torch.compiler.is_compiling():
         _check_ranks(logits, mesh, group)
+
+
+def _check_total(total_tokens: int | None) -> None:
+    if total_tokens is not None:
+        arguments.integer("total_tokens", total_tokens, at_least=1)
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -254,13 +276,15 @@ def _check_ranks(logits: Tensor, mesh: object, group: ProcessGroup | None) -> No
         )
 
 
-def _compare(vocabulary: int, ignore_index: int, group: ProcessGroup | None, ranks: int, name: str) -> None:
+def _compare(
+    vocabulary: int, ignore_index: int, of: int | None, group: ProcessGroup | None, ranks: int, name: str
+) -> None:
     """Raise on every rank: it is known that some have others."""
-    found = torch.zeros(ranks, 2, dtype=torch.int64)
-    found[dist.get_rank(group)] = torch.tensor([vocabulary, ignore_index])
-    with waiting(f"{name}, forward: which rank has another vocabulary or ignore_index"):
+    found = torch.zeros(ranks, 3, dtype=torch.int64)
+    found[dist.get_rank(group)] = torch.tensor([vocabulary, ignore_index, 0 if of is None else of])
+    with waiting(f"{name}, forward: which rank has another vocabulary, ignore_index or total_tokens"):
         dist.all_reduce(found, group=group)
-    told = [f"vocabulary {x} and ignore_index {y}" for x, y in found.tolist()]
+    told = [f"vocabulary {x} and ignore_index {y}" + f", total_tokens {z}" * (z > 0) for x, y, z in found.tolist()]
     usual = Counter(told).most_common(1)[0][0]
     listed = [
         f"rank {rank if group is None else dist.get_global_rank(group, rank)} has {text}"

@@ -5,7 +5,6 @@ A model holds them, gives them what its own layers have made of its tokens, and 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp import arguments
+from lasp.checks import reach
 from lasp.decay import fixed, values_of
 from lasp.layout import ShardLayout
 from lasp.ops import recompute
@@ -321,23 +321,13 @@ class Router(nn.Module):
 
     def _count(self, logits: Tensor, chosen: Tensor, layout: ShardLayout | None) -> Counted:
         padding = padding_of(logits, layout, self.sequence)
-        self._warn_of_padding(logits, layout)
+        if self.sequence is not None:
+            reach.note_call("the router", logits, layout, self.sequence, reach.BALANCE)
         if padding is not None:
             logits, chosen = padding.cut(logits), padding.cut(chosen)
         times = chosen.new_zeros(self.experts)
         times.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
         return Counted(times, logits.softmax(-1).flatten(0, -2).sum(0))
-
-    def _warn_of_padding(self, x: Tensor, layout: ShardLayout | None) -> None:
-        """If x [B, T, experts] seems to be of a padded batch and no layout says so, as of a final state."""
-        if layout is not None or self.sequence is None or torch.compiler.is_compiling():
-            return
-        if self.sequence.stream is None and self.sequence.peers.padded == x.shape[1]:
-            warnings.warn(
-                "a router needs layout=local['layout']: the batch that shard_batch cut last is padded, and these "
-                f"{x.shape[1]} tokens are as many as a slice of it; if they are one, lasp.balance_loss counts padding",
-                stacklevel=2,
-            )
 
     def extra_repr(self) -> str:
         """How many experts are chosen, of how many, and the scale."""

@@ -8,7 +8,6 @@ with gradients, and on some hundred if it is small, on this rank alone, and is l
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from lasp import adapters
 from lasp.adapters import Adapter, sketch
 from lasp.checks import trial
+from lasp.checks.forward import places_of
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.use import of_a_pickle
 from lasp.modules import OPERATOR_MODULES
@@ -75,9 +75,9 @@ class NeedsPositions:
     """A hook before the forward of a model that would count positions from 0 where none are given."""
 
     def __init__(self, model: nn.Module, argument: str):
-        while argument not in inspect.signature(model.forward).parameters:  # it hands on what it is given, as PEFT's
-            model = model.base_model  # type: ignore[assignment]
-        self.argument, self.place = argument, list(inspect.signature(model.forward).parameters).index(argument)
+        places = places_of(model)
+        self.argument = argument
+        self.place = places.index(argument) if argument in places else len(places)
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:  # noqa: D102
         given = args[self.place] if self.place < len(args) else kwargs.get(self.argument)
@@ -175,7 +175,10 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
             "F.dropout(x, p, self.training) does, or, if it mixes no tokens by that, "
             f"plan={{{path!r}: lasp.adapters.token_local}}."
         ]
-    counted = "Let forward take position_ids, and call it as model(local['input_ids'], local['position_ids'])."
+    counted = (
+        f"Let the forward of {type(modules['']).__name__} take position_ids and hand them on to what counts, and call "
+        "it as model(local['input_ids'], local['position_ids'])."
+    )
     if found[path] == trial.COUNTED:
         advice = [counted]
     elif trial.COUNTED in found.values():

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lasp import adapters, arguments
 from lasp.api import parallelize
 from lasp.batch import shard_batch
-from lasp.calls import caller, logits_of
+from lasp.calls import Caller, logits_of
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
@@ -187,7 +187,8 @@ def verify(
     def prepare() -> tuple[Batch, Callable, dict[str, Any]]:
         _check(model, axis, forward, layers, dtype, tolerance, options)
         taken = _random_batch(model, axis, tokens) if batch is None else _on_device(batch, tokens, model)
-        return taken, _caller(model) if forward is None else forward, shard_batch(taken, None)
+        whole = shard_batch(taken, None)
+        return taken, _caller(model, whole) if forward is None else forward, whole
 
     def alike(found: tuple[Batch, Callable, dict[str, Any]]) -> dict[str, object]:
         return _fingerprint(model, found[2]["input_ids"], layers, dtype, tolerance)
@@ -408,8 +409,9 @@ def _most_positions(model: nn.Module) -> float:
     return min((n for n in found if isinstance(n, int)), default=math.inf)
 
 
-def _caller(model: nn.Module) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
-    call = caller(model)
+def _caller(model: nn.Module, whole: dict[str, Any]) -> Callable[[nn.Module, dict[str, Any]], Tensor]:
+    call = Caller(model, ask="put it into the batch, or pass forward")
+    call.check({name for name, x in whole.items() if x is not None})
     return lambda called, batch: logits_of(call(called, batch))
 
 

@@ -13,6 +13,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 _own = []  # what stood in Triton before: of which object, under which name
+_put_in = []  # what its interpreter has put into its language, in order: likewise, what was there before, and what is
 
 
 def _put(owner, name, value):
@@ -22,11 +23,19 @@ def _put(owner, name, value):
 
 @contextmanager
 def as_it_comes():
-    """Triton's interpreter without what this file changes."""
+    """Triton's interpreter without what this file changes, and its language as it is between launches."""
+    from triton.runtime.interpreter import _MISSING
+
     with ExitStack() as stack:
         for owner, name, value in _own:
             stack.enter_context(mock.patch.object(owner, name, value))
-        yield
+        for owner, name, before, _ in reversed(_put_in):
+            setattr(owner, name, before) if before is not _MISSING else delattr(owner, name)
+        try:
+            yield
+        finally:
+            for owner, name, _, now in _put_in:
+                setattr(owner, name, now)
 
 
 def _quicken():
@@ -41,7 +50,9 @@ def _quicken():
         languages = frozenset(name for name, value in fn.__globals__.items() if value is tl or value is tl.core)
         if languages not in scopes:
             scopes[languages] = put_in(fn)
-            scopes[languages]._changes.clear()  # that it would take out
+            changes = scopes[languages]._changes
+            _put_in.extend((owner, name, before, vars(owner)[name]) for owner, name, before in changes)
+            changes.clear()  # that it would take out
         return scopes[languages]
 
     _put(interpreter, "_patch_lang", put_in_once)

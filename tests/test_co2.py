@@ -784,3 +784,10 @@ def _bad_penalty(found):
 @pytest.mark.parametrize("found", [0.0, -1, None, "1", float("nan"), torch.ones(2)], ids=repr)
 def test_what_a_function_for_the_gap_returns(found):
     run_ranks(2, _bad_penalty, found)
+
+
+def test_one_replica_is_told():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"mesh has one replica \(dp_replicate=1, or None\)"):
+        lasp.CO2(model, optimizer, None, sync_every=2)

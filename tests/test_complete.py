@@ -488,8 +488,10 @@ def test_the_newest_run(done, tmp_path):
     few = ("--prompt=a", "--max-new-tokens=1")
     for world in (1, 2):
         found = run_ranks(world, _in_folder, tmp_path, *few)
-        said = f"{tmp_path / 'runs'} has no run with a checkpoint: train a model with examples/train.py, or name the"
+        said = f"{tmp_path / 'runs'} has no run with a checkpoint: train a model first, a small one in some"
         assert [(x[0], said in x[2]) for x in found] == [(1, True), (1, False)][:world], found
+    [(code, _, error)] = run_ranks(1, _in_folder, tmp_path, *few, "--ranks=2")  # in place of a traceback of torchrun's
+    assert (code, said in error) == (1, True), error
     _folder_of_runs(done, tmp_path, "z", "a", "m")
     (tmp_path / "runs" / "recall" / "without").mkdir(parents=True)
     os.utime(tmp_path / "runs" / "a" / "LATEST", (9000, 9000))
@@ -501,7 +503,7 @@ def test_the_newest_run(done, tmp_path):
 
 @pytest.mark.parametrize(("change", "words"), [
     ("a byte", "its SHA-256 is not that of SHA256SUMS"),
-    ("no LATEST", "LATEST cannot be read: No such file"),
+    ("no LATEST", "has no checkpoint yet: train a model first"),
     ("no run.json", "run.json cannot be read: No such file"),
     ("no options", "run.json is not what a run writes: KeyError: 'options'"),
     ("another vocabulary", "model.embedding.weight has 301 rows, in this run it is [302, 128]"),

@@ -1,9 +1,11 @@
 """Prompts and tokens behind them: what one forward over all of them gives, whatever way they came."""
 
 import copy
+import functools
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -747,3 +749,50 @@ def _page(folder):
 
 def test_what_the_page_shows_runs(tmp_path):
     assert run_ranks(2, _page, tmp_path) == [3, 3]
+
+
+# Somebody else who uses the model meanwhile
+
+SECOND = "lasp.prefill was called within lasp.generate of the same model, or while it runs in another thread"
+ALONE = (
+    "the model was called while lasp.generate is under way with it, in another thread or by its streamer, and would "
+    "have gone on from that state"
+)
+
+
+class _Meanwhile:
+    """A streamer that uses the model, each time in another way."""
+
+    def __init__(self, *ways):
+        self.ways, self.said = list(ways), []
+
+    def put(self, tokens):
+        if self.ways:
+            with pytest.raises(RuntimeError) as caught:
+                self.ways.pop()()
+            self.said.append(str(caught.value))
+
+    def end(self):
+        pass
+
+
+def _in_a_thread(function):
+    def run():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(function).result()
+
+    return run
+
+
+def test_a_model_that_generates_is_used_by_nobody_else():
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(vocab_size=97, layers=2, width=32, heads=2, glu_width=32))
+    ids = torch.randint(97, (1, 9))
+    expected = lasp.generate(model, ids, max_new_tokens=12)
+    another = functools.partial(lasp.generate, model, ids, max_new_tokens=2)
+    plain = functools.partial(model, ids, torch.arange(9))
+    streamer = _Meanwhile(another, plain, _in_a_thread(another), _in_a_thread(plain))
+    stream = lasp.generate(model, [ids[0]], max_new_tokens=12, streamer=streamer)
+    assert torch.equal(stream.ids, expected.ids)
+    assert torch.equal(stream.state.logits, expected.state.logits)
+    assert [text.split(":")[0] for text in streamer.said] == [ALONE, SECOND, ALONE, SECOND]

@@ -72,6 +72,39 @@ def test_equals_the_serial_mean_on_every_rank(counted, tokens, ignore_index):
     assert len(set(losses)) == 1
 
 
+def _micro_batches(linear):
+    """Of a step, with unequal numbers of tokens on every rank, against one process with all of them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts = [batch(counted, tokens, -100) for counted, tokens in (((5, 1), (5, 3)), ((0, 7), (1, 9)), ((3, 0), (3, 0)))]
+    total = sum(int((x != -100).sum()) for _, labels in parts for x in labels)
+    weight = torch.ones(VOCABULARY, requires_grad=True)
+    head = torch.eye(VOCABULARY, requires_grad=True)
+    added = 0
+    for logits, labels in parts:
+        mine = (logits[rank] * weight, labels[rank])
+        if linear:
+            mine = (mine[0], head, mine[1])
+        loss_of = lasp.linear_token_loss if linear else lasp.token_loss
+        loss, _ = loss_of(*mine, mesh=dist.group.WORLD, total_tokens=total)
+        loss.backward()
+        added += loss.detach()
+    dist.all_reduce(weight.grad)
+    whole = [torch.cat([x.flatten(0, 1) for part in parts for x in part[place]]) for place in (0, 1)]
+    serial = F.cross_entropy(whole[0] * (one := torch.ones(VOCABULARY, requires_grad=True)), whole[1])
+    serial.backward()
+    assert_close(added, serial, "loss", **CLOSE)
+    assert_close(weight.grad / world, one.grad, "gradient averaged over ranks", **CLOSE)
+    with pytest.raises(lasp.RankMismatchError, match=r"rank 1 has .*, total_tokens 8, the others .*, total_tokens 7"):
+        lasp.token_loss(logits[rank], labels[rank], mesh=dist.group.WORLD, total_tokens=7 + rank)
+    with pytest.raises(ValueError, match="total_tokens must be those of all micro-batches, got 5, and these are 6"):
+        lasp.token_loss(logits[rank], labels[rank], mesh=dist.group.WORLD, total_tokens=5)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_micro_batches_with_unequal_numbers_of_tokens(linear):
+    run_ranks(2, _micro_batches, linear)
+
+
 def _fp64():
     """What checks a split in fp64 needs a loss and gradients that are exact to fp64, at a count that fp32 rounds."""
     rank, draw = dist.get_rank(), torch.Generator().manual_seed(0)

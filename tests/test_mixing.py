@@ -379,6 +379,22 @@ class CountsUnlessGiven(Counts):
         return self.head(x + self.layers[0](x))
 
 
+class HandsOn(nn.Module):
+    """A wrapper that names nothing of what it hands on, and says by no `base_model` to whom."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class NamesTokens(HandsOn):
+    def forward(self, tokens, **kwargs):
+        return self.inner(tokens, **kwargs)
+
+
 def in_blocks(x, size):
     padded = F.pad(x, (0, 0, 0, -x.shape[1] % size))
     return padded.unflatten(1, (-1, size)).cumsum(2).flatten(1, 2)[:, : x.shape[1]]
@@ -870,8 +886,8 @@ def test_advice_on_positions_stands_beside_that_on_a_layer():
     text = refusal(model)
     assert "for layers.1.conv:" in text
     assert text.endswith(
-        "Positions that it counts from 0: let forward take position_ids, and call it as "
-        "model(local['input_ids'], local['position_ids'])."
+        "Positions that it counts from 0: let the forward of Counts take position_ids and hand them on to what counts, "
+        "and call it as model(local['input_ids'], local['position_ids'])."
     )
 
 
@@ -1078,20 +1094,27 @@ def test_what_one_rank_refuses_is_an_error_on_all():
     run_ranks(3, _one_refuses)
 
 
-def _positions_are_needed():
+def _positions_are_needed(wrap, by_place):
     rank, mesh = dist.get_rank(), mesh_of(sp=2)
     torch.manual_seed(0)
-    model = lasp.parallelize(CountsUnlessGiven().double(), mesh)
-    serial = CountsUnlessGiven().double()
-    serial.load_state_dict(model.state_dict())
+    model = wrap(CountsUnlessGiven().double())
+    serial = copy.deepcopy(model)
+    lasp.parallelize(model, mesh)
     ids = torch.arange(11).view(1, 11) % IDS
     local = lasp.shard_batch({"input_ids": ids}, mesh, pad=False)
-    for given in ((), (None,)):
+    for given in ((), (None,)) if by_place else ((),):
         with pytest.raises(ValueError, match="position_ids is needed where the sequence is split"):
             model(local["input_ids"], *given)
     expected = lasp.shard_sequence(serial(ids), mesh)
-    torch.testing.assert_close(model(local["input_ids"], local["position_ids"]), expected)
-    torch.testing.assert_close(model(local["input_ids"], position_ids=local["position_ids"]), expected)
+    if by_place:
+        torch.testing.assert_close(model(local["input_ids"], local["position_ids"]), expected)
+    found = model(local["input_ids"], position_ids=local["position_ids"])
+    torch.testing.assert_close(found, expected)
+    (found.square().sum() * 2).backward()  # of the two ranks' mean
+    lasp.sync_grads(model, mesh)
+    serial(ids).square().sum().backward()
+    for p, q in zip(model.parameters(), serial.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
     twin = copy.deepcopy(model)
     with pytest.raises(ValueError, match="position_ids is needed"):
         twin(local["input_ids"])
@@ -1101,8 +1124,14 @@ def _positions_are_needed():
     return rank
 
 
-def test_a_model_that_would_count_positions_from_0_must_be_given_them():
-    assert run_ranks(2, _positions_are_needed) == [0, 1]
+@pytest.mark.parametrize(
+    ("wrap", "by_place"), [(nn.Module.double, True), (HandsOn, True), (NamesTokens, False)], ids=["none", "all", "most"]
+)
+def test_a_model_that_would_count_positions_from_0_must_be_given_them(wrap, by_place):
+    assert run_ranks(2, _positions_are_needed, wrap, by_place) == [0, 1]
+
+
+def test_one_rank_may_count_positions():
     lasp.parallelize(CountsUnlessGiven(), None)(torch.zeros(1, 5, dtype=torch.long))  # one rank may count
 
 

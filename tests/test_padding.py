@@ -1,7 +1,7 @@
 """Padding behind the last real token: no state sees it, on no rank, and no gradient comes from it."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -176,21 +176,25 @@ def _without_layout(operator):
     x = torch.ones(1, 3, 1, 1)
     batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), "x": x}
     sequence = lasp.SequenceParallel(dist.group.WORLD)
-    local = lasp.shard_batch(batch, dist.group.WORLD)["x"]
+    local = lasp.shard_batch(batch, dist.group.WORLD)["x"]  # whose layout is gone
 
-    def final_state(x):
+    def final_state(x, **more):
+        more |= {"output_final_state": True, "sequence": sequence}
         if operator == "delta_rule":
-            return lasp.delta_rule(x, x, x, x[..., 0], output_final_state=True, sequence=sequence)[1]
-        rates = torch.tensor([0.5]).log()
-        return lasp.linear_attention(x, x, x, log_decay=rates, output_final_state=True, sequence=sequence)[1]
+            return lasp.delta_rule(x, x, x, x[..., 0], **more)[1]
+        return lasp.linear_attention(x, x, x, log_decay=torch.tensor([0.5]).log(), **more)[1]
 
-    with pytest.warns(UserWarning, match=r"output_final_state needs layout=local\['layout'\].* is padded"):
+    did_not_reach = f"did not reach the final state of {operator}, .* 2 tokens.* padding is part .*layout=local"
+    with pytest.warns(UserWarning, match=did_not_reach):
         final_state(local)
-    by_hand = torch.ones(1, 2 - dist.get_rank(), 1, 1)  # one rank holds as many tokens by chance: nobody waits for it
-    with pytest.warns(UserWarning, match="is padded") if len(by_hand[0]) == 2 else nullcontext():
+    with nothing_said():
+        local = lasp.shard_batch(batch, dist.group.WORLD)
+        by_hand = torch.ones(1, 2 - dist.get_rank(), 1, 1)  # one rank holds as many tokens by chance
         assert final_state(by_hand).item() == (1.75 if operator == "linear_attention" else 1.0)
-    local = lasp.shard_batch(batch, dist.group.WORLD, pad=False)["x"]
-    assert final_state(local).item() == (1.75 if operator == "linear_attention" else 1.0)
+        final_state(local["x"], layout=local["layout"])
+        del local
+        local = lasp.shard_batch(batch, dist.group.WORLD, pad=False)["x"]
+        assert final_state(local).item() == (1.75 if operator == "linear_attention" else 1.0)
 
 
 @pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
@@ -198,11 +202,25 @@ def test_a_final_state_of_a_padded_batch_needs_the_layout(operator):
     run_ranks(2, _without_layout, operator)
 
 
-def _documents_without_layout():
-    x = torch.ones(1, 6, 1, 2)
-    batch = {"input_ids": torch.ones(1, 6, dtype=torch.long), "x": x}
-    sequence = lasp.SequenceParallel(dist.group.WORLD, name="attention")
-    local = lasp.shard_batch({**batch, "cu_seqlens": [0, 4, 6]}, dist.group.WORLD)
+@contextmanager
+def nothing_said():
+    with warnings.catch_warnings(record=True) as said:  # an error in a callback would be lost
+        warnings.simplefilter("always")
+        yield
+    assert not [str(x.message) for x in said]
+
+
+DENSE = {"input_ids": torch.ones(1, 7, dtype=torch.long), "x": torch.ones(1, 7, 1, 2)}
+PACKED = {**DENSE, "cu_seqlens": [0, 4, 7]}
+
+
+def _documents_without_layout(mesh):
+    mesh = dist.group.WORLD if mesh else None
+    sequence = lasp.SequenceParallel(mesh, name="attention")
+
+    def cut(batch):
+        return lasp.shard_batch(batch, mesh, pad=False)  # 4 and 3 tokens
+
     calls = {
         "linear_attention": lambda x, **more: lasp.linear_attention(x, x, x, sequence=sequence, **more),
         "delta_rule": lambda x, **more: lasp.delta_rule(x, x, x, x[..., 0], sequence=sequence, **more),
@@ -210,18 +228,31 @@ def _documents_without_layout():
         "softmax_attention": lambda x, **more: lasp.softmax_attention(x, x, x, sequence=sequence, **more),
     }
     for name, call in calls.items():
-        with pytest.warns(UserWarning, match=f"{name} in layer 'attention' has no layout: .* packed.* 3 tokens"):
-            call(local["x"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        tokens = cut(DENSE)["x"].shape[1]
+        did_not_reach = f"did not reach {name} in layer 'attention', .* {tokens} tokens.* packed run into"
+        local = cut(PACKED)
+        ahead = cut(DENSE)
+        call(local["x"])
+        with pytest.warns(UserWarning, match=did_not_reach):  # though the last that was cut is another
+            del local
+        with pytest.warns(UserWarning, match=did_not_reach):
+            call(cut(PACKED)["x"])  # its layout is gone at once
+        with nothing_said():
+            local, ahead = ahead, cut(PACKED)
+            call(local["x"])  # needs none, though the last that was cut does
+            local, ahead = ahead, cut({**DENSE, "cu_seqlens": [0, 7]})
             call(local["x"], layout=local["layout"])
-            call(torch.ones(1, 2, 1, 2))  # not of that batch
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        local = lasp.shard_batch(batch, dist.group.WORLD)  # one document
-        for call in calls.values():
-            call(local["x"])
+            local = ahead
+            call(local["x"])  # of one document
+            del local, ahead
+    local = cut(PACKED)
+    calls["halo"](local["x"], layout=local["layout"])
+    calls["delta_rule"](local["x"])  # one that is left out
+    calls["softmax_attention"](local["x"], layout=local["layout"])
+    with pytest.warns(UserWarning, match=r"did not reach delta_rule in layer 'attention', which"):
+        calls["halo"](local["x"])  # the next step
 
 
-def test_packed_documents_without_a_layout_are_told():
-    run_ranks(2, _documents_without_layout)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_documents_without_a_layout_are_told(ranks):
+    run_ranks(ranks, _documents_without_layout, ranks > 1)

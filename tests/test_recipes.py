@@ -164,7 +164,7 @@ WRONG = [
     ("packed.py", [(', local["layout"])', ")")]),
     (
         "accumulate.py",
-        [("(loss * tokens)", "loss"), ("p.grad /= total", "p.grad /= len(parts)")],
+        [("part.backward()", "(part / len(parts)).backward()"), (", total_tokens=total", "")],
     ),
     (
         "clip.py",

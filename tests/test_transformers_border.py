@@ -67,6 +67,22 @@ def refuses_what_needs_the_whole():
     assert torch.equal(first, model(**ok, return_dict=False)[0])
 
 
+def refuses_a_rank_without_tokens():
+    model, _, mesh = split("bamba")
+    ids = IDS[:, : mesh.size() - 1]
+    local = lasp.shard_batch({"input_ids": ids}, mesh, pad=False)
+    last = mesh.size() - 1
+    with pytest.raises(ValueError, match=rf"every rank of BambaForCausalLM a token, got none on \[{last}\] of"):
+        model(local["input_ids"], layout=local["layout"])
+    local = lasp.shard_batch({"input_ids": ids}, mesh)  # with padding in its place
+    assert model(local["input_ids"], layout=local["layout"]).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_without_tokens_is_refused(ranks):
+    run_ranks(ranks, refuses_a_rank_without_tokens)
+
+
 def test_what_needs_the_whole_sequence_is_refused():
     run_ranks(2, refuses_what_needs_the_whole)
 
@@ -102,6 +118,54 @@ def by_place():
 
 def test_arguments_without_names_through_a_wrapper():
     run_ranks(2, by_place)
+
+
+class NamesTokens(HandsOn):
+    def forward(self, input_ids, **kwargs):
+        return self.inner(input_ids, **kwargs)
+
+
+class NamesItsMask(HandsOn):
+    def forward(self, input_ids, mask=None, **kwargs):
+        return self.inner(input_ids, attention_mask=mask, **kwargs)
+
+
+def refuses_a_mask_of_another_name():
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(NamesItsMask(foreign.build("minimax", torch.float32)), mesh["sp"], strict=False)
+    local = lasp.shard_batch({"input_ids": IDS}, mesh, pad=False)
+    ids, layout = local["input_ids"], local["layout"]
+    with pytest.raises(ValueError, match=r"mask would not reach the split layers of NamesItsMask, .* attention_mask"):
+        model(ids, torch.ones_like(ids), layout=layout)
+    assert model(ids, layout=layout).logits.shape[1] == ids.shape[1]
+
+
+def test_a_mask_of_another_name_is_refused():
+    run_ranks(2, refuses_a_mask_of_another_name)
+
+
+def filled_in_through_a_wrapper(wrap):
+    """The trial of `parallelize` gives a wrapper's model the positions that its border will give it."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=2)
+    model = wrap(foreign.build("minimax", torch.float32).eval())
+    serial = copy.deepcopy(model)
+    lasp.parallelize(model, mesh["sp"])
+    local = lasp.shard_batch({"input_ids": IDS}, mesh, pad=False)
+    lasp.token_loss(model(local["input_ids"], layout=local["layout"]).logits, local["labels"], mesh=mesh)[0].backward()
+    lasp.sync_grads(model, mesh)
+    labels = lasp.shard_batch({"input_ids": IDS}, None)["labels"]
+    lasp.token_loss(serial(IDS).logits, labels, mesh=None)[0].backward()
+    for p, q in zip(model.parameters(), serial.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [HandsOn, NamesTokens])
+def test_positions_that_are_filled_in_through_a_wrapper(wrap):
+    run_ranks(2, filled_in_through_a_wrapper, wrap)
 
 
 def own_batch_in_every_recompute():

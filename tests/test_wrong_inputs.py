@@ -449,6 +449,7 @@ TABLE = {
             ],
             "mesh": NO_MESH,
             "ignore_index": NO_INTEGER,
+            "total_tokens": [*(x for x in NO_INTEGER if x is not None), 0, Wrong(1, "got 1, and these are")],
         },
     ),
     "linear_token_loss": (
@@ -471,6 +472,7 @@ TABLE = {
             "mesh": NO_MESH,
             "ignore_index": NO_INTEGER,
             "reduction": [*NO_TEXT, "none"],
+            "total_tokens": [*(x for x in NO_INTEGER if x is not None), 0, Wrong(1, "got 1, and these are")],
         },
     ),
     "balance_loss": (

@@ -14,7 +14,6 @@ told, whichever batch came since.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp import arguments
+from lasp.checks.forward import MASKS, parameters_of, places_of
 from lasp.checks.use import of_a_pickle
 from lasp.layout import ShardLayout
 from lasp.ops import recompute
@@ -172,7 +172,7 @@ class _Arguments:
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         self.model, self.args, self.kwargs = model, args, kwargs
-        self.takes, self.places = _takes(model), _places(model)
+        self.takes, self.places = set(parameters_of(model)), places_of(model)
         self.given = by_name(model, args) | kwargs
         self.name = type(model).__name__
 
@@ -192,6 +192,12 @@ class _Arguments:
             raise ValueError(
                 f"layout must be of {sequence.size} ranks and the {tokens.shape[1]} tokens of rank {sequence.rank}, "
                 f"got lengths {layout.lengths}"
+            )
+        if 0 in layout.lengths:  # as all ranks see; code of its library views, say, no empty tensor
+            without = [rank for rank, length in enumerate(layout.lengths) if not length]
+            raise ValueError(
+                f"layout must give every rank of {self.name} a token, got none on {without} of {sequence.size} ranks: "
+                "leave pad=True of lasp.shard_batch, or take longer sequences"
             )
         if layout.packed and tokens.shape[0] != 1:
             raise ValueError(f"packed documents need a batch of 1, got {tokens.shape[0]} rows")
@@ -226,6 +232,12 @@ class _Arguments:
             )
         if kept := self.given.get("logits_to_keep"):
             raise ValueError(f"logits_to_keep would be of this rank's slice alone, got {arguments.shown(kept)}")
+        other = next((x for x in self.given if MASKS.fullmatch(x) and self.given[x] is not None), "attention_mask")
+        if other != "attention_mask":
+            raise ValueError(
+                f"{other} would not reach the split layers of {self.name}, which see padding by attention_mask: let "
+                "forward call it so, 0 where this rank's tokens [B, T] are padding"
+            )
         mask = self.given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError(
@@ -261,37 +273,9 @@ class _Arguments:
 
 def by_name(model: nn.Module, args: tuple) -> dict[str, Any]:
     """What a forward is given without names, by the names that it, or the model that it hands them on to, has."""
-    places = _places(model)
+    places = places_of(model)
     unnamed = (f"*args[{place}]" for place in range(len(places), len(args)))
     return dict(zip((*places, *unnamed), args))
-
-
-def _takes(model: nn.Module) -> set[str]:
-    """The names of what a forward takes, with those that it hands on to the model within it (**kwargs)."""
-    parameters = inspect.signature(model.forward).parameters
-    names = set(parameters)
-    inner = _within(model)
-    if inner is not None and any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        names |= _takes(inner)
-    return names
-
-
-def _places(model: nn.Module) -> list[str]:
-    """The names of what a forward takes without them, in order, with those of the model within it behind *args."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    inner = _within(model)
-    if inner is not None and any(p.kind == p.VAR_POSITIONAL for p in parameters):
-        names += _places(inner)[len(names) :]
-    return names
-
-
-def _within(model: nn.Module) -> nn.Module | None:
-    """The model that one hands its arguments on to: what a wrapper holds alone, or the trunk of a language model."""
-    if len(children := list(model.children())) == 1:
-        return children[0]
-    inner = getattr(model, "base_model", model)
-    return None if inner is model else inner
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model ask for the same ones

@@ -8,6 +8,7 @@ is taken out again, and put in its place while a sequence is streamed.
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from lasp.adapters.border import Border, OneRank
 from lasp.ranks import SequenceParallel
 
 _ABSENT = object()
+_entering = threading.Lock()
 
 
 class Handles:
@@ -187,16 +189,17 @@ def under_way(stream: Any, splits: list[Parallelized], model: nn.Module) -> Iter
     """Inside, the layers of the model find the stream (a `lasp.ops.stream.Carrier`) at their ranks."""
     held = {id(x): x for m in model.modules() if isinstance(x := getattr(m, "sequence", None), SequenceParallel)}
     held |= {id(x): x for split in splits for x in (split.sequence, *split.own)}  # the border of a model asks its own
-    busy = next((x.stream for x in held.values() if x.stream is not None), None)
-    if busy is not None:
-        raise RuntimeError(
-            f"{stream.name} was called within another one of the same model"
-            if busy.name == stream.name
-            else f"{stream.name} was called within {busy.name} of the same model"
-        )
-    try:
+    with _entering:  # of several threads one
+        busy = next((x.stream for x in held.values() if x.stream is not None), None)
+        if busy is not None:
+            raise RuntimeError(
+                f"{stream.name} was called within "
+                + ("another one" if busy.name == stream.name else busy.name)
+                + " of the same model, or while it runs in another thread: wait for its end, or call a copy.deepcopy"
+            )
         for x in held.values():
             object.__setattr__(x, "stream", stream)
+    try:
         yield
     finally:
         for x in held.values():

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lasp.checks.forward import MASKS, POSITIONS, own_parameters, parameters_of
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.untouched import keep_all, random_state
 from lasp.ranks import SequenceParallel
@@ -47,8 +48,6 @@ _CUTS = ((29, 13), (13, 5))  # tokens, and where they are cut (no block ends the
 _MORE = ((1031, 487, 0.03), (263, 127, 0.15))  # likewise, of a second look, if the first took fewer seconds: the most
 # tokens that a model of so many parameters allows
 _ROWS = 2  # of a second look
-POSITIONS = re.compile(r"(token_|input_)?pos(ition)?s?(_ids?)?")  # what models call the positions of tokens
-_MASKS = re.compile(r"(attention_|padding_|token_|input_)?mask")
 _SPECIAL = re.compile(r"eos|bos|eo[dt]|sep|pad|end|stop|doc|special", re.IGNORECASE)
 _PARAMETERS = {"cpu": 5e7, "cuda": 2e10}  # whose use on some 60 tokens takes about a second at most
 _SMALL, _MEDIUM = 1 << 20, 1 << 28  # numbers of a parameter or buffer that may be copied, and of all of them
@@ -159,7 +158,7 @@ def _ask_whole(
                 continue
             seconds = time.process_time() - started
             others = [(make_inputs, True)] if _may_train(module) else []
-            others += [(functools.partial(make_inputs, masks=True), False)] if _optional(module, _MASKS) else []
+            others += [(functools.partial(make_inputs, masks=True), False)] if _optional(module, MASKS) else []
             for make_others, training in others:
                 with contextlib.suppress(_Failed):  # it need not take a mask of that kind
                     also = ask(make_others, training=training)
@@ -288,7 +287,7 @@ Weights = dict[str, Tensor]  # parameters and buffers in whose place others are 
 
 def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., Inputs]]:
     """Ways to make its inputs from a number of tokens, the likeliest first: ids, or numbers of some width."""
-    parameters = [p for p in parameters_of(module) if p.kind != p.VAR_KEYWORD]
+    parameters = _given(module)
     if not parameters:
         return
     used = (weights.get(name, x) for name, x in (*module.named_parameters(), *module.named_buffers()))
@@ -306,20 +305,17 @@ def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., In
 
 def _optional(module: nn.Module, names: re.Pattern[str]) -> list[str]:
     """The arguments of its forward with such a name that need not be given."""
-    _, *others = parameters_of(module)
-    return [p.name for p in others if names.fullmatch(p.name) and p.default is not p.empty]
+    return [p.name for p in _given(module)[1:] if names.fullmatch(p.name) and p.default is not p.empty]
 
 
-def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
-    """Of its forward; of one that hands on whatever it is given (PEFT's) also some of the model within it."""
-    own = list(inspect.signature(module.forward).parameters.values())
-    inner = getattr(module, "base_model", None)
-    if not isinstance(inner, nn.Module) or inner is module or all(p.kind != p.VAR_KEYWORD for p in own):
-        return own
-    named = {p.name for p in own}
-    handed_on = [p for p in parameters_of(inner) if POSITIONS.fullmatch(p.name) or _MASKS.fullmatch(p.name)]
-    handed_on += [p for p in parameters_of(inner) if p.name == "use_cache"]
-    return own + [p for p in handed_on if p.name not in named]
+def _given(module: nn.Module) -> list[inspect.Parameter]:
+    """What a trial may give to its forward; of what a wrapper hands on only what the trial knows to make."""
+    own = {name: p for name, p in own_parameters(module).items() if p.kind != p.VAR_KEYWORD}
+    if not own:  # the tokens are given without a name
+        return []
+    handed_on = (p for name, p in parameters_of(module).items() if name not in own)
+    known = (p for p in handed_on if POSITIONS.fullmatch(p.name) or MASKS.fullmatch(p.name) or p.name == "use_cache")
+    return [*own.values(), *known]
 
 
 def _widths_of(module: nn.Module) -> list[int]:
@@ -374,7 +370,7 @@ def _make_inputs(
     for p in others:
         if POSITIONS.fullmatch(p.name):
             inputs[p.name] = _Input(in_rows if position_dim else positions, position_dim)
-        elif masks and _MASKS.fullmatch(p.name):
+        elif masks and MASKS.fullmatch(p.name):
             inputs[p.name] = _Input(torch.ones_like(in_rows), 1)
         elif p.name == "use_cache":
             inputs[p.name] = _Input(False)

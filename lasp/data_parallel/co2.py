@@ -17,6 +17,7 @@ is called the paper's.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class CO2:
             are averaged.
         optimizer: the inner one, or several; of parameters of the model.
         mesh: the whole mesh, with the axis dp_replicate; or the axis, or a ProcessGroup, of replicas of one rank each;
-            None for one replica.
+            None for one replica, which takes the outer steps by itself and is told so by a warning.
         sync_every: local steps of a round.
         outer_lr: of the outer step.
         outer_momentum: from 0 to 1. With a number as `gap_penalty` the rule is outer SGD a round late, on what a round
@@ -144,6 +145,12 @@ class CO2:
         self._replicas = SequenceParallel(group, name="CO2", validate=validate)
         self._inside = SequenceParallel(inside, name="CO2", validate=validate)
         self.replica, self.replicas = self._replicas.rank, self._replicas.size  # this one's number, and how many
+        if self.replicas == 1:
+            warnings.warn(
+                "mesh has one replica (dp_replicate=1, or None), with which CO2 averages nothing and still takes outer "
+                "steps, another training than without it: lasp.init_mesh(dp_replicate=2, ..) makes more",
+                stacklevel=2,
+            )
         if group is not None:
             self._replicas.peers.apart.add(self)
             compare_parameters(model, group, "CO2", validate=validate)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lasp import adapters, arguments
 from lasp.adapters.handles import check_ranks, held_by, under_way
 from lasp.api import on_one_rank
-from lasp.calls import caller, logits_of
+from lasp.calls import Caller, logits_of
 from lasp.inference.state import form_of
 from lasp.layout import ShardLayout
 from lasp.models.trunk import LanguageModel
@@ -60,7 +60,8 @@ class Runner:
         if not foreign:
             for split in self.splits:
                 self._refuse_foreign(split.adapters)
-        self._call = caller(model, ask="lasp.prefill cannot call it")
+        self._call = Caller(model, ask="for lasp.prefill and lasp.generate, whose rows have no padding")
+        self._call.check(("input_ids", "position_ids", "layout"))
         self.device = device_of_model(model)
         self.form = form_of(model)
         embedding, self._head = embedding_and_head(model)

@@ -282,7 +282,7 @@ def start_forward(
 ) -> Started:
     """Steps 1 and 2 of forward, outside of autograd. Of q only shape and dtype are used."""
     if needs.final_state:
-        call.warn_of_padding(x.k)
+        call.note_final_state(x.k)
     with no_autocast(x.k.device.type):
         steps = steps_of(x, call, needs.decay_gradient)
         if not call.traffic.kernels:

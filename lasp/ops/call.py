@@ -11,7 +11,6 @@ Kernels and exchange meet here and in the operators only: the arithmetic of a ma
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import lasp_kernels as kernels
 from lasp import arguments, exchange
-from lasp.checks import agreement, finite
+from lasp.checks import agreement, finite, reach
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.messages import Kind, check_messages
@@ -168,21 +167,11 @@ class Call:
             **settings,
         }
 
-    def warn_of_padding(self, x: Tensor) -> None:
-        """If x [B, T, ...] seems to be of a padded batch and no layout says so: for a final state.
-
-        It only seems so: an error of the ranks that hold as many tokens by chance would leave the others waiting.
-        """
-        sequence = self.sequence
-        if sequence is None or sequence.stream is not None:  # of which only the last segment is padded
-            return
-        if self.shard.layout is None and sequence.peers.padded == x.shape[1]:
-            warnings.warn(
-                "output_final_state needs layout=local['layout']: the batch that shard_batch cut last is padded, and "
-                f"these {x.shape[1]} tokens are as many as a slice of it; if they are one, the padding is part of the "
-                "final state",
-                stacklevel=2,
-            )
+    def note_final_state(self, x: Tensor) -> None:
+        """One is asked for, of x [B, T, ...]: if that is padded, a layout must say so."""
+        if self.sequence is not None:
+            who = f"the final state of {self.operator}"
+            reach.note_call(who, x, self.shard.layout, self.sequence, reach.FINAL_STATE)
 
     # How a state travels
 
@@ -418,10 +407,10 @@ def call_of(
 
     `edges`: initial and final states are those before the first and after the last sequence alone, [1, H, K, V].
     """
+    if isinstance(sequence, (SequenceParallel, type(None))) and isinstance(layout, _LAYOUTS):
+        reach.note_call(operator, x, layout, sequence, reach.DOCUMENTS)
     if sequence is None and layout is None:
         return _alone(operator, x.shape[0], segment_length, ends, rates)
-    if layout is None:
-        _warn_of_documents(operator, x, sequence)
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1 or not isinstance(layout, _LAYOUTS):
         return Call(operator, Shard.of(x, layout, sequence, name, edges=edges), segment_length, ends, rates)
     key = (operator, x.shape[:2], layout, segment_length, ends, rates, settings, edges)
@@ -433,19 +422,6 @@ def call_of(
             sequence.kept.clear()
         sequence.kept[key] = known
     return known
-
-
-def _warn_of_documents(operator: str, x: Tensor, sequence: SequenceParallel | None) -> None:
-    """If x [B, T, ...] seems to be of packed documents and no layout says so; a warning, as `Call.warn_of_padding`."""
-    if not isinstance(sequence, SequenceParallel) or sequence.size == 1 or sequence.stream is not None:
-        return
-    if sequence.peers.packed == x.shape[:2]:
-        warnings.warn(
-            f"{operator} in layer {sequence.name!r} has no layout: the batch that shard_batch cut last is of packed "
-            f"documents, and these {x.shape[1]} tokens are as many as a slice of it; if they are one, documents run "
-            "into each other: pass layout=local['layout']",
-            stacklevel=3,
-        )
 
 
 @lru_cache(maxsize=256)

@@ -217,7 +217,7 @@ def start_forward(
 ) -> Started:
     """Steps 1 and 2 of forward, outside of autograd."""
     if output_final_state:
-        call.warn_of_padding(x.k)
+        call.note_final_state(x.k)
     with torch.no_grad(), no_autocast(x.k.device.type):
         steps = steps_of(x, call)
         maps = steps.local_maps(x)

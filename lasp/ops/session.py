@@ -13,6 +13,7 @@ window), and the keys and values of softmax attention without a window, of which
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -67,11 +68,12 @@ class Session(Carrier):
         self.lengths: Sequence[int] = ()  # tokens that each row has seen, in a step of one token
         self.positions: Tensor  # [B], int64: the same on the device
         self._one_token = False
+        self._thread: int | None = None  # that runs the model now; None between two runs
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def begin_segment(self, segment: Segment) -> None:
         """The model is about to run on some tokens, behind `segment.before` others of all rows."""
-        self.segment, self._one_token = segment, False
+        self.segment, self._one_token, self._thread = segment, False, threading.get_ident()
         self._counts.clear()
 
     def begin_token(self, lengths: Sequence[int], positions: Tensor) -> None:
@@ -79,10 +81,12 @@ class Session(Carrier):
         before = max(lengths)
         self.segment = Segment(0, before, before + 1, _ONE, before, True)
         self.lengths, self.positions, self._one_token = lengths, positions, True
+        self._thread = threading.get_ident()
         self._counts.clear()
 
     def end(self) -> None:
         """The model has run; raises `RuntimeError` unless it has called its operators as in the runs before."""
+        self._thread = None
         called = Counter((key.layer, key.operator) for key in self.kept)
         if called == self._counts:
             return
@@ -109,6 +113,11 @@ class Session(Carrier):
 
     def key_of(self, sequence: SequenceParallel, operator: str) -> Key:
         """The key of the call that begins now."""
+        if self._thread != threading.get_ident():
+            raise RuntimeError(
+                f"the model was called while {self.name} is under way with it, in another thread or by its streamer, "
+                "and would have gone on from that state: wait for its end, or call a copy.deepcopy of the model"
+            )
         place = sequence.name, operator
         self._counts[place] += 1
         return Key(*place, self._counts[place] - 1)

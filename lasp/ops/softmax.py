@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lasp import arguments
+from lasp.checks import reach
 from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
@@ -118,6 +119,7 @@ def softmax_attention(
     if not isinstance(sequence, SequenceParallel) or sequence.size == 1:
         q, k, v, settings = _checked(q, k, v, key_mask, settings)
         documents = Shard.of(k, layout, sequence).runs.cu_seqlens
+        reach.note_call(NAME, k, layout, sequence, reach.DOCUMENTS)
         return local.softmax_attention(q, k, v, cu_seqlens=documents, key_mask=key_mask, **settings)
     q, k, v, settings, call, gradient = _agreed(q, k, v, key_mask, layout, sequence, settings)
     lengths = _lengths(k, call)

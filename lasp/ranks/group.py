@@ -69,9 +69,7 @@ class Peers:
         self.batches: Counter[str] = Counter()  # batches cut so far, by the kind of comparison and who cut them
         self.cutting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # held while a batch is compared
         self.apart: weakref.WeakSet[Any] = weakref.WeakSet()  # every lasp.CO2 that lets these ranks train apart now
-        # The last batch that was cut for these ranks
-        self.padded: int | None = None  # tokens of a slice, if it was padded
-        self.packed: tuple[int, int] | None = None  # rows and tokens of a slice, if it was of packed documents
+        self.cuts: Any = None  # batches whose layout must reach the operators (lasp.checks.reach)
         self.cut = False  # whether a batch was cut since the last step of an optimizer
         # Messages (lasp.checks.messages)
         self.agreed: set[Any] = set()  # kinds of messages on which the ranks have agreed
@@ -143,6 +141,7 @@ class _Process:
         self.averaged: weakref.WeakKeyDictionary[Any, Any] = (
             weakref.WeakKeyDictionary()
         )  # groups of DDP or FSDP2, by model
+        self.cuts: Any = None  # as `Peers.cuts`, for one rank
         # What ranks compare (lasp.checks.agreement)
         self.buffers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by model, before its first
         # forward: a hook, and then the checksums until the ranks have compared them
@@ -198,6 +197,7 @@ def reset() -> None:
     process.noted.clear()
     process.ran.clear()
     process.split = process.by_hand = False
+    process.cuts = None
     for peers in process.peers.values():
         peers.reset()
 

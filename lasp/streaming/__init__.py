@@ -32,7 +32,7 @@ from lasp.adapters import border
 from lasp.adapters.handles import Parallelized, check_ranks, held_by, under_way
 from lasp.balance import BalanceOverSegments, routers_of
 from lasp.batch import Whole, whole_batch
-from lasp.calls import caller
+from lasp.calls import Caller
 from lasp.checks import agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.memory import bytes_of_training, free_bytes, measured
@@ -140,7 +140,22 @@ def prepared(
     whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index)
     if not whole.tokens:
         raise ValueError("batch must have tokens, got input_ids of 0")
+    streamed.call.check({"layout", *(name for name, x in whole.values.items() if x is not None)})
+    _refuse_padding(streamed, whole)
     return streamed, _without_idle_mask(model, whole)
+
+
+def _refuse_padding(streamed: StreamedModel, whole: Whole) -> None:
+    """Raise if tokens would see padding before them, of which the model is not told."""
+    mask = whole.values.get("attention_mask")
+    if mask is None or streamed.call.takes("attention_mask") or whole.offsets is not None:
+        return
+    real = mask != 0
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise ValueError(
+            "attention_mask has padding before tokens, which would see it, since the forward of "
+            f"{streamed.call.name} takes no mask: pad behind the tokens, or let forward take an attention_mask"
+        )
 
 
 def _without_idle_mask(model: nn.Module, whole: Whole) -> Whole:
@@ -231,7 +246,7 @@ class StreamedModel:
 
     def __init__(self, model: nn.Module, splits: list[Parallelized], sequence: SequenceParallel):
         self.model, self.splits, self.sequence = model, splits, sequence
-        self.call = caller(model, ask="stream_backward cannot call it")
+        self.call = Caller(model, ask="or put it into the batch")
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.averaged = AveragedOnce(model)
         self._balance_loss, self._balance_mesh = 0.0, None  # how many times it is added, over which ranks

@@ -121,7 +121,8 @@ class TokenLoss(Loss):
             counted, outside = which_labels(all_labels, vocabulary, self.ignore_index)
             zero = torch.zeros((), dtype=torch.float64, device=device)
             settings = (vocabulary, self.ignore_index, self.group, self.ranks)
-            _, self._tokens, self._sound = totals(zero, all_labels, counted, outside, *settings)
+            found = totals(zero, all_labels, counted, outside, *settings)
+            self._tokens, self._sound = found.tokens, found.sound
 
     def _sum_of(self, output: Any, labels: Tensor) -> Tensor:
         self.look(output, labels)
