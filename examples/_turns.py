@@ -144,12 +144,14 @@ def save_state(path: Path, state: lasp.InferenceState, checkpoint: Path, dtype: 
         NotWritten: such as on a full disk.
     """
     told = {"checkpoint": str(checkpoint.resolve()), "sums": sums_of(checkpoint), "dtype": dtype}
+    text = json.dumps(told, indent=1) + "\n"
     try:
-        about(path).unlink(missing_ok=True)  # so that it never stands beside a state of which it is not
+        if not (about(path).is_file() and about(path).read_text(errors="replace") == text):
+            about(path).unlink(missing_ok=True)  # so that it never stands beside a state of which it is not
         state.save(path)
     except OSError as error:
         raise NotWritten(f"{path} cannot be written: {error.strerror}") from error
-    write(about(path), json.dumps(told, indent=1) + "\n")
+    write(about(path), text)
 
 
 def told_of(path: Path) -> dict[str, str]:

@@ -60,7 +60,8 @@ def parallelize(
             rank if a gradient, or a state of a split layer, is NaN or Inf on any of them (see `lasp.assert_finite`).
 
     Returns:
-        The same model.
+        The same model. (A copy of it is split, too, but nobody watches its optimizer, and it neither streams nor
+        generates: make copies before.)
 
     Raises:
         ValueError: no layer that can be split, a layer that `strict` refuses, a pattern that matches nothing, a model
@@ -112,7 +113,10 @@ def on_one_rank(model: nn.Module, check: Callable[[list[tuple[str, Adapter]]], N
 def _asked(model: nn.Module, layers: Layers, strict: bool) -> Asked:
     """Raise unless the model can be split by these layers; what came out of a trial, if it is to be strict."""
     if is_split(model):
-        raise ValueError(f"this {type(model).__name__} is parallelized already")
+        raise ValueError(
+            f"this {type(model).__name__} is parallelized already, or a copy of one that is: make copies before "
+            "lasp.parallelize, and call it with each"
+        )
     asked = refuse_mixers(model, layers) if strict else Asked()
     token_local = "" in layers and layers[""][1] is adapters.token_local  # as the user says of the model itself
     if not token_local and not any(adapters.exchanges(adapter) for _, adapter in layers.values()):

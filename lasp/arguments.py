@@ -165,6 +165,26 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} must be integers of 64 bits, got {shown(given)}") from None
 
 
+def padding_mask(name: str, value: Any, of: str, ids: Tensor) -> Tensor:
+    """A mask of the shape of `ids`, which are called `of`: bools or numbers, 1 for tokens and 0 for padding.
+
+    Its values are looked at on a CPU only. Numbers of packed documents, and what is added to scores, are masks of
+    another kind, and would be read as padding in the wrong places, or as none.
+    """
+    found = tensor(name, value)
+    if found.shape != ids.shape:
+        raise ValueError(f"{name} must have the shape of {of} {tuple(ids.shape)}, got {shown(found)}")
+    if found.dtype.is_complex:
+        raise TypeError(f"{name} must be of bools or real numbers, got {shown(found)}")
+    if found.device.type == "cpu" and not ((found == 0) | (found == 1)).all():
+        values = [found.min().item(), found.max().item()]
+        raise ValueError(
+            f"{name} must be 1 for tokens and 0 for padding, got {shown(values)} among others; packed documents are "
+            "told by cu_seqlens"
+        )
+    return found
+
+
 def offsets(name: str, value: Any, *, tokens: int, of: str) -> tuple[int, ...]:
     """Offsets of packed sequences, [N + 1] or [1, N + 1] as collators make them, that rise from 0 to `tokens`.
 

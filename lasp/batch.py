@@ -59,7 +59,8 @@ def shard_batch(
     the CPU, and positions that just count out.
 
     Args:
-        batch: has at least `input_ids`, an integer tensor such as [B, T]. `attention_mask`, if any, has its shape.
+        batch: has at least `input_ids`, an integer tensor such as [B, T]. `attention_mask`, if any, has its shape: 1
+            for tokens, 0 for padding.
             Packed sequences (then B = 1) are given by any of these, which must not contradict each other:
 
             - `cu_seqlens` (a list, tuple, NumPy array or integer tensor, [N + 1] or [1, N + 1]): their offsets, from 0
@@ -191,12 +192,8 @@ def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:
     if not -ids.ndim <= seq_dim < ids.ndim:
         raise ValueError(f"seq_dim must be a dimension of {name} {tuple(ids.shape)}, got {seq_dim}")
     seq_dim %= ids.ndim
-    mask = batch.get("attention_mask")
-    if mask is not None and arguments.tensor("attention_mask", mask).shape != ids.shape:
-        shape = tuple(ids.shape)
-        raise ValueError(f"attention_mask must have the shape of input_ids {shape}, got {tuple(mask.shape)}")
-    if mask is not None and mask.dtype.is_complex:
-        raise TypeError(f"attention_mask must be of bools or real numbers, got {arguments.shown(mask)}")
+    if (mask := batch.get("attention_mask")) is not None:
+        arguments.padding_mask("attention_mask", mask, "input_ids", ids)
     return ids, seq_dim
 
 

@@ -156,8 +156,15 @@ def _deepcopy():
     twin = copy.deepcopy(model)
     assert len(lasp.explain(twin)) == 2
     assert_same_logits(twin, SmallModel().double(), mesh, tokens())
-    with pytest.raises(ValueError, match="parallelized already"):
-        lasp.parallelize(twin, mesh)
+    told = "make copies before lasp.parallelize|copies are made before that"
+    for call in (
+        lambda: lasp.parallelize(twin, mesh),
+        lambda: lasp.generate(twin, [1], max_new_tokens=1),
+        lambda: lasp.generate(twin, [1], mesh=mesh, max_new_tokens=1),
+        lambda: lasp.stream_backward(twin, {"input_ids": tokens()}, mesh=mesh),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
 
 
 def test_a_copy_of_a_split_model_is_split():

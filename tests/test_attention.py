@@ -13,6 +13,7 @@ from ranks import mesh_of, of_one_rank, run_ranks, sequence_of_all
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import SCHEDULES
 from lasp_kernels.chunked import ChunkedSteps
 
@@ -696,13 +697,18 @@ def test_not_a_number_stays_in_its_packed_sequence(schedule, reverse):
 
 
 def _no_batch(schedule):
-    sequence = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule)
+    sequence, layout = lasp.SequenceParallel(dist.group.WORLD, exchange=schedule), lasp.ShardLayout((8, 8))
     x, beta, weight = torch.zeros(0, 8, 2, 4, requires_grad=True), torch.zeros(0, 8, 2), torch.ones(8, 3)
     for o in (
         lasp.linear_attention(x, x, x, sequence=sequence)[0],
         lasp.delta_rule(x, x, x, beta, sequence=sequence)[0],
         lasp.softmax_attention(x, x, x, sequence=sequence),
         lasp.causal_conv(x.flatten(2), weight, sequence=sequence),
+        elementwise_recurrence(x, beta.unsqueeze(-1), sequence=sequence),
+        selective_scan(x.flatten(2), x.detach().flatten(2), -torch.ones(8, 2), beta, beta, sequence=sequence),
+        lasp.linear_attention(x, x, x, causal=False, layout=layout, sequence=sequence)[0],
+        lasp.block_attention(x, x, x, 3, layout=layout, sequence=sequence),
+        lasp.halo(x, 3, sequence=sequence),
     ):
         o.sum().backward()
         assert o.shape[0] == 0

@@ -350,6 +350,9 @@ def test_a_state_that_cannot_be_written(saved, tmp_path):
     assert (code, f"{tmp_path / 'new'} cannot be written: File too large" in error) == (1, True), error
     assert out
     assert not list(tmp_path.glob("*new*"))
+    [(code, _, error)] = run_ranks(1, _with_little_room, f"--load-state={file}", f"--save-state={file}")
+    assert (code, f"{file} cannot be written: File too large" in error) == (1, True), error
+    assert _on_one("--max-new-tokens=1", f"--load-state={file}")[0] == 0  # goes on from what was there before
     for path, words in ((file, f"{file} exists"), (tmp_path / "no" / "x", f"{tmp_path / 'no'} is no folder")):
         code, out, error = _complete(*more, f"--save-state={path}")
         assert (code, out, "Invalid value for --save-state" in error, words in error) == (2, "", True, True), error

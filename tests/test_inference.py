@@ -212,7 +212,10 @@ def test_a_file_that_is_no_state_of_the_model_is_refused(tmp_path):
     state = lasp.prefill(model, ids_of())
     state.save(path := tmp_path / "state")
     content = path.read_bytes()
-    for changed in (content[:-9], content[:7], b"", content[:-1] + bytes([content[-1] ^ 1])):
+    cuts = content[:-9], content[:7], b"", content[:-1] + bytes([content[-1] ^ 1])
+    told = b"[77, 77]", b"linear_attention", b'"model"', b'"lengths"', b"checksum", b"false"  # of the numbers
+    flipped = (content.replace(x, bytes([*x[:-2], x[-2] ^ 1, x[-1]])) for x in told)
+    for changed in (*cuts, *flipped):
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=r"path must be a.*file.*InferenceState"):
             lasp.InferenceState.load(path)

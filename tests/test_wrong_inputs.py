@@ -225,6 +225,11 @@ FIXED = [
 ]
 FIXED += [[0.5], Wrong(torch.tensor([0.5, -1.0]), "0.5"), Wrong(torch.tensor([torch.nan]), "nan")]
 FIXED += [Wrong(zeros(2).requires_grad_(), "gradient"), Wrong(zeros(2).to_sparse(), "sparse")]
+OTHER_MASKS = [  # numbers of documents, what is added to scores, and what is neither
+    (torch.tensor([[1, 1, 2, 2]]), "[1, 2]"),
+    (torch.tensor([[-1e9, 0.0, 0.0, 0.0]]), "[-1000000000.0, 0.0]"),
+    (torch.tensor([[1.0, 1.0, 1.0, torch.nan]]), "[nan, nan]"),
+]
 BATCHES = [
     *(None, 5, [1, 2], torch.arange(4).view(1, 4)),
     *(
@@ -243,6 +248,7 @@ BATCHES = [
             ("attention_mask", zeros(1, T + 1).long(), "(1, 5)"),
             ("attention_mask", zeros(1, 1, T, T), "(1, 1, 4, 4)"),
             ("attention_mask", zeros(1, T, dtype=torch.complex64), "complex64"),
+            *(("attention_mask", x, says) for x, says in OTHER_MASKS),
             ("position_ids", [[1]], "[[1]]"),
             ("position_ids", zeros(1, T), "float32"),
             ("position_ids", zeros(1, T).bool(), "bool"),
@@ -282,6 +288,7 @@ PROMPTS = {
     "attention_mask": [
         *("x", [[1, 1, 1, 1]], zeros(1, T + 1), zeros(T), zeros(1, T, dtype=torch.complex64)),
         Wrong(zeros(1, T), "none in row 0", "ids"),
+        *(Wrong(*x) for x in OTHER_MASKS),
         Wrong(torch.tensor([[1, 0, 0, 1]]), "2 holes"),
         Wrong(torch.tensor([[0, 1, 0, 1]]), "1 holes"),
     ],

@@ -112,6 +112,7 @@ class ElementwiseSteps(ABC):
         self.heads = 1  # whose state has all channels as rows
         self.batch, self.tokens = like.shape[:2]
         self.channels, self.dtype, self.device = channels, state_dtype(like.dtype), like.device
+        self._rows = math.prod(channels)  # of a state; -1 would not do where the batch is empty
         # As many steps in a segment as segments, for few tokens: then both are few.
         self.segment_length = max(1, min(SEGMENT, math.isqrt(max(0, self.tokens - 1)) + 1))
         self.segments = -(-self.tokens // self.segment_length)
@@ -189,7 +190,7 @@ class ElementwiseSteps(ABC):
 
     def zero_state(self) -> Tensor:
         """A state of zeros for every run at a border of the tokens: [N, 1, channels, 1]."""
-        return self._zeros(1).view(self.batch, 1, -1, 1)
+        return self._zeros(1).view(self.batch, 1, self._rows, 1)
 
     def local_maps(self, x: Any) -> ElementwiseMaps:
         """What each segment does to a state."""
@@ -215,7 +216,7 @@ class ElementwiseSteps(ABC):
         """What all tokens do to a state that passes, and leave in the run at their end (`reverse`: beginning)."""
         _, end = self.scan(maps, None, reverse=reverse)
         total = maps.log_decay.sum(1, keepdim=True).expand_as(self._zeros(1))
-        return end, total.reshape(self.batch, 1, -1)
+        return end, total.reshape(self.batch, 1, self._rows)
 
     def border_maps(self, maps: ElementwiseMaps, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """There is no `segment_length` for which these are asked."""
@@ -244,7 +245,7 @@ class ElementwiseSteps(ABC):
             factor[:, reach:] = factor[:, reach:] * factor[:, :-reach]
             reach *= 2
         states, end = state[:, :-1], state[:, -1]
-        return states.flip(1) if reverse else states, end.reshape(self.batch, 1, -1, 1)
+        return states.flip(1) if reverse else states, end.reshape(self.batch, 1, self._rows, 1)
 
 
 @lru_cache(maxsize=64)

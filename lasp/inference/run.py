@@ -52,7 +52,8 @@ class Runner:
         if not splits and self.sequence.size > 1:
             raise ValueError(
                 f"model must be one that lasp.parallelize was called with, got a {type(model).__name__} that was not, "
-                f"and a mesh of {self.sequence.size} ranks: call lasp.parallelize(model, mesh['sp']) before"
+                f"and a mesh of {self.sequence.size} ranks: call lasp.parallelize(model, mesh['sp']) before (copies "
+                "are made before that, too)"
             )
         self.splits = splits or [on_one_rank(model, (lambda _: None) if foreign else self._refuse_foreign)]
         check_ranks(self.splits, self.sequence)

@@ -20,7 +20,7 @@ from lasp.models.trunk import LanguageModel
 from lasp.ops.session import Held, Key, with_room
 from lasp.ranks.parts import parts_of_model
 
-_FORMAT = "lasp.InferenceState 1"
+_FORMAT = "lasp.InferenceState 2"
 
 
 class InferenceState:
@@ -124,9 +124,8 @@ class InferenceState:
             "model": self.model,
             "lengths": json.dumps(self.lengths),
             "held": json.dumps([[*key, held.grows] for key, held in self.held.items()]),
-            "checksum": _checksum(tensors),
         }
-        _write(path, save(tensors, metadata=told))
+        _write(path, save(tensors, metadata={**told, "checksum": _checksum(tensors, told)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: Any = None) -> InferenceState:
@@ -146,10 +145,8 @@ class InferenceState:
             raise ValueError(f"path must be a whole file of InferenceState.save, got {str(path)!r}: {error}") from error
         if told.get("format") != _FORMAT:
             raise ValueError(f"path must be a file of InferenceState.save, got {str(path)!r} of {told.get('format')!r}")
-        if told["checksum"] != _checksum(tensors):
-            raise ValueError(
-                f"path must be a file as InferenceState.save wrote it, got {str(path)!r} with other numbers"
-            )
+        if told.pop("checksum", None) != _checksum(tensors, told):
+            raise ValueError(f"path must be a file as InferenceState.save wrote it, got {str(path)!r} that has changed")
         held = {
             Key(*key): Held(tensors[f"held.{number}"].to(where), grows)
             for number, (*key, grows) in enumerate(json.loads(told["held"]))
@@ -209,8 +206,9 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wraps)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    return f"{zlib.crc32(repr(sorted(checksums(tensors).items())).encode()):08x}"
+def _checksum(tensors: dict[str, Tensor], told: dict[str, str]) -> str:
+    """Of numbers, and of what is told of them."""
+    return f"{zlib.crc32(repr(sorted([*checksums(tensors).items(), *told.items()])).encode()):08x}"
 
 
 def _path(path: Any) -> Path:

@@ -175,7 +175,7 @@ def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Parallelized]:
     if not splits:
         raise ValueError(
             f"model must be one that lasp.parallelize was called with, on one rank too, got a {type(model).__name__} "
-            "that was not: call lasp.parallelize(model, mesh['sp']) before"
+            "that was not: call lasp.parallelize(model, mesh['sp']) before (copies are made before that, too)"
         )
     check_ranks(splits, sequence)
     return splits
