@@ -1,5 +1,6 @@
 """One thread, poisoned memory, an end for the worker processes, and how many files run at once, in which order."""
 
+import gc
 import os
 
 import poison
@@ -30,6 +31,14 @@ peft
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": number for number, name in enumerate(LONG.split())}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported and collected stays: scripts of bench/ collect garbage for each row
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else libraries that count their objects report them as leaks
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,8 @@ rank, or a rank that hangs, fails the test and names the rank; the processes are
 
 import functools
 import gc
+import hashlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -24,11 +26,13 @@ from torch.distributed import distributed_c10d
 
 TIMEOUT = 100.0  # seconds that a job may take; the first that compiles takes 12 of a core
 GRACE = 3.0  # seconds that the other ranks have after one has failed
-GROUPS = 12  # that a worker may hold after a job: each is a thread that wakes up a hundred times a second, for ever
+GROUPS = 48  # that a worker may hold after a job: each has sockets and two threads, for ever
 GLOO_TIMEOUT = 30.0  # seconds after which gloo itself gives up, with a traceback
 
-# What a first compilation imports, and what models of transformers and its Trainer do: 1 and 2 s of each worker.
+# What a first compilation imports, and what models of transformers and its Trainer do: 1 and 2 s of each worker. And
+# what examples/ and some tests import.
 COMPILERS = ["torch._dynamo", "torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]
+OTHERS = ["pytest", "torch.distributed.checkpoint", "torch.distributed.optim", "typer.testing", "matplotlib.pyplot"]
 TRANSFORMERS = ["transformers.trainer", "transformers.models.bamba.modeling_bamba"]
 
 _pools: dict[int, "_Pool"] = {}
@@ -58,7 +62,8 @@ def workers():
     if sys.platform != "linux":  # forking is not safe there
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    wanted = TRANSFORMERS if "transformers" in sys.modules else []  # by a test file
+    wanted = [name for name in OTHERS if name in sys.modules]  # by a test file
+    wanted += TRANSFORMERS if "transformers" in sys.modules else []
     if not torch.cuda.is_available():  # else importing them may start CUDA, which no forked process could use then
         wanted = [*COMPILERS, *wanted]
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "lasp", *wanted])
@@ -164,6 +169,8 @@ def _work(rank, world, port, pipe):
     torch.set_num_threads(1)
     poison.install()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+    _one_device()
+    _ask_once()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     limit = timedelta(seconds=GLOO_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
@@ -181,6 +188,54 @@ def _work(rank, world, port, pipe):
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc(), 0))
         pipe.send_bytes(answer)
+
+
+def _one_device():
+    """All groups of this process share a device of gloo: each has a thread that wakes up a hundred times a second."""
+    group = dist.ProcessGroupGloo
+    device, make = group.create_device(interface=os.environ["GLOO_SOCKET_IFNAME"]), group.__init__
+
+    def make_on_device(self, store, rank, size, timeout, **more):
+        options = group._Options()
+        for name, value in {"_devices": [device], "_threads": 2, "_timeout": timeout, **more}.items():
+            setattr(options, name, value)
+        make(self, store, rank, size, options)
+
+    group.__init__ = make_on_device
+
+
+class _Bits(pickle.Pickler):
+    """Of equal models the same bytes: tensors by what they hold."""
+
+    def reducer_override(self, x):
+        if not isinstance(x, torch.Tensor):
+            return NotImplemented
+        held = x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return tuple, ((str(x.dtype), tuple(x.shape), x.requires_grad, held),)
+
+
+def _ask_once():
+    """`parallelize` tries a model if this process has not tried its equal, of the same classes and weights, before.
+
+    Else a file would try the same small model again for each mesh and scheme, on each rank: up to a third of its time.
+    What cannot be pickled, as models of local classes, is always tried.
+    """
+    import lasp.api
+
+    ask, answers = lasp.api.refuse_mixers, {}
+
+    def once(model, layers):
+        file = io.BytesIO()
+        try:
+            _Bits(file).dump((model, {path: adapter for path, (_, adapter) in layers.items()}))
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, pickle.PicklingError):
+            return ask(model, layers)
+        key = hashlib.sha256(file.getvalue()).digest()
+        if key not in answers:
+            answers[key] = ask(model, layers)
+        return answers[key]
+
+    lasp.api.refuse_mixers = once
 
 
 def _die_with_parent():

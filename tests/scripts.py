@@ -1,6 +1,7 @@
 """A script on ranks that it may end in any way: what each printed, and how it ended."""
 
 import atexit
+import gc
 import os
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def _script(code, variables, path):
         if name.startswith(LAUNCHER_PREFIXES):
             del os.environ[name]
     os.environ |= variables
+    gc.freeze()  # as workers do
     torch.set_num_threads(1)
     try:
         exec(compile(code, "script", "exec"), {"__name__": "__main__"})

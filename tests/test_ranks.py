@@ -1,12 +1,20 @@
 """The pool of workers: values by rank, errors and hangs that name the rank, and a pool that works again after them."""
 
 import os
+import sys
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, run_ranks
+from ranks import RankError, mesh_of, run_ranks
+from small_model import SmallModel
+from torch import nn
+
+import lasp
+from lasp.checks import trial
 
 
 def _sum_of_ranks():
@@ -61,3 +69,47 @@ def test_a_dead_process_names_its_rank():
 def test_memory_is_poisoned_in_workers_and_here():
     run_ranks(1, _uninitialised)
     _uninitialised()
+
+
+def _threads_of_devices():
+    for _ in range(3):
+        x = torch.ones(())
+        dist.all_reduce(x, group=dist.new_group())
+        assert x == 2
+    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")].count("gloo_tcp_loop\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are found in /proc")
+def test_groups_share_a_device():
+    assert run_ranks(2, _threads_of_devices) == [1, 1]
+
+
+class Other(SmallModel):
+    pass
+
+
+class Mixes(SmallModel):
+    def forward(self, input_ids, position_ids, layout=None):
+        return super().forward(input_ids, position_ids, layout).flip(1)
+
+
+def _tried(models):
+    mesh, counts = mesh_of(sp=2)["sp"], []
+    with mock.patch.object(trial, "ask", wraps=trial.ask) as ask:
+        for model in models:
+            if isinstance(model, Mixes):
+                with pytest.raises(ValueError, match="mixes tokens"):
+                    lasp.parallelize(model, mesh)
+            else:
+                lasp.parallelize(model, mesh)
+            counts.append(ask.call_count)
+    return counts
+
+
+def test_a_model_is_tried_once():
+    """An equal one is not tried again; one with other weights, of another class or with other modules is."""
+    deeper = SmallModel()
+    deeper.head = nn.Sequential(deeper.head)
+    models = [SmallModel(), SmallModel(), SmallModel(1), SmallModel().double(), Other(), deeper, Mixes(), Mixes()]
+    expected = [1, 1, 2, 3, 4, 5, 6, 7]
+    assert run_ranks(2, _tried, models) == [expected, expected]

@@ -482,12 +482,11 @@ def test_verify_of_a_model_that_is_split_twice():
 def _compiled():
     mesh = mesh_of(dp_shard=1, sp=2, tp=2)
     alone, model = make("tnl"), split_model("tnl", mesh)
-    for block in model.blocks:
-        block.compile(backend="aot_eager")
+    model.blocks[1].compile(backend="aot_eager")  # the other has the same code
     assert_a_step_as_alone(model, alone, mesh)
 
 
-def test_compiled_blocks():
+def test_a_compiled_block():
     run_ranks(4, _compiled)
 
 
