@@ -784,3 +784,18 @@ def _bad_penalty(found):
 @pytest.mark.parametrize("found", [0.0, -1, None, "1", float("nan"), torch.ones(2)], ids=repr)
 def test_what_a_function_for_the_gap_returns(found):
     run_ranks(2, _bad_penalty, found)
+
+
+def _unfreezes():
+    mesh = mesh_of(dp_replicate=2)
+    model = SmallModel().double()
+    model.tokens.requires_grad_(False)
+    co2 = lasp.CO2(model, optimizer_of(model), mesh, sync_every=1)
+    co2.step()
+    model.tokens.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"tokens\.weight was unfrozen or added since"):
+        co2.step()
+
+
+def test_what_is_unfrozen_later_would_never_be_averaged():
+    run_ranks(2, _unfreezes)

@@ -82,7 +82,7 @@ class CO2:
 
     Args:
         model: as the replica trains it, after `wrap_ddp`, `wrap_fsdp2` or `lasp.data_parallel`; its trained parameters
-            are averaged.
+            are averaged; one that is unfrozen or added later is an error at the end of the round.
         optimizer: the inner one, or several; of parameters of the model.
         mesh: the whole mesh, with the axis dp_replicate; or the axis, or a ProcessGroup, of replicas of one rank each;
             None for one replica.
@@ -121,6 +121,7 @@ class CO2:
         validate: str = "first",
     ):
         parameters = _trained(arguments.module("model", model))
+        self._model = model
         self._optimizers = _optimizers(model, optimizer)
         self.sync_every = arguments.integer("sync_every", sync_every, at_least=1)
         self.outer_lr = arguments.number("outer_lr", outer_lr, positive=True)
@@ -168,6 +169,7 @@ class CO2:
             RankMismatchError: a replica sent the average of another round, or has another outer point.
             PeerError: a rank has ended, or did not come within the timeout of its group; nothing was changed.
             TypeError, ValueError: what `gap_penalty` returned is none.
+            RuntimeError: a parameter is trained that was not when this was made.
         """
         self.local_steps += 1
         if self.local_steps < self.sync_every:
@@ -262,6 +264,12 @@ class CO2:
     # The end of a round
 
     def _end_round(self) -> None:
+        for name, p in self._model.named_parameters():
+            if p.requires_grad and p not in self._names:  # replicas would keep it apart for ever
+                raise RuntimeError(
+                    f"CO2 averages what was trained when it was made, and {name} was unfrozen or added since: call "
+                    "finish() before that, and make it anew afterwards"
+                )
         self._arrive()
         self._meet_inside()
         ends, stale = self.rounds, self._on_the_way
