@@ -37,6 +37,7 @@ from lasp.checks.agreement import checksum, compare, is_due, judge
 from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
+from lasp.data_parallel.fsdp2 import free_gathered
 from lasp.ranks import RankMismatchError, SequenceParallel, collectives, grad_group, replica_mesh, waiting
 from lasp.ranks.group import making_groups, process
 from lasp.ranks.mesh import connect_once
@@ -120,8 +121,9 @@ class CO2:
         bucket_mb: int = 32,
         validate: str = "first",
     ):
-        parameters = _trained(arguments.module("model", model))
-        self._model = model
+        self._model = arguments.module("model", model)
+        free_gathered(model)
+        parameters = _trained(model)
         self._optimizers = _optimizers(model, optimizer)
         self.sync_every = arguments.integer("sync_every", sync_every, at_least=1)
         self.outer_lr = arguments.number("outer_lr", outer_lr, positive=True)
@@ -190,6 +192,7 @@ class CO2:
         if self._on_the_way is not None:
             self._arrive()
             self._meet_inside()
+            free_gathered(self._model)
             for bucket in self._buckets:
                 self._outer_step(bucket)
                 bucket.put(bucket.outer)
@@ -204,12 +207,14 @@ class CO2:
         with torch.no_grad():
             self._meet_inside()
             own = [[x.clone() for x in map(_local, bucket.parameters)] for bucket in self._buckets]
+            free_gathered(self._model)
             for bucket in self._buckets:
                 bucket.put(bucket.outer)
         try:
             yield
         finally:
             with torch.no_grad():
+                free_gathered(self._model)
                 for bucket, kept in zip(self._buckets, own):
                     for p, x in zip(bucket.parameters, kept):
                         _local(p).copy_(x)
@@ -264,6 +269,7 @@ class CO2:
     # The end of a round
 
     def _end_round(self) -> None:
+        free_gathered(self._model)  # of a look at the loss
         for name, p in self._model.named_parameters():
             if p.requires_grad and p not in self._names:  # replicas would keep it apart for ever
                 raise RuntimeError(

@@ -98,8 +98,14 @@ def _free_gathered(optimizer: Optimizer) -> None:
     for model in list(process.sharded):
         modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         if any(id(p) in stepped for p in parameters_of(modules)):
-            for module in modules:
-                module.reshard()
+            free_gathered(model)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Before something writes to its shards: what was gathered of them would go on as it was."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 # Several backwards of a step: what is private of FSDP2 here is what its public setters set, and gives no way to read
