@@ -382,8 +382,13 @@ def train_all(
 
 
 def _read(kept: Path, same: dict[str, Any]) -> dict[str, Any]:
-    """What is kept so far; `Refused` if it is of other options."""
-    known = json.loads(kept.read_text()) if kept.exists() else {"options": same, "cells": {}}
+    """What is kept so far; `Refused` if it is of other options, or something else."""
+    try:
+        known = json.loads(kept.read_text()) if kept.exists() else {"options": same, "cells": {}}
+        if not isinstance(known, dict) or not all(isinstance(known.get(name), dict) for name in ("options", "cells")):
+            raise ValueError("no options and cells in it")
+    except (OSError, ValueError) as error:
+        raise Refused(f"{kept} is not what a run kept ({error}); give another --kept, or delete it") from error
     if differ := sorted(k for k in {*same, *known["options"]} if same.get(k) != known["options"].get(k)):
         found = "; ".join(f"{k}: {known['options'].get(k)} there, {same.get(k)} now" for k in differ)
         raise Refused(f"{kept} has results of other options ({found}); give another --kept, or delete it")

@@ -452,8 +452,17 @@ def write(records: Sequence[Path], target: Path, metrics: Sequence[Path] = ()) -
     """The page of some records and trainings; returns its path."""
     made: list[tuple[Callable[[Path], Section], Path]] = [(of_metrics, path) for path in metrics]
     made += [(of_record, path) for path in records]
-    target.write_text(page([make(path) for make, path in made]))
+    target.write_text(page([_made(make, path) for make, path in made]))
     return target
+
+
+def _made(make: Callable[[Path], Section], path: Path) -> Section:
+    """A section; a text where the page draws a number, say, ends the program with the file's name."""
+    try:
+        return make(path)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        text = f"{path}: something in it is not what a run writes: {type(error).__name__}: {error}"
+        raise SystemExit(text) from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -108,6 +109,28 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, this process alone has the folder, which is there; it has until it ends, however it does.
+
+    Raises:
+        FileError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileError(
+                f"another run writes to {folder}, and of two no file would be whole: wait for its end, or name another"
+            ) from None
+        except OSError as error:  # such as of a network
+            print(f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes there")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_regular(path: Path) -> None:

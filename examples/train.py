@@ -25,7 +25,7 @@ import os
 import platform
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,10 +34,10 @@ import _checkpoint
 import torch
 import torch.distributed as dist
 import typer
-from _files import FileError, NotWritten, on_all_ranks, on_rank_0, read_object
+from _files import FileError, NotWritten, held, on_all_ranks, on_rank_0, read_object
 from _launch import RUNS, new_folder, refuse, relaunch, started_by_a_launcher
 from _model import FAMILIES, LEARNING_RATES, NO_EXPERTS, Size, config_of, experts_of, model_of
-from _report import RUN, Report
+from _report import METRICS, RUN, Report
 from _saver import Saver
 from _schedule import learning_rate
 from _tensorboard import is_installed
@@ -259,6 +259,10 @@ def check(options: Options, ranks: int, text: Text) -> None:
             f"{options.out} holds a run already; add --resume to go on with it (or --resume-if-any, where the same "
             "command is started again by torchrun or Slurm), or name another folder",
         )
+    metrics = None if options.out is None else options.out / METRICS
+    if not options.resume and not options.resume_if_any and metrics is not None and metrics.exists():
+        what = "is of a run without a checkpoint, and would be lost"
+        refuse("--out", f"{metrics} {what}; remove it, or name another folder")
     check_folder(options.out or RUNS, options.data)
     if options.resume:
         check_same_run(options, text)
@@ -400,10 +404,28 @@ def run(options: Options) -> None:
     env = lasp.init()
     options = going_on(options)
     text, digest = agree(options, env)
-    apart = options.outer_every > 0
     mesh, of_steps = meshes_of(options)
     folder = options.out or Path(on_rank_0("naming the folder for results", lambda: new_folder("tnl")))
+    with ExitStack() as until_the_end:
+        on_rank_0("taking the folder for results", lambda: until_the_end.enter_context(held(folder)))
+        text, losses = train(options, env, (mesh, of_steps), text, digest, folder)
+    dist.destroy_process_group()
+    if options.verify and env.rank == 0:
+        verify(options, text, losses, env.device)
 
+
+def train(
+    options: Options,
+    env: lasp.Env,
+    meshes: tuple[DeviceMesh, DeviceMesh],
+    text: Text,
+    digest: str,
+    folder: Path,
+) -> tuple[Text, dict[int, float]]:
+    """All steps, from the first one or a checkpoint on, and what they leave in the folder; what of the text they are
+    trained on, and the loss of every step."""
+    mesh, of_steps = meshes
+    apart = options.outer_every > 0
     model, optimizer = with_optimizer(options, build_model(options, of_steps, env.device), of_steps, env.device)
     same = {"text": digest, **({"replicas": str(options.dp)} if apart else {})}
     outer = lasp.CO2(model, optimizer, mesh, sync_every=options.outer_every) if apart else None
@@ -419,7 +441,7 @@ def run(options: Options) -> None:
     beside = options.async_save and 0 < options.save_every < options.steps
     with Saver(folder, env.device, beside=beside, run=same, outer=outer) as saver:
         for step in range(first_step, options.steps):
-            loss, tokens = train_step(options, step, text, model, optimizer, (mesh, of_steps), env.device)
+            loss, tokens = train_step(options, step, text, model, optimizer, meshes, env.device)
             if not loss.isfinite():  # the same on every rank, of a replica
                 raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
             counted = int(tokens) * (options.dp if apart else 1)
@@ -440,9 +462,7 @@ def run(options: Options) -> None:
     if validation is not None and options.steps not in validation.losses:
         report.held_out(options.steps, validation.run(options.steps, model, mesh, options, env.device))
     report.finish({} if validation is None else validation.losses)
-    dist.destroy_process_group()
-    if options.verify and env.rank == 0:
-        verify(options, text, report.losses, env.device)
+    return text, report.losses
 
 
 def agree(options: Options, env: lasp.Env) -> tuple[Text, str]:

@@ -646,6 +646,17 @@ def test_convergence_with_and_without_sequence_parallelism(trained, tmp_path):
     assert len(list(tmp_path.glob("*_convergence_2xcpu.png"))) == 1
 
 
+@pytest.mark.parametrize("text", ['{"options": {}, "ce', "", "[]", '{"cells": {}}', None])
+def test_a_file_of_results_that_is_none_is_refused(tmp_path, capsys, text):
+    kept = tmp_path / "kept.json"
+    kept.mkdir() if text is None else kept.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        _script("convergence", *TINY, "--kept", kept, "--steps", 2)
+    said = capsys.readouterr().err
+    assert "error: --kept: " in said
+    assert "kept.json is not what a run kept (" in said
+
+
 def test_results_of_other_options_are_refused(trained, tmp_path, capsys):
     kept = (*TINY, "--kept", tmp_path / "kept.json", "--shape", 1, 16, 1, 16, "--models", "tnl", "--schemes", "ddp")
     _script("convergence", *kept, "--steps", 2)

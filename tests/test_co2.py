@@ -791,3 +791,60 @@ def test_one_replica_is_told():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"mesh has one replica \(dp_replicate=1, or None\)"):
         lasp.CO2(model, optimizer, None, sync_every=2)
+
+
+def _unfreezes():
+    mesh = mesh_of(dp_replicate=2)
+    model = SmallModel().double()
+    model.tokens.requires_grad_(False)
+    co2 = lasp.CO2(model, optimizer_of(model), mesh, sync_every=1)
+    co2.step()
+    model.tokens.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"tokens\.weight was unfrozen or added since"):
+        co2.step()
+
+
+def test_what_is_unfrozen_later_would_never_be_averaged():
+    run_ranks(2, _unfreezes)
+
+
+def _looks(scheme):
+    """At a loss: on its own weights before the end of a round, and on those that all replicas share after each step.
+    FSDP2 keeps what a forward has gathered until a backward, whatever is written to the shards meanwhile."""
+    mesh = mesh_of(dp_replicate=2, sp=2)
+    replica = lasp.replica_mesh(mesh)
+    losses = {}
+    for looks in (False, True):
+        model = lasp.parallelize(SmallModel().double(), replica)
+        model, optimizer = lasp.data_parallel(
+            model, replica, scheme=scheme, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2), blocks=model.blocks
+        )
+        if looks:
+            with torch.no_grad():
+                loss_of(model, rows(0, 0), replica)
+        co2 = lasp.CO2(model, optimizer, mesh, sync_every=2)
+        found = losses[looks] = []
+        for step in range(5):
+            optimizer.zero_grad()
+            loss = loss_of(model, rows(co2.replica, step), replica)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                own = loss_of(model, rows(0, 0), replica).item() if looks else 0
+                co2.step()
+                with co2.outer_weights():
+                    shared = loss_of(model, rows(0, 0), replica).item() if looks else 0
+            found.append((loss.item(), own, shared))
+        co2.finish()
+        with torch.no_grad():
+            found.append((loss_of(model, rows(0, 0), replica).item(), 0, 0))
+    assert_close(torch.tensor([x for x, *_ in losses[True]]), torch.tensor([x for x, *_ in losses[False]]), scheme)
+    return losses[True]
+
+
+def test_a_look_at_the_loss_changes_nothing_of_the_training():
+    expected = run_ranks(4, _looks, "ddp")
+    for scheme in ("zero2", "zero3"):
+        for found, right in zip(run_ranks(4, _looks, scheme), expected):
+            for a, b in zip(found, right):
+                assert a == pytest.approx(b, abs=1e-9), scheme

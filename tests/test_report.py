@@ -141,6 +141,17 @@ def test_every_record_has_a_page(tmp_path):
             '{"benchmark": "x", "rows": [{"peak GiB by rank": 3}]}',
             "a.json: 'peak GiB by rank' must be a list, a number a rank, got 3",
         ),
+        (
+            "a.json",
+            '{"benchmark": "x", "rows": [{"exposed NCCL ms": 1.0}, {"exposed NCCL ms": {"a": 1}}]}',
+            "a.json: something in it is not what a run writes: TypeError: ",
+        ),
+        (
+            "a.json",
+            '{"benchmark": "x", "rows": [{"layout": "", "ranks": 2, "tokens": 1, "tokens/s": 1}, '
+            '{"layout": "a", "ranks": 2, "tokens": 1, "tokens/s": 1}]}',
+            "a.json: something in it is not what a run writes: ValueError: ",
+        ),
         ("m.jsonl", '{"step": 1, "loss": -Infinity}\n', r"line 1 of .*m.jsonl: a number is -Infinity"),
         ("m.jsonl", '{"step": 1}\n', r"line 1 of .*m.jsonl: no step and loss in it"),
         ("m.jsonl", '{"step": 1, "loss": 2}\nx\n', r"line 2 of .*m.jsonl: Expecting"),

@@ -489,3 +489,57 @@ def test_one_process_without_a_mesh(scheme):
     model, optimizer = lasp.data_parallel(SmallModel().double(), None, scheme=scheme, optimizer=MAKE)
     assert type(model) is SmallModel
     assert type(optimizer) is AdamW
+
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def _unfreezes():
+    """The head alone at first, then the blocks instead: PyTorch's DDP would never average these, and say nothing."""
+    mesh, ours = mesh_of(sp=2), {"ddp": "wrap_ddp", "zero1": "wrap_ddp", "ddp-legacy": "", "zero3": ""}
+    for scheme, refused_by in ours.items():
+        alone, model = SmallModel().double(), lasp.parallelize(SmallModel().double(), mesh)
+        for m in (alone, model):
+            m.requires_grad_(False).head.requires_grad_(True)
+        wrapper, optimizer = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=SGD, blocks=model.blocks)
+        pairs = ((alone, alone, SGD(alone.head.parameters()), None), (model, wrapper, optimizer, mesh))
+        for step in range(3):
+            for m, called, o, over in pairs:
+                if step == 2:
+                    m.requires_grad_(False).blocks.requires_grad_(True)
+                    o.add_param_group({"params": list(m.blocks.parameters())})
+                o.zero_grad()
+                loss_of(called, whole_batch(step), over).backward()
+                if step == 2 and refused_by and m is model:
+                    with pytest.raises(RuntimeError, match=rf"would step on blocks\.0\.norm\.weight .* {refused_by}"):
+                        o.step()
+                else:
+                    o.step()
+        if not refused_by:
+            for name, p in names(wrapper).items():
+                assert_close(whole(p.detach()), alone.get_parameter(name).detach(), f"{scheme}: {name}", **CLOSE)
+
+
+def test_what_is_unfrozen_later_is_averaged_or_refused():
+    run_ranks(2, _unfreezes)
+
+
+def _adds():
+    """A parameter that comes after the wrapper, as LoRA's do."""
+    mesh = mesh_of(sp=2)
+    for scheme in ("ddp", "zero3", "ddp-legacy"):
+        model = lasp.parallelize(SmallModel().double(), mesh)
+        wrapper, optimizer = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=SGD, blocks=model.blocks)
+        model.register_parameter("shift", nn.Parameter(torch.zeros((), dtype=torch.float64)))
+        optimizer.add_param_group({"params": [model.shift]})
+        model.head.register_forward_pre_hook(lambda _, args, shift=model.shift: (args[0] + shift,))
+        loss_of(wrapper, whole_batch(), mesh).backward()
+        if scheme == "ddp-legacy":  # which averages all that a model has
+            optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match="would step on shift with the gradient of this rank alone"):
+                optimizer.step()
+
+
+def test_what_is_added_later_is_averaged_or_refused():
+    run_ranks(2, _adds)

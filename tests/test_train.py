@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import train
+from _files import held
 from _text import Text, open_text
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -188,6 +189,25 @@ def _assert_same_state(found, expected, steps=(1, 2)):
         assert tensors.keys() == others.keys()
         for name, x in others.items():
             assert torch.equal(tensors[name], x), name
+
+
+def test_two_runs_in_one_folder(copy):
+    """Each would remove what the other is about to save, and write its metrics over the other's."""
+    out = copy / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with held(out):
+        words = ["the run ends here: rank 0: another run writes to", str(out)]
+        for more in (["--resume"], ["--resume-if-any"]):
+            _assert_on_all(2, 1, words, _small(copy / "texts", out, *more))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    _assert_on_all(2, 0, [], _resume(copy))  # it is free again
+
+
+def test_a_run_without_a_checkpoint_is_not_overwritten(copy):
+    out = copy / "out"
+    (out / "LATEST").unlink()
+    code, output = _alone(*_small(copy / "texts", out))
+    assert (code, f"{out / 'metrics.jsonl'} is of a run without a checkpoint" in output) == (2, True), output
 
 
 def test_the_same_command_goes_on_after_a_restart(copy, done, tmp_path):

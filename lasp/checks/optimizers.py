@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 _checks: list[Callable[[Optimizer], None]] = []
 _last_checks: list[Callable[[Optimizer], None]] = []
 _inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_averaging: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def before_step(check: Callable[[Optimizer], None], *, last: bool = False) -> None:
@@ -53,6 +54,31 @@ def _refuse_replaced(optimizer: Optimizer) -> None:
                 raise RuntimeError(
                     f"{type(optimizer).__name__} would step on {found}, which the model no longer has: make the "
                     "optimizer afterwards, of the parameters that the model then has"
+                )
+
+
+def averages(parameters: Iterable[Tensor], model: nn.Module | None = None, by: str = "") -> None:
+    """Note that gradients of these are averaged. Of a `model` no others are, `by` what was called now: a step on one
+    that is unfrozen, or added, later on is refused. (DDP has no hook there, and FSDP2 does not know it: each rank would
+    step with a gradient of its own.)"""
+    if model is not None:
+        _averaging[model] = by
+        before_step(_refuse_not_averaged)
+        for parameter in model.parameters():
+            parameter._lasp_averaged = False  # type: ignore[attr-defined]  # by what may have been called before
+    for parameter in parameters:
+        parameter._lasp_averaged = True  # type: ignore[attr-defined]
+
+
+def _refuse_not_averaged(optimizer: Optimizer) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    for model, by in list(_averaging.items()):
+        for name, p in model.named_parameters():
+            if id(p) in stepped and not getattr(p, "_lasp_averaged", False):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} would step on {name} with the gradient of this rank alone: {by} does "
+                    "not average what was unfrozen or added after it. Call it afterwards, on the model without a "
+                    "wrapper; what is frozen then, the schemes 'ddp-legacy', 'zero2' and 'zero3' average once it is not"
                 )
 
 

@@ -39,6 +39,7 @@ from lasp.checks.checksum import checksums
 from lasp.checks.messages import check_messages
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.rounds import judge
+from lasp.data_parallel.fsdp2 import free_gathered
 from lasp.ranks import RankMismatchError, SequenceParallel, collectives, grad_group, replica_mesh, waiting
 from lasp.ranks.group import making_groups, process
 from lasp.ranks.mesh import connect_once
@@ -84,7 +85,7 @@ class CO2:
 
     Args:
         model: as the replica trains it, after `wrap_ddp`, `wrap_fsdp2` or `lasp.data_parallel`; its trained parameters
-            are averaged.
+            are averaged; one that is unfrozen or added later is an error at the end of the round.
         optimizer: the inner one, or several; of parameters of the model.
         mesh: the whole mesh, with the axis dp_replicate; or the axis, or a ProcessGroup, of replicas of one rank each;
             None for one replica, which takes the outer steps by itself and is told so by a warning.
@@ -122,7 +123,9 @@ class CO2:
         bucket_mb: int = 32,
         validate: str = "first",
     ):
-        parameters = _trained(arguments.module("model", model))
+        self._model = arguments.module("model", model)
+        free_gathered(model)
+        parameters = _trained(model)
         self._optimizers = _optimizers(model, optimizer)
         self.sync_every = arguments.integer("sync_every", sync_every, at_least=1)
         self.outer_lr = arguments.number("outer_lr", outer_lr, positive=True)
@@ -176,6 +179,7 @@ class CO2:
             RankMismatchError: a replica sent the average of another round, or has another outer point.
             PeerError: a rank has ended, or did not come within the timeout of its group; nothing was changed.
             TypeError, ValueError: what `gap_penalty` returned is none.
+            RuntimeError: a parameter is trained that was not when this was made.
         """
         self.local_steps += 1
         if self.local_steps < self.sync_every:
@@ -196,6 +200,7 @@ class CO2:
         if self._on_the_way is not None:
             self._arrive()
             self._meet_inside()
+            free_gathered(self._model)
             for bucket in self._buckets:
                 self._outer_step(bucket)
                 bucket.put(bucket.outer)
@@ -210,12 +215,14 @@ class CO2:
         with torch.no_grad():
             self._meet_inside()
             own = [[x.clone() for x in map(_local, bucket.parameters)] for bucket in self._buckets]
+            free_gathered(self._model)
             for bucket in self._buckets:
                 bucket.put(bucket.outer)
         try:
             yield
         finally:
             with torch.no_grad():
+                free_gathered(self._model)
                 for bucket, kept in zip(self._buckets, own):
                     for p, x in zip(bucket.parameters, kept):
                         _local(p).copy_(x)
@@ -270,6 +277,13 @@ class CO2:
     # The end of a round
 
     def _end_round(self) -> None:
+        free_gathered(self._model)  # of a look at the loss
+        for name, p in self._model.named_parameters():
+            if p.requires_grad and p not in self._names:  # replicas would keep it apart for ever
+                raise RuntimeError(
+                    f"CO2 averages what was trained when it was made, and {name} was unfrozen or added since: call "
+                    "finish() before that, and make it anew afterwards"
+                )
         self._arrive()
         self._meet_inside()
         ends, stale = self.rounds, self._on_the_way

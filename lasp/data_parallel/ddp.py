@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp import arguments
+from lasp.checks.optimizers import averages
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
 from lasp.ranks import grad_group, waiting
@@ -36,7 +37,7 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     arguments.module("model", model)
     arguments.choice("validate", validate, ("first", "off"))
     check_plain(model)
-    group, _ = grad_group(mesh)
+    group, ranks = grad_group(mesh)
     if group is None:
         return model
     compare_parameters(model, group, "wrap_ddp", validate=validate)
@@ -48,6 +49,8 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     # in a process, compiled blocks) when Python's collector comes by, at another moment on each rank: then that rank
     # averages nothing, and the others wait for it in backward.
     process.reducers[model] = wrapped.reducer
+    if ranks > 1 and validate != "off":
+        averages((p for p in model.parameters() if p.requires_grad), model, "wrap_ddp")
     return wrapped
 
 

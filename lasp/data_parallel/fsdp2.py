@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lasp import arguments
 from lasp.checks.messages import check_messages
-from lasp.checks.optimizers import before_step, replaces_parameters
+from lasp.checks.optimizers import averages, before_step, replaces_parameters
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
 from lasp.ops.stream import Content
@@ -74,6 +74,8 @@ def wrap_fsdp2(
                 module.set_custom_reduce_scatter(_SumOfGradients(validate))  # type: ignore[arg-type]
     process.sharded.add(model)
     before_step(_free_gathered)
+    if axis.size() > 1 and validate != "off":
+        averages(model.parameters(), model, "wrap_fsdp2")
     return model
 
 
@@ -96,8 +98,14 @@ def _free_gathered(optimizer: Optimizer) -> None:
     for model in list(process.sharded):
         modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         if any(id(p) in stepped for p in parameters_of(modules)):
-            for module in modules:
-                module.reshard()
+            free_gathered(model)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Before something writes to its shards: what was gathered of them would go on as it was."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 # Several backwards of a step: what is private of FSDP2 here is what its public setters set, and gives no way to read

@@ -12,6 +12,7 @@ from torch.autograd import Variable
 from torch.distributed import ProcessGroup
 
 from lasp import arguments
+from lasp.checks.optimizers import averages
 from lasp.checks.replicas import compare_parameters
 from lasp.data_parallel.manual import sync_grads
 from lasp.ranks import grad_group
@@ -54,8 +55,12 @@ class AfterBackward:
         self.process_group = group  # that of `mesh`, called as DDP calls its own
         self._wait, self._queued = False, -1  # in which backward, if it came to its end or not
         for p in model.parameters():
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(self._queue)
+            if (p.is_floating_point() or p.is_complex()) and not p.is_inference():
+                trained = p.requires_grad  # what is frozen may be trained later, and takes no hook as it is
+                p.requires_grad_().register_post_accumulate_grad_hook(self._queue)
+                p.requires_grad_(trained)
+        if validate != "off":
+            averages(model.parameters(), model, "average_after_backward")
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lasp import arguments
+from lasp.checks.optimizers import averages
 from lasp.checks.replicas import check_gradients
 from lasp.ranks import grad_group, waiting
 from lasp.ranks.parts import is_split, part_of
@@ -45,6 +46,7 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     if sharded is not None:
         raise ValueError(f"{sharded} is sharded (DTensor): FSDP2 averages gradients itself, leave out sync_grads")
     check_gradients(model, group, "sync_grads", validate=validate)
+    averages(parameters)
     sparse = _sparse_dims(model, parameters)
     for dtype in sorted({p.dtype for p in parameters}, key=str):
         mine = [p for p in parameters if p.dtype == dtype]
