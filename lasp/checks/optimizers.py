@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -80,6 +81,13 @@ def _refuse_not_averaged(optimizer: Optimizer) -> None:
                     "not average what was unfrozen or added after it. Call it afterwards, on the model without a "
                     "wrapper; what is frozen then, the schemes 'ddp-legacy', 'zero2' and 'zero3' average once it is not"
                 )
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Of FSDP2, before something writes to the shards: what was gathered of them would go on as it was."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 # What asks other ranks cannot be part of a graph. (The decorator that torch.optim uses: the public one would import the

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lasp import arguments
 from lasp.checks.messages import check_messages
-from lasp.checks.optimizers import averages, before_step, replaces_parameters
+from lasp.checks.optimizers import averages, before_step, free_gathered, replaces_parameters
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
 from lasp.ops.stream import Content
@@ -99,13 +99,6 @@ def _free_gathered(optimizer: Optimizer) -> None:
         modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         if any(id(p) in stepped for p in parameters_of(modules)):
             free_gathered(model)
-
-
-def free_gathered(model: nn.Module) -> None:
-    """Before something writes to its shards: what was gathered of them would go on as it was."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 # Several backwards of a step: what is private of FSDP2 here is what its public setters set, and gives no way to read
