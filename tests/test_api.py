@@ -171,6 +171,27 @@ def test_a_copy_of_a_split_model_is_split():
     run_ranks(2, _deepcopy)
 
 
+def _a_layer_is_replaced(layout):
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(SmallModel().double(), mesh)
+    local = lasp.shard_batch({"input_ids": tokens()}, mesh)
+    inputs = local["input_ids"], local["position_ids"], *((local["layout"],) if layout else ())
+    model.head = nn.Sequential(nn.Dropout(0.0), model.head)  # which mixes no tokens
+    assert_close(model(*inputs), model(*inputs), "logits")
+    model.blocks[1].mixer = SmallModel().double().blocks[1].mixer
+    with pytest.raises(ValueError, match=r"got 'blocks\.1\.mixer\.inner', a LightningAttention that was put there"):
+        model(*inputs)
+    if dist.get_rank() == 0:  # and without a forward of the others: nothing was sent
+        with pytest.raises(ValueError, match="that was put there afterwards"):
+            model(*inputs)
+
+
+@pytest.mark.parametrize("layout", [False, True])
+def test_a_layer_that_is_replaced_afterwards(layout):
+    """It would see the tokens of each rank by themselves."""
+    run_ranks(2, _a_layer_is_replaced, layout)
+
+
 # register
 
 

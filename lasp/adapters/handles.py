@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lasp import adapters
@@ -116,18 +117,19 @@ class Parallelized:
         return len(now) == len(self._modules) and all(held() is m for held, m in zip(self._modules, now))
 
     def refuse_new_layers(self) -> None:
-        """Raise `ValueError` if on one rank a layer has come into the model since: it would see each segment, or each
-        token, by itself. (Over several ranks it meets a layout that is not its own.)"""
+        """Raise `ValueError` if a layer that mixes tokens has come into the model since: it would see the tokens of
+        each rank, or of each segment, by themselves."""
         model = self._model()
-        if self.sequence.size > 1 or model is None or self.knows_all(model):
+        if model is None or self.knows_all(model):
             return
-        known = {id(module) for _, held, _ in self._layers if (module := held()) is not None}
+        known = {id(module) for held in self._modules if (module := held()) is not None}
         for path, module in model.named_modules():
             if id(module) not in known and adapters.find(module) is not None:
                 raise ValueError(
                     f"model must have the layers that lasp.parallelize was called with, got {path!r}, a "
                     f"{type(module).__name__} that was put there afterwards: call lasp.parallelize behind all changes"
                 )
+        self._modules = [weakref.ref(module) for module in model.modules()]  # the others mix none
 
     def with_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Inside, its layers call the operators with their ranks, on one rank too."""
@@ -153,8 +155,16 @@ def remember(
     layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
     own: Iterable[SequenceParallel],
 ) -> None:
-    """Remember what `parallelize` was called with."""
+    """Remember what `parallelize` was called with, and have each forward look if the model is still that."""
     _parallelized[model] = Parallelized(model, sequence, layers, own)
+    if sequence.size > 1 and sequence.validate != "off":
+        model.register_forward_pre_hook(_refuse_new_layers)
+
+
+def _refuse_new_layers(model: nn.Module, args: object) -> None:
+    """A forward pre-hook of a split model. A copy of it is not known, and looks at nothing."""
+    if not torch.compiler.is_compiling() and (split := _parallelized.get(model)) is not None:
+        split.refuse_new_layers()
 
 
 def of_untouched(
