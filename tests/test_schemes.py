@@ -543,3 +543,26 @@ def _adds():
 
 def test_what_is_added_later_is_averaged_or_refused():
     run_ranks(2, _adds)
+
+
+def _casts():
+    """After the wrapper: a cast, and weights that are assigned; FSDP2's parameters are then others, which it knows."""
+    mesh = mesh_of(sp=2)
+    for assign in (False, True):
+        model = lasp.parallelize(SmallModel(), mesh)
+        wrapper, _ = lasp.data_parallel(model, mesh, scheme="zero3", optimizer=SGD, blocks=model.blocks)
+        wrapper.double()
+        if assign:
+            weights = {name: x.clone() for name, x in wrapper.state_dict().items()}
+            wrapper.load_state_dict(weights, assign=True)
+        optimizer, alone = SGD(wrapper.parameters()), SmallModel().double()
+        loss_of(wrapper, whole_batch(), mesh).backward()
+        optimizer.step()
+        loss_of(alone, whole_batch(), None).backward()
+        SGD(alone.parameters()).step()
+        for name, p in names(wrapper).items():
+            assert_close(whole(p.detach()), alone.get_parameter(name).detach(), f"assign={assign}: {name}", **CLOSE)
+
+
+def test_what_fsdp2_knows_may_be_cast_or_assigned_afterwards():
+    run_ranks(2, _casts)

@@ -16,7 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 _checks: list[Callable[[Optimizer], None]] = []
 _last_checks: list[Callable[[Optimizer], None]] = []
 _inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-_averaging: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_averaging: weakref.WeakKeyDictionary[nn.Module, tuple[str, Callable[[nn.Module], Iterable[Tensor]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def before_step(check: Callable[[Optimizer], None], *, last: bool = False) -> None:
@@ -58,12 +60,18 @@ def _refuse_replaced(optimizer: Optimizer) -> None:
                 )
 
 
-def averages(parameters: Iterable[Tensor], model: nn.Module | None = None, by: str = "") -> None:
+def averages(
+    parameters: Iterable[Tensor],
+    model: nn.Module | None = None,
+    by: str = "",
+    known: Callable[[nn.Module], Iterable[Tensor]] = lambda _: (),
+) -> None:
     """Note that gradients of these are averaged. Of a `model` no others are, `by` what was called now: a step on one
     that is unfrozen, or added, later on is refused. (DDP has no hook there, and FSDP2 does not know it: each rank would
-    step with a gradient of its own.)"""
+    step with a gradient of its own.) `known` tells at a step which are averaged besides, whatever became of them: a
+    cast of the model takes the note from a DTensor."""
     if model is not None:
-        _averaging[model] = by
+        _averaging[model] = by, known
         before_step(_refuse_not_averaged)
         for parameter in model.parameters():
             parameter._lasp_averaged = False  # type: ignore[attr-defined]  # by what may have been called before
@@ -73,9 +81,11 @@ def averages(parameters: Iterable[Tensor], model: nn.Module | None = None, by: s
 
 def _refuse_not_averaged(optimizer: Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    for model, by in list(_averaging.items()):
-        for name, p in model.named_parameters():
-            if id(p) in stepped and not getattr(p, "_lasp_averaged", False):
+    for model, (by, known) in list(_averaging.items()):
+        found = [(name, p) for name, p in model.named_parameters() if id(p) in stepped]
+        averaged = {id(p) for p in known(model)} if found else set()
+        for name, p in found:
+            if not (getattr(p, "_lasp_averaged", False) or id(p) in averaged):
                 raise RuntimeError(
                     f"{type(optimizer).__name__} would step on {name} with the gradient of this rank alone: {by} does "
                     "not average what was unfrozen or added after it. Call it afterwards, on the model without a "

@@ -75,7 +75,7 @@ def wrap_fsdp2(
     process.sharded.add(model)
     before_step(_free_gathered)
     if axis.size() > 1 and validate != "off":
-        averages(model.parameters(), model, "wrap_fsdp2")
+        averages(model.parameters(), model, "wrap_fsdp2", _sharded)
     return model
 
 
@@ -96,9 +96,12 @@ def _free_gathered(optimizer: Optimizer) -> None:
     the next forward would take them for those that the optimizer has just changed."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(process.sharded):
-        modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        if any(id(p) in stepped for p in parameters_of(modules)):
+        if any(id(p) in stepped for p in _sharded(model)):
             free_gathered(model)
+
+
+def _sharded(model: nn.Module) -> list[Tensor]:
+    return parameters_of([m for m in model.modules() if isinstance(m, FSDPModule)])
 
 
 # Several backwards of a step: what is private of FSDP2 here is what its public setters set, and gives no way to read
