@@ -192,6 +192,24 @@ def test_a_layer_that_is_replaced_afterwards(layout):
     run_ranks(2, _a_layer_is_replaced, layout)
 
 
+def _a_layer_that_a_plan_leaves():
+    """As a tower that each rank has as a whole."""
+    mesh = mesh_of(sp=2)
+    model = SmallModel().double()
+    model.tower = nn.Sequential(LightningAttention(None))
+    lasp.parallelize(model, mesh, plan={"tower*": lasp.adapters.token_local})
+    model.tower[0] = LightningAttention(None)
+    local = lasp.shard_batch({"input_ids": tokens()}, mesh)
+    model(local["input_ids"], local["position_ids"])
+    model.other = nn.Sequential(LightningAttention(None))
+    with pytest.raises(ValueError, match=r"got 'other\.0', a LightningAttention that was put there"):
+        model(local["input_ids"], local["position_ids"])
+
+
+def test_a_layer_that_a_plan_leaves_may_be_replaced():
+    run_ranks(2, _a_layer_that_a_plan_leaves)
+
+
 # register
 
 

@@ -123,8 +123,9 @@ class Parallelized:
         if model is None or self.knows_all(model):
             return
         known = {id(module) for held in self._modules if (module := held()) is not None}
+        local = tuple(f"{path}." * bool(path) for path, _, adapter in self._layers if adapter is adapters.token_local)
         for path, module in model.named_modules():
-            if id(module) not in known and adapters.find(module) is not None:
+            if id(module) not in known and adapters.find(module) is not None and not f"{path}.".startswith(local):
                 raise ValueError(
                     f"model must have the layers that lasp.parallelize was called with, got {path!r}, a "
                     f"{type(module).__name__} that was put there afterwards: call lasp.parallelize behind all changes"
@@ -162,8 +163,11 @@ def remember(
 
 
 def _refuse_new_layers(model: nn.Module, args: object) -> None:
-    """A forward pre-hook of a split model. A copy of it is not known, and looks at nothing."""
-    if not torch.compiler.is_compiling() and (split := _parallelized.get(model)) is not None:
+    """A forward pre-hook of a split model. A copy of it is not known, and looks at nothing; nor is looked again for
+    each segment of a stream, or each token (see `check_ranks`)."""
+    if torch.compiler.is_compiling() or (split := _parallelized.get(model)) is None:
+        return
+    if split.sequence.stream is None:
         split.refuse_new_layers()
 
 
