@@ -138,6 +138,8 @@ def refuses_a_mask_of_another_name():
     ids, layout = local["input_ids"], local["layout"]
     with pytest.raises(ValueError, match=r"mask would not reach the split layers of NamesItsMask, .* attention_mask"):
         model(ids, torch.ones_like(ids), layout=layout)
+    with pytest.raises(TypeError, match="multiple values"):  # in whatever order; here the wrapper itself objects
+        model(ids, torch.ones_like(ids), attention_mask=torch.ones_like(ids), layout=layout)
     assert model(ids, layout=layout).logits.shape[1] == ids.shape[1]
 
 

@@ -232,13 +232,13 @@ class _Arguments:
             )
         if kept := self.given.get("logits_to_keep"):
             raise ValueError(f"logits_to_keep would be of this rank's slice alone, got {arguments.shown(kept)}")
-        other = next((x for x in self.given if MASKS.fullmatch(x) and self.given[x] is not None), "attention_mask")
-        if other != "attention_mask":
+        mask = self.given.get("attention_mask")
+        other = next((x for x in self.given if MASKS.fullmatch(x) and self.given[x] is not None), None)
+        if other is not None and mask is None:
             raise ValueError(
                 f"{other} would not reach the split layers of {self.name}, which see padding by attention_mask: let "
                 "forward call it so, 0 where this rank's tokens [B, T] are padding"
             )
-        mask = self.given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError(
                 "attention_mask must be the [B, T] of this rank's tokens, 0 where they are padding, got "
