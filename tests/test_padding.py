@@ -245,6 +245,11 @@ def _documents_without_layout(mesh):
             local = ahead
             call(local["x"])  # of one document
             del local, ahead
+            kept = [cut(PACKED) for _ in range(3)]  # alike, and kept, as for an evaluation
+            for local in kept:
+                call(local["x"], layout=local["layout"])
+            del kept, local
+            call(cut(DENSE)["x"])
     local = cut(PACKED)
     calls["halo"](local["x"], layout=local["layout"])
     calls["delta_rule"](local["x"])  # one that is left out

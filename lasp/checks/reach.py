@@ -75,14 +75,15 @@ class Cuts:
     def given(self, who: str, layout: Any) -> None:
         """An operator has got this layout."""
         form = _form_of(layout)
-        found = next((cut for cut in [*self.batches] if not cut.over and cut.form == form), None)
+        alike = [cut for cut in [*self.batches] if not cut.over and cut.form == form]  # it may be of any of these
+        found = alike[0] if alike else None
         if found is not self.current:
             self._settle_current()
             if found is not None:
                 found.missed.clear()  # that was of batches before
         self.current = found
-        if found is not None:
-            found.reached.add(who)
+        for cut in alike:
+            cut.reached.add(who)
 
     def missing(self, who: str, tokens: int, harm: str) -> None:
         """An operator has run without a layout."""
