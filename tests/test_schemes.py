@@ -524,6 +524,24 @@ def test_what_is_unfrozen_later_is_averaged_or_refused():
     run_ranks(2, _unfreezes)
 
 
+def _freezes():
+    """What was trained before the wrapper, and is frozen: its gradient of then, set to zero, is no new one."""
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(SmallModel().double(), mesh)
+    optimizer = SGD(model.parameters())
+    loss_of(model, whole_batch(), mesh).backward()
+    optimizer.zero_grad(set_to_none=False)
+    model.tokens.requires_grad_(False)
+    before = model.tokens.weight.clone()
+    loss_of(lasp.data_parallel.wrap_ddp(model, mesh), whole_batch(), mesh).backward()
+    optimizer.step()
+    assert torch.equal(model.tokens.weight, before)
+
+
+def test_what_is_frozen_may_have_a_gradient_of_before():
+    run_ranks(2, _freezes)
+
+
 def _adds():
     """A parameter that comes after the wrapper, as LoRA's do."""
     mesh = mesh_of(sp=2)

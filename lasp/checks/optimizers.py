@@ -82,7 +82,7 @@ def averages(
 def _refuse_not_averaged(optimizer: Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     for model, (by, known) in list(_averaging.items()):
-        found = [(name, p) for name, p in model.named_parameters() if id(p) in stepped]
+        found = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) in stepped]
         averaged = {id(p) for p in known(model)} if found else set()
         for name, p in found:
             if not (getattr(p, "_lasp_averaged", False) or id(p) in averaged):
