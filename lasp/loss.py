@@ -101,7 +101,7 @@ def linear_token_loss(
     _check_linear(hidden, weight, bias)
     _check_total(total_tokens)
     if total_tokens is not None and reduction == "sum":
-        raise ValueError(f"total_tokens divide the mean, and reduction='sum' divides by nothing, got {total_tokens}")
+        raise ValueError(f"total_tokens must be None for reduction='sum', which divides by none, got {total_tokens}")
     group, ranks = grad_group(mesh)
     check_loss(hidden, labels, ignore_index, mesh, group, name="hidden")
     local, counted, outside = sum_of_linear(hidden, weight, bias, labels, ignore_index)

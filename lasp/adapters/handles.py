@@ -209,7 +209,8 @@ def under_way(stream: Any, splits: list[Parallelized], model: nn.Module) -> Iter
             raise RuntimeError(
                 f"{stream.name} was called within "
                 + ("another one" if busy.name == stream.name else busy.name)
-                + " of the same model, or while it runs in another thread: wait for its end, or call a copy.deepcopy"
+                + " of the same model, or while it runs in another thread: wait for its end, or take a copy, "
+                "made before lasp.parallelize"
             )
         for x in held.values():
             object.__setattr__(x, "stream", stream)

@@ -116,7 +116,7 @@ class Session(Carrier):
         if self._thread != threading.get_ident():
             raise RuntimeError(
                 f"the model was called while {self.name} is under way with it, in another thread or by its streamer, "
-                "and would have gone on from that state: wait for its end, or call a copy.deepcopy of the model"
+                "and would have gone on from that state: wait for its end, or take a copy, made before lasp.parallelize"
             )
         place = sequence.name, operator
         self._counts[place] += 1
