@@ -799,3 +799,14 @@ def test_a_model_that_generates_is_used_by_nobody_else():
     assert torch.equal(stream.ids, expected.ids)
     assert torch.equal(stream.state.logits, expected.state.logits)
     assert [text.split(":")[0] for text in streamer.said] == [ALONE, SECOND, ALONE, SECOND]
+
+
+def test_models_that_generate_at_the_same_time():
+    """A model that lasp has not seen is tried, with other operators: for the thread that tries it alone."""
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(vocab_size=97, layers=2, width=32, heads=2, glu_width=32))
+    ids = torch.randint(97, (1, 9))
+    expected, others = lasp.generate(model, ids, max_new_tokens=12).ids, [copy.deepcopy(model) for _ in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(functools.partial(lasp.generate, ids=ids, max_new_tokens=12), others):
+            assert torch.equal(found.ids, expected)

@@ -28,6 +28,7 @@ import inspect
 import itertools
 import re
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -70,6 +71,9 @@ class Answers:
     counts_positions: dict[str, str] = field(default_factory=dict)  # from 0, if this argument is not given
 
 
+_running: dict[int, _Trial] = {}  # by thread: others go on with the operators themselves
+
+
 def operator(stand_in: Callable[..., Any]) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorator of a function that takes `sequence=`. In a trial `stand_in` answers: of the same arguments, results of
     the same shapes, where those of a token depend on that token alone (or are what the ranks before would send)."""
@@ -79,9 +83,9 @@ def operator(stand_in: Callable[..., Any]) -> Callable[[Callable[Arguments, Resu
 
         @functools.wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            if _Trial.running is None:
+            if not _running or torch.compiler.is_compiling() or (trial := _running.get(threading.get_ident())) is None:
                 return function(*args, **kwargs)
-            return _Trial.running.operator(function.__name__, stand_in, signature.bind(*args, **kwargs).arguments)
+            return trial.operator(function.__name__, stand_in, signature.bind(*args, **kwargs).arguments)
 
         return call
 
@@ -476,8 +480,6 @@ _HOW = {_DIFFERS: "on a slice of the sequence it gives something else than on th
 class _Trial:
     """Three runs of a module."""
 
-    running: _Trial | None = None
-
     def __init__(
         self,
         path: str,
@@ -554,11 +556,11 @@ class _Trial:
         args = (values.pop(next(iter(values))),)
         handles = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in self.paths]
         handles += [m.register_forward_hook(self._after, with_kwargs=True) for m in self.paths]
-        _Trial.running, before = self, _Trial.running
+        _running[threading.get_ident()] = self
         try:
             out = torch.func.functional_call(self.root, dict(self.parameters), args, values)
         finally:
-            _Trial.running = before
+            del _running[threading.get_ident()]
             for handle in handles:
                 handle.remove()
         if self.gradients is not None:
