@@ -789,8 +789,9 @@ def test_what_a_function_for_the_gap_returns(found):
 def test_one_replica_is_told():
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=r"mesh has one replica \(dp_replicate=1, or None\)"):
+    with pytest.warns(UserWarning, match=r"mesh has one replica \(dp_replicate=1, or None\)") as told:
         lasp.CO2(model, optimizer, None, sync_every=2)
+    assert len(told) == 1
 
 
 def _unfreezes():

@@ -39,7 +39,7 @@ def test_layouts_use_all_gpus():
 
 @pytest.fixture
 def run_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "WORK", tmp_path / "work")
+    monkeypatch.setattr(machine, "WORK", tmp_path / "kept")
 
     def run(*wanted, budget=0.0, again=False):
         arguments = argparse.Namespace(out=tmp_path, budget=budget, again=again, commit="abc", gpus=2)
@@ -71,8 +71,8 @@ def test_each_part_ends_as_it_says(run_parts, tmp_path):
     start = time.monotonic()
     assert run_parts(*wanted) == {"well": "ok", "badly": "exit status 3", "slowly": "over"}
     assert time.monotonic() - start < 30
-    assert (tmp_path / "work" / "well.log").read_text() == "all of it\n"
-    assert not runs(int((tmp_path / "work" / "slowly.log").read_text()))  # what it started has ended with it
+    assert (tmp_path / "kept" / "well.log").read_text() == "all of it\n"
+    assert not runs(int((tmp_path / "kept" / "slowly.log").read_text()))  # what it started has ended with it
     assert run_parts(wanted[0], budget=1) == {"well": "ok, earlier"}
     assert run_parts(wanted[0], budget=1, again=True) == {"well": "no time: 30 s expected"}
 
@@ -91,7 +91,7 @@ def test_the_last_step_of_a_training_is_a_record(run_parts, tmp_path):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write = f"import pathlib, sys; f = pathlib.Path(sys.argv[2]); f.mkdir(); (f / 'metrics.jsonl').write_text({text!r})"
-    part = machine.Part("short_1B", 30, code(write) + f" --out {tmp_path}/work/short_1B", step=True)
+    part = machine.Part("short_1B", 30, code(write) + f" --out {tmp_path}/kept/short_1B", step=True)
     assert run_parts(part) == {"short_1B": "ok"}
     (record,) = tmp_path.glob("*_short_1B_2x*.json")
     record = json.loads(record.read_text())
