@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--gpus must be at least 2, got {arguments.gpus}")
     known = {part.name: part for part in parts(arguments.gpus, peers=arguments.peers)}
     if unknown := sorted(set(arguments.only or ()) - set(known)):
-        parser.error(f"--only has no part {', '.join(unknown)}; there are {', '.join(known)}")
+        more = "" if arguments.peers else ", and with --peers peers"
+        parser.error(f"--only has no part {', '.join(unknown)}; there are {', '.join(known)}{more}")
     wanted = [known[name] for name in arguments.only or known]
     if arguments.list:
         for part in wanted:
