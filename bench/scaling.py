@@ -520,7 +520,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parallel", choices=SCHEMES, default="fsdp2", help="ddp and zero1: bf16 by autocast")
     parser.add_argument("--graph", action="store_true", help="a step as one CUDA graph; with ddp only")
     parser.add_argument("--chunk", type=int, default=0, help="tokens of a gated linear unit at once; default: all")
-    parser.add_argument("--offload", action="store_true", help="what recomputed blocks keep lies on the host")
+    parser.add_argument("--offload", type=int, default=0, metavar="BLOCKS", help="so many of these keep it on the host")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
 

@@ -112,7 +112,7 @@ class Options:
     seed: int
     recompute: str
     chunk: int
-    offload: bool
+    offload: str
     exchange: str
     data: Path | None
     out: Path | None
@@ -169,7 +169,9 @@ def main(
         str, typer.Option(help="Blocks computed again in backward: how many, all, or auto: on a GPU as few as fit.")
     ] = "auto",
     chunk: Annotated[int, typer.Option(min=0, help="Tokens of a gated unit at once; 0: all.")] = 0,
-    offload: Annotated[bool, typer.Option("--offload", help="Keep on the host what recomputed blocks keep.")] = False,
+    offload: Annotated[
+        str, typer.Option(help="Recomputed blocks whose inputs lie on the host until backward: how many, or all.")
+    ] = "0",
     exchange: Annotated[str, typer.Option(help="How states travel between ranks.")] = "auto",
     data: Annotated[
         Path | None, typer.Option(exists=True, help="Text, or prepare.py's tokens; default: Python's own sources.")
@@ -232,8 +234,12 @@ def check(options: Options, ranks: int, text: Text) -> None:
     layers = config_of_run(options).layers
     if options.recompute not in ("auto", "all", *map(str, range(layers + 1))):
         refuse("--recompute", f"{options.recompute!r} is not auto, all, or a number of blocks up to {layers}")
-    if options.offload and options.recompute == "0":
-        refuse("--offload", "keeps what recomputed blocks keep, and --recompute 0 has none")
+    if options.offload not in ("all", *map(str, range(layers + 1))):
+        refuse("--offload", f"{options.offload!r} is not all, or a number of blocks up to {layers}")
+    if options.recompute.isdigit() and options.offload != "0":
+        offloaded = 1 if options.offload == "all" else int(options.offload)
+        if offloaded > int(options.recompute):
+            refuse("--offload", f"{options.offload!r} is more than the blocks of --recompute, {options.recompute}")
     exchanges = ("auto", *SCHEDULES)
     if options.exchange not in exchanges:
         refuse("--exchange", f"{options.exchange!r} is not one of {', '.join(exchanges)}")
@@ -512,9 +518,9 @@ def build_model(options: Options, mesh: DeviceMesh | None, device: torch.device)
         model = model_of(config_of_run(options))
     if mesh is not None:
         lasp.parallelize(model, mesh["sp"], exchange=options.exchange, check_finite=True)
-    save_memory(
-        model.blocks, recompute=recomputed(options, model, mesh, device), chunk=options.chunk, offload=options.offload
-    )
+    recompute = recomputed(options, model, mesh, device)
+    offload = recompute if options.offload == "all" else int(options.offload)
+    save_memory(model.blocks, recompute=recompute, chunk=options.chunk, offload=offload)
     return model
 
 
@@ -534,7 +540,7 @@ def with_optimizer(
 
 def recomputed(options: Options, model: TNL | Decoder, mesh: DeviceMesh | None, device: torch.device) -> int:
     """How many blocks are computed again in backward."""
-    if options.recompute == "all" or (options.offload and options.recompute == "auto"):
+    if options.recompute == "all" or (options.offload != "0" and options.recompute == "auto"):
         return model.config.layers
     if options.recompute != "auto":
         return int(options.recompute)

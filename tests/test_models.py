@@ -1,6 +1,7 @@
 """TNL and the linear transformer: their published formulas, and the same model over ranks."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lasp
 from lasp import decay
 from lasp.models import TNL, LinearTransformer, LinearTransformerConfig, TNLConfig, _linears
+from lasp.models.memory import save_memory
 from lasp.models.tnl import LRPE, GatedLinearAttention, SimpleGLU, SimpleRMSNorm
 from lasp_kernels import recurrent_linear_attention
 
@@ -378,3 +380,30 @@ def test_sizes_that_are_refused(config, changed, message):
 def test_lrpe_refuses_positions_that_are_not_integers():
     with pytest.raises(TypeError, match=r"position_ids must be a tensor of integers, got .*torch.bfloat16"):
         TNL(SMALL["tnl"][1])(tokens(T=3), torch.arange(3).bfloat16())
+
+
+# In less memory
+
+
+def test_recomputed_chunked_and_offloaded_blocks_give_the_same_bits():
+    alone, saving = small_model("tnl"), small_model("tnl")
+    save_memory(saving.blocks, recompute=2, chunk=5, offload=1)
+    wrappers = [[type(module).__name__ for module in block.modules()][:2] for block in saving.blocks[:2]]
+    assert wrappers == [["OffloadWrapper", "CheckpointWrapper"], ["CheckpointWrapper", "Block"]]
+    for model in (alone, saving):
+        model(tokens(), None, None).square().mean().backward()
+    for (name, p), q in zip(alone.named_parameters(), saving.parameters(), strict=True):
+        assert_close(q.grad, p.grad, rtol=1e-13, atol=1e-15, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recompute": 9}, "recompute must be at most the number of blocks, 3, got 9"),
+        ({"recompute": 1, "offload": 2}, "offload must be at most the blocks that are recomputed, 1, got 2"),
+        ({"recompute": 1, "offload": -1}, "offload must be at least 0, got -1"),
+    ],
+)
+def test_memory_is_not_saved_on_more_blocks_than_there_are(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        save_memory(small_model("tnl").blocks, **given)

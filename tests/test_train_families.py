@@ -73,6 +73,9 @@ def test_two_ranks_train_experts_as_one(text, tmp_path, more):  # noqa: F811
         (["--experts-per-token=3"], "--experts-per-token: is for models with --experts or --attention-experts"),
         (["--family=gla", "--experts=7"], "--experts: experts + shared_experts must divide glu_width 384"),
         (["--family=gla", "--attention-experts=3"], "attention_experts must divide the 4 heads, got 3"),
+        (["--offload=9"], "--offload: '9' is not all, or a number of blocks up to"),
+        (["--recompute=1", "--offload=2"], "--offload: '2' is more than the blocks of --recompute, 1"),
+        (["--recompute=0", "--offload=all"], "--offload: 'all' is more than the blocks of --recompute, 0"),
         (["--pattern=LS"], "'LS' is not of letters L and S, and of L alone for tnl"),
     ],
 )

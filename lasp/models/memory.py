@@ -2,7 +2,7 @@
 
 recompute    a block keeps its input alone, and runs again in backward: a third of its arithmetic more
 chunk        a gated linear unit works on so many tokens at a time: for it alone that once more
-offload      what recomputed blocks keep lies in the host's memory until backward needs it
+offload      what so many of the recomputed blocks keep lies in the host's memory until backward needs it
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from lasp.models.tnl import TNLConfig
 FILL = 0.9  # of the memory that is free
 
 
-def save_memory(blocks: nn.ModuleList, *, recompute: int, chunk: int = 0, offload: bool = False) -> None:
-    """Recompute so many blocks, and let gated linear units work on `chunk` tokens at a time, if not 0; in place.
+def save_memory(blocks: nn.ModuleList, *, recompute: int, chunk: int = 0, offload: int = 0) -> None:
+    """Recompute the first so many blocks, keep on the host what the first `offload` of these keep, and let gated linear
+    units work on `chunk` tokens at a time, if not 0; in place.
 
     After `lasp.parallelize` and before FSDP2. The recompute is a module around each block, as PyTorch's own trainers
     use it, since it can be compiled: `block.compile()` before this keeps the exchange outside the recompute, after it
@@ -30,22 +31,24 @@ def save_memory(blocks: nn.ModuleList, *, recompute: int, chunk: int = 0, offloa
     is a frame that torch.compile passes over.)
 
     Raises:
-        ValueError, TypeError: numbers below 0, more blocks than there are, or `offload` where none is recomputed.
+        ValueError, TypeError: numbers below 0, more blocks than there are, or more of `offload` than are recomputed.
     """
     arguments.integer("recompute", recompute, at_least=0)
     arguments.integer("chunk", chunk, at_least=0)
     if recompute > len(blocks):
         raise ValueError(f"recompute must be at most the number of blocks, {len(blocks)}, got {recompute}")
-    if arguments.flag("offload", offload) and not recompute:
+    arguments.integer("offload", offload, at_least=0)
+    if offload > recompute:
         raise ValueError(
-            "offload must be False where no block is recomputed: it is what these keep that goes to the host"
+            f"offload must be at most the blocks that are recomputed, {recompute}, got {offload}: it is what these "
+            "keep that goes to the host"
         )
     for number, block in enumerate(blocks):
         if chunk:
             block.glu.forward = functools.partial(in_chunks, block.glu.forward, chunk)  # type: ignore[union-attr]
         if number < recompute:
             block = checkpoint_wrapper(block)
-            blocks[number] = offload_wrapper(block) if offload else block
+            blocks[number] = offload_wrapper(block) if number < offload else block
 
 
 def in_chunks(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Tensor:
