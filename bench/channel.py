@@ -195,7 +195,10 @@ def main(argv: list[str] | None = None) -> None:
         return compile_part(args.compile_part)
     if args.segments or args.finish:
         grid = product(DIMS, args.lengths, args.segments or [0], args.finish or ["128x6"])
-        rows = [settings(T, dim, segment, finish) for dim, T, segment, finish in grid]
+        rows = []
+        for dim, T, segment, finish in grid:
+            rows.append(settings(T, dim, segment, finish))
+            print(rows[-1], file=sys.stderr, flush=True)  # whatever comes after
         report(
             "channel_settings",
             command_line("channel.py", argv),

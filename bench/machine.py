@@ -64,7 +64,7 @@ def parts(gpus: int, *, peers: bool = False) -> list[Part]:
         Part("weak_1B", 230, f"{start} bench/scaling.py --model 1B --tokens 65536 --mesh {' '.join(layouts)} --steps 3 "
              f"--warmup 2 {kept}"),
         # On 8 GPUs all of it fits; on fewer what blocks keep, 4 KiB a token, goes to the host.
-        Part("longest_1B", 240, f"{train}/longest_1B --seq-len {2**22 + 2**19} --recompute all --chunk 32768 "
+        Part("longest_1B", 180, f"{train}/longest_1B --seq-len {2**22 + 2**19} --recompute all --chunk 32768 "
              f"--offload {0 if gpus >= 8 else 8} --steps 2", step=True),
         Part("stream_1B", 60 + 1400 / gpus, f"{train}/stream_1B --seq-len {2**26} --segment 262144 --steps 1",
              step=True),
