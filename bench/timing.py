@@ -80,6 +80,21 @@ def _on_gpu(call: Callable[[], object], device: torch.device, group: ProcessGrou
     return begin.elapsed_time(end)
 
 
+def queued(call: Callable[[], object], repetitions: int = 15) -> float:
+    """Of calls on one GPU with an empty L2 cache, in ms, queued while it sleeps: the host's time does not count."""
+    times = []
+    for _ in range(2 + repetitions):  # the first ones compile
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.empty(L2_BYTES, dtype=torch.int8, device="cuda").zero_()
+        torch.cuda._sleep(HEAD_START)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
 def median(call: Callable[[], object], rep: int = 80) -> float:
     """Of calls on one GPU with an empty L2 cache, in ms, from so many milliseconds of them."""
     from triton.testing import do_bench

@@ -71,13 +71,16 @@ def assert_near(actual, expected, tolerance, decay_tolerance=None):
 
 
 def peak_memory(function):
-    """Bytes allocated during the call beyond those before it, at their peak; and its result."""
+    """Bytes requested during the call beyond those before it, at their peak; and its result.
+
+    Those that are allocated are more, by what the block that was free happened to have.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     result = function()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, result
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before, result
 
 
 def compiled_kernels():
