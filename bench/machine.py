@@ -69,8 +69,8 @@ def parts(gpus: int, *, peers: bool = False) -> list[Part]:
         Part("stream_1B", 60 + 1400 / gpus, f"{train}/stream_1B --seq-len {2**26} --segment 262144 --steps 1",
              step=True),
         # Of shorter sequences the peak is not in what blocks keep, and foretells too little.
-        Part("longest_7B", 280, f"{start} bench/scaling.py --model 7B --mesh 1x{gpus} --only --longest --fill 0.88 "
-             f"--chunk 32768 --tokens 131072 262144 --steps 1 --warmup 1 {kept}"),
+        Part("longest_7B", 220, f"{start} bench/scaling.py --model 7B --mesh 1x{gpus} --only --longest --fill 0.88 "
+             f"--chunk 32768 --tokens 65536 131072 --steps 1 --warmup 1 {kept}"),
         Part("faults", 200, f"python tests/faults/inject.py --backend nccl --ranks {ranks} --gpus {gpus} --dp 2 "
              f"--count 20 --seed 0 --parallel 3 --timeout 8 --within 150 {kept}"),
         Part("operator", 200, f"{scaling} --decay {' '.join(DECAYS)} --repetitions 8 {kept}"),
@@ -79,7 +79,7 @@ def parts(gpus: int, *, peers: bool = False) -> list[Part]:
              f"{{out}}/{datetime.date.today()}_exchange_{label(gpus)}.json {kept}"),
     ]  # fmt: skip
     if peers:  # whose settings fla tunes first
-        found.append(Part("peers", 330, f"{scaling}_peers --decay fixed delta gated_delta kda --weak 32768 --strong 0 "
+        found.append(Part("peers", 450, f"{scaling}_peers --decay fixed delta gated_delta kda --weak 32768 --strong 0 "
                           f"--peers --peer-tokens 32768 --repetitions 8 {kept}"))  # fmt: skip
     return found
 

@@ -4,6 +4,7 @@ import pytest
 
 from lasp_kernels.plan import (
     CONFIGS,
+    CHANNEL_DECAY,
     HEAD_DECAY,
     NO_DECAY,
     TOKEN_DECAY,
@@ -84,6 +85,18 @@ def test_pieces(decay, tokens, pieces):
     p = plan(tokens, decay=decay)
     assert p.pieces == pieces
     assert p.pieces * p.piece_length >= p.segment_length > (p.pieces - 1) * p.piece_length
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim", "length", "chains"),
+    [(8192, 16, 128, 1024, 256), (8192, 16, 64, 512, 256), (8192, 4, 128, 512, 128), (32768, 16, 128, 1728, 608)],
+)
+def test_a_decay_per_channel_has_two_chains_a_processor(tokens, heads, dim, length, chains):
+    """In the last kernel of backward, but none of fewer than 512 tokens, and no longer ones than before."""
+    p = plan(tokens, heads=heads, dim=dim, decay=CHANNEL_DECAY, decay_gradient=True)
+    assert p.segment_length == length
+    assert heads * p.segments * -(-dim // CONFIGS["channel finish"][0].columns) == chains
+    assert plan(tokens, heads=heads, dim=dim, decay=CHANNEL_DECAY).segment_length >= length
 
 
 def test_a_given_segment_length_is_taken_and_not_cut():

@@ -18,6 +18,8 @@ MIN_BLOCK = 16  # columns of a block of a matrix product; narrower heads are fil
 MIN_SEGMENT = 256  # a program reads a state of 32 KiB: for fewer tokens than this it would not pay
 MIN_PAIR = 2048  # the fewest tokens that are cut in two, where no state is needed for one
 DECAY_SEGMENT = 1024  # for a gradient of a decay per token, whose rounding noise grows with the segment
+CHAINS = 2  # a processor, of the last kernel of backward with a decay per channel: each goes token by token
+SHORT_CHAIN = 512  # the fewest tokens of one
 STATE_SHARE = 0.05  # but no shorter than this: the share of a segment's state in the memory of its dq, dk and dv
 PIECES = 2  # of a segment, one for each program of the state kernel
 HEAD_PIECES, PIECE = 8, 2048  # with a decay per head, where a few heads have all the work: up to 8, of so many tokens
@@ -60,7 +62,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "channel walk": (Config(64, 0, 64, 4, 3), SHORT, FP32, FP32_WIDE),
     "channel reverse": (SHORT, SHORT, FP32, FP32_WIDE),
     "channel tile": (Config(64, 0, 32, 1, 1),) * 2 + (Config(16, 0, 32, 4, 1),) * 2,  # number by number
-    "channel finish": (Config(1, 0, 128, 1, 6),) * 4,  # token by token
+    "channel finish": (Config(1, 0, 64, 1, 8),) * 4,  # token by token, loads of so many ahead
     "delta prepare": (Config(64, 0, 0, 4, 1),) * 2 + (Config(16, 0, 0, 4, 1),) * 2,
     "delta walk": (SHORT, Config(64, 0, 64, 8, 1), FP32, FP32_WIDE),
     "delta gradient": (SHORT, Config(64, 0, 64, 8, 1), FP32, FP32_WIDE),
@@ -260,6 +262,10 @@ def _segment_length(sizes: Sizes) -> int:
         token_bytes = (2 * sizes.key_dim + sizes.value_dim) * sizes.itemsize
         state_bytes = 4 * sizes.key_dim * sizes.value_dim
         length = min(length, max(DECAY_SEGMENT, math.ceil(state_bytes / (STATE_SHARE * token_bytes))))
+    if sizes.decay_gradient and sizes.decay == CHANNEL_DECAY:
+        blocks = -(-sizes.key_dim // config_of("channel finish", sizes.key_dim, sizes.itemsize).columns)
+        tokens = sizes.tokens * sizes.batch * sizes.heads * blocks  # of all chains
+        length = min(length, max(SHORT_CHAIN, tokens // (CHAINS * sizes.processors)))
     alone = not (sizes.ends or sizes.decay_gradient or sizes.bounds)
     if alone and length < sizes.tokens < MIN_PAIR and sizes.tokens <= 2 * length:
         length = sizes.tokens
