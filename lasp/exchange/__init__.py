@@ -157,11 +157,9 @@ def _choose(local: StateMap, sequence: SequenceParallel, terms: Terms, network: 
     if terms.ragged and sequence.schedule is None:
         gathered, read = None, read if ranks == 2 else None
     sizes = Sizes(state * heads_in(far) // heads, gathered, read, columns)
-    choice = cost.choose(sequence.schedule, sizes, ranks, network)
-    hop, seconds = () if choice.schedule.reads else horizon.others(far, heads), choice.seconds
-    if hop:
-        seconds += NEIGHBOUR.seconds(Sizes(state - sizes.state, None, None, columns), ranks, network)
-    return _Route(choice.schedule, choice.blocks, seconds, far, hop)
+    choice = cost.choose(sequence.schedule, sizes, ranks, network, hop=state - sizes.state)
+    hop = () if choice.schedule.reads else horizon.others(far, heads)
+    return _Route(choice.schedule, choice.blocks, choice.seconds, far, hop)
 
 
 def _map_bytes(local: StateMap, units: int, *, near: bool) -> int:

@@ -44,10 +44,13 @@ class Choice:
 
 
 @lru_cache(maxsize=256)
-def choose(asked: Schedule | None, sizes: Sizes, ranks: int, network: Network, *, near: bool = False) -> Choice:
+def choose(
+    asked: Schedule | None, sizes: Sizes, ranks: int, network: Network, *, near: bool = False, hop: int = 0
+) -> Choice:
     """The schedule that is asked for, or (None) the fastest beside kernels that fill the card.
 
     `near`: every rank needs the state of its neighbour only. Then it is a message, or a read of two ranks' memory.
+    `hop`: bytes of those heads that need no more, which go to the neighbour beside a schedule that does not read.
     """
     if near:
         reads = [each for each in SCHEDULES.values() if each.reads]
@@ -57,7 +60,8 @@ def choose(asked: Schedule | None, sizes: Sizes, ranks: int, network: Network, *
         candidates = list(SCHEDULES.values()) if asked is None else [asked]
 
     def choice(each: Schedule) -> Choice:
-        return Choice(each, each.blocks(sizes, ranks, network), each.seconds(sizes, ranks, network))
+        beside = NEIGHBOUR.seconds(replace(sizes, state=hop), ranks, network) if hop and not each.reads else 0.0
+        return Choice(each, each.blocks(sizes, ranks, network), each.seconds(sizes, ranks, network) + beside)
 
     # Of equals the one in which fewer ranks wait for each other.
     return min(map(choice, candidates), key=lambda found: (_beside_kernels(found, ranks - 1), found.schedule.gathers))
