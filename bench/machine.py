@@ -55,6 +55,7 @@ def parts(gpus: int, *, peers: bool = False) -> list[Part]:
     name = f"--name {label(gpus)}"
     ranks = max(8, gpus)  # of the faults: a GPU may have several
     layouts = [f"{dp}x{gpus // dp}" for dp in (2**n for n in range(gpus.bit_length())) if gpus % dp == 0]
+    today = f"{{out}}/{datetime.date.today()}"
     kept = "--save --out {out} --commit {commit}"
     start = f"torchrun --standalone --nproc-per-node {gpus}"
     train = "python examples/train.py --model 1B --vocab 64000 --repeat-text --batch 1 --dtype bfloat16 --no-save"
@@ -75,12 +76,13 @@ def parts(gpus: int, *, peers: bool = False) -> list[Part]:
              f"--count 20 --seed 0 --parallel 3 --timeout 8 --within 150 {kept}"),
         Part("operator", 200, f"{scaling} --decay {' '.join(DECAYS)} --repetitions 8 {kept}"),
         Part("exchange", 120, f"{start} bench/exchange.py --suite alone op {name} {kept}"),
-        Part("simulate", 60, f"python bench/simulate.py --max-ranks {max(8, gpus)} --measured "
-             f"{{out}}/{datetime.date.today()}_exchange_{label(gpus)}.json {kept}"),
+        Part("simulate", 60, f"python bench/simulate.py --max-ranks {max(8, gpus)} --measured {today}_exchange_"
+             f"{label(gpus)}.json --scaling {today}_operator_scaling_{label(gpus)}.json "
+             f"{today}_scaling_weak_1B_{gpus}xcuda.json {kept}"),
     ]  # fmt: skip
     if peers:  # whose settings fla tunes first
         found.append(Part("peers", 450, f"{scaling}_peers --decay fixed delta gated_delta kda --weak 32768 --strong 0 "
-                          f"--peers --peer-tokens 32768 --repetitions 8 {kept}"))  # fmt: skip
+                          f"--ranks {gpus} --peers --peer-tokens 32768 --repetitions 8 {kept}"))  # fmt: skip
     return found
 
 

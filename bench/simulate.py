@@ -2,6 +2,7 @@
 
     python bench/simulate.py [--max-ranks 4096] [--tokens 65536] [--save]
     python bench/simulate.py --measured bench/results/DATE_exchange_4xcuda.json ... [--save]
+    python bench/simulate.py --measured DATE_exchange_4xH200.json --scaling DATE_operator_scaling_8xH200.json ...
 
 Published are the times of ZeCO on 8 to 256 H100s (as a digest of the paper gives them: collectives at 8K tokens a GPU,
 width 4096, 32 heads; the operator at 16K tokens a GPU, 16 heads). What no source tells is fitted to some of these
@@ -9,7 +10,9 @@ figures, and every row says "fitted" or "predicted". The tables for this project
 and its kernel times as measured on one H100. Needs no GPU.
 
 `--measured` takes results of exchange.py and simulates the same exchanges and operators on as many ranks, with the
-latency and bandwidth of that file. Nothing is fitted to what is compared.
+latency and bandwidth of that file. Nothing is fitted to what is compared. `--scaling` takes results of
+operator_scaling.py and scaling.py, and simulates them with the network of the first of these files: from what one rank
+takes in the same result follows what many take.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ FOLD = 20e-6 / (16 * 2**20)  # seconds a byte: the scan of 16 segments of 1 MiB 
 RANKS_TABLE = "this project's operator, B1 H16 D128, one fp32 state of 1 MiB"
 HORIZON_TABLE = "the same with the horizon: ring, mean over the 16 layers of TNL-1B"
 ALONE, OPERATOR_TABLE = "the exchange alone", "the operator"  # titles in the results of exchange.py
+SCALING = "scaling, measured and simulated"
+WITH_MAPS = ("delta", "gated_delta", "kda")  # beside each state travels the K x K map that led to it
 LAYERS = 16  # of TNL-1B, and heads a layer
 BLOCKS = (1, 2, 4, 8, 16, 32)
 # Shares of one operator call, from the kernel times of one H100, in us (65,536 tokens, 16 heads of 128, no decay): the
@@ -296,12 +301,17 @@ def nearest_link(times: Iterable[tuple[float, float]]) -> Link:
     return Link(max(latency, 0.0), 1 / per_byte)
 
 
-def compare(path: Path) -> tuple[dict[str, list[dict]], dict]:
-    """Tables of measured and simulated times of one results file of exchange.py, and facts about them."""
+def networks_of(path: Path) -> tuple[dict, tuple[Measured, Measured]]:
+    """A results file of exchange.py, and its network by plain messages and as `lasp` measured it."""
     result = json.loads(path.read_text())
     if ALONE not in result.get("tables", {}):
         raise SystemExit(f"{path.name} has no times of suite `alone` of exchange.py, from which the network is known")
-    networks = (by_plain_messages(result), by_lasp(result))
+    return result, (by_plain_messages(result), by_lasp(result))
+
+
+def compare(path: Path) -> tuple[dict[str, list[dict]], dict]:
+    """Tables of measured and simulated times of one results file of exchange.py, and facts about them."""
+    result, networks = networks_of(path)
     compared = {ALONE: compare_alone(result, networks), OPERATOR_TABLE: compare_operator(result, networks)}
     names = {row["schedule"] for row in result["tables"][ALONE] if not row["schedule"].startswith("plain")}
     names |= {row["chosen"] for row in result["tables"].get(OPERATOR_TABLE, [])}
@@ -334,13 +344,57 @@ def compare_operator(result: dict, networks: Sequence[Measured]) -> list[dict]:
         name, one = row["chosen"], row["one rank ms"] * MS
         if name in SCHEDULES:
             work = passes(one, one)[("forward", "backward").index(row["direction"])]
-            seconds = [
-                machine and operator_seconds(name, result["facts"]["ranks"], OPERATOR_BYTES, machine, [work])
-                for machine in (network.machine(name) for network in networks)
-            ]
+            seconds = simulated(name, result["facts"]["ranks"], OPERATOR_BYTES, [work], networks)
             head = {key: row[key] for key in ("tokens a rank", "decay", "direction", "schedule", "chosen")}
             rows.append(beside(head, row["ms"], seconds))
     return rows
+
+
+def compare_scaling(path: Path, networks: Sequence[Measured]) -> list[dict]:
+    """Operators, and training steps of TNL-1B, on several ranks; what one rank takes is a measurement of the result."""
+    result = json.loads(path.read_text())
+    rows: list[dict] = []
+    for title, found in {"": result.get("rows", []), **result.get("tables", {})}.items():
+        strong = "strong" in title
+        for row in found:
+            if row.get("ranks", 1) > 1 and row.get("chosen") in SCHEDULES and row["direction"] != "both":
+                one = row["one rank ms"] * MS / (row["ranks"] if strong else 1)
+                work = passes(one, one)[("forward", "backward").index(row["direction"])]
+                nbytes = OPERATOR_BYTES * (2 if row["decay"] in WITH_MAPS else 1)
+                seconds = simulated(row["chosen"], int(row["ranks"]), nbytes, [work], networks)
+                rows.append(beside(scaling_head(row, "strong" if strong else "weak", row["decay"]), row["ms"], seconds))
+    steps = [row for row in result.get("rows", []) if "step ms" in row]
+    for row in steps:
+        dp, sp = (int(n) for n in row["layout"].split("x")[:2])
+        alone = [
+            other for other in steps if other["layout"] == "1x1" and other["tokens a rank"] == row["tokens a rank"]
+        ]
+        if sp > 1 and alone:
+            work = passes(*kernel_seconds(int(row["tokens a rank"])))
+            more = [
+                None if seconds is None else LAYERS * (seconds - sum(each.total for each in work))
+                for seconds in simulated("direct", sp, OPERATOR_BYTES, work, networks)
+            ]
+            seconds = [None if extra is None else alone[0]["step ms"] * MS + extra for extra in more]
+            rows.append(beside(scaling_head(row, f"step of TNL-1B, {dp}x{sp}", "fixed"), row["step ms"], seconds))
+    if not rows:
+        raise SystemExit(f"{path.name} has no times of several ranks beside those of one; give a result of "
+                         "operator_scaling.py or scaling.py")  # fmt: skip
+    return rows
+
+
+def scaling_head(row: dict, what: str, decay: str) -> dict:
+    direction = row.get("direction", "both")
+    head = {"what": what, "ranks": int(row["ranks"]), "tokens a rank": int(row["tokens a rank"]), "decay": decay}
+    return {**head, "direction": direction, "chosen": row.get("chosen", "direct")}
+
+
+def simulated(
+    schedule: str, ranks: int, nbytes: int, work: Sequence[Pass], networks: Sequence[Measured]
+) -> list[float | None]:
+    """Seconds of these passes over each of the networks, None where it has no link for the schedule."""
+    machines = (network.machine(schedule) for network in networks)
+    return [machine and operator_seconds(schedule, ranks, nbytes, machine, work) for machine in machines]
 
 
 def beside(head: dict, measured: float, seconds: Sequence[float | None]) -> dict:
@@ -377,8 +431,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-ranks", type=int, default=4096, help="the last of 8, 16, 32, ... (4096: six minutes)")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens of a rank, as the kernels were measured")
     parser.add_argument("--measured", nargs="+", type=Path, default=[], help="results of exchange.py, to compare with")
+    parser.add_argument(
+        "--scaling", nargs="+", type=Path, default=[], help="results of operator_scaling.py, scaling.py"
+    )
     add_report_arguments(parser)
     options = parser.parse_args(argv)
+    if options.scaling and not options.measured:
+        parser.error("--scaling needs --measured, whose network it takes")
     kernel_seconds(options.tokens)  # refuses before the long part
     compared = [compare(path) for path in options.measured]
     ranks = [r for name in machines() for r in ranks_table(name, options.tokens, options.max_ranks)]
@@ -387,6 +446,8 @@ def main(argv: list[str] | None = None) -> None:
     for found, more in compared:
         tables |= found
         about |= more
+    for path in options.scaling:
+        tables[f"{SCALING}: {path.stem}"] = compare_scaling(path, networks_of(options.measured[0])[1])
     kept = report(
         "simulation",
         command_line("simulate.py", argv),

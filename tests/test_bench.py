@@ -246,6 +246,49 @@ def test_measured_times_beside_simulated_ones(tmp_path):
     assert "the exchange alone, measured and simulated: 2000-01-01_exchange_3xcuda" in kept.read_text()
 
 
+def test_scaling_beside_its_simulation(tmp_path):
+    """Operators and a training step, by hand: what one rank takes, a meeting, and a read and a fold for each before."""
+    from simulate import FOLD, LAYERS, OPERATOR_BYTES, kernel_seconds
+
+    exchange = _measured_file(tmp_path)
+    one = {"tokens a rank": 65536, "direction": "forward", "one rank ms": 8.0, "chosen": "direct"}
+    weak = [{**one, "ranks": ranks, "decay": decay, "ms": 9.0} for ranks in (1, 3) for decay in ("none", "kda")]
+    weak += [{**one, "ranks": 3, "decay": "none", "ms": 9.0, "direction": "both"}]
+    strong = [{**one, "ranks": 2, "decay": "none", "ms": 5.0}]
+    operators, steps = tmp_path / "operators.json", tmp_path / "steps.json"
+    operators.write_text(json.dumps({"rows": [], "tables": {"weak scaling": weak, "strong scaling": strong}}))
+    of_step = {"tokens a rank": 65536, "sequence": 65536}
+    layouts = [{**of_step, "layout": f"1x{n}", "ranks": n, "step ms": 900.0 + n} for n in (1, 3)]
+    steps.write_text(json.dumps({"rows": [*layouts, {**of_step, "layout": "3x1", "ranks": 3, "step ms": 901.0}]}))
+    given = ("--max-ranks", 8, "--measured", exchange, "--scaling", operators, steps)
+    *_, of_operators, of_steps = _script("simulate", *given)[0]["tables"].values()
+    found = [(row["what"], row["ranks"], row["decay"]) for row in of_operators]
+    assert found == [("weak", 3, "none"), ("weak", 3, "kda"), ("strong", 2, "none")]
+
+    def more(reads, nbytes):  # the meeting, the reads, and a fold; as `_measured_file` has the network
+        return 1e-5 + reads * (nbytes / 1e11 + FOLD * nbytes)
+
+    for row, one_ms, seconds in zip(
+        of_operators, (8, 8, 4), (more(2, OPERATOR_BYTES), more(2, 2 * OPERATOR_BYTES), more(1, OPERATOR_BYTES))
+    ):
+        assert row["with lasp's network ms"] == pytest.approx(one_ms + 1e3 * seconds, abs=1e-3)
+    [step] = of_steps
+    assert (step["what"], step["ranks"]) == ("step of TNL-1B, 1x3", 3)
+    assert 901 < step["with lasp's network ms"] <= 901 + 2e3 * LAYERS * more(2, OPERATOR_BYTES)
+    assert step["its error %"] == pytest.approx(100 * (step["with lasp's network ms"] / 903 - 1), abs=0.1)
+    assert kernel_seconds(65536) > (0, 0)
+
+
+@pytest.mark.parametrize("given", [("--scaling", "x.json"), ("--measured", "own", "--scaling", "own")])
+def test_scaling_without_a_network_or_without_ranks_is_refused(tmp_path, given, capsys):
+    path = _measured_file(tmp_path)
+    words = [path if word == "own" else word for word in given]
+    with pytest.raises(SystemExit) as refused:
+        _script("simulate", "--max-ranks", 8, *words)
+    said = f"{refused.value} {capsys.readouterr().err}"
+    assert "--scaling needs --measured" in said or "has no times of several ranks beside those of one" in said
+
+
 def test_a_file_without_messages_is_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text("{}")

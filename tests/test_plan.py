@@ -3,8 +3,8 @@
 import pytest
 
 from lasp_kernels.plan import (
-    CONFIGS,
     CHANNEL_DECAY,
+    CONFIGS,
     HEAD_DECAY,
     NO_DECAY,
     TOKEN_DECAY,
