@@ -568,9 +568,11 @@ def test_weak_scaling_of_a_tiny_model(tmp_path):
     result = _on_ranks(2, "scaling", *common, "--tokens", 128, "--html", "--out", tmp_path)
     alone, split = result["rows"]
     assert (alone["layout"], split["layout"], split["sequence"]) == ("1x1", "1x2", 256)
-    assert split["% of ideal"] == pytest.approx(100 * split["tokens/s/GPU"] / alone["tokens/s/GPU"], rel=1e-3)
+    assert split["% of ideal"] == pytest.approx(100 * split["tokens/s/GPU"] / alone["tokens/s/GPU"], rel=2e-3)
     assert split["exchange costs ms"] == pytest.approx(
-        split["step ms"] - split["without exchange ms"], rel=1e-2, abs=0.1
+        split["step ms"] - split["without exchange ms"],
+        rel=1e-2,
+        abs=1e-3 * split["step ms"],  # rounded to four digits
     )
     assert (split["peak GiB"], split["exposed NCCL ms"]) == (None, None)  # a CPU tells neither
     assert (split["peak GiB by rank"], split["exposed NCCL ms by rank"]) == (None, None)
