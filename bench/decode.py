@@ -51,7 +51,7 @@ from torch import Tensor
 import lasp
 import lasp_kernels as kernels
 from lasp.models import TNLConfig
-from lasp_kernels import dispatch, few_rows, launch
+from lasp_kernels import few_rows, launch, layers
 from lasp_kernels.delta import recurrent_delta_rule
 
 FORMS = ("fixed", "none", "token", "channel", "delta")
@@ -271,7 +271,7 @@ def _hows_of_linears(
     B: int, width: int, sizes: tuple[int, ...], options: argparse.Namespace, device: torch.device
 ) -> dict[str, contextlib.AbstractContextManager]:
     """What is put in the place of what, by name."""
-    hows: dict = {"PyTorch": mock.patch.object(dispatch, "_few_rows", return_value=False)}
+    hows: dict = {"PyTorch": mock.patch.object(layers, "_few_rows", return_value=False)}
     if device.type != "cuda" or B > few_rows.MOST_ROWS:  # which is PyTorch then
         return hows
     hows["few rows"] = contextlib.nullcontext()

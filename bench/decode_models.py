@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lasp_kernels as kernels
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig, mixers
 from lasp.modules import LightningAttention, SoftmaxAttention
-from lasp_kernels import dispatch
+from lasp_kernels import layers
 
 HOWS = {
     "eager": "PyTorch's products of matrices and the kernels of training around them",
@@ -151,7 +151,7 @@ class Stepping:
             if self._rotary is not None:
                 stack.enter_context(mock.patch.object(mixers, "rotary", self._rotary))
             if how == "eager":
-                stack.enter_context(mock.patch.object(dispatch, "_few_rows", return_value=False))
+                stack.enter_context(mock.patch.object(layers, "_few_rows", return_value=False))
             yield
 
     def error(self, tokens: int = 6) -> float:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import lasp
 from lasp.models import TNL, Decoder, DecoderConfig, TNLConfig
-from lasp_kernels import dispatch, few_rows
+from lasp_kernels import few_rows, layers
 from lasp_kernels.reference import activation_of
 
 CUDA = interpreter.CUDA
@@ -165,7 +165,7 @@ def test_wrong_shapes_are_named():
 def test_activations_are_one_a_layer_and_such_as_the_kernel_has(wrong):
     x, weight = normal(1, 8), normal(4, 8)
     with pytest.raises(ValueError, match=r'activations must be "none" or "silu" for each of 2 weights, or None, got'):
-        dispatch.norm_linear(x, [weight, weight], activations=wrong)
+        layers.norm_linear(x, [weight, weight], activations=wrong)
 
 
 @pytest.mark.parametrize("family", ["tnl", "hgrn2"])
@@ -175,9 +175,9 @@ def test_a_model_of_one_token(monkeypatch, family):
     model = (TNL(TNLConfig(**sizes)) if family == "tnl" else Decoder(DecoderConfig(family, **sizes))).to(DEVICE)
     ids, launches, launch = torch.tensor([[7]], device=DEVICE), [], few_rows._launch
     with torch.no_grad():
-        monkeypatch.setattr(dispatch, "_few_rows", lambda *_: False)
+        monkeypatch.setattr(layers, "_few_rows", lambda *_: False)
         expected = model(ids)
-        monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
+        monkeypatch.setattr(layers, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
         monkeypatch.setattr(
             few_rows, "_launch", lambda *args, **options: launches.append(1) or launch(*args, **options)
         )
@@ -188,7 +188,7 @@ def test_a_model_of_one_token(monkeypatch, family):
 def test_a_generation(monkeypatch):
     """As `lasp.generate` meets them, on a GPU in its CUDA graph: tokens and logits are those of the whole sequence."""
     if not CUDA:
-        monkeypatch.setattr(dispatch, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
+        monkeypatch.setattr(layers, "_few_rows", lambda x, width, *weights: few_rows.serves(x, width, *weights))
     width, heads = (512, 4) if CUDA else (32, 2)
     model = TNL(TNLConfig(50, layers=2, width=width, heads=heads, glu_width=40)).to(DEVICE)
     prompt = torch.randint(50, (1, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -210,12 +210,12 @@ def test_more_rows_go_through_products_of_matrices(dtype):
 def test_when_they_are_chosen():
     x, weight = normal(1, 1, 64), normal(32, 64)
     with torch.no_grad():
-        assert dispatch._few_rows(x, 64, weight)
-        assert not dispatch._few_rows(normal(1, 2, 64), 64, weight)
-        assert not dispatch._few_rows(x, 64, weight.bfloat16())
-        assert dispatch._few_rows(x.bfloat16(), 64, weight.bfloat16())
-        assert not dispatch._few_rows(normal(1, 2, 64).bfloat16(), 64, weight.bfloat16())
+        assert layers._few_rows(x, 64, weight)
+        assert not layers._few_rows(normal(1, 2, 64), 64, weight)
+        assert not layers._few_rows(x, 64, weight.bfloat16())
+        assert layers._few_rows(x.bfloat16(), 64, weight.bfloat16())
+        assert not layers._few_rows(normal(1, 2, 64).bfloat16(), 64, weight.bfloat16())
         with torch.autocast("cuda", torch.bfloat16):
-            assert not dispatch._few_rows(x, 64, weight)
-    assert not dispatch._few_rows(x, 64, weight)
+            assert not layers._few_rows(x, 64, weight)
+    assert not layers._few_rows(x, 64, weight)
     assert not few_rows.serves(x.double(), 64, weight.double())

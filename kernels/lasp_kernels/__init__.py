@@ -14,17 +14,19 @@ from lasp_kernels.dispatch import (
     delta_steps_of,
     elementwise_path,
     elementwise_steps_of,
-    fold,
+    path,
+    step_path,
+    steps_of,
+)
+from lasp_kernels.folding import fold
+from lasp_kernels.layers import (
     gated_linear,
     norm_gate,
     norm_gate_linear,
     norm_gate_linear_of_parts,
     norm_linear,
     norm_of_parts,
-    path,
     rotate,
-    step_path,
-    steps_of,
 )
 from lasp_kernels.operands import Operands, check_inputs
 from lasp_kernels.reference import activation_of, recurrent_linear_attention, state_dtype

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp_kernels.delta import DeltaOperands, check_delta_inputs, expand_heads, host_bounds
+from lasp_kernels.folding import fold
 from lasp_kernels.operands import TILE
 from lasp_kernels.reference import state_dtype
 from lasp_kernels.tile_decay import bounded, causal_product, no_decays, not_finite, sum_before, sum_from, token_decay
@@ -304,11 +305,9 @@ class DeltaSteps:
     def scan(self, maps: DeltaMaps, entering: Tensor | None, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """From the state that enters each run [N, H, K, V]: that which enters each segment, and the one behind all.
 
-        Left fold in segment order, by `dispatch.fold` as between ranks; with `reverse` from the last segment to the
+        Left fold in segment order, by `folding.fold` as between ranks; with `reverse` from the last segment to the
         first, for gradients. Runs advance together.
         """
-        from lasp_kernels.dispatch import fold  # which imports these steps
-
         entering = self.zero_state() if entering is None else entering.to(self.dtype)
         state = entering.unflatten(0, (len(self.runs), self.batch))  # [runs, B, H, K, V]
         states, places = [maps.state[:0]], [torch.empty(0, dtype=torch.int64, device=self.device)]

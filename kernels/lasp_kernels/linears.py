@@ -66,7 +66,7 @@ def fused_norm_gate_linear(
 def fused_norm_gate_linear_of_parts(
     x: Tensor, gate: Tensor, weight: Tensor, total: Callable[..., Tensor], parts: int, *, eps: float = 1e-6
 ) -> Tensor:
-    """See `dispatch.norm_gate_linear_of_parts`. `total` gets fp32 [rows] and may write to it; in
+    """See `layers.norm_gate_linear_of_parts`. `total` gets fp32 [rows] and may write to it; in
     backward with `backward=True`."""
     check_norm_gate(x, gate, None, "none")
     return _NormGateLinearOfParts.apply(x, gate, weight, total, parts, eps)  # type: ignore[return-value]

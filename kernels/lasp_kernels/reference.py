@@ -94,13 +94,13 @@ def recurrent_linear_attention(
 def reference_norm_gate(
     x: Tensor, gate: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, activation: str = "none"
 ) -> Tensor:
-    """The stage after attention (see `dispatch.norm_gate`), in any dtype."""
+    """The stage after attention (see `layers.norm_gate`), in any dtype."""
     activate, x = activation_of(activation), x.flatten(-2)
     return F.rms_norm(x, x.shape[-1:], weight, eps) * activate(gate)
 
 
 def reference_rotate(q: Tensor, k: Tensor, position_ids: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotation by position (see `dispatch.rotate`), in any dtype."""
+    """Rotation by position (see `layers.rotate`), in any dtype."""
     angle = (position_ids.double()[..., None, None] * theta).remainder(2 * math.pi)  # [(B,) T, H, K]
     angle = angle.to(state_dtype(q.dtype))
     cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)

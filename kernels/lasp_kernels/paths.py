@@ -1,0 +1,20 @@
+"""Whether Triton's kernels compute, or PyTorch: the environment's word, and what holds without one."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Path = Literal["triton", "reference"]
+
+
+def path_of(x: Tensor, *, served: bool) -> Path:
+    """What computes with x, where the kernels can (`served`) or cannot; see the docstring of dispatch.py."""
+    if "LASP_KERNELS" in os.environ and (asked := os.environ["LASP_KERNELS"]):
+        if asked == "triton" or asked == "reference":
+            return asked
+        raise ValueError(f'the environment variable LASP_KERNELS must be "triton" or "reference", got {asked!r}')
+    return "triton" if x.is_cuda and x.dtype != torch.float64 and served else "reference"
