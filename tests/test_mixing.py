@@ -400,6 +400,10 @@ def in_blocks(x, size):
     return padded.unflatten(1, (-1, size)).cumsum(2).flatten(1, 2)[:, : x.shape[1]]
 
 
+def some_at_a_time(layer, x):
+    return torch.cat([layer.inner(part) for part in x.split(4, 1)], 1)
+
+
 def dirac():
     conv = nn.Conv1d(D, D, 3, padding=1)
     nn.init.dirac_(conv.weight)
@@ -561,6 +565,10 @@ MIXING = {
         Model(ForgetsConv()),
         {"layers.1 (ForgetsConv)": "it calls lasp.causal_conv without sequence=self.sequence"},
     ),
+    "some at a time": (
+        Model(Own(some_at_a_time, inner=Own(lambda s, x: x.cumsum(1)))),
+        {"layers.1 (Own)": WRONG},
+    ),
     "no operator": (
         Model(CallsNothing()),
         {"layers.1 (CallsNothing)": "it is registered, but gives its sequence= to no operator of lasp"},
@@ -612,6 +620,7 @@ SOUND = {
     "a row alone": Model(Own(lambda s, x: x.squeeze(0).unsqueeze(0) * (1 if len(x) == 1 else s.no_rows))),
     "no gradient": Model(Own(lambda s, x: x + x.detach().round())),
     "in place": Model(Own(lambda s, x: (x * 2).mul_(3).add_(x))),
+    "some at a time": Model(Own(some_at_a_time, inner=nn.Sequential(nn.Linear(D, D), nn.GELU()))),
     "of both rows": Model(Own(lambda s, x: x + x.mean(0, keepdim=True))),
     "a gain of its own": Model(Own(lambda s, x: x * s.gain(x.new_ones(1, D)), gain=nn.Linear(D, D))),
     "long": Model(Own(lambda s, x: s.conv(x.mT).mT, conv=nn.Conv1d(D, D, 1, dilation=64))),

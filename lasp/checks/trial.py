@@ -7,6 +7,8 @@ returns is noted in the first run; in the others it is compared with the slice o
                         positions that it counts from 0)
     an output differs   this module does, in its own forward; not those that it calls, whose outputs were put right
 
+What is called once for some tokens at a time has no slice to be compared with: there only the output of the caller is.
+
 So each module is asked about its own code, and none hides behind a module below, above or beside it. The operators of
 lasp are borders of the same kind: they answer as they would over ranks, so that a layer that uses them mixes nothing.
 They also note who calls them, and whether with the ranks.
@@ -38,6 +40,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 
 from lasp.checks.forward import MASKS, POSITIONS, own_parameters, parameters_of
@@ -92,19 +95,27 @@ def operator(stand_in: Callable[..., Any]) -> Callable[[Callable[Arguments, Resu
     return decorate
 
 
-def ask(model: nn.Module, layers: Mapping[str, nn.Module]) -> Answers:
+def ask(model: nn.Module, layers: Mapping[str, nn.Module], changed: Mapping[str, nn.Module] | None = None) -> Answers:
     """Ask every module; the model is left as it was.
 
     Args:
-        model: as its user made it; nothing of it may be split yet.
+        model: as its user made it; nothing of it may be split now.
         layers: those that pass their attribute `sequence` to operators, by path.
+        changed: modules in it that are asked one by one where the model cannot be tried as a whole.
     """
     answers = Answers()
     reason = _why_not(model)
-    if reason:
-        answers.silent[""] = reason
-    else:
+    if not reason:
         _ask("", model, layers, answers)
+        return answers
+    answers.silent[""] = reason
+    alone: list[nn.Module] = []
+    for path, module in (changed or {}).items():
+        if path in answers.asked or (is_of_torch(module) and next(module.children(), None) is None):
+            continue
+        if not _why_not(nn.ModuleList([*alone, module])):  # all of them in about a second
+            alone.append(module)
+            _ask(path, module, layers, answers)
     return answers
 
 
@@ -118,7 +129,7 @@ def _why_not(model: nn.Module) -> str:
         return "its weights are not initialized"
     if any(x.is_meta for x in tensors):
         return "its weights are on the meta device"
-    if any(hasattr(x, "device_mesh") for x in tensors):
+    if any(hasattr(x, "device_mesh") for x in tensors) or any(isinstance(m, FSDPModule) for m in model.modules()):
         return "its weights are sharded"
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     work = Counter()
@@ -423,7 +434,16 @@ def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
     devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
-        with torch.random.fork_rng([d.index for d in devices]), torch.no_grad(), eager, warnings.catch_warnings():
+        with contextlib.ExitStack() as stack:
+            for context in (
+                torch.random.fork_rng([d.index for d in devices]),
+                torch.inference_mode(False),
+                torch.no_grad(),
+                eager,
+                warnings.catch_warnings(),
+                *(torch.autocast(kind, enabled=False) for kind in {"cpu", *(d.type for d in devices)}),
+            ):
+                stack.enter_context(context)
             warnings.simplefilter("ignore")
             for m in modules:  # by the attribute: an `eval` of its own might do more
                 m.training = isinstance(m, (nn.modules.batchnorm._NormBase,))  # which mixes tokens in training
@@ -497,6 +517,9 @@ class _Trial:
         self.in_backward: set[str] = set()  # modules that mix there
         self.draws: set[str] | None = None  # modules that draw random numbers in their own forward, if that is asked
         self.stack: list[_Frame] = []
+        self.uneven: set[Any] = set()  # what is called more often the more tokens there are, as for some at a time: its
+        # calls on a slice are none of those on the whole, so that who calls it must answer for it
+        self.rounding = 0.0  # of an autocast within
         self.fewer = False  # whether what was compared last is of fewer tokens than there are
         prefix = f"{path}." if path else ""
         self.paths = {m: prefix + name if name else path for name, m in module.named_modules()}
@@ -519,7 +542,16 @@ class _Trial:
         if not may_draw and not all(map(torch.equal, random, random_state())):
             raise _Failed("a trial draws random numbers")
         self.found.asked = {key for key, _ in self.record if isinstance(key, str)}
-        for start, end in ((0, cut), (cut, tokens)):
+        found = copy.deepcopy(self.found)
+        self._call_slices(inputs, cut)
+        if self.found.mixing and self.uneven:
+            self.found = found
+            self._call_slices(inputs, cut)
+        for path in sorted(self.in_backward - self.found.mixing.keys()):  # what mixes in forward does in backward, too
+            self.found.mixing[path] = _BACKWARD
+
+    def _call_slices(self, inputs: Inputs, cut: int) -> None:
+        for start, end in ((0, cut), (cut, self.tokens)):
             try:
                 self._call(inputs, start, end, whole=False)
             except Exception as error:
@@ -527,8 +559,9 @@ class _Trial:
                 if not self.stack:  # in backward, which runs behind all modules
                     raise _Failed(how) from error
                 self._blame(self.stack[-1], how)
-        for path in sorted(self.in_backward - self.found.mixing.keys()):  # what mixes in forward does in backward, too
-            self.found.mixing[path] = _BACKWARD
+            else:
+                of_whole = Counter(key for key, _ in self.record)
+                self.uneven |= {key for key in of_whole | self.counts if of_whole[key] != self.counts[key]}
 
     def counts_positions(self, inputs: Inputs, cut: int) -> bool:
         """Whether without these inputs, of which positions are missing, it is wrong on the second slice and says
@@ -572,6 +605,7 @@ class _Trial:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         caller = self.stack[-1] if self.stack else None
         self._note_draws(caller)
+        self._note_autocast()
         frame = self._enter(self.paths[module], caller)
         if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor) and args[0].numel():
             asked = int(args[0].max()) + 1
@@ -618,7 +652,7 @@ class _Trial:
         number, self.counts[key] = self.counts[key], self.counts[key] + 1
         lost = caller is not None and caller.lost
         if not self.whole:
-            lost = lost or (key, number) not in self.record
+            lost = lost or (key, number) not in self.record or key in self.uneven
         return _Frame(key, number, lost)
 
     def _blame(self, frame: _Frame, how: str) -> None:
@@ -662,6 +696,12 @@ class _Trial:
         before, self.random = self.random, random_state()
         if not all(map(torch.equal, before, self.random)):
             self.draws.add(self.path if frame is None else frame.path)
+
+    def _note_autocast(self) -> None:
+        """What comes out of a forward that is under it has been rounded likewise."""
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                self.rounding = max(self.rounding, torch.finfo(torch.get_autocast_dtype(kind)).eps * 4)
 
     # Gradients
 
@@ -769,7 +809,7 @@ class _Trial:
         if part.dtype.itemsize < 2:
             part, x = part.float(), x.float()
         size = part.abs().nan_to_num(0.0, 0.0).max() if part.numel() else 0.0
-        relative = self._precision * coarser
+        relative = max(self._precision, self.rounding) * coarser
         bound = relative * float(size)
         return _SAME if torch.allclose(part, x, rtol=relative, atol=bound, equal_nan=True) else _DIFFERS
 
