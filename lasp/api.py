@@ -53,9 +53,11 @@ def parallelize(
         softmax: how `lasp.softmax_attention` is split: "auto", by heads where the ranks divide them, so that all do as
             much; or "all_gather", the keys and values of all tokens on every rank (docs/exchange.md).
         strict: refuse a model in which anything mixes tokens that no adapter takes care of, inside of registered layers
-            too: its result on a slice would be silently wrong. Its modules are asked by a trial (lasp.strict).
+            too: its result on a slice would be silently wrong. Its modules are asked by a trial (lasp.strict). If
+            modules are added or replaced later, or a `forward`, it is tried again at the next forward (before the next
+            step of an optimizer if it is compiled as a whole), which then raises the same.
         validate: "first" compares on all ranks what they found and what each of their layers computes
-            (lasp.checks.agreement); "off" does not.
+            (lasp.checks.agreement), and has each forward look whether modules have changed; "off" does not.
         check_finite: before an optimizer steps that has parameters of the model, raise `FloatingPointError` on every
             rank if a gradient, or a state of a split layer, is NaN or Inf on any of them (see `lasp.assert_finite`).
 
@@ -81,14 +83,15 @@ def parallelize(
         ranks_agree.settle(
             lambda: _fingerprint(sequence, layers), lambda: {"parameter": forms_of(model.named_parameters())}
         )
+    before = handles.states_of(model)
     own = _split(model, sequence, layers, asked)
     remember_model(sequence, model)
     finite.watch(model, sequence, own)
+    handles.remember(model, sequence, layers, own, before, _look_again if strict else None)
     if sequence.size > 1 or check_finite:
         keep_whole(model)
     process.split |= sequence.size > 1
     split_models[model] = asked.not_asked
-    handles.remember(model, sequence, layers, own)
     return model
 
 
@@ -125,6 +128,20 @@ def _asked(model: nn.Module, layers: Layers, strict: bool) -> Asked:
             "class given to lasp.register; if nothing in it mixes tokens, plan={'': lasp.adapters.token_local}"
         )
     return asked
+
+
+def _look_again(model: nn.Module, layers: Layers, changed: Mapping[str, nn.Module]) -> None:
+    """Raise unless what has come into a model since, of which nothing is split now, mixes no tokens."""
+    try:
+        with adapters.as_configured(model):
+            asked = refuse_mixers(model, layers, changed)
+    except ValueError as error:
+        raise ValueError(
+            f"model must have the layers that lasp.parallelize was called with: call it behind all changes. Of what "
+            f"the {type(model).__name__} is now, lasp {error}"
+        ) from None
+    if asked.not_asked:
+        warnings.warn(f"of what was put into the model after lasp.parallelize, {asked.not_asked}", stacklevel=2)
 
 
 def _split(model: nn.Module, sequence: SequenceParallel, layers: Layers, asked: Asked) -> list[SequenceParallel]:

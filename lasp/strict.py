@@ -4,6 +4,9 @@ The modules are asked (lasp.checks.trial): the model runs a few times on some 30
 with gradients, and on some hundred if it is small, on this rank alone, and is left as it was. Where it cannot run so
 (weights on the meta device or sharded, unusual inputs, more than about a second of work) its classes decide, and
 `explain` says so: for those of torch.nn a table, for others the names that such layers go by.
+
+When modules of a split model are others than they were, it is asked again (lasp.adapters.handles). Where that cannot
+be, the new modules are run by themselves, and only of those that do not run so the class decides, with a warning.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from lasp import adapters
 from lasp.adapters import Adapter, sketch
 from lasp.checks import trial
 from lasp.checks.forward import places_of
-from lasp.checks.torch_modules import is_of_torch, kind_of
+from lasp.checks.torch_modules import has_forward_of_torch, is_of_torch, kind_of
 from lasp.checks.use import of_a_pickle
 from lasp.modules import OPERATOR_MODULES
 
@@ -46,11 +49,18 @@ class Asked:
     positions: str = ""  # the argument that the model must be given, lest it counts positions from 0 on its slice
 
 
-def refuse_mixers(model: nn.Module, layers: Layers) -> Asked:
-    """Raise `ValueError` if a module mixes tokens and no adapter takes care of it."""
+def refuse_mixers(model: nn.Module, layers: Layers, changed: Mapping[str, nn.Module] | None = None) -> Asked:
+    """Raise `ValueError` if a module mixes tokens and no adapter takes care of it.
+
+    Args:
+        model: as its user made it; nothing of it is split now.
+        layers: those with an adapter.
+        changed: the modules, by path, that have come into the model since it was asked last; None if it never was. If
+            it cannot be tried as a whole these are, and of no others the class decides.
+    """
     split = {path: module for path, (module, adapter) in layers.items() if adapters.passes_ranks(adapter)}
     with adapters.standing_in(model, layers.values()):
-        answers = trial.ask(model, split)
+        answers = trial.ask(model, split, changed)
     modules = dict(model.named_modules())
     found = {path: how for path, how in answers.mixing.items() if not _covered(path, layers)}
     for path, name in answers.forgot_ranks.items():
@@ -64,6 +74,8 @@ def refuse_mixers(model: nn.Module, layers: Layers) -> Asked:
         if path in answers.asked and path not in found and not _gave_ranks(path, answers.gave_ranks):
             found[path] = "it is registered, but gives its sequence= to no operator of lasp"
     unasked = [p for p in modules if p not in answers.asked and not _is_weight_holder(p, {**layers, **found}, answers)]
+    if changed is not None:
+        unasked = [path for path in unasked if path in changed]
     by_class = {path: how for path in unasked if (how := _by_class(path, modules[path], layers))}
     found |= {path: how for path, how in by_class.items() if not any(p.startswith(f"{path}.") for p in by_class)}
     if found:
@@ -138,7 +150,7 @@ def _by_class(path: str, module: nn.Module, layers: Layers) -> str:
 
 
 def _what_was_not_asked(unasked: list[str], modules: Mapping[str, nn.Module], answers: trial.Answers) -> str:
-    paths = [p for p in unasked if not is_of_torch(modules[p]) and not isinstance(modules[p], _OWN)]
+    paths = [p for p in unasked if not has_forward_of_torch(modules[p]) and not isinstance(modules[p], _OWN)]
     if not paths:
         return ""
     listed = ", ".join(_name(path, modules) for path in paths[:_LISTED])

@@ -224,7 +224,9 @@ def _ask_once():
 
     ask, answers = lasp.api.refuse_mixers, {}
 
-    def once(model, layers):
+    def once(model, layers, *changed):
+        if changed:
+            return ask(model, layers, *changed)
         file = io.BytesIO()
         try:
             _Bits(file).dump((model, {path: adapter for path, (_, adapter) in layers.items()}))

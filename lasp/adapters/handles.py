@@ -3,11 +3,16 @@
 On one rank `parallelize` leaves a model as it is. To stream a sequence through it (`lasp.stream_backward`), its layers
 must call the operators with ranks even so, of which there is one. So the adapters edit it once; what they have changed
 is taken out again, and put in its place while a sequence is streamed.
+
+On several ranks it is the other way round. If modules have come into a model since, it is tried again as in
+`parallelize`, and what that has changed is out meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import threading
 import types
 import weakref
@@ -20,6 +25,9 @@ from torch import nn
 
 from lasp import adapters
 from lasp.adapters.border import Border, OneRank
+from lasp.checks import use
+from lasp.checks.agreement import capturing
+from lasp.checks.optimizers import before_step
 from lasp.ranks import SequenceParallel
 
 _ABSENT = object()
@@ -39,7 +47,7 @@ class Handles:
         self, model: nn.Module, layers: Iterable[tuple[str, nn.Module, adapters.Adapter]], sequence: SequenceParallel
     ):
         layers = list(layers)
-        before = {module: _state(module) for module in model.modules()}
+        before = states_of(model)
         border = Border(sequence) if any(isinstance(x, adapters.Foreign) for _, _, x in layers) else None
         self.own = [sequence.of_layer(path, border) for path, _, _ in layers]
         try:
@@ -50,39 +58,95 @@ class Handles:
                 adapters.prepare(model, around)
                 border.install(model)
                 self.own.append(around)
-            # Weakly: these live as long as the model, and must not keep it alive.
-            self._changes = [(weakref.ref(m), *_difference(state, m)) for m, state in before.items()]
+            self._changes = Changes(before)
         finally:
             for module, state in before.items():
                 _restore(module, state)
 
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self) -> contextlib.AbstractContextManager[None]:
         """A context inside which the changes are in the model."""
-        held: list[tuple[dict[str, Any], str, Any]] = []
+        return self._changes.put_in()
 
-        def put(values: dict[str, Any], name: str, value: Any) -> None:
+
+States = dict[nn.Module, dict[str, Any]]
+
+
+def states_of(model: nn.Module) -> States:
+    """The attributes of all modules; of those that are dicts (submodules, hooks) also the entries."""
+    return {
+        module: {name: dict(x) if isinstance(x, dict) else x for name, x in vars(module).items()}
+        for module in model.modules()
+    }
+
+
+class Changes:
+    """What has changed in modules since `before`, or was added: attributes, and entries of those that are dicts."""
+
+    def __init__(self, before: States):
+        # Weakly: these live as long as the model, and must not keep it alive.
+        self._changes = [(weakref.ref(m), *_difference(state, m)) for m, state in before.items()]
+
+    def put_in(self) -> contextlib.AbstractContextManager[None]:
+        """A context inside which they are in the modules, and what stands for one rank is not."""
+        return _in_place(self._put_in())
+
+    def taken_out(self) -> contextlib.AbstractContextManager[None]:
+        """A context inside which they are not; what somebody else has put there since stays."""
+        return _in_place(self._taken_out())
+
+    def lost_forward(self, module: nn.Module) -> bool:
+        """Whether they gave a forward to this module, and the one that it has now does not call that."""
+        for changed, plain, _ in self._living():
+            if changed is module and isinstance(given := plain.get("forward", (None, None))[1], _Method):
+                return not _leads_to(vars(module).get("forward"), given.function)
+        return False
+
+    def _put_in(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        for module, plain, entries in self._living():
+            values = vars(module)
+            for name, (_, new) in plain.items():
+                yield values, name, _of(new, module)
+            for name, changed in entries.items():
+                kept = {key: x for key, x in values[name].items() if not isinstance(x, OneRank)}
+                added = {key: new for key, (_, new) in changed.items()}
+                yield values, name, type(values[name])({**kept, **added})
+
+    def _taken_out(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        for module, plain, entries in self._living():
+            values = vars(module)
+            for name, (old, new) in plain.items():
+                if _is(values.get(name), new, module):
+                    yield values, name, _of(old, module)
+            for name, changed in entries.items():
+                if isinstance(now := values.get(name), dict):
+                    left = {k: changed[k][0] if k in changed and x is changed[k][1] else x for k, x in now.items()}
+                    yield values, name, type(now)({k: x for k, x in left.items() if x is not _ABSENT})
+
+    def _living(self) -> Iterator[tuple[nn.Module, dict[str, tuple], dict[str, dict[Any, tuple]]]]:
+        for reference, plain, entries in self._changes:
+            if (module := reference()) is not None:
+                yield module, plain, entries
+
+
+@contextlib.contextmanager
+def _in_place(changes: Iterable[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Inside, attributes have other values (`_ABSENT`: none): of a dict of attributes, by name."""
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for values, name, value in list(changes):
             held.append((values, name, values.get(name, _ABSENT)))
-            values[name] = value
+            _set(values, name, value)
+        yield
+    finally:
+        for values, name, value in reversed(held):
+            _set(values, name, value)
 
-        try:
-            for reference, plain, entries in self._changes:
-                module = reference()
-                if module is None:
-                    continue
-                values = vars(module)
-                for name, value in plain.items():
-                    put(values, name, value.of(module) if isinstance(value, _Method) else value)
-                for name, added in entries.items():
-                    kept = {key: x for key, x in values[name].items() if not isinstance(x, OneRank)}
-                    put(values, name, type(values[name])({**kept, **added}))
-            yield
-        finally:
-            for values, name, value in reversed(held):
-                if value is _ABSENT:
-                    values.pop(name, None)
-                else:
-                    values[name] = value
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        values.pop(name, None)
+    else:
+        values[name] = value
 
 
 class Parallelized:
@@ -94,6 +158,8 @@ class Parallelized:
         sequence: SequenceParallel,
         layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
         own: Iterable[SequenceParallel],
+        changes: Changes | None = None,
+        look: Look | None = None,
     ):
         self.sequence, self._model = sequence, weakref.ref(model)
         self.own = list(own)  # the ranks of each layer; none on one rank, before a sequence is streamed
@@ -103,7 +169,10 @@ class Parallelized:
         self.last_layer: Any = None  # what of it may give the loss (lasp.streaming); None: not known yet
         self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
-        self._modules = [weakref.ref(module) for module in model.modules()]
+        self._changes, self._look = changes or Changes({}), look
+        self._looking = threading.Lock()
+        self._known: weakref.WeakKeyDictionary[nn.Module, list[_Forward]] = weakref.WeakKeyDictionary()
+        self.accept(model)
         self._handles: Handles | None = None
 
     @property
@@ -111,26 +180,58 @@ class Parallelized:
         """The adapters of its layers, by path."""
         return [(path, adapter) for path, _, adapter in self._layers]
 
+    def accept(self, model: nn.Module) -> None:
+        """What the model consists of is known from now on."""
+        now = [(module, _Forward(module)) for module in _modules_of(model)]
+        self._modules = [(weakref.ref(module), forward) for module, forward in now]
+        for module, forward in now:
+            if not self._knows(module):
+                self._known.setdefault(module, []).append(forward)
+
+    def _knows(self, module: nn.Module) -> bool:
+        return any(forward.is_of(module) for forward in self._known.get(module, ()))
+
     def knows_all(self, model: nn.Module) -> bool:
-        """Whether the model has the modules that it had, and no others."""
-        now = list(model.modules())
-        return len(now) == len(self._modules) and all(held() is m for held, m in zip(self._modules, now))
+        """Whether the model has the modules that it had, and no others, with their forwards."""
+        now = _modules_of(model)  # before each forward, so that this must be quick
+        return len(now) == len(self._modules) and all(
+            held() is m and forward.is_of(m) for (held, forward), m in zip(self._modules, now)
+        )
 
     def refuse_new_layers(self) -> None:
-        """Raise `ValueError` if a layer that mixes tokens has come into the model since: it would see the tokens of
-        each rank, or of each segment, by themselves."""
+        """Raise `ValueError` if what mixes tokens has come into the model since: it would see the tokens of each rank,
+        or of each segment, by themselves. Layers that are known are told by their class, others tried."""
         model = self._model()
         if model is None or self.knows_all(model):
             return
-        known = {id(module) for held in self._modules if (module := held()) is not None}
-        local = tuple(f"{path}." * bool(path) for path, _, adapter in self._layers if adapter is adapters.token_local)
-        for path, module in model.named_modules():
-            if id(module) not in known and adapters.find(module) is not None and not f"{path}.".startswith(local):
-                raise ValueError(
-                    f"model must have the layers that lasp.parallelize was called with, got {path!r}, a "
-                    f"{type(module).__name__} that was put there afterwards: call lasp.parallelize behind all changes"
-                )
-        self._modules = [weakref.ref(module) for module in model.modules()]  # the others mix none
+        with self._looking:  # of several threads one
+            changed = {path: module for path, module in model.named_modules() if not self._knows(module)}
+            layers = self._layers_in(model)
+            local = tuple(f"{path}." * bool(path) for path, (_, x) in layers.items() if x is adapters.token_local)
+            for path, module in changed.items():
+                if module not in self._known and adapters.find(module) and not f"{path}.".startswith(local):
+                    raise ValueError(
+                        f"model must have the layers that lasp.parallelize was called with, got {path!r}, a "
+                        f"{type(module).__name__} that was put there afterwards: call lasp.parallelize behind all "
+                        "changes"
+                    )
+                if self._changes.lost_forward(module):
+                    raise ValueError(
+                        f"model must have the layers that lasp.parallelize was called with, got {path!r}, a "
+                        f"{type(module).__name__} whose forward is no longer the one that lasp.parallelize put there, "
+                        "nor calls it: call lasp.parallelize behind all changes"
+                    )
+            if changed and self._look is not None:
+                with self._changes.taken_out():
+                    self._look(model, layers, changed)
+            self.accept(model)
+
+    def _layers_in(self, model: nn.Module) -> dict[str, tuple[nn.Module, adapters.Adapter]]:
+        """Its layers by the paths that they have now; those that a plan leaves are whatever is there."""
+        known = {module: adapter for _, held, adapter in self._layers if (module := held()) is not None}
+        left = {path: adapter for path, _, adapter in self._layers if adapter is adapters.token_local}
+        now = ((path, m, known.get(m, left.get(path))) for path, m in model.named_modules())
+        return {path: (module, adapter) for path, module, adapter in now if adapter is not None}
 
     def with_ranks(self) -> contextlib.AbstractContextManager[None]:
         """Inside, its layers call the operators with their ranks, on one rank too."""
@@ -145,6 +246,42 @@ class Parallelized:
         return self._handles.inside()
 
 
+Look = Callable[[nn.Module, Mapping[str, tuple[nn.Module, adapters.Adapter]], Mapping[str, nn.Module]], None]
+"""What raises unless the modules that have changed, by path, mix no tokens: of a model, and its layers."""
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """`list(model.modules())`, in half the time."""
+    found: dict[nn.Module, None] = {}
+
+    def walk(module: nn.Module) -> None:
+        if module not in found:
+            found[module] = None
+            for child in module._modules.values():
+                if child is not None:
+                    walk(child)
+
+    walk(model)
+    return list(found)
+
+
+class _Forward:
+    """The forward that a module has: its own, if somebody gave it one, or its class's."""
+
+    __slots__ = ("of_class", "own")
+
+    def __init__(self, module: nn.Module):
+        own = vars(module).get("forward")  # weakly, since it may hold the module
+        self.own, self.of_class = None if own is None else weakref.ref(own), getattr(type(module), "forward", None)
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether the module still has it."""
+        own = module.__dict__.get("forward")
+        of_class = getattr(type(module), "forward", None)  # a scripted module's class has none
+        same = own is None if self.own is None else own is not None and own is self.own()
+        return same and of_class is self.of_class
+
+
 _parallelized: weakref.WeakKeyDictionary[nn.Module, Parallelized] = weakref.WeakKeyDictionary()
 _untouched: weakref.WeakKeyDictionary[nn.Module, Parallelized] = weakref.WeakKeyDictionary()
 """Models that `parallelize` was never called with, and run on one rank with handles."""
@@ -155,11 +292,20 @@ def remember(
     sequence: SequenceParallel,
     layers: Mapping[str, tuple[nn.Module, adapters.Adapter]],
     own: Iterable[SequenceParallel],
+    before: States,
+    look: Look | None,
 ) -> None:
-    """Remember what `parallelize` was called with, and have each forward look if the model is still that."""
-    _parallelized[model] = Parallelized(model, sequence, layers, own)
-    if sequence.size > 1 and sequence.validate != "off":
+    """Remember what `parallelize` was called with, and have each forward look if the model is still that.
+
+    `before` is what its modules were before `parallelize`, and `look` is called with those that are others since.
+    """
+    watched = sequence.size > 1 and sequence.validate != "off"
+    if watched:
         model.register_forward_pre_hook(_refuse_new_layers)
+    split = _parallelized[model] = Parallelized(model, sequence, layers, own, Changes(before), look)
+    if watched:
+        use.tried[model] = split
+        before_step(_refuse_to_step)
 
 
 def _refuse_new_layers(model: nn.Module, args: object) -> None:
@@ -167,7 +313,13 @@ def _refuse_new_layers(model: nn.Module, args: object) -> None:
     each segment of a stream, or each token (see `check_ranks`)."""
     if torch.compiler.is_compiling() or (split := _parallelized.get(model)) is None:
         return
-    if split.sequence.stream is None:
+    if split.sequence.stream is None and split.sequence.size > 1:  # else it is as on one rank now (lasp.unsplit)
+        split.refuse_new_layers()
+
+
+def _refuse_to_step(optimizer: object) -> None:
+    """The same before an optimizer steps, whichever: a forward that is compiled as a whole asks nothing."""
+    for split in () if capturing() else list(use.tried.values()):
         split.refuse_new_layers()
 
 
@@ -236,22 +388,58 @@ class _Method:
         return types.MethodType(self.function, module)
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
-    return {name: dict(x) if isinstance(x, dict) else x for name, x in vars(module).items()}
+def _method(value: Any, module: nn.Module) -> Any:
+    """A value to keep, which must not keep its module."""
+    bound = isinstance(value, types.MethodType) and value.__self__ is module
+    return _Method(value.__func__) if bound else value  # type: ignore[arg-type]
 
 
-def _difference(before: dict[str, Any], module: nn.Module) -> tuple[dict[str, Any], dict[str, dict]]:
-    """Attributes that are others now, and of those that are dicts (submodules, hooks) their entries."""
+def _of(value: Any, module: nn.Module) -> Any:
+    return value.of(module) if isinstance(value, _Method) else value
+
+
+def _leads_to(value: Any, function: Callable[..., Any]) -> bool:
+    """Whether it is this function, or holds it, as a decorator does."""
+    left, seen = [value], set()
+    while left:
+        x = left.pop()
+        if x is function:
+            return True
+        if id(x) in seen or isinstance(x, nn.Module) or not callable(x):
+            continue
+        seen.add(id(x))
+        left.append(getattr(x, "__wrapped__", None))
+        if isinstance(x, types.MethodType):
+            left += [x.__func__, x.__self__]
+        elif isinstance(x, functools.partial):
+            left += [x.func, *x.args, *x.keywords.values()]
+        elif isinstance(x, types.FunctionType):
+            left += gc.get_referents(*(x.__closure__ or ()))
+        else:
+            left += vars(x).values() if hasattr(x, "__dict__") else ()
+    return False
+
+
+def _is(now: Any, value: Any, module: nn.Module) -> bool:
+    """Whether an attribute has a value that was kept."""
+    kept = _method(now, module)
+    return kept == value if isinstance(value, _Method) else kept is value
+
+
+def _difference(
+    before: dict[str, Any], module: nn.Module
+) -> tuple[dict[str, tuple[Any, Any]], dict[str, dict[Any, tuple[Any, Any]]]]:
+    """Attributes that are others now, and of those that are dicts (submodules, hooks) their entries: what they were,
+    and are."""
     plain, entries = {}, {}
     for name, now in vars(module).items():
         old = before.get(name, _ABSENT)
         if isinstance(now, dict) and isinstance(old, dict):
-            changed = {key: x for key, x in now.items() if old.get(key, _ABSENT) is not x}
+            changed = {k: (old.get(k, _ABSENT), x) for k, x in now.items() if old.get(k, _ABSENT) is not x}
             if changed:
                 entries[name] = changed
         elif now is not old:
-            bound = isinstance(now, types.MethodType) and now.__self__ is module
-            plain[name] = _Method(now.__func__) if bound else now  # type: ignore[union-attr]
+            plain[name] = _method(old, module), _method(now, module)
     return plain, entries
 
 

@@ -73,6 +73,13 @@ def is_of_torch(module: nn.Module) -> bool:
     return getattr(nn, type(module).__name__, None) is type(module)
 
 
+def has_forward_of_torch(module: nn.Module) -> bool:
+    """The same, or that of a module which PyTorch puts around others, as for checkpointing."""
+    if "forward" in vars(module):
+        return False
+    return next(c for c in type(module).__mro__ if "forward" in vars(c)).__module__.partition(".")[0] == "torch"
+
+
 def _of_last_dim(module: nn.Module) -> bool:
     """Whether its arguments say that it works along the last dimension only, that of channels."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

@@ -11,7 +11,7 @@ import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Container
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,33 @@ from lasp.ranks.group import Peers, process
 
 split_models: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 """Those that were given to `parallelize`, and what of them could not be asked whether it mixes tokens."""
+
+
+class Tried(Protocol):
+    """What is known of a split model."""
+
+    def refuse_new_layers(self) -> None:
+        """Raise if what mixes tokens has come into it since it was tried."""
+
+    def accept(self, model: nn.Module) -> None:
+        """Take what is in it now for tried."""
+
+
+tried: weakref.WeakKeyDictionary[nn.Module, Tried] = weakref.WeakKeyDictionary()
+"""Those that are split over several ranks, and are to be looked at again when modules of them are others."""
+
+
+def look_again(model: nn.Module) -> None:
+    """Try what has come into a split model, or one in it, until now: when its weights are cut, that is too late."""
+    for split in [tried[module] for module in model.modules() if module in tried]:
+        split.refuse_new_layers()
+
+
+def accept(model: nn.Module) -> None:
+    """What lasp has made of the modules of a split model mixes nothing."""
+    for module in model.modules():
+        if module in tried:
+            tried[module].accept(module)
 
 
 def watch(module: nn.Module, sequence: SequenceParallel) -> None:

@@ -18,7 +18,7 @@ from lasp import arguments
 from lasp.checks.messages import check_messages
 from lasp.checks.optimizers import averages, before_step, free_gathered, replaces_parameters
 from lasp.checks.replicas import compare_parameters
-from lasp.checks.use import note_averaged
+from lasp.checks.use import look_again, note_averaged
 from lasp.ops.stream import Content
 from lasp.ranks import SequenceParallel, collectives, copies_of, grad_mesh, shard_mesh, waiting
 from lasp.ranks.group import process
@@ -54,6 +54,7 @@ def wrap_fsdp2(
     axis = grad_mesh(mesh)
     if not isinstance(axis, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh for FSDP2, got {arguments.shown(mesh)}")
+    look_again(model)
     compare_parameters(model, axis.get_group(), "wrap_fsdp2", validate=validate)
     if validate != "off":
         note_averaged(model, axis.get_group())

@@ -15,6 +15,7 @@ from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums, forms_of, whole_parameters
 from lasp.checks.messages import check_messages
 from lasp.checks.optimizers import replaces_parameters
+from lasp.checks.use import accept, look_again
 from lasp.models.trunk import LanguageModel
 from lasp.ranks import SequenceParallel, collectives
 from lasp.ranks.parts import is_split
@@ -76,6 +77,7 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
     ranks = _ranks_of(mesh, validate)
     with Agreement(ranks, due=validate != "off" and ranks.size > 1, before="tensor_parallel") as ranks_agree:
         _check(model, ranks.size)
+        look_again(model)
         ranks_agree.settle(
             lambda: {"ranks": ranks.ranks},
             lambda: {
@@ -87,6 +89,7 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
         assert isinstance(ranks.mesh, DeviceMesh)
         with replaces_parameters(model, "lasp.tensor_parallel"):
             split(model, ranks.mesh)
+        accept(model)
         if ranks.mesh.device_type == "cuda":  # so that no forward connects them
             collectives.connect(ranks.group, "cuda")
         model.register_forward_pre_hook(_SameTokens(ranks), with_kwargs=True)

@@ -1,0 +1,473 @@
+"""Modules that come into a model after `parallelize`: what mixes tokens is refused, on every rank; others pass."""
+
+import copy
+import functools
+import types
+import warnings
+from unittest import mock
+
+import foreign
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import mesh_of, run_ranks
+from small_model import VOCABULARY, WIDTH, SmallModel
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+
+import lasp
+from lasp.checks import trial
+
+
+class Cumulates(nn.Module):
+    def forward(self, x):
+        return x + x.cumsum(1)
+
+
+class Convolves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=2, groups=WIDTH)
+
+    def forward(self, x):
+        return self.conv(x.mT)[..., : x.shape[1]].mT
+
+
+class Attends(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class WithoutRanks(nn.Module):
+    def forward(self, x):
+        return lasp.linear_attention(*[x.unsqueeze(2)] * 3)[0].squeeze(2)
+
+
+MIXERS = {"cumsum": Cumulates, "conv": Convolves, "sdpa": Attends, "no ranks": WithoutRanks}
+
+
+class Lora(nn.Module):
+    """As PEFT puts it around a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a = base, nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.b = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+class Int8(nn.Module):
+    """A linear layer whose weights are integers, times a number a row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def tokens(T=26):
+    return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(0))
+
+
+def inputs_of(mesh, layout=True):
+    local = lasp.shard_batch({"input_ids": tokens()}, mesh, pad=False)
+    return local["input_ids"], local["position_ids"], *((local["layout"],) if layout else ())
+
+
+def split_model(mesh, **options):
+    return lasp.parallelize(SmallModel().double(), mesh, **options)
+
+
+def assert_refused(call, name):
+    """And on one rank alone: nothing was sent before."""
+    told = r"model must have the layers that lasp.parallelize was called with[^\n]* cannot split the sequence of: "
+    for repeat in (True, True, dist.get_rank() == 0):
+        if repeat:
+            with pytest.raises(ValueError, match=told + name):
+                call()
+
+
+def assert_same_logits(model, alone, mesh):
+    with torch.no_grad():
+        whole = lasp.unshard_sequence(model(*inputs_of(mesh)), mesh)
+        torch.testing.assert_close(whole, alone(*inputs_of(None)))
+
+
+# What is refused
+
+
+def _refused(kind, layout):
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    before = model.blocks[1].mlp
+    model.blocks[1].mlp = nn.Sequential(before, MIXERS[kind]().double())
+    name = r"blocks\.1\.mlp\.1" + (r"(\.conv)? \(Conv" if kind == "conv" else rf" \({MIXERS[kind].__name__}")
+    assert_refused(lambda: model(*inputs_of(mesh, layout)), name)
+    model.blocks[1].mlp = before
+    assert_same_logits(model, SmallModel().double(), mesh)
+
+
+@pytest.mark.parametrize("layout", [False, True])
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_layer_that_mixes_tokens_and_that_nobody_registered(kind, layout):
+    run_ranks(2, _refused, kind, layout)
+
+
+def _patched(where):
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    norm = model.blocks[0].norm
+
+    def forward(self, x):
+        return nn.LayerNorm.forward(self, x).cumsum(1)
+
+    class Cumulating(nn.LayerNorm):
+        pass
+
+    Cumulating.forward = forward
+    if where == "instance":
+        norm.forward = types.MethodType(forward, norm)
+    elif where == "partial":
+        norm.forward = functools.partial(forward, norm)
+    else:
+        norm.__class__ = Cumulating
+    assert_refused(lambda: model(*inputs_of(mesh)), r"blocks\.0\.norm \(")
+
+
+@pytest.mark.parametrize("where", ["instance", "partial", "class"])
+def test_a_forward_that_was_replaced_by_one_that_mixes_tokens(where):
+    run_ranks(2, _patched, where)
+
+
+def _registered_layer_patched():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    layer = model.blocks[0].mixer.inner
+    layer.forward = lambda q, k, v, layout=None: lasp.linear_attention(q, k, v, scale=0.5)[0]
+    assert_refused(lambda: model(*inputs_of(mesh)), r"blocks\.0\.mixer\.inner \(LightningAttention\): it calls lasp.li")
+
+
+def test_a_registered_layer_whose_forward_was_replaced():
+    run_ranks(2, _registered_layer_patched)
+
+
+def _adapted_layer_patched(kind):
+    """Attention of a library, in whose forward `parallelize` has put an operator of lasp."""
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(foreign.build(kind), mesh)
+    layer = next(m for m in model.modules() if "forward" in vars(m))
+    given, local = layer.forward, lasp.shard_batch({"input_ids": tokens()}, mesh, pad=False)
+
+    def around(*args, **kwargs):
+        return given(*args, **kwargs)
+
+    def call():
+        return model(local["input_ids"], layout=local["layout"]).logits
+
+    expected = call()
+    for same in (around, functools.partial(torch.utils.checkpoint.checkpoint, given, use_reentrant=False), given):
+        layer.forward = same
+        torch.testing.assert_close(call(), expected)
+    told = r"model must have the layers .*whose forward is no longer the one that lasp.parallelize put there"
+    for other in (functools.partial(type(layer).forward, layer), None):
+        del layer.forward
+        if other is not None:
+            layer.forward = other
+        with pytest.raises(ValueError, match=told):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["bamba", "lfm2"])
+def test_the_forward_of_an_adapter_that_was_replaced(kind):
+    pytest.importorskip("transformers", reason="needs the extra `transformers`")
+    run_ranks(2, _adapted_layer_patched, kind)
+
+
+def _within_a_stream():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Cumulates())
+    for call in (
+        lambda: lasp.prefill(model, tokens(), mesh),
+        lambda: lasp.stream_backward(model, {"input_ids": tokens()}, mesh=mesh, segment=8),
+    ):
+        with pytest.raises(ValueError, match=r"cannot split the sequence of: blocks\.1\.mlp\.1 \(Cumulates"):
+            call()
+
+
+def test_in_a_stream_and_in_generation():
+    run_ranks(2, _within_a_stream)
+
+
+def test_on_one_rank_in_a_stream():
+    model = lasp.parallelize(SmallModel().double(), None)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Cumulates())
+    with pytest.raises(ValueError, match=r"cannot split the sequence of: blocks\.1\.mlp\.1 \(Cumulates"):
+        lasp.stream_backward(model, {"input_ids": tokens()}, mesh=None, segment=8)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp[0], nn.Dropout(0.0))
+    lasp.stream_backward(model, {"input_ids": tokens()}, mesh=None, segment=8)
+
+
+def _sharded():
+    """Such a model cannot be tried as a whole: no rank has its weights. What came into it can."""
+    mesh = mesh_of(sp=2)
+    axis = lasp.grad_mesh(mesh)
+    for kind in ("cumsum", "sdpa", "no ranks", "conv"):
+        model = split_model(mesh)
+        fully_shard(model, mesh=axis)
+        kept = model.blocks[1].mlp
+        model.blocks[1].mlp = nn.Sequential(kept, MIXERS[kind]().double())
+        assert_refused(lambda model=model: model(*inputs_of(mesh)), r"blocks\.1\.mlp\.1")
+        model.reshard()  # which FSDP2 does behind a forward
+        model.blocks[1].mlp = nn.Sequential(kept, nn.Dropout(0.0))
+        assert_same_logits(model, SmallModel().double(), mesh)
+
+
+def test_in_a_model_of_fsdp2():
+    run_ranks(2, _sharded)
+
+
+def _before_fsdp2():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Convolves().double())
+    assert_refused(lambda: lasp.data_parallel.wrap_fsdp2(model, mesh), r"blocks\.1\.mlp\.1")
+
+
+def test_before_its_weights_are_sharded():
+    run_ranks(2, _before_fsdp2)
+
+
+def _compiled():
+    """A forward that is compiled as a whole asks nothing; the step of its optimizer does."""
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Cumulates())
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    compiled(*inputs_of(mesh)).sum().backward()
+    with pytest.raises(ValueError, match=r"cannot split the sequence of: blocks\.1\.mlp\.1 \(Cumulates"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_before_the_step_of_a_model_that_is_compiled():
+    run_ranks(2, _compiled)
+
+
+# What passes
+
+
+def _asked_once(model, alone, mesh, times=1):
+    with mock.patch.object(trial, "ask", wraps=trial.ask) as ask, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            assert_same_logits(model, alone, mesh)
+    assert ask.call_count == times
+
+
+def _adapters(kind):
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    for m in (model, alone):
+        torch.manual_seed(0)
+        for block in m.blocks:
+            block.mixer.qkv = kind(block.mixer.qkv)
+            block.mlp[1] = kind(block.mlp[1])
+    _asked_once(model, alone, mesh)
+    before = copy.deepcopy(alone.state_dict())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Lora, Int8])
+def test_adapters_and_integers_in_linear_layers(kind):
+    run_ranks(2, _adapters, kind)
+
+
+def _wrapped(kind):
+    mesh = mesh_of(sp=2)
+    model, alone, times = split_model(mesh), SmallModel().double(), 1
+    for number, block in enumerate(model.blocks):
+        if kind == "checkpoint":
+            model.blocks[number] = checkpoint_wrapper(block)
+        elif kind == "compiled":
+            model.blocks[number] = torch.compile(block, backend="eager")
+        elif kind == "compiled in place":
+            block.compile(backend="eager")
+            times = 0
+        elif kind == "partial":
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        elif kind == "sharded":
+            fully_shard(block, mesh=lasp.grad_mesh(mesh))
+            times = 0
+        else:
+            model.blocks[number] = checkpoint_wrapper(block)
+            fully_shard(model.blocks[number], mesh=lasp.grad_mesh(mesh))
+    if kind.endswith("sharded"):
+        fully_shard(model, mesh=lasp.grad_mesh(mesh))
+    _asked_once(model, alone, mesh, times)
+    local = lasp.shard_batch({"input_ids": tokens()}, mesh)
+    loss, _ = lasp.token_loss(model(*inputs_of(mesh)[:2], local["layout"]), local["labels"], mesh=mesh)
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    "kind", ["checkpoint", "compiled", "compiled in place", "partial", "sharded", "checkpoint, sharded"]
+)
+def test_wrapped_layers(kind):
+    run_ranks(2, _wrapped, kind)
+
+
+def _less_memory(scheme):
+    from lasp.models import TNL, TNLConfig
+    from lasp.models.memory import save_memory
+
+    mesh = mesh_of(sp=2)
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(vocab_size=VOCABULARY, width=16, layers=2, heads=2, glu_width=32))
+    alone = copy.deepcopy(model)
+    lasp.parallelize(model, mesh)
+    save_memory(model.blocks, recompute=1, chunk=4, offload=True)
+    if scheme:
+        make = functools.partial(torch.optim.SGD, lr=0.1)
+        model, _ = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=make, blocks=list(model.blocks))
+        with mock.patch.object(trial, "ask", side_effect=AssertionError):  # it was asked before it was sharded
+            assert_same_logits(model, alone, mesh)
+    else:
+        _asked_once(model, alone, mesh)
+
+
+@pytest.mark.parametrize("scheme", ["", "zero3"])
+def test_a_model_that_saves_memory(scheme):
+    run_ranks(2, _less_memory, scheme)
+
+
+def _under_autocast(inner):
+    """Its rounding depends on the number of rows; that is no mixing."""
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(SmallModel(), mesh)
+    if inner:
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, nn.Linear(WIDTH, WIDTH))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=not inner):
+        model(*inputs_of(mesh))
+    model(*inputs_of(mesh)).sum().backward()
+    model.blocks[0].mlp = nn.Sequential(model.blocks[0].mlp, Cumulates())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=not inner):
+        assert_refused(lambda: model(*inputs_of(mesh)), r"blocks\.0\.mlp\.1 \(Cumulates")
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_in_inference_and_under_autocast(inner):
+    run_ranks(2, _under_autocast, inner)
+
+
+def _left_as_it_was():
+    """The trial leaves hooks, ranks, gradients, modes and random numbers."""
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, nn.Dropout(0.0))
+
+    def state():
+        return {
+            path: {name: list(x.items()) if isinstance(x, dict) else x for name, x in vars(m).items()}
+            for path, m in model.named_modules()
+            if path
+        }
+
+    before, random = state(), torch.get_rng_state()
+    hooks = model._forward_pre_hooks, list(model._forward_hooks)
+    model(*inputs_of(mesh))
+    assert state() == before
+    assert torch.equal(random, torch.get_rng_state())
+    assert (model._forward_pre_hooks, list(model._forward_hooks)) == hooks
+    assert model._forward_pre_hooks is hooks[0]
+    assert [row.ranks for row in lasp.explain(model)] == [2, 2]
+
+
+def test_the_model_is_left_as_it_was():
+    run_ranks(2, _left_as_it_was)
+
+
+def _not_strict():
+    mesh = mesh_of(sp=2)
+    for options in ({"strict": False}, {"validate": "off"}):
+        model = split_model(mesh, **options)
+        model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Cumulates())
+        with mock.patch.object(trial, "ask", side_effect=AssertionError):
+            model(*inputs_of(mesh))
+
+
+def test_nothing_is_asked_where_parallelize_did_not():
+    run_ranks(2, _not_strict)
+
+
+def _fewer_layers():
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    assert lasp.verify(
+        model,
+        mesh,
+        {"input_ids": tokens(27)},
+        layers=1,
+        forward=lambda m, b: m(b["input_ids"], b["position_ids"], b["layout"]),
+    ).ok
+    with mock.patch.object(trial, "ask", side_effect=AssertionError):
+        assert_same_logits(model, alone, mesh)
+
+
+def test_layers_that_come_back_are_known():
+    """As behind `verify(layers=1)`: they were refused as new ones."""
+    run_ranks(2, _fewer_layers)
+
+
+def _cannot_be_asked():
+    """Its name says nothing, and it needs weights that are sharded."""
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    for part in (model.blocks[0].mlp, model):
+        fully_shard(part, mesh=lasp.grad_mesh(mesh))
+
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model.blocks[0].mlp = Around(model.blocks[0].mlp)
+    told = r"whether they mix tokens was told by name, not by a trial: blocks\.0\.mlp \(Around\) \(its weights are sha"
+    with pytest.warns(UserWarning, match=r"of what was put into the model after lasp.parallelize, " + told):
+        assert_same_logits(model, alone, mesh)
+    _asked_once(model, alone, mesh, times=0)
+
+
+def test_what_cannot_be_asked_is_told():
+    run_ranks(2, _cannot_be_asked)
+
+
+def _a_plan_leaves():
+    mesh = mesh_of(sp=2)
+    model = SmallModel().double()
+    model.tower = nn.Sequential(Cumulates())
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Cumulates())
+    lasp.parallelize(model, mesh, plan=dict.fromkeys(["tower*", "blocks.1.mlp.1"], lasp.adapters.token_local))
+    model.blocks[1].mlp[1] = Cumulates()
+    model(*inputs_of(mesh))
+    model.blocks[1].mlp.append(Cumulates())
+    assert_refused(lambda: model(*inputs_of(mesh)), r"blocks\.1\.mlp\.2 \(Cumulates")
+
+
+def test_what_a_plan_leaves_may_be_replaced():
+    run_ranks(2, _a_plan_leaves)
