@@ -45,7 +45,7 @@ def wrap_fsdp2(
 
     Raises:
         TypeError: `mesh` is no `DeviceMesh`, or an argument that does not fit.
-        ValueError: one of `blocks` is no part of the model.
+        ValueError: one of `blocks` is no part of the model; or what mixes tokens was put into it after `parallelize`.
         RankMismatchError: ranks hold other parameters; on every rank.
     """
     arguments.module("model", model)

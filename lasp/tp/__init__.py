@@ -69,7 +69,8 @@ def tensor_parallel(model: LanguageModel, mesh: DeviceMesh | None, *, validate: 
 
     Raises:
         ValueError, TypeError: a model without a plan, layers or options of them that parts would compute otherwise,
-            tied weights, or sizes that the ranks do not divide; before any communication.
+            tied weights, sizes that the ranks do not divide, or what mixes tokens and was put into the model after
+            `parallelize`; before any communication.
         RankMismatchError: ranks have other models or weights, or one of them failed with one of the above; later, in a
             forward, other tokens. On every rank.
         PeerError: a rank did not come within the timeout of the group.
