@@ -372,6 +372,34 @@ def test_in_inference_and_under_autocast(inner):
     run_ranks(2, _under_autocast, inner)
 
 
+def _comes_and_goes():
+    """What was there before is known, and so is a method that is bound anew."""
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    head, norm = model.head, model.blocks[0].norm
+
+    def forward(self, x):
+        return nn.LayerNorm.forward(self, x)
+
+    for times in (2, 0, 0):
+        with mock.patch.object(trial, "ask", wraps=trial.ask) as ask:
+            assert_same_logits(model, alone, mesh)
+            norm.forward = types.MethodType(forward, norm)
+            assert_same_logits(model, alone, mesh)
+            if times:
+                other = nn.Sequential(head)
+            model.head = other
+            assert_same_logits(model, alone, mesh)
+            model.head = head
+            assert_same_logits(model, alone, mesh)
+            del norm.forward
+        assert ask.call_count == times
+
+
+def test_what_was_there_before_is_not_asked_again():
+    run_ranks(2, _comes_and_goes)
+
+
 def _left_as_it_was():
     """The trial leaves hooks, ranks, gradients, modes and random numbers."""
     mesh = mesh_of(sp=2)

@@ -271,15 +271,23 @@ class _Forward:
     __slots__ = ("of_class", "own")
 
     def __init__(self, module: nn.Module):
-        own = vars(module).get("forward")  # weakly, since it may hold the module
-        self.own, self.of_class = None if own is None else weakref.ref(own), getattr(type(module), "forward", None)
+        own = vars(module).get("forward")
+        self.own = None if own is None else weakref.ref(_unbound(own, module))  # weakly, since it may hold the module
+        self.of_class = getattr(type(module), "forward", None)  # a scripted module's class has none
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module still has it."""
+        if getattr(type(module), "forward", None) is not self.of_class:
+            return False
         own = module.__dict__.get("forward")
-        of_class = getattr(type(module), "forward", None)  # a scripted module's class has none
-        same = own is None if self.own is None else own is not None and own is self.own()
-        return same and of_class is self.of_class
+        if own is None or self.own is None:
+            return own is self.own
+        return _unbound(own, module) is self.own()
+
+
+def _unbound(value: Any, module: nn.Module) -> Any:
+    """Of a method of this module its function: the method itself may be another object each time."""
+    return value.__func__ if isinstance(value, types.MethodType) and value.__self__ is module else value
 
 
 _parallelized: weakref.WeakKeyDictionary[nn.Module, Parallelized] = weakref.WeakKeyDictionary()
@@ -390,8 +398,8 @@ class _Method:
 
 def _method(value: Any, module: nn.Module) -> Any:
     """A value to keep, which must not keep its module."""
-    bound = isinstance(value, types.MethodType) and value.__self__ is module
-    return _Method(value.__func__) if bound else value  # type: ignore[arg-type]
+    function = _unbound(value, module)
+    return value if function is value else _Method(function)
 
 
 def _of(value: Any, module: nn.Module) -> Any:
