@@ -133,7 +133,7 @@ def _asked(model: nn.Module, layers: Layers, strict: bool) -> Asked:
 def _look_again(model: nn.Module, layers: Layers, changed: Mapping[str, nn.Module]) -> None:
     """Raise unless what has come into a model since, of which nothing is split now, mixes no tokens."""
     try:
-        with adapters.as_configured(model):
+        with adapters.without_edits(model):
             asked = refuse_mixers(model, layers, changed)
     except ValueError as error:
         raise ValueError(

@@ -337,7 +337,7 @@ def _less_memory(scheme):
     model = TNL(TNLConfig(vocab_size=VOCABULARY, width=16, layers=2, heads=2, glu_width=32))
     alone = copy.deepcopy(model)
     lasp.parallelize(model, mesh)
-    save_memory(model.blocks, recompute=1, chunk=4, offload=True)
+    save_memory(model.blocks, recompute=1, chunk=4, offload=1)
     if scheme:
         make = functools.partial(torch.optim.SGD, lr=0.1)
         model, _ = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=make, blocks=list(model.blocks))

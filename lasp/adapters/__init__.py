@@ -223,7 +223,7 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
 @contextlib.contextmanager
 def as_it_came(model: nn.Module) -> Iterator[None]:
     """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone."""
-    with without_methods(model), as_configured(model):
+    with without_edits(model):
         before, Border.off = Border.off, True
         try:
             yield
@@ -232,9 +232,10 @@ def as_it_came(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_configured(model: nn.Module) -> Iterator[None]:
-    """Inside, what `parallelize` has put elsewhere than into the modules of another library's model is gone."""
+def without_edits(model: nn.Module) -> Iterator[None]:
+    """The same, but for the border, which is that of all models."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without_methods(model))
         for library in _libraries_of(model):
             stack.enter_context(library.as_it_came(model))
         yield

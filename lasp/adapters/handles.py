@@ -25,6 +25,7 @@ from torch import nn
 
 from lasp import adapters
 from lasp.adapters.border import Border, OneRank
+from lasp.adapters.rebind import was_put
 from lasp.checks import use
 from lasp.checks.agreement import capturing
 from lasp.checks.optimizers import before_step
@@ -95,10 +96,12 @@ class Changes:
         return _in_place(self._taken_out())
 
     def lost_forward(self, module: nn.Module) -> bool:
-        """Whether they gave a forward to this module, and the one that it has now does not call that."""
+        """Whether they gave a forward to this module, and the one that it has now neither calls that nor is one that
+        `rebind` has put there since."""
         for changed, plain, _ in self._living():
             if changed is module and isinstance(given := plain.get("forward", (None, None))[1], _Method):
-                return not _leads_to(vars(module).get("forward"), given.function)
+                now = vars(module).get("forward")
+                return not (was_put(now) or _leads_to(now, given.function))
         return False
 
     def _put_in(self) -> Iterator[tuple[dict[str, Any], str, Any]]:

@@ -72,6 +72,11 @@ def put(module: nn.Module, method: str, function: Callable[..., Any]) -> None:
     setattr(module, method, types.MethodType(function, module))
 
 
+def was_put(value: Any) -> bool:
+    """Whether it is a method that was put into a module."""
+    return isinstance(value, types.MethodType) and hasattr(value.__func__, _MARK)
+
+
 def names_in(function: Callable[..., Any]) -> set[str]:
     """The names that a function's code uses, those of functions inside it too.
 
@@ -129,7 +134,7 @@ def without_methods(model: nn.Module) -> Iterator[None]:
     taken = []
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, types.MethodType) and hasattr(value.__func__, _MARK):
+            if was_put(value):
                 taken.append((module, name, value))
                 delattr(module, name)
     try:
