@@ -222,13 +222,16 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
 
 @contextlib.contextmanager
 def as_it_came(model: nn.Module) -> Iterator[None]:
-    """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone."""
+    """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone. To other
+    threads the model is refused."""
     with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, Border):
+                    stack.enter_context(hook.taken_from(module))
         stack.enter_context(without_methods(model))
         for library in _libraries_of(model):
             stack.enter_context(library.as_it_came(model))
-        before, Border.off = Border.off, True
-        stack.callback(setattr, Border, "off", before)
         yield
 
 

@@ -13,8 +13,10 @@ told, whichever batch came since.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +86,12 @@ class Border:
     """Hooks around the forward of a model, and what it was called with."""
 
     facts: Facts | None = None  # of the forward that runs now
-    off = False  # for all: models run as their libraries made them (`as_it_came`)
 
     def __init__(self, sequence: SequenceParallel):
         self.sequence = sequence
         self.when_pickled: Callable[[], tuple] = lambda: (of_a_pickle, ())  # what takes its place
         self.checks: list[Callable[[nn.Module], None]] = []  # by libraries, before each forward; on the host, and quick
+        self.taken: dict[int, int] = {}  # by model, the thread in which it runs as its library made it (`as_it_came`)
         self.opened_by: int | None = None  # the model whose forward runs; others within it are given what it makes
 
     def install(self, model: nn.Module) -> None:
@@ -102,7 +104,8 @@ class Border:
         if self.facts is not None and self.opened_by != id(model):
             return args, kwargs
         call = _Arguments(model, args, dict(kwargs))
-        if Border.off:
+        if self.taken and id(model) in self.taken:
+            self._refuse_others(model)
             call.kwargs.pop("layout", None)
             call.no_cache()
             return call.args, call.kwargs
@@ -113,6 +116,25 @@ class Border:
             check(model)
         self.facts, self.opened_by = facts, id(model)
         return call.args, call.kwargs
+
+    @contextlib.contextmanager
+    def taken_from(self, model: nn.Module) -> Iterator[None]:
+        """Inside, it does nothing before this model, which its library's code runs, in this thread alone."""
+        nested = id(model) in self.taken
+        self.taken.setdefault(id(model), threading.get_ident())
+        self._refuse_others(model)
+        try:
+            yield
+        finally:
+            if not nested:
+                del self.taken[id(model)]
+
+    def _refuse_others(self, model: nn.Module) -> None:
+        if self.taken.get(id(model)) not in (None, threading.get_ident()):
+            raise RuntimeError(
+                f"the {type(model).__name__} is as its library made it while another thread is within lasp.unsplit or "
+                "lasp.verify of it, and would take this rank's slice for the whole: wait for its end, or take a copy"
+            )
 
     def __deepcopy__(self, memo: object) -> Border:
         return self  # a copy of the model is split over the same ranks
