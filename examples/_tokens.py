@@ -20,6 +20,7 @@ import numpy as np
 from _files import FileError, read_object, replacing, write
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+MOST_WORDS = 2**32  # that the largest of them tells apart
 FIELDS = {"dtype": str, "tokens": int, "vocab": int, "tokenizer": str, "entropy": float, "sha256": str, "sample": str}
 BLOCKS, BLOCK = 64, 4096  # that are looked at, and their bytes
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import typer
 from _checkpoint import LATEST, checkpoint_of, load_weights
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0
-from _launch import RUNS, refuse, relaunch, started_by_a_launcher
+from _launch import LARGEST, RUNS, refuse, relaunch, started_by_a_launcher
 from _model import model_of, of_run
 from _report import RUN
 from _tokens import is_tokens, open_tokens
@@ -88,7 +88,7 @@ def main(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Go on line by line behind --prompt or --file.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, each time.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="At most, each time.")] = 256,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; else the most probable.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Less than 1 draws the probable ones more often.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw of so many most probable ones only.")] = None,
@@ -96,7 +96,9 @@ def main(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens that were there are less probable.")] = 1.0,
     eos_token_id: Annotated[list[int] | None, typer.Option(min=0, help="End behind a token; may be repeated.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End behind this text; may be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what is drawn; default: another each time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=-LARGEST, max=LARGEST, help="Of what is drawn; default: another each time.")
+    ] = None,
     load_state: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Go on from what --save-state has saved.")
     ] = None,
@@ -107,7 +109,9 @@ def main(
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="Of weights and arithmetic; default: the run's.")
     ] = None,
-    segment: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt that run at once.")] = None,
+    segment: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Tokens of a prompt that run at once.")
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes to start, which share the first prompt.")] = 1,
 ) -> None:
     """Complete text with a model that examples/train.py has trained."""

@@ -18,8 +18,9 @@ from typing import Annotated
 import numpy as np
 import typer
 from _files import FileError, NotWritten
+from _launch import refuse, refuse_beyond_memory
 from _text import files_of
-from _tokens import header_of, write_tokens
+from _tokens import MOST_WORDS, header_of, write_tokens
 from _words import Encode, words_of
 from tqdm import tqdm
 
@@ -43,6 +44,11 @@ def main(
         raise typer.BadParameter(
             f"{source} has no text (hidden files, and those of zeros, are none)", param_hint="SOURCE"
         )
+    if separator is not None:
+        if separator >= MOST_WORDS:
+            refuse("--separator", f"{separator} is none of the {MOST_WORDS} tokens that a file can hold")
+        counts = 16 * separator  # of a file, and of a piece of it
+        refuse_beyond_memory("--separator", f"the counts of {separator} tokens", counts, on_host=True)
     words = words_of(tokenizer)
     vocab = words.vocab
     if separator is not None:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from _files import FileError, NotWritten, on_all_ranks, on_rank_0
-from _launch import new_folder, refuse, relaunch, started_by_a_launcher
+from _launch import new_folder, refuse, refuse_beyond_memory, relaunch, started_by_a_launcher
 from _needles import NOBODY_ASKS, Sequences, Task, sequences
 from _recall_report import Answers
 from torch import Tensor, nn
@@ -120,6 +120,20 @@ def check(options: Options, ranks: int) -> None:
     if options.segment >= options.test_length or options.segment % ranks:
         wanted = f"a multiple of {ranks} ranks, and less than the {options.test_length} tokens of a test"
         refuse("--segment", f"{options.segment} is not {wanted}")
+    check_memory(options)
+
+
+def check_memory(options: Options) -> None:
+    """Refuse a model, or sequences, of which not even a part fits: the weights, and the tokens and questions."""
+    layer = 4 * 8 * options.width**2  # matrices of a `Layer`
+    refuse_beyond_memory("--width", f"the weights of {options.width} channels", layer)
+    refuse_beyond_memory("--layers", f"the weights of {options.layers} layers", layer * options.layers)
+    refuse_beyond_memory("--values", f"the weights of {options.values} values", 8 * options.width * options.values)
+    for option, tokens in (("--length", options.length), ("--test-length", options.test_length)):
+        refuse_beyond_memory(option, f"{tokens} tokens", 16 * tokens, on_host=True)
+    refuse_beyond_memory("--questions", f"{options.questions} questions", 8 * 8 * options.questions, on_host=True)
+    if options.tokens >= options.task.shortest:
+        refuse_beyond_memory("--tokens", f"{options.tokens} tokens", 8 * options.tokens, on_host=True)
 
 
 # ---- the model

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import typer
 from _files import FileError, NotWritten, held, on_all_ranks, on_rank_0, read_object
-from _launch import RUNS, new_folder, refuse, relaunch, started_by_a_launcher
+from _launch import LARGEST, RUNS, new_folder, refuse, refuse_beyond_memory, relaunch, started_by_a_launcher
 from _model import FAMILIES, LEARNING_RATES, NO_EXPERTS, Size, config_of, experts_of, model_of
 from _report import METRICS, RUN, Report
 from _saver import Saver
@@ -140,11 +140,15 @@ def main(
     accumulate: Annotated[
         int, typer.Option(min=1, help="Micro-batches of a step; gradients travel after the last.")
     ] = 1,
-    segment: Annotated[int, typer.Option(min=0, help="Stream it in segments of so many tokens; 0: in one.")] = 0,
+    segment: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Stream it in segments of so many tokens; 0: in one.")
+    ] = 0,
     family: Annotated[str, typer.Option(help=f"What the layers are: {', '.join(FAMILIES)}.")] = "tnl",
     model: Annotated[Size, typer.Option(help="Size.")] = "tiny",
     pattern: Annotated[str, typer.Option(help="Of the family (L) and softmax (S), repeated: LLLS. Not for tnl.")] = "L",
-    vocab: Annotated[int, typer.Option(min=256, help="Words that the model knows; bytes are the first 256.")] = 256,
+    vocab: Annotated[
+        int, typer.Option(min=256, max=LARGEST, help="Words that the model knows; bytes are the first 256.")
+    ] = 256,
     decay: Annotated[Literal["alibi", "tnl", "retnet", "none"], typer.Option(help="Decay schedule of tnl.")] = "alibi",
     experts: Annotated[int, typer.Option(min=0, help="Slices of a gated unit that tokens choose from; 0: none.")] = 0,
     experts_per_token: Annotated[int, typer.Option(min=1, help="How many of them a token chooses.")] = 2,
@@ -168,7 +172,7 @@ def main(
     recompute: Annotated[
         str, typer.Option(help="Blocks computed again in backward: how many, all, or auto: on a GPU as few as fit.")
     ] = "auto",
-    chunk: Annotated[int, typer.Option(min=0, help="Tokens of a gated unit at once; 0: all.")] = 0,
+    chunk: Annotated[int, typer.Option(min=0, max=LARGEST, help="Tokens of a gated unit at once; 0: all.")] = 0,
     offload: Annotated[
         str, typer.Option(help="Recomputed blocks whose inputs lie on the host until backward: how many, or all.")
     ] = "0",
@@ -250,6 +254,7 @@ def check(options: Options, ranks: int, text: Text) -> None:
         refuse("--seq-len", f"{options.seq_len} tokens are more than the {len(text)} {text.unit}s of text; {hint}")
     if options.vocab < text.vocab:
         refuse("--vocab", f"{options.vocab} words are fewer than the {text.vocab} of {describe(options)}")
+    check_memory(options, ranks)
     check_reports(options, text)
     latest = None if options.out is None else options.out / _checkpoint.LATEST
     if (options.resume or options.resume_if_any) and latest is None:
@@ -289,6 +294,24 @@ def check_ranks(options: Options, ranks: int) -> None:
         refuse("--dp-replicate", f"{options.dp_replicate} copies cannot be made of --dp {options.dp} ranks")
     if options.parallel == "hsdp" and options.dp_replicate == 1:
         refuse("--parallel", "hsdp needs --dp-replicate above 1; zero3 shards over all ranks")
+
+
+def check_memory(options: Options, ranks: int) -> None:
+    """Refuse a model, or a batch, of which not even a part fits: the weights in fp32, which each rank has before they
+    are dealt out; the tokens of a micro-batch; and what leaves the first layer for those that run at once."""
+    config = config_of_run(replace(options, vocab=256))  # since of a larger one weights may not even be counted
+    words = 2 * 4 * options.vocab * config.width  # of the first layer and of the last
+    refuse_beyond_memory("--vocab", f"the weights of {options.vocab} words", words)
+    with torch.device("meta"):
+        weights = sum(p.nbytes for p in model_of(config).parameters())
+    refuse_beyond_memory("--model", f"the weights of {options.model}", weights)
+    sp, rows = ranks // options.dp, options.batch // options.dp // options.accumulate
+    number = 2 if options.dtype == "bfloat16" else 4
+    at_once = min(options.segment or options.seq_len, options.seq_len)  # of a sequence
+    for tokens, nbytes, on_host in ((options.seq_len, 8, True), (at_once, config.width * number, False)):
+        option = ("--seq-len", f"{tokens} tokens") if tokens > rows else ("--batch", f"{options.batch} sequences")
+        refuse_beyond_memory(option[0], option[1], rows * -(-tokens // sp) * nbytes, on_host=on_host)
+    refuse_beyond_memory("--batch", f"{options.batch} places of sequences", 8 * options.batch, on_host=True)
 
 
 def check_outer(options: Options) -> None:

@@ -165,18 +165,28 @@ def integers(name: str, value: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} must be integers of 64 bits, got {shown(given)}") from None
 
 
-def padding_mask(name: str, value: Any, of: str, ids: Tensor) -> Tensor:
+def on_host(x: Tensor) -> bool:
+    """Whether values can be looked at without a wait for a device."""
+    return x.device.type == "cpu"
+
+
+def tells_padding(mask: Tensor) -> Tensor:
+    """Whether all values are 1 for tokens or 0 for padding, on their device."""
+    return ((mask == 0) | (mask == 1)).all()
+
+
+def padding_mask(name: str, value: Any, of: str, ids: Tensor, *, read: bool = False) -> Tensor:
     """A mask of the shape of `ids`, which are called `of`: bools or numbers, 1 for tokens and 0 for padding.
 
-    Its values are looked at on a CPU only. Numbers of packed documents, and what is added to scores, are masks of
-    another kind, and would be read as padding in the wrong places, or as none.
+    Its values are looked at on a CPU only, or where it will be `read` anyway. Numbers of packed documents, and what is
+    added to scores, are masks of another kind, and would be read as padding in the wrong places, or as none.
     """
     found = tensor(name, value)
     if found.shape != ids.shape:
         raise ValueError(f"{name} must have the shape of {of} {tuple(ids.shape)}, got {shown(found)}")
     if found.dtype.is_complex:
         raise TypeError(f"{name} must be of bools or real numbers, got {shown(found)}")
-    if found.device.type == "cpu" and not ((found == 0) | (found == 1)).all():
+    if (read or on_host(found)) and not tells_padding(found):
         values = [found.min().item(), found.max().item()]
         raise ValueError(
             f"{name} must be 1 for tokens and 0 for padding, got {shown(values)} among others; packed documents are "

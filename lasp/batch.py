@@ -85,9 +85,10 @@ def shard_batch(
         else as it was given. The batch itself is not changed.
 
     Raises:
-        ValueError, TypeError: what does not fit. Also positions that start again within a row and are not those of
-            packed sequences (see above), whose documents would run into each other; positions where `attention_mask`
-            is 0 do not count.
+        ValueError, TypeError: what does not fit (an attention_mask on a GPU whose values are others than 0 and 1: there
+            labels are outside of any vocabulary, so that the loss is NaN). Also positions that start again within a row
+            and are not those of packed sequences (see above), whose documents would run into each other; positions
+            where `attention_mask` is 0 do not count.
         RankMismatchError: ranks were given different batches, or in another order, or one of them failed; on every
             rank.
         PeerError: a rank did not call it within the timeout of the group.
@@ -173,7 +174,8 @@ def whole_batch(batch: Mapping[str, Any], *, seq_dim: int, shift_labels: bool, i
     offsets = _offsets(batch, ids, seq_dim)
     labels = _labels(batch, ids, ignore_index)
     whole = {**batch}
-    whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
+    labels = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
+    whole["labels"] = _spoiled_by(batch.get("attention_mask"), labels)
     dims = {"position_ids": seq_dim, **dict.fromkeys(_OFFSETS)}
     if batch.get("position_ids") is None:
         whole["position_ids"] = _positions(ids, seq_dim, offsets or (0, tokens))
@@ -183,6 +185,14 @@ def whole_batch(batch: Mapping[str, Any], *, seq_dim: int, shift_labels: bool, i
         if name not in dims:
             dims[name] = _dim_of_tokens(name, x, seq_dim, tokens)
     return Whole(whole, dims, tokens, offsets, ignore_index)
+
+
+def _spoiled_by(mask: Tensor | None, labels: Tensor) -> Tensor:
+    """Where the host would have to wait to look at the mask: labels of which the loss is NaN, on every rank, if its
+    values are none of a padding mask."""
+    if mask is None or arguments.on_host(mask) or mask.device != labels.device:
+        return labels
+    return torch.where(arguments.tells_padding(mask), labels, torch.iinfo(torch.int64).min)  # no ignore_index is that
 
 
 def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:

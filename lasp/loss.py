@@ -179,17 +179,18 @@ def totals(
     """What the ranks hold together; raises on every rank, where the host can know it, if they do not fit.
 
     One message, in fp64, which holds each of these exactly enough, whatever the ranks' dtypes. Of a number that is to
-    be the same on all of them, the sum and that of squares tell whether it is.
+    be the same on all of them it has the bits: how many ranks have each of these tells whether it is.
     """
-    terms = (vocabulary * 1021 + ignore_index + (0 if of is None else of + 1) * 2039) % 4093
-    told = [local.new_full((), x, dtype=torch.float64) for x in (terms, terms**2)]  # for a copy the host would wait
-    numbers = torch.stack([*(x.detach().double() for x in (local, counted.sum(), outside.sum())), *told])
+    numbers = torch.stack([x.detach().double() for x in (local, counted.sum(), outside.sum())])
     if ranks > 1:
+        same = [local.new_full((), x, dtype=torch.int64) for x in (vocabulary, ignore_index, of or 0)]
+        bits = torch.stack(same)[:, None] >> torch.arange(64, device=local.device) & 1
+        numbers = torch.cat([numbers, bits.flatten().double()])
         in_graph = torch.compiler.is_compiling()  # where a clock would end the graph
         with nullcontext() if in_graph else waiting(f"{name}, forward: the sum over all ranks"):
             dist.all_reduce(numbers, group=group)
-    total, tokens, wrong, of_terms, of_squares = numbers.unbind()
-    differ = ranks * of_squares != of_terms**2
+    total, tokens, wrong = numbers[:3].unbind()
+    differ = ((numbers[3:] > 0) & (numbers[3:] < ranks)).any()
     few = tokens > of if of is not None else wrong < 0
     if local.device.type == "cpu" and not torch.compiler.is_compiling() and (differ or wrong or few):
         if differ:

@@ -453,7 +453,7 @@ def _run_whole(model: nn.Module, call: Callable, whole: dict[str, Any], axis: Se
     def as_one_rank() -> Iterator[None]:
         # Packed documents are split by what stands in the model; its library may let them run into each other.
         came = contextlib.nullcontext() if whole["layout"].packed else adapters.as_it_came(model)
-        with alone(), came, torch.compiler.set_stance("force_eager"), _of_its_library(model):
+        with alone(), came, _of_its_library(model):
             yield
 
     def logits_of_whole() -> Tensor:

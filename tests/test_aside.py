@@ -1,5 +1,10 @@
 """What a check of a model does aside from training: one rank's arithmetic on many, and exchanges that nobody counts."""
 
+import contextlib
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,6 +53,115 @@ def _alone():
 
 def test_alone_is_one_rank_for_every_operator_and_every_holder():
     run_ranks(3, _alone)
+
+
+def _in_another_thread(wait=10.0):
+    """One thread computes as one rank, others meanwhile over all of them."""
+    x = torch.randn(1, 9, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    held = lasp.SequenceParallel(dist.group.WORLD)
+    layout = lasp.ShardLayout((3, 3, 3))
+    expected, _ = lasp.linear_attention(x, x, x)
+    inside, done = threading.Event(), threading.Event()
+
+    def compute(sequence):
+        mine = x[:, 3 * dist.get_rank() :][:, :3].clone().requires_grad_()
+        o, _ = lasp.linear_attention(mine, mine, mine, layout=layout, sequence=sequence)
+        o.sum().backward()
+        return o.detach(), mine.grad
+
+    def others():
+        assert inside.wait(wait)
+        made = lasp.SequenceParallel(dist.group.WORLD)
+        assert (made.size, made.rank) == (held.size, held.rank) == (3, dist.get_rank())
+        found = [compute(held), compute(made)]
+        with alone():
+            assert made.size == held.size == 1
+        assert made.size == held.size == 3
+        done.set()
+        return made, found
+
+    before = compute(held)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(others)
+        try:
+            with alone():
+                inside.set()
+                assert torch.equal(lasp.linear_attention(x, x, x, sequence=held)[0], expected)
+                assert done.wait(wait) or running.result(0)
+                mine = lasp.SequenceParallel(dist.group.WORLD)
+                assert held.size == mine.size == 1
+                assert torch.equal(lasp.linear_attention(x, x, x, sequence=mine)[0], expected)
+        finally:
+            inside.set()
+        made, found = running.result()
+    for o, gradient in found:
+        assert torch.equal(o, before[0])
+        assert torch.equal(gradient, before[1])
+    for sequence in (held, made, mine):
+        assert type(sequence) is lasp.SequenceParallel
+        assert (sequence.size, sequence.rank) == (3, dist.get_rank())
+        assert torch.equal(compute(sequence)[0], before[0])
+
+
+def test_another_thread_is_not_alone():
+    run_ranks(3, _in_another_thread)
+
+
+class _Backwards(torch.autograd.Function):
+    """In whose backward another one begins, so often that autograd takes another thread for it, as on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, depth, sequence, found):
+        ctx.rest = depth, sequence, found
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        depth, sequence, found = ctx.rest
+        found.append((threading.get_ident(), sequence.size))
+        if depth:
+            with torch.enable_grad():
+                x = torch.ones((), requires_grad=True)
+                _Backwards.apply(x, depth - 1, sequence, found).backward()
+        return gradient, None, None, None
+
+
+def _backward_in_another_thread():
+    held, x = lasp.SequenceParallel(dist.group.WORLD), torch.ones((), requires_grad=True)
+    for size in (2, 1, 2):
+        found = []
+        with alone() if size == 1 else contextlib.nullcontext():
+            _Backwards.apply(x, 80, held, found).backward()
+        assert len({thread for thread, _ in found}) == 2
+        assert {size for _, size in found} == {size}
+
+
+def test_a_backward_in_a_thread_of_autograd_is_alone():
+    run_ranks(2, _backward_in_another_thread)
+
+
+def _compiled():
+    """What runs compiled in one thread is not what another one, which is alone, finds."""
+    model = torch.compile(SmallModel().double(), backend="aot_eager")
+    lasp.parallelize(model._orig_mod, dist.group.WORLD)
+    batch = lasp.shard_batch({"input_ids": torch.arange(13)[None]}, dist.group.WORLD)
+    split = functools.partial(model, batch["input_ids"], batch["position_ids"])
+    whole = functools.partial(model, torch.arange(13)[None], torch.arange(13))
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        expected, frames = split(), torch._dynamo.utils.counters["frames"]["total"]
+        with alone():
+            of_whole = whole()
+            found = pool.submit(torch.no_grad()(split)).result()
+            assert torch.equal(whole(), of_whole)
+        assert torch.equal(split(), expected)
+    assert_close(found, expected, "in another thread", rtol=1e-12, atol=1e-12)
+    together = lasp.unshard_sequence(expected, dist.group.WORLD)[:, :13]
+    assert_close(of_whole, together, "alone", rtol=1e-12, atol=1e-12)
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames > 0
+
+
+def test_nothing_runs_compiled_meanwhile():
+    run_ranks(2, _compiled)
 
 
 def _backward_alone():

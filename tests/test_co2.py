@@ -794,19 +794,36 @@ def test_one_replica_is_told():
     assert len(told) == 1
 
 
-def _unfreezes():
+def _unfreezes(validate):
+    """It, or what is added, would never be averaged: refused, unless replicas are not compared, as with a scheme."""
     mesh = mesh_of(dp_replicate=2)
-    model = SmallModel().double()
-    model.tokens.requires_grad_(False)
-    co2 = lasp.CO2(model, optimizer_of(model), mesh, sync_every=1)
-    co2.step()
-    model.tokens.requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"tokens\.weight was unfrozen or added since"):
+    for adds in (False, True):
+        model = SmallModel().double()
+        model.tokens.requires_grad_(adds)
+        co2 = lasp.CO2(model, optimizer_of(model), mesh, sync_every=1, validate=validate)
         co2.step()
+        model.tokens.requires_grad_(True)
+        if adds:
+            model.register_parameter("shift", torch.nn.Parameter(torch.zeros(())))
+        own = model.shift if adds else model.tokens.weight
+        with torch.no_grad():
+            own.fill_(dist.get_rank())
+            model.head.weight.add_(dist.get_rank())
+        if validate == "first":
+            with pytest.raises(RuntimeError, match=f"{'shift' if adds else 'tokens.weight'} was unfrozen or added"):
+                co2.step()
+            continue
+        co2.step()
+        co2.finish()
+        assert bool((own == dist.get_rank()).all())
+        both = [torch.empty_like(model.head.weight) for _ in range(2)]
+        dist.all_gather(both, model.head.weight.detach())
+        assert torch.equal(*both)
 
 
-def test_what_is_unfrozen_later_would_never_be_averaged():
-    run_ranks(2, _unfreezes)
+@pytest.mark.parametrize("validate", ["first", "off"])
+def test_what_is_unfrozen_later_would_never_be_averaged(validate):
+    run_ranks(2, _unfreezes, validate)
 
 
 def _looks(scheme):

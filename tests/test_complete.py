@@ -583,6 +583,9 @@ def _end():
     (["--prompt=a", "--stop="], "--stop", "is empty"),
     (["--prompt=a", "--max-new-tokens=0"], "'--max-new-tokens'", ""),
     (["--prompt=a", "--segment=0"], "'--segment'", ""),
+    (['--prompt=a', '--do-sample', f'--seed={2**70}'], "'--seed'", ""),
+    (['--prompt=a', f'--segment={2**70}'], "'--segment'", ""),
+    (['--prompt=a', f'--max-new-tokens={2**70}'], "'--max-new-tokens'", ""),
     (["--prompt=a", "--load-state=/nowhere"], "'--load-state'", "does not exist"),
     (["/nowhere", "--prompt=a"], "", "'/nowhere' does not exist"),
 ])  # fmt: skip

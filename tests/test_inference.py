@@ -31,6 +31,7 @@ from streamed_models import Model as Streamed
 from torch import nn
 
 import lasp
+from lasp import arguments
 from lasp.data_parallel import wrap_fsdp2
 from lasp.inference.decode import Decoding
 from lasp.inference.run import Runner
@@ -810,3 +811,11 @@ def test_models_that_generate_at_the_same_time():
     with ThreadPoolExecutor(3) as pool:
         for found in pool.map(functools.partial(lasp.generate, ids=ids, max_new_tokens=12), others):
             assert torch.equal(found.ids, expected)
+
+
+def test_a_mask_of_a_prompt_is_looked_at_on_every_device():
+    """The host reads it anyway: where rows begin and end."""
+    model = TNL(TNLConfig(vocab_size=97, layers=1, width=32, heads=2, glu_width=32))
+    ids = torch.randint(97, (2, 9))
+    with mock.patch.object(arguments, "on_host", return_value=False), pytest.raises(ValueError, match="must be 1 for"):
+        lasp.prefill(model, ids, attention_mask=torch.full((2, 9), 2))

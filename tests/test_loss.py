@@ -105,6 +105,39 @@ def test_micro_batches_with_unequal_numbers_of_tokens(linear):
     run_ranks(2, _micro_batches, linear)
 
 
+USUAL = {"vocabulary": VOCABULARY, "ignore_index": -100, "total_tokens": 2**62}
+OTHERS = [("vocabulary", VOCABULARY + 4093), ("ignore_index", -100 + 4093), ("total_tokens", None)]
+OTHERS += [("total_tokens", 2**62 + more) for more in (1, 4093, 4093**2, 2**32, 2**53)]  # in fp64 some are the same
+
+
+def _other_numbers(linear):
+    """By whatever they differ: a checksum does not see some, and fp64 not others."""
+    rank = dist.get_rank()
+
+    def loss(vocabulary, **numbers):
+        mine, labels = torch.zeros(4, vocabulary), torch.zeros(4, dtype=torch.int64)
+        loss_of = functools.partial(lasp.linear_token_loss, mine[:, :2], mine.T[:, :2]) if linear else None
+        loss_of = loss_of or functools.partial(lasp.token_loss, mine)
+        return loss_of(labels, mesh=dist.group.WORLD, **numbers)[0]
+
+    def told(vocabulary, ignore_index, total_tokens):
+        return f"vocabulary {vocabulary} and ignore_index {ignore_index}" + (
+            f", total_tokens {total_tokens}" if total_tokens else ""
+        )
+
+    assert loss(**USUAL).item() > 0
+    for name, other in OTHERS:
+        numbers = USUAL | {name: other}
+        with pytest.raises(lasp.RankMismatchError) as caught:
+            loss(**numbers if rank == 0 else USUAL)
+        assert str(caught.value).endswith(f": rank 0 has {told(**numbers)}, the others {told(**USUAL)}")
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_ranks_that_have_another_number(linear):
+    run_ranks(3, _other_numbers, linear)
+
+
 def _fp64():
     """What checks a split in fp64 needs a loss and gradients that are exact to fp64, at a count that fp32 rounds."""
     rank, draw = dist.get_rank(), torch.Generator().manual_seed(0)
@@ -274,7 +307,7 @@ def test_in_a_graph_over_any_mesh(kind):
     run_ranks(3, _in_a_graph, kind)
 
 
-def _fp64():
+def _mean_in_fp64():
     draw = torch.Generator().manual_seed(dist.get_rank())
     logits = torch.randn(1, 5, VOCABULARY, generator=draw, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(VOCABULARY, (1, 5), generator=draw)
@@ -291,7 +324,7 @@ def _fp64():
 
 
 def test_fp64_stays_fp64():
-    run_ranks(2, _fp64)
+    run_ranks(2, _mean_in_fp64)
 
 
 def _two_dtypes():

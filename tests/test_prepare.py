@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from unittest import mock
 
 import _words
@@ -264,6 +265,21 @@ def test_a_run_on_tokens_is_that_on_the_text(texts, tmp_path, more):
     (tmp_path / "tokens" / "LATEST").write_text("step-000001")
     _assert_on_all(2, 0, [], arguments)
     assert _losses(tmp_path / "tokens") == _losses(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("separator", "words"),
+    [
+        (2**32 - 1, "the counts of 4294967295 tokens take 63 GiB at least"),
+        (99999999999999, "is none of the 4294967296"),
+    ],
+)
+def test_a_separator_that_no_file_holds(tmp_path, separator, words):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"some text")
+    with mock.patch.object(os, "sysconf", return_value=2**17):  # 16 GiB, in pages of 128 KiB
+        code, said = _prepare(file, tmp_path / "x.bin", "--separator", separator)
+    assert (code, "Invalid value for --separator" in said, words in said) == (2, True, True), said
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

@@ -105,6 +105,11 @@ def test_controls_are_trained_alike_on_all_ranks(tmp_path):
     assert losses[0][0] != pytest.approx(losses[1][0], rel=1e-5)  # and is on two ranks
 
 
+HUGE = "99999999999999"
+HELD = {"--length": "tokens", "--test-length": "tokens", "--tokens": "tokens", "--questions": "questions"}
+HELD |= {"--width": "channels", "--layers": "layers", "--values": "values"}
+
+
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
@@ -114,6 +119,9 @@ def test_controls_are_trained_alike_on_all_ranks(tmp_path):
         ("--segment", "129", "is not a multiple of 2 ranks"),
         ("--lr", "nan", "Invalid value for"),
         ("--keys", "1", "Invalid value for"),
+        ("--keys", HUGE, "tokens are less than"),
+        ("--segment", HUGE, f"{HUGE} is not a multiple of 2 ranks"),
+        *((option, HUGE, f"{HUGE} {what} take") for option, what in HELD.items()),
     ],
 )
 def test_an_option_that_cannot_be(option, value, says):

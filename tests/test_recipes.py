@@ -80,7 +80,7 @@ OTHER_SCHEMES = {
     "ddp.py": [('"ddp"', '"zero1"')],
     "fsdp2.py": [('"fsdp2"', '"zero2"')],
 }
-RANKS = {"ddp.py": (2, 4), "fsdp2.py": (2, 4)}
+RANKS = dict.fromkeys(("ddp.py", "fsdp2.py", "accumulate.py"), (2, 4))
 COMPARED = [name for name in PROGRAMS if name not in {"recompute.py", "bf16.py", "resume.py", *ELSEWHERE}]
 
 
@@ -136,10 +136,27 @@ def plainly(documents, steps=3):
     return {"loss": loss.item(), "weights": model.state_dict()}
 
 
-@pytest.mark.parametrize(("name", "documents"), [("accumulate.py", (700, 91, 1001)), ("packed.py", (700, 2, 90, 411))])
+@pytest.mark.parametrize(
+    ("name", "documents"), [("accumulate.py", (700, 91, 1001, 411)), ("packed.py", (700, 2, 90, 411))]
+)
 def test_documents_are_what_they_are_alone(name, documents, tmp_path):
     found, _ = finished(in_fp64(PROGRAMS[name]), 2, tmp_path)
     assert_same(found, plainly(documents))
+
+
+def test_parts_that_no_wrapper_averages(tmp_path):
+    """As the page says: without `no_sync`, and `sync_grads` once, behind the last."""
+    program = in_fp64(PROGRAMS["accumulate.py"])
+    [expected], _ = finished(program, 1, tmp_path / "alone")
+    [wrapped] = re.findall(r"^model, optimizer = .*\n", program, flags=re.MULTILINE)
+    by_hand = replaced(
+        program,
+        (wrapped, "optimizer = adamw(model.parameters())\n"),
+        ("lasp.no_sync(model, enabled=number + 1 < len(cut))", "torch.enable_grad()"),
+        ("    optimizer.step()\n", "    lasp.sync_grads(model, mesh)\n    optimizer.step()\n"),
+    )
+    found, _ = finished(by_hand, 4, tmp_path / "split")
+    assert_same(found, expected)
 
 
 # What happens to whoever does not heed them: an error, or another result.
@@ -158,6 +175,7 @@ REFUSED = [
         ),
         "on a slice of the sequence",
     ),
+    ("accumulate.py", ("torch.distributed.all_reduce(counted)", "pass"), "RankMismatchError"),
     ("softmax.py", ("self.positions(position_ids)", "self.positions.weight[: input_ids.shape[1]]"), "on a slice"),
 ]
 WRONG = [

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import re
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -1016,3 +1018,45 @@ def error_under_fsdp2():
 
 def test_an_error_under_fsdp2_leaves_nothing_behind():
     run_ranks(2, error_under_fsdp2)
+
+
+# Other threads
+
+
+def in_another_thread(layers):
+    """In the middle of each forward, and of each backward, another thread calls the model: it would join the stream."""
+    (_, model, mesh), (_, alike, _) = pair(*layers), pair(*layers)
+    batch, told = batch_of(packed=False), []
+    local = lasp.shard_batch(batch, mesh)
+    arguments = [local[name] for name in ("input_ids", "position_ids", "layout")]
+
+    def call(*_):
+        if threading.current_thread() is threading.main_thread():
+            try:
+                pool.submit(model, *arguments).result()
+            except RuntimeError as error:
+                told.append(str(error))
+
+    loss, _ = lasp.stream_backward(alike, batch, mesh=mesh, segment=13)
+    with ThreadPoolExecutor(1) as pool:
+        model.norms[1].register_forward_hook(call)
+        model.norms[1].register_full_backward_hook(call)
+        found, _ = lasp.stream_backward(model, batch, mesh=mesh, segment=13)
+    assert torch.equal(found, loss)
+    assert_same(gradients_of(model), gradients_of(alike), 0.0)
+    assert len(told) == 5 + 5 + 4  # two forwards of a segment, of the last one, and a backward
+    assert {text.split(":")[0] for text in told} == {JOINED}
+    with torch.no_grad():
+        assert torch.equal(model(*arguments), alike(*arguments))  # and nothing is left
+
+
+JOINED = (
+    "the model was called while lasp.stream_backward is under way with it, in another thread, and would have gone on "
+    "from a segment of it"
+)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("layers", [LINEAR, SHORT, STATES, HYBRID], ids=["linear", "short", "states", "hybrid"])
+def test_a_forward_in_another_thread_is_refused(world, layers):
+    run_ranks(world, in_another_thread, layers)

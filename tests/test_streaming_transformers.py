@@ -1,6 +1,8 @@
 """Models of transformers streamed segment by segment: loss and every gradient against the library on one process."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -181,3 +183,48 @@ def wrapped(name, wrapper):
 def test_a_wrapper_that_names_few_arguments(world, name, wrapper):
     """Positions are of the whole sequence, and padding is seen."""
     run_ranks(world, wrapped, name, wrapper)
+
+
+def in_another_thread(name, streams):
+    """In the middle of each forward another thread calls the model, with a batch of another layout."""
+    torch.set_num_threads(1)
+    mesh = mesh_of(sp=torch.distributed.get_world_size())
+    models = [foreign.build(name) for _ in range(2)]
+    told, more = [], {}
+    for model in models:
+        lasp.parallelize(model, mesh["sp"], strict=False)
+    local = lasp.shard_batch(batches()["packed"], mesh)
+    other = lasp.shard_batch({"input_ids": torch.arange(3, 14)[None]}, mesh)
+    if mesh["sp"].size() > 1:
+        more = {"layout": other["layout"]}
+
+    def call(*_):
+        if threading.current_thread() is threading.main_thread():
+            try:
+                pool.submit(models[0], input_ids=other["input_ids"], **more).result()
+            except (RuntimeError, ValueError) as error:
+                told.append(str(error))
+
+    def run(model):
+        if streams:
+            return lasp.stream_backward(model, batches()["packed"], mesh=mesh, segment=SEGMENTS[0])[0]
+        logits = model(input_ids=local["input_ids"], layout=local["layout"]).logits
+        loss, _ = lasp.token_loss(logits, local["labels"], mesh=mesh)
+        loss.backward()
+        return loss
+
+    with ThreadPoolExecutor(1) as pool:
+        models[0].model.layers[1].register_forward_pre_hook(call)
+        losses = [run(model) for model in models]
+    assert torch.equal(*losses)
+    found, expected = map(gradients_of, models)
+    assert max(foreign.relative(found[name], expected[name]) for name in expected) < BOUND
+    of_one = mesh["sp"].size() == 1 and "layout is needed"
+    assert told if streams else not told
+    assert all((of_one or "the model was called while lasp.stream_backward is under way") in text for text in told)
+
+
+@pytest.mark.parametrize(("world", "streams"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize("name", ["bamba", "minimax"])
+def test_a_forward_in_another_thread(world, name, streams):
+    run_ranks(world, in_another_thread, name, streams)

@@ -3,15 +3,18 @@
 import contextlib
 import hashlib
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
 from unittest import mock
 
+import _launch
 import pytest
 import torch
 import torch.distributed as dist
 import train
+import typer
 from _files import held
 from _text import Text, open_text
 from ranks import run_ranks
@@ -58,6 +61,9 @@ def _small(text, out, *more):
     return [*sizes, f"--data={text}", f"--out={out}", *more]
 
 
+HUGE = "99999999999999"
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -71,7 +77,8 @@ def _small(text, out, *more):
         ("--seed", "-1"),
         ("--steps", "0"),
         ("--batch", "0"),
-        ("--seq-len", "10000000000000000000000"),
+        *((option, HUGE) for option in ("--seq-len", "--batch", "--vocab", "--dp", "--sp", "--accumulate")),
+        *((option, str(2**70)) for option in ("--seq-len", "--batch", "--vocab", "--segment", "--chunk")),
         ("--save-every", "-1"),
         ("--exchange", "pigeon"),
         ("--dp", "3"),
@@ -81,8 +88,33 @@ def _small(text, out, *more):
 def test_an_option_that_cannot_be(text, tmp_path, option, value):
     code, output = _alone(*_small(text, tmp_path / "out"), f"{option}={value}")
     assert code == 2
-    assert f"Invalid value for '{option}'" in output or f"Invalid value for {option}" in output
+    named = {"--sp": "--dp", "--accumulate": "--batch"}.get(option, option)  # with the other in the message
+    assert f"Invalid value for '{named}'" in output or f"Invalid value for {named}" in output
+    assert value != HUGE or HUGE in output
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ([f"--seq-len={HUGE}", "--repeat-text"], "--seq-len"),
+        ([f"--seq-len={HUGE}", "--repeat-text", "--segment=8"], "--seq-len"),
+        ([f"--batch={HUGE}", f"--accumulate={HUGE}"], "--batch"),
+        (["--vocab=2000000000000"], "--vocab"),
+    ],
+)
+def test_what_no_memory_holds(text, tmp_path, options, named):
+    code, output = _alone(*_small(text, tmp_path / "out"), *options)
+    assert (code, f"Invalid value for {named}: " in output, " GiB at least, and " in output) == (2, True, True), output
+
+
+def test_more_processes_than_a_host_starts():
+    with (
+        mock.patch.object(os, "execv", side_effect=AssertionError("ranks start")),
+        pytest.raises(typer.BadParameter, match=f"{HUGE} processes are more than the 1024") as refused,
+    ):
+        _launch.relaunch("train.py", int(HUGE))
+    assert refused.value.param_hint == "--ranks"
 
 
 def test_a_folder_for_results_that_cannot_be(text, tmp_path, monkeypatch):

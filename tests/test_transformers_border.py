@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -340,6 +341,38 @@ def test_one_rank_is_the_model_itself():
     packed = lasp.shard_batch({"input_ids": IDS[:1], "cu_seqlens": (0, 7, 41)}, None)
     with pytest.raises(ValueError, match=r"might run into each other .* pack on two ranks"):
         model(packed["input_ids"], layout=packed["layout"])
+
+
+def unsplit_in_one_thread():
+    """What its library made of it one model is there only, and other models nowhere."""
+    model, local, _ = split("bamba")
+    other, copied = split("bamba")[0], copy.deepcopy(model)
+    arguments = {name: local[name] for name in ("input_ids", "layout")}
+    expected = model(**arguments).logits
+    whole = {"input_ids": IDS}
+
+    def elsewhere():
+        for found in (other, copied):
+            assert torch.equal(found(**arguments).logits, expected)
+        for use in (model, lambda **_: lasp.unsplit(model).__enter__()):
+            with pytest.raises(RuntimeError, match="as its library made it while another thread is"):
+                use(**arguments)
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        with lasp.unsplit(model):
+            of_whole = model(**whole).logits
+            pool.submit(torch.no_grad()(elsewhere)).result()
+            with lasp.unsplit(model):
+                assert torch.equal(model(**whole).logits, of_whole)
+            assert torch.equal(model(**whole).logits, of_whole)
+        assert torch.equal(model(**arguments).logits, expected)
+        assert pool.submit(torch.no_grad()(model), **arguments).result().logits.shape == expected.shape
+    start, end = local["layout"].bounds(torch.distributed.get_rank())
+    assert foreign.relative(of_whole[:, start:end], expected) < 1e-4
+
+
+def test_what_its_library_made_of_a_model_is_of_one_thread():
+    run_ranks(2, unsplit_in_one_thread)
 
 
 def unknown_mask(name, more, message):

@@ -222,18 +222,20 @@ def prepare(model: nn.Module, sequence: SequenceParallel) -> None:
 
 @contextlib.contextmanager
 def as_it_came(model: nn.Module) -> Iterator[None]:
-    """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone."""
-    with without_edits(model):
-        before, Border.off = Border.off, True
-        try:
-            yield
-        finally:
-            Border.off = before
+    """Inside, a model of another library is what that made of it: what `parallelize` put into it is gone. To other
+    threads the model is refused."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, Border):
+                    stack.enter_context(hook.taken_from(module))
+        stack.enter_context(without_edits(model))
+        yield
 
 
 @contextlib.contextmanager
 def without_edits(model: nn.Module) -> Iterator[None]:
-    """The same, but for the border, which is that of all models."""
+    """The same, but for the border, whose hooks stay."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_methods(model))
         for library in _libraries_of(model):

@@ -13,8 +13,10 @@ told, whichever batch came since.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +85,18 @@ def layout_of(sequence: SequenceParallel) -> ShardLayout:
 class Border:
     """Hooks around the forward of a model, and what it was called with."""
 
-    facts: Facts | None = None  # of the forward that runs now
-    off = False  # for all: models run as their libraries made them (`as_it_came`)
-
     def __init__(self, sequence: SequenceParallel):
         self.sequence = sequence
         self.when_pickled: Callable[[], tuple] = lambda: (of_a_pickle, ())  # what takes its place
         self.checks: list[Callable[[nn.Module], None]] = []  # by libraries, before each forward; on the host, and quick
-        self.opened_by: int | None = None  # the model whose forward runs; others within it are given what it makes
+        self.taken: dict[int, int] = {}  # by model, the thread in which it runs as its library made it (`as_it_came`)
+        # By thread, of the forward that runs: its model, since others within it are given what it makes, and facts.
+        self._running: dict[int, tuple[int, Facts]] = {}
+
+    @property
+    def facts(self) -> Facts | None:
+        """Of the forward that runs now, in this thread."""
+        return self._running.get(threading.get_ident(), (0, None))[1]
 
     def install(self, model: nn.Module) -> None:
         """Stand before and behind its forward. (Objects as hooks, since a pickle takes no methods.)"""
@@ -99,10 +105,12 @@ class Border:
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:  # noqa: D102
         # The same model once more: an interrupt ended its last forward, and PyTorch ran no hook behind that.
-        if self.facts is not None and self.opened_by != id(model):
+        here = threading.get_ident()
+        if here in self._running and self._running[here][0] != id(model):
             return args, kwargs
         call = _Arguments(model, args, dict(kwargs))
-        if Border.off:
+        if self.taken and id(model) in self.taken:
+            self._refuse_others(model)
             call.kwargs.pop("layout", None)
             call.no_cache()
             return call.args, call.kwargs
@@ -111,8 +119,33 @@ class Border:
         call.fill_in(facts, self.sequence)
         for check in self.checks:
             check(model)
-        self.facts, self.opened_by = facts, id(model)
+        self._running[here] = id(model), facts
         return call.args, call.kwargs
+
+    def leave(self, model: nn.Module) -> None:
+        """Its forward is over, if it was that."""
+        here = threading.get_ident()
+        if here in self._running and self._running[here][0] == id(model):
+            del self._running[here]
+
+    @contextlib.contextmanager
+    def taken_from(self, model: nn.Module) -> Iterator[None]:
+        """Inside, it does nothing before this model, which its library's code runs, in this thread alone."""
+        nested = id(model) in self.taken
+        self.taken.setdefault(id(model), threading.get_ident())
+        self._refuse_others(model)
+        try:
+            yield
+        finally:
+            if not nested:
+                del self.taken[id(model)]
+
+    def _refuse_others(self, model: nn.Module) -> None:
+        if self.taken.get(id(model)) not in (None, threading.get_ident()):
+            raise RuntimeError(
+                f"the {type(model).__name__} is as its library made it while another thread is within lasp.unsplit or "
+                "lasp.verify of it, and would take this rank's slice for the whole: wait for its end, or take a copy"
+            )
 
     def __deepcopy__(self, memo: object) -> Border:
         return self  # a copy of the model is split over the same ranks
@@ -129,8 +162,7 @@ class _Leave:
         self.border = border
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if self.border.opened_by == id(model):
-            self.border.facts = self.border.opened_by = None
+        self.border.leave(model)
 
     def __deepcopy__(self, memo: object) -> _Leave:
         return self

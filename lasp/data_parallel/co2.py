@@ -85,7 +85,7 @@ class CO2:
 
     Args:
         model: as the replica trains it, after `wrap_ddp`, `wrap_fsdp2` or `lasp.data_parallel`; its trained parameters
-            are averaged; one that is unfrozen or added later is an error at the end of the round.
+            are averaged; one that is unfrozen or added later is an error at the end of the round (see `validate`).
         optimizer: the inner one, or several; of parameters of the model.
         mesh: the whole mesh, with the axis dp_replicate; or the axis, or a ProcessGroup, of replicas of one rank each;
             None for one replica, which takes the outer steps by itself and is told so by a warning.
@@ -101,7 +101,8 @@ class CO2:
         bucket_mb: MiB of parameters that travel in one all-reduce, at least one parameter.
         validate: "first" compares settings and weights of all replicas here. Then each round's average tells of which
             round its parts are (on a GPU, where the host would wait, it is read in the first two and every 1000th), and
-            in the first two and every 1000th the outer points are compared; "off" does not.
+            in the first two and every 1000th the outer points are compared, and at the end of each what is trained by
+            then is what is averaged. "off" does not: what is unfrozen or added later each replica then keeps apart.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before any communication.
@@ -278,7 +279,7 @@ class CO2:
 
     def _end_round(self) -> None:
         free_gathered(self._model)  # of a look at the loss
-        for name, p in self._model.named_parameters():
+        for name, p in self._model.named_parameters() if self._replicas.validate == "first" else ():
             if p.requires_grad and p not in self._names:  # replicas would keep it apart for ever
                 raise RuntimeError(
                     f"CO2 averages what was trained when it was made, and {name} was unfrozen or added since: call "

@@ -23,8 +23,8 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     Args:
         model: after `lasp.parallelize`; the same on all ranks.
         mesh: the whole mesh, one axis, a ProcessGroup, or None for one rank.
-        validate: "first" compares the names, shapes and dtypes of the parameters on all ranks, and which are trained;
-            "off" does not.
+        validate: "first" compares the names, shapes and dtypes of the parameters on all ranks, and which are trained,
+            and refuses a step on one that was unfrozen or added later, which nobody averages; "off" does neither.
         options: for `DistributedDataParallel`.
 
     Returns:

@@ -36,8 +36,8 @@ def wrap_fsdp2(
         model: after `lasp.parallelize`, activation checkpointing and torch.compile; the same on all ranks.
         mesh: the whole mesh, or one axis of it.
         blocks: modules inside the model whose weights are gathered together, as a rule its layers.
-        validate: "first" compares the names, shapes and dtypes of the parameters on all ranks, and which are trained;
-            "off" does not.
+        validate: "first" compares the names, shapes and dtypes of the parameters on all ranks, and which are trained,
+            and refuses a step on one that was added later, which nobody averages; "off" does neither.
         options: for `fully_shard` (mp_policy, reshard_after_forward, ...).
 
     Returns:

@@ -67,7 +67,8 @@ def data_parallel(
         optimizer: makes one of parameters, such as `functools.partial(torch.optim.AdamW, lr=3e-4)`. It is called when
             the model is wrapped, with the parameters that are trained, and may sort them into groups.
         blocks: modules whose weights FSDP2 gathers together, as a rule the layers; the other schemes need none.
-        validate: "first" compares on all ranks scheme, names, shapes and dtypes; "off" does not.
+        validate: "first" compares on all ranks scheme, names, shapes and dtypes, and refuses a step on a parameter
+            that was unfrozen or added later where nobody averages it; "off" does neither.
         options: for `DistributedDataParallel` or `fully_shard`, as the scheme has it (mp_policy, ..).
 
     Returns:

@@ -31,13 +31,15 @@ _TRIAL = 5  # tokens; more than a short convolution looks back
 def unsplit(model: nn.Module) -> Iterator[None]:
     """Inside, a model is on this rank what its library made of it, with its own `generate`, cache and kernels.
 
-    It takes all tokens of a batch, and no rank waits for another. No other model of this process is split meanwhile.
+    It takes all tokens of a batch, and no rank waits for another. No other model is split meanwhile, in this thread;
+    other threads go on with theirs, and are refused this one.
 
     Args:
         model: of another library; `parallelize` was called with it or not.
 
     Raises:
         TypeError: no module.
+        RuntimeError: another thread is within it, or within `lasp.verify`, with this model.
     """
     arguments.module("model", model)
     with alone(), adapters.as_it_came(model):

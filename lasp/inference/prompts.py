@@ -70,7 +70,7 @@ def _row(row: Any) -> Tensor:
 def _masked(ids: Any, rows: list[Tensor], mask: Any) -> list[Tensor]:
     if not isinstance(ids, Tensor):
         raise ValueError("attention_mask goes with ids that are a tensor: rows of a list have no padding, got a list")
-    arguments.padding_mask("attention_mask", mask, "ids", ids)
+    arguments.padding_mask("attention_mask", mask, "ids", ids, read=True)
     found = []
     for number, (row, real) in enumerate(zip(rows, mask.view(len(rows), -1) != 0)):
         first, last, count = _ends(real)

@@ -17,6 +17,7 @@ the operator was called in the layer so far). In the recompute of a checkpoint t
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Stream(Carrier):
         self.segments, self.longest_document = segments, longest_document
         self.largest_position = largest_position  # of the whole sequence
         self.sweeping = False  # forward alone, to learn what enters the segments
+        self._thread: int | None = None  # that runs the model
         self._counts: Counter[tuple[int, str]] = Counter()
         self._usual: Counter[tuple[int, str]] | None = None  # calls of a segment
         self._names: dict[int, str] = {}
@@ -120,7 +122,7 @@ class Stream(Carrier):
                 x.put_away()
             else:
                 x.fetch()  # while this one runs
-        self.segment, self.sweeping = segment, sweeping
+        self.segment, self.sweeping, self._thread = segment, sweeping, threading.get_ident()
         self._counts.clear()
 
     def end_forward(self) -> None:
@@ -160,6 +162,11 @@ class Stream(Carrier):
         here = recompute.reception(f"the border of {operator} of layer {sequence.name!r} {layer}")
         if here.result is not None:
             return Key(layer, operator, int(here.result))
+        if self._thread != threading.get_ident() and not recompute.under_way():  # which autograd has threads for
+            raise RuntimeError(
+                "the model was called while lasp.stream_backward is under way with it, in another thread, and would "
+                "have gone on from a segment of it: wait for its end, or take a copy, made before lasp.parallelize"
+            )
         count = self._counts[layer, operator]
         if recompute.under_way():  # whose original is not known
             if count > 1:

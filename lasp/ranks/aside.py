@@ -8,37 +8,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from lasp.ranks.group import process
-from lasp.ranks.sequence import living_sequences, place_in
+from lasp.ranks.sequence import by_thread, is_alone, living_sequences, set_alone
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, nothing is exchanged: each rank computes by itself, and so must be given all tokens.
+    """Inside, this thread exchanges nothing: the rank computes by itself, and so must be given all tokens.
 
     Every `SequenceParallel` of this process, whoever holds it (a layer, the closure of an adapter, a graph for
-    backward), is then one of one rank, as if it had been made without a mesh. So no operator pays for the question,
-    and what an adapter reads from it at a call fits; what it read before, when it edited a layer, does not.
+    backward), is then one of one rank, as if it had been made without a mesh: what an adapter reads from it at a call
+    fits; what it read before, when it edited a layer, does not. To other threads it is what it was.
     """
-    held = living_sequences()
-    places = [{name: getattr(sequence, name) for name in place_in(None)} for sequence in held]
-    before, process.alone = process.alone, True
-    try:
-        for sequence in held:
-            _put(sequence, place_in(None))
-        yield
-    finally:
-        process.alone = before
-        for sequence, place in zip(held, places):
-            _put(sequence, place)
-        known = {id(sequence) for sequence in held}
-        for sequence in living_sequences():
-            if id(sequence) not in known:  # made inside
-                _put(sequence, place_in(None if before else sequence.mesh))
-
-
-def _put(sequence, place: dict) -> None:
-    for name, value in place.items():
-        object.__setattr__(sequence, name, value)
+    before = is_alone()
+    with by_thread():
+        set_alone(True)
+        try:
+            yield
+        finally:
+            set_alone(before)
 
 
 @contextmanager

@@ -127,7 +127,8 @@ class _Process:
     def __init__(self) -> None:
         self.peers: weakref.WeakKeyDictionary[ProcessGroup, Peers] = weakref.WeakKeyDictionary()
         self.timeout: timedelta | None = None  # of `lasp.init`, for all groups; None: it was not called
-        self.alone = False  # whether each rank computes by itself for now (lasp.ranks.aside)
+        self.alone = 0  # how many threads compute by themselves for now (lasp.ranks.aside)
+        self.stance: Any = None  # of torch.compile, meanwhile
         self.meetings = 0  # how often symmetric memory was set up, in all groups (lasp.exchange.board)
         # Whether states and gradients are finite (lasp.checks.finite)
         self.not_finite: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # flags, by layer

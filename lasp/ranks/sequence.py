@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -95,10 +99,11 @@ class SequenceParallel:
         with torch.inference_mode(False):
             handle = torch.tensor(number, device="cpu")
         own = {"schedule": SCHEDULES.get(self.exchange), "handle": handle}
-        for name, value in {**place_in(None if process.alone else self.mesh), **own}.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(place_in(self.mesh), **own)
         self.handle.ranks = self  # type: ignore[attr-defined]  # a graph that keeps the one for backward keeps both
-        _by_number[number] = self
+        with _places:
+            _by_number[number] = self
+            object.__setattr__(self, "__class__", ByThread if process.alone else SequenceParallel)
 
     def traffic_of(self, operator: str) -> Traffic:
         """What one operator of this layer has exchanged; counted here by the exchange."""
@@ -144,6 +149,7 @@ def _of_a_pickle() -> None:
 
 
 _numbers = itertools.count()
+_places = threading.Lock()
 _by_number: weakref.WeakValueDictionary[int, SequenceParallel] = weakref.WeakValueDictionary()
 
 
@@ -190,3 +196,55 @@ def _group_and_ranks(mesh: DeviceMesh | ProcessGroup | None) -> tuple[ProcessGro
     if isinstance(mesh, ProcessGroup):
         return mesh, tuple(dist.get_process_group_ranks(mesh))
     raise TypeError(f"mesh must be a 1-D DeviceMesh, a ProcessGroup or None, got {arguments.shown(mesh)}")
+
+
+_ALONE = "lasp.alone"
+
+
+def is_alone() -> bool:
+    """Whether this thread, or the one whose backward runs in this thread of autograd, computes by itself."""
+    return torch._C._is_key_in_tls(_ALONE) and torch._C._get_obj_in_tls(_ALONE)
+
+
+def set_alone(value: bool) -> None:
+    """Say so, or no longer. (PyTorch takes it along to the threads in which this thread's backward runs on a GPU.)"""
+    torch._C._stash_obj_in_tls(_ALONE, value)
+
+
+class ByThread(SequenceParallel):
+    """What each `SequenceParallel` is while a thread is alone: there one of one rank, and elsewhere what it was."""
+
+
+def _by_thread(name: str, of_one: Any) -> property:
+    return property(lambda self: of_one if is_alone() else vars(self)[name])
+
+
+for _name, _of_one in place_in(None).items():
+    setattr(ByThread, _name, _by_thread(_name, _of_one))
+
+
+@contextmanager
+def by_thread() -> Iterator[None]:
+    """Inside, ranks are by thread. So who asks for them pays for it only while a thread is alone.
+
+    Nothing runs compiled meanwhile, in any thread: a graph would hold for all of them what it found in one.
+    """
+    with _places:
+        if not process.alone:
+            process.stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+            _put(ByThread)
+        process.alone += 1
+    try:
+        yield
+    finally:
+        with _places:
+            process.alone -= 1
+            if not process.alone:
+                _put(SequenceParallel)
+                if process.stance is not None:
+                    process.stance.__exit__(None, None, None)
+
+
+def _put(kind: type[SequenceParallel]) -> None:
+    for sequence in living_sequences():
+        object.__setattr__(sequence, "__class__", kind)
