@@ -170,11 +170,6 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def tells_padding(mask: Tensor) -> Tensor:
-    """Whether all values are 1 for tokens or 0 for padding, on their device."""
-    return ((mask == 0) | (mask == 1)).all()
-
-
 def padding_mask(name: str, value: Any, of: str, ids: Tensor, *, read: bool = False) -> Tensor:
     """A mask of the shape of `ids`, which are called `of`: bools or numbers, 1 for tokens and 0 for padding.
 
@@ -186,7 +181,7 @@ def padding_mask(name: str, value: Any, of: str, ids: Tensor, *, read: bool = Fa
         raise ValueError(f"{name} must have the shape of {of} {tuple(ids.shape)}, got {shown(found)}")
     if found.dtype.is_complex:
         raise TypeError(f"{name} must be of bools or real numbers, got {shown(found)}")
-    if (read or on_host(found)) and not tells_padding(found):
+    if (read or on_host(found)) and not ((found == 0) | (found == 1)).all():
         values = [found.min().item(), found.max().item()]
         raise ValueError(
             f"{name} must be 1 for tokens and 0 for padding, got {shown(values)} among others; packed documents are "

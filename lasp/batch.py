@@ -85,10 +85,10 @@ def shard_batch(
         else as it was given. The batch itself is not changed.
 
     Raises:
-        ValueError, TypeError: what does not fit (an attention_mask on a GPU whose values are others than 0 and 1: there
-            labels are outside of any vocabulary, so that the loss is NaN). Also positions that start again within a row
-            and are not those of packed sequences (see above), whose documents would run into each other; positions
-            where `attention_mask` is 0 do not count.
+        ValueError, TypeError: what does not fit. Also positions that start again within a row and are not those of
+            packed sequences (see above), whose documents would run into each other; positions where `attention_mask`
+            is 0 do not count. (An attention_mask on a GPU is looked at where the batch is compared, and the host waits
+            for it anyway.)
         RankMismatchError: ranks were given different batches, or in another order, or one of them failed; on every
             rank.
         PeerError: a rank did not call it within the timeout of the group.
@@ -96,7 +96,7 @@ def shard_batch(
     sequence = sequence_axis(mesh)
     options = {"seq_dim": seq_dim, "shift_labels": shift_labels, "pad": pad, "ignore_index": ignore_index}
     with agreement.of_batch(sequence, validate=validate) as ranks_agree:
-        local = _local(batch, sequence, **options)
+        local = _local(batch, sequence, read=ranks_agree.due, **options)
         ranks_agree.settle(lambda: options, lambda: {agreement.BATCH: _facts(batch, local)})
     return local
 
@@ -117,10 +117,11 @@ def _local(
     shift_labels: bool,
     pad: bool,
     ignore_index: int,
+    read: bool,
 ) -> dict[str, Any]:
-    """The work of `shard_batch`."""
+    """The work of `shard_batch`; `read`: the host waits for the device in any case."""
     arguments.flag("pad", pad)
-    whole = whole_batch(batch, seq_dim=seq_dim, shift_labels=shift_labels, ignore_index=ignore_index)
+    whole = whole_batch(batch, seq_dim=seq_dim, shift_labels=shift_labels, ignore_index=ignore_index, read=read)
     padding = -whole.tokens % sequence.size if pad else 0
     lengths = ShardLayout.even(whole.tokens + padding, sequence.size).lengths
     layout = ShardLayout(lengths, whole.offsets, padding)
@@ -163,19 +164,20 @@ class Whole(NamedTuple):
         return {name: x for name, x in self.cut(start, end).items() if name not in (*_OF_THE_WHOLE, "cu_seqlens")}
 
 
-def whole_batch(batch: Mapping[str, Any], *, seq_dim: int, shift_labels: bool, ignore_index: int) -> Whole:
-    """The batch as `shard_batch` takes it, before it is cut; raises for what does not fit."""
+def whole_batch(
+    batch: Mapping[str, Any], *, seq_dim: int, shift_labels: bool, ignore_index: int, read: bool = False
+) -> Whole:
+    """The batch as `shard_batch` takes it, before it is cut; raises for what does not fit. `read`: see `_local`."""
     arguments.mapping("batch", batch)
     arguments.flag("shift_labels", shift_labels)
     if isinstance(batch.get("layout"), ShardLayout):
         raise ValueError("batch must be whole, as the data have it, got what lasp.shard_batch returned (with a layout)")
-    ids, seq_dim = _ids(batch, seq_dim)
+    ids, seq_dim = _ids(batch, seq_dim, read=read)
     tokens = ids.shape[seq_dim]
     offsets = _offsets(batch, ids, seq_dim)
     labels = _labels(batch, ids, ignore_index)
     whole = {**batch}
-    labels = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
-    whole["labels"] = _spoiled_by(batch.get("attention_mask"), labels)
+    whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
     dims = {"position_ids": seq_dim, **dict.fromkeys(_OFFSETS)}
     if batch.get("position_ids") is None:
         whole["position_ids"] = _positions(ids, seq_dim, offsets or (0, tokens))
@@ -187,15 +189,7 @@ def whole_batch(batch: Mapping[str, Any], *, seq_dim: int, shift_labels: bool, i
     return Whole(whole, dims, tokens, offsets, ignore_index)
 
 
-def _spoiled_by(mask: Tensor | None, labels: Tensor) -> Tensor:
-    """Where the host would have to wait to look at the mask: labels of which the loss is NaN, on every rank, if its
-    values are none of a padding mask."""
-    if mask is None or arguments.on_host(mask) or mask.device != labels.device:
-        return labels
-    return torch.where(arguments.tells_padding(mask), labels, torch.iinfo(torch.int64).min)  # no ignore_index is that
-
-
-def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:
+def _ids(batch: Mapping[str, Any], seq_dim: int, *, read: bool) -> tuple[Tensor, int]:
     """The tokens, and the dimension of T from 0."""
     name, seq_dim = "batch['input_ids']", arguments.integer("seq_dim", seq_dim)
     ids = arguments.integer_tensor(name, batch.get("input_ids"))
@@ -203,7 +197,7 @@ def _ids(batch: Mapping[str, Any], seq_dim: int) -> tuple[Tensor, int]:
         raise ValueError(f"seq_dim must be a dimension of {name} {tuple(ids.shape)}, got {seq_dim}")
     seq_dim %= ids.ndim
     if (mask := batch.get("attention_mask")) is not None:
-        arguments.padding_mask("attention_mask", mask, "input_ids", ids)
+        arguments.padding_mask("attention_mask", mask, "input_ids", ids, read=read)
     return ids, seq_dim
 
 

@@ -1,5 +1,6 @@
 """`shard_batch`, `shard_sequence`, `unshard_sequence`, `ShardLayout`: the shards together are the whole, labels too."""
 
+import contextlib
 from unittest import mock
 
 import numpy as np
@@ -8,12 +9,12 @@ import torch
 import torch.distributed as dist
 from inputs import assert_close
 from ranks import mesh_of, run_ranks
-from small_model import SmallModel
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import lasp
 from lasp import arguments
+from lasp.ranks import peers_of
 
 IGNORE = -100
 WORLDS = pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -598,29 +599,29 @@ def test_a_batch_that_was_cut_is_not_cut_again():
         lasp.shard_batch(cut, None)
 
 
-def _mask_on_a_device():
-    """Where the host must not look at a mask, here by a mock, one of another kind makes the loss NaN on every rank."""
-    mesh, ids = mesh_of(sp=2), torch.arange(12).view(2, 6)
-    mask = torch.ones(2, 6, dtype=torch.int64)
-    mask[1, 4:] = 0
-    model = lasp.parallelize(SmallModel(), mesh["sp"])
-    losses = []
-    for kind in (mask, mask.bool(), mask.float(), mask * 2, (1.0 - mask) * -1e9):
-        batch = {"input_ids": ids, "attention_mask": kind}
-        with mock.patch.object(arguments, "on_host", return_value=False), mock.patch.object(Tensor, "__bool__", _waits):
-            local = lasp.shard_batch(batch, mesh, validate="off")
-        in_graph = torch.compile(lasp.token_loss, backend="aot_eager", fullgraph=True)  # where no host looks either
-        logits = model(local["input_ids"], local["position_ids"], local["layout"])
-        loss, _ = in_graph(logits, local["labels"], mesh=mesh)
-        losses.append(loss.item())
-    assert losses[0] == losses[1] == losses[2] > 0
-    assert losses[3] != losses[3]
-    assert losses[4] != losses[4]
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+def _mask_on_a_device(kind, right):
+    """Where the host would wait for a look, here by a mock, a mask is looked at in batches that are compared."""
+    batch, mesh = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": kind}, mesh_of(sp=2)
+    peers_of(mesh["sp"].get_group()).batches.clear()  # of other tests
+    with mock.patch.object(arguments, "on_host", return_value=False):
+        refused = pytest.raises(ValueError, match="attention_mask must be 1 for tokens and 0 for padding")
+        with contextlib.nullcontext() if right else refused:
+            lasp.shard_batch(batch, mesh)
+        with mock.patch.object(Tensor, "__bool__", _waits):
+            lasp.shard_batch(batch, mesh, validate="off")
 
 
 def _waits(x):
     raise AssertionError("the host would wait")
 
 
-def test_a_mask_on_a_device_that_is_none_of_padding_spoils_the_loss():
-    run_ranks(2, _mask_on_a_device)
+@pytest.mark.parametrize(
+    ("kind", "right"),
+    [(MASK, True), (MASK.bool(), True), (MASK.float(), True), (MASK + 1, False), ((1.0 - MASK) * -1e9, False)],
+    ids=["integers", "bools", "floats", "documents", "additive"],
+)
+def test_a_mask_on_a_device_is_looked_at_where_batches_are_compared(kind, right):
+    run_ranks(2, _mask_on_a_device, kind, right)

@@ -137,7 +137,7 @@ def prepared(
 ) -> tuple[StreamedModel, Whole]:
     """A model and a batch, looked through, for `StreamedModel.backward`; raises for what does not fit."""
     streamed = StreamedModel(model, _splits(model, sequence), sequence)
-    whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index)
+    whole = whole_batch(batch, seq_dim=1, shift_labels=shift_labels, ignore_index=ignore_index, read=True)
     if not whole.tokens:
         raise ValueError("batch must have tokens, got input_ids of 0")
     streamed.call.check({"layout", *(name for name, x in whole.values.items() if x is not None)})
