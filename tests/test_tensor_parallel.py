@@ -233,6 +233,38 @@ def test_three_clipped_steps_are_those_of_one_process(sizes, scheme):
     run_ranks(4, _train, sizes, scheme)
 
 
+def _scaled(mesh, family="gla"):
+    """Losses, scales and parameters of steps with a GradScaler, of which one part of a gradient overflows in one."""
+    model = make(family) if mesh is None else split_model(family, mesh)
+    if mesh is not None and mesh["sp"].size() > 1:
+        wrap_fsdp2(model, mesh, blocks=model.blocks)
+    whole_on_each = [p for p in model.parameters() if p.ndim == 1]
+    cut = [p for p in model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.SGD([{"params": whole_on_each}, {"params": cut}], lr=1e-2)  # as without weight decay
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch_of(seed=step), mesh)
+        scaler.scale(loss).backward()
+        if step == 1 and (mesh is None or dist.get_rank() == dist.get_world_size() - 1):
+            gradient = dict(model.named_parameters())["blocks.0.mixer.query.weight"].grad
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient)[-1, -1] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        found.append((loss.item(), scaler.get_scale()))
+    return found, {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def _skipped(sizes):
+    assert_close(_scaled(mesh_of(**sizes)), _scaled(None), **CLOSE)
+
+
+@pytest.mark.parametrize("sizes", [{"dp_shard": 1, "sp": 1, "tp": 2}, {"dp_shard": 1, "sp": 2, "tp": 2}])
+def test_all_ranks_skip_a_step_if_a_part_overflows_on_one(sizes):
+    run_ranks(sizes["sp"] * 2, _skipped, sizes)
+
+
 def _state_dicts(folder):
     """Of the split model: whole tensors, and a checkpoint that another number of ranks reads."""
     mesh = mesh_of(dp_shard=1, sp=2, tp=2)

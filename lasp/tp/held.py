@@ -9,13 +9,38 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lasp.ranks.parts import Ranks, is_split
 
 View = Callable[[Tensor], Tensor]
+
+
+_UNSCALE = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+
+
+def skip_steps_together() -> None:
+    """Of a `torch.amp.GradScaler`: ranks skip a step if the gradient of a part is not finite on one of them.
+
+    PyTorch asks the other ranks as the placements of the first gradient say. If all ranks hold that whole, as a norm's,
+    each rank would decide by its own parts. So the parts come first.
+    """
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    if not isinstance(handlers[_UNSCALE], _PartsFirst):
+        handlers[_UNSCALE] = _PartsFirst(handlers[_UNSCALE])
+
+
+class _PartsFirst:
+    def __init__(self, unscale: Callable):
+        self.unscale = unscale
+
+    def __call__(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parts_first = sorted(args[0], key=lambda gradient: sum(x.is_replicate() for x in gradient.placements))
+        self.unscale(op, (parts_first, *args[1:]), kwargs)
 
 
 def split_parameter(module: nn.Module, name: str, ranks: Ranks, dim: int | None) -> None:

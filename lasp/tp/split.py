@@ -19,13 +19,14 @@ from lasp.models.mixers import Mamba2
 from lasp.models.trunk import LanguageModel
 from lasp.modules import LightningAttention
 from lasp.ranks.parts import Ranks, is_split, part_of
-from lasp.tp.held import hold, split_parameter
+from lasp.tp.held import hold, skip_steps_together, split_parameter
 from lasp.tp.plans import MODELS, PLANS, Plan
 
 
 def split(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Split the layer in place, over the ranks of the axis "tp"."""
     Ranks.note(mesh)
+    skip_steps_together()
     for path, module in list(model.named_modules()):
         if (plan := PLANS.get(type(module))) is not None:
             _split_layer(path, module, plan, mesh)
