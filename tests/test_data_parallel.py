@@ -270,6 +270,35 @@ def test_sync_grads_of_expanded_gradients():
     run_ranks(2, _sync_expanded_gradients)
 
 
+def _wide_gradients(grad_dtype):
+    """Of 16-bit weights; the last rank has none."""
+    model, wide = nn.Linear(3, 2).bfloat16(), torch.float32 if grad_dtype is None else grad_dtype
+    for p in model.parameters():
+        p.grad_dtype = grad_dtype
+        if dist.get_rank() == 0:
+            p.grad = torch.full_like(p, 1 + 2**-9, dtype=wide)
+    lasp.sync_grads(model, dist.group.WORLD)
+    for p in model.parameters():
+        assert torch.equal(p.grad, torch.full_like(p, (1 + 2**-9) / 2, dtype=wide))
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, None], ids=str)
+def test_gradients_wider_than_their_weights(grad_dtype):
+    run_ranks(2, _wide_gradients, grad_dtype)
+
+
+def _other_gradient_dtypes():
+    model = nn.Linear(3, 2).bfloat16()
+    if dist.get_rank() == 1:
+        model.bias.grad_dtype = torch.float32
+    with pytest.raises(lasp.RankMismatchError, match=r"rank 1 has parameter bias .* with a gradient in torch\.float32"):
+        lasp.sync_grads(model, dist.group.WORLD)
+
+
+def test_gradients_of_other_dtypes_are_told():
+    run_ranks(3, _other_gradient_dtypes)
+
+
 def test_sync_grads_of_one_process_changes_nothing():
     model = SmallModel()
     lasp.sync_grads(model, None)

@@ -79,11 +79,19 @@ def form(x: Tensor) -> str:
 
 
 def forms_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """The form of each parameter: shape (of a sharded one, that of the whole), dtype, and whether it is trained."""
+    """The form of each parameter: shape (of a sharded one, that of the whole), dtype, whether it is trained, and the
+    dtype of its gradient if that is another."""
     return {
         name: f"{'of unknown shape' if is_lazy(p) else form(p)}, {'trained' if p.requires_grad else 'frozen'}"
+        + ("" if gradient_dtype(p) == p.dtype else f" with a gradient in {gradient_dtype(p)}")
         for name, p in parameters
     }
+
+
+def gradient_dtype(p: Tensor) -> torch.dtype:
+    """In which the gradients of a parameter are added up over ranks, also by those that have none: `p.grad_dtype`. If
+    that is None, a gradient may have any."""
+    return torch.promote_types(p.dtype, torch.float32) if p.grad_dtype is None else p.grad_dtype
 
 
 def whole_parameters(model: nn.Module) -> dict[str, Tensor]:

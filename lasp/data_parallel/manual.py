@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lasp import arguments
+from lasp.checks.checksum import gradient_dtype
 from lasp.checks.optimizers import averages
 from lasp.checks.replicas import check_gradients
 from lasp.ranks import grad_group, waiting
@@ -26,8 +27,8 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
         model: the same on all ranks.
         mesh: the whole mesh, one axis, a ProcessGroup, or None for one rank.
         validate: "first" compares at every call which parameters the ranks are about to average (names, shapes,
-            dtypes, which are trained, their order), and at the first two calls for a model and every 1000th also their
-            values; "off" does not.
+            dtypes, those of gradients, which are trained, their order), and at the first two calls for a model and
+            every 1000th also their values; "off" does not.
 
     Raises:
         ValueError: the model is sharded by FSDP2, which averages by itself (what `lasp.tensor_parallel` has split is
@@ -48,9 +49,9 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     check_gradients(model, group, "sync_grads", validate=validate)
     averages(parameters)
     sparse = _sparse_dims(model, parameters)
-    for dtype in sorted({p.dtype for p in parameters}, key=str):
-        mine = [p for p in parameters if p.dtype == dtype]
-        flat = torch.cat([_dense(p).flatten() for p in mine])
+    for dtype in sorted({gradient_dtype(p) for p in parameters}, key=str):
+        mine = [p for p in parameters if gradient_dtype(p) == dtype]
+        flat = torch.cat([_dense(p).flatten().to(dtype) for p in mine])
         with waiting(f"sync_grads: the sum of the {dtype} gradients over all ranks"):
             dist.all_reduce(flat, group=group)
         for p, gradient in zip(mine, flat.div_(ranks).split([part_of(p).numel() for p in mine])):
