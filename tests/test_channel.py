@@ -366,6 +366,14 @@ def test_path(monkeypatch, case):
     assert path(Operands(*there)) == "reference"
 
 
+def test_kernels_on_a_cpu_without_the_interpreter(monkeypatch):
+    x = operands(random_inputs("channel", 4, K=16, V=16).to(torch.float32))
+    monkeypatch.setenv("LASP_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"LASP_KERNELS must be .* for tensors on a CPU, got 'triton'"):
+        path(x)
+
+
 def test_steps_of_the_path(monkeypatch):
     x = operands(channel_inputs("even", 4, K=16, V=16).to(torch.float32))
     monkeypatch.setenv("LASP_KERNELS", "triton")

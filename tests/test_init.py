@@ -79,6 +79,13 @@ def test_one_process_without_a_launcher():
     assert results([start(MEET, {})]) == expected(1, "single")
 
 
+def test_one_process_and_an_interface_that_is_not_there():
+    [(code, _, error)] = run_processes(MEET, [{"GLOO_SOCKET_IFNAME": "nowhere0"}])
+    assert code == 1
+    assert "RuntimeError: gloo cannot start in this one process: " in error
+    assert "GLOO_SOCKET_IFNAME='nowhere0' must name a network interface of this host" in error
+
+
 def test_torchrun_variables():
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     succeed(MEET, [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)])

@@ -207,7 +207,14 @@ def _init_process_group(store: Store, backend: str, place: Place, device: torch.
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, **options)  # type: ignore[arg-type]
 
     if place.world_size == 1:
-        connect()
+        try:
+            connect()
+        except RuntimeError as error:
+            variable = f"{backend.upper()}_SOCKET_IFNAME"
+            raise RuntimeError(
+                f"{backend} cannot start in this one process: {error}. {variable}={os.environ.get(variable)!r} must "
+                "name a network interface of this host (see ip addr); unset, the loopback is taken"
+            ) from error
         return
     try:
         all_succeed(connect, store, place, timeout)
