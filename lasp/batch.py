@@ -45,8 +45,8 @@ def shard_batch(
     anything else passes. Added or changed, before cutting (what is None counts as absent):
 
     - `labels` (int64): shifted by one over the *whole* sequence with `shift_labels` (so the last label of a shard is
-      the first token of the next), made from `input_ids` if absent. The last label, and the last of each packed
-      sequence, is `ignore_index`.
+      the first token of the next). If absent, they are made from `input_ids`, without what `attention_mask` says is
+      padding. The last label, and the last of each packed sequence, is `ignore_index`.
     - `position_ids`: global, from 0 in each sequence; made if absent (int64, [B, T]). Given ones are integers [T],
       [B, T] or [n, B, T], such as the three of multimodal models, and are cut along T.
     - with `pad`, T is padded to a multiple of the ranks: token 0, label `ignore_index`, behind the last real token.
@@ -176,8 +176,8 @@ def whole_batch(
     tokens = ids.shape[seq_dim]
     offsets = _offsets(batch, ids, seq_dim)
     labels = _labels(batch, ids, ignore_index)
-    whole = {**batch}
-    whole["labels"] = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
+    labels = _shift(labels, seq_dim, offsets or (0, tokens), ignore_index) if shift_labels else labels
+    whole = {**batch, "labels": _made_of_tokens(labels, batch, ignore_index)}
     dims = {"position_ids": seq_dim, **dict.fromkeys(_OFFSETS)}
     if batch.get("position_ids") is None:
         whole["position_ids"] = _positions(ids, seq_dim, offsets or (0, tokens))
@@ -254,11 +254,17 @@ def _offsets_of_positions(batch: Mapping[str, Any], tokens: int) -> tuple[int, .
 def _labels(batch: Mapping[str, Any], ids: Tensor, ignore_index: int) -> Tensor:
     arguments.integer("ignore_index", ignore_index)
     if batch.get("labels") is None:
-        return ids.long()
+        return _made_of_tokens(ids.long(), batch, ignore_index)
     labels = arguments.integer_tensor("labels", batch["labels"], signed=True)  # -100 must be one of its numbers
     if labels.shape != ids.shape:
         raise ValueError(f"labels must have the shape of input_ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
     return labels.long()
+
+
+def _made_of_tokens(labels: Tensor, batch: Mapping[str, Any], ignore_index: int) -> Tensor:
+    """Labels without those at padding, if they are made here: padding neither predicts nor is predicted."""
+    mask = batch.get("attention_mask")
+    return labels if mask is None or batch.get("labels") is not None else labels.masked_fill(mask == 0, ignore_index)
 
 
 def _dim_of_tokens(name: str, x: object, seq_dim: int, tokens: int) -> int | None:

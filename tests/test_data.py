@@ -93,6 +93,22 @@ def test_given_labels_are_shifted_and_may_be_ignored():
     assert torch.equal(joined(parts, "labels"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32], ids=str)
+def test_labels_that_are_made_leave_padding_out(dtype):
+    """It neither predicts nor is predicted, on the left, on the right, and across the borders of ranks."""
+    tokens, mask = ids(3, 6), torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    parts = shards(2, {"input_ids": tokens, "attention_mask": mask.to(dtype)})
+    expected = torch.full_like(tokens, IGNORE)
+    expected[0, 3:5], expected[1, :3] = tokens[0, 4:], tokens[1, 1:4]
+    assert torch.equal(joined(parts, "labels"), expected)
+
+
+def test_labels_that_are_given_stay_at_padding():
+    tokens, mask = ids(1, 4), torch.tensor([[0, 1, 1, 1]])
+    parts = shards(2, {"input_ids": tokens, "labels": tokens, "attention_mask": mask})
+    assert torch.equal(joined(parts, "labels"), next_tokens(tokens))
+
+
 def test_labels_that_are_shifted_already_stay():
     tokens, labels = ids(2, 5), ids(2, 5) + 1
     parts = shards(2, {"input_ids": tokens, "labels": labels}, shift_labels=False)
