@@ -147,6 +147,59 @@ def test_three_adamw_steps_are_those_of_one_process(factors, scheme):
     run_ranks(factors[0] * factors[1] * factors[2], _train, factors, scheme)
 
 
+class _Overflow(torch.autograd.Function):
+    """As in backward of 16 bits, on one rank."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.full_like(gradient, torch.inf)
+
+
+def _scaled_steps(mesh, scheme, optimizer):
+    """Losses, scales and weights of three clipped steps, of which the gradient of the second overflows."""
+    model = SmallModel().double()
+    last = mesh is None or dist.get_rank() == dist.get_world_size() - 1
+    model.head.register_forward_hook(lambda _, __, x: _Overflow.apply(x) if last and len(found) == 1 else x)
+    found, blocks = [], model.blocks
+    if mesh is not None:
+        lasp.parallelize(model, mesh)
+    if scheme in ("", "sync_grads"):
+        optimizer = optimizer(model.parameters())
+    else:
+        model, optimizer = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=optimizer, blocks=blocks)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model, whole_batch(step), mesh)
+        scaler.scale(loss).backward()
+        if scheme == "sync_grads":
+            lasp.sync_grads(model, mesh)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        found.append((loss.item(), scaler.get_scale()))
+    return found, {name: whole(p.detach()) for name, p in named_parameters(model).items()}
+
+
+def _skipped_together(scheme, fused):
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-2, eps=1e-6, fused=fused)
+    expected = _scaled_steps(None, "", adamw)
+    assert [scale for _, scale in expected[0]] == [1024.0, 512.0, 512.0]
+    torch.testing.assert_close(_scaled_steps(mesh_of(dp_shard=2, sp=2), scheme, adamw), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scheme", ["sync_grads", "ddp", "ddp-legacy", "zero1", "zero2", "zero3"])
+def test_all_ranks_skip_a_step_that_overflows_on_one(scheme, fused):
+    """Of a `torch.amp.GradScaler`, which each rank asks by itself."""
+    run_ranks(4, _skipped_together, scheme, fused)
+
+
 def _packed_documents():
     """One row of packed documents, of which one crosses the border of the ranks."""
     mesh = mesh_of(sp=2)
