@@ -176,7 +176,9 @@ def _adapted_layer_patched(kind):
     expected = call()
     for same in (around, functools.partial(torch.utils.checkpoint.checkpoint, given, use_reentrant=False), given):
         layer.forward = same
-        torch.testing.assert_close(call(), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it was asked
+            torch.testing.assert_close(call(), expected)
     told = r"model must have the layers .*whose forward is no longer the one that lasp.parallelize put there"
     for other in (functools.partial(type(layer).forward, layer), None):
         del layer.forward
@@ -186,7 +188,7 @@ def _adapted_layer_patched(kind):
             call()
 
 
-@pytest.mark.parametrize("kind", ["bamba", "lfm2"])
+@pytest.mark.parametrize("kind", ["bamba", "lfm2", "minimax"])
 def test_the_forward_of_an_adapter_that_was_replaced(kind):
     pytest.importorskip("transformers", reason="needs the extra `transformers`")
     run_ranks(2, _adapted_layer_patched, kind)
