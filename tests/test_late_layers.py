@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import types
 import warnings
 from unittest import mock
@@ -18,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 
 import lasp
+from lasp.adapters import handles
 from lasp.checks import trial
 
 
@@ -400,6 +402,62 @@ def _comes_and_goes():
 
 def test_what_was_there_before_is_not_asked_again():
     run_ranks(2, _comes_and_goes)
+
+
+class _Slots:
+    """A callable to which nothing can refer weakly."""
+
+    __slots__ = ("forward",)
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
+def _any_callable():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[0].norm.forward = _Slots(model.blocks[0].norm.forward)
+    _asked_once(model, SmallModel().double(), mesh)
+
+
+def test_a_forward_may_be_any_callable():
+    run_ranks(2, _any_callable)
+
+
+def _forwards_that_are_gone():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    norm = model.blocks[0].norm
+    for _ in range(4):
+        norm.forward = functools.partial(nn.LayerNorm.forward, norm)
+        model(*inputs_of(mesh))
+    assert len(handles._parallelized[model]._known[norm]) == 2  # its class's, and the one that is there
+
+
+def test_forwards_that_are_gone_are_not_kept():
+    run_ranks(2, _forwards_that_are_gone)
+
+
+def _scripted():
+    """No hook can be put before such a module, and nothing be taken out of it."""
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    for m in (model, alone):
+        m.blocks[0].mlp = torch.jit.script(nn.Sequential(m.blocks[0].mlp, nn.Tanh()))
+    before = [p.clone() for p in model.parameters()]
+    told = r"told by name, not by a trial: .*blocks\.0\.mlp \(RecursiveScriptModule\)"
+    with pytest.warns(UserWarning, match=told):
+        assert_same_logits(model, alone, mesh)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert re.search(told, lasp.explain(lasp.parallelize(alone, mesh)).not_asked)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_that_is_scripted():
+    run_ranks(2, _scripted)
 
 
 def _left_as_it_was():

@@ -191,7 +191,7 @@ class Parallelized:
         self._modules = [(weakref.ref(module), forward) for module, forward in now]
         for module, forward in now:
             if not self._knows(module):
-                self._known.setdefault(module, []).append(forward)
+                self._known[module] = [*(x for x in self._known.get(module, ()) if x.lives()), forward]
 
     def _knows(self, module: nn.Module) -> bool:
         return any(forward.is_of(module) for forward in self._known.get(module, ()))
@@ -277,8 +277,12 @@ class _Forward:
 
     def __init__(self, module: nn.Module):
         own = vars(module).get("forward")
-        self.own = None if own is None else weakref.ref(_unbound(own, module))  # weakly, since it may hold the module
+        self.own = None if own is None else _reference_to(_unbound(own, module))
         self.of_class = getattr(type(module), "forward", None)  # a scripted module's class has none
+
+    def lives(self) -> bool:
+        """Whether a module may still have it, or get it back."""
+        return self.own is None or self.own() is not None
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module still has it."""
@@ -288,6 +292,14 @@ class _Forward:
         if own is None or self.own is None:
             return own is self.own
         return _unbound(own, module) is self.own()
+
+
+def _reference_to(x: Any) -> Callable[[], Any]:
+    """Weakly, since it may hold its module; but for objects with slots alone, which cannot be referred to so."""
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
 
 
 def _unbound(value: Any, module: nn.Module) -> Any:
