@@ -172,11 +172,18 @@ def _adapted_layer_patched(kind):
     def around(*args, **kwargs):
         return given(*args, **kwargs)
 
+    def around_attribute(self, *args, **kwargs):  # as accelerate's hooks of old, and many patches
+        return self.given(*args, **kwargs)
+
+    layer.given = given
+    bound = types.MethodType(around_attribute, layer)
+
     def call():
         return model(local["input_ids"], layout=local["layout"]).logits
 
     expected = call()
-    for same in (around, functools.partial(torch.utils.checkpoint.checkpoint, given, use_reentrant=False), given):
+    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, given, use_reentrant=False)
+    for same in (around, bound, functools.partial(around_attribute, layer), checkpointed, given):
         layer.forward = same
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # it was asked

@@ -101,7 +101,7 @@ class Changes:
         for changed, plain, _ in self._living():
             if changed is module and isinstance(given := plain.get("forward", (None, None))[1], _Method):
                 now = vars(module).get("forward")
-                return not (was_put(now) or _leads_to(now, given.function))
+                return not (was_put(now) or _leads_to(now, given.function, vars(module)))
         return False
 
     def _put_in(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -423,8 +423,8 @@ def _of(value: Any, module: nn.Module) -> Any:
     return value.of(module) if isinstance(value, _Method) else value
 
 
-def _leads_to(value: Any, function: Callable[..., Any]) -> bool:
-    """Whether it is this function, or holds it, as a decorator does."""
+def _leads_to(value: Any, function: Callable[..., Any], attributes: Mapping[str, Any]) -> bool:
+    """Whether it is this function, or holds it as a decorator does, or names an attribute of its module that does."""
     left, seen = [value], set()
     while left:
         x = left.pop()
@@ -440,6 +440,7 @@ def _leads_to(value: Any, function: Callable[..., Any]) -> bool:
             left += [x.func, *x.args, *x.keywords.values()]
         elif isinstance(x, types.FunctionType):
             left += gc.get_referents(*(x.__closure__ or ()))
+            left += [attributes[name] for name in x.__code__.co_names if name in attributes]
         else:
             left += vars(x).values() if hasattr(x, "__dict__") else ()
     return False
