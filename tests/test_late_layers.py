@@ -1,10 +1,13 @@
 """Modules that come into a model after `parallelize`: what mixes tokens is refused, on every rank; others pass."""
 
+import concurrent.futures
 import copy
 import functools
 import re
+import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import foreign
@@ -409,6 +412,32 @@ def _comes_and_goes():
 
 def test_what_was_there_before_is_not_asked_again():
     run_ranks(2, _comes_and_goes)
+
+
+def _another_thread():
+    """It would find the model as it came, and take this rank's slice for the whole."""
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Cumulates())
+    inside, ask, running = threading.Event(), trial.ask, []
+
+    def asks(*args):
+        if not inside.is_set():  # the first one
+            inside.set()
+            concurrent.futures.wait(running, timeout=1.0)  # which the other one would have needed
+        return ask(*args)
+
+    call = functools.partial(model, *inputs_of(mesh, layout=False))
+    with ThreadPoolExecutor(2) as pool, mock.patch.object(trial, "ask", asks):
+        running.append(second := pool.submit(lambda: inside.wait(10.0) and call()))
+        first = pool.submit(call)
+        for thread in (first, second):
+            with pytest.raises(ValueError, match=r"cannot split the sequence of: blocks\.1\.mlp\.1 \(Cumulates"):
+                thread.result()
+
+
+def test_another_thread_waits_for_a_trial():
+    run_ranks(2, _another_thread)
 
 
 class _Slots:

@@ -175,7 +175,7 @@ class Parallelized:
         self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._changes, self._look = changes or Changes({}), look
-        self._looking = threading.Lock()
+        self._looking, self._looks = threading.Lock(), 0  # by which thread
         self._known: weakref.WeakKeyDictionary[nn.Module, list[_Forward]] = weakref.WeakKeyDictionary()
         self.accept(model)
         self._handles: Handles | None = None
@@ -207,9 +207,9 @@ class Parallelized:
         """Raise `ValueError` if what mixes tokens has come into the model since: it would see the tokens of each rank,
         or of each segment, by themselves. Layers that are known are told by their class, others tried."""
         model = self._model()
-        if model is None or self.knows_all(model):
+        if model is None or self._looks == threading.get_ident() or self.knows_all(model):
             return
-        with self._looking:  # of several threads one
+        with self._alone():
             changed = {path: module for path, module in model.named_modules() if not self._knows(module)}
             layers = self._layers_in(model)
             local = tuple(f"{path}." * bool(path) for path, (_, x) in layers.items() if x is adapters.token_local)
@@ -230,6 +230,16 @@ class Parallelized:
                 with self._changes.taken_out():
                     self._look(model, layers, changed)
             self.accept(model)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside there is one thread: others wait, which would find the model as it came."""
+        with self._looking:
+            self._looks = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._looks = 0
 
     def _layers_in(self, model: nn.Module) -> dict[str, tuple[nn.Module, adapters.Adapter]]:
         """Its layers by the paths that they have now; those that a plan leaves are whatever is there."""
@@ -324,11 +334,10 @@ def remember(
 
     `before` is what its modules were before `parallelize`, and `look` is called with those that are others since.
     """
-    watched = sequence.size > 1 and sequence.validate != "off"
-    if watched:
+    changes = Changes(before)  # without the hook below, at which other threads wait while these are out
+    split = _parallelized[model] = Parallelized(model, sequence, layers, own, changes, look)
+    if sequence.size > 1 and sequence.validate != "off":
         model.register_forward_pre_hook(_refuse_new_layers)
-    split = _parallelized[model] = Parallelized(model, sequence, layers, own, Changes(before), look)
-    if watched:
         use.tried[model] = split
         before_step(_refuse_to_step)
 
