@@ -44,7 +44,7 @@ import lasp_kernels
 from lasp.exchange import cost
 from lasp.ops import attention
 from lasp.ranks import SCHEDULES
-from lasp_kernels import Operands, dispatch
+from lasp_kernels import Operands, layers
 from lasp_kernels.reference import reference_norm_gate, reference_rotate
 
 SUITES = ("ablation", "longest")
@@ -83,7 +83,7 @@ def switched(fusion: str, cache: str) -> Iterator[None]:
             stack.enter_context(environment(LASP_KERNELS="reference"))
         if fusion == "off":
             unfused = {"_fuses": lambda x, *weights: False, "norm_gate": reference_norm_gate}
-            stack.enter_context(replaced(dispatch, **unfused))
+            stack.enter_context(replaced(layers, **unfused))
             stack.enter_context(replaced(lasp_kernels, norm_gate=reference_norm_gate))
             stack.enter_context(replaced(lasp.models.lrpe, rotate=reference_rotate))
         if cache == "off":

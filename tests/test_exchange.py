@@ -7,6 +7,7 @@ import weakref
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -309,15 +310,18 @@ def test_auto_takes_the_fastest_and_a_name_is_obeyed():
     assert cost.choose(None, unknown, 8, slow_start).schedule.name != "all_gather"
     for exchange in SCHEDULES:
         assert choose(exchange, 2**20, 8, slow_start) == exchange
-    sizes = Sizes(2**30, None, None, 128)
     # Four H200s: one head of 16 goes far, so the others are a message of their own; a read takes all at once.
     measured = cost.Network(7.8e-6, 252e9, 3.9e-6, 311e9, "measured", 17.3e-6, 348e9)
     one_far = Sizes(2**16, 2**16, 2**20, 128)
     assert cost.choose(None, one_far, 4, measured).schedule.name == "all_gather"
     found = cost.choose(None, one_far, 4, measured, hop=15 * 2**16)
     assert (found.schedule.name, found.seconds) == ("direct", SCHEDULES["direct"].seconds(one_far, 4, measured))
+    state, auto = StateMap(torch.empty(1, 1, 16, 128, 128), None), SimpleNamespace(size=4, schedule=None)
+    route = lasp.exchange._choose(state, auto, Terms(False, ((15, 16),)), measured)
+    assert (route.schedule.name, route.hop) == ("direct", ())
     split = cost.choose(SCHEDULES["ring"], one_far, 4, measured, hop=15 * 2**16)
     assert split.seconds > cost.choose(SCHEDULES["ring"], one_far, 4, measured).seconds + 7.8e-6
+    sizes = Sizes(2**30, None, None, 128)
     assert 128 % cost.choose(SCHEDULES["pipeline"], sizes, 64, FAST).blocks == 0  # never more than columns
 
 

@@ -1,9 +1,13 @@
 """Modules that come into a model after `parallelize`: what mixes tokens is refused, on every rank; others pass."""
 
+import concurrent.futures
 import copy
 import functools
+import re
+import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import foreign
@@ -18,6 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 
 import lasp
+from lasp.adapters import handles
 from lasp.checks import trial
 
 
@@ -170,13 +175,22 @@ def _adapted_layer_patched(kind):
     def around(*args, **kwargs):
         return given(*args, **kwargs)
 
+    def around_attribute(self, *args, **kwargs):  # as accelerate's hooks of old, and many patches
+        return self.given(*args, **kwargs)
+
+    layer.given = given
+    bound = types.MethodType(around_attribute, layer)
+
     def call():
         return model(local["input_ids"], layout=local["layout"]).logits
 
     expected = call()
-    for same in (around, functools.partial(torch.utils.checkpoint.checkpoint, given, use_reentrant=False), given):
+    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, given, use_reentrant=False)
+    for same in (around, bound, functools.partial(around_attribute, layer), checkpointed, given):
         layer.forward = same
-        torch.testing.assert_close(call(), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it was asked
+            torch.testing.assert_close(call(), expected)
     told = r"model must have the layers .*whose forward is no longer the one that lasp.parallelize put there"
     for other in (functools.partial(type(layer).forward, layer), None):
         del layer.forward
@@ -186,7 +200,7 @@ def _adapted_layer_patched(kind):
             call()
 
 
-@pytest.mark.parametrize("kind", ["bamba", "lfm2"])
+@pytest.mark.parametrize("kind", ["bamba", "lfm2", "minimax"])
 def test_the_forward_of_an_adapter_that_was_replaced(kind):
     pytest.importorskip("transformers", reason="needs the extra `transformers`")
     run_ranks(2, _adapted_layer_patched, kind)
@@ -398,6 +412,88 @@ def _comes_and_goes():
 
 def test_what_was_there_before_is_not_asked_again():
     run_ranks(2, _comes_and_goes)
+
+
+def _another_thread():
+    """It would find the model as it came, and take this rank's slice for the whole."""
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Cumulates())
+    inside, ask, running = threading.Event(), trial.ask, []
+
+    def asks(*args):
+        if not inside.is_set():  # the first one
+            inside.set()
+            concurrent.futures.wait(running, timeout=1.0)  # which the other one would have needed
+        return ask(*args)
+
+    call = functools.partial(model, *inputs_of(mesh, layout=False))
+    with ThreadPoolExecutor(2) as pool, mock.patch.object(trial, "ask", asks):
+        running.append(second := pool.submit(lambda: inside.wait(10.0) and call()))
+        first = pool.submit(call)
+        for thread in (first, second):
+            with pytest.raises(ValueError, match=r"cannot split the sequence of: blocks\.1\.mlp\.1 \(Cumulates"):
+                thread.result()
+
+
+def test_another_thread_waits_for_a_trial():
+    run_ranks(2, _another_thread)
+
+
+class _Slots:
+    """A callable to which nothing can refer weakly."""
+
+    __slots__ = ("forward",)
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
+def _any_callable():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    model.blocks[0].norm.forward = _Slots(model.blocks[0].norm.forward)
+    _asked_once(model, SmallModel().double(), mesh)
+
+
+def test_a_forward_may_be_any_callable():
+    run_ranks(2, _any_callable)
+
+
+def _forwards_that_are_gone():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    norm = model.blocks[0].norm
+    for _ in range(4):
+        norm.forward = functools.partial(nn.LayerNorm.forward, norm)
+        model(*inputs_of(mesh))
+    assert len(handles._parallelized[model]._known[norm]) == 2  # its class's, and the one that is there
+
+
+def test_forwards_that_are_gone_are_not_kept():
+    run_ranks(2, _forwards_that_are_gone)
+
+
+def _scripted():
+    """No hook can be put before such a module, and nothing be taken out of it."""
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    for m in (model, alone):
+        m.blocks[0].mlp = torch.jit.script(nn.Sequential(m.blocks[0].mlp, nn.Tanh()))
+    before = [p.clone() for p in model.parameters()]
+    told = r"told by name, not by a trial: .*blocks\.0\.mlp \(RecursiveScriptModule\)"
+    with pytest.warns(UserWarning, match=told):
+        assert_same_logits(model, alone, mesh)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert re.search(told, lasp.explain(lasp.parallelize(alone, mesh)).not_asked)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_that_is_scripted():
+    run_ranks(2, _scripted)
 
 
 def _left_as_it_was():

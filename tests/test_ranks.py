@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from ranks import RankError, mesh_of, run_ranks
@@ -82,6 +83,26 @@ def _threads_of_devices():
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are found in /proc")
 def test_groups_share_a_device():
     assert run_ranks(2, _threads_of_devices) == [1, 1]
+
+
+def _priority_of_a_device(nice, allowed):
+    error = None if allowed else PermissionError()
+    with (
+        mock.patch.object(dist.ProcessGroupGloo, "__init__"),
+        mock.patch.object(os, "getpriority", return_value=nice),
+        mock.patch.object(os, "setpriority", side_effect=error) as told,
+        mock.patch.object(os, "sched_setscheduler", side_effect=error),
+    ):
+        ranks._one_device()
+    return [call.args[2] for call in told.call_args_list]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are found in /proc")
+def test_the_thread_of_a_device_comes_after_others():
+    """Under `nice` too, where a higher priority is refused to who is not root; and where it may not be said at all."""
+    assert run_ranks(1, _priority_of_a_device, 0, True) == [[10]]
+    assert run_ranks(1, _priority_of_a_device, 15, True) == [[19]]
+    assert run_ranks(1, _priority_of_a_device, 0, False) == [[10]]
 
 
 class Other(SmallModel):

@@ -101,7 +101,7 @@ class Changes:
         for changed, plain, _ in self._living():
             if changed is module and isinstance(given := plain.get("forward", (None, None))[1], _Method):
                 now = vars(module).get("forward")
-                return not (was_put(now) or _leads_to(now, given.function))
+                return not (was_put(now) or _leads_to(now, given.function, vars(module)))
         return False
 
     def _put_in(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -117,7 +117,9 @@ class Changes:
     def _taken_out(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
         for module, plain, entries in self._living():
             values = vars(module)
-            for name, (old, new) in plain.items():
+            # Somebody's wrapper of that forward still calls it, and it reads the others.
+            wrapped = "forward" in plain and not _is(values.get("forward"), plain["forward"][1], module)
+            for name, (old, new) in () if wrapped else plain.items():
                 if _is(values.get(name), new, module):
                     yield values, name, _of(old, module)
             for name, changed in entries.items():
@@ -173,7 +175,7 @@ class Parallelized:
         self.fitting: dict[tuple, Any] = {}  # by the kind of step: segments for which there is memory, as was tried
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._changes, self._look = changes or Changes({}), look
-        self._looking = threading.Lock()
+        self._looking, self._looks = threading.Lock(), 0  # by which thread
         self._known: weakref.WeakKeyDictionary[nn.Module, list[_Forward]] = weakref.WeakKeyDictionary()
         self.accept(model)
         self._handles: Handles | None = None
@@ -189,7 +191,7 @@ class Parallelized:
         self._modules = [(weakref.ref(module), forward) for module, forward in now]
         for module, forward in now:
             if not self._knows(module):
-                self._known.setdefault(module, []).append(forward)
+                self._known[module] = [*(x for x in self._known.get(module, ()) if x.lives()), forward]
 
     def _knows(self, module: nn.Module) -> bool:
         return any(forward.is_of(module) for forward in self._known.get(module, ()))
@@ -205,9 +207,9 @@ class Parallelized:
         """Raise `ValueError` if what mixes tokens has come into the model since: it would see the tokens of each rank,
         or of each segment, by themselves. Layers that are known are told by their class, others tried."""
         model = self._model()
-        if model is None or self.knows_all(model):
+        if model is None or self._looks == threading.get_ident() or self.knows_all(model):
             return
-        with self._looking:  # of several threads one
+        with self._alone():
             changed = {path: module for path, module in model.named_modules() if not self._knows(module)}
             layers = self._layers_in(model)
             local = tuple(f"{path}." * bool(path) for path, (_, x) in layers.items() if x is adapters.token_local)
@@ -228,6 +230,16 @@ class Parallelized:
                 with self._changes.taken_out():
                     self._look(model, layers, changed)
             self.accept(model)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside there is one thread: others wait, which would find the model as it came."""
+        with self._looking:
+            self._looks = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._looks = 0
 
     def _layers_in(self, model: nn.Module) -> dict[str, tuple[nn.Module, adapters.Adapter]]:
         """Its layers by the paths that they have now; those that a plan leaves are whatever is there."""
@@ -275,8 +287,12 @@ class _Forward:
 
     def __init__(self, module: nn.Module):
         own = vars(module).get("forward")
-        self.own = None if own is None else weakref.ref(_unbound(own, module))  # weakly, since it may hold the module
+        self.own = None if own is None else _reference_to(_unbound(own, module))
         self.of_class = getattr(type(module), "forward", None)  # a scripted module's class has none
+
+    def lives(self) -> bool:
+        """Whether a module may still have it, or get it back."""
+        return self.own is None or self.own() is not None
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the module still has it."""
@@ -286,6 +302,14 @@ class _Forward:
         if own is None or self.own is None:
             return own is self.own
         return _unbound(own, module) is self.own()
+
+
+def _reference_to(x: Any) -> Callable[[], Any]:
+    """Weakly, since it may hold its module; but for objects with slots alone, which cannot be referred to so."""
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
 
 
 def _unbound(value: Any, module: nn.Module) -> Any:
@@ -310,11 +334,10 @@ def remember(
 
     `before` is what its modules were before `parallelize`, and `look` is called with those that are others since.
     """
-    watched = sequence.size > 1 and sequence.validate != "off"
-    if watched:
+    changes = Changes(before)  # without the hook below, at which other threads wait while these are out
+    split = _parallelized[model] = Parallelized(model, sequence, layers, own, changes, look)
+    if sequence.size > 1 and sequence.validate != "off":
         model.register_forward_pre_hook(_refuse_new_layers)
-    split = _parallelized[model] = Parallelized(model, sequence, layers, own, Changes(before), look)
-    if watched:
         use.tried[model] = split
         before_step(_refuse_to_step)
 
@@ -409,8 +432,8 @@ def _of(value: Any, module: nn.Module) -> Any:
     return value.of(module) if isinstance(value, _Method) else value
 
 
-def _leads_to(value: Any, function: Callable[..., Any]) -> bool:
-    """Whether it is this function, or holds it, as a decorator does."""
+def _leads_to(value: Any, function: Callable[..., Any], attributes: Mapping[str, Any]) -> bool:
+    """Whether it is this function, or holds it as a decorator does, or names an attribute of its module that does."""
     left, seen = [value], set()
     while left:
         x = left.pop()
@@ -426,6 +449,7 @@ def _leads_to(value: Any, function: Callable[..., Any]) -> bool:
             left += [x.func, *x.args, *x.keywords.values()]
         elif isinstance(x, types.FunctionType):
             left += gc.get_referents(*(x.__closure__ or ()))
+            left += [attributes[name] for name in x.__code__.co_names if name in attributes]
         else:
             left += vars(x).values() if hasattr(x, "__dict__") else ()
     return False

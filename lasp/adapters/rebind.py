@@ -68,7 +68,7 @@ def rebind(module: nn.Module, method: str = "forward", /, **names: Any) -> None:
 def put(module: nn.Module, method: str, function: Callable[..., Any]) -> None:
     """Give this instance a method: a function whose first argument is the module, and which holds no module itself, so
     that a copy of the module has a method of its own."""
-    setattr(function, _MARK, True)
+    setattr(function, _MARK, method)
     setattr(module, method, types.MethodType(function, module))
 
 
@@ -130,11 +130,11 @@ TESTED = {"transformers": "5.24", "fla": "0.6.0"}
 
 @contextlib.contextmanager
 def without_methods(model: nn.Module) -> Iterator[None]:
-    """Inside, all methods that were put into modules of the model are gone."""
+    """Inside, all methods that were put into modules of the model are gone; not what else somebody calls them."""
     taken = []
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if was_put(value):
+            if was_put(value) and getattr(value.__func__, _MARK) == name:
                 taken.append((module, name, value))
                 delattr(module, name)
     try:

@@ -143,7 +143,7 @@ def _why_not(model: nn.Module) -> str:
 
 def _ask(path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers: Answers) -> None:
     """Ask it as a whole; where that fails, the modules in it one by one."""
-    if type(module).forward is not nn.Module.forward:  # else it is a container
+    if getattr(type(module), "forward", None) is not nn.Module.forward:  # else it is a container
         try:
             with _as_it_was(module) as weights:
                 _ask_whole(path, module, layers, answers, weights)
@@ -457,8 +457,12 @@ def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
                 del now[name]
             now.update(before)
             for name, tensors in (("_parameters", parameters), ("_buffers", buffers)):
-                now[name].clear()
-                now[name].update(tensors)
+                if isinstance(now[name], dict):
+                    now[name].clear()
+                    now[name].update(tensors)
+                else:  # of a scripted module, from which nothing can be taken
+                    for key, x in tensors.items():
+                        now[name][key] = x
 
 
 def _weights_of(module: nn.Module) -> list[Weights]:
