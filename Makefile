@@ -19,7 +19,7 @@ BESIDE = test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D); \
 
 # What leans on parts of PyTorch that change: collectives, launchers, compiled graphs, hooks of autograd, FSDP2,
 # checkpoints. In these files tests are marked any_pytorch that take long and do not.
-LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py attention.py checkpoint.py compiled.py data_parallel.py \
+LEANS_ON_PYTORCH := $(addprefix tests/test_,arguments.py aside.py attention.py checkpoint.py compiled.py data_parallel.py \
 	exchange.py finite.py launchers.py mixing.py recompute.py saver.py schemes.py softmax.py tensor_parallel.py \
 	verify.py)
 FAST := $(addprefix tests/test_,api.py arguments.py data.py decay.py exchange.py layering.py loss.py)

@@ -545,6 +545,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.graph and options.parallel != "ddp":
         raise SystemExit("--graph needs --parallel ddp: FSDP2 frees its weights within a step")
+    if options.recompute is not None and options.offload > options.recompute:
+        raise SystemExit(f"--offload {options.offload} is more than the blocks of --recompute, {options.recompute}")
     options.warmup = max(options.warmup, WARM + 2) if options.graph else options.warmup
     env = lasp.init()
     if options.parallel in ("ddp", "zero1") and any(layout.tp > 1 for layout in options.mesh or ()):
