@@ -169,12 +169,12 @@ model(torch.ones(2, 3)).sum().backward()
 
 
 def test_a_rank_that_is_stopped_is_told_from_those_that_wait():
-    """Timeout 4 s; nobody's process ends."""
+    """Timeout 8 s, in which ranks must also meet on a busy machine; nobody's process ends."""
     body = """
 import threading
 if env.rank == 1:
-    threading.Timer(10, os._exit, [0]).start()
-    time.sleep(20)
+    threading.Timer(18, os._exit, [0]).start()
+    time.sleep(28)
 try:
     lasp.token_loss(x[0, :, 0], torch.tensor([0, 1, 0]), mesh=mesh)
 except lasp.PeerError as error:
@@ -182,11 +182,11 @@ except lasp.PeerError as error:
     print(f"after {time.monotonic() - started}", flush=True)
     time.sleep(3)
 """
-    for rank, (_, out, error) in enumerate(run(body, timeout=4.0)):
+    for rank, (_, out, error) in enumerate(run(body, timeout=8.0)):
         if rank != 1:
             assert "token_loss, forward: the sum over all ranks failed after" in out, error
             assert "global rank 1 did not report, and may hang" in out
-            assert seconds(out) < 4 + 3
+            assert seconds(out) < 8 + 3
 
 
 def _timeouts():
