@@ -301,9 +301,20 @@ def nearest_link(times: Iterable[tuple[float, float]]) -> Link:
     return Link(max(latency, 0.0), 1 / per_byte)
 
 
+def result_of(path: Path) -> dict:
+    """What a results file holds; ends the script if it is none."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # not there, or no JSON
+        raise SystemExit(f"{path} cannot be read as a result: {error}") from None
+    if not isinstance(result, dict) or not isinstance(result.get("tables", {}), dict):
+        raise SystemExit(f"{path} is no result of a script of bench/")
+    return result
+
+
 def networks_of(path: Path) -> tuple[dict, tuple[Measured, Measured]]:
     """A results file of exchange.py, and its network by plain messages and as `lasp` measured it."""
-    result = json.loads(path.read_text())
+    result = result_of(path)
     if ALONE not in result.get("tables", {}):
         raise SystemExit(f"{path.name} has no times of suite `alone` of exchange.py, from which the network is known")
     return result, (by_plain_messages(result), by_lasp(result))
@@ -352,7 +363,21 @@ def compare_operator(result: dict, networks: Sequence[Measured]) -> list[dict]:
 
 def compare_scaling(path: Path, networks: Sequence[Measured]) -> list[dict]:
     """Operators, and training steps of TNL-1B, on several ranks; what one rank takes is a measurement of the result."""
-    result = json.loads(path.read_text())
+    result = result_of(path)
+    try:
+        rows = scaling_rows(result, networks)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise SystemExit(f"{path.name} has rows of another kind: {type(error).__name__} {error}") from error
+    if not rows:
+        raise SystemExit(
+            f"{path.name} has no times of several ranks beside those of one; give a result of operator_scaling.py, or "
+            "of scaling.py with TNL-1B"
+        )
+    return rows
+
+
+def scaling_rows(result: dict, networks: Sequence[Measured]) -> list[dict]:
+    """The rows of `compare_scaling`."""
     rows: list[dict] = []
     for title, found in {"": result.get("rows", []), **result.get("tables", {})}.items():
         strong = "strong" in title
@@ -363,7 +388,8 @@ def compare_scaling(path: Path, networks: Sequence[Measured]) -> list[dict]:
                 nbytes = OPERATOR_BYTES * (2 if row["decay"] in WITH_MAPS else 1)
                 seconds = simulated(row["chosen"], int(row["ranks"]), nbytes, [work], networks)
                 rows.append(beside(scaling_head(row, "strong" if strong else "weak", row["decay"]), row["ms"], seconds))
-    steps = [row for row in result.get("rows", []) if "step ms" in row]
+    of_1b = re.search(r"--model 1B\b", result.get("command", ""))  # whose exchanges are known here
+    steps = [row for row in result.get("rows", []) if "step ms" in row and "layout" in row] if of_1b else []
     for row in steps:
         dp, sp = (int(n) for n in row["layout"].split("x")[:2])
         alone = [
@@ -377,9 +403,6 @@ def compare_scaling(path: Path, networks: Sequence[Measured]) -> list[dict]:
             ]
             seconds = [None if extra is None else alone[0]["step ms"] * MS + extra for extra in more]
             rows.append(beside(scaling_head(row, f"step of TNL-1B, {dp}x{sp}", "fixed"), row["step ms"], seconds))
-    if not rows:
-        raise SystemExit(f"{path.name} has no times of several ranks beside those of one; give a result of "
-                         "operator_scaling.py or scaling.py")  # fmt: skip
     return rows
 
 
@@ -440,14 +463,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--scaling needs --measured, whose network it takes")
     kernel_seconds(options.tokens)  # refuses before the long part
     compared = [compare(path) for path in options.measured]
+    scaled = {
+        f"{SCALING}: {path.stem}": compare_scaling(path, networks_of(options.measured[0])[1])
+        for path in options.scaling
+    }
     ranks = [r for name in machines() for r in ranks_table(name, options.tokens, options.max_ranks)]
     tables = {RANKS_TABLE: ranks, HORIZON_TABLE: horizon_table(options.tokens, options.max_ranks)}
     about = facts(options.tokens)
     for found, more in compared:
         tables |= found
         about |= more
-    for path in options.scaling:
-        tables[f"{SCALING}: {path.stem}"] = compare_scaling(path, networks_of(options.measured[0])[1])
+    tables |= scaled
     kept = report(
         "simulation",
         command_line("simulate.py", argv),

@@ -259,7 +259,14 @@ def test_scaling_beside_its_simulation(tmp_path):
     operators.write_text(json.dumps({"rows": [], "tables": {"weak scaling": weak, "strong scaling": strong}}))
     of_step = {"tokens a rank": 65536, "sequence": 65536}
     layouts = [{**of_step, "layout": f"1x{n}", "ranks": n, "step ms": 900.0 + n} for n in (1, 3)]
-    steps.write_text(json.dumps({"rows": [*layouts, {**of_step, "layout": "3x1", "ranks": 3, "step ms": 901.0}]}))
+    steps.write_text(
+        json.dumps(
+            {
+                "command": "bench/scaling.py --model 1B",
+                "rows": [*layouts, {**of_step, "layout": "3x1", "ranks": 3, "step ms": 901.0}],
+            }
+        )
+    )
     given = ("--max-ranks", 8, "--measured", exchange, "--scaling", operators, steps)
     *_, of_operators, of_steps = _script("simulate", *given)[0]["tables"].values()
     found = [(row["what"], row["ranks"], row["decay"]) for row in of_operators]
@@ -277,6 +284,26 @@ def test_scaling_beside_its_simulation(tmp_path):
     assert 901 < step["with lasp's network ms"] <= 901 + 2e3 * LAYERS * more(2, OPERATOR_BYTES)
     assert step["its error %"] == pytest.approx(100 * (step["with lasp's network ms"] / 903 - 1), abs=0.1)
     assert kernel_seconds(65536) > (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read as a result"),
+        ("", "cannot be read as a result"),
+        ("[]", "is no result of a script"),
+        ('{"tables": null}', "is no result of a script"),
+        ('{"rows": null}', "has rows of another kind"),
+        ('{"rows": [{"ranks": 2, "chosen": "direct", "direction": "forward"}]}', "has rows of another kind"),
+        ('{"command": "--model 385M", "rows": [{"layout": "1x2", "step ms": 3.0}]}', "has no times of several ranks"),
+    ],
+)
+def test_a_file_that_is_no_scaling_is_refused_by_name(tmp_path, text, said):
+    path = tmp_path / "given.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=f"given.json {said}"):
+        _script("simulate", "--max-ranks", 8, "--measured", _measured_file(tmp_path), "--scaling", path)
 
 
 @pytest.mark.parametrize("given", [("--scaling", "x.json"), ("--measured", "own", "--scaling", "own")])

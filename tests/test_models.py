@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -387,7 +388,7 @@ def test_lrpe_refuses_positions_that_are_not_integers():
 
 def test_recomputed_chunked_and_offloaded_blocks_give_the_same_gradients():
     alone, saving = small_model("tnl"), small_model("tnl")
-    save_memory(saving.blocks, recompute=2, chunk=5, offload=1)
+    save_memory(saving.blocks, recompute=np.int32(2), chunk=np.int32(5), offload=np.int32(1))
     wrappers = [[type(module).__name__ for module in block.modules()][:2] for block in saving.blocks[:2]]
     assert wrappers == [["OffloadWrapper", "CheckpointWrapper"], ["CheckpointWrapper", "Block"]]
     for model in (alone, saving):

@@ -33,11 +33,11 @@ def save_memory(blocks: nn.ModuleList, *, recompute: int, chunk: int = 0, offloa
     Raises:
         ValueError, TypeError: numbers below 0, more blocks than there are, or more of `offload` than are recomputed.
     """
-    arguments.integer("recompute", recompute, at_least=0)
-    arguments.integer("chunk", chunk, at_least=0)
+    recompute = arguments.integer("recompute", recompute, at_least=0)
+    chunk = arguments.integer("chunk", chunk, at_least=0)
     if recompute > len(blocks):
         raise ValueError(f"recompute must be at most the number of blocks, {len(blocks)}, got {recompute}")
-    arguments.integer("offload", offload, at_least=0)
+    offload = arguments.integer("offload", offload, at_least=0)
     if offload > recompute:
         raise ValueError(
             f"offload must be at most the blocks that are recomputed, {recompute}, got {offload}: it is what these "
