@@ -11,11 +11,15 @@ from torch import Tensor
 Path = Literal["triton", "reference"]
 
 
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, where a CPU can run them."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def path_of(x: Tensor, *, served: bool) -> Path:
     """What computes with x, where the kernels can (`served`) or cannot; see the docstring of dispatch.py."""
     if "LASP_KERNELS" in os.environ and (asked := os.environ["LASP_KERNELS"]):
-        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-        if asked == "triton" and not x.is_cuda and x.device.type == "cpu" and not interpreted:
+        if asked == "triton" and x.device.type == "cpu" and not interpreted():
             raise ValueError(
                 'the environment variable LASP_KERNELS must be "reference", or not set, for tensors on a CPU, got '
                 "'triton': the kernels run there in Triton's interpreter alone (TRITON_INTERPRET=1)"
