@@ -350,7 +350,7 @@ def test_unsupported_is_an_error_where_the_kernels_are_asked_for(monkeypatch, ca
 
 def on_cuda(x):
     """What `path` looks at, as if it were there."""
-    return SimpleNamespace(is_cuda=True, shape=x.shape, ndim=x.ndim, dtype=x.dtype)
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=x.shape, ndim=x.ndim, dtype=x.dtype)
 
 
 @pytest.mark.parametrize("case", [*UNSUPPORTED, "bf16", "fp32", "on a CPU"])

@@ -344,7 +344,11 @@ def test_unsupported_is_an_error_where_the_kernels_are_asked_for(case):
 
 def on_cuda(x):
     """What `path` looks at, as if it were there."""
-    return None if x is None else SimpleNamespace(is_cuda=True, shape=x.shape, ndim=x.ndim, dtype=x.dtype)
+    return (
+        None
+        if x is None
+        else SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=x.shape, ndim=x.ndim, dtype=x.dtype)
+    )
 
 
 @pytest.mark.parametrize("case", [*UNSUPPORTED, "bf16", "fp32", "on a CPU"])
