@@ -27,7 +27,7 @@ from unittest import mock
 import fla_families
 import torch
 import torch.nn.functional as F
-from common import command_line, report, table
+from common import add_report_arguments, command_line, report, table
 from timing import copies, median, queued
 from torch import Tensor
 
@@ -189,8 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         "--finish", nargs="+", metavar="COLUMNSxSTAGES", help="time these of the last kernel of backward"
     )
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
-    parser.add_argument("--save", action="store_true", help="write bench/results/")
-    parser.add_argument("--commit", help="of these files, on a machine that has not their history")
+    add_report_arguments(parser)
     args = parser.parse_args(argv)
     if args.compile_part:
         return compile_part(args.compile_part)
@@ -205,8 +204,10 @@ def main(argv: list[str] | None = None) -> None:
             command_line("channel.py", argv),
             rows,
             save=args.save,
+            out=args.out,
             markdown=True,
             commit=args.commit,
+            html=args.html,
         )
         return None
     dims = ((128, 128), (64, 64), (96, 80), (256, 256))
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     report(
         "channel", command_line("channel.py", argv), rows, tables={"errors": wrong}, facts=facts, save=args.save,
-        markdown=True, commit=args.commit,
+        out=args.out, markdown=True, commit=args.commit, html=args.html,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import fla_families
 import torch
 import torch.nn.functional as F
 from channel import same_bits_when_cut
-from common import command_line, report, table
+from common import add_report_arguments, command_line, report, table
 from delta_peers import FORMS as PEERS
 from delta_peers import Call, peer, refusal, versions
 from timing import copies, median
@@ -202,8 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile-limit", type=float, default=150, help="seconds for fla's settings (default 150)")
     parser.add_argument("--no-errors", action="store_true", help="of ours: times alone")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
-    parser.add_argument("--save", action="store_true", help="write bench/results/")
-    parser.add_argument("--commit", help="of these files, on a machine that has not their history")
+    add_report_arguments(parser)
     args = parser.parse_args(argv)
     if args.compile_part:
         return compile_part(args.compile_part, args.dims)
@@ -240,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     report(
         "delta", command_line("delta.py", argv), rows, tables=tables, facts=facts, save=args.save,
-        markdown=True, commit=args.commit,
+        out=args.out, markdown=True, commit=args.commit, html=args.html,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import report
+from common import add_report_arguments, report
 from torch import Tensor
 
 import lasp
@@ -62,8 +62,8 @@ def tokens_per_second(tokens: int, run: Callable[[], object], budget: float = 3.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", action="store_true", help="keep the result under bench/results")
-    save = parser.parse_args().save
+    add_report_arguments(parser)
+    options = parser.parse_args()
     forms = ("none", "[H]", "[B,T,H]", "[B,T,H,K]")
     for form in forms:
         gate(form)
@@ -79,7 +79,8 @@ def main() -> None:
                 forward = tokens_per_second(tokens, call)
             both = tokens_per_second(tokens, lambda call=call, qkv=qkv: torch.autograd.grad(call().sum(), qkv))
             rows.append({"tokens": tokens, "attention": name, "forward tok/s": forward, "forward+backward tok/s": both})
-    report("reference_cpu", f"python bench/reference.py, B=1 H={HEADS} D={DIM} fp32", rows, save=save)
+    command = f"python bench/reference.py, B=1 H={HEADS} D={DIM} fp32"
+    report("reference_cpu", command, rows, save=options.save, out=options.out, commit=options.commit, html=options.html)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 import os
 
 import torch
-from common import command_line, report
+from common import add_report_arguments, command_line, report
 from timing import copies, median
 from torch import Tensor
 
@@ -98,8 +98,7 @@ def times(operator: str, T: int, kernels: str, bandwidth: float) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--save", action="store_true", help="write bench/results/")
-    parser.add_argument("--commit", help="of these files, on a machine that has not their history")
+    add_report_arguments(parser)
     args = parser.parse_args(argv)
     bandwidth, rows = copies(), []
     for operator in OPERATORS:
@@ -112,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     report(
         f"scan_1x{torch.cuda.get_device_name().split()[1]}", command_line("scan.py", argv), rows,
         tables={f"errors of {operator}": found for operator, found in halves.items()},
-        facts={"copy GB/s": bandwidth}, save=args.save, markdown=True, commit=args.commit,
+        facts={"copy GB/s": bandwidth}, save=args.save, out=args.out, markdown=True,
+        commit=args.commit, html=args.html,
     )  # fmt: skip
 
 
