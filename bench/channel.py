@@ -27,7 +27,8 @@ from unittest import mock
 import fla_families
 import torch
 import torch.nn.functional as F
-from common import add_report_arguments, command_line, report, table
+from common import add_report_arguments, command_line, report
+from tables import table
 from timing import copies, median, queued
 from torch import Tensor
 

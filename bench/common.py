@@ -1,4 +1,4 @@
-"""What every benchmark shares: the header that says where a number comes from, tables, and the results files."""
+"""What every benchmark shares: the header that says where a number comes from, and the results files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tables import cell, markdown_table, table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,30 +55,6 @@ def cpu_name() -> str:
     except OSError:
         return platform.machine()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def table(rows: list[dict], digits: int = 3) -> str:
-    """Rows as aligned text; the first row's keys are the columns. Numbers have so many digits that count."""
-    columns = list(rows[0])
-    cells = [columns] + [[cell(row.get(c), digits) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in cells)
-
-
-def cell(value, digits: int = 3) -> str:
-    """A value as tables show it."""
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
-    if isinstance(value, list):
-        return " / ".join(cell(x, digits) for x in value)
-    return "-" if value is None else str(value)
-
-
-def markdown_table(rows: list[dict], digits: int = 3) -> str:
-    """Rows as a Markdown table; the first row's keys are the columns."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)] + [[cell(row.get(c), digits) for c in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(

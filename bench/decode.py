@@ -42,9 +42,10 @@ from unittest import mock
 import fla_families
 import torch
 import torch.nn.functional as F
-from common import add_report_arguments, command_line, report, table
+from common import add_report_arguments, command_line, report
 from decode_models import HOWS, Stepping, graphed
 from delta_peers import refusal
+from tables import table
 from timing import copies, median
 from torch import Tensor
 

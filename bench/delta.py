@@ -25,9 +25,10 @@ import fla_families
 import torch
 import torch.nn.functional as F
 from channel import same_bits_when_cut
-from common import add_report_arguments, command_line, report, table
+from common import add_report_arguments, command_line, report
 from delta_peers import FORMS as PEERS
 from delta_peers import Call, peer, refusal, versions
+from tables import table
 from timing import copies, median
 from torch import Tensor
 

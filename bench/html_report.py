@@ -21,9 +21,9 @@ from typing import Any
 
 import matplotlib
 import plots
-from common import cell
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from tables import cell
 
 ABOUT = ("command", "commit", "date", "device", "torch", "triton", "cuda", "python")
 # Columns by which tables tell a length, tokens a second, and of what; the first that a table has counts.

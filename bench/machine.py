@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import add_report_arguments, report, table
+from common import add_report_arguments, report
+from tables import table
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "runs" / "machine"  # output, trainings, and what has ended well
