@@ -18,7 +18,7 @@ Forward keeps the states of step 4, so backward needs no second forward exchange
 Two things can hide the forward exchange. If q is given as a function, it is called between 2 and 3. And if every head
 forgets within this rank's last few tokens, 2 comes first: they alone make the state that the next rank waits for.
 
-Eager code runs `_LinearAttention`, an `autograd.Function`; under torch.compile the custom ops of compiled.py call the
+Eager code runs `_LinearAttention`, an `autograd.Function`; under torch.compile the custom ops of compiled/ call the
 same `start_forward`, `forward` and `backward`.
 """
 
@@ -576,7 +576,7 @@ def _one_token(x: Operands, state: Tensor) -> Tensor:
 
 
 def _in_graph(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
-    """The call as a custom op (compiled.py), which torch.compile does not look into."""
+    """The call as a custom op (compiled/), which torch.compile does not look into."""
     x = _operands(q, k, v, options, options.scale)
     initial_state, wants_final, layout = options.initial_state, options.output_final_state, options.layout
     initial_grad = initial_state is not None and initial_state.requires_grad

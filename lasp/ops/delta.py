@@ -312,7 +312,7 @@ def _in_graph(
     sequence: SequenceParallel | None,
     segment_length: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The call as a custom op (compiled.py), which torch.compile does not look into."""
+    """The call as a custom op (compiled/), which torch.compile does not look into."""
     initial_grad = initial_state is not None and initial_state.requires_grad
     o, final_state, *_ = torch.ops.lasp.delta_rule(
         *x, initial_state, output_final_state, *facts_of(layout, sequence), segment_length, initial_grad
