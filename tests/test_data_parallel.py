@@ -340,6 +340,18 @@ def test_gradients_wider_than_their_weights(grad_dtype):
     run_ranks(2, _wide_gradients, grad_dtype)
 
 
+def _large_gradients_in_fp16():
+    model = nn.Linear(3, 2).half()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 40_000.0)  # twice that is more than fp16 holds
+    lasp.sync_grads(model, dist.group.WORLD)
+    assert all(torch.equal(p.grad, torch.full_like(p, 40_000.0)) for p in model.parameters())
+
+
+def test_the_average_of_large_gradients_in_fp16_is_finite():
+    run_ranks(2, _large_gradients_in_fp16)
+
+
 def _other_gradient_dtypes():
     model = nn.Linear(3, 2).bfloat16()
     if dist.get_rank() == 1:

@@ -52,9 +52,13 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     for dtype in sorted({gradient_dtype(p) for p in parameters}, key=str):
         mine = [p for p in parameters if gradient_dtype(p) == dtype]
         flat = torch.cat([_dense(p).flatten().to(dtype) for p in mine])
+        if narrow := dtype == torch.float16:  # 65,504 at most: the sum may pass that where the average does not
+            flat.div_(ranks)
         with waiting(f"sync_grads: the sum of the {dtype} gradients over all ranks"):
             dist.all_reduce(flat, group=group)
-        for p, gradient in zip(mine, flat.div_(ranks).split([part_of(p).numel() for p in mine])):
+        if not narrow:
+            flat.div_(ranks)
+        for p, gradient in zip(mine, flat.split([part_of(p).numel() for p in mine])):
             if is_split(p):
                 _set_part(p, gradient)
             elif p in sparse:
