@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from lasp import adapters, arguments
 from lasp.adapters import Adapter, handles, outlook
 from lasp.adapters.border import Border, OneRank
-from lasp.checks import finite
+from lasp.checks import finite, hooks
 from lasp.checks.agreement import Agreement, compare_exchanges, remember_model
 from lasp.checks.checksum import forms_of
 from lasp.checks.optimizers import before_step
@@ -53,9 +53,10 @@ def parallelize(
         softmax: how `lasp.softmax_attention` is split: "auto", by heads where the ranks divide them, so that all do as
             much; or "all_gather", the keys and values of all tokens on every rank (docs/exchange.md).
         strict: refuse a model in which anything mixes tokens that no adapter takes care of, inside of registered layers
-            too: its result on a slice would be silently wrong. Its modules are asked by a trial (lasp.strict). If
-            modules are added or replaced later, or a `forward`, it is tried again at the next forward (before the next
-            step of an optimizer if it is compiled as a whole), which then raises the same.
+            too: its result on a slice would be silently wrong. Its modules are asked by a trial (lasp.strict), and
+            forward hooks, which then see made-up data. If modules, a `forward` or forward hooks are added or replaced
+            later, it is tried again at the next forward (before the next step of an optimizer if it is compiled as a
+            whole), which then raises the same.
         validate: "first" compares on all ranks what they found and what each of their layers computes
             (lasp.checks.agreement), and has each forward look whether modules have changed; "off" does not.
         check_finite: before an optimizer steps that has parameters of the model, raise `FloatingPointError` on every
@@ -130,11 +131,13 @@ def _asked(model: nn.Module, layers: Layers, strict: bool) -> Asked:
     return asked
 
 
-def _look_again(model: nn.Module, layers: Layers, changed: Mapping[str, nn.Module]) -> None:
+def _look_again(
+    model: nn.Module, layers: Layers, changed: Mapping[str, nn.Module], hooked: Container[hooks.Owner]
+) -> None:
     """Raise unless what has come into a model since, of which nothing is split now, mixes no tokens."""
     try:
         with adapters.without_edits(model):
-            asked = refuse_mixers(model, layers, changed)
+            asked = refuse_mixers(model, layers, changed, hooked)
     except ValueError as error:
         raise ValueError(
             f"model must have the layers that lasp.parallelize was called with: call it behind all changes. Of what "

@@ -6,20 +6,21 @@ with gradients, and on some hundred if it is small, on this rank alone, and is l
 `explain` says so: for those of torch.nn a table, for others the names that such layers go by.
 
 When modules of a split model are others than they were, it is asked again (lasp.adapters.handles). Where that cannot
-be, the new modules are run by themselves, and only of those that do not run so the class decides, with a warning.
+be, the new modules are run by themselves, and only of those that do not run so the class decides, with a warning. The
+same holds for forward hooks; of one that does not run nothing is known but that, with a warning.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from lasp import adapters
 from lasp.adapters import Adapter, sketch
-from lasp.checks import trial
+from lasp.checks import hooks, trial
 from lasp.checks.forward import places_of
 from lasp.checks.torch_modules import has_forward_of_torch, is_of_torch, kind_of
 from lasp.checks.use import of_a_pickle
@@ -49,20 +50,29 @@ class Asked:
     positions: str = ""  # the argument that the model must be given, lest it counts positions from 0 on its slice
 
 
-def refuse_mixers(model: nn.Module, layers: Layers, changed: Mapping[str, nn.Module] | None = None) -> Asked:
-    """Raise `ValueError` if a module mixes tokens and no adapter takes care of it.
+def refuse_mixers(
+    model: nn.Module,
+    layers: Layers,
+    changed: Mapping[str, nn.Module] | None = None,
+    hooked: Container[hooks.Owner] | None = None,
+) -> Asked:
+    """Raise `ValueError` if a module mixes tokens and no adapter takes care of it, or a forward hook.
 
     Args:
         model: as its user made it; nothing of it is split now.
         layers: those with an adapter.
         changed: the modules, by path, that have come into the model since it was asked last; None if it never was. If
             it cannot be tried as a whole these are, and of no others the class decides.
+        hooked: those whose hooks have changed since; None: it was never asked.
     """
     split = {path: module for path, (module, adapter) in layers.items() if adapters.passes_ranks(adapter)}
     with adapters.standing_in(model, layers.values()):
         answers = trial.ask(model, split, changed)
     modules = dict(model.named_modules())
-    found = {path: how for path, how in answers.mixing.items() if not _covered(path, layers)}
+    named = {hook.name: hook for hook in hooks.hooks_of(model)}
+    found = {path: how for path, how in answers.mixing.items() if path not in named and not _covered(path, layers)}
+    named = {name: hook for name, hook in named.items() if not _left(hook.path, layers)}
+    in_hooks = {name: how for name, how in answers.mixing.items() if name in named}
     for path, name in answers.forgot_ranks.items():
         if not _covered(path, layers):
             found[path] = (
@@ -78,9 +88,11 @@ def refuse_mixers(model: nn.Module, layers: Layers, changed: Mapping[str, nn.Mod
         unasked = [path for path in unasked if path in changed]
     by_class = {path: how for path in unasked if (how := _by_class(path, modules[path], layers))}
     found |= {path: how for path, how in by_class.items() if not any(p.startswith(f"{path}.") for p in by_class)}
-    if found:
-        raise ValueError(_refusal(found, modules, layers, answers))
-    return Asked(_what_was_not_asked(unasked, modules, answers), answers.counts_positions.get("", ""))
+    if found or in_hooks:
+        raise ValueError(_refusal(found, in_hooks, modules, answers))
+    silent = [name for name in named.keys() - answers.asked if hooked is None or named[name].owner in hooked]
+    told = [_what_was_not_asked(unasked, modules, answers), _hooks_not_asked(sorted(silent))]
+    return Asked("; and ".join(filter(None, told)), answers.counts_positions.get("", ""))
 
 
 class NeedsPositions:
@@ -111,6 +123,12 @@ def _covered(path: str, layers: Layers) -> bool:
     """Whether an adapter answers for a module: its own, or else that of the nearest module around it."""
     around = next((p for p in _upwards(path) if p in layers), None)
     return around is not None and adapters.covers(layers[around][1], path[len(around) :].lstrip("."))
+
+
+def _left(path: str, layers: Layers) -> bool:
+    """Whether a plan leaves what is at that path to each rank."""
+    around = next((p for p in _upwards(path) if p in layers), None)
+    return around is not None and layers[around][1] is adapters.token_local
 
 
 def _upwards(path: str) -> Iterator[str]:
@@ -159,6 +177,12 @@ def _what_was_not_asked(unasked: list[str], modules: Mapping[str, nn.Module], an
     return f"whether they mix tokens was told by name, not by a trial: {listed}{more}" + (f" ({why})" if why else "")
 
 
+def _hooks_not_asked(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    told = "whether they mix tokens could not be tried: "
+    return told + "; ".join(names[:_LISTED]) + more if names else ""
+
+
 def _name(path: str, modules: Mapping[str, nn.Module]) -> str:
     return f"{path or 'the model itself'} ({type(modules[path]).__name__})"
 
@@ -166,9 +190,30 @@ def _name(path: str, modules: Mapping[str, nn.Module]) -> str:
 # The message
 
 
-def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers: Layers, answers: trial.Answers) -> str:
+def _refusal(
+    found: Mapping[str, str], in_hooks: Mapping[str, str], modules: Mapping[str, nn.Module], answers: trial.Answers
+) -> str:
     listed = [f"{_name(path, modules)}: {how}" for path, how in found.items()]
+    listed += [f"{name}: {how}" for name, how in in_hooks.items()]
     more = [f"and {len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
+    why = "; ".join(dict.fromkeys(answers.silent.values()))
+    return "\n".join(
+        [
+            "cannot split the sequence of: " + "; ".join([*listed[:_LISTED], *more]),
+            *(_advice(found, modules) if found else []),
+            *([_OF_HOOKS] if in_hooks else []),
+            *([f"Of what could not be tried the class decided: {why}"] if why and found else []),
+        ]
+    )
+
+
+_OF_HOOKS = (
+    "A forward hook is given the tokens of this rank only: what it does along the sequence belongs into a module that "
+    "calls an operator of lasp (docs/models.md)."
+)
+
+
+def _advice(found: Mapping[str, str], modules: Mapping[str, nn.Module]) -> list[str]:
     told_apart = (trial.COUNTED, trial.DRAWS)
     path = next((path for path, how in found.items() if how not in told_apart), next(iter(found)))
     advice = [
@@ -195,14 +240,7 @@ def _refusal(found: Mapping[str, str], modules: Mapping[str, nn.Module], layers:
         advice = [counted]
     elif trial.COUNTED in found.values():
         advice += ["Positions that it counts from 0: " + counted[0].lower() + counted[1:]]
-    why = "; ".join(dict.fromkeys(answers.silent.values()))
-    return "\n".join(
-        [
-            "cannot split the sequence of: " + "; ".join([*listed[:_LISTED], *more]),
-            *advice,
-            *([f"Of what could not be tried the class decided: {why}"] if why else []),
-        ]
-    )
+    return advice
 
 
 def _around(path: str, modules: Mapping[str, nn.Module]) -> str:

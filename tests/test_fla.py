@@ -1,6 +1,8 @@
 """Models of flash-linear-attention on slices of a sequence: logits and every gradient against one process, in fp64."""
 
 import copy
+import functools
+import warnings
 
 import pytest
 import torch
@@ -305,3 +307,38 @@ def verified(name):
 @pytest.mark.parametrize("name", ["retnet", "gated_deltanet", "mamba2"])
 def test_verify_runs_the_whole_as_it_came(name):
     run_ranks(2, verified, name)
+
+
+def _hooks_in_a_layer():
+    """A trial runs its projections, but calls something else in place of its convolutions."""
+    fla_models.without_kernels()
+    mesh = mesh_of(sp=2)
+    model = fla_models.build("gla")
+    lasp.parallelize(model, mesh["sp"])
+    local = lasp.shard_batch(batch_of(), mesh)
+    call = functools.partial(model, local["input_ids"], layout=local["layout"])
+    expected = logits_of(call())
+    layer = next((path, m) for path, m in model.named_modules() if type(m).__name__ == "GatedLinearAttention")
+
+    def mixes(module, args, output):
+        return (output[0].cumsum(1), *output[1:]) if isinstance(output, tuple) else output.cumsum(1)
+
+    for path, module in (layer, *((f"{layer[0]}.{name}", m) for name, m in layer[1].named_children())):
+        seen = []
+        for hook in (lambda module, args, output, seen=seen: seen.append(output), mixes):
+            handle = module.register_forward_hook(hook)
+            if hook is mixes:
+                with pytest.raises(
+                    ValueError, match=rf"split the sequence of: {path} \(\w+\), forward hook test_fla.*mixes: "
+                ):
+                    call()
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    assert torch.equal(logits_of(call()), expected)
+                assert seen
+            handle.remove()
+
+
+def test_a_hook_in_a_layer():
+    run_ranks(2, _hooks_in_a_layer)

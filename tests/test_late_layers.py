@@ -1,6 +1,7 @@
 """Modules that come into a model after `parallelize`: what mixes tokens is refused, on every rank; others pass."""
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import re
@@ -18,8 +19,11 @@ import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 from small_model import VOCABULARY, WIDTH, SmallModel
 from torch import nn
+from torch.ao.quantization.quantize import _register_activation_post_process_hook
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 import lasp
 from lasp.adapters import handles
@@ -595,3 +599,359 @@ def _a_plan_leaves():
 
 def test_what_a_plan_leaves_may_be_replaced():
     run_ranks(2, _a_plan_leaves)
+
+
+# Forward hooks
+
+
+class Mixing:
+    """Ways to mix tokens in a hook. As a method it is another object whenever it is asked for."""
+
+    def hook(self, module, args, output):
+        return output.cumsum(1)
+
+    def in_place(self, module, args, output):
+        output.copy_(output.cumsum(1))
+
+    def on_kwargs(self, module, args, kwargs, output):
+        return output + output.mean(1, keepdim=True)
+
+    def fewer(self, module, args, output):
+        return output[:, ::2].repeat_interleave(2, dim=1)[:, : output.shape[1]]
+
+    def in_backward(self, module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient.cumsum(1))
+
+    def before(self, module, args):
+        return F.normalize(args[0], dim=1)
+
+    def before_kwargs(self, module, args, kwargs):
+        return (args[0].roll(1, 1), *args[1:]), kwargs
+
+    def __call__(self, module, args, output):
+        return output.flip(1)
+
+
+def _register(module, name):
+    """With one of `Mixing`."""
+    mixing = Mixing()
+    hook = mixing if name == "__call__" else getattr(mixing, name)
+    if name == "fewer":
+        hook = functools.partial(hook)
+    if name.startswith("before"):
+        return module.register_forward_pre_hook(hook, with_kwargs=name == "before_kwargs")
+    kwargs = name == "on_kwargs"
+    return module.register_forward_hook(hook, with_kwargs=kwargs, always_call=kwargs, prepend=name == "hook")
+
+
+def _told_of(name, path):
+    kind = "forward pre-hook" if name.startswith("before") else "forward hook"
+    name = "" if name == "__call__" else rf"\.{name}"
+    return rf"{path} \(\w+\), {kind} test_late_layers\.Mixing{name}: "
+
+
+def _hook_that_mixes(name):
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    paths = {"": "the model itself"} if name not in ("before", "before_kwargs") else {}
+    paths |= dict.fromkeys(["blocks.0.norm", "blocks.1", "blocks.1.mlp.2", "blocks.0.mixer.inner", "blocks.0.mixer"])
+    for path, told in paths.items():
+        handle = _register(model.get_submodule(path), name)
+        assert_refused(lambda: model(*inputs_of(mesh)), _told_of(name, told or re.escape(path)))
+        handle.remove()
+        with mock.patch.object(trial, "ask", side_effect=AssertionError):  # as it was
+            assert_same_logits(model, alone, mesh)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Mixing) if name == "__call__" or not name.startswith("_")])
+def test_a_hook_that_mixes_tokens(name):
+    run_ranks(2, _hook_that_mixes, name)
+
+
+def _hook_in_all_modules(name):
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    register = torch.nn.modules.module.register_module_forward_hook
+    handle = register(getattr(Mixing(), name), with_kwargs=name == "on_kwargs")
+    try:
+        assert_refused(
+            lambda: model(*inputs_of(mesh)), rf"all modules, forward hook test_late_layers\.Mixing\.{name}: "
+        )
+    finally:
+        handle.remove()
+    seen = []
+    handle = register(lambda module, args, output: seen.append(output))
+    try:
+        _asked_once(model, alone, mesh)
+    finally:
+        handle.remove()
+    assert seen
+    _asked_once(model, alone, mesh, times=0)
+
+
+@pytest.mark.parametrize("name", ["hook", "on_kwargs"])
+def test_a_hook_in_all_modules_of_the_process(name):
+    run_ranks(2, _hook_in_all_modules, name)
+
+
+def _hook_before_parallelize():
+    mesh = mesh_of(sp=2)
+    for path in ("blocks.0.mixer.inner", "blocks.0.norm"):
+        model = SmallModel().double()
+        model.get_submodule(path).register_forward_hook(Mixing().hook)
+        with pytest.raises(ValueError, match="cannot split the sequence of: " + _told_of("hook", re.escape(path))):
+            lasp.parallelize(model, mesh)
+
+
+def test_a_hook_that_mixes_tokens_and_was_there_before():
+    """That of a layer of which an adapter says that it mixes none passed."""
+    run_ranks(2, _hook_before_parallelize)
+
+
+def _hook_in_a_layer_of_a_library(build, layer):
+    """A trial does not enter those whose adapter answers for them."""
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(build(), mesh)
+    local = lasp.shard_batch({"input_ids": tokens()}, mesh, pad=False)
+    found = next((path, m) for path, m in model.named_modules() if type(m).__name__ == layer)
+    for path, module in (found, *((f"{found[0]}.{name}", m) for name, m in found[1].named_children())):
+        if isinstance(module, nn.Linear) or path == found[0]:
+            seen = []
+            recording = module.register_forward_hook(lambda m, args, output, seen=seen: seen.append(output))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                model(local["input_ids"], layout=local["layout"])
+            assert len(seen) > 1 or path == found[0]
+            recording.remove()
+            mixing = module.register_forward_hook(
+                lambda m, args, out: (out[0].cumsum(1), *out[1:]) if isinstance(out, tuple) else out.cumsum(1)
+            )
+            with pytest.raises(
+                ValueError, match=rf"{re.escape(path)} \(\w+\), forward hook test_late_layers.*lambda>: "
+            ):
+                model(local["input_ids"], layout=local["layout"])
+            mixing.remove()
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("bamba", "BambaMixer"), ("minimax", "MiniMaxLightningAttention")])
+def test_a_hook_in_a_layer_of_transformers(kind, layer):
+    pytest.importorskip("transformers", reason="needs the extra `transformers`")
+    run_ranks(2, _hook_in_a_layer_of_a_library, functools.partial(foreign.build, kind), layer)
+
+
+def _hook_under_fsdp2():
+    """No module of it can run in a trial; what the hook does can."""
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=lasp.grad_mesh(mesh))
+    assert_same_logits(model, alone, mesh)
+    for path in ("", "blocks.0.norm", "blocks.1", "blocks.1.mlp.1", "blocks.0.mixer.inner", "head"):
+        for name in ("hook", "before", "in_backward", "in_place"):
+            if (path, name) == ("", "before"):  # ids
+                name = "before_kwargs"
+            handle = _register(model.get_submodule(path), name)
+            assert_refused(lambda: model(*inputs_of(mesh)), _told_of(name, re.escape(path) or "the model itself"))
+            handle.remove()
+    assert_same_logits(model, alone, mesh)
+    head, norms, shift = model.head, [], torch.ones(VOCABULARY, dtype=torch.float64)
+    for hook in (lambda m, args, y: norms.append(y.norm(dim=-1)), lambda m, args, y: y + shift - shift):
+        handle = head.register_forward_hook(hook)
+        _asked_once(model, alone, mesh)
+        handle.remove()
+        _asked_once(model, alone, mesh, times=0)
+    handle = model.blocks[0].register_forward_hook(
+        lambda m, args, y: (y[0].cumsum(1), *y[1:])
+    )  # if it returned a tuple
+    assert_refused(lambda: model(*inputs_of(mesh)), r"blocks\.0 \(\w+\), forward hook test_late_layers.*lambda>: ")
+    handle.remove()
+
+    def needs_two_rows(module, args, output):
+        assert output.shape[0] == 2
+
+    head.register_forward_hook(needs_two_rows)
+    told = r"whether they mix tokens could not be tried: head \(\w+\), forward hook .*needs_two_rows"
+    with pytest.warns(UserWarning, match=told):
+        assert_same_logits(model, alone, mesh)
+    _asked_once(model, alone, mesh, times=0)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        with pytest.warns(UserWarning, match="could not be tried: all modules, forward hook "):
+            assert_same_logits(model, alone, mesh)
+    finally:
+        handle.remove()
+    local = lasp.shard_batch({"input_ids": tokens()}, mesh)
+    loss, _ = lasp.token_loss(model(*inputs_of(mesh)[:2], local["layout"]), local["labels"], mesh=mesh)
+    loss.backward()
+
+
+def test_a_hook_in_a_model_of_fsdp2():
+    run_ranks(2, _hook_under_fsdp2)
+
+
+class _Recorder:
+    def __init__(self):
+        self.seen = []
+
+    def hook(self, module, args, output):
+        module.last = output.norm(dim=-1)
+        self.seen.append(module.last)
+
+
+def _hooks_that_record():
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    recorder, norm = _Recorder(), model.blocks[0].norm
+    for times in (1, 0, 0):  # put back it is the same, though a method is another object each time
+        handle = norm.register_forward_hook(recorder.hook)
+        before = len(recorder.seen)
+        _asked_once(model, alone, mesh, times)
+        assert (len(recorder.seen) - before > 3) == bool(times)  # with made-up numbers once
+        assert recorder.seen[-1].shape == norm.last.shape == (2, 13)
+        handle.remove()
+        _asked_once(model, alone, mesh, times=0)
+    for step in range(3):
+        handle = norm.register_forward_pre_hook(lambda m, args, step=step: None)
+        _asked_once(model, alone, mesh)
+        handle.remove()
+        del handle
+    model(*inputs_of(mesh))
+    model.blocks[0].mlp = nn.Sequential(model.blocks[0].mlp)
+    norm.register_forward_pre_hook(lambda m, args: None)
+    model(*inputs_of(mesh))
+    assert len(handles._parallelized[model]._known[norm]) == 3  # without hooks, with the recorder's, and with this one
+
+
+def test_a_hook_that_records():
+    run_ranks(2, _hooks_that_record)
+
+
+def _hooks_that_remove_themselves(path):
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    module, seen = model.get_submodule(path), []
+
+    def once(module, args, kwargs, output):
+        seen.append(output.shape)
+        handle.remove()
+        return output * 2
+
+    handle = module.register_forward_hook(once, with_kwargs=True, always_call=True)
+    alone.get_submodule(path).register_forward_hook(lambda m, args, output: output * 2)
+    assert_same_logits(model, alone, mesh)
+    assert seen[-1][:2] == (2, 13)  # which it still sees behind the trial
+    assert not any(handle.id in table for name, table in vars(module).items() if name.startswith("_forward_"))
+    count = len(seen)
+    assert_same_logits(model, SmallModel().double(), mesh)
+    assert len(seen) == count
+
+
+@pytest.mark.parametrize("path", ["blocks.0.norm", "blocks.0.mixer.inner", ""])
+def test_a_hook_that_removes_itself(path):
+    run_ranks(2, _hooks_that_remove_themselves, path)
+
+
+def _hooks_of_torch(kind):
+    """They are not asked."""
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    after = contextlib.nullcontext()
+    for m in (model, alone):
+        linear = m.blocks[0].mlp[1]
+        if kind == "weight norm":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nn.utils.weight_norm(linear)
+        elif kind == "spectral norm":
+            torch.manual_seed(0)
+            nn.utils.spectral_norm(linear)
+            m.eval()  # in training it counts the forwards
+        elif kind == "pruned":
+            prune.l1_unstructured(linear, "weight", 0.5)
+        elif kind == "checkpoint":
+            torch.distributed._composable.checkpoint(m.blocks[0])
+        elif kind == "observer":
+            linear.activation_post_process = nn.Identity()
+            _register_activation_post_process_hook(linear)
+    if kind == "modules of the process":
+        after = ModTracker()
+    with after:
+        _asked_once(model, alone, mesh, times=int(kind == "observer"))  # that is a module
+    local = lasp.shard_batch({"input_ids": tokens()}, mesh)
+    loss, _ = lasp.token_loss(model(*inputs_of(mesh)[:2], local["layout"]), local["labels"], mesh=mesh)
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    "kind", ["weight norm", "spectral norm", "pruned", "checkpoint", "observer", "modules of the process"]
+)
+def test_hooks_of_torch(kind):
+    run_ranks(2, _hooks_of_torch, kind)
+
+
+def _hook_that_is_compiled():
+    """PyTorch's decorators leave a function its user's name."""
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    for decorate in (torch.no_grad(), torch.compiler.disable, functools.partial(torch.compile, backend="eager")):
+        handle = model.blocks[0].norm.register_forward_hook(decorate(_cumulates))
+        told = r"blocks\.0\.norm \(LayerNorm\), forward hook test_late_layers\._cumulates: "
+        assert_refused(lambda: model(*inputs_of(mesh)), told)
+        handle.remove()
+
+
+def _cumulates(module, args, output):
+    return output.cumsum(1)
+
+
+def test_a_hook_that_is_decorated():
+    run_ranks(2, _hook_that_is_compiled)
+
+
+def _hook_that_a_plan_leaves():
+    mesh = mesh_of(sp=2)
+    model = lasp.parallelize(SmallModel().double(), mesh, plan={"blocks.1.mlp": lasp.adapters.token_local})
+    model.blocks[1].mlp[0].register_forward_hook(_cumulates)
+    model(*inputs_of(mesh))
+    model.blocks[1].norm.register_forward_hook(_cumulates)
+    assert_refused(lambda: model(*inputs_of(mesh)), r"blocks\.1\.norm \(\w+\), forward hook .*: [^;]*\n")
+
+
+def test_a_hook_where_a_plan_leaves_all():
+    run_ranks(2, _hook_that_a_plan_leaves)
+
+
+def test_a_hook_on_one_rank_in_a_stream():
+    model = lasp.parallelize(SmallModel().double(), None)
+    handle = model.blocks[1].norm.register_forward_hook(_cumulates)
+    with pytest.raises(ValueError, match=r"cannot split the sequence of: blocks\.1\.norm \(LayerNorm\), forward hook"):
+        lasp.stream_backward(model, {"input_ids": tokens()}, mesh=None, segment=8)
+    handle.remove()
+    lasp.stream_backward(model, {"input_ids": tokens()}, mesh=None, segment=8)
+
+
+class _Installs(nn.Module):
+    """As models of transformers whose hidden states are asked for."""
+
+    def forward(self, x):
+        if not hasattr(self, "installed"):
+            self.installed = True
+            self.register_forward_hook(lambda module, args, output: output * 2)
+        return x
+
+
+def _hooks_that_a_forward_installs():
+    mesh = mesh_of(sp=2)
+    model, alone = split_model(mesh), SmallModel().double()
+    for m in (model, alone):
+        m.blocks[0].mlp.append(_Installs())
+    added = model.blocks[0].mlp[-1]
+    assert_same_logits(model, alone, mesh)
+    assert len(added._forward_hooks) == 1
+    _asked_once(model, alone, mesh)
+
+
+def test_a_hook_that_a_forward_installs():
+    """One of a trial would stay, beside that of the first forward."""
+    run_ranks(2, _hooks_that_a_forward_installs)

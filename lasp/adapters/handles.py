@@ -16,7 +16,7 @@ import gc
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import nn
 from lasp import adapters
 from lasp.adapters.border import Border, OneRank
 from lasp.adapters.rebind import was_put
-from lasp.checks import use
+from lasp.checks import hooks, use
 from lasp.checks.agreement import capturing
 from lasp.checks.optimizers import before_step
 from lasp.ranks import SequenceParallel
@@ -91,9 +91,18 @@ class Changes:
         """A context inside which they are in the modules, and what stands for one rank is not."""
         return _in_place(self._put_in())
 
-    def taken_out(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def taken_out(self) -> Iterator[None]:
         """A context inside which they are not; what somebody else has put there since stays."""
-        return _in_place(self._taken_out())
+        tables = [vars(m).get(name) for m, _, entries in self._living() for name in entries]
+        kept = [(x, dict(x)) for x in tables if isinstance(x, dict)]
+        try:
+            with _in_place(self._taken_out()):
+                yield
+        finally:
+            for table, content in kept:  # hooks that remove themselves when they are called know these
+                table.clear()
+                table.update(content)
 
     def lost_forward(self, module: nn.Module) -> bool:
         """Whether they gave a forward to this module, and the one that it has now neither calls that nor is one that
@@ -176,7 +185,7 @@ class Parallelized:
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._changes, self._look = changes or Changes({}), look
         self._looking, self._looks = threading.Lock(), 0  # by which thread
-        self._known: weakref.WeakKeyDictionary[nn.Module, list[_Forward]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[hooks.Owner, list[_Forward]] = weakref.WeakKeyDictionary()
         self.accept(model)
         self._handles: Handles | None = None
 
@@ -187,21 +196,24 @@ class Parallelized:
 
     def accept(self, model: nn.Module) -> None:
         """What the model consists of is known from now on."""
-        now = [(module, _Forward(module)) for module in _modules_of(model)]
+        now = [(module, _Forward(module)) for module in (hooks.EVERYWHERE, *_modules_of(model))]
         self._modules = [(weakref.ref(module), forward) for module, forward in now]
         for module, forward in now:
             if not self._knows(module):
                 self._known[module] = [*(x for x in self._known.get(module, ()) if x.lives()), forward]
 
-    def _knows(self, module: nn.Module) -> bool:
-        return any(forward.is_of(module) for forward in self._known.get(module, ()))
+    def _knows(self, module: hooks.Owner, *, only_forward: bool = False) -> bool:
+        return any(forward.is_of(module, only_forward) for forward in self._known.get(module, ()))
 
     def knows_all(self, model: nn.Module) -> bool:
-        """Whether the model has the modules that it had, and no others, with their forwards."""
-        now = _modules_of(model)  # before each forward, so that this must be quick
-        return len(now) == len(self._modules) and all(
-            held() is m and forward.is_of(m) for (held, forward), m in zip(self._modules, now)
-        )
+        """Whether the model has the modules that it had, and no others, with their forwards and hooks."""
+        now = (hooks.EVERYWHERE, *_modules_of(model))  # before each forward, so that this must be quick
+        if len(now) != len(self._modules):
+            return False
+        for (held, forward), module in zip(self._modules, now):
+            if held() is not module or not forward.is_of(module):
+                return False
+        return True
 
     def refuse_new_layers(self) -> None:
         """Raise `ValueError` if what mixes tokens has come into the model since: it would see the tokens of each rank,
@@ -210,7 +222,9 @@ class Parallelized:
         if model is None or self._looks == threading.get_ident() or self.knows_all(model):
             return
         with self._alone():
-            changed = {path: module for path, module in model.named_modules() if not self._knows(module)}
+            others = {path: module for path, module in model.named_modules() if not self._knows(module)}
+            changed = {path: module for path, module in others.items() if not self._knows(module, only_forward=True)}
+            hooked = [m for m in (hooks.EVERYWHERE, *others.values()) if not self._knows(m)]
             layers = self._layers_in(model)
             local = tuple(f"{path}." * bool(path) for path, (_, x) in layers.items() if x is adapters.token_local)
             for path, module in changed.items():
@@ -226,9 +240,9 @@ class Parallelized:
                         f"{type(module).__name__} whose forward is no longer the one that lasp.parallelize put there, "
                         "nor calls it: call lasp.parallelize behind all changes"
                     )
-            if changed and self._look is not None:
+            if hooked and self._look is not None:
                 with self._changes.taken_out():
-                    self._look(model, layers, changed)
+                    self._look(model, layers, changed, hooked)
             self.accept(model)
 
     @contextlib.contextmanager
@@ -261,19 +275,22 @@ class Parallelized:
         return self._handles.inside()
 
 
-Look = Callable[[nn.Module, Mapping[str, tuple[nn.Module, adapters.Adapter]], Mapping[str, nn.Module]], None]
-"""What raises unless the modules that have changed, by path, mix no tokens: of a model, and its layers."""
+Look = Callable[
+    [nn.Module, Mapping[str, tuple[nn.Module, adapters.Adapter]], Mapping[str, nn.Module], Container[hooks.Owner]], None
+]
+"""What raises unless the modules that have changed, by path, mix no tokens, nor the hooks of these: of a model, and its
+layers."""
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
     """`list(model.modules())`, in half the time."""
-    found: dict[nn.Module, None] = {}
+    found = {model: None}
 
     def walk(module: nn.Module) -> None:
-        if module not in found:
-            found[module] = None
-            for child in module._modules.values():
-                if child is not None:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                if child._modules:
                     walk(child)
 
     walk(model)
@@ -281,38 +298,66 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 class _Forward:
-    """The forward that a module has: its own, if somebody gave it one, or its class's."""
+    """The forward that a module has, its own, if somebody gave it one, or its class's, and the hooks around it."""
 
-    __slots__ = ("of_class", "own")
+    __slots__ = ("hooks", "numbers", "of_class", "own")
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: hooks.Owner):
         own = vars(module).get("forward")
         self.own = None if own is None else _reference_to(_unbound(own, module))
         self.of_class = getattr(type(module), "forward", None)  # a scripted module's class has none
+        self.hooks = [_reference_to(x) for x in hooks.functions_of(module)]
+        self.numbers = _numbers_of_hooks(module)  # under which they were registered last, and those that do not count
 
     def lives(self) -> bool:
         """Whether a module may still have it, or get it back."""
-        return self.own is None or self.own() is not None
+        return (self.own is None or self.own() is not None) and all(x() is not None for x in self.hooks)
 
-    def is_of(self, module: nn.Module) -> bool:
+    def is_of(self, module: hooks.Owner, only_forward: bool = False) -> bool:
         """Whether the module still has it."""
         if getattr(type(module), "forward", None) is not self.of_class:
             return False
-        own = module.__dict__.get("forward")
+        values = module.__dict__
+        own = values.get("forward")
         if own is None or self.own is None:
-            return own is self.own
-        return _unbound(own, module) is self.own()
+            if own is not self.own:
+                return False
+        elif not _same(_unbound(own, module), self.own()):
+            return False
+        if values["_forward_hooks"] or values["_forward_pre_hooks"]:
+            return only_forward or self._has_hooks_of(module)
+        return only_forward or not self.hooks
+
+    def _has_hooks_of(self, module: hooks.Owner) -> bool:
+        numbers = _numbers_of_hooks(module)
+        if numbers == self.numbers:
+            return True
+        now = hooks.functions_of(module)
+        same = len(now) == len(self.hooks) and all(_same(x, known()) for x, known in zip(now, self.hooks))
+        if same:
+            self.numbers = numbers
+        return same
+
+
+def _numbers_of_hooks(module: hooks.Owner) -> list[int]:
+    """PyTorch gives each registration a number of its own."""
+    return [*vars(module)["_forward_pre_hooks"], *vars(module)["_forward_hooks"]]
 
 
 def _reference_to(x: Any) -> Callable[[], Any]:
     """Weakly, since it may hold its module; but for objects with slots alone, which cannot be referred to so."""
     try:
-        return weakref.ref(x)
+        return weakref.WeakMethod(x) if isinstance(x, types.MethodType) else weakref.ref(x)
     except TypeError:
         return lambda: x
 
 
-def _unbound(value: Any, module: nn.Module) -> Any:
+def _same(x: Any, known: Any) -> bool:
+    """A method is made anew whenever it is asked for."""
+    return x is known or (isinstance(x, types.MethodType) and x == known)
+
+
+def _unbound(value: Any, module: hooks.Owner) -> Any:
     """Of a method of this module its function: the method itself may be another object each time."""
     return value.__func__ if isinstance(value, types.MethodType) and value.__self__ is module else value
 

@@ -11,7 +11,8 @@ What is called once for some tokens at a time has no slice to be compared with: 
 
 So each module is asked about its own code, and none hides behind a module below, above or beside it. The operators of
 lasp are borders of the same kind: they answer as they would over ranks, so that a layer that uses them mixes nothing.
-They also note who calls them, and whether with the ranks.
+They also note who calls them, and whether with the ranks. And so are forward hooks (lasp.checks.hooks). Those of
+modules that cannot run are called by themselves, with numbers in place of what these would get or return.
 
 Parameters that are zero are random here, and tiny ones larger: a convolution that starts as the identity still mixes,
 and so does what comes in times a gain of 1e-6. What a model does in training, or with a mask, is asked as well.
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 
+from lasp.checks import hooks
 from lasp.checks.forward import MASKS, POSITIONS, own_parameters, parameters_of
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.untouched import keep_all, random_state
@@ -64,7 +66,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Answers:
-    """What the modules of a model have said, each by its path."""
+    """What the modules of a model have said, each by its path, and its hooks by their names (`lasp.checks.hooks`)."""
 
     mixing: dict[str, str] = field(default_factory=dict)  # how it showed
     asked: set[str] = field(default_factory=set)  # those that ran, whether they mix or not
@@ -105,18 +107,37 @@ def ask(model: nn.Module, layers: Mapping[str, nn.Module], changed: Mapping[str,
     """
     answers = Answers()
     reason = _why_not(model)
-    if not reason:
+    if reason:
+        answers.silent[""] = reason
+        _ask_some(changed or {}, layers, answers)
+    else:
         _ask("", model, layers, answers)
-        return answers
-    answers.silent[""] = reason
+    for hook in hooks.hooks_of(model):
+        if hook.name not in answers.asked and hook.owner is not hooks.EVERYWHERE:
+            _ask_hook(hook, answers)
+    return answers
+
+
+def _ask_some(changed: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], answers: Answers) -> None:
+    """Those modules of a model that cannot be tried as a whole."""
     alone: list[nn.Module] = []
-    for path, module in (changed or {}).items():
+    for path, module in changed.items():
         if path in answers.asked or (is_of_torch(module) and next(module.children(), None) is None):
             continue
         if not _why_not(nn.ModuleList([*alone, module])):  # all of them in about a second
             alone.append(module)
             _ask(path, module, layers, answers)
-    return answers
+
+
+def _ask_hook(hook: hooks.Hook, answers: Answers) -> None:
+    """By itself: behind a forward with what most modules return, of which it need not take both."""
+    for in_tuple in (False,) if hook.before else (False, True):
+        alone = hooks.Alone(hook, in_tuple=in_tuple)
+        with contextlib.suppress(_Failed), alone.in_evaluation(), _as_it_was(alone) as weights:
+            found = Answers()
+            _ask_whole(hook.name, alone, {}, found, weights)
+            answers.mixing |= found.mixing
+            answers.asked |= found.asked
 
 
 def _why_not(model: nn.Module) -> str:
@@ -307,12 +328,15 @@ def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., In
         return
     used = (weights.get(name, x) for name, x in (*module.named_parameters(), *module.named_buffers()))
     like = next((x for x in used if x.is_floating_point()), torch.empty(0, device="cpu"))
-    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    takes_ids, widths = True, []
+    if isinstance(module, hooks.Alone):
+        takes_ids, widths, module = module.takes_ids, module.widths, module.imitated
+    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)] if takes_ids else []
     kinds: list[int | None] = [None] if tables else []  # None: ids; else the width
     vocabulary = min(tables, default=0)
     special = _numbers_of(module, vocabulary)
     for position_dim in (1, 0):
-        for width in [*kinds, *_widths_of(module)]:
+        for width in [*kinds, *widths, *_widths_of(module)]:
             yield functools.partial(_make_inputs, parameters, like, vocabulary, special, width, position_dim)
         if not any(POSITIONS.fullmatch(p.name) for p in parameters[1:]):
             return
@@ -430,7 +454,7 @@ def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
     attributes = [(vars(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
     plain = vars(nn.Module()).keys()  # what every module has; the lists and such that are left are its own
     held = [x for m in modules for name, x in vars(m).items() if name not in plain and type(x) in (list, dict, set)]
-    contents = [(x, copy.copy(x)) for x in held]
+    contents = [(x, copy.copy(x)) for x in (*held, *hooks.tables_of(modules))]
     devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
@@ -591,20 +615,70 @@ class _Trial:
         self.leaves: list[Tensor] = []
         values = {name: self._leaf(x) if isinstance(x, Tensor) else x for name, x in values.items()}
         args = (values.pop(next(iter(values))),)
-        handles = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in self.paths]
-        handles += [m.register_forward_hook(self._after, with_kwargs=True) for m in self.paths]
         _running[threading.get_ident()] = self
         try:
-            out = torch.func.functional_call(self.root, dict(self.parameters), args, values)
+            with self._borders():
+                out = torch.func.functional_call(self.root, dict(self.parameters), args, values)
         finally:
             del _running[threading.get_ident()]
-            for handle in handles:
-                handle.remove()
         if self.gradients is not None:
             self._backward(_tensors(out))
         return out
 
     # At the borders of modules
+
+    @contextlib.contextmanager
+    def _borders(self) -> Iterator[None]:
+        """Inside they are there: hooks, also in the place of others."""
+        before = [(table, copy.copy(table)) for table in hooks.tables_of(self.paths)]
+        found, handles = hooks.hooks_of(self.root, self.path), []
+        try:
+            for hook in found:
+                hook.table[hook.number] = functools.partial(self._call_hook, hook)
+            for module in self.paths:
+                handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for hook in found:
+                hook.table[hook.number] = hook.function
+            for table, content in before:  # some hooks remove themselves when they are called
+                table.update(content)
+
+    def _call_hook(self, hook: hooks.Hook, module: nn.Module, *given: Any) -> Any:
+        """In the place of somebody's hook."""
+        if _running.get(threading.get_ident()) is not self:
+            return hook.function(module, *given)
+        caller = self.stack[-1] if self.stack else None
+        self._note_draws(caller)
+        frame = self._enter(hook.name, caller)
+        key = frame.path, frame.number
+        start = 0 if hook.before else len(given) - 1  # of what it may change: the arguments, or the output
+        kept, given = given[:start], given[start:]
+        if self.whole:
+            self.record[key] = [_copied(given), None]
+        elif not frame.lost:
+            how, given = self._put_right(self.record[key][0], given)
+            frame.lost = how == _LOST
+            if how in _HOW and caller is not None:
+                self._blame(caller, _HOW[how])
+        given = self._watch_gradients(given, (*key, "in"), frame)
+        self.stack.append(frame)
+        out = hook.call(module, (*kept, *given))[start:]
+        self.stack.pop()
+        self._note_draws(frame)
+        if self.whole:
+            self.record[key][1] = _copied(out)
+        elif not frame.lost:
+            how, out = self._put_right(self.record[key][1], out)
+            frame.lost = how == _LOST
+            if how in _HOW or (frame.lost and self.fewer):
+                self._blame(frame, _HOW.get(how, "it returns fewer tokens than it is given"))
+        if frame.lost:
+            self.found.asked.discard(frame.path)
+        return out if hook.before and hook.with_kwargs else out[0]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         caller = self.stack[-1] if self.stack else None
@@ -725,8 +799,9 @@ class _Trial:
         for i, x in enumerate(leaves):
             x = self._leaf(x) if isinstance(x, Tensor) else x
             if isinstance(x, Tensor) and x.requires_grad:
-                leaves[i] = x.view_as(x)
-                leaves[i].register_hook(functools.partial(self._see_gradient, (*place, i), frame))
+                watched = x.view_as(x)
+                watched.register_hook(functools.partial(self._see_gradient, (*place, i), frame))
+                leaves[i] = watched.view_as(watched)  # whose own hooks come before
         return pytree.tree_unflatten(leaves, form)
 
     def _see_gradient(self, place: tuple, frame: _Frame | None, x: Tensor) -> Tensor | None:
