@@ -29,11 +29,8 @@ import copy
 import functools
 import inspect
 import itertools
-import re
-import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,8 +42,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 
 from lasp.checks import hooks
-from lasp.checks.forward import MASKS, POSITIONS, own_parameters, parameters_of
+from lasp.checks.forward import MASKS, POSITIONS
 from lasp.checks.torch_modules import is_of_torch, kind_of
+from lasp.checks.trial_inputs import Inputs, inputs_of, optional
+from lasp.checks.trial_weights import MEDIUM, SMALL, Weights, as_it_was
 from lasp.checks.untouched import keep_all, random_state
 from lasp.ranks import SequenceParallel
 
@@ -54,11 +53,7 @@ _CUTS = ((29, 13), (13, 5))  # tokens, and where they are cut (no block ends the
 _MORE = ((1031, 487, 0.03), (263, 127, 0.15))  # likewise, of a second look, if the first took fewer seconds: the most
 # tokens that a model of so many parameters allows
 _ROWS = 2  # of a second look
-_SPECIAL = re.compile(r"eos|bos|eo[dt]|sep|pad|end|stop|doc|special", re.IGNORECASE)
 _PARAMETERS = {"cpu": 5e7, "cuda": 2e10}  # whose use on some 60 tokens takes about a second at most
-_SMALL, _MEDIUM = 1 << 20, 1 << 28  # numbers of a parameter or buffer that may be copied, and of all of them
-_TINY = 1e-2  # if no entry of a parameter is more, it may hide what comes in times it
-_SHORT = (torch.bfloat16, torch.float16)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -133,7 +128,7 @@ def _ask_hook(hook: hooks.Hook, answers: Answers) -> None:
     """By itself: behind a forward with what most modules return, of which it need not take both."""
     for in_tuple in (False,) if hook.before else (False, True):
         alone = hooks.Alone(hook, in_tuple=in_tuple)
-        with contextlib.suppress(_Failed), alone.in_evaluation(), _as_it_was(alone) as weights:
+        with contextlib.suppress(_Failed), alone.in_evaluation(), as_it_was(alone) as weights:
             found = Answers()
             _ask_whole(hook.name, alone, {}, found, weights)
             answers.mixing |= found.mixing
@@ -166,7 +161,7 @@ def _ask(path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers:
     """Ask it as a whole; where that fails, the modules in it one by one."""
     if getattr(type(module), "forward", None) is not nn.Module.forward:  # else it is a container
         try:
-            with _as_it_was(module) as weights:
+            with as_it_was(module) as weights:
                 _ask_whole(path, module, layers, answers, weights)
             return
         except _Failed as failed:
@@ -185,7 +180,7 @@ def _ask_whole(
 ) -> None:
     reason = ""
     for parameters, cuts in itertools.product(weights, _CUTS):
-        for make_inputs in _inputs_of(module, parameters):
+        for make_inputs in inputs_of(module, parameters):
             ask, started = functools.partial(_ask_one_way, path, module, layers, parameters, cuts), time.process_time()
             try:
                 found = ask(make_inputs)
@@ -194,7 +189,7 @@ def _ask_whole(
                 continue
             seconds = time.process_time() - started
             others = [(make_inputs, True)] if _may_train(module) else []
-            others += [(functools.partial(make_inputs, masks=True), False)] if _optional(module, MASKS) else []
+            others += [(functools.partial(make_inputs, masks=True), False)] if optional(module, MASKS) else []
             for make_others, training in others:
                 with contextlib.suppress(_Failed):  # it need not take a mask of that kind
                     also = ask(make_others, training=training)
@@ -226,13 +221,13 @@ def _ask_one_way(
     """What comes out with these inputs; raises `_Failed` if nothing does, or if it draws random numbers in training."""
     tokens, cut = cuts
     if training:  # it may write to its weights
-        small = {name: p for name, p in module.named_parameters() if p.numel() <= _SMALL and name not in parameters}
+        small = {name: p for name, p in module.named_parameters() if p.numel() <= SMALL and name not in parameters}
         parameters = parameters | {name: p.clone() for name, p in small.items()}
     trial = _Trial(path, module, layers, parameters)
     with _in_training(module) if training else contextlib.nullcontext():
         trial.run(make_inputs(tokens, cut), tokens, cut, may_draw=not training)
         found = trial.found
-        for name in _optional(module, POSITIONS):
+        for name in optional(module, POSITIONS):
             inputs = {n: x for n, x in make_inputs(tokens, cut).items() if n != name}
             if trial.counts_positions(inputs, cut):
                 found.counts_positions[path] = name
@@ -293,8 +288,8 @@ def _allows(module: nn.Module, tokens: int) -> bool:
 
 def _may_train(module: nn.Module) -> bool:
     """Whether what it may write to in training can be copied: all buffers, and small parameters."""
-    small = sum(p.numel() for p in module.parameters() if p.numel() <= _SMALL)
-    return small <= _MEDIUM and all(b.numel() <= _SMALL for b in module.buffers())
+    small = sum(p.numel() for p in module.parameters() if p.numel() <= SMALL)
+    return small <= MEDIUM and all(b.numel() <= SMALL for b in module.buffers())
 
 
 @contextlib.contextmanager
@@ -309,201 +304,6 @@ def _in_training(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
-
-
-@dataclass
-class _Input:
-    value: Any
-    dim: int | None = None  # that of tokens
-
-
-Inputs = dict[str, _Input]
-Weights = dict[str, Tensor]  # parameters and buffers in whose place others are used
-
-
-def _inputs_of(module: nn.Module, weights: Weights) -> Iterator[Callable[..., Inputs]]:
-    """Ways to make its inputs from a number of tokens, the likeliest first: ids, or numbers of some width."""
-    parameters = _given(module)
-    if not parameters:
-        return
-    used = (weights.get(name, x) for name, x in (*module.named_parameters(), *module.named_buffers()))
-    like = next((x for x in used if x.is_floating_point()), torch.empty(0, device="cpu"))
-    takes_ids, widths = True, []
-    if isinstance(module, hooks.Alone):
-        takes_ids, widths, module = module.takes_ids, module.widths, module.imitated
-    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)] if takes_ids else []
-    kinds: list[int | None] = [None] if tables else []  # None: ids; else the width
-    vocabulary = min(tables, default=0)
-    special = _numbers_of(module, vocabulary)
-    for position_dim in (1, 0):
-        for width in [*kinds, *widths, *_widths_of(module)]:
-            yield functools.partial(_make_inputs, parameters, like, vocabulary, special, width, position_dim)
-        if not any(POSITIONS.fullmatch(p.name) for p in parameters[1:]):
-            return
-
-
-def _optional(module: nn.Module, names: re.Pattern[str]) -> list[str]:
-    """The arguments of its forward with such a name that need not be given."""
-    return [p.name for p in _given(module)[1:] if names.fullmatch(p.name) and p.default is not p.empty]
-
-
-def _given(module: nn.Module) -> list[inspect.Parameter]:
-    """What a trial may give to its forward; of what a wrapper hands on only what the trial knows to make."""
-    own = {name: p for name, p in own_parameters(module).items() if p.kind != p.VAR_KEYWORD}
-    if not own:  # the tokens are given without a name
-        return []
-    handed_on = (p for name, p in parameters_of(module).items() if name not in own)
-    known = (p for p in handed_on if POSITIONS.fullmatch(p.name) or MASKS.fullmatch(p.name) or p.name == "use_cache")
-    return [*own.values(), *known]
-
-
-def _widths_of(module: nn.Module) -> list[int]:
-    """Of a token, by what the first layers take."""
-    found = []
-    for m in module.modules():
-        shape = getattr(m, "normalized_shape", None) or (getattr(m, "in_features", None),)
-        width = shape[-1] if isinstance(shape, tuple) else None
-        found += [width] if isinstance(width, int) and width > 0 else []
-    found += [p.shape[-1] for p in module.parameters() if p.ndim]
-    return list(dict.fromkeys(found))[:4] or [8]
-
-
-def _numbers_of(module: nn.Module, vocabulary: int) -> list[int]:
-    """Ids that the modules may know: the lowest and the highest, and every number that they, their configurations or
-    the code of their classes hold, those first whose name says so. One of them may end a document."""
-    named, others = [0, vocabulary - 1], [1, 2]
-    for m in module.modules():
-        for holder in (m, getattr(m, "config", None)):
-            for name, value in getattr(holder, "__dict__", {}).items():
-                numbers = value if isinstance(value, (list, tuple, set)) else (value,)
-                (named if _SPECIAL.search(name) else others).extend(x for x in numbers if type(x) is int)
-    for cls in dict.fromkeys(type(m) for m in module.modules() if not is_of_torch(m)):
-        for code in (f.__code__ for f in vars(cls).values() if inspect.isfunction(f)):
-            held = {name: getattr(sys.modules.get(cls.__module__), name, None) for name in code.co_names}
-            others += [x for x in (*code.co_consts, *held.values()) if type(x) is int]
-    return list(dict.fromkeys(x for x in (*named, *others) if 0 <= x < vocabulary))
-
-
-def _make_inputs(
-    parameters: list[inspect.Parameter],
-    like: Tensor,
-    vocabulary: int,
-    special: list[int],
-    width: int | None,
-    position_dim: int,
-    tokens: int,
-    cut: int,
-    *,
-    masks: bool = False,
-    rows: int = 1,
-) -> Inputs:
-    generator = torch.Generator("cpu").manual_seed(tokens)
-    if width is None:
-        x = torch.cat([_ids(vocabulary, special, tokens, cut, generator) for _ in range(rows)]).to(like.device)
-    else:
-        x = torch.randn(rows, tokens, width, generator=generator, device="cpu").to(like)
-    first, *others = parameters
-    inputs = {"" if first.kind in (first.VAR_POSITIONAL, first.POSITIONAL_ONLY) else first.name: _Input(x, 1)}
-    positions = torch.arange(tokens, device=like.device)
-    in_rows = positions.view(1, -1).expand(rows, -1)
-    for p in others:
-        if POSITIONS.fullmatch(p.name):
-            inputs[p.name] = _Input(in_rows if position_dim else positions, position_dim)
-        elif masks and MASKS.fullmatch(p.name):
-            inputs[p.name] = _Input(torch.ones_like(in_rows), 1)
-        elif p.name == "use_cache":
-            inputs[p.name] = _Input(False)
-        elif p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD:
-            inputs[p.name] = _Input(None)
-    return inputs
-
-
-def _ids(vocabulary: int, special: list[int], tokens: int, cut: int, generator: torch.Generator) -> Tensor:
-    """[1, tokens], all different if there are as many; if not, at least what stands side by side on the whole or at
-    the end of a slice, as far as possible: else a shift might bring what was there before.
-
-    No id is in both slices, so that the largest number of all tokens, say, is in one of them only. Special ones are in
-    the first: one of them may end a document, which the tokens behind it are to know."""
-    borders = [(0, cut), (0, tokens - 1), (cut - 1, tokens - 1), (cut - 1, 0), (cut, tokens - 1)]
-    known, count = torch.tensor(special, device="cpu"), min(vocabulary, _SMALL)
-    x = torch.zeros(0, dtype=torch.int64, device="cpu")
-    for _ in range(100 if tokens < 64 else 1):
-        drawn = torch.randperm(count, generator=generator, device="cpu")
-        drawn = torch.cat([known, drawn[~torch.isin(drawn, known)]])
-        of_first = min(cut, max(1, len(drawn) * cut // tokens))
-        first, second = drawn[:of_first], drawn[of_first:][: tokens - cut]
-        pools = ((first, cut), (second if len(second) else first, tokens - cut))
-        x = torch.cat([_shuffled(pool, length, generator) for pool, length in pools])
-        if bool((x[1:] != x[:-1]).all()) and all(x[a] != x[b] for a, b in borders):
-            break
-    return x[None]
-
-
-def _shuffled(pool: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    parts = [pool[torch.randperm(len(pool), generator=generator, device="cpu")] for _ in range(-(-length // len(pool)))]
-    return torch.cat(parts)[:length]
-
-
-@contextlib.contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
-    """Inside, it may run: without gradients, dropout or compilation. Afterwards all attributes, weights, buffers and
-    random numbers are what they were. Gives the weights to run with, the best first.
-
-    (`functional_call` leaves its own weights in a module that is in the model twice: it puts back by name.)"""
-    modules = list(module.modules())
-    attributes = [(vars(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
-    plain = vars(nn.Module()).keys()  # what every module has; the lists and such that are left are its own
-    held = [x for m in modules for name, x in vars(m).items() if name not in plain and type(x) in (list, dict, set)]
-    contents = [(x, copy.copy(x)) for x in (*held, *hooks.tables_of(modules))]
-    devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    try:
-        with contextlib.ExitStack() as stack:
-            for context in (
-                torch.random.fork_rng([d.index for d in devices]),
-                torch.inference_mode(False),
-                torch.no_grad(),
-                eager,
-                warnings.catch_warnings(),
-                *(torch.autocast(kind, enabled=False) for kind in {"cpu", *(d.type for d in devices)}),
-            ):
-                stack.enter_context(context)
-            warnings.simplefilter("ignore")
-            for m in modules:  # by the attribute: an `eval` of its own might do more
-                m.training = isinstance(m, (nn.modules.batchnorm._NormBase,))  # which mixes tokens in training
-            yield _weights_of(module)
-    finally:
-        for x, content in contents:
-            x.clear()
-            x.extend(content) if isinstance(x, list) else x.update(content)
-        for now, before, parameters, buffers in attributes:
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update(before)
-            for name, tensors in (("_parameters", parameters), ("_buffers", buffers)):
-                if isinstance(now[name], dict):
-                    now[name].clear()
-                    now[name].update(tensors)
-                else:  # of a scripted module, from which nothing can be taken
-                    for key, x in tensors.items():
-                        now[name][key] = x
-
-
-def _weights_of(module: nn.Module) -> list[Weights]:
-    """Copies of small buffers, which may be written to, and small trained parameters with random numbers where they are
-    zero, and all larger if they are tiny. Before these, where weights are of 16 bits, all in 32: rounding hides a weak
-    mixer."""
-    weights: Weights = {name: b.clone() for name, b in module.named_buffers() if b.numel() <= _SMALL}
-    for name, p in module.named_parameters():
-        if p.requires_grad and p.is_floating_point() and 0 < p.numel() <= _SMALL:
-            largest = p.abs().max()
-            if bool(largest < _TINY) or bool((p == 0).any()):
-                larger = torch.where(largest < _TINY, p / largest * 0.2, p)
-                weights[name] = torch.where(p == 0, torch.rand_like(p) * 0.2 + 0.1, larger)
-    short = {name: x for name, x in (*module.named_parameters(), *module.named_buffers()) if x.dtype in _SHORT}
-    if not 0 < sum(x.numel() for x in short.values()) <= _MEDIUM:
-        return [weights]
-    return [weights | {name: weights.get(name, x).float() for name, x in short.items()}, weights]
 
 
 @dataclass
