@@ -184,6 +184,7 @@ def of_state(tensors):
     return torch.cat([whole(x).flatten() for x in tensors.values()])
 
 
+@functools.cache
 def simulated(replicas, rule):
     """Weights of all replicas after each step; what the rule holds then; and what it ends with."""
     simulation, of_steps = Simulation(replicas, **RULES[rule]), []
@@ -320,34 +321,33 @@ def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_bits(layout, after
 
 ON_THE_WAY = [  # ranks, --dp, --parallel, steps done
     (2, 2, "ddp", 2),
-    (4, 2, "ddp", 4),
-    (4, 2, "fsdp2", 6),
-    (4, 2, "zero1", 6),
-    (4, 2, "zero2", 2),  # in micro-batches
+    (4, 2, "fsdp2", 3),
+    (4, 2, "zero1", 3),
+    (4, 2, "zero2", 1),  # in micro-batches
 ]
 
 
 @pytest.mark.parametrize(("world", "dp", "parallel", "done"), ON_THE_WAY)
 def test_the_example_goes_on_in_the_middle_of_a_round_with_the_same_bits(tmp_path, world, dp, parallel, done):
-    sizes = ["--seq-len=33", "--batch=4", "--steps=8", "--save-every=2", f"--dp={dp}", f"--parallel={parallel}"]
-    sizes += [f"--data={__file__}", "--outer-every=4", "--validate", "--validate-every=3"]
+    sizes = ["--seq-len=33", "--batch=4", "--steps=4", "--save-every=1", f"--dp={dp}", f"--parallel={parallel}"]
+    sizes += [f"--data={__file__}", "--outer-every=2", "--validate", "--validate-every=3"]
     sizes += ["--accumulate=2"] if parallel == "zero2" else []
     _assert_on_all(world, 0, [], [*sizes, f"--out={tmp_path / 'whole'}"])
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
     (folder / "LATEST").write_text(f"step-00000{done}")
-    for step in range(done + 2, 10, 2):
+    for step in range(done + 1, 5):
         shutil.rmtree(folder / f"step-00000{step}")
     _assert_on_all(world, 0, [], [*sizes, f"--out={folder}", "--resume"])
     assert _losses(folder) == _losses(tmp_path / "whole")
     assert (folder / "validation.json").read_text() == (tmp_path / "whole" / "validation.json").read_text()
-    _assert_same_state(folder, tmp_path / "whole", range(2, 10, 2))
+    _assert_same_state(folder, tmp_path / "whole", range(1, 5))
     tensors, text = _state(folder, done)
     values = json.loads(text)
-    assert (values["outer.rounds"], values["outer.local_steps"]) == divmod(done, 4)
-    assert values["outer.on_the_way"] == (done >= 4)
-    weight, apart = "head.weight", done % 4 > 0
+    assert (values["outer.rounds"], values["outer.local_steps"]) == divmod(done, 2)
+    assert values["outer.on_the_way"] == (done >= 2)
+    weight, apart = "head.weight", done % 2 > 0
     assert torch.equal(tensors[f"replica0.model.{weight}"], tensors[f"replica1.model.{weight}"]) != apart
-    tensors, _ = _state(folder, 8)  # the end: what was on its way is part of all
+    tensors, _ = _state(folder, 4)  # the end: what was on its way is part of all
     for replica in range(dp):
         assert torch.equal(tensors[f"replica{replica}.model.{weight}"], tensors[f"model.{weight}"])
 
