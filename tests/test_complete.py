@@ -21,6 +21,7 @@ from _tokens import write_tokens
 from _words import Shown, Words, words_of
 from processes import ROOT
 from ranks import run_ranks
+from scripts import run_processes
 from test_train import TEXT, _assert_on_all, _largest_file, _small, _state
 from typer.testing import CliRunner
 
@@ -611,10 +612,22 @@ def test_it_runs_from_another_folder_on_ranks_that_it_starts(done, tmp_path):
     assert "[context 32 tokens; prompt 12 tokens in " in error
 
 
-@pytest.mark.parametrize("name", ["train", "export", "prepare", "recall"])
-def test_the_other_examples_are_found_from_another_folder(tmp_path, name):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--help"]
-    found = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110)
-    assert (found.returncode, "Usage" in found.stdout) == (0, True), found.stderr
+OTHERS = f"""
+import os, runpy, sys
+os.chdir(os.environ["FOLDER"])
+script = os.path.join({str(ROOT / "examples")!r}, os.environ["NAME"] + ".py")
+# As Python finds what is beside a script, and nothing else of this folder but lasp.
+sys.path[:] = [os.path.dirname(script), {str(ROOT)!r}, {str(ROOT / "kernels")!r}] + [
+    path for path in sys.path if path and os.path.dirname(path) != {str(ROOT)!r}
+]
+sys.argv = [script, "--help"]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_the_other_examples_are_found_from_another_folder(tmp_path):
+    names = ["train", "export", "prepare", "recall"]
+    for name, found in zip(names, run_processes(OTHERS, [{"NAME": name, "FOLDER": str(tmp_path)} for name in names])):
+        code, out, error = found
+        assert (code, "Usage" in out) == (0, True), (name, error)
     assert not list(tmp_path.iterdir())
