@@ -20,7 +20,7 @@ def pytest_xdist_auto_num_workers():
 
 # Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
 LONG = """
-streaming co2 bench recipes complete trainer tensor_parallel transformers kernels verify faults train delta_kernels
+bench co2 recipes streaming trainer transformers tensor_parallel complete kernels verify faults train delta_kernels
 streaming_transformers transformers_border init channel bits_alone agreement recompute messages presence
 kernels_on_ranks elementwise data inference_transformers inference softmax replicas schemes data_parallel attention
 scan_kernels hosts padding loss remote_code families experts docs scripts checkpoint exchange launchers fla trl loops
@@ -34,11 +34,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what was imported and collected stays: scripts of bench/ collect garbage for each row
+    ranks.collect_rarely()  # what was imported and collected stays
 
 
-def pytest_unconfigure():
-    gc.unfreeze()  # else libraries that count their objects report them as leaks
+def pytest_configure(config):
+    ranks.collect_rarely()
+    # Else libraries that count their objects report them as leaks. Behind pytest's own, which collects garbage twice.
+    config.add_cleanup(gc.unfreeze)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@ rank, or a rank that hangs, fails the test and names the rank; the processes are
 """
 
 import contextlib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -33,6 +35,7 @@ GLOO_TIMEOUT = 30.0  # seconds after which gloo itself gives up, with a tracebac
 # What a first compilation imports, and what models of transformers and its Trainer do: 1 and 2 s of each worker. And
 # what examples/ and some tests import.
 COMPILERS = ["torch._dynamo", "torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]
+COMPILERS += ["torch._dynamo.repro.after_dynamo", "torch.distributed.tensor.experimental"]
 OTHERS = ["pytest", "torch.distributed.checkpoint", "torch.distributed.optim", "typer.testing", "matplotlib.pyplot"]
 TRANSFORMERS = ["transformers.trainer", "transformers.models.bamba.modeling_bamba"]
 
@@ -71,10 +74,25 @@ def workers():
     return context
 
 
+def collect_rarely():
+    """Of what was imported nothing is garbage, and need not be looked through; Python looks for it every 700 objects,
+    which takes 7% of the processor time of tests, and what they keep is small."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
 def shutdown():
     """End all workers."""
     while _pools:
         _pools.popitem()[1].kill()
+    answers().cleanup()
+    answers.cache_clear()
+
+
+@functools.cache
+def answers():
+    """The folder in which workers of a file find what others were answered (`ask_once`)."""
+    return tempfile.TemporaryDirectory()
 
 
 @functools.cache
@@ -115,7 +133,8 @@ class _Pool:
         self.workers, self.pipes, self.groups = [], [], 0
         for rank in range(world):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, world, self.store.port, theirs), daemon=True)
+            of_worker = (rank, world, self.store.port, theirs, answers().name)
+            worker = context.Process(target=_work, args=of_worker, daemon=True)
             worker.start()
             theirs.close()
             self.workers.append(worker)
@@ -164,14 +183,14 @@ def _explain(errors, silent, world):
     return "\n".join(parts)
 
 
-def _work(rank, world, port, pipe):
+def _work(rank, world, port, pipe, folder):
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    gc.freeze()  # what was imported stays, and need not be looked through again and again
+    collect_rarely()
     torch.set_num_threads(1)
     poison.install()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     _one_device()
-    _ask_once()
+    ask_once(folder)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     limit = timedelta(seconds=GLOO_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
@@ -226,28 +245,32 @@ class _Bits(pickle.Pickler):
         return tuple, ((str(x.dtype), tuple(x.shape), x.requires_grad, held),)
 
 
-def _ask_once():
-    """`parallelize` tries a model if this process has not tried its equal, of the same classes and weights, before.
+def ask_once(folder):
+    """`parallelize` tries a model if no worker of the file has tried its equal before, of the same classes and weights.
 
     Else a file would try the same small model again for each mesh and scheme, on each rank: up to a third of its time.
-    What cannot be pickled, as models of local classes, is always tried.
+    Ranks that come at once wait for the first. What cannot be pickled, as models of local classes, is always tried.
     """
     import lasp.api
 
-    ask, answers = lasp.api.refuse_mixers, {}
+    ask = lasp.api.refuse_mixers
 
     def once(model, layers, *changed):
         if changed:
             return ask(model, layers, *changed)
-        file = io.BytesIO()
+        bits = io.BytesIO()
         try:
-            _Bits(file).dump((model, {path: adapter for path, (_, adapter) in layers.items()}))
+            _Bits(bits).dump((model, {path: adapter for path, (_, adapter) in layers.items()}))
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, pickle.PicklingError):
             return ask(model, layers)
-        key = hashlib.sha256(file.getvalue()).digest()
-        if key not in answers:
-            answers[key] = ask(model, layers)
-        return answers[key]
+        with open(os.path.join(folder, hashlib.sha256(bits.getvalue()).hexdigest()), "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # which ends with the process, too
+            file.seek(0)
+            if known := file.read():
+                return pickle.loads(known)
+            answer = ask(model, layers)
+            file.write(pickle.dumps(answer))
+        return answer
 
     lasp.api.refuse_mixers = once
 

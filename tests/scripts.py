@@ -1,7 +1,6 @@
 """A script on ranks that it may end in any way: what each printed, and how it ended."""
 
 import atexit
-import gc
 import os
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import LAUNCHER_PREFIXES, finish, free_port, start
-from ranks import workers
+from ranks import answers, ask_once, collect_rarely, workers
 
 
 def run_script(code, ranks, *, limit=100.0, agent=True):
@@ -50,7 +49,7 @@ def run_processes(code, variables, limit=100.0):
     has imported what takes long."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            workers().Process(target=_script, args=(code, own, Path(folder, str(number))), daemon=True)
+            workers().Process(target=_script, args=(code, own, Path(folder, str(number)), answers().name), daemon=True)
             for number, own in enumerate(variables)
         ]
         try:
@@ -67,7 +66,7 @@ def run_processes(code, variables, limit=100.0):
     return [(process.exitcode, *text) for process, text in zip(processes, texts)]
 
 
-def _script(code, variables, path):
+def _script(code, variables, path, of_all):
     """What Python does with a script."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(path.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY), number)
@@ -75,7 +74,9 @@ def _script(code, variables, path):
         if name.startswith(LAUNCHER_PREFIXES):
             del os.environ[name]
     os.environ |= variables
-    gc.freeze()  # as workers do
+    collect_rarely()
+    if "TRITON_INTERPRET" not in variables:  # other kernels may answer otherwise
+        ask_once(of_all)
     torch.set_num_threads(1)
     try:
         exec(compile(code, "script", "exec"), {"__name__": "__main__"})

@@ -115,7 +115,7 @@ class Mixes(SmallModel):
 
 
 def _tried(models):
-    mesh, counts = mesh_of(sp=2)["sp"], []
+    mesh, counts = mesh_of(sp=dist.get_world_size())["sp"], []
     with mock.patch.object(trial, "ask", wraps=trial.ask) as ask:
         for model in models:
             if isinstance(model, Mixes):
@@ -128,9 +128,11 @@ def _tried(models):
 
 
 def test_a_model_is_tried_once():
-    """An equal one is not tried again; one with other weights, of another class or with other modules is."""
+    """By one rank, and an equal one not again, on other ranks neither; one with other weights, of another class, or
+    with other modules is. What is refused each rank tries."""
     deeper = SmallModel()
     deeper.head = nn.Sequential(deeper.head)
     models = [SmallModel(), SmallModel(), SmallModel(1), SmallModel().double(), Other(), deeper, Mixes(), Mixes()]
-    expected = [1, 1, 2, 3, 4, 5, 6, 7]
-    assert run_ranks(2, _tried, models) == [expected, expected]
+    by_all = [sum(counts) for counts in zip(*run_ranks(2, _tried, models))]
+    assert by_all == [1, 1, 2, 3, 4, 5, 7, 9]
+    assert run_ranks(3, _tried, models) == [[0, 0, 0, 0, 0, 0, 1, 2]] * 3
