@@ -188,6 +188,45 @@ def test_verify_of_a_model_that_is_data_parallel(scheme):
     run_ranks(2, _verified, scheme)
 
 
+class _Sometimes(SmallModel):
+    """Beside what is always used, a parameter that its first forward uses alone, and one that none does."""
+
+    def __init__(self):
+        super().__init__()
+        self.once, self.never, self.first = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(3)), True
+
+    def forward(self, input_ids, position_ids, layout=None):
+        found = super().forward(input_ids, position_ids, layout)
+        return found * self.once if self.first else found
+
+
+def _unused(scheme):
+    mesh, make = mesh_of(sp=2), functools.partial(MAKE, weight_decay=0.5)
+    alone, model = _Sometimes().double(), lasp.parallelize(_Sometimes().double(), mesh)
+    optimizers = [make(alone.parameters()), make(model.parameters())]
+    inner = model
+    if scheme is not None:
+        options = {"find_unused_parameters": True} if scheme in ("ddp", "zero1") else {}
+        model, optimizers[1] = lasp.data_parallel(model, mesh, scheme=scheme, optimizer=make, **options)
+    for step in range(3):
+        alone.first = inner.first = step == 0
+        for one, optimizer, over in zip((alone, model), optimizers, (None, mesh)):
+            optimizer.zero_grad()
+            loss_of(one, whole_batch(step), over).backward()
+            if one is model and scheme is None:
+                lasp.sync_grads(model, mesh)
+            optimizer.step()
+    assert alone.never.grad is None
+    for name, p in names(alone).items():
+        assert_close(whole(names(model)[name].detach()), p.detach(), name, **CLOSE)
+
+
+@pytest.mark.parametrize("scheme", [None, *(x for x in SCHEMES if x not in ("fsdp2", "hsdp"))])
+def test_what_no_rank_uses_is_left_as_it_is(scheme):
+    """As in one process: no gradient, so no decay of its weights and no step by its moments."""
+    run_ranks(2, _unused, scheme)
+
+
 class _UsedByOne(nn.Module):
     """A parameter that rank 0 alone uses, in a backward that may fail."""
 

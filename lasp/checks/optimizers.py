@@ -119,8 +119,8 @@ def note_settings(noted: dict[str, list[str]], optimizer: Optimizer, *, read: bo
     """
     for number, group in enumerate(optimizer.param_groups):
         for name, value in group.items():
-            told = _told(value, read)
-            if name != "params" and told is not None:
+            told = None if name == "params" else _told(value, read)  # a shard of one number may be empty
+            if told is not None:
                 values = noted.setdefault(f"{name} of group {number} ({type(optimizer).__name__})", [])
                 if told not in values:
                     values.append(told)

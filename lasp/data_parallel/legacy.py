@@ -23,8 +23,8 @@ def average_after_backward(model: nn.Module, mesh, *, validate: str = "first") -
     """From now on every backward of the model ends with `sync_grads(model, mesh)`; the model itself, no wrapper.
 
     All gradients of a dtype travel in one message that overlaps with nothing. In exchange a parameter that a rank has
-    not used counts as zero there, and gradients may be sparse. All ranks come to a backward equally often; one that
-    reaches no parameter of the model averages nothing.
+    not used counts as zero there (one that none has used gets no gradient), and gradients may be sparse. All ranks come
+    to a backward equally often; one that reaches no parameter of the model averages nothing.
 
     Args:
         model: the same on all ranks.

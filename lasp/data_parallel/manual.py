@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lasp import arguments
+from lasp.checks.agreement import capturing
 from lasp.checks.checksum import gradient_dtype
 from lasp.checks.optimizers import averages
 from lasp.checks.replicas import check_gradients
@@ -20,8 +21,10 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     """Average every parameter's gradient over `grad_mesh(mesh)`, in place; call it between backward and step.
 
     A parameter that got no gradient on this rank counts as zero there, so that all ranks take part in the same
-    sums. Needs memory for one more copy of the gradients. Sparse ones, as of `nn.Embedding(sparse=True)`, travel dense
-    and are sparse again afterwards: the rows of all ranks, without those whose average is zero.
+    sums. One that got none on any rank has none afterwards, so that an optimizer leaves it as it is, as in one process.
+    (To know it, a rank where one has none waits for the device; within a CUDA graph, where it cannot, that one gets
+    zeros.) Needs memory for one more copy of the gradients. Sparse ones, as of `nn.Embedding(sparse=True)`, travel
+    dense and are sparse again afterwards: the rows of all ranks, without those whose average is zero.
 
     Args:
         model: the same on all ranks.
@@ -51,14 +54,19 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
     sparse = _sparse_dims(model, parameters)
     for dtype in sorted({gradient_dtype(p) for p in parameters}, key=str):
         mine = [p for p in parameters if gradient_dtype(p) == dtype]
-        flat = torch.cat([_dense(p).flatten().to(dtype) for p in mine])
+        without = [number for number, p in enumerate(mine) if p.grad is None]
+        flat = torch.cat([*(_dense(p).flatten().to(dtype) for p in mine), _present(mine, without, dtype)])
         if narrow := dtype == torch.float16:  # 65,504 at most: the sum may pass that where the average does not
             flat.div_(ranks)
         with waiting(f"sync_grads: the sum of the {dtype} gradients over all ranks"):
             dist.all_reduce(flat, group=group)
         if not narrow:
             flat.div_(ranks)
-        for p, gradient in zip(mine, flat.split([part_of(p).numel() for p in mine])):
+        *gradients, present = flat.split([*(part_of(p).numel() for p in mine), len(mine)])
+        counts = present.tolist() if without and not capturing() else None
+        for number, (p, gradient) in enumerate(zip(mine, gradients)):
+            if counts is not None and not counts[number]:
+                continue
             if is_split(p):
                 _set_part(p, gradient)
             elif p in sparse:
@@ -67,6 +75,14 @@ def sync_grads(model: nn.Module, mesh, *, validate: str = "first") -> None:
                 p.grad = gradient.view_as(p).clone()
             else:
                 p.grad.copy_(gradient.view_as(p))
+
+
+def _present(parameters: list[nn.Parameter], without: list[int], dtype: torch.dtype) -> Tensor:
+    """1 for each parameter, 0 for those without a gradient here; the host waits for nothing."""
+    found = torch.ones(len(parameters), dtype=dtype, device=part_of(parameters[0]).device)
+    for number in without:
+        found[number] = 0
+    return found
 
 
 def _dense(p: Tensor) -> Tensor:
