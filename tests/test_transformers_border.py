@@ -242,11 +242,11 @@ def test_the_router_s_loss_is_over_all_ranks(name):
 
 def rotary(kind, name):
     """Frequencies follow the largest position of all ranks."""
-    long = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0] * 4, "original_max_position_embeddings": 24}
+    long = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0] * 4, "original_max_position_embeddings": 23}
     more = {
         "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **(long if kind == "longrope" else {"factor": 2.0})}
     }
-    more["max_position_embeddings"] = 24
+    more["max_position_embeddings"] = 23  # an odd number, behind which a sequence is long
     reference = foreign.build(name, torch.float32, **more)
     whole = reference(IDS, use_cache=False).logits
     model, local, mesh = split(name, **more)
@@ -255,6 +255,12 @@ def rotary(kind, name):
     assert foreign.relative(got, whole[:, start:end]) < 1e-5
     short = reference(IDS[:, :20], use_cache=False).logits
     assert foreign.relative(short, whole[:, :20]) > 1e-3  # as a slice would have had it
+    # Padding, which makes it 24 tokens, is none of them.
+    reference, model = (foreign.build(name, torch.float32, **more) for _ in range(2))
+    lasp.parallelize(model, mesh["sp"], strict=False)
+    local = lasp.shard_batch({"input_ids": IDS[:, :23]}, mesh)
+    found = lasp.unshard_sequence(model(local["input_ids"], layout=local["layout"]).logits, mesh)[:, :23]
+    assert foreign.relative(found, reference(IDS[:, :23], use_cache=False).logits) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -437,14 +437,17 @@ def dynamic_rotary(module: nn.Module, sequence: SequenceParallel) -> None:
 
 
 def _dynamic_rotary_forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    mine = torch.cat([position_ids.flatten(), position_ids.new_zeros(1)]).amax().reshape(1)
-    sequence = self.sequence
+    sequence, real = self.sequence, position_ids
+    if sequence.stream is None and sequence.size > 1:  # without padding, which is last of all
+        real = position_ids[..., : layout_of(sequence).real.lengths[sequence.rank]]
+    mine = torch.cat([real.flatten(), position_ids.new_zeros(1)]).amax().reshape(1)
     if sequence.stream is not None:  # of all segments, on every rank
         mine = mine.new_full((1,), sequence.stream.largest_position())
     elif sequence.size > 1:
         mine = gather_tokens(mine, (1,) * sequence.size, sequence, lambda: "the largest position of all ranks", dim=0)
     largest = mine.amax().expand(*position_ids.shape[:-1], 1)
-    found = type(self).forward(self, x, torch.cat([position_ids, largest], -1), *args, **kwargs)
+    given = torch.cat([position_ids.minimum(largest), largest], -1)  # positions of padding count on
+    found = type(self).forward(self, x, given, *args, **kwargs)
     turns = found if isinstance(found, tuple) else (found,)  # cosines and sines, or complex numbers (DeepSeek-V2)
     if not all(isinstance(y, Tensor) and y.shape[-2:-1] == (position_ids.shape[-1] + 1,) for y in turns):
         raise ValueError(
