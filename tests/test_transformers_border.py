@@ -48,6 +48,7 @@ def refuses_what_needs_the_whole():
         ({"labels": ids}, ValueError, r"lasp.token_loss\(output.logits"),
         ({"labels": ids, "shift_labels": ids}, ValueError, r"lasp.token_loss\(output.logits"),
         ({"logits_to_keep": 1}, ValueError, "logits_to_keep .* got 1"),
+        ({"logits_to_keep": torch.tensor([0, 1])}, ValueError, "logits_to_keep .* got a tensor"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, ValueError, "attention_mask must be the"),
         ({"seq_idx": torch.zeros(1, 1)}, ValueError, "seq_idx was given, but the layout is not of packed"),
         ({"input_ids": None}, ValueError, "input_ids .* or inputs_embeds .* are needed"),

@@ -262,7 +262,8 @@ class _Arguments:
                 "leave labels out, and loss, tokens = lasp.token_loss(output.logits, local['labels'], mesh=mesh); "
                 "lasp.integrations.SequenceTrainer does so"
             )
-        if kept := self.given.get("logits_to_keep"):
+        kept = self.given.get("logits_to_keep")
+        if kept is not None and (isinstance(kept, Tensor) or kept):  # 0 is all of them
             raise ValueError(f"logits_to_keep would be of this rank's slice alone, got {arguments.shown(kept)}")
         mask = self.given.get("attention_mask")
         other = next((x for x in self.given if MASKS.fullmatch(x) and self.given[x] is not None), None)
