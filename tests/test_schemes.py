@@ -227,6 +227,51 @@ def test_what_no_rank_uses_is_left_as_it_is(scheme):
     run_ranks(2, _unused, scheme)
 
 
+def _backwards(scheme):
+    """DDP averages in the first backward behind its forwards, and leaves to each rank what later ones add."""
+    mesh, alone = mesh_of(sp=2), SmallModel().double()
+    model, optimizer = wrapped(scheme, mesh)
+    for _ in range(3):  # by then weights are no longer compared
+        optimizer.zero_grad()
+        loss_of(model, whole_batch(), mesh).backward()
+        optimizer.step()
+
+    def late():
+        first, second = (loss_of(model, whole_batch(step), mesh) for step in range(2))
+        first.backward()
+        second.backward()
+
+    def accumulated():
+        with lasp.no_sync(model):
+            loss_of(model, whole_batch(), mesh).backward()
+
+    before = {name: p.detach().clone() for name, p in names(model).items()}
+    for wrong in (late, accumulated):
+        optimizer.zero_grad()
+        wrong()
+        with pytest.raises(RuntimeError, match="with the gradient of this rank alone: wrap_ddp averages in the one"):
+            optimizer.step()
+    loss_of(model, whole_batch(1), mesh).backward()  # averages what was added up until now, too
+    alone.load_state_dict(before)
+    for step in range(2):
+        loss_of(alone, whole_batch(step), None).backward()
+    for name, p in alone.named_parameters():
+        assert_close(names(model)[name].grad, p.grad, name, **CLOSE)
+    optimizer.step()
+    optimizer.zero_grad()
+    first, second = (loss_of(model, whole_batch(step), mesh) for step in range(2))
+    (first + second).backward()
+    optimizer.step()
+    accumulated()
+    lasp.sync_grads(model.module, mesh)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("scheme", ["ddp", "zero1"])
+def test_a_backward_that_ddp_does_not_average(scheme):
+    run_ranks(2, _backwards, scheme)
+
+
 class _UsedByOne(nn.Module):
     """A parameter that rank 0 alone uses, in a backward that may fail."""
 

@@ -79,17 +79,29 @@ def averages(
         parameter._lasp_averaged = True  # type: ignore[attr-defined]
 
 
+def not_averaged(parameter: Tensor) -> None:
+    """Note that what has just been added to its gradient is not averaged."""
+    parameter._lasp_averaged = None  # type: ignore[attr-defined]
+
+
 def _refuse_not_averaged(optimizer: Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     for model, (by, known) in list(_averaging.items()):
         found = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) in stepped]
         averaged = {id(p) for p in known(model)} if found else set()
         for name, p in found:
-            if not (getattr(p, "_lasp_averaged", False) or id(p) in averaged):
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} would step on {name} with the gradient of this rank alone: {by} does "
-                    "not average what was unfrozen or added after it. Call it afterwards, on the model without a "
+            noted = getattr(p, "_lasp_averaged", False)
+            if not (noted or id(p) in averaged):
+                why = (
+                    "does not average what was unfrozen or added after it. Call it afterwards, on the model without a "
                     "wrapper; what is frozen then, the schemes 'ddp-legacy', 'zero2' and 'zero3' average once it is not"
+                    if noted is not None
+                    else "averages in the one backward behind a forward, and another backward has come since. Call "
+                    "backward of the sum of the losses, or each behind its own forward, the last of a step without "
+                    "lasp.no_sync; or take another scheme"
+                )
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} would step on {name} with the gradient of this rank alone: {by} {why}"
                 )
 
 

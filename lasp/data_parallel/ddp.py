@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lasp import arguments
-from lasp.checks.optimizers import averages
+from lasp.checks.optimizers import averages, not_averaged
 from lasp.checks.replicas import compare_parameters
 from lasp.checks.use import note_averaged
 from lasp.ranks import grad_group, waiting
@@ -51,7 +55,38 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
     process.reducers[model] = wrapped.reducer
     if ranks > 1 and validate != "off":
         averages((p for p in model.parameters() if p.requires_grad), model, "wrap_ddp")
+        if not options.get("static_graph"):  # there a parameter's gradient may come several times in a backward
+            _Watch(wrapped)
     return wrapped
+
+
+class _Watch:
+    """Notes which gradients DDP does not average. Behind a forward through it, it averages in one backward, the next,
+    whatever has been added up until then; what comes later stays this rank's, as of two forwards and two backwards."""
+
+    def __init__(self, wrapped: DistributedDataParallel):
+        self._averages = False  # the next backward
+        self._come: set[int] | None = None  # parameters, since the last that averages began
+        self._late: list[weakref.ref[Tensor]] = []
+        wrapped.register_forward_hook(self)
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._note)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined,reportPrivateImportUsage]
+    def __call__(self, wrapped: DistributedDataParallel, args: Any, output: Any) -> None:
+        self._averages |= torch.is_grad_enabled() and wrapped.require_backward_grad_sync
+
+    def _note(self, p: Tensor) -> None:
+        if self._averages:
+            self._averages, self._come = False, set()
+            averages(x for late in self._late if (x := late()) is not None)
+            self._late.clear()
+        if self._come is None or id(p) in self._come:
+            not_averaged(p)
+            self._late.append(weakref.ref(p))
+        else:
+            self._come.add(id(p))
 
 
 def check_plain(model: nn.Module) -> None:
