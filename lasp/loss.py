@@ -19,6 +19,7 @@ from lasp.checks.use import refuse_nothing_split, split_over
 from lasp.ranks import RankMismatchError, grad_group, waiting
 from lasp.ranks.parts import Ranks, is_split
 from lasp_kernels.linear_loss import Words, linear_cross_entropy
+from lasp_kernels.once import refuse_second_derivative
 
 
 def token_loss(
@@ -160,7 +161,7 @@ class Totals(NamedTuple):
         """The mean over all tokens, with the gradient of `local`, the sum over this rank's; and how many."""
         count = self.tokens.clamp(min=1) if self.of is None else self.of
         mean, weight = (self.sound * self.loss / count).to(local.dtype), (self.sound * ranks / count).to(local.dtype)
-        return _GlobalMean.apply(local, mean, weight), self.tokens.long()  # type: ignore[return-value]
+        return _GlobalMean.apply(local, mean, weight, ranks), self.tokens.long()  # type: ignore[return-value]
 
 
 def totals(
@@ -316,16 +317,20 @@ def _refuse(
 
 
 class _GlobalMean(torch.autograd.Function):
-    """The value of the global mean with the gradient of this rank's part of it."""
+    """The value of the global mean with the gradient of this rank's part of it, times the ranks, over which gradients
+    are averaged: what is made of that gradient (a penalty) would not be that of one process."""
 
     @staticmethod
-    def forward(ctx, local, mean, weight):
+    def forward(ctx, local, mean, weight, ranks):
         ctx.save_for_backward(weight)
+        ctx.ranks = ranks
         return mean
 
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
+        if ctx.ranks > 1:
+            refuse_second_derivative("lasp.token_loss over several ranks")
         if not torch.compiler.is_compiling():
             agreement.note_loss(gradient)
-        return gradient * weight, None, None
+        return gradient * weight, None, None, None

@@ -171,6 +171,24 @@ def test_no_token_anywhere_is_zero_and_not_nan(world):
     run_ranks(world, _all_masked)
 
 
+def _penalty():
+    """Each rank has the gradient of its own tokens, times the ranks: its square is not that of the whole."""
+    logits = torch.randn(2, 3, VOCABULARY, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (2, 3))
+    loss, _ = lasp.token_loss(logits, labels, mesh=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="token_loss over several ranks has no second derivative"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_a_penalty_of_gradients_is_refused_over_ranks():
+    run_ranks(2, _penalty)
+    logits = torch.randn(2, 3, VOCABULARY, requires_grad=True)
+    loss, _ = lasp.token_loss(logits, torch.randint(VOCABULARY, (2, 3)), mesh=None)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    gradient.square().sum().backward()
+    assert logits.grad is not None
+
+
 def _over_dp_and_sp():
     mesh = mesh_of(sp=2)
     logits = torch.randn(1, 3, VOCABULARY, generator=torch.Generator().manual_seed(dist.get_rank()))

@@ -19,10 +19,15 @@ def no_second_derivative(function: str) -> Callable[[Callable[..., Any]], Callab
     def of(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def once(ctx: Any, *gradients: Any) -> Any:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                raise RuntimeError(f"{function} has no second derivative: call backward without create_graph")
+            refuse_second_derivative(function)
             return backward(ctx, *gradients)
 
         return once
 
     return of
+
+
+def refuse_second_derivative(function: str) -> None:
+    """In a backward: raises where a graph of it is asked for."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{function} has no second derivative: call backward without create_graph")
