@@ -65,6 +65,7 @@ def refuse_mixers(
             it cannot be tried as a whole these are, and of no others the class decides.
         hooked: those whose hooks have changed since; None: it was never asked.
     """
+    _refuse_counts_of_words(model, layers)
     split = {path: module for path, (module, adapter) in layers.items() if adapters.passes_ranks(adapter)}
     with adapters.standing_in(model, layers.values()):
         answers = trial.ask(model, split, changed)
@@ -117,6 +118,23 @@ class NeedsPositions:
     def __reduce__(self):
         """Pickled with the model, which then is not split, it does nothing."""
         return of_a_pickle, ()
+
+
+def _refuse_counts_of_words(model: nn.Module, layers: Layers) -> None:
+    """Raise for tables of words that no trial tells: outputs and gradients of inputs are those of the whole."""
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or _covered(path, layers):
+            continue
+        if module.scale_grad_by_freq:
+            how = "scale_grad_by_freq=True divides a word's gradient by how often it occurs in the slice alone"
+        elif module.max_norm is not None:
+            how = f"max_norm={module.max_norm} writes to the rows of the slice's words: weights of ranks would differ"
+        else:
+            continue
+        raise ValueError(
+            f"cannot split the sequence of: {path or 'the model itself'} ({type(module).__name__}): {how}. Leave the "
+            f"option out; if that is what you want, plan={{{path!r}: lasp.adapters.token_local}}"
+        )
 
 
 def _covered(path: str, layers: Layers) -> bool:

@@ -1031,6 +1031,22 @@ def test_a_second_look_is_in_proportion():
         assert max(seen, key=lambda shape: shape[0] * shape[1]) == most
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"scale_grad_by_freq": True}, r"tokens \(Embedding\): scale_grad_by_freq=True divides a word's gradient"),
+        ({"max_norm": 0.5}, r"tokens \(Embedding\): max_norm=0\.5 writes to the rows of the slice's words"),
+    ],
+    ids=str,
+)
+def test_tables_that_look_at_all_words(option, message):
+    model = SmallModel()
+    model.tokens = nn.Embedding(*model.tokens.weight.shape, **option)
+    with pytest.raises(ValueError, match=message):
+        lasp.parallelize(model, None)
+    lasp.parallelize(model, None, plan={"tokens": lasp.adapters.token_local})
+
+
 def test_the_nearest_adapter_decides():
     """token_local of the model answers for a layer in it only where that has no adapter of its own."""
     plan = {"": lasp.adapters.token_local}
