@@ -27,7 +27,7 @@ from torch.nn.utils import prune
 
 import lasp
 from lasp.adapters import handles
-from lasp.checks import trial
+from lasp.checks import hooks, trial
 
 
 class Cumulates(nn.Module):
@@ -827,7 +827,7 @@ def test_a_hook_that_records():
     run_ranks(2, _hooks_that_record)
 
 
-def _hooks_that_remove_themselves(path):
+def _hooks_that_remove_themselves(path, by_itself):
     mesh = mesh_of(sp=2)
     model, alone = split_model(mesh), SmallModel().double()
     module, seen = model.get_submodule(path), []
@@ -839,7 +839,9 @@ def _hooks_that_remove_themselves(path):
 
     handle = module.register_forward_hook(once, with_kwargs=True, always_call=True)
     alone.get_submodule(path).register_forward_hook(lambda m, args, output: output * 2)
-    assert_same_logits(model, alone, mesh)
+    cannot = mock.patch.object(trial, "_why_not", lambda model: "" if isinstance(model, hooks.Alone) else "it cannot")
+    with cannot if by_itself else contextlib.nullcontext():
+        assert_same_logits(model, alone, mesh)
     assert seen[-1][:2] == (2, 13)  # which it still sees behind the trial
     assert not any(handle.id in table for name, table in vars(module).items() if name.startswith("_forward_"))
     count = len(seen)
@@ -847,9 +849,10 @@ def _hooks_that_remove_themselves(path):
     assert len(seen) == count
 
 
+@pytest.mark.parametrize("by_itself", [False, True], ids=["", "by itself"])
 @pytest.mark.parametrize("path", ["blocks.0.norm", "blocks.0.mixer.inner", ""])
-def test_a_hook_that_removes_itself(path):
-    run_ranks(2, _hooks_that_remove_themselves, path)
+def test_a_hook_that_removes_itself(path, by_itself):
+    run_ranks(2, _hooks_that_remove_themselves, path, by_itself)
 
 
 def _hooks_of_torch(kind):

@@ -26,9 +26,11 @@ from torch import nn
 from lasp import adapters
 from lasp.adapters.border import Border, OneRank
 from lasp.adapters.rebind import was_put
-from lasp.checks import hooks, use
-from lasp.checks.agreement import capturing
+from lasp.checks import hooks, positions, use
+from lasp.checks.agreement import capturing, is_due
+from lasp.checks.forward import places_of
 from lasp.checks.optimizers import before_step
+from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel
 
 _ABSENT = object()
@@ -185,6 +187,7 @@ class Parallelized:
         self._layers = [(path, weakref.ref(module), adapter) for path, (module, adapter) in layers.items()]
         self._changes, self._look = changes or Changes({}), look
         self._looking, self._looks = threading.Lock(), 0  # by which thread
+        self._forwards = 0
         self._known: weakref.WeakKeyDictionary[hooks.Owner, list[_Forward]] = weakref.WeakKeyDictionary()
         self.accept(model)
         self._handles: Handles | None = None
@@ -196,6 +199,7 @@ class Parallelized:
 
     def accept(self, model: nn.Module) -> None:
         """What the model consists of is known from now on."""
+        self._places = places_of(model)
         now = [(module, _Forward(module)) for module in (hooks.EVERYWHERE, *_modules_of(model))]
         self._modules = [(weakref.ref(module), forward) for module, forward in now]
         for module, forward in now:
@@ -244,6 +248,21 @@ class Parallelized:
                 with self._changes.taken_out():
                     self._look(model, layers, changed, hooked)
             self.accept(model)
+
+    def refuse_positions_of_a_slice(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise `ValueError` if a forward is given positions that were counted on this rank's slice. Of those on a GPU,
+        for which the host waits, it looks at the first two forwards', and every 1000th."""
+        rank = self.sequence.rank
+        if rank == 0 or self._looks == threading.get_ident():  # a trial's
+            return
+        count, self._forwards = self._forwards, self._forwards + 1
+        given = dict(zip(self._places, args)) | kwargs
+        layout = next((x for x in given.values() if isinstance(x, ShardLayout)), None)
+        if layout is None or rank >= len(layout.lengths):  # without one all ranks before may have no token
+            return
+        start, _ = layout.bounds(rank)
+        if start != 0 and start not in (layout.cu_seqlens or ()):
+            positions.refuse_counted_on_a_slice(given, rank, wait=is_due(count) and not capturing())
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -382,18 +401,19 @@ def remember(
     changes = Changes(before)  # without the hook below, at which other threads wait while these are out
     split = _parallelized[model] = Parallelized(model, sequence, layers, own, changes, look)
     if sequence.size > 1 and sequence.validate != "off":
-        model.register_forward_pre_hook(_refuse_new_layers)
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         use.tried[model] = split
         before_step(_refuse_to_step)
 
 
-def _refuse_new_layers(model: nn.Module, args: object) -> None:
+def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook of a split model. A copy of it is not known, and looks at nothing; nor is looked again for
     each segment of a stream, or each token (see `check_ranks`)."""
     if torch.compiler.is_compiling() or (split := _parallelized.get(model)) is None:
         return
     if split.sequence.stream is None and split.sequence.size > 1:  # else it is as on one rank now (lasp.unsplit)
         split.refuse_new_layers()
+        split.refuse_positions_of_a_slice(args, kwargs)
 
 
 def _refuse_to_step(optimizer: object) -> None:

@@ -133,9 +133,9 @@ class Alone(nn.Module):
 
     @contextlib.contextmanager
     def in_evaluation(self) -> Iterator[None]:
-        """Inside, its module is; afterwards that has the attributes that it had."""
+        """Inside, its module is; afterwards that has the attributes and hooks that it had: some remove themselves."""
         values = vars(self.imitated)
-        before = dict(values)
+        before, kept = dict(values), [(table, dict(table)) for table in tables_of([self.imitated])]
         try:
             values["training"] = False
             yield
@@ -143,3 +143,6 @@ class Alone(nn.Module):
             for name in values.keys() - before.keys():
                 del values[name]
             values.update(before)
+            for table, content in kept:
+                table.clear()
+                table.update(content)
