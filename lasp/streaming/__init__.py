@@ -97,7 +97,7 @@ def stream_backward(
         PeerError: a rank has ended, or did not come within the timeout of its group.
         RuntimeError: operators are not called in every segment alike, or logits are made otherwise than at first.
 
-    After any error the gradients are what they were before.
+    After any error the model's gradients are what they were before; those of what else a `loss_fn` holds may not be.
     """
     sequence = sequence_axis(mesh)
     with agreement.of_batch(sequence, validate=validate, before="stream_backward") as ranks_agree:
