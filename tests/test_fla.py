@@ -324,8 +324,7 @@ def _hooks_in_a_layer():
         return (output[0].cumsum(1), *output[1:]) if isinstance(output, tuple) else output.cumsum(1)
 
     for path, module in (layer, *((f"{layer[0]}.{name}", m) for name, m in layer[1].named_children())):
-        seen = []
-        for hook in (lambda module, args, output, seen=seen: seen.append(output), mixes):
+        for hook in (lambda module, args, output: None, mixes):
             handle = module.register_forward_hook(hook)
             if hook is mixes:
                 with pytest.raises(
@@ -336,7 +335,6 @@ def _hooks_in_a_layer():
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     assert torch.equal(logits_of(call()), expected)
-                assert seen
             handle.remove()
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as _global
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Everywhere:
@@ -20,6 +26,7 @@ class _Everywhere:
         self._forward_pre_hooks, self._forward_hooks = _global._global_forward_pre_hooks, _global._global_forward_hooks
         self._forward_pre_hooks_with_kwargs = {}
         self._forward_hooks_with_kwargs = _global._global_forward_hooks_with_kwargs
+        self._forward_hooks_always_called = _global._global_forward_hooks_always_called
 
 
 EVERYWHERE = _Everywhere()
@@ -27,7 +34,7 @@ Owner = nn.Module | _Everywhere
 _TABLES = tuple(name for name in vars(nn.Module()) if name.startswith("_forward"))
 
 
-def tables_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+def tables_of(modules: Iterable[Owner]) -> list[dict[int, Any]]:
     """What holds their hooks, and how these are called."""
     return [table for m in modules for name in _TABLES if isinstance(table := vars(m).get(name), dict)]
 
@@ -74,13 +81,120 @@ class Hook:
 
     def call(self, module: Any, given: tuple) -> tuple:
         """What goes on from it, of what it was given and in the same form: of a pre-hook the arguments, else the same
-        with the new output."""
-        out = self.function(module, *given)
+        with the new output. It raises what the hook does, and where that sends something."""
+        try:
+            with _NoMessages():
+                out = self.function(module, *given)
+        except RuntimeError:
+            if torch.is_grad_enabled():
+                raise
+            with torch.enable_grad(), _NoMessages():  # it may register something with autograd
+                given = pytree.tree_map_only(Tensor, _with_grad, given)
+                out = self.function(module, *given)
+            given, out = pytree.tree_map_only(Tensor, Tensor.detach, (given, out))
         if out is None:
             return given
         if not self.before:
             return (*given[:-1], out)
         return out if self.with_kwargs else (out if isinstance(out, tuple) else (out,),)
+
+
+def _with_grad(x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    return x.requires_grad_().view_as(x) if x.is_floating_point() else x
+
+
+class _NoMessages(TorchDispatchMode):
+    """Inside, a collective is an error: other ranks may not have this hook, or try it another number of times."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(x, DTensor) for x in types):
+            return NotImplemented  # it comes again with what it consists of
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            raise RuntimeError(f"a forward hook that is tried calls {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def states_kept(found: Iterable[Hook]) -> Iterator[None]:
+    """Afterwards they hold what they held: in attributes, in the variables of a closure, in lists and such there."""
+    states = _States()
+    for hook in found:
+        states.add(hook.function)
+    try:
+        yield
+    finally:
+        states.put_back()
+
+
+class _States:
+    """What functions hold, and objects that are called or whose methods are."""
+
+    def __init__(self):
+        self._seen: dict[int, Any] = {}
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any], Iterable[str]]] = []
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._contents: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+
+    def add(self, x: Any, package: str = "") -> None:
+        """What x holds, if it is of the hook's package: loggers and such that others wrote count for themselves."""
+        if id(x) in self._seen:
+            return
+        self._seen[id(x)] = x
+        if isinstance(x, (list, dict, set, deque)):
+            self._contents.append((x, copy.copy(x)))
+            for y in x.values() if isinstance(x, dict) else ():
+                if isinstance(y, (list, dict, set, deque)):
+                    self.add(y, package)
+        elif type(x) is Tensor:
+            if not x.is_meta and not x.is_inference() and x.numel() <= _SMALL:
+                self._tensors.append((x, x._version, x.detach().clone()))
+        elif not isinstance(x, (type, types.ModuleType)) and package in ("", _package(x)):
+            for y in self._add_own(x):
+                self.add(y, package or _package(x.__self__ if isinstance(x, types.MethodType) else x))
+
+    def _add_own(self, x: Any) -> list[Any]:
+        """Its attributes or variables; gives what these hold."""
+        if isinstance(x, functools.partial):
+            return [x.func, *x.args, *x.keywords.values()]
+        if isinstance(x, types.MethodType):
+            return [x.__func__, x.__self__]
+        if isinstance(x, types.FunctionType):
+            cells = [c for c in x.__closure__ or () if c != types.CellType()]  # else it is empty
+            self._cells += [(c, c.cell_contents) for c in cells]
+            return [*(c.cell_contents for c in cells), *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+        if not hasattr(x, "__dict__"):
+            return []
+        plain = vars(nn.Module()).keys() if isinstance(x, nn.Module) else ()
+        own = {name: y for name, y in vars(x).items() if name not in plain}
+        self._attributes.append((vars(x), own, plain))
+        return [y for y in own.values() if isinstance(y, (list, dict, set, deque)) or type(y) is Tensor]
+
+    def put_back(self) -> None:
+        """As it was when it was added."""
+        for values, before, plain in self._attributes:
+            for name in values.keys() - before.keys() - set(plain):
+                del values[name]
+            values.update(before)
+        for cell, content in self._cells:
+            cell.cell_contents = content
+        for x, content in self._contents:
+            x.clear()
+            x.extend(content) if isinstance(x, (list, deque)) else x.update(content)
+        for x, version, content in self._tensors:
+            if x._version != version:
+                with torch.no_grad():
+                    x.copy_(content)
+
+
+_SMALL = 1 << 20  # numbers of a tensor that is copied
+
+
+def _package(x: Any) -> str:
+    x = _function(x)
+    named = x if isinstance(x, (types.FunctionType, types.MethodType)) else type(x)
+    return (getattr(named, "__module__", None) or "").partition(".")[0]
 
 
 def hooks_of(model: nn.Module, prefix: str = "") -> list[Hook]:
@@ -130,19 +244,3 @@ class Alone(nn.Module):
         if self._hook.before:
             return self._hook.call(self.imitated, given)
         return self._hook.call(self.imitated, (*given, (x, None) if self._in_tuple else x))[-1]
-
-    @contextlib.contextmanager
-    def in_evaluation(self) -> Iterator[None]:
-        """Inside, its module is; afterwards that has the attributes and hooks that it had: some remove themselves."""
-        values = vars(self.imitated)
-        before, kept = dict(values), [(table, dict(table)) for table in tables_of([self.imitated])]
-        try:
-            values["training"] = False
-            yield
-        finally:
-            for name in values.keys() - before.keys():
-                del values[name]
-            values.update(before)
-            for table, content in kept:
-                table.clear()
-                table.update(content)

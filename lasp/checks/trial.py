@@ -12,7 +12,8 @@ What is called once for some tokens at a time has no slice to be compared with: 
 So each module is asked about its own code, and none hides behind a module below, above or beside it. The operators of
 lasp are borders of the same kind: they answer as they would over ranks, so that a layer that uses them mixes nothing.
 They also note who calls them, and whether with the ranks. And so are forward hooks (lasp.checks.hooks). Those of
-modules that cannot run are called by themselves, with numbers in place of what these would get or return.
+modules that cannot run are called by themselves, with numbers in place of what these would get or return. One that
+raises is left out, and then called by itself; none may send anything.
 
 Parameters that are zero are random here, and tiny ones larger: a convolution that starts as the identity still mixes,
 and so does what comes in times a gain of 1e-6. What a model does in training, or with a mask, is asked as well.
@@ -45,7 +46,7 @@ from lasp.checks import hooks
 from lasp.checks.forward import MASKS, POSITIONS
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.trial_inputs import Inputs, inputs_of, optional
-from lasp.checks.trial_weights import MEDIUM, SMALL, Weights, as_it_was
+from lasp.checks.trial_weights import MEDIUM, SMALL, Weights, as_it_was, kept
 from lasp.checks.untouched import keep_all, random_state
 from lasp.ranks import SequenceParallel
 
@@ -100,16 +101,17 @@ def ask(model: nn.Module, layers: Mapping[str, nn.Module], changed: Mapping[str,
         layers: those that pass their attribute `sequence` to operators, by path.
         changed: modules in it that are asked one by one where the model cannot be tried as a whole.
     """
-    answers = Answers()
+    answers, found = Answers(), hooks.hooks_of(model)
     reason = _why_not(model)
-    if reason:
-        answers.silent[""] = reason
-        _ask_some(changed or {}, layers, answers)
-    else:
-        _ask("", model, layers, answers)
-    for hook in hooks.hooks_of(model):
-        if hook.name not in answers.asked and hook.owner is not hooks.EVERYWHERE:
-            _ask_hook(hook, answers)
+    with hooks.states_kept(found):
+        if reason:
+            answers.silent[""] = reason
+            _ask_some(changed or {}, layers, answers)
+        else:
+            _ask("", model, layers, answers)
+        for hook in found:
+            if hook.name not in answers.asked and hook.owner is not hooks.EVERYWHERE:
+                _ask_hook(hook, answers)
     return answers
 
 
@@ -128,9 +130,13 @@ def _ask_hook(hook: hooks.Hook, answers: Answers) -> None:
     """By itself: behind a forward with what most modules return, of which it need not take both."""
     for in_tuple in (False,) if hook.before else (False, True):
         alone = hooks.Alone(hook, in_tuple=in_tuple)
-        with contextlib.suppress(_Failed), alone.in_evaluation(), as_it_was(alone) as weights:
+        with contextlib.suppress(_Failed), kept([alone, *alone.imitated.modules()]):
+            alone.imitated.training = False
+            for buffers in (m._buffers for m in alone.imitated.modules() if isinstance(m._buffers, dict)):
+                small = {name: b for name, b in buffers.items() if b is not None and b.numel() <= SMALL}
+                buffers.update({name: b.clone() for name, b in small.items()})  # it may write to them
             found = Answers()
-            _ask_whole(hook.name, alone, {}, found, weights)
+            _ask_whole(hook.name, alone, {}, found, [{}])
             answers.mixing |= found.mixing
             answers.asked |= found.asked
 
@@ -351,6 +357,7 @@ class _Trial:
         self.fewer = False  # whether what was compared last is of fewer tokens than there are
         prefix = f"{path}." if path else ""
         self.paths = {m: prefix + name if name else path for name, m in module.named_modules()}
+        self.failing: set[str] = set()  # hooks that raise on what is made up: they are left out from then on
         self.marks = {p: SequenceParallel(None, name=p) for p, m in layers.items() if m in self.paths}
         for p, mark in self.marks.items():
             layers[p].sequence = mark  # type: ignore[assignment]
@@ -375,6 +382,7 @@ class _Trial:
         if self.found.mixing and self.uneven:
             self.found = found
             self._call_slices(inputs, cut)
+        self.found.asked -= self.failing
         for path in sorted(self.in_backward - self.found.mixing.keys()):  # what mixes in forward does in backward, too
             self.found.mixing[path] = _BACKWARD
 
@@ -384,7 +392,7 @@ class _Trial:
                 self._call(inputs, start, end, whole=False)
             except Exception as error:
                 how = f"it fails on a slice of {end - start} tokens: {type(error).__name__}: {error}"[:300]
-                if not self.stack:  # in backward, which runs behind all modules
+                if not self.stack or isinstance(self.root, hooks.Alone):  # in backward, which runs behind all modules
                     raise _Failed(how) from error
                 self._blame(self.stack[-1], how)
             else:
@@ -430,7 +438,7 @@ class _Trial:
     @contextlib.contextmanager
     def _borders(self) -> Iterator[None]:
         """Inside they are there: hooks, also in the place of others."""
-        before = [(table, copy.copy(table)) for table in hooks.tables_of(self.paths)]
+        before = [(table, copy.copy(table)) for table in hooks.tables_of([hooks.EVERYWHERE, *self.paths])]
         found, handles = hooks.hooks_of(self.root, self.path), []
         try:
             for hook in found:
@@ -466,7 +474,13 @@ class _Trial:
                 self._blame(caller, _HOW[how])
         given = self._watch_gradients(given, (*key, "in"), frame)
         self.stack.append(frame)
-        out = hook.call(module, (*kept, *given))[start:]
+        depth, out = len(self.stack), given
+        try:
+            if frame.path not in self.failing:
+                out = hook.call(module, (*kept, *given))[start:]
+        except Exception:  # it is asked by itself, then
+            self.failing.add(frame.path)
+            del self.stack[depth:]
         self.stack.pop()
         self._note_draws(frame)
         if self.whole:
@@ -474,7 +488,7 @@ class _Trial:
         elif not frame.lost:
             how, out = self._put_right(self.record[key][1], out)
             frame.lost = how == _LOST
-            if how in _HOW or (frame.lost and self.fewer):
+            if frame.path not in self.failing and (how in _HOW or (frame.lost and self.fewer)):
                 self._blame(frame, _HOW.get(how, "it returns fewer tokens than it is given"))
         if frame.lost:
             self.found.asked.discard(frame.path)

@@ -27,11 +27,20 @@ def as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
 
     (`functional_call` leaves its own weights in a module that is in the model twice: it puts back by name.)"""
     modules = list(module.modules())
+    with kept(modules):
+        for m in modules:  # by the attribute: an `eval` of its own might do more
+            m.training = isinstance(m, (nn.modules.batchnorm._NormBase,))  # which mixes tokens in training
+        yield _weights_of(module)
+
+
+@contextlib.contextmanager
+def kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Inside, they may run; afterwards all but the content of tensors is what it was."""
     attributes = [(vars(m), dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in modules]
     plain = vars(nn.Module()).keys()  # what every module has; the lists and such that are left are its own
     held = [x for m in modules for name, x in vars(m).items() if name not in plain and type(x) in (list, dict, set)]
     contents = [(x, copy.copy(x)) for x in (*held, *hooks.tables_of(modules))]
-    devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
+    devices = {p.device for m in modules for p in m._parameters.values() if p is not None and p.device.type == "cuda"}
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         with contextlib.ExitStack() as stack:
@@ -45,9 +54,7 @@ def as_it_was(module: nn.Module) -> Iterator[list[Weights]]:
             ):
                 stack.enter_context(context)
             warnings.simplefilter("ignore")
-            for m in modules:  # by the attribute: an `eval` of its own might do more
-                m.training = isinstance(m, (nn.modules.batchnorm._NormBase,))  # which mixes tokens in training
-            yield _weights_of(module)
+            yield
     finally:
         for x, content in contents:
             x.clear()
