@@ -1137,3 +1137,27 @@ def _hook_that_sends(sharded):
 def test_a_hook_sends_nothing_in_a_trial(sharded):
     """How often it is called there depends on the rank: other ranks would wait for ever."""
     run_ranks(2, _hook_that_sends, sharded)
+
+
+class _WithSlots:
+    __slots__ = ()
+
+    def hook(self, module, args, output):
+        pass
+
+
+def _hooks_anew():
+    mesh = mesh_of(sp=2)
+    model, kept = split_model(mesh), []
+    for _ in range(20):
+        kept.append(lambda module, args, output: None)
+        for hook in (_WithSlots().hook, kept[-1]):
+            handle = model.blocks[0].norm.register_forward_hook(hook)
+            with mock.patch.object(handles._parallelized[model], "_look", None):  # quickly
+                handles._parallelized[model].refuse_new_layers()
+            handle.remove()
+    assert len(handles._parallelized[model]._known[model.blocks[0].norm]) < 20
+
+
+def test_what_is_known_of_a_module_is_bounded():
+    run_ranks(2, _hooks_anew)

@@ -34,6 +34,7 @@ from lasp.layout import ShardLayout
 from lasp.ranks import SequenceParallel
 
 _ABSENT = object()
+_FORMS = 16  # of a module that are known, the last: a training loop may put something else around it at each step
 _entering = threading.Lock()
 
 
@@ -204,7 +205,8 @@ class Parallelized:
         self._modules = [(weakref.ref(module), forward) for module, forward in now]
         for module, forward in now:
             if not self._knows(module):
-                self._known[module] = [*(x for x in self._known.get(module, ()) if x.lives()), forward]
+                living = [x for x in self._known.get(module, ()) if x.lives()]
+                self._known[module] = [*living[1 - _FORMS :], forward]
 
     def _knows(self, module: hooks.Owner, *, only_forward: bool = False) -> bool:
         return any(forward.is_of(module, only_forward) for forward in self._known.get(module, ()))
