@@ -960,11 +960,19 @@ def test_a_hook_that_a_forward_installs():
     run_ranks(2, _hooks_that_a_forward_installs)
 
 
+class _Written(dict):
+    """As an output of transformers."""
+
+    def update(self, *args):
+        raise AssertionError
+
+
 class _Stateful:
     """What hooks keep, and where."""
 
     def __init__(self, module):
         self.module, self.count, self.before = module, 0, None
+        self.written = _Written(a=1)
         self.lists, self.largest = {"all": []}, torch.zeros((), dtype=torch.float64)
         module.own = []
         module.register_buffer("in_place", torch.zeros((), dtype=torch.float64))

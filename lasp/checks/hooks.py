@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import types
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,10 +142,10 @@ class _States:
         if id(x) in self._seen:
             return
         self._seen[id(x)] = x
-        if isinstance(x, (list, dict, set, deque)):
+        if type(x) in _CONTAINERS:
             self._contents.append((x, copy.copy(x)))
             for y in x.values() if isinstance(x, dict) else ():
-                if isinstance(y, (list, dict, set, deque)):
+                if type(y) in _CONTAINERS:
                     self.add(y, package)
         elif type(x) is Tensor:
             if not x.is_meta and not x.is_inference() and x.numel() <= _SMALL:
@@ -169,7 +169,7 @@ class _States:
         plain = vars(nn.Module()).keys() if isinstance(x, nn.Module) else ()
         own = {name: y for name, y in vars(x).items() if name not in plain}
         self._attributes.append((vars(x), own, plain))
-        return [y for y in own.values() if isinstance(y, (list, dict, set, deque)) or type(y) is Tensor]
+        return [y for y in own.values() if type(y) in (*_CONTAINERS, Tensor)]
 
     def put_back(self) -> None:
         """As it was when it was added."""
@@ -189,6 +189,7 @@ class _States:
 
 
 _SMALL = 1 << 20  # numbers of a tensor that is copied
+_CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)  # those of others may not be written to
 
 
 def _package(x: Any) -> str:
