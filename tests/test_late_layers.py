@@ -1147,6 +1147,41 @@ def test_a_hook_sends_nothing_in_a_trial(sharded):
     run_ranks(2, _hook_that_sends, sharded)
 
 
+def _made(what):
+    def hook(module, args, output):
+        return what(output)
+
+    return hook
+
+
+def _hooks_of_one_name():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=lasp.grad_mesh(mesh))
+    harmless, mixing = _made(lambda x: x * 1), _made(lambda x: x.cumsum(1))
+
+    def fails(x):
+        assert x.shape[0] == 2
+
+    for first, second in ((harmless, mixing), (mixing, harmless)):
+        registered = [model.head.register_forward_hook(hook) for hook in (first, second)]
+        assert_refused(lambda: model(*inputs_of(mesh)), r"head \(Linear\), forward hook .*hook: ")
+        for handle in registered:
+            handle.remove()
+    for hooks in ((harmless, _made(fails)), (_made(fails), harmless)):
+        registered = [model.head.register_forward_hook(hook) for hook in hooks]
+        with pytest.warns(UserWarning, match=r"could not be tried: head \(Linear\), forward hook .*hook"):
+            model(*inputs_of(mesh))
+        for handle in registered:
+            handle.remove()
+
+
+def test_hooks_of_one_name_on_one_module():
+    """As a function makes them for all modules."""
+    run_ranks(2, _hooks_of_one_name)
+
+
 class _WithSlots:
     __slots__ = ()
 

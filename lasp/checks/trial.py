@@ -109,9 +109,9 @@ def ask(model: nn.Module, layers: Mapping[str, nn.Module], changed: Mapping[str,
             _ask_some(changed or {}, layers, answers)
         else:
             _ask("", model, layers, answers)
-        for hook in found:
-            if hook.name not in answers.asked and hook.owner is not hooks.EVERYWHERE:
-                _ask_hook(hook, answers)
+        left = [hook for hook in found if hook.name not in answers.asked and hook.owner is not hooks.EVERYWHERE]
+        told = [_ask_hook(hook, answers) for hook in left]
+        answers.asked -= {hook.name for hook, asked in zip(left, told) if not asked}  # several may have one name
     return answers
 
 
@@ -126,8 +126,9 @@ def _ask_some(changed: Mapping[str, nn.Module], layers: Mapping[str, nn.Module],
             _ask(path, module, layers, answers)
 
 
-def _ask_hook(hook: hooks.Hook, answers: Answers) -> None:
-    """By itself: behind a forward with what most modules return, of which it need not take both."""
+def _ask_hook(hook: hooks.Hook, answers: Answers) -> bool:
+    """Whether it took any of what most modules return, given to it by itself."""
+    asked = False
     for in_tuple in (False,) if hook.before else (False, True):
         alone = hooks.Alone(hook, in_tuple=in_tuple)
         with contextlib.suppress(_Failed), kept([alone, *alone.imitated.modules()]):
@@ -139,6 +140,8 @@ def _ask_hook(hook: hooks.Hook, answers: Answers) -> None:
             _ask_whole(hook.name, alone, {}, found, [{}])
             answers.mixing |= found.mixing
             answers.asked |= found.asked
+            asked = asked or hook.name in found.asked
+    return asked
 
 
 def _why_not(model: nn.Module) -> str:
