@@ -23,6 +23,7 @@ from torch.ao.quantization.quantize import _register_activation_post_process_hoo
 from torch.distributed._tools.mod_tracker import ModTracker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.utils import prune
 
 import lasp
@@ -910,6 +911,22 @@ def _cumulates(module, args, output):
 
 def test_a_hook_that_is_decorated():
     run_ranks(2, _hook_that_is_compiled)
+
+
+def _hook_of_operators_of_functions():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+
+    def attends(module, args, output):
+        q = output.unsqueeze(1).float()
+        return flex_attention(q, q, q).squeeze(1).to(output)
+
+    model.blocks[0].norm.register_forward_hook(attends)
+    assert_refused(lambda: model(*inputs_of(mesh)), r"blocks\.0\.norm \(LayerNorm\), forward hook .*attends: ")
+
+
+def test_a_hook_that_calls_an_operator_which_takes_functions():
+    run_ranks(2, _hook_of_operators_of_functions)
 
 
 def _hook_that_a_plan_leaves():

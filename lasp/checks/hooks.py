@@ -107,10 +107,12 @@ def _with_grad(x: Tensor) -> Tensor:
 class _NoMessages(TorchDispatchMode):
     """Inside, a collective is an error: other ranks may not have this hook, or try it another number of times."""
 
+    supports_higher_order_operators = True  # such as flex_attention
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(x, DTensor) for x in types):
             return NotImplemented  # it comes again with what it consists of
-        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
             raise RuntimeError(f"a forward hook that is tried calls {func}")
         return func(*args, **(kwargs or {}))
 
