@@ -1164,6 +1164,24 @@ def test_a_hook_sends_nothing_in_a_trial(sharded):
     run_ranks(2, _hook_that_sends, sharded)
 
 
+def _one_function_in_both_places():
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+
+    def hook(module, args, *output):
+        return output[0].cumsum(1) if output else None
+
+    handle = model.head.register_forward_pre_hook(hook)
+    model(*inputs_of(mesh))
+    handle.remove()
+    model.head.register_forward_hook(hook)
+    assert_refused(lambda: model(*inputs_of(mesh)), r"head \(Linear\), forward hook .*hook: ")
+
+
+def test_a_pre_hook_that_becomes_a_hook():
+    run_ranks(2, _one_function_in_both_places)
+
+
 def _made(what):
     def hook(module, args, output):
         return what(output)
@@ -1186,8 +1204,8 @@ def _hooks_of_one_name():
         assert_refused(lambda: model(*inputs_of(mesh)), r"head \(Linear\), forward hook .*hook: ")
         for handle in registered:
             handle.remove()
-    for hooks in ((harmless, _made(fails)), (_made(fails), harmless)):
-        registered = [model.head.register_forward_hook(hook) for hook in hooks]
+    for both in ((harmless, _made(fails)), (_made(fails), harmless)):
+        registered = [model.head.register_forward_hook(hook) for hook in both]
         with pytest.warns(UserWarning, match=r"could not be tried: head \(Linear\), forward hook .*hook"):
             model(*inputs_of(mesh))
         for handle in registered:

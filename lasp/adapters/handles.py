@@ -327,12 +327,12 @@ class _Forward:
         own = vars(module).get("forward")
         self.own = None if own is None else _reference_to(_unbound(own, module))
         self.of_class = getattr(type(module), "forward", None)  # a scripted module's class has none
-        self.hooks = [_reference_to(x) for x in hooks.functions_of(module)]
+        self.hooks = [(table, _reference_to(x)) for table, x in hooks.functions_of(module)]
         self.numbers = _numbers_of_hooks(module)  # under which they were registered last, and those that do not count
 
     def lives(self) -> bool:
         """Whether a module may still have it, or get it back."""
-        return (self.own is None or self.own() is not None) and all(x() is not None for x in self.hooks)
+        return (self.own is None or self.own() is not None) and all(x() is not None for _, x in self.hooks)
 
     def is_of(self, module: hooks.Owner, only_forward: bool = False) -> bool:
         """Whether the module still has it."""
@@ -354,7 +354,8 @@ class _Forward:
         if numbers == self.numbers:
             return True
         now = hooks.functions_of(module)
-        same = len(now) == len(self.hooks) and all(_same(x, known()) for x, known in zip(now, self.hooks))
+        pairs = zip(now, self.hooks)
+        same = len(now) == len(self.hooks) and all(a == b and _same(x, known()) for (a, x), (b, known) in pairs)
         if same:
             self.numbers = numbers
         return same

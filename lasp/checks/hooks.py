@@ -39,10 +39,10 @@ def tables_of(modules: Iterable[Owner]) -> list[dict[int, Any]]:
     return [table for m in modules for name in _TABLES if isinstance(table := vars(m).get(name), dict)]
 
 
-def functions_of(owner: Owner) -> list[Callable[..., Any]]:
-    """The hooks around its forward that count."""
+def functions_of(owner: Owner) -> list[tuple[str, Callable[..., Any]]]:
+    """The hooks around its forward that count, each with the name of its table."""
     values = vars(owner)
-    return [x for x in (*values["_forward_pre_hooks"].values(), *values["_forward_hooks"].values()) if _counts(x)]
+    return [(name, x) for name in ("_forward_pre_hooks", "_forward_hooks") for x in values[name].values() if _counts(x)]
 
 
 def _counts(hook: Any) -> bool:
