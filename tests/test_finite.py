@@ -70,7 +70,8 @@ def raises_and_recovers(model, mesh, sequence_rank, spoiled, message):
 
 def _one_rank(odd, value, reverse):
     rank = dist.get_rank()
-    model = lasp.parallelize(SmallModel(), dist.group.WORLD, check_finite=True)
+    # Not strict: what it does to one token is something else on a slice.
+    model = lasp.parallelize(SmallModel(), dist.group.WORLD, check_finite=True, strict=False)
     layer = "blocks.1.mixer.inner"
 
     def spoiled(model):

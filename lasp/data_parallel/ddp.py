@@ -68,13 +68,13 @@ class _Watch:
         self._averages = False  # the next backward
         self._come: set[int] | None = None  # parameters, since the last that averages began
         self._late: list[weakref.ref[Tensor]] = []
-        wrapped.register_forward_hook(self)
+        wrapped.register_forward_pre_hook(self)  # a hook behind it might change its output, for all that others know
         for p in wrapped.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._note)
 
     @torch._disable_dynamo  # type: ignore[attr-defined,reportPrivateImportUsage]
-    def __call__(self, wrapped: DistributedDataParallel, args: Any, output: Any) -> None:
+    def __call__(self, wrapped: DistributedDataParallel, args: Any) -> None:
         self._averages |= torch.is_grad_enabled() and wrapped.require_backward_grad_sync
 
     def _note(self, p: Tensor) -> None:
