@@ -1049,6 +1049,33 @@ def test_a_hook_keeps_nothing_of_a_trial(sharded):
     run_ranks(2, _hooks_with_a_state, sharded)
 
 
+_norms, _calls = [], 0  # of a script, as most keep them
+
+
+def _record_norm(module, args, output):
+    global _calls
+    _calls += 1
+    _norms.append(output.detach().norm())
+
+
+def _hook_with_globals():
+    global _calls
+    mesh = mesh_of(sp=2)
+    model = split_model(mesh)
+    _norms.clear()
+    _calls = 0
+    model.blocks[1].register_forward_hook(_record_norm)
+    model.blocks[0].register_forward_hook(lambda module, args, output: _norms.append(output.detach().norm()))
+    handles._parallelized[model].refuse_new_layers()
+    assert (len(_norms), _calls) == (0, 0)
+    model(*inputs_of(mesh))
+    assert (len(_norms), _calls) == (2, 1)
+
+
+def test_a_hook_keeps_nothing_of_a_trial_in_globals():
+    run_ranks(2, _hook_with_globals)
+
+
 def _hook_of_the_process_that_removes_itself():
     mesh = mesh_of(sp=2)
     model, alone = split_model(mesh), SmallModel().double()

@@ -136,6 +136,7 @@ class _States:
         self._seen: dict[int, Any] = {}
         self._attributes: list[tuple[dict[str, Any], dict[str, Any], Iterable[str]]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
+        self._globals: list[tuple[dict[str, Any], dict[str, Any]]] = []  # those that a function names
         self._contents: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
 
@@ -165,7 +166,10 @@ class _States:
         if isinstance(x, types.FunctionType):
             cells = [c for c in x.__closure__ or () if c != types.CellType()]  # else it is empty
             self._cells += [(c, c.cell_contents) for c in cells]
-            return [*(c.cell_contents for c in cells), *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+            named = {name: x.__globals__[name] for name in x.__code__.co_names if name in x.__globals__}
+            self._globals.append((x.__globals__, named))
+            given = (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values())
+            return [*(c.cell_contents for c in cells), *named.values(), *given]
         if not hasattr(x, "__dict__"):
             return []
         plain = vars(nn.Module()).keys() if isinstance(x, nn.Module) else ()
@@ -181,6 +185,8 @@ class _States:
             values.update(before)
         for cell, content in self._cells:
             cell.cell_contents = content
+        for values, before in self._globals:
+            values.update(before)
         for x, content in self._contents:
             x.clear()
             x.extend(content) if isinstance(x, (list, deque)) else x.update(content)
