@@ -73,8 +73,8 @@ def parts(gpus: int, *, peers: bool = False) -> list[Part]:
         # Of shorter sequences the peak is not in what blocks keep, and foretells too little.
         Part("longest_7B", 220, f"{start} bench/scaling.py --model 7B --mesh 1x{gpus} --only --longest --fill 0.85 "
              f"--chunk 32768 --tokens 65536 131072 --steps 1 --warmup 1 {kept}"),
-        Part("faults", 300, f"python tests/faults/inject.py --backend nccl --ranks {ranks} --gpus {gpus} --dp 2 "
-             f"--count 20 --seed 0 --parallel 3 --timeout 8 --within 250 {kept}"),
+        Part("faults", 310, f"python tests/faults/inject.py --backend nccl --ranks {ranks} --gpus {gpus} --dp 2 "
+             f"--count 20 --seed 0 --parallel 3 --timeout 8 --within 270 {kept}"),
         Part("operator", 200, f"{scaling} --decay {' '.join(DECAYS)} --repetitions 8 {kept}"),
         Part("exchange", 120, f"{start} bench/exchange.py --suite alone op {name} {kept}"),
         Part("simulate", 60, f"python bench/simulate.py --max-ranks {max(8, gpus)} --measured {today}_exchange_"
