@@ -60,7 +60,7 @@ AIMED = [
     Fault("stop", place="sync", **PLACE),
     Fault("kill", place="sync", **PLACE),
     Fault("delay", place="loss", **PLACE),
-    Fault("stop", rank=0, step=1, place="sync", scheme="ddp", store="rank 0"),
+    Fault("stop", rank=0, step=0, place="sync", scheme="ddp", store="rank 0"),
     Fault("kill", place="forward", scheme="fsdp2", exchange="direct", **PLACE),
     Fault("exit", place="save", scheme="ddp", **PLACE),
 ]

@@ -121,14 +121,16 @@ def _environment(rank: int, run: Run, fault: Fault) -> dict[str, str]:
 
 def train(run: Run, fault: Fault, journal: Journal) -> None:
     """Write the loss of every step that ends."""
-    lasp.init(run.backend, timeout=START)  # on a busy machine ranks may come seconds apart
-    env = lasp.init(run.backend, timeout=run.timeout)
-    lasp.checks.agreement.EVERY = COMPARED_EVERY
-    mesh = lasp.init_mesh(sp=-1, dp_shard=run.dp)
+    env = lasp.init(run.backend, timeout=START)  # on a busy machine ranks may come seconds apart
     model = SmallModel()
     model.blocks.append(Block(torch.tensor([-0.5, -0.05, -2.0])))
     assert len(model.blocks) == LAYERS
-    lasp.parallelize(model.to(env.device), mesh["sp"], exchange=fault.exchange)
+    model.to(env.device)
+    dist.barrier()  # CUDA has begun, which on a GPU that many processes start at once takes some of them seconds more
+    lasp.init(run.backend, timeout=run.timeout)
+    lasp.checks.agreement.EVERY = COMPARED_EVERY
+    mesh = lasp.init_mesh(sp=-1, dp_shard=run.dp)
+    lasp.parallelize(model, mesh["sp"], exchange=fault.exchange)
     step = 0
 
     def here(place: str) -> bool:
@@ -136,13 +138,9 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
 
     if env.rank == fault.rank and fault.place in IN_LAYER:
         misbehave(model.blocks[fault.layer].mixer.inner, fault, journal, lambda: here(fault.place))
-    if fault.scheme != "sync":  # gradients are averaged as soon as they are there, the last those of the embedding
-
-        def before_the_last(module, inputs, x) -> None:
-            if here("sync"):
-                x.register_hook(lambda gradient: act(fault.kind, journal, gradient)[0])
-
-        model.tokens.register_forward_hook(before_the_last)
+    embedded: list[torch.Tensor] = []
+    # In the forward: what lasp tries, a hook included, must be without the fault.
+    model.tokens.register_forward_hook(lambda module, inputs, x: embedded.append(x))
     trained = model
     if fault.scheme == "ddp":
         trained = wrap_ddp(model, mesh)
@@ -155,6 +153,9 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
         ids = ids.chunk(run.dp)[mesh["dp_shard"].get_local_rank()]
         local = lasp.shard_batch({"input_ids": ids.to(env.device)}, mesh)
         logits = trained(local["input_ids"], local["position_ids"])
+        x = embedded.pop()
+        if fault.scheme != "sync" and here("sync"):  # gradients are averaged as they come; those of the embedding last
+            x.register_hook(lambda gradient: act(fault.kind, journal, gradient)[0])
         if here("loss"):
             act(fault.kind, journal)
         loss, _ = lasp.token_loss(logits, local["labels"], mesh=mesh)
