@@ -737,9 +737,56 @@ def decode(result: dict) -> Figure:
     return figure
 
 
+WAYS = {
+    "lasp": "lasp",
+    "lasp1_serial": "receive, compute,\nsend (LASP-1)",
+    "ulysses": "all-to-all over\nheads (Ulysses)",
+    "ring_softmax": "softmax attention,\nkeys in a ring",
+    "fla_cp": "fla-core",
+}
+
+
+def peers(result: dict) -> Figure:
+    """Beside lasp, on as many ranks as there are: other ways to split a sequence, and fla-core's delta rules."""
+    ways, beside_fla = (table for name, table in result["tables"].items() if "peers" in name or "fla-core" in name)
+    ways = [row for row in ways if row["both ms"]]
+    timed = [row for row in beside_fla if row["ms"]]
+    both = {(row["decay"], row["operator"]): row for row in timed if row["direction"] == "both"}
+    forward = {(row["decay"], row["operator"]): row for row in timed if row["direction"] == "forward"}
+    figure = Figure(figsize=(PAGE, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    drawn = left.bar([WAYS[row["peer"]] for row in ways], [row["both ms"] for row in ways])
+    left.bar_label(drawn, [f"{row['both ms']:.3g}\n{row['x lasp']:.3g} x" for row in ways], fontsize=8)
+    left.set(yscale="log", ylabel="ms, forward and backward", title="ALiBi slopes: ways to split a sequence")
+    for number, operator in enumerate(("lasp", "fla_cp")):
+        of = [row for (_, name), row in forward.items() if name == operator]
+        places = [list(DECAYS).index(row["decay"]) + 0.4 * number for row in of]
+        drawn = right.bar(places, [row["ms"] for row in of], width=0.38, label=WAYS[operator])
+        right.bar_label(drawn, [f"{row['ms']:.3g}\n{row['x lasp']:.3g} x" for row in of], fontsize=8)
+    kinds = list(groups(timed, "decay"))
+    names = [FAMILY_NAMES[decay] + ("" if (decay, "fla_cp") in both else "\n(fla: no backward)") for (decay,) in kinds]
+    right.set_xticks([list(DECAYS).index(decay) + 0.2 for (decay,) in kinds], names)
+    right.set(ylabel="ms, forward", title="Delta rules beside fla-core's context parallelism")
+    right.legend(fontsize=8, loc="upper left")
+    for axes in (left, right):
+        axes.title.set_fontsize(10)
+        axes.tick_params(axis="x", labelsize=7.5)
+        axes.margins(y=0.25)
+        axes.yaxis.set_major_formatter(FuncFormatter(thousands))
+    first = ways[0]
+    about = f"{first['ranks']} GPUs, {count(first['tokens a rank'])} tokens on each, {result['facts']['inputs']}"
+    figure.suptitle(f"One sequence over several GPUs: {about}", fontsize=11)
+    return figure
+
+
 def over_ranks(result: dict) -> Figure:
-    """Of many families weak scaling, both directions together, a panel for each length; else `operator_scaling`."""
+    """Of many families weak scaling, both directions together, a panel for each length; else `operator_scaling`.
+
+    A line needs two numbers of ranks: of peers on one number of ranks there are bars.
+    """
     rows = result["tables"].get("weak scaling") or result["rows"]  # the second of a run that was broken off
+    if len({row["ranks"] for row in rows}) == 1 and any("fla-core" in name for name in result["tables"]):
+        return peers(result)
     if all(row["decay"] in ("fixed", "none") for row in rows):
         return operator_scaling(result)
     of_lengths = list(groups((row for row in rows if row["direction"] == "both"), "tokens a rank").items())

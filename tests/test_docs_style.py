@@ -231,6 +231,26 @@ def test_the_plot_of_many_families_over_ranks(monkeypatch):
     assert not any("on each" in axes.get_title() and "K" in axes.get_title()[:4] for axes in figure.axes)
 
 
+def test_the_plot_of_peers_on_one_number_of_ranks(monkeypatch):
+    figure, result = drawn(monkeypatch, "2026-11-27_operator_scaling_4xH200_peers")
+    ways, delta_rules = figure.axes
+    heights = {axes: [bar.get_height() for of in axes.containers for bar in of] for axes in figure.axes}
+    of_peers = [row["both ms"] for row in result["tables"]["weak scaling of peers, forward and backward"]]
+    assert heights[ways] == [ms for ms in of_peers if ms]
+    beside = result["tables"]["the delta rule beside fla-core's context parallelism"]
+    forward = {
+        o: [r["ms"] for r in beside if (r["direction"], r["operator"]) == ("forward", o)] for o in ("lasp", "fla_cp")
+    }
+    assert heights[delta_rules] == forward["lasp"] + forward["fla_cp"]
+    backward = {
+        row["decay"] for row in beside if (row["direction"], row["operator"]) == ("both", "fla_cp") and row["ms"]
+    }
+    told = [tick.get_text() for tick in delta_rules.get_xticklabels()]
+    assert [("no backward" in text) for text in told] == [
+        decay not in backward for decay in ("delta", "gated_delta", "kda")
+    ]
+
+
 def test_the_plot_of_decoding_has_both_models(monkeypatch):
     figure, result = drawn(monkeypatch, "2026-11-27_decode_contexts")
     lines = lines_of(figure.axes[0])
