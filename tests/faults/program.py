@@ -130,8 +130,7 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
     lasp.init(run.backend, timeout=run.timeout)
     lasp.checks.agreement.EVERY = COMPARED_EVERY
     mesh = lasp.init_mesh(sp=-1, dp_shard=run.dp)
-    lasp.parallelize(model, mesh["sp"], exchange=fault.exchange)
-    step = 0
+    step: int | None = None  # until training begins; what is there before parallelize is tried then, without fault
 
     def here(place: str) -> bool:
         return env.rank == fault.rank and fault.kind != "none" and (place, step) == (fault.place, fault.step)
@@ -139,8 +138,8 @@ def train(run: Run, fault: Fault, journal: Journal) -> None:
     if env.rank == fault.rank and fault.place in IN_LAYER:
         misbehave(model.blocks[fault.layer].mixer.inner, fault, journal, lambda: here(fault.place))
     embedded: list[torch.Tensor] = []
-    # In the forward: what lasp tries, a hook included, must be without the fault.
     model.tokens.register_forward_hook(lambda module, inputs, x: embedded.append(x))
+    lasp.parallelize(model, mesh["sp"], exchange=fault.exchange)
     trained = model
     if fault.scheme == "ddp":
         trained = wrap_ddp(model, mesh)
