@@ -21,6 +21,7 @@ from typing import Any
 
 import matplotlib
 import plots
+import traces
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from tables import cell
@@ -318,11 +319,9 @@ def exposed_communication(section: Section) -> None:
 
 def of_trace(result: dict, about: dict, path: Path) -> Section:
     """A trace of overlap.py."""
-    import overlap  # needs lasp
-
     section = Section(f"overlap: {result['what']}", about, source=path.name)
     ranks = range(len(result["ranks"]))
-    times = [overlap.exposed_us(kernels) for kernels in result["ranks"]]
+    times = [traces.exposed_us(kernels) for kernels in result["ranks"]]
     figure = bar_groups([f"rank {r}" for r in ranks], {"": times}, "exposed exchange, microseconds")
     section.picture(figure, "Microseconds in which a kernel of the exchange ran and no other did.")
     if peaks := result.get("peak MiB by rank"):
@@ -330,7 +329,7 @@ def of_trace(result: dict, about: dict, path: Path) -> Section:
         section.picture(figure, "Most memory that tensors of a rank had in a forward and backward, in MiB.")
     else:
         section.lack("memory by rank", "this trace is older than its measurement")
-    section.picture(overlap.figure_of(result), "Every kernel of one forward and backward.", wide=True)
+    section.picture(traces.figure_of(result), "Every kernel of one forward and backward.", wide=True)
     section.lack("loss by step, tokens/s over the length", "a trace holds none")
     return section
 

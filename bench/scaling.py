@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ import plots
 import torch
 import torch.distributed as dist
 from common import add_report_arguments, command_line, report
+from intervals import Interval, length, union
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -51,7 +52,6 @@ from lasp.ranks import MESH_AXES, SCHEDULES
 WARM = 12  # steps before a graph is captured; DDP asks for 11
 CO2 = "co2"  # `lasp.CO2` with zero3 in each replica
 GATE_TOKENS, GATE_LIMIT = 128, 1e-2  # relative difference of the losses from those of one rank
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -313,21 +313,6 @@ def exposed(kernels: dict[str, list[Interval]]) -> dict[str, float]:
             short = name.split("(")[0].removeprefix("ncclDevKernel_")
             found[short] = found.get(short, 0.0) + (length(mine) - covered) / 1e3
     return found
-
-
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same times, as intervals that do not overlap."""
-    merged: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def length(intervals: Iterable[Interval]) -> float:
-    return sum(end - begin for begin, end in intervals)
 
 
 def synchronize(device: torch.device) -> None:

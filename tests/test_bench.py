@@ -872,7 +872,8 @@ def test_a_cell_in_processes_of_its_own(tmp_path, monkeypatch, capfd):
 
 
 def test_time_that_computation_covers_is_not_exposed():
-    from scaling import exposed, fitting_tokens, union
+    from intervals import union
+    from scaling import exposed, fitting_tokens
 
     kernels = {
         "ncclDevKernel_SendRecv(args)": [(0.0, 1000.0), (5000.0, 6000.0)],
