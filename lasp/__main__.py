@@ -11,7 +11,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lasp", description="Tools of the lasp runtime.")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="check in a minute whether this machine and these ranks work")
-    verify = commands.add_parser("verify", help="compare a model split over ranks with the whole: exit code 0 if equal")
+    told = "compare a model split over ranks with the whole: exit code 0 if equal"
+    more = ". Both run with the model's hooks, of forward and of backward; what these keep or write stays."
+    verify = commands.add_parser("verify", help=told, description=told.capitalize() + more)
     for command in (doctor, verify):
         command.add_argument("--backend", choices=["nccl", "gloo"], help="default: nccl where there is a GPU")
         command.add_argument("--timeout", type=float, default=60.0, help="seconds until a silent rank is an error")

@@ -153,8 +153,9 @@ def verify(
     checkpointing, DDP and FSDP2: then what these do to the gradients is part of what is compared. The whole is the same
     weights with all tokens on every rank, without any exchange and without `torch.compile`; before `parallelize` it is
     the model itself, against a copy with the same weights that is split. Layers that drop at random do not; all others
-    are in the mode that they are in. It takes a forward and a backward of the whole model on each rank, and memory for
-    its gradients twice; afterwards all is what it was.
+    are in the mode that they are in. Hooks are called, of forward and of backward, in the run of the split model and in
+    that of the whole one; what they keep or write of these stays. It takes a forward and a backward of the whole model
+    on each rank, and memory for its gradients twice; afterwards all else is what it was.
 
     Args:
         model: returns logits [B, T, vocabulary], or an object, mapping or tuple that has them as `logits` or as its
