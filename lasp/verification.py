@@ -28,6 +28,7 @@ from lasp.batch import shard_batch
 from lasp.calls import Caller, logits_of
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
+from lasp.checks.optimizers import refuse_steps_in_backward
 from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
 from lasp.checks.use import is_split
 from lasp.layout import ShardLayout
@@ -291,6 +292,9 @@ def _check(model, axis: SequenceParallel, forward, layers, dtype, tolerance, opt
     trained = [p.requires_grad for p in model.parameters()]
     if trained and not any(trained):
         raise ValueError(f"no parameter of this {type(model).__name__} is trained, so that there is nothing to verify")
+    refuse_steps_in_backward(
+        model, "lasp.verify runs two backwards, and a step in them would change the weights. Verify before it is there"
+    )
     wrapped = next((m for m in model.modules() if isinstance(m, (DistributedDataParallel, FSDPModule))), None)
     for name, value in (("layers", layers), ("dtype", dtype)):
         if value is not None and wrapped is not None:

@@ -665,6 +665,33 @@ def test_ranks_that_a_closure_holds():
     run_ranks(3, _closures)
 
 
+def _hooks_of_the_model():
+    """All are called in both runs, and what they keep stays; one that may step with a gradient is refused."""
+    model, kept = small(), []
+    model.head.register_forward_pre_hook(lambda _, args: kept.append(("before", args[0].shape[1])))
+    model.head.register_forward_hook(lambda *given: kept.append(("behind", given[2].shape[1])))
+    model.head.register_full_backward_hook(lambda *given: kept.append(("backward", given[2][0].shape[1])))
+    model.head.weight.register_hook(lambda gradient: kept.append(("weight", len(gradient))))
+    assert lasp.verify(model, dist.group.WORLD, tokens=42).ok
+    for tokens in (21, 42):
+        for name in ("before", "behind", "backward"):
+            kept.remove((name, tokens))
+        kept.remove(("weight", VOCABULARY))
+    assert kept == []
+    handle = model.head.weight.register_post_accumulate_grad_hook(lambda p: p.add_(p.grad, alpha=-0.1))
+    left = Left(model)
+    with pytest.raises(ValueError, match=r"no register_post_accumulate_grad_hook, got one at 'head.weight': lasp"):
+        lasp.verify(model, dist.group.WORLD, tokens=42)
+    left.check()
+    handle.remove()
+    wrapped = wrap_ddp(lasp.parallelize(small(), dist.group.WORLD), dist.group.WORLD)  # whose own ones are none
+    assert lasp.verify(wrapped, dist.group.WORLD, tokens=42).ok
+
+
+def test_hooks_of_the_model():
+    run_ranks(2, _hooks_of_the_model)
+
+
 class Breaks(nn.Module):
     def forward(self, x):
         if x.shape[1] == 41:  # of the whole

@@ -105,6 +105,22 @@ def _refuse_not_averaged(optimizer: Optimizer) -> None:
                 )
 
 
+_AVERAGE = ("torch.nn.parallel.", "lasp.data_parallel.")  # whose hooks average, and step with nothing
+
+
+def refuse_steps_in_backward(model: nn.Module, why: str, but: Iterable[Tensor] = ()) -> None:
+    """Raise for `why` if something is done to a parameter where its gradient has come, `but` for some of them."""
+    known = {id(p) for p in but}
+    for name, p in model.named_parameters():
+        if id(p) in known:
+            continue
+        hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+        others = [x for x in hooks if not str(getattr(x, "__module__", "")).startswith(_AVERAGE)]
+        if others or getattr(p, "_in_backward_optimizers", None):
+            what = "register_post_accumulate_grad_hook" if others else "optimizer in backward"
+            raise ValueError(f"model must have no {what}, got one at {name!r}: {why}")
+
+
 def free_gathered(model: nn.Module) -> None:
     """Of FSDP2, before something writes to the shards: what was gathered of them would go on as it was."""
     for module in model.modules():

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from lasp.calls import Caller
 from lasp.checks import agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.memory import bytes_of_training, free_bytes, measured
+from lasp.checks.optimizers import refuse_steps_in_backward
 from lasp.data_parallel.once import AveragedOnce
 from lasp.layout import ShardLayout
 from lasp.ops.stream import Content, Segment, Stream, wait_for_copies
@@ -181,26 +182,6 @@ def _splits(model: nn.Module, sequence: SequenceParallel) -> list[Parallelized]:
     return splits
 
 
-_AVERAGE = ("torch.nn.parallel.", "lasp.data_parallel.")  # whose hooks average, once (AveragedOnce)
-
-
-def _refuse_steps_in_backward(model: nn.Module, once: Iterable[Tensor]) -> None:
-    """Raise if what is done where a parameter's gradient has come would take that of a segment for that of the step."""
-    known = {id(p) for p in once}
-    for name, p in model.named_parameters():
-        if id(p) in known:
-            continue
-        hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
-        others = [x for x in hooks if not str(getattr(x, "__module__", "")).startswith(_AVERAGE)]
-        if others or getattr(p, "_in_backward_optimizers", None):
-            what = "register_post_accumulate_grad_hook" if others else "optimizer in backward"
-            raise ValueError(
-                f"model must have no {what}, got one at {name!r}: it would be called after each segment, and step with "
-                "a part of the gradient. Step after lasp.stream_backward, or wrap the model by FSDP2, which calls "
-                "hooks once"
-            )
-
-
 def _scale(value: Any) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
@@ -250,7 +231,12 @@ class StreamedModel:
         self.device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.averaged = AveragedOnce(model)
         self._balance_loss, self._balance_mesh = 0.0, None  # how many times it is added, over which ranks
-        _refuse_steps_in_backward(model, self.averaged.once)
+        refuse_steps_in_backward(
+            model,
+            "it would be called after each segment, and step with a part of the gradient. Step after "
+            "lasp.stream_backward, or wrap the model by FSDP2, which calls hooks once",
+            but=self.averaged.once,
+        )
 
     def set_balance(self, times: float, mesh: Any) -> None:
         """Add the balance of the model's routers to the loss, so many times."""
