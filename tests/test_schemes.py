@@ -249,7 +249,8 @@ def _backwards(scheme):
     for wrong in (late, accumulated):
         optimizer.zero_grad()
         wrong()
-        with pytest.raises(RuntimeError, match="with the gradient of this rank alone: wrap_ddp averages in the one"):
+        called = rf"lasp\.data_parallel\(\.\., scheme='{scheme}'\)"
+        with pytest.raises(RuntimeError, match=rf"with the gradient of this rank alone: {called} averages in the one"):
             optimizer.step()
     loss_of(model, whole_batch(1), mesh).backward()  # averages what was added up until now, too
     alone.load_state_dict(before)
@@ -580,8 +581,9 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
 def _unfreezes():
     """The head alone at first, then the blocks instead: PyTorch's DDP would never average these, and say nothing."""
-    mesh, ours = mesh_of(sp=2), {"ddp": "wrap_ddp", "zero1": "wrap_ddp", "ddp-legacy": "", "zero3": ""}
-    for scheme, refused_by in ours.items():
+    mesh = mesh_of(sp=2)
+    for scheme, refused in {"ddp": True, "zero1": True, "ddp-legacy": False, "zero3": False}.items():
+        by = rf"lasp\.data_parallel\(\.\., scheme='{scheme}'\) does not average what was unfrozen"
         alone, model = SmallModel().double(), lasp.parallelize(SmallModel().double(), mesh)
         for m in (alone, model):
             m.requires_grad_(False).head.requires_grad_(True)
@@ -594,12 +596,12 @@ def _unfreezes():
                     o.add_param_group({"params": list(m.blocks.parameters())})
                 o.zero_grad()
                 loss_of(called, whole_batch(step), over).backward()
-                if step == 2 and refused_by and m is model:
-                    with pytest.raises(RuntimeError, match=rf"would step on blocks\.0\.norm\.weight .* {refused_by}"):
+                if step == 2 and refused and m is model:
+                    with pytest.raises(RuntimeError, match=rf"would step on blocks\.0\.norm\.weight .*: {by}"):
                         o.step()
                 else:
                     o.step()
-        if not refused_by:
+        if not refused:
             for name, p in names(wrapper).items():
                 assert_close(whole(p.detach()), alone.get_parameter(name).detach(), f"{scheme}: {name}", **CLOSE)
 

@@ -38,26 +38,31 @@ def wrap_ddp(model: nn.Module, mesh, *, validate: str = "first", **options) -> n
         ValueError: `lasp.tensor_parallel` has split the model. (PyTorch's DDP averages plain tensors.)
         RankMismatchError: ranks hold other parameters; on every rank.
     """
+    return wrapped("wrap_ddp", model, mesh, validate, options)
+
+
+def wrapped(by: str, model: nn.Module, mesh, validate: str, options: dict[str, Any]) -> nn.Module:
+    """The same, `by` what the user has called, which errors name."""
     arguments.module("model", model)
     arguments.choice("validate", validate, ("first", "off"))
     check_plain(model)
     group, ranks = grad_group(mesh)
     if group is None:
         return model
-    compare_parameters(model, group, "wrap_ddp", validate=validate)
+    compare_parameters(model, group, by, validate=validate)
     if validate != "off":
         note_averaged(model, group)
-    with waiting("wrap_ddp: comparing and sending the parameters of all ranks"):
-        wrapped = DistributedDataParallel(model, process_group=group, **options)
+    with waiting(f"{by}: comparing and sending the parameters of all ranks"):
+        wrapper = DistributedDataParallel(model, process_group=group, **options)
     # What averages goes with the wrapper: mostly at once, and then no rank averages; where a cycle holds it (the first
     # in a process, compiled blocks) when Python's collector comes by, at another moment on each rank: then that rank
     # averages nothing, and the others wait for it in backward.
-    process.reducers[model] = wrapped.reducer
+    process.reducers[model] = wrapper.reducer
     if ranks > 1 and validate != "off":
-        averages((p for p in model.parameters() if p.requires_grad), model, "wrap_ddp")
+        averages((p for p in model.parameters() if p.requires_grad), model, by)
         if not options.get("static_graph"):  # there a parameter's gradient may come several times in a backward
-            _Watch(wrapped)
-    return wrapped
+            _Watch(wrapper)
+    return wrapper
 
 
 class _Watch:

@@ -48,6 +48,13 @@ def wrap_fsdp2(
         ValueError: one of `blocks` is no part of the model; or what mixes tokens was put into it after `parallelize`.
         RankMismatchError: ranks hold other parameters; on every rank.
     """
+    return wrapped("wrap_fsdp2", model, mesh, blocks, validate, options)
+
+
+def wrapped(
+    by: str, model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], validate: str, options: dict[str, Any]
+) -> nn.Module:
+    """The same, `by` what the user has called, which errors name."""
     arguments.module("model", model)
     arguments.choice("validate", validate, ("first", "off"))
     blocks = check_blocks(model, blocks)
@@ -55,16 +62,13 @@ def wrap_fsdp2(
     if not isinstance(axis, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh for FSDP2, got {arguments.shown(mesh)}")
     look_again(model)
-    compare_parameters(model, axis.get_group(), "wrap_fsdp2", validate=validate)
+    compare_parameters(model, axis.get_group(), by, validate=validate)
     if validate != "off":
         note_averaged(model, axis.get_group())
     shard = shard_mesh(mesh)
     if isinstance(shard, DeviceMesh) and copies_of(mesh) > 1:
         axis = DeviceMesh._concatenate([mesh["dp_replicate"], shard])
-    with (
-        waiting("wrap_fsdp2: sharding the parameters over all ranks"),
-        replaces_parameters(model, "wrap_fsdp2"),
-    ):
+    with waiting(f"{by}: sharding the parameters over all ranks"), replaces_parameters(model, by):
         for block in blocks:
             fully_shard(block, mesh=axis, **options)
         fully_shard(model, mesh=axis, **options)
@@ -76,7 +80,7 @@ def wrap_fsdp2(
     process.sharded.add(model)
     before_step(_free_gathered)
     if axis.size() > 1 and validate != "off":
-        averages(model.parameters(), model, "wrap_fsdp2", _sharded)
+        averages(model.parameters(), model, by, _sharded)
     return model
 
 

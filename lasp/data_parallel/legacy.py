@@ -38,19 +38,24 @@ def average_after_backward(model: nn.Module, mesh, *, validate: str = "first") -
         ValueError, TypeError: an argument that does not fit.
         RankMismatchError: ranks hold other parameters; on every rank, here or in a backward.
     """
+    return wrapped("average_after_backward", model, mesh, validate)
+
+
+def wrapped(by: str, model: nn.Module, mesh, validate: str) -> nn.Module:
+    """The same, `by` what the user has called, which errors name."""
     arguments.module("model", model)
     arguments.choice("validate", validate, ("first", "off"))
     group, ranks = grad_group(mesh)
-    compare_parameters(model, group, "average_after_backward", validate=validate)
+    compare_parameters(model, group, by, validate=validate)
     if group is not None and ranks > 1:
-        process.reducers[model] = AfterBackward(model, mesh, group, validate)
+        process.reducers[model] = AfterBackward(model, mesh, group, validate, by)
     return model
 
 
 class AfterBackward:
     """What averages the gradients of a model, unless it is told to wait."""
 
-    def __init__(self, model: nn.Module, mesh, group: ProcessGroup, validate: str):
+    def __init__(self, model: nn.Module, mesh, group: ProcessGroup, validate: str, by: str):
         self._model, self._mesh, self._validate = weakref.ref(model), mesh, validate
         self.process_group = group  # that of `mesh`, called as DDP calls its own
         self._wait, self._queued = False, -1  # in which backward, if it came to its end or not
@@ -60,7 +65,7 @@ class AfterBackward:
                 p.requires_grad_().register_post_accumulate_grad_hook(self._queue)
                 p.requires_grad_(trained)
         if validate != "off":
-            averages(model.parameters(), model, "average_after_backward")
+            averages(model.parameters(), model, by)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from lasp import arguments
 from lasp.checks.agreement import compare
-from lasp.data_parallel.ddp import check_plain, wrap_ddp
-from lasp.data_parallel.fsdp2 import check_blocks, wrap_fsdp2
-from lasp.data_parallel.legacy import AfterBackward, average_after_backward
+from lasp.data_parallel import ddp, fsdp2, legacy
+from lasp.data_parallel.ddp import check_plain
+from lasp.data_parallel.fsdp2 import check_blocks
+from lasp.data_parallel.legacy import AfterBackward
 from lasp.ranks import SequenceParallel, copies_of, grad_group, shard_mesh
 from lasp.ranks.group import process
 
@@ -92,14 +93,15 @@ def data_parallel(
     _check_mesh(scheme, mesh)
     if ranks > 1 and validate == "first":
         compare(SequenceParallel(group), {"scheme": scheme}, before="lasp.data_parallel")
+    by = f"lasp.data_parallel(.., scheme={scheme!r})"
     if scheme in FSDP2_SCHEMES:
         if scheme == "zero2":
             options["reshard_after_forward"] = False
-        wrapped = wrap_fsdp2(model, mesh, blocks=blocks, validate=validate, **options)
+        wrapped = fsdp2.wrapped(by, model, mesh, blocks, validate, options)
     elif scheme == "ddp-legacy":
-        wrapped = average_after_backward(model, mesh, validate=validate)
+        wrapped = legacy.wrapped(by, model, mesh, validate)
     else:
-        wrapped = wrap_ddp(model, mesh, validate=validate, **options)
+        wrapped = ddp.wrapped(by, model, mesh, validate, options)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     made = optimizer(trained)
     if not isinstance(made, Optimizer):
