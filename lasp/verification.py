@@ -29,7 +29,7 @@ from lasp.calls import Caller, logits_of
 from lasp.checks.agreement import Agreement
 from lasp.checks.checksum import checksums
 from lasp.checks.optimizers import refuse_steps_in_backward
-from lasp.checks.untouched import first_layers, in_dtype, keep_all, longest_list, random_state, untouched
+from lasp.checks.untouched import buffers_kept, first_layers, in_dtype, keep_all, longest_list, random_state, untouched
 from lasp.checks.use import is_split
 from lasp.layout import ShardLayout
 from lasp.loss import token_loss
@@ -205,7 +205,8 @@ def verify(
         random = random_state()
         if forward is not None:
             _on_all_ranks(axis, lambda: _call_up_to_the_model(call, model, local))
-        of_split = _run_split(model, split, call, local, axis)
+        with buffers_kept(model):  # the whole begins with the same
+            of_split = _run_split(model, split, call, local, axis)
         of_whole = _run_whole(model, call, whole, axis)
         drawn = not all(map(torch.equal, random, random_state()))
         return _compare(of_split, of_whole, model, local["layout"], axis, drawn, tolerance)

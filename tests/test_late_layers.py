@@ -869,8 +869,7 @@ def _hooks_of_torch(kind):
                 nn.utils.weight_norm(linear)
         elif kind == "spectral norm":
             torch.manual_seed(0)
-            nn.utils.spectral_norm(linear)
-            m.eval()  # in training it counts the forwards
+            nn.utils.spectral_norm(linear)  # which goes on at each forward in training
         elif kind == "pruned":
             prune.l1_unstructured(linear, "weight", 0.5)
         elif kind == "checkpoint":

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 from small_model import SmallModel
 from torch import nn
+from torch.ao.quantization import FakeQuantize, disable_observer
 
 import lasp
 from lasp.checks import torch_modules, trial
@@ -718,6 +719,45 @@ def test_a_trial_in_training_writes_nothing(training):
     assert torch.equal(layer.codes, torch.ones(D))
     assert torch.equal(layer.gain, torch.ones(D))
     assert all(m.training == training for m in model.modules())
+
+
+def by_a_hook(layer):
+    """A spectral norm by a hook of one's own, which writes to its buffer in evaluation, too."""
+    layer.register_buffer("u", torch.randn(len(layer.weight)))
+
+    def before(layer, args):
+        v = F.normalize(layer.weight.detach().mT @ layer.u, dim=0)
+        layer.u.data = F.normalize(layer.weight.detach() @ v, dim=0)
+        layer.sigma = layer.u @ layer.weight @ v
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(lambda layer, args, out: out / layer.sigma)
+
+
+NORMS = [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, by_a_hook]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", NORMS, ids=["hook", "parametrization", "own hook"])
+def test_each_run_of_a_trial_begins_with_the_same_buffers(norm, training):
+    """A power iteration goes on at each forward, of the weight alone."""
+    torch.manual_seed(0)
+    model = Model(nn.Linear(D, D)).train(training)
+    norm(model.layers[1])
+    before = _state(model)
+    lasp.parallelize(model, None)
+    assert lasp.explain(model).not_asked == ""
+    assert all(torch.equal(x, before[2][name]) for name, x in _state(model)[2].items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_range_of_activations_is_refused_while_it_is_observed():
+    """It is that of a rank's tokens; what rounds by a range that is known does it token by token."""
+    model = Model(nn.Sequential(nn.Linear(D, D), FakeQuantize()))
+    model(torch.zeros(1, 3, dtype=torch.long))
+    assert refused(model) == {"layers.1.1 (FakeQuantize)": WRONG}
+    lasp.parallelize(model.apply(disable_observer), None)
+    assert lasp.explain(model).not_asked == ""
 
 
 def test_a_trial_that_fails_leaves_everything_as_it_was_too():

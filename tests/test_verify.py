@@ -692,6 +692,24 @@ def test_hooks_of_the_model():
     run_ranks(2, _hooks_of_the_model)
 
 
+def _power_iterations(norm):
+    """They go on at each forward in training, in buffers with which split and whole begin."""
+    torch.manual_seed(0)
+    model = small()
+    norm(model.head)
+    buffers = [x.clone() for x in model.buffers()]
+    for split in (lambda: model, lambda: lasp.parallelize(model, dist.group.WORLD)):
+        found = lasp.verify(split(), dist.group.WORLD, tokens=42, tolerance=SHARP)
+        assert found.ok, found
+        assert all(map(torch.equal, buffers, model.buffers()))
+        assert model.training
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm], ids=["old", "new"])
+def test_buffers_that_each_forward_changes(norm):
+    run_ranks(2, _power_iterations, norm)
+
+
 class Breaks(nn.Module):
     def forward(self, x):
         if x.shape[1] == 41:  # of the whole

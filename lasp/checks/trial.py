@@ -230,8 +230,8 @@ def _ask_one_way(
     """What comes out with these inputs; raises `_Failed` if nothing does, or if it draws random numbers in training."""
     tokens, cut = cuts
     if training:  # it may write to its weights
-        small = {name: p for name, p in module.named_parameters() if p.numel() <= SMALL and name not in parameters}
-        parameters = parameters | {name: p.clone() for name, p in small.items()}
+        small = {name: p for name, p in module.named_parameters() if p.numel() <= SMALL}
+        parameters = small | parameters
     trial = _Trial(path, module, layers, parameters)
     with _in_training(module) if training else contextlib.nullcontext():
         trial.run(make_inputs(tokens, cut), tokens, cut, may_draw=not training)
@@ -429,12 +429,19 @@ class _Trial:
         _running[threading.get_ident()] = self
         try:
             with self._borders():
-                out = torch.func.functional_call(self.root, dict(self.parameters), args, values)
+                out = torch.func.functional_call(self.root, self._weights(), args, values)
         finally:
             del _running[threading.get_ident()]
         if self.gradients is not None:
             self._backward(_tensors(out))
         return out
+
+    def _weights(self) -> Weights:
+        """Those of a run; of what it may write to copies of its own, since ranks would begin with the same."""
+        written = {name for name, _ in self.root.named_buffers()}
+        if self.root.training:
+            written.update(name for name, p in self.parameters.items() if p.numel() <= SMALL)
+        return {name: x.clone() if name in written else x for name, x in self.parameters.items()}
 
     # At the borders of modules
 

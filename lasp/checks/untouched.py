@@ -21,9 +21,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     parameters, modules = list(model.parameters()), list(model.modules())
     gradients, modes = [p.grad for p in parameters], [m.training for m in modules]
-    buffers = [dict(m._buffers) for m in modules]
-    contents = {id(b): (b, b.detach().clone()) for held in buffers for b in held.values() if b is not None}
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), buffers_kept(model):
         try:
             for p in parameters:
                 p.grad = None
@@ -34,13 +33,25 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     module.reshard()  # after a forward without backward its weights are whole
             for p, gradient in zip(parameters, gradients):
                 p.grad = gradient
-            for module, training, held in zip(modules, modes, buffers):
+            for module, training in zip(modules, modes):
                 module.training = training
-                module._buffers.clear()
-                module._buffers.update(held)
-            with torch.no_grad():
-                for buffer, content in contents.values():
-                    buffer.copy_(content)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers are what they were."""
+    modules = list(model.modules())
+    buffers = [dict(m._buffers) for m in modules]
+    contents = {id(b): (b, b.detach().clone()) for held in buffers for b in held.values() if b is not None}
+    try:
+        yield
+    finally:
+        for module, held in zip(modules, buffers):
+            module._buffers.clear()
+            module._buffers.update(held)
+        with torch.no_grad():
+            for buffer, content in contents.values():
+                buffer.copy_(content)
 
 
 def keep_all(model: nn.Module) -> None:
