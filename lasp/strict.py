@@ -2,8 +2,8 @@
 
 The modules are asked (lasp.checks.trial): the model runs a few times on some 30 tokens, in evaluation and in training,
 with gradients, and on some hundred if it is small, on this rank alone, and is left as it was. Where it cannot run so
-(weights on the meta device or sharded, unusual inputs, more than about a second of work) its classes decide, and
-`explain` says so: for those of torch.nn a table, for others the names that such layers go by.
+(weights on the meta device or sharded, unusual inputs, a collective, more than about a second of work) its classes
+decide, and `explain` says so: for those of torch.nn a table, for others the names that such layers go by.
 
 When modules of a split model are others than they were, it is asked again (lasp.adapters.handles). Where that cannot
 be, the new modules are run by themselves, and only of those that do not run so the class decides, with a warning. The
@@ -84,7 +84,8 @@ def refuse_mixers(
     for path in split:
         if path in answers.asked and path not in found and not _gave_ranks(path, answers.gave_ranks):
             found[path] = "it is registered, but gives its sequence= to no operator of lasp"
-    unasked = [p for p in modules if p not in answers.asked and not _is_weight_holder(p, {**layers, **found}, answers)]
+    unasked = [p for p in modules if p not in answers.asked and not _left(p, layers)]
+    unasked = [p for p in unasked if not _is_weight_holder(p, {**layers, **found}, answers)]
     if changed is not None:
         unasked = [path for path in unasked if path in changed]
     by_class = {path: how for path in unasked if (how := _by_class(path, modules[path], layers))}

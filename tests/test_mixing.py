@@ -12,11 +12,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+import torch.distributed.nn
 import torch.nn.functional as F
 from ranks import mesh_of, run_ranks
 from small_model import SmallModel
 from torch import nn
 from torch.ao.quantization import FakeQuantize, disable_observer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 
 import lasp
 from lasp.checks import torch_modules, trial
@@ -689,6 +693,134 @@ def test_a_trial_gives_back_the_weights_of_a_layer_that_is_there_twice():
     after = dict(model.named_parameters(remove_duplicate=False))
     assert all(after[name] is p for name, p in before.items())
     assert torch.equal(layer.gain, torch.zeros(D))
+
+
+def sends_by(kind, x):
+    """What reaches other ranks, in one of the ways there are."""
+    group, last = dist.group.WORLD, dist.get_world_size() - 1
+    if kind == "all_reduce":
+        dist.all_reduce(x.sum())
+    elif kind == "with autograd":
+        torch.distributed.nn.functional.all_reduce(x)
+    elif kind == "functional":
+        functional.all_reduce(x, "sum", group) + 1
+    elif kind == "DTensor":
+        DTensor.from_local(x, init_device_mesh("cpu", (last + 1,)), [Partial()]).full_tensor()
+    elif kind == "send":
+        dist.send(x.contiguous(), 0)
+    elif kind == "objects":
+        dist.all_gather_object([None] * (last + 1), 1)
+    elif kind == "barrier":
+        dist.barrier()
+    elif kind == "lasp":
+        lasp.unshard_sequence(x, group)
+    elif kind == "through the store":
+        lasp.sync_grads(nn.Linear(2, 2), group)
+
+
+SENDS = ["all_reduce", "with autograd", "functional", "DTensor", "send", "objects", "barrier", "lasp"]
+SENDS += ["through the store"]
+
+
+class SendsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dist.all_reduce(gradient.sum())
+        return gradient * 2
+
+
+def _sends_on_one_rank():
+    """Nobody waits for it there, and the ranks go on as ever."""
+    mesh = mesh_of(sp=2)
+    init_device_mesh("cpu", (2,))  # the first in a process sends something itself
+    rank = dist.get_rank()
+
+    def every_fourth(layer, x):
+        layer.calls = getattr(layer, "calls", 0) + 1
+        if layer.calls % 4 == 0:
+            dist.all_reduce(x.sum())
+        return x
+
+    ways = {kind: lambda s, x, kind=kind: sends_by(kind, x) or x for kind in SENDS}
+    ways |= {
+        "in training": lambda s, x: (s.training and sends_by("all_reduce", x)) or x,
+        "in backward": lambda s, x: SendsInBackward.apply(x),
+        "now and then": every_fourth,
+    }
+    for kind, forward in ways.items():
+        model = Model(Own(forward if rank == 1 else lambda s, x: x))
+        lasp.parallelize(model, mesh)
+        told = lasp.explain(model).not_asked
+        if rank == 1 and kind in SENDS:
+            why = r"a trial sends nothing, and (\w+\.\w+\.default is called|ranks are asked before sync_grads)"
+            assert re.search(rf"the model itself \(Model\), layers\.1 \(Own\) \({why}\)", told), (kind, told)
+        else:
+            assert told == "", (kind, told)
+    dist.barrier()
+    assert lasp.verify(SmallModel(), mesh).ok
+
+
+@pytest.mark.timeout(120)
+def test_a_module_sends_nothing_in_a_trial():
+    run_ranks(2, _sends_on_one_rank)
+
+
+class RingAttention(nn.Module):
+    def forward(self, x):
+        dist.all_gather([torch.empty_like(x) for _ in range(dist.get_world_size())], x)
+        return x
+
+
+class ExpertsOfRanks(nn.Module):
+    """A token is sent to the rank that holds its expert, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.expert = nn.Linear(D, 2), nn.Linear(D, D)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        chosen = self.router(tokens).argmax(-1)
+        order, counts = chosen.argsort(stable=True), torch.bincount(chosen, minlength=2)
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts)
+        send, receive = counts.tolist(), theirs.tolist()
+        group = dist.group.WORLD
+        there = functional.all_to_all_single_autograd(tokens[order], receive, send, group)
+        back = functional.all_to_all_single_autograd(self.expert(there), send, receive, group)
+        return torch.zeros_like(tokens).index_copy(0, order, back).view_as(x)
+
+
+def _modules_that_send():
+    """Those that ranks share experts, or weights, by are told by name; and a plan may say of one what it does."""
+    mesh, rank = mesh_of(sp=2), dist.get_rank()
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"layers\.1 \(RingAttention\): by its name it mixes tokens") as refused:
+        lasp.parallelize(Model(RingAttention()), mesh)
+    assert "decided: a trial sends nothing, and c10d.allgather_.default is called" in str(refused.value)
+    model = Model(RingAttention())
+    lasp.parallelize(model, mesh, plan={"layers.1": lasp.adapters.token_local})
+    assert "layers.1" not in lasp.explain(model).not_asked
+
+    torch.manual_seed(0)
+    model, experts = Model(ExpertsOfRanks()), [nn.Linear(D, D) for _ in range(2)]
+    model.layers[1].expert = experts[rank]
+    lasp.parallelize(model, mesh)
+    told = "the model itself (Model), layers.1 (ExpertsOfRanks) (a trial sends nothing, and c10d.alltoall_base_.default"
+    assert told in lasp.explain(model).not_asked
+    x = torch.randn(1, 3 + rank, D)
+    y = model.layers[1](x)
+    chosen = model.layers[1].router(x).argmax(-1, keepdim=True)
+    torch.testing.assert_close(y, torch.where(chosen == 0, experts[0](x), experts[1](x)))
+    assert model(torch.arange(8)[None] + rank).shape == (1, 8, IDS)
+
+
+def test_modules_that_send_are_told_by_name():
+    run_ranks(2, _modules_that_send)
 
 
 class WritesInTraining(nn.Module):

@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as _global
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Everywhere:
@@ -81,14 +79,13 @@ class Hook:
 
     def call(self, module: Any, given: tuple) -> tuple:
         """What goes on from it, of what it was given and in the same form: of a pre-hook the arguments, else the same
-        with the new output. It raises what the hook does, and where that sends something."""
+        with the new output. It raises what the hook does."""
         try:
-            with _NoMessages():
-                out = self.function(module, *given)
+            out = self.function(module, *given)
         except RuntimeError:
             if torch.is_grad_enabled():
                 raise
-            with torch.enable_grad(), _NoMessages():  # it may register something with autograd
+            with torch.enable_grad():  # it may register something with autograd
                 given = pytree.tree_map_only(Tensor, _with_grad, given)
                 out = self.function(module, *given)
             given, out = pytree.tree_map_only(Tensor, Tensor.detach, (given, out))
@@ -102,19 +99,6 @@ class Hook:
 def _with_grad(x: Tensor) -> Tensor:
     x = x.detach().clone()
     return x.requires_grad_().view_as(x) if x.is_floating_point() else x
-
-
-class _NoMessages(TorchDispatchMode):
-    """Inside, a collective is an error: other ranks may not have this hook, or try it another number of times."""
-
-    supports_higher_order_operators = True  # such as flex_attention
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(x, DTensor) for x in types):
-            return NotImplemented  # it comes again with what it consists of
-        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-            raise RuntimeError(f"a forward hook that is tried calls {func}")
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

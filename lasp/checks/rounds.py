@@ -12,8 +12,8 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +39,24 @@ _READ = timedelta(seconds=2)  # for ranks that wait for a verdict to read it; a 
 _LOOK_AGAIN = timedelta(seconds=0.5)  # for it, until it is known to be of this life
 
 
+class Sends(Exception):
+    """What is tried was about to send something, or to compare something with other ranks."""
+
+
+_tries: set[int] = set()  # threads
+
+
+@contextmanager
+def none_asked() -> Iterator[None]:
+    """Inside, for a trial, other ranks are not asked: they may have other modules, or try them more or less often."""
+    here = threading.get_ident()
+    _tries.add(here)
+    try:
+        yield
+    finally:
+        _tries.discard(here)
+
+
 class Round:
     """One comparison: every rank writes a record, the group's first rank reads them all and writes the verdict.
 
@@ -52,6 +70,8 @@ class Round:
         self.sequence, self.peers, self.before, self.kind = sequence, sequence.peers, before, kind
         self.rank, self.size = self.peers.rank, self.peers.size
         here, main = threading.get_ident(), threading.main_thread().ident
+        if here in _tries:
+            raise Sends(f"a trial sends nothing, and ranks are asked before {before}")
         known = {KINDS[0]: main, KINDS[1]: main} | self.peers.threads
         self.holds_up = [other for other in KINDS if other != kind and known.get(other) == here]
         self.peers.threads[kind] = here

@@ -13,7 +13,9 @@ So each module is asked about its own code, and none hides behind a module below
 lasp are borders of the same kind: they answer as they would over ranks, so that a layer that uses them mixes nothing.
 They also note who calls them, and whether with the ranks. And so are forward hooks (lasp.checks.hooks). Those of
 modules that cannot run are called by themselves, with numbers in place of what these would get or return. One that
-raises is left out, and then called by itself; none may send anything.
+raises is left out, and then called by itself.
+
+Nothing is sent: other ranks may have other modules, or be elsewhere. What is about to cannot be asked.
 
 Parameters that are zero are random here, and tiny ones larger: a convolution that starts as the identity still mixes,
 and so does what comes in times a gain of 1e-6. What a model does in training, or with a mask, is asked as well.
@@ -38,12 +40,16 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lasp.checks import hooks
 from lasp.checks.forward import MASKS, POSITIONS
+from lasp.checks.rounds import Sends, none_asked
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.trial_inputs import Inputs, inputs_of, optional
 from lasp.checks.trial_weights import MEDIUM, SMALL, Weights, as_it_was, kept
@@ -184,6 +190,36 @@ class _Failed(Exception):
     """No input was found with which the module runs."""
 
 
+class _FailedForAll(_Failed):
+    """With none it would, since it sends something."""
+
+
+class _NoMessages(TorchDispatchMode):
+    """Inside, a collective is an error: other ranks may have other modules, or try them another number of times."""
+
+    supports_higher_order_operators = True  # such as flex_attention
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a trial compiles nothing; else this would import the compiler, and ask it at each operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(x, DTensor) for x in types):
+            return NotImplemented  # it comes again with what it consists of
+        if getattr(func, "namespace", "") in _OF_RANKS:
+            raise Sends(f"a trial sends nothing, and {func} is called")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _sending_nothing() -> Iterator[None]:
+    with none_asked(), _NoMessages():
+        yield
+
+
+_OF_RANKS = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem")
+
+
 def _ask_whole(
     path: str, module: nn.Module, layers: Mapping[str, nn.Module], answers: Answers, weights: list[Weights]
 ) -> None:
@@ -193,6 +229,8 @@ def _ask_whole(
             ask, started = functools.partial(_ask_one_way, path, module, layers, parameters, cuts), time.process_time()
             try:
                 found = ask(make_inputs)
+            except _FailedForAll:
+                raise
             except _Failed as failed:
                 reason = reason or str(failed)
                 continue
@@ -373,6 +411,8 @@ class _Trial:
         self.random = random = random_state()
         try:
             out = self._call(inputs, 0, tokens, whole=True)
+        except Sends as error:
+            raise _FailedForAll(str(error)) from error
         except Exception as error:  # whatever its code raises on an input that was guessed
             raise _Failed(f"a trial with {tokens} tokens ends in {type(error).__name__}: {error}"[:300]) from error
         if not (found := _tensors(out)) or any(bool(x.isnan().any()) for x in found):
@@ -393,6 +433,8 @@ class _Trial:
         for start, end in ((0, cut), (cut, self.tokens)):
             try:
                 self._call(inputs, start, end, whole=False)
+            except Sends as error:
+                raise _FailedForAll(str(error)) from error
             except Exception as error:
                 how = f"it fails on a slice of {end - start} tokens: {type(error).__name__}: {error}"[:300]
                 if not self.stack or isinstance(self.root, hooks.Alone):  # in backward, which runs behind all modules
@@ -426,14 +468,15 @@ class _Trial:
         self.leaves: list[Tensor] = []
         values = {name: self._leaf(x) if isinstance(x, Tensor) else x for name, x in values.items()}
         args = (values.pop(next(iter(values))),)
-        _running[threading.get_ident()] = self
-        try:
-            with self._borders():
-                out = torch.func.functional_call(self.root, self._weights(), args, values)
-        finally:
-            del _running[threading.get_ident()]
-        if self.gradients is not None:
-            self._backward(_tensors(out))
+        with _sending_nothing() if dist.is_initialized() else contextlib.nullcontext():
+            _running[threading.get_ident()] = self
+            try:
+                with self._borders():
+                    out = torch.func.functional_call(self.root, self._weights(), args, values)
+            finally:
+                del _running[threading.get_ident()]
+            if self.gradients is not None:
+                self._backward(_tensors(out))
         return out
 
     def _weights(self) -> Weights:
@@ -704,13 +747,13 @@ class _Trial:
     def _compare(self, part: Tensor, x: Tensor, *, coarser: int = 1) -> int:
         if part.is_sparse or part.is_nested or part.is_quantized:
             return _LOST
+        if part.is_floating_point() and part.dtype.itemsize < 2:
+            part, x = part.float(), x.float()
+        if torch.equal(part, x):
+            return _SAME
         if not part.is_floating_point() and not part.is_complex():
-            if torch.equal(part, x):
-                return _SAME
             counted = part.dtype != torch.bool and self.start and bool((part - x == self.start).all())
             return _COUNTED if counted else _DIFFERS
-        if part.dtype.itemsize < 2:
-            part, x = part.float(), x.float()
         size = part.abs().nan_to_num(0.0, 0.0).max() if part.numel() else 0.0
         relative = max(self._precision, self.rounding) * coarser
         bound = relative * float(size)
