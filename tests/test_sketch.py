@@ -26,7 +26,7 @@ class Inline(nn.Module):
         self.gain = nn.Parameter(torch.rand(6, dtype=torch.float64))
 
     def forward(
-        self,
+        this,  # as not everybody calls it self
         x: Tensor,
         /,
         scale: "float | None" = 2.0,
@@ -36,7 +36,7 @@ class Inline(nn.Module):
         **more: int,
     ) -> Tensor:
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-        return x + scale * self.gain * before
+        return x + scale * this.gain * before
 
 
 class Below(nn.Module):
@@ -72,7 +72,7 @@ def _signatures(a, b=(1, 2), *, c: int = 3, d: Callable = print, e=float("inf"),
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (Inline.forward, """(self, x, /, scale=2.0, *others, like=..., name="a 'b'", **more)"""),
+        (Inline.forward, """(this, x, /, scale=2.0, *others, like=..., name="a 'b'", **more)"""),
         (_signatures, "(a, b=..., *, c=3, d=..., e=..., f=None)"),
         (dict.update, "(*args, **kwargs)"),
     ],
@@ -92,13 +92,13 @@ SHIFTED = "return lasp.halo(x, 2, layout=layout_of(sequence), sequence=sequence)
 ADAPTERS = {
     Inline: {
         "Inline": "before = lasp.halo(x, 2, layout=layout, sequence=sequence)[:, :-1]; "
-        "return x + scale * self.gain * before"
+        "return x + scale * this.gain * before"
     },
     Below: {"Conv1d": CONVOLVED},
     Both: {"Conv1d": CONVOLVED, "before": SHIFTED},
 }
 PRINTED = {
-    Inline: """def forward(self, x, /, scale=2.0, *others, like=..., name="a 'b'", **more):""",
+    Inline: """def forward(this, x, /, scale=2.0, *others, like=..., name="a 'b'", **more):""",
     Below: "\nlasp.register('test_sketch.Below', adapter=split, covers=('convs.0', 'convs.1'))",
     Both: "\n    for name in ['convs.0', 'convs.1']:\n",
 }

@@ -62,11 +62,15 @@ def _of_functions(cls: type[nn.Module], calls: list[str]) -> list[str]:
 
 
 def _of_forward(name: str, cls: type[nn.Module]) -> list[str]:
+    signature = signature_of(cls.forward)
+    first = signature[1:-1].split(",")[0]  # not everybody calls it self
+    first = f"{first[1:]}[0]" if first.startswith("*") else first
     return [
-        f"def {name}{signature_of(cls.forward)}:",
+        f"def {name}{signature}:",
         f"    # That of {cls.__name__} again, in which what looks along the sequence is one of lasp.linear_attention,",
         "    # delta_rule, softmax_attention, causal_conv, halo, with these two:",
-        "    sequence, layout = self.sequence, layout_of(self.sequence)",
+        f"    sequence = {first}.sequence",
+        "    layout = layout_of(sequence)",
         f'    raise NotImplementedError("the forward of {cls.__name__}")',
     ]
 
