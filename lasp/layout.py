@@ -174,7 +174,8 @@ class Shard:
         if not isinstance(layout, ShardLayout):
             raise TypeError(f"layout must be a lasp.ShardLayout or None, got {arguments.shown(layout)}")
         if len(layout.lengths) != size:
-            raise ValueError(f"layout is for {len(layout.lengths)} ranks, but the sequence has {size}")
+            alone = ": was lasp.parallelize called, or sequence= passed to the operator?" if size == 1 else ""
+            raise ValueError(f"layout is for {len(layout.lengths)} ranks, but the sequence has {size}{alone}")
         if layout.lengths[rank] != x.shape[1]:
             raise ValueError(f"layout gives rank {rank} {layout.lengths[rank]} tokens, but {name} has {x.shape[1]}")
         if layout.cu_seqlens is not None and x.shape[0] != 1:

@@ -101,7 +101,7 @@ def test_the_arguments_that_the_others_change_are_good():
             r"initial_state must have .* \(2, 2, 3, 4\), got \(2, 2, 4, 3\)",
         ),
         ({"sequence": "sp"}, TypeError, "sequence must be a lasp.SequenceParallel or None, got 'sp'"),
-        ({"layout": lasp.ShardLayout((T, T))}, ValueError, "layout is for 2 ranks, but the sequence has 1"),
+        ({"layout": lasp.ShardLayout((T, T))}, ValueError, "layout is for 2 ranks, but the sequence has 1: was"),
         ({"layout": lasp.ShardLayout((T + 1,))}, ValueError, "layout gives rank 0 6 tokens, but k has 5"),
         (
             {"layout": lasp.ShardLayout((T,), (0, T))},

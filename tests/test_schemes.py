@@ -245,8 +245,11 @@ def _backwards(scheme):
         with lasp.no_sync(model):
             loss_of(model, whole_batch(), mesh).backward()
 
+    def within():
+        loss_of(model.module, whole_batch(), mesh).backward()
+
     before = {name: p.detach().clone() for name, p in names(model).items()}
-    for wrong in (late, accumulated):
+    for wrong in (late, accumulated, within):
         optimizer.zero_grad()
         wrong()
         called = rf"lasp\.data_parallel\(\.\., scheme='{scheme}'\)"

@@ -96,9 +96,10 @@ def _refuse_not_averaged(optimizer: Optimizer) -> None:
                     "does not average what was unfrozen or added after it. Call it afterwards, on the model without a "
                     "wrapper; what is frozen then, the schemes 'ddp-legacy', 'zero2' and 'zero3' average once it is not"
                     if noted is not None
-                    else "averages in the one backward behind a forward, and another backward has come since. Call "
-                    "backward of the sum of the losses, or each behind its own forward, the last of a step without "
-                    "lasp.no_sync; or take another scheme"
+                    else "averages in the one backward behind a forward of the model that it returned, and another "
+                    "backward has come since, or none was behind such a forward. Call that model; backward of the sum "
+                    "of the losses, or each behind its own forward, the last of a step without lasp.no_sync; or take "
+                    "another scheme"
                 )
                 raise RuntimeError(
                     f"{type(optimizer).__name__} would step on {name} with the gradient of this rank alone: {by} {why}"
