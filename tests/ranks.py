@@ -5,6 +5,7 @@ default process group (gloo) has exactly those ranks. What the ranks return come
 rank, or a rank that hangs, fails the test and names the rank; the processes are then replaced by fresh ones.
 """
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from datetime import timedelta
 from multiprocessing.connection import wait
 
@@ -78,7 +80,24 @@ def collect_rarely():
     """Of what was imported nothing is garbage, and need not be looked through; Python looks for it every 700 objects,
     which takes 7% of the processor time of tests, and what they keep is small."""
     gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
+    gc.set_threshold(50_000, 20, 20)
+
+
+def measure_little():
+    """Messages of 4 MB tell the bandwidth between ranks, ten of them in each new group: smaller ones do for tests."""
+    from lasp.exchange import cost
+
+    cost.LARGE = 2**19
+
+
+def run_exit_functions():
+    """As Python does when a process ends, and multiprocessing does not. But the libraries of PyTorch stay, which would
+    take out their operators one by one."""
+    for finalizer in list(weakref.finalize._registry):
+        _, function, *_ = finalizer.peek() or (None, None)
+        if function is torch.library._del_library:
+            finalizer.atexit = False
+    atexit._run_exitfuncs()
 
 
 def shutdown():
@@ -191,6 +210,7 @@ def _work(rank, world, port, pipe, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     _one_device()
     ask_once(folder)
+    measure_little()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     limit = timedelta(seconds=GLOO_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)

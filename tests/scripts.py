@@ -1,6 +1,5 @@
 """A script on ranks that it may end in any way: what each printed, and how it ended."""
 
-import atexit
 import os
 import sys
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import LAUNCHER_PREFIXES, finish, free_port, start
-from ranks import answers, ask_once, collect_rarely, workers
+from ranks import answers, ask_once, collect_rarely, measure_little, run_exit_functions, workers
 
 
 def run_script(code, ranks, *, limit=100.0, agent=True):
@@ -75,6 +74,7 @@ def _script(code, variables, path, of_all):
             del os.environ[name]
     os.environ |= variables
     collect_rarely()
+    measure_little()
     if "TRITON_INTERPRET" not in variables:  # other kernels may answer otherwise
         ask_once(of_all)
     torch.set_num_threads(1)
@@ -85,4 +85,4 @@ def _script(code, variables, path, of_all):
         sys.exit(1)
     finally:
         sys.stdout.flush()
-        atexit._run_exitfuncs()  # multiprocessing would leave that out
+        run_exit_functions()

@@ -17,7 +17,7 @@ from inputs import assert_close
 from processes import finish, free_port, start
 from ranks import mesh_of, of_one_rank, run_ranks, shutdown
 from small_model import VOCABULARY, SmallModel
-from test_train import _alone, _assert_on_all, _assert_same_state, _losses, _state
+from test_train import SMALLEST, _alone, _assert_on_all, _assert_same_state, _losses, _state
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -332,12 +332,12 @@ def test_the_example_goes_on_in_the_middle_of_a_round_with_the_same_bits(tmp_pat
     sizes = ["--seq-len=33", "--batch=4", "--steps=4", "--save-every=1", f"--dp={dp}", f"--parallel={parallel}"]
     sizes += [f"--data={__file__}", "--outer-every=2", "--validate", "--validate-every=3"]
     sizes += ["--accumulate=2"] if parallel == "zero2" else []
-    _assert_on_all(world, 0, [], [*sizes, f"--out={tmp_path / 'whole'}"])
+    _assert_on_all(world, 0, [], [*sizes, f"--out={tmp_path / 'whole'}"], tiny=SMALLEST)
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
     (folder / "LATEST").write_text(f"step-00000{done}")
     for step in range(done + 1, 5):
         shutil.rmtree(folder / f"step-00000{step}")
-    _assert_on_all(world, 0, [], [*sizes, f"--out={folder}", "--resume"])
+    _assert_on_all(world, 0, [], [*sizes, f"--out={folder}", "--resume"], tiny=SMALLEST)
     assert _losses(folder) == _losses(tmp_path / "whole")
     assert (folder / "validation.json").read_text() == (tmp_path / "whole" / "validation.json").read_text()
     _assert_same_state(folder, tmp_path / "whole", range(1, 5))
@@ -355,14 +355,14 @@ def test_the_example_goes_on_in_the_middle_of_a_round_with_the_same_bits(tmp_pat
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_the_replicas_of_the_example_may_grow_but_not_their_number(tmp_path, parallel):
     sizes = ["--seq-len=33", "--batch=4", "--steps=8", "--save-every=2", f"--data={__file__}", "--outer-every=4"]
-    _assert_on_all(2, 0, [], [*sizes, "--dp=2", f"--out={tmp_path / 'whole'}"])
+    _assert_on_all(2, 0, [], [*sizes, "--dp=2", f"--out={tmp_path / 'whole'}"], tiny=SMALLEST)
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
     (folder / "LATEST").write_text("step-000006")
     shutil.rmtree(folder / "step-000008")
     if parallel == "ddp":
         words = ["its replicas is 2, that of this run 4"]
-        _assert_on_all(4, 1, words, [*sizes, "--dp=4", f"--out={folder}", "--resume"])
-    _assert_on_all(4, 0, [], [*sizes, "--dp=2", f"--parallel={parallel}", f"--out={folder}", "--resume"])
+        _assert_on_all(4, 1, words, [*sizes, "--dp=4", f"--out={folder}", "--resume"], tiny=SMALLEST)
+    _assert_on_all(4, 0, [], [*sizes, "--dp=2", f"--parallel={parallel}", f"--out={folder}", "--resume"], tiny=SMALLEST)
     assert _losses(folder) == pytest.approx(_losses(tmp_path / "whole"), rel=1e-5)
 
 

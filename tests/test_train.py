@@ -1,6 +1,7 @@
 """The command line of examples/train.py: what it refuses, resumes, and cannot write; the same on every rank."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -21,13 +22,19 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from lasp.models.sizes import SIZES
+
 TEXT = Path(__file__).read_bytes()[:3000]
 
 
-def _call(arguments):
+SMALLEST = (2, 64, 2, 96)  # a "tiny" model, for what takes many steps
+
+
+def _call(arguments, tiny=SIZES["tiny"]):
     """Exit code, and what was printed; a traceback is an error of the test."""
     wide = {"COLUMNS": "1000", "TERMINAL_WIDTH": "1000", "NO_COLOR": "1"}
-    result = CliRunner().invoke(train.app, [str(x) for x in arguments], env=wide)
+    with mock.patch.dict(SIZES, tiny=tiny):
+        result = CliRunner().invoke(train.app, [str(x) for x in arguments], env=wide)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, " ".join(result.output.split())
@@ -39,13 +46,13 @@ def _alone(*arguments):
         return _call(["--ranks=2", *arguments])
 
 
-def _on_ranks(arguments, of_rank=None):
+def _on_ranks(arguments, of_rank=None, **options):
     """As each rank is called by a launcher; the process group outlives it, and so do the text and the options."""
     with (
         mock.patch.object(train, "started_by_a_launcher", return_value=True),
         mock.patch.object(dist, "destroy_process_group"),
     ):
-        return _call([*arguments, *(of_rank or {}).get(dist.get_rank(), [])])
+        return _call([*arguments, *(of_rank or {}).get(dist.get_rank(), [])], **options)
 
 
 @pytest.fixture
@@ -139,9 +146,9 @@ def test_a_text_that_cannot_be_read(text, tmp_path):
     assert (code, "Invalid value for --data" in output, "Permission denied" in output) == (2, True, True), output
 
 
-def _assert_on_all(world, code, words, arguments, of_rank=None, prints=None):
+def _assert_on_all(world, code, words, arguments, of_rank=None, prints=None, **options):
     """The same exit code on each rank, and all the words on those that print."""
-    results = run_ranks(world, _on_ranks, arguments, of_rank)
+    results = run_ranks(world, functools.partial(_on_ranks, **options), arguments, of_rank)
     assert [x for x, _ in results] == [code] * world, results
     for rank, (_, output) in enumerate(results):
         found = all(word in output for word in words)
@@ -463,18 +470,19 @@ def test_without_a_folder_a_new_one_is_made(tmp_path, monkeypatch):
 
 def _streamed(text, out, parallel):
     """Losses of the streamed run, of a text that is shorter than a sequence."""
-    more = ("--repeat-text", "--seq-len=4001", "--segment=700", f"--parallel={parallel}", "--vocab=300")
-    code, said = _on_ranks(_small(text, out, *more))
+    more = ("--repeat-text", "--seq-len=2001", "--segment=350", f"--parallel={parallel}", "--vocab=300")
+    code, said = _on_ranks(_small(text, out, *more), tiny=SMALLEST)
     assert code == 0, said
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_a_sequence_in_segments_trains_as_one(text, tmp_path, parallel):
+    (text / "a.txt").write_bytes(TEXT[:1500])
     losses = run_ranks(2, _streamed, text, tmp_path / "streamed", parallel)
     assert losses[0] == losses[1]
-    arguments = ("--repeat-text", "--seq-len=4001", "--vocab=300", "--no-save", "--ranks=1")
-    code, said = _call([*_small(text, tmp_path / "whole", "--save-every=0"), *arguments])
+    arguments = ("--repeat-text", "--seq-len=2001", "--vocab=300", "--no-save", "--ranks=1")
+    code, said = _call([*_small(text, tmp_path / "whole", "--save-every=0"), *arguments], SMALLEST)
     assert code == 0, said
     assert not list((tmp_path / "whole").glob("step-*"))
     whole = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

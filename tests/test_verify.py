@@ -136,8 +136,7 @@ def _wrapped(factors, scheme):
     if scheme == "checkpoint":
         model.blocks[0] = checkpoint_wrapper(model.blocks[0])
     elif scheme == "compiled":
-        for block in model.blocks:
-            block.compile(fullgraph=True, backend="aot_eager")
+        model.blocks[0].compile(fullgraph=True, backend="aot_eager")
     wrapped = {"ddp": wrap_ddp, "fsdp2": wrap_fsdp2}.get(scheme, lambda m, _: m)(model, mesh)
     for p in wrapped.parameters():
         p.grad = torch.ones_like(p)

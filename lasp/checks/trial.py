@@ -364,6 +364,7 @@ class _Frame:
     undecided: list[str] = field(default_factory=list)  # all modules below that were not
 
 
+_Copied = tuple[list[Any], pytree.TreeSpec]
 _PLAIN = (bool, int, float, str, type(None))
 COUNTED = "it counts positions from 0 on each slice"
 DRAWS = "it draws random numbers in evaluation mode, and gives something else on a slice of the sequence"
@@ -491,7 +492,7 @@ class _Trial:
     @contextlib.contextmanager
     def _borders(self) -> Iterator[None]:
         """Inside they are there: hooks, also in the place of others."""
-        before = [(table, copy.copy(table)) for table in hooks.tables_of([hooks.EVERYWHERE, *self.paths])]
+        before = [(table, dict(table)) for table in hooks.tables_of([hooks.EVERYWHERE, *self.paths])]
         found, handles = hooks.hooks_of(self.root, self.path), []
         try:
             for hook in found:
@@ -681,7 +682,7 @@ class _Trial:
             return None
         # More tokens than there are, as behind a halo, have their gradients from other slices, too.
         fits = all(a == b or a == self.tokens for a, b in zip(self.gradients[place].shape, x.shape))
-        if fits and frame is not None and self._compare(part, x, coarser=10) == _DIFFERS:
+        if fits and frame is not None and not _equal(part, x) and self._compare(part, x, coarser=10) == _DIFFERS:
             self.in_backward.add(frame.path)
         return part.clone()
 
@@ -696,30 +697,30 @@ class _Trial:
 
     # Comparisons
 
-    def _put_right(self, known: Any, now: Any) -> tuple[int, Any]:
-        """How a nest of tensors differs from the slice of what it was on the whole, and that slice."""
-        (before, form), (leaves, form_now) = pytree.tree_flatten(known), pytree.tree_flatten(now)
+    def _put_right(self, known: _Copied, now: Any) -> tuple[int, Any]:
+        """How a nest of tensors differs from the slice of what it was on the whole (`_copied`), and that slice."""
+        (before, form), (leaves, form_now) = known, pytree.tree_flatten(now)
         if form != form_now:
             return _LOST, now
         if not any(isinstance(x, Tensor) for x in leaves) and any(not isinstance(x, _PLAIN) for x in leaves):
             return _LOST, now  # an object may hold anything
-        worst, self.fewer = _SAME, False
+        worst, self.fewer, put = _SAME, False, False
         for i, (whole, x) in enumerate(zip(before, leaves)):
             if not isinstance(x, Tensor) or whole is None:
                 continue
             part = self._slice(whole, x) if isinstance(whole, Tensor) else None
             if part is None:
                 return _LOST, now
+            if _equal(part, x):
+                continue
             if part.shape == whole.shape and not (x.is_floating_point() or x.is_complex()):
                 # Numbers about the tokens, such as offsets. Never those of the whole: they may be indices, and code
                 # of a GPU reads and writes wherever these tell it to.
                 worst = max(worst, _SAME if self._are_of_slice(part, x) else self._compare(part, x))
                 continue
-            how = self._compare(part, x)
-            worst = max(worst, how)
-            if how != _SAME or not torch.equal(part, x):
-                leaves[i] = part + (x - x.detach()) if x.requires_grad else x.clone().copy_(part)
-        return worst, pytree.tree_unflatten(leaves, form)
+            worst = max(worst, self._compare(part, x))
+            leaves[i], put = part + (x - x.detach()) if x.requires_grad else x.clone().copy_(part), True
+        return worst, pytree.tree_unflatten(leaves, form) if put else now
 
     def _are_of_slice(self, whole: Tensor, x: Tensor) -> bool:
         """Whether integers tell as much of the slice as they did of the whole: the number of tokens may stand in them,
@@ -768,8 +769,14 @@ class _Trial:
         return max([*digits, coarse])
 
 
-def _copied(nest: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), nest)
+def _copied(nest: Any) -> _Copied:
+    leaves, form = pytree.tree_flatten(nest)
+    return [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves], form
+
+
+def _equal(part: Tensor, x: Tensor) -> bool:
+    """As most are: to compare them takes a dozen operations."""
+    return not (part.is_sparse or part.is_nested or part.is_quantized) and torch.equal(part, x)
 
 
 def _tensors(nest: Any) -> list[Tensor]:

@@ -7,7 +7,6 @@ host share.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import place
+from ranks import run_exit_functions
 from small_model import VOCABULARY, Block, SmallModel
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -105,7 +105,7 @@ def run_rank(rank: int, run: Run, fault: Fault) -> None:
         journal.write("error", type=type(error).__name__, text=str(error))
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing would leave that out
+        run_exit_functions()
 
 
 def _environment(rank: int, run: Run, fault: Fault) -> dict[str, str]:
