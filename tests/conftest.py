@@ -20,11 +20,11 @@ def pytest_xdist_auto_num_workers():
 
 # Files that take long, the longest first: what comes last should be short, since nothing runs beside it.
 LONG = """
-bench co2 recipes streaming trainer transformers tensor_parallel complete kernels verify faults train delta_kernels
-streaming_transformers transformers_border init channel bits_alone agreement recompute messages presence
-kernels_on_ranks elementwise data inference_transformers inference softmax replicas schemes data_parallel attention
-scan_kernels hosts padding loss remote_code families experts docs scripts checkpoint exchange launchers fla trl loops
-peft
+bench co2 recipes streaming trainer late_layers transformers tensor_parallel complete kernels verify compiled faults
+train delta_kernels streaming_transformers transformers_border init channel bits_alone agreement recompute messages
+presence kernels_on_ranks elementwise data resume bits last_layer inference_transformers inference softmax replicas
+schemes data_parallel attention scan_kernels hosts padding loss remote_code families experts docs scripts checkpoint
+exchange recall mixing delta prepare aside train_families unmasked never_split launchers fla trl loops peft
 """
 
 
