@@ -852,7 +852,7 @@ def test_models_at_sizes_with_loss_and_recall(trained, tmp_path):
 
 def test_a_cell_of_recall_is_the_same_however_it_is_split():
     cell = {"name": "", "model": "tnl", "shape": (2, 32, 2, 48), "seq_len": 64, "batch": 4, "steps": 8, "lr": 1e-2}
-    cell |= {"dtype": "float32", "task": "recall", "keys": 4}
+    cell |= {"dtype": "float32", "task": "recall", "keys": 4, "data": str(BENCH / "README.md")}
     dealt, split = (run_ranks(2, _train_cell, {**cell, "dp": dp, "sp": 2 // dp}, 8)[0] for dp in (2, 1))
     assert dealt["losses"] == pytest.approx(split["losses"], abs=1e-4)
     assert dealt["accuracy"] == pytest.approx(split["accuracy"], abs=0.02)

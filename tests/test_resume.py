@@ -7,7 +7,7 @@ import shutil
 import pytest
 from processes import LAUNCHER_PREFIXES, ROOT, finish, start
 from ranks import run_ranks
-from test_train import _assert_on_all, _assert_same_state, _losses, _on_ranks, _state
+from test_train import SMALLEST, _assert_on_all, _assert_same_state, _losses, _on_ranks, _state
 
 TABLE = [
     ((2, 1, "ddp"), (2, 1, "ddp")),
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     found = {}
     for world, dp, parallel in dict(TABLE):
         folder = found[world, dp, parallel] = tmp_path_factory.mktemp("run") / "out"
-        _assert_on_all(world, 0, [], _arguments(folder, dp, parallel))
+        _assert_on_all(world, 0, [], _arguments(folder, dp, parallel), tiny=SMALLEST)
         assert len(set(_losses(folder))) == 4
     return found
 
@@ -44,7 +44,7 @@ def test_a_run_goes_on_on_other_ranks(runs, tmp_path, before, after):
     folder = shutil.copytree(runs[before], tmp_path / "copy")
     (folder / "LATEST").write_text("step-000002")
     shutil.rmtree(folder / "step-000004")
-    _assert_on_all(after[0], 0, [], _arguments(folder, *after[1:], "--resume"))
+    _assert_on_all(after[0], 0, [], _arguments(folder, *after[1:], "--resume"), tiny=SMALLEST)
     assert _losses(folder) == pytest.approx(_losses(runs[before]), rel=1e-5)
     (tensors, _), (expected, _) = _state(folder, 4), _state(runs[before], 4)
     assert tensors.keys() == expected.keys()
