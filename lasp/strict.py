@@ -226,6 +226,10 @@ def _refusal(
     )
 
 
+_OF_POSITIONS = (
+    "If it counts positions from 0, as for rotary ones, let it take position_ids, which the model's forward hands on "
+    "(docs/guide.md)."
+)
 _OF_HOOKS = (
     "A forward hook is given the tokens of this rank only: what it does along the sequence belongs into a module that "
     "calls an operator of lasp (docs/models.md)."
@@ -239,6 +243,7 @@ def _advice(found: Mapping[str, str], modules: Mapping[str, nn.Module]) -> list[
         "What mixes tokens by itself is wrong on a slice of the sequence. Let it call an operator of lasp, which takes "
         f"the ranks; for {path or 'the model'}:",
         *(f"    {line}" for line in _three_lines(path, modules)),
+        *([_OF_POSITIONS] if not is_of_torch(modules[path]) and trial.COUNTED not in found.values() else []),
         "If that class is not yours, an adapter does the same from outside (docs/models.md): a file to be completed,",
         "",
         *_adapter_for(path, [p for p, how in found.items() if how not in told_apart] or [path], modules),

@@ -260,6 +260,13 @@ class LearnedPositions(nn.Module):
         return x + self.table[: x.shape[1]]
 
 
+class Angles(nn.Module):
+    """Of rotary positions: a table by the number of tokens, in float."""
+
+    def forward(self, x):
+        return torch.outer(torch.arange(x.shape[1]).to(x), 10 ** -torch.linspace(0, 1, x.shape[-1]).to(x)).cos()
+
+
 class Model(nn.Module):
     """A language model around a registered layer and others."""
 
@@ -449,6 +456,14 @@ MIXING = {
     "positions": (Counts(), {"the model itself (Counts)": trial.COUNTED}),
     "fewer tokens": (Cuts(), {"the model itself (Cuts)": "it returns fewer tokens than it is given"}),
     "table of positions": (Model(LearnedPositions()), {"layers.1 (LearnedPositions)": WRONG}),
+    "angles of positions": (
+        Model(Own(lambda s, x: x * s.angles(x), angles=Angles())),
+        {"layers.1.angles (Angles)": trial.COUNTED},
+    ),
+    "angles that are handed on": (
+        Model(Own(lambda s, x: x * s.inner(torch.arange(x.shape[1]).to(x).view(1, -1, 1)), inner=nn.Tanh())),
+        {"layers.1 (Own)": trial.COUNTED},
+    ),
     "shift and recurrence": (
         Model(Siblings()),
         {"layers.1.shift (ZeroPad2d)": WRONG, "layers.1 (Siblings)": WRONG},
@@ -1081,6 +1096,9 @@ def test_the_refusal_shows_a_way_for_the_class_and_offers_token_local_last():
     text = refusal(Model(MHA()))
     assert "class MHA(nn.Module)" in text
     assert "o = lasp.softmax_attention(q, k, v, sequence=self.sequence)" in text
+    rotary = "\nIf it counts positions from 0, as for rotary ones, let it take position_ids"
+    assert rotary in refusal(Model(LearnedPositions()))
+    assert rotary not in refusal(Model(CallsItsConv()))
     assert refusal(Counts()).endswith("call it as model(local['input_ids'], local['position_ids']).")
     many = refusal(Model(*(MHA() for _ in range(20))))
     assert many.count("(MHA)") == 8

@@ -718,7 +718,8 @@ class _Trial:
                 # of a GPU reads and writes wherever these tell it to.
                 worst = max(worst, _SAME if self._are_of_slice(part, x) else self._compare(part, x))
                 continue
-            worst = max(worst, self._compare(part, x))
+            how = self._compare(part, x)
+            worst = max(worst, _COUNTED if how == _DIFFERS and self._are_of_the_first(whole, x) else how)
             leaves[i], put = part + (x - x.detach()) if x.requires_grad else x.clone().copy_(part), True
         return worst, pytree.tree_unflatten(leaves, form) if put else now
 
@@ -730,9 +731,15 @@ class _Trial:
         whole = whole.long()  # a number of tokens may not fit into its own dtype
         return torch.equal(whole.masked_fill(whole == self.tokens, self.end - self.start), x.long())
 
-    def _slice(self, whole: Tensor, x: Tensor) -> Tensor | None:
+    def _are_of_the_first(self, whole: Tensor, x: Tensor) -> bool:
+        """Whether tokens behind give what the first of the whole do: as angles of rotary positions."""
+        first = self._slice(whole, x, start=0) if self.start else None
+        return first is not None and self._compare(first, x) == _SAME
+
+    def _slice(self, whole: Tensor, x: Tensor, *, start: int | None = None) -> Tensor | None:
         """The part of `whole` in whose place x is: dimensions that shrank as the tokens did are theirs, perhaps with
         some more tokens before or behind. None if something else has changed."""
+        start = self.start if start is None else start
         if whole.ndim != x.ndim or whole.dtype != x.dtype:
             return None
         for dim, (size, size_now) in enumerate(zip(whole.shape, x.shape)):
@@ -742,19 +749,19 @@ class _Trial:
             self.fewer = self.fewer or extra < 0
             if extra < 0 or size != self.tokens + extra:
                 return None
-            whole = whole.narrow(dim, self.start, size_now)
+            whole = whole.narrow(dim, start, size_now)
         return whole
 
     def _compare(self, part: Tensor, x: Tensor, *, coarser: int = 1) -> int:
         if part.is_sparse or part.is_nested or part.is_quantized:
             return _LOST
-        if part.is_floating_point() and part.dtype.itemsize < 2:
-            part, x = part.float(), x.float()
-        if torch.equal(part, x):
-            return _SAME
         if not part.is_floating_point() and not part.is_complex():
+            if torch.equal(part, x):
+                return _SAME
             counted = part.dtype != torch.bool and self.start and bool((part - x == self.start).all())
             return _COUNTED if counted else _DIFFERS
+        if part.dtype.itemsize < 2:
+            part, x = part.float(), x.float()
         size = part.abs().nan_to_num(0.0, 0.0).max() if part.numel() else 0.0
         relative = max(self._precision, self.rounding) * coarser
         bound = relative * float(size)
