@@ -52,6 +52,7 @@ from lasp.checks.forward import MASKS, POSITIONS
 from lasp.checks.rounds import Sends, none_asked
 from lasp.checks.torch_modules import is_of_torch, kind_of
 from lasp.checks.trial_inputs import Inputs, inputs_of, optional
+from lasp.checks.trial_slices import How, Slice, copied, equal
 from lasp.checks.trial_weights import MEDIUM, SMALL, Weights, as_it_was, kept
 from lasp.checks.untouched import keep_all, random_state
 from lasp.ranks import SequenceParallel
@@ -364,13 +365,10 @@ class _Frame:
     undecided: list[str] = field(default_factory=list)  # all modules below that were not
 
 
-_Copied = tuple[list[Any], pytree.TreeSpec]
-_PLAIN = (bool, int, float, str, type(None))
 COUNTED = "it counts positions from 0 on each slice"
 DRAWS = "it draws random numbers in evaluation mode, and gives something else on a slice of the sequence"
 _BACKWARD = "in backward it gives something else on a slice of the sequence than on the whole"
-_SAME, _DIFFERS, _COUNTED, _LOST = range(4)
-_HOW = {_DIFFERS: "on a slice of the sequence it gives something else than on the whole", _COUNTED: COUNTED}
+_HOW = {How.DIFFERS: "on a slice of the sequence it gives something else than on the whole", How.COUNTED: COUNTED}
 
 
 class _Trial:
@@ -395,8 +393,7 @@ class _Trial:
         self.stack: list[_Frame] = []
         self.uneven: set[Any] = set()  # what is called more often the more tokens there are, as for some at a time: its
         # calls on a slice are none of those on the whole, so that who calls it must answer for it
-        self.rounding = 0.0  # of an autocast within
-        self.fewer = False  # whether what was compared last is of fewer tokens than there are
+        self.slice = Slice(self._precision())
         prefix = f"{path}." if path else ""
         self.paths = {m: prefix + name if name else path for name, m in module.named_modules()}
         self.failing: set[str] = set()  # hooks that raise on what is made up: they are left out from then on
@@ -406,9 +403,16 @@ class _Trial:
         self.found = Answers()
         self.record: dict[Any, list[Any]] = {}
 
+    def _precision(self) -> float:
+        """Relative differences below are rounding: products of other numbers of rows may be summed in another order."""
+        used = (self.parameters.get(name, p) for name, p in self.root.named_parameters())
+        digits = [torch.finfo(p.dtype).eps * 4 for p in used if p.is_floating_point()]
+        coarse = 5e-3 if torch.backends.cuda.matmul.allow_tf32 else 1e-4
+        return max([*digits, coarse])
+
     def run(self, inputs: Inputs, tokens: int, cut: int, *, may_draw: bool = True) -> None:
         """Fill `found`; raises `_Failed` if it does not run on the whole, tells nothing, or may not draw and does."""
-        self.tokens = tokens
+        self.slice.tokens = tokens
         self.random = random = random_state()
         try:
             out = self._call(inputs, 0, tokens, whole=True)
@@ -431,7 +435,7 @@ class _Trial:
             self.found.mixing[path] = _BACKWARD
 
     def _call_slices(self, inputs: Inputs, cut: int) -> None:
-        for start, end in ((0, cut), (cut, self.tokens)):
+        for start, end in ((0, cut), (cut, self.slice.tokens)):
             try:
                 self._call(inputs, start, end, whole=False)
             except Sends as error:
@@ -450,7 +454,7 @@ class _Trial:
         nothing."""
         self.found, kept = Answers(), self.found
         try:
-            self._call(inputs, cut, self.tokens, whole=False)
+            self._call(inputs, cut, self.slice.tokens, whole=False)
         except Exception:  # then it says so itself
             return False
         else:
@@ -459,7 +463,7 @@ class _Trial:
             self.found = kept
 
     def _call(self, inputs: Inputs, start: int, end: int, *, whole: bool) -> Any:
-        self.whole, self.start, self.end = whole, start, end
+        self.whole, self.slice.start, self.slice.end = whole, start, end
         self.stack = []
         self.counts: Counter[Any] = Counter()
         values = {
@@ -520,10 +524,10 @@ class _Trial:
         start = 0 if hook.before else len(given) - 1  # of what it may change: the arguments, or the output
         kept, given = given[:start], given[start:]
         if self.whole:
-            self.record[key] = [_copied(given), None]
+            self.record[key] = [copied(given), None]
         elif not frame.lost:
-            how, given = self._put_right(self.record[key][0], given)
-            frame.lost = how == _LOST
+            how, given = self.slice.put_right(self.record[key][0], given)
+            frame.lost = how == How.LOST
             if how in _HOW and caller is not None:
                 self._blame(caller, _HOW[how])
         given = self._watch_gradients(given, (*key, "in"), frame)
@@ -538,11 +542,11 @@ class _Trial:
         self.stack.pop()
         self._note_draws(frame)
         if self.whole:
-            self.record[key][1] = _copied(out)
+            self.record[key][1] = copied(out)
         elif not frame.lost:
-            how, out = self._put_right(self.record[key][1], out)
-            frame.lost = how == _LOST
-            if frame.path not in self.failing and (how in _HOW or (frame.lost and self.fewer)):
+            how, out = self.slice.put_right(self.record[key][1], out)
+            frame.lost = how == How.LOST
+            if frame.path not in self.failing and (how in _HOW or (frame.lost and self.slice.fewer)):
                 self._blame(frame, _HOW.get(how, "it returns fewer tokens than it is given"))
         if frame.lost:
             self.found.asked.discard(frame.path)
@@ -551,17 +555,17 @@ class _Trial:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         caller = self.stack[-1] if self.stack else None
         self._note_draws(caller)
-        self._note_autocast()
+        self.slice.note_autocast()
         frame = self._enter(self.paths[module], caller)
         if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor) and args[0].numel():
             asked = int(args[0].max()) + 1
             if asked > module.num_embeddings:  # on a GPU nothing could be computed afterwards
                 raise IndexError(f"{frame.path} has {module.num_embeddings} entries, not {asked}")
         if self.whole:
-            self.record[frame.path, frame.number] = [_copied((args, kwargs)), None]
+            self.record[frame.path, frame.number] = [copied((args, kwargs)), None]
         elif not frame.lost and caller is not None:
-            how, (args, kwargs) = self._put_right(self.record[frame.path, frame.number][0], (args, kwargs))
-            frame.lost = how == _LOST
+            how, (args, kwargs) = self.slice.put_right(self.record[frame.path, frame.number][0], (args, kwargs))
+            frame.lost = how == How.LOST
             if how in _HOW:
                 self._blame(caller, _HOW[how])
         self.stack.append(frame)
@@ -573,13 +577,13 @@ class _Trial:
         caller = self.stack[-1] if self.stack else None
         place = (frame.path, frame.number, "out")
         if self.whole:
-            self.record[frame.path, frame.number][1] = _copied(out)
+            self.record[frame.path, frame.number][1] = copied(out)
             return self._watch_gradients(out, place, caller)
         if not frame.lost:
-            how, out = self._put_right(self.record[frame.path, frame.number][1], out)
+            how, out = self.slice.put_right(self.record[frame.path, frame.number][1], out)
             if how in _HOW:
                 self._blame(frame, _HOW[how])
-            if how != _LOST:
+            if how != How.LOST:
                 return self._watch_gradients(out, place, caller)
         frame.undecided.append(frame.path)
         if kind_of(module) in ("mixes", "depends"):
@@ -587,7 +591,7 @@ class _Trial:
         if caller is not None:
             caller.unclear += frame.unclear
             caller.undecided += frame.undecided
-        elif self.fewer:
+        elif self.slice.fewer:
             self._blame(frame, "it returns fewer tokens than it is given")
         elif not self._blame_unclear(frame):
             self.found.silent[frame.path] = "what it returns cannot be related to the tokens that it is given"
@@ -622,17 +626,17 @@ class _Trial:
             if sequence is None:
                 self.found.forgot_ranks.setdefault(caller.path, name)
             self.found.gave_ranks.update(path for path, mark in self.marks.items() if mark is sequence)
-            self.record[key] = [_copied(given), None]
+            self.record[key] = [copied(given), None]
         elif not frame.lost:
-            how, given = self._put_right(self.record[key][0], given)
-            frame.lost = how == _LOST
+            how, given = self.slice.put_right(self.record[key][0], given)
+            frame.lost = how == How.LOST
             if how in _HOW:
                 self._blame(caller, _HOW[how])
         out = stand_in(**given)
         if self.whole:
-            self.record[key][1] = _copied(out)
+            self.record[key][1] = copied(out)
         elif not frame.lost:
-            out = self._put_right(self.record[key][1], out)[1]
+            out = self.slice.put_right(self.record[key][1], out)[1]
         return self._watch_gradients(out, (*key, "out"), caller)
 
     def _note_draws(self, frame: _Frame | None) -> None:
@@ -642,12 +646,6 @@ class _Trial:
         before, self.random = self.random, random_state()
         if not all(map(torch.equal, before, self.random)):
             self.draws.add(self.path if frame is None else frame.path)
-
-    def _note_autocast(self) -> None:
-        """What comes out of a forward that is under it has been rounded likewise."""
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                self.rounding = max(self.rounding, torch.finfo(torch.get_autocast_dtype(kind)).eps * 4)
 
     # Gradients
 
@@ -677,12 +675,12 @@ class _Trial:
         if self.whole:
             self.gradients[place] = x.clone()
             return None
-        part = self._slice(self.gradients[place], x) if place in self.gradients else None
+        part = self.slice.of(self.gradients[place], x) if place in self.gradients else None
         if part is None or part.shape == self.gradients[place].shape:
             return None
         # More tokens than there are, as behind a halo, have their gradients from other slices, too.
-        fits = all(a == b or a == self.tokens for a, b in zip(self.gradients[place].shape, x.shape))
-        if fits and frame is not None and not _equal(part, x) and self._compare(part, x, coarser=10) == _DIFFERS:
+        fits = all(a == b or a == self.slice.tokens for a, b in zip(self.gradients[place].shape, x.shape))
+        if fits and frame is not None and not equal(part, x) and self.slice.compare(part, x, coarser=10) == How.DIFFERS:
             self.in_backward.add(frame.path)
         return part.clone()
 
@@ -691,99 +689,9 @@ class _Trial:
         outputs = [x for x in outputs if x.requires_grad]
         if self.whole:
             self.given = [torch.randn_like(x) for x in outputs]
-        given = [self._slice(g, x) for g, x in zip(self.given, outputs)]
+        given = [self.slice.of(g, x) for g, x in zip(self.given, outputs)]
         if outputs and len(given) == len(self.given) and all(g is not None for g in given):
             torch.autograd.grad(outputs, self.leaves, given, allow_unused=True)  # type: ignore[arg-type]
-
-    # Comparisons
-
-    def _put_right(self, known: _Copied, now: Any) -> tuple[int, Any]:
-        """How a nest of tensors differs from the slice of what it was on the whole (`_copied`), and that slice."""
-        (before, form), (leaves, form_now) = known, pytree.tree_flatten(now)
-        if form != form_now:
-            return _LOST, now
-        if not any(isinstance(x, Tensor) for x in leaves) and any(not isinstance(x, _PLAIN) for x in leaves):
-            return _LOST, now  # an object may hold anything
-        worst, self.fewer, put = _SAME, False, False
-        for i, (whole, x) in enumerate(zip(before, leaves)):
-            if not isinstance(x, Tensor) or whole is None:
-                continue
-            part = self._slice(whole, x) if isinstance(whole, Tensor) else None
-            if part is None:
-                return _LOST, now
-            if _equal(part, x):
-                continue
-            if part.shape == whole.shape and not (x.is_floating_point() or x.is_complex()):
-                # Numbers about the tokens, such as offsets. Never those of the whole: they may be indices, and code
-                # of a GPU reads and writes wherever these tell it to.
-                worst = max(worst, _SAME if self._are_of_slice(part, x) else self._compare(part, x))
-                continue
-            how = self._compare(part, x)
-            worst = max(worst, _COUNTED if how == _DIFFERS and self._are_of_the_first(whole, x) else how)
-            leaves[i], put = part + (x - x.detach()) if x.requires_grad else x.clone().copy_(part), True
-        return worst, pytree.tree_unflatten(leaves, form) if put else now
-
-    def _are_of_slice(self, whole: Tensor, x: Tensor) -> bool:
-        """Whether integers tell as much of the slice as they did of the whole: the number of tokens may stand in them,
-        as at the end of the offsets of one document."""
-        if x.dtype == torch.bool:
-            return False
-        whole = whole.long()  # a number of tokens may not fit into its own dtype
-        return torch.equal(whole.masked_fill(whole == self.tokens, self.end - self.start), x.long())
-
-    def _are_of_the_first(self, whole: Tensor, x: Tensor) -> bool:
-        """Whether tokens behind give what the first of the whole do: as angles of rotary positions."""
-        first = self._slice(whole, x, start=0) if self.start else None
-        return first is not None and self._compare(first, x) == _SAME
-
-    def _slice(self, whole: Tensor, x: Tensor, *, start: int | None = None) -> Tensor | None:
-        """The part of `whole` in whose place x is: dimensions that shrank as the tokens did are theirs, perhaps with
-        some more tokens before or behind. None if something else has changed."""
-        start = self.start if start is None else start
-        if whole.ndim != x.ndim or whole.dtype != x.dtype:
-            return None
-        for dim, (size, size_now) in enumerate(zip(whole.shape, x.shape)):
-            if size == size_now:
-                continue
-            extra = size_now - (self.end - self.start)
-            self.fewer = self.fewer or extra < 0
-            if extra < 0 or size != self.tokens + extra:
-                return None
-            whole = whole.narrow(dim, start, size_now)
-        return whole
-
-    def _compare(self, part: Tensor, x: Tensor, *, coarser: int = 1) -> int:
-        if part.is_sparse or part.is_nested or part.is_quantized:
-            return _LOST
-        if not part.is_floating_point() and not part.is_complex():
-            if torch.equal(part, x):
-                return _SAME
-            counted = part.dtype != torch.bool and self.start and bool((part - x == self.start).all())
-            return _COUNTED if counted else _DIFFERS
-        if part.dtype.itemsize < 2:
-            part, x = part.float(), x.float()
-        size = part.abs().nan_to_num(0.0, 0.0).max() if part.numel() else 0.0
-        relative = max(self._precision, self.rounding) * coarser
-        bound = relative * float(size)
-        return _SAME if torch.allclose(part, x, rtol=relative, atol=bound, equal_nan=True) else _DIFFERS
-
-    @functools.cached_property
-    def _precision(self) -> float:
-        """Differences below are rounding: a product of another number of rows may be summed in another order."""
-        used = (self.parameters.get(name, p) for name, p in self.root.named_parameters())
-        digits = [torch.finfo(p.dtype).eps * 4 for p in used if p.is_floating_point()]
-        coarse = 5e-3 if torch.backends.cuda.matmul.allow_tf32 else 1e-4
-        return max([*digits, coarse])
-
-
-def _copied(nest: Any) -> _Copied:
-    leaves, form = pytree.tree_flatten(nest)
-    return [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves], form
-
-
-def _equal(part: Tensor, x: Tensor) -> bool:
-    """As most are: to compare them takes a dozen operations."""
-    return not (part.is_sparse or part.is_nested or part.is_quantized) and torch.equal(part, x)
 
 
 def _tensors(nest: Any) -> list[Tensor]:
