@@ -28,7 +28,7 @@ from lasp.checks import reach
 from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
-from lasp.ops import stream, tokens
+from lasp.ops import recompute, stream, tokens
 from lasp.ops.call import (
     Call,
     autocast,
@@ -432,10 +432,11 @@ def _lengths(k: Tensor, call: Call) -> tuple[int, ...]:
         return tuple(reception.result.tolist())
     assert call.sequence is not None
     call.check_messages("the numbers of tokens", kind_of_tokens(k), k, reverse=False)
-    lengths = collectives.lengths_of(
-        k, call.sequence, lambda: tokens.name_of(call, "the numbers of tokens", reverse=False)
-    )
-    reception.keep(torch.tensor(lengths, device="cpu"))
+    with recompute.unseen():
+        lengths = collectives.lengths_of(
+            k, call.sequence, lambda: tokens.name_of(call, "the numbers of tokens", reverse=False)
+        )
+        reception.keep(torch.tensor(lengths, device="cpu"))
     return lengths
 
 
