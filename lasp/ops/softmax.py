@@ -83,8 +83,9 @@ def softmax_attention(
         softcap: scores s become softcap tanh(s / softcap); None leaves them.
         key_mask: [B, T], bool, True for real tokens; given on all ranks or on none. What a padded token itself gets is
             meaningless, but finite.
-        dropout_p: the probability that a weight is left out; each rank draws its own. Under torch.compile packed
-            documents take none: their backward, in an op, computes forward once more.
+        dropout_p: the probability that a weight is left out; each rank draws from its own generator (ranks that were
+            seeded alike draw alike). Under torch.compile packed documents take none: their backward, in an op, computes
+            forward once more.
 
     Returns:
         o [B, T, H*G, V] in the dtype of q.
