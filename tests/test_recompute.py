@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import lasp
 from lasp.ops import recompute
+from lasp.ops.elementwise import elementwise_recurrence, selective_scan
 from lasp.ranks import SCHEDULES
 
 LENGTHS = (5, 4, 7)
@@ -109,6 +110,59 @@ def _one_step(wrap):
 @pytest.mark.parametrize("wrap", [checkpointed, nested, offloaded, selective, no_early_stop])
 def test_the_same_bits_with_one_exchange_each_way(wrap):
     run_ranks(3, _one_step, wrap)
+
+
+def _operators(rank):
+    """Every operator, of tokens of this rank; the first has heads that forget within them."""
+    draw = torch.Generator().manual_seed(rank)
+    q, k, v = (torch.randn(1, 150, 2, 8, generator=draw, dtype=torch.float64) for _ in range(3))
+    gate = -torch.rand(1, 150, 2, 8, generator=draw, dtype=torch.float64)
+    lengths, ranks = (150,) * 3, {"sequence": lasp.SequenceParallel(dist.group.WORLD)}
+    ranks["layout"], fixed = lasp.ShardLayout(lengths), lasp.decay.fixed([-6.0, -7.0])
+    packed = {**ranks, "layout": lasp.ShardLayout(lengths, (0, 5, 160, 450))}
+    A, weight = -torch.ones(2, 8, dtype=torch.float64), torch.ones(2, 200, dtype=torch.float64)
+    linear, sizes = lasp.linear_attention, {"segment_length": 64}
+    calls = {
+        "fixed": lambda q, k, v: linear(q, k, v, log_decay=fixed, **ranks)[0],
+        "channel": lambda q, k, v: linear(q, k, v, log_decay=gate, **packed, **sizes)[0],
+        "final": lambda q, k, v: linear(q, k, v, output_final_state=True, **ranks)[1] + q.sum(),
+        "unmasked": lambda q, k, v: linear(q, k, v, causal=False, **packed)[0],
+        "delta": lambda q, k, v: lasp.delta_rule(q, k / 3, v, gate[..., 0].exp(), **packed)[0],
+        "recurrence": lambda q, k, v: elementwise_recurrence(q, gate, **ranks) * k * v,
+        "scan": lambda q, k, v: selective_scan(q[..., 0], gate[..., 0].exp(), A, k[:, :, 0], v[:, :, 0], **ranks),
+        "halo": lambda q, k, v: lasp.halo(q, 200, **ranks)[:, :150] * k * v,
+        "convolution": lambda q, k, v: lasp.causal_conv(q[..., 0], weight, **packed)[..., None] * k[..., 0, None] * v,
+        "blocks": lambda q, k, v: lasp.block_attention(q, k, v, 40, **ranks),
+        "softmax": lambda q, k, v: lasp.softmax_attention(q, k, v, sequence=ranks["sequence"]),
+        "packed softmax": lambda q, k, v: lasp.softmax_attention(q, k, v, **packed),
+        "softmax by heads": lambda q, k, v: lasp.softmax_attention(
+            *(torch.cat([x] * 3, 2) for x in (q, k, v)), **ranks
+        ),
+    }
+    return calls, (q, k, v)
+
+
+def _selective(names):
+    """What a checkpoint keeps of the operations with these names must be what the recompute asks for."""
+    kept = [getattr(torch.ops.aten, name) for name in names]
+    kept = [getattr(op, overload) for op in kept for overload in op.overloads()]
+    contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, kept)
+    calls, given = _operators(dist.get_rank())
+    for name, call in calls.items():
+        found = []
+        for wrap in (plain, functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)):
+            leaves = [x.clone().requires_grad_() for x in given]
+            wrap(call, *(x * 1.5 for x in leaves)).square().sum().backward()
+            found.append([x.grad for x in leaves])
+        for gradient, expected in zip(*found[::-1]):
+            assert torch.equal(gradient, expected), f"{name}: {(gradient - expected).abs().max()}"
+
+
+@pytest.mark.parametrize(
+    "names", [("mm", "bmm", "addmm"), ("exp",), ("cat", "clone", "constant_pad_nd"), ("sum", "cumsum")]
+)
+def test_a_selective_checkpoint(names):
+    run_ranks(3, _selective, names)
 
 
 def _schedule(exchange):

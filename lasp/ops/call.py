@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -498,8 +498,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def no_autocast(device_type: str) -> AbstractContextManager:
-    """Inside, everything is computed in its own dtype. (PyTorch's context takes long where there is nothing to do.)"""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+    """Inside, everything is computed in its own dtype, and no selective checkpoint sees it. (PyTorch's context takes
+    long where there is nothing to do.)"""
+    unseen = recompute.unseen()
+    if not torch.is_autocast_enabled(device_type):
+        return unseen
+    contexts = ExitStack()
+    contexts.enter_context(torch.autocast(device_type, enabled=False))
+    contexts.enter_context(unseen)
+    return contexts
 
 
 def check_options(scale: float, output_final_state: bool, segment_length: int | None) -> tuple[float, int | None]:

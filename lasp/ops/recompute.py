@@ -9,6 +9,10 @@ checkpointed call a frame, and its hooks for saved tensors, in force while the o
 refer to it. The frame is the key under which a call's states are kept, in the order in which they came, and they are
 freed with it: with the graph.
 
+A selective checkpoint (`create_selective_checkpoint_contexts`) counts operations of PyTorch to tell which of the kept
+results is whose. A recompute that exchanges nothing has fewer, so what is around an exchange is `unseen` by it: nothing
+of that is kept, all is made again.
+
 That reference is no public interface of PyTorch. All that is private here is in `_Private`, imported at the first use.
 Where a version of PyTorch lacks it, and where there is no frame (`use_reentrant=True`, or a recompute inside a
 `torch.compile` graph), every rank repeats the exchange: the same result, in more time; `lasp.explain` says so.
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -32,13 +37,16 @@ class _Private:
 
     def __init__(self) -> None:
         from torch._C import _autograd
-        from torch.utils import checkpoint
+        from torch.utils import _python_dispatch, checkpoint
 
         self.frame: type = checkpoint._CheckpointFrame
         self.top, self.pop, self.push = (
             getattr(_autograd, f"_{name}_saved_tensors_default_hooks") for name in ("top", "pop", "push")
         )
         self.graph_task = torch._C._current_graph_task_id
+        self.modes = _python_dispatch._get_current_dispatch_mode_stack
+        self.selective = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+        self.no_modes = torch._C._DisableTorchDispatch
 
 
 @lru_cache
@@ -53,6 +61,17 @@ def _private() -> _Private | None:
 def repeats() -> str:
     """Why every recompute repeats its exchanges here; empty where they need not."""
     return "" if _private() else f"torch {torch.__version__} does not tell which call a recompute repeats"
+
+
+def unseen() -> AbstractContextManager[None]:
+    """Around arithmetic with an exchange in it: a selective checkpoint sees nothing of it, neither time."""
+    private = _private()
+    if private is None or private.top(True) is None:
+        return _NOTHING
+    return private.no_modes() if any(isinstance(x, private.selective) for x in private.modes()) else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 class Reception:

@@ -28,7 +28,7 @@ from lasp.checks import reach
 from lasp.checks.messages import Kind
 from lasp.checks.trial import operator
 from lasp.layout import Shard, ShardLayout
-from lasp.ops import stream, tokens
+from lasp.ops import recompute, stream, tokens
 from lasp.ops.call import (
     Call,
     autocast,
@@ -83,8 +83,9 @@ def softmax_attention(
         softcap: scores s become softcap tanh(s / softcap); None leaves them.
         key_mask: [B, T], bool, True for real tokens; given on all ranks or on none. What a padded token itself gets is
             meaningless, but finite.
-        dropout_p: the probability that a weight is left out; each rank draws its own. Under torch.compile packed
-            documents take none: their backward, in an op, computes forward once more.
+        dropout_p: the probability that a weight is left out; each rank draws from its own generator (ranks that were
+            seeded alike draw alike). Under torch.compile packed documents take none: their backward, in an op, computes
+            forward once more.
 
     Returns:
         o [B, T, H*G, V] in the dtype of q.
@@ -432,10 +433,11 @@ def _lengths(k: Tensor, call: Call) -> tuple[int, ...]:
         return tuple(reception.result.tolist())
     assert call.sequence is not None
     call.check_messages("the numbers of tokens", kind_of_tokens(k), k, reverse=False)
-    lengths = collectives.lengths_of(
-        k, call.sequence, lambda: tokens.name_of(call, "the numbers of tokens", reverse=False)
-    )
-    reception.keep(torch.tensor(lengths, device="cpu"))
+    with recompute.unseen():
+        lengths = collectives.lengths_of(
+            k, call.sequence, lambda: tokens.name_of(call, "the numbers of tokens", reverse=False)
+        )
+        reception.keep(torch.tensor(lengths, device="cpu"))
     return lengths
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lasp import exchange
+from lasp.ops import recompute
 from lasp.ops.call import Call, kind_of_tokens
 from lasp.ranks import SequenceParallel, collectives
 from lasp_kernels.once import no_second_derivative
@@ -69,7 +70,8 @@ def gather(x: Tensor, lengths: tuple[int, ...], call: Call) -> Tensor:
     reception = call.reception()
     if reception.result is not None:
         return reception.result
-    return reception.keep(gather_now(x, lengths, call, reverse=False))
+    with recompute.unseen():
+        return reception.keep(gather_now(x, lengths, call, reverse=False))
 
 
 def gather_now(x: Tensor, lengths: tuple[int, ...], call: Call, *, reverse: bool) -> Tensor:
@@ -129,7 +131,8 @@ def _moved(
     thing = f"the gradients of {thing}" if reverse else thing
     call.check_messages(thing, kind_of_tokens(x, lengths), x, reverse=reverse)
     exchange.count_exchange(sequence, traffic, reverse=reverse)
-    found = move(x, lengths, sequence, lambda: name_of(call, thing, reverse=reverse))
+    with recompute.unseen():
+        found = move(x, lengths, sequence, lambda: name_of(call, thing, reverse=reverse))
     traffic.schedule, traffic.kernels, traffic.decay = "all_to_all", "SDPA", "none"
     traffic.messages += 1
     traffic.bytes_sent += sent * x.element_size()
