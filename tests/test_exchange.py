@@ -21,7 +21,7 @@ import lasp
 from lasp.exchange import StateMap, Terms, board, cost, forgetting, horizon, identity, start
 from lasp.exchange.base import Sizes, heads_in
 from lasp.exchange.neighbour import NEIGHBOUR
-from lasp.ranks import SCHEDULES
+from lasp.ranks import SCHEDULES, collectives
 from lasp.ranks.group import process
 from lasp_kernels import fold
 
@@ -377,6 +377,27 @@ def _by_itself():
 @pytest.mark.parametrize("world", [2, 3])
 def test_auto_measures_at_the_first_exchange_however_the_ranks_came(world):
     assert len(set(run_ranks(world, _by_itself))) == 1
+
+
+def _refuses_to_begin(schedule):
+    """As NCCL does, whose connection to a rank that has ended is closed; gloo says it when one waits."""
+    sequence = lasp.SequenceParallel(dist.group.WORLD, name="mixer", exchange=schedule, validate="off")
+    q, k, v = (torch.randn(1, 5, 2, 4, requires_grad=True) for _ in range(3))
+    o, _ = lasp.linear_attention(q, k, v, sequence=sequence)
+    began = [mock.patch.object(of, name, side_effect=RuntimeError("remote process exited")) for of, name in BEGINNINGS]
+    with began[0], began[1], began[2]:
+        with pytest.raises(lasp.PeerError, match=r"^layer 'mixer', backward: the exchange .*remote process exited"):
+            o.sum().backward()
+        with pytest.raises(lasp.PeerError, match=r"^layer 'mixer', forward: the exchange .*remote process exited"):
+            lasp.linear_attention(q, k, v, sequence=sequence)
+
+
+BEGINNINGS = ((collectives, "gather_flat"), (dist, "isend"), (dist, "irecv"))
+
+
+@pytest.mark.parametrize("schedule", ["ring", "pipeline", "all_gather"])
+def test_a_message_that_cannot_begin_is_told_with_its_place(schedule):
+    run_ranks(2, _refuses_to_begin, schedule)
 
 
 def _reset():

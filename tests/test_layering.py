@@ -172,6 +172,7 @@ WITHIN = {
     ("lasp/exchange/cost.py", "_seconds_on_gpu"): "measure",
     ("lasp/exchange/cost.py", "_pass_along"): "measure",
     ("lasp/exchange/cost.py", "_gather"): "measure",
+    ("lasp/ranks/collectives.py", "start_all_gather"): "its callers, which are looked at, too",
     ("lasp/ranks/collectives.py", "texts_of_all"): "gather_texts, and what calls board_of",
 }
 

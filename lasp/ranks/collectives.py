@@ -23,9 +23,8 @@ _SENT |= {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}
 
 
 def start_all_gather(gathered: Tensor, mine: Tensor, group: ProcessGroup | None) -> dist.Work:
-    """Begin to gather `mine` [...] of all ranks into `gathered` [ranks, ...]."""
-    with waiting(lambda: "an all-gather"):
-        return gather_flat(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
+    """Begin to gather `mine` [...] of all ranks into `gathered` [ranks, ...], in a `waiting` of the caller's."""
+    return gather_flat(gathered.flatten(0, 1), mine, group=group, async_op=True)  # type: ignore[return-value]
 
 
 def gather_tokens(
