@@ -375,7 +375,8 @@ def test_exchange_alone_and_operator(tmp_path):
     assert all(row["ms"] > 0 for row in alone)
     assert len(operator) == 2 * 2 * 5  # decays, directions, schedules
     for row in operator:
-        assert row["% of one rank"] == pytest.approx(100 * row["one rank ms"] / row["ms"], rel=1e-3)
+        # three numbers with four digits
+        assert row["% of one rank"] == pytest.approx(100 * row["one rank ms"] / row["ms"], rel=2e-3)
         assert row["met"] is None  # the targets are for GPUs
     assert result["facts"]["ranks"] == 3
     assert (tmp_path / f"{result['environment']['date']}_exchange_3xcpu.md").exists()
@@ -919,7 +920,7 @@ def test_fusion_and_state_cache_on_and_off(tmp_path):
     ]
     # Without a cache the state travels once more, in backward.
     assert [row["exchanges of a layer"] for row in rows] == [2, 3] * 3
-    assert all(row["tokens/s"] == pytest.approx(256e3 / row["step ms"], rel=1e-3) for row in rows)
+    assert all(row["tokens/s"] == pytest.approx(256e3 / row["step ms"], rel=2e-3) for row in rows)
     assert rows[-1]["x neither"] == 1
     assert [row["right"] for row in found["rows"]] == [True] * 6
     assert len(list(tmp_path.glob("*_lasp_ablation_tiny_2xcpu.md"))) == 1
